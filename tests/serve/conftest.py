@@ -68,13 +68,13 @@ def make_service(tiny_lm: Any, steerings: Path) -> Iterator[Callable[..., Any]]:
     made = []
 
     def make(
-        *, policy: Policy | None = None, rows: int = 8, waiting: int = 16, audit: Any = None, **given: Any
+        *, policy: Policy | None = None, rows: int = 8, waiting: int = 16, audit: Any = None, **options: Any
     ) -> Service:
         metrics = Metrics()
         scheduler = Scheduler(tiny_lm, rows=rows, waiting=waiting, finished=metrics.finished)
-        limits = Limits(**{"max_tokens": 64, **given.pop("limits", {})})
+        limits = Limits(**{"max_tokens": 64, **options.pop("limits", {})})
         library = read_folder(tiny_lm, steerings)
-        service = Service(tiny_lm, library, scheduler, policy or Policy(), audit or Audit(), metrics, limits, **given)
+        service = Service(tiny_lm, library, scheduler, policy or Policy(), audit or Audit(), metrics, limits, **options)
         made.append(service)
         return service
 
@@ -120,11 +120,11 @@ def door_of(tiny_lm: Any, steerings: Path, monkeypatch: pytest.MonkeyPatch) -> I
     opened = []
     monkeypatch.setenv("TRIMTAB_ADMIN_KEY", "admin")
 
-    def make(policy: dict[str, Any] | None, folder: Path, **given: Any) -> TestClient:
+    def make(policy: dict[str, Any] | None, folder: Path, **options: Any) -> TestClient:
         if policy is not None:
             (folder / "policy.json").write_text(json.dumps(policy))
-            given["policy"] = str(folder / "policy.json")
-        settings = DoorSettings(**given)
+            options["policy"] = str(folder / "policy.json")
+        settings = DoorSettings(**options)
         monkeypatch.setenv(CLOSED, str(int(settings.closes(settings.rules({})))))
         names = Names()
         names.load(steerings)
@@ -153,9 +153,9 @@ class Server:
 
 @pytest.fixture(scope="session")
 def start(folder: Path, steerings: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """`trimtab serve …` in a process of its own, on a free port, without the page unless it is asked for.
+    """`trimtab serve …` in a process of its own, on a free port, without the page unless it is requested.
 
-    Of the tiny model and its steerings, unless others are given.
+    Of the tiny model and its steerings, unless others are passed.
     """
     started = []
 

@@ -43,8 +43,8 @@ class Engine:
 
     def __init__(self, lm: Any) -> None:
         self.lm = lm
-        self.given: list[Any] = []  # what reached the core
-        self.late = False  # whether it is after the last token that a dose is found to be too high
+        self.received: list[Any] = []  # what reached the core
+        self.late = False  # whether it is after the last token that a dose turns out to be too high
         self.input_processor = SimpleNamespace()
         parallel = SimpleNamespace(world_size=1, data_parallel_size=1)
         self.vllm_config = SimpleNamespace(parallel_config=parallel, additional_config={})
@@ -60,14 +60,14 @@ class Engine:
         return self.lm.tokenizer
 
     async def add_request(self, request_id: str, prompt: Any, params: Any) -> Any:
-        self.given.append(params)
+        self.received.append(params)
         return params
 
     async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncIterator[Any]:
         params = await self.add_request(request_id, prompt, sampling_params)
         wire, link = wire_of(params), getattr(self, LINK)
-        parts = [one for part in (wire.parts if wire else ()) for one in identified(part, link.sent[part.digest])]
-        steering = Steering(tuple(one.edit for one in parts)) if parts else None
+        parts = [edit for part in (wire.parts if wire else ()) for edit in identified(part, link.sent[part.digest])]
+        steering = Steering(tuple(part.edit for part in parts)) if parts else None
         ask = {"max_new_tokens": params.max_tokens, "chat": prompt["chat"]}
         (answer,) = await asyncio.to_thread(self.lm.generate, prompt["messages"], steering, **ask)
         ids = prompt["prompt_token_ids"]
@@ -93,8 +93,8 @@ class Engine:
 
 
 def _output(name: str, prompt: Any, ids: Any, text: str, finish: str | None, reason: str | None = None) -> Any:
-    one = SimpleNamespace(index=0, token_ids=ids, text=text, finish_reason=finish, stop_reason=reason)
-    return SimpleNamespace(request_id=name, prompt_token_ids=prompt, outputs=[one], finished=finish is not None)
+    output = SimpleNamespace(index=0, token_ids=ids, text=text, finish_reason=finish, stop_reason=reason)
+    return SimpleNamespace(request_id=name, prompt_token_ids=prompt, outputs=[output], finished=finish is not None)
 
 
 def make_app(lm: Any, names: Names, door: Any) -> Starlette:
@@ -108,26 +108,26 @@ def make_app(lm: Any, names: Names, door: Any) -> Starlette:
         yield
 
     async def answer(request: Request) -> Response:
-        asked = await request.json()
-        chat = "messages" in asked
-        given = asked["messages"] if chat else asked.get("prompt") or asked["input"]
-        prompt = {"messages": given, "chat": None if chat else False}
-        rendered = render(lm.tokenizer, given, chat=prompt["chat"])
+        body = await request.json()
+        chat = "messages" in body
+        said = body["messages"] if chat else body.get("prompt") or body["input"]
+        prompt = {"messages": said, "chat": None if chat else False}
+        rendered = render(lm.tokenizer, said, chat=prompt["chat"])
         prompt |= {"type": "token", "prompt": rendered.text, "prompt_token_ids": list(rendered.ids)}
-        kind = SimpleNamespace(name="DELTA" if asked.get("stream") else "FINAL_ONLY")
-        extra = {**(asked.get("vllm_xargs") or {}), **({ASKED: asked[ASKED]} if ASKED in asked else {})}
-        params = SimpleNamespace(extra_args=extra, output_kind=kind, max_tokens=asked.get("max_tokens") or 5, n=1)
+        kind = SimpleNamespace(name="DELTA" if body.get("stream") else "FINAL_ONLY")
+        extra = {**(body.get("vllm_xargs") or {}), **({ASKED: body[ASKED]} if ASKED in body else {})}
+        params = SimpleNamespace(extra_args=extra, output_kind=kind, max_tokens=body.get("max_tokens") or 5, n=1)
         name = f"x-{request.headers.get('x-request-id')}"
         coming = engine.generate(prompt, sampling_params=params, request_id=name)
-        if asked.get("stream"):
-            told = _responses(coming) if "input" in asked else _chunks(coming, name)
-            return StreamingResponse(told, media_type="text/event-stream")
+        if body.get("stream"):
+            events = _responses(coming) if "input" in body else _chunks(coming, name)
+            return StreamingResponse(events, media_type="text/event-stream")
         try:
             text = "".join([output.outputs[0].text async for output in coming])
         except (Refused, Broken) as error:
             return JSONResponse(_error(error), _error(error)["error"]["code"])
         choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        return JSONResponse({"id": name, "model": asked["model"], "choices": [{"index": 0, **choice}]})
+        return JSONResponse({"id": name, "model": body["model"], "choices": [{"index": 0, **choice}]})
 
     async def plain(request: Request) -> Response:
         return JSONResponse({"here": request.url.path})
@@ -169,7 +169,7 @@ async def _chunks(coming: Any, name: str) -> AsyncIterator[str]:
 
 
 async def _responses(coming: Any) -> AsyncIterator[str]:
-    """Its first event comes before the engine is asked, as vLLM's does."""
+    """Its first event comes before the engine gets the request, as vLLM's does."""
     yield 'event: response.created\ndata: {"type": "response.created"}\n\n'
     text = "".join([output.outputs[0].text async for output in coming])
     last = {"type": "response.completed", "response": {"output": text}}

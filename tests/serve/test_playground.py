@@ -37,8 +37,8 @@ from trimtab.serve.playground.choices import (
     span_of,
 )
 from trimtab.serve.playground.colours import REJECTION, coloured, full_of, key_of, offered, read
-from trimtab.serve.playground.lessons import METHODS, Lesson, as_row, learn, lesson_of, told
-from trimtab.serve.playground.marks import found_marks
+from trimtab.serve.playground.lessons import METHODS, Lesson, as_row, learn, lesson_html, lesson_of
+from trimtab.serve.playground.marks import find_marks
 from trimtab.serve.playground.paths import is_page
 from trimtab.serve.playground.snippets import as_curl, as_python, body_of
 from trimtab.serve.playground.sweep import numbers, sweep_of, whole_numbers
@@ -125,8 +125,8 @@ class TestAnswers:
         assert steered.ids == b.token_ids
         assert steered.done is not None
         assert steered.done.applied.dose == pytest.approx(b.applied.dose, rel=0.1)
-        assert [(one.name, one.strength) for one in steered.told] == [("s0", 1.5), ("s2", 1.0)]
-        assert plain.told == ()
+        assert [(one.name, one.strength) for one in steered.steerings] == [("s0", 1.5), ("s2", 1.0)]
+        assert plain.steerings == ()
 
     def test_at_another_layer(self, service: Any, tiny_lm: Any, steerings: Path) -> None:
         from trimtab import load
@@ -137,7 +137,7 @@ class TestAnswers:
         steering = 2.0 * load(steerings / "s0.safetensors").at_layer(3)
         (answer,) = tiny_lm.generate([{"role": "user", "content": TEXT}], steering, max_new_tokens=8)
         assert moved.ids == answer.token_ids != own.ids
-        assert moved.told[0].layer == 3
+        assert moved.steerings[0].layer == 3
         with pytest.raises(Refusal, match="layers 0 to 3"):
             ask(service, (Chosen((("s0", 2.0, 9),)), True))
 
@@ -229,7 +229,7 @@ class TestPolicy:
     def test_a_key_has_its_steerings_and_its_range(self, guarded: Any) -> None:
         alice = caller(guarded, "alice")
         (side,) = ask(guarded, (Chosen((("s0", 2.0, AS_LEARNED),), max_tokens=4), True), key=alice)
-        assert [(one.name, one.always) for one in side.told] == [("s7", True), ("s0", False)]
+        assert [(one.name, one.always) for one in side.steerings] == [("s7", True), ("s0", False)]
         for name, strength, words in (("s1", 1.0, "no such steering"), ("s0", 2.5, "between 0 and 2")):
             with pytest.raises(Refusal, match=words):
                 ask(guarded, (Chosen(((name, strength, AS_LEARNED),)), True), key=alice)
@@ -305,7 +305,7 @@ class TestMoves:
         for order in permutations([(1, 0.6), (2, 0.5), (3, 0.4)]):
             talk = Talk([Turn(TEXT)])
             asyncio.run(answered(talk, *order))
-            assert [one.strength for one in talk.turns[-1].steered.told] == [0.4], order
+            assert [one.strength for one in talk.turns[-1].steered.steerings] == [0.4], order
             assert talk.number == 1, order  # and the others weren't asked
             before = talk.turns[-1].steered
             asyncio.run(answered(talk, (2, 0.5)))  # long after it
@@ -315,7 +315,7 @@ class TestMoves:
 class TestEmphasis:
     def test_phrases_are_looked_for(self, service: Any) -> None:
         prompt = prompt_of(service, Chosen(), [], TEXT)
-        there, missing = found_marks(service, prompt, ("wide and blue", "wide and red"), chat=True)
+        there, missing = find_marks(service, prompt, ("wide and blue", "wide and red"), chat=True)
         assert there.tokens > 0
         assert not there.error
         assert "'wide and red' isn't in the prompt" in missing.error
@@ -428,7 +428,7 @@ class TestLearning:
         assert lesson.loaded.steering.card.method == "caa"
         assert service.library.get(f"by-{kind}") is lesson.loaded
         (side,) = ask(service, (Chosen(((f"by-{kind}", 1.0, AS_LEARNED),), max_tokens=4), True))
-        assert side.told[0].digest == lesson.loaded.digest
+        assert side.steerings[0].digest == lesson.loaded.digest
 
     def test_the_file_to_save_is_the_steering(self, service: Any, tmp_path: Path) -> None:
         from trimtab import load
@@ -436,7 +436,7 @@ class TestLearning:
         rows = [{"prompt": f"{ask}? Shout!", "prompt_without_instruction": f"{ask}?"} for ask in ("What", "Why", "Who")]
         lesson = study(service, ANYBODY, lesson_of("loud", METHODS[0], "\n".join(map(json.dumps, rows)), ""))[-1]
         assert lesson.loaded.steering.card.method == "instruct"
-        page = told(lesson)
+        page = lesson_html(lesson)
         (data,) = re.findall(r'href="data:application/octet-stream;base64,([^"]+)"', page)
         assert 'download="loud.safetensors"' in page
         path = tmp_path / "loud.safetensors"

@@ -20,8 +20,8 @@ from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import load_steering
 from trimtab.serve.audit import Audit
 from trimtab.serve.vllm import door as module
-from trimtab.serve.vllm.asked import read
 from trimtab.serve.vllm.door import Door, check
+from trimtab.serve.vllm.request import read
 from trimtab.serve.vllm.settings import DoorSettings
 from trimtab.steering import ScaleScores, by_keys, emphasis
 from trimtab.text.spans import Part as TalkPart
@@ -55,7 +55,7 @@ class TestClosed:
         client, _ = closed
         for path in (*UNKNOWN, "/v1/chat/completions/", "/V1/completions", "/v1/load_lora_adapter", "/collective_rpc"):
             assert client.post(path, json=ASK, headers=KEY).status_code == 404, path
-        assert client.app.state.engine.given == []
+        assert client.app.state.engine.received == []
         for method, path in (("GET", "/v1/models"), ("POST", "/tokenize"), ("GET", "/metrics")):
             assert client.request(method, path, headers=KEY).status_code == 200, path
             assert client.request(method, path).status_code == 401, path
@@ -65,7 +65,7 @@ class TestClosed:
         client, log = closed
         monkeypatch.setitem(module.PASSED, "POST", UNKNOWN)
         found = client.post(UNKNOWN[0], json=ASK, headers=KEY)
-        assert (found.status_code, client.app.state.engine.given) == (400, [])
+        assert (found.status_code, client.app.state.engine.received) == (400, [])
         assert "this route isn't one that it knows" in found.text
         assert [one["event"] for one in lines(log)] == ["refused"]
 
@@ -118,7 +118,7 @@ class TestClosed:
         found = client.post(CHAT, json={**ASK, **more}, headers=KEY)
         assert found.status_code in (400, 403)
         assert words in found.json()["error"]["message"]
-        assert client.app.state.engine.given == []
+        assert client.app.state.engine.received == []
         assert lines(log)[-1]["event"] == "refused"
 
 
@@ -133,9 +133,9 @@ class TestAnswers:
             def append(self, given: Any) -> None:
                 super().append([one["event"] for one in lines(log)])
 
-        client.app.state.engine.given = Looking()
+        client.app.state.engine.received = Looking()
         assert client.post(CHAT, json={**STEERED, "stream": stream}, headers=KEY).status_code == 200
-        assert client.app.state.engine.given == [["begun"]]
+        assert client.app.state.engine.received == [["begun"]]
         assert [one["event"] for one in lines(log)] == ["begun", "ended"]
 
     def test_a_stream_tells_it_last(self, closed: Any) -> None:
@@ -229,7 +229,7 @@ class TestAnswers:
         begun, ended = lines(tmp_path / "a.jsonl")
         assert begun["emphasized_tokens"] == ended["emphasized_tokens"] == count
         assert ended["total_doses"] == [pushed.ratio]
-        assert len({wire_of(params).parts[1].digest for params in client.app.state.engine.given}) == 1
+        assert len({wire_of(params).parts[1].digest for params in client.app.state.engine.received}) == 1
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_nothing_is_answered_unaudited(self, closed: Any, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
@@ -239,7 +239,7 @@ class TestAnswers:
         for _ in range(2):
             found = client.post(CHAT, json={**ASK, "stream": stream}, headers=KEY)
             assert (found.status_code, found.json()["error"]["code"]) == (503, "unaudited")
-        assert client.app.state.engine.given == []
+        assert client.app.state.engine.received == []
         assert client.get("/readyz").status_code == 503
         assert client.get("/healthz").status_code == 200
 

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from trimtab.errors import TrimtabError
 
 LONGEST_PATH = 200
-"""Of a path that was asked for so much is kept: it is whatever a stranger sends."""
+"""So much of a requested path is kept: it is whatever a stranger sends."""
 
 
 class AccessLog:

@@ -23,7 +23,7 @@ def check_may_add(service: Service, key: Key, name: str) -> None:
     """Raises `Refusal` for a key that may not add steerings, and for a name that is taken."""
     if not key.add:
         raise Refusal(403, "your key may not add steerings")
-    if any(one.name == name for one in service.visible(key)):  # what is hidden from a key doesn't take its names
+    if any(loaded.name == name for loaded in service.visible(key)):  # what is hidden from a key doesn't take its names
         raise Refusal(400, "there is a steering of this name already; choose another", param="name")
 
 
@@ -35,19 +35,19 @@ class Learned:
     remarks: tuple[str, ...] = ()
 
 
-async def learned(service: Service, asked: LearnRequest, progress: Progress | None = None) -> Learned:
+async def learned(service: Service, request: LearnRequest, progress: Progress | None = None) -> Learned:
     """Learn from the request's pairs, between two steps of the batch. `progress` is called in the model's thread.
 
     Raises `TrimtabError` for pairs that nothing can be learned from, and `Refusal` when the server is shutting down.
     """
-    pairs = pairs_from_rows(asked.model_dump()["pairs"])
-    learn = learn_caa if asked.method == "caa" else learn_instruct
+    pairs = pairs_from_rows(request.model_dump()["pairs"])
+    learn = learn_caa if request.method == "caa" else learn_instruct
 
     def job() -> Learned:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            made = learn(service.lm, pairs, asked.layers, progress=progress)
-        return Learned(made, tuple(dict.fromkeys(str(one.message) for one in caught)))
+            made = learn(service.lm, pairs, request.layers, progress=progress)
+        return Learned(made, tuple(dict.fromkeys(str(warning.message) for warning in caught)))
 
     try:
         future = service.scheduler.run(job)
@@ -63,13 +63,13 @@ def added(service: Service, who: dict[str, str], name: str, steering: Steering, 
     Raises `Refusal` where it can't be written down, and then hasn't added it.
     """
     owner = service.owner(who["key"])
-    found = service.library.add(name, steering, source, owner)
+    loaded = service.library.add(name, steering, source, owner)
     try:
-        service.audit.write({"event": "added", **who, "added": name, "digest": found.digest, "source": source})
+        service.audit.write({"event": "added", **who, "added": name, "digest": loaded.digest, "source": source})
     except Refusal:
         service.library.remove(name, owner)
         raise
-    return found
+    return loaded
 
 
 def removed(service: Service, who: dict[str, str], key: Key, name: str) -> None:
@@ -79,10 +79,10 @@ def removed(service: Service, who: dict[str, str], key: Key, name: str) -> None:
     """
     if not key.add:
         raise Refusal(403, "your key may not add steerings, nor take any out")
-    found = next((one for one in service.visible(key) if one.name == name), None)
-    if found is None:
+    loaded = next((entry for entry in service.visible(key) if entry.name == name), None)
+    if loaded is None:
         raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
-    if found.source == "file":
+    if loaded.source == "file":
         raise Refusal(403, f"{name!r} is a file of the server's; only what was added can be deleted")
-    service.audit.write({"event": "removed", **who, "removed": name, "digest": found.digest})
-    service.library.remove(name, found.owner)
+    service.audit.write({"event": "removed", **who, "removed": name, "digest": loaded.digest})
+    service.library.remove(name, loaded.owner)

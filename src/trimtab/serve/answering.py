@@ -1,4 +1,4 @@
-"""A request's answers over time: submitted, told whole or as a stream, and let go when the client goes."""
+"""A request's answers over time: submitted, sent whole or as a stream, and let go when the client goes."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ CODES = {"dose": "dose_too_high", "timeout": "timeout", "shutdown": "shutting_do
 Queue = asyncio.Queue[tuple[int, Event]]
 
 
-async def respond(service: Service, request: Request, asked: ResponsesRequest) -> Any:
+async def respond(service: Service, request: Request, body: ResponsesRequest) -> Any:
     """The response to a request of the Responses API, which is a chat. Raises as `answer` does."""
-    tokens = TextTokens(service.lm.tokenizer) if LOGPROBS in (asked.include or ()) else None
-    wire = ResponseWire(new_response_id(), asked, tokens)
+    tokens = TextTokens(service.lm.tokenizer) if LOGPROBS in (body.include or ()) else None
+    wire = ResponseWire(new_response_id(), body, tokens)
     try:
-        return await answer(service, request, as_chat(asked), wire)
+        return await answer(service, request, as_chat(body), wire)
     except Refusal as refusal:
         raise as_responses(refusal) from None
 
 
 async def answer(
-    service: Service, request: Request, asked: ChatRequest | CompletionRequest, wire: ResponseWire | None = None
+    service: Service, request: Request, body: ChatRequest | CompletionRequest, wire: ResponseWire | None = None
 ) -> Any:
     """The response to a request. Raises `Refusal` for one that can't be answered, or whose answer failed."""
     key: Key = request.state.key
-    chat = isinstance(asked, ChatRequest)
-    request.state.asked = asked
-    prepared = await asyncio.to_thread(service.prepare, key, asked)
+    chat = isinstance(body, ChatRequest)
+    request.state.parsed = body
+    prepared = await asyncio.to_thread(service.prepare, key, body)
     name = new_id(chat) if wire is None else wire.id
     who = {"request": request.state.request_id, "key": key.name, "route": request.url.path}
-    record = Record(service, who, asked, prepared, name)
+    record = Record(service, who, body, prepared, name)
     loop = asyncio.get_running_loop()
     queue: Queue = asyncio.Queue()
 
     def deliver(index: int) -> Callable[[Event], None]:
-        def told(event: Event) -> None:
+        def put(event: Event) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server is gone
                 loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
-        return told
+        return put
 
     for i, task in enumerate(prepared.tasks):
         task.deliver = record.heard(i, deliver(i))
@@ -74,10 +74,12 @@ async def answer(
         record.drop("shutting_down")
         raise Refusal(503, str(draining), code="shutting_down", retry=5) from None
     task = prepared.tasks[0]
-    told = wire or Wire(name, asked.model, chat, task.alternatives is not None, service.lm.tokenizer, task.monitors)
+    answer_wire = wire or Wire(
+        name, body.model, chat, task.alternatives is not None, service.lm.tokenizer, task.monitors
+    )
     answers = [Collected(reading=prepared.shape.reading() if chat else None) for _ in prepared.tasks]
-    run = _Run(service, request, asked, prepared, told, answers, queue, record)
-    if asked.stream:
+    run = _Run(service, request, body, prepared, answer_wire, answers, queue, record)
+    if body.stream:
         first = await run.first()
         return StreamingResponse(
             run.stream(first), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
@@ -92,7 +94,7 @@ class _Run:
         self,
         service: Service,
         request: Request,
-        asked: ChatRequest | CompletionRequest,
+        body: ChatRequest | CompletionRequest,
         prepared: Prepared,
         wire: Wire | ResponseWire,
         answers: list[Collected],
@@ -101,7 +103,7 @@ class _Run:
     ) -> None:
         self.service = service
         self.request = request
-        self.asked = asked
+        self.body = body
         self.prepared = prepared
         self.wire = wire
         self.answers = answers
@@ -121,7 +123,7 @@ class _Run:
                     coming.cancel()
                     raise Refusal(499, "the client went away")
                 self._take(*coming.result())
-            self._close("done")  # first: what can't be written down isn't told
+            self._close("done")  # first: what can't be written down isn't sent
             return Json(self.wire.whole(self.prepared, self.answers))
         except Refusal as refusal:
             outcome = refusal.code or str(refusal.status)
@@ -140,12 +142,12 @@ class _Run:
             await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not coming.done():
                 raise Refusal(499, "the client went away")
-            index, told = coming.result()
-            if isinstance(told, Failed):
-                outcome = told.kind
-                raise _refusal(told)
+            index, event = coming.result()
+            if isinstance(event, Failed):
+                outcome = event.kind
+                raise _refusal(event)
             outcome = None
-            return index, told
+            return index, event
         finally:
             coming.cancel()
             leaving.cancel()
@@ -162,12 +164,12 @@ class _Run:
                     yield self.wire.encode(chunk)
             coming = first
             while True:
-                index, told = coming
+                index, event = coming
                 answer = self.answers[index]
                 before = len(answer.text)
-                said = self._take(index, told)
-                if isinstance(told, Piece):
-                    chunks = self.wire.piece(index, told, said, before)
+                said = self._take(index, event)
+                if isinstance(event, Piece):
+                    chunks = self.wire.piece(index, event, said, before)
                 else:
                     chunks = self.wire.ending(index, answer, said)
                 for chunk in chunks:
@@ -175,7 +177,7 @@ class _Run:
                 if self._complete:
                     break
                 coming = await self.queue.get()
-            usage = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
+            usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
             yield self.wire.encode(self.wire.last(self.prepared, self.answers, usage))
             self._close("done")
             yield self.wire.end
@@ -192,14 +194,14 @@ class _Run:
     def _complete(self) -> bool:
         return all(answer.done for answer in self.answers)
 
-    def _take(self, index: int, told: Event) -> list[Part]:
-        if isinstance(told, Failed):
-            raise _refusal(told)
+    def _take(self, index: int, event: Event) -> list[Part]:
+        if isinstance(event, Failed):
+            raise _refusal(event)
         if not self._began:
             self._began = True
             loop = asyncio.get_running_loop()
             self.service.metrics.first.observe(loop.time() - self.started)
-        return self.answers[index].take(told)
+        return self.answers[index].take(event)
 
     @property
     def started(self) -> float:

@@ -241,8 +241,8 @@ def _completions(app: FastAPI, service: Service) -> None:
         response_model=ChatCompletion,
         responses={**answers, 200: {"content": STREAM, "description": "The answer; with `stream`, in events."}},
     )
-    async def chat(request: Request, asked: ChatRequest) -> Any:
-        return await answer(service, request, asked)
+    async def chat(request: Request, body: ChatRequest) -> Any:
+        return await answer(service, request, body)
 
     @app.post(
         "/v1/completions",
@@ -251,8 +251,8 @@ def _completions(app: FastAPI, service: Service) -> None:
         response_model=Completion,
         responses={**answers, 200: {"content": STREAM, "description": "The answer; with `stream`, in events."}},
     )
-    async def complete(request: Request, asked: CompletionRequest) -> Any:
-        return await answer(service, request, asked)
+    async def complete(request: Request, body: CompletionRequest) -> Any:
+        return await answer(service, request, body)
 
     @app.get("/v1/monitors", tags=["completions"], summary="The monitors", responses={401: ERRORS[401]})
     async def monitors() -> MonitorList:
@@ -265,8 +265,8 @@ def _completions(app: FastAPI, service: Service) -> None:
         response_model=ResponseTold,
         responses={**answers, 200: {"content": STREAM, "description": "The answer; with `stream`, in events."}},
     )
-    async def responses(request: Request, asked: ResponsesRequest) -> Any:
-        return await respond_to(service, request, asked)
+    async def responses(request: Request, body: ResponsesRequest) -> Any:
+        return await respond_to(service, request, body)
 
     @app.get("/v1/models", tags=["completions"], summary="The model", responses={401: ERRORS[401]})
     async def models() -> ModelList:
@@ -292,7 +292,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
     @app.get("/v1/steerings", tags=["steerings"], summary="The steerings you may use", responses={401: ERRORS[401]})
     async def steerings(request: Request) -> SteeringList:
         key: Key = request.state.key
-        return SteeringList(data=[described(service.policy, key, one) for one in service.visible(key)])
+        return SteeringList(data=[described(service.policy, key, loaded) for loaded in service.visible(key)])
 
     @app.get(
         "/v1/steerings/{name}",
@@ -302,9 +302,9 @@ def _steerings(app: FastAPI, service: Service) -> None:
     )
     async def steering(request: Request, name: str) -> SteeringTold:
         key: Key = request.state.key
-        for one in service.visible(key):
-            if one.name == name:
-                return described(service.policy, key, one)
+        for loaded in service.visible(key):
+            if loaded.name == name:
+                return described(service.policy, key, loaded)
         raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
 
     if service.learn:
@@ -317,11 +317,11 @@ def _steerings(app: FastAPI, service: Service) -> None:
             status_code=201,
             responses=ERRORS,
         )
-        async def learn(request: Request, asked: LearnRequest) -> SteeringTold:
+        async def learn(request: Request, body: LearnRequest) -> SteeringTold:
             key: Key = request.state.key
-            check_may_add(service, key, asked.name)
-            made = await learned(service, asked)
-            return described(service.policy, key, added(service, _who(request), asked.name, made.steering, "learned"))
+            check_may_add(service, key, body.name)
+            made = await learned(service, body)
+            return described(service.policy, key, added(service, _who(request), body.name, made.steering, "learned"))
 
         @app.post(
             "/v1/steerings/make",
@@ -341,8 +341,8 @@ def _steerings(app: FastAPI, service: Service) -> None:
                 201: {"description": "It was made and added."},
             },
         )
-        async def make(request: Request, asked: MakeRequest) -> Any:
-            return await respond(service, request, _who(request), asked)
+        async def make(request: Request, body: MakeRequest) -> Any:
+            return await respond(service, request, _who(request), body)
 
     if service.upload:
 

@@ -91,7 +91,7 @@ class Audit:
         return self._file is not None
 
     def write(self, entry: dict[str, Any], prompt: Any = None) -> None:
-        """One line, with the time; the prompt only where asked for.
+        """One line, with the time; the prompt only where requested.
 
         Raises `Refusal`, with status 503, when it can't be written.
         """

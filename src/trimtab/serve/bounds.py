@@ -63,10 +63,10 @@ def check_bounds(steering: Steering) -> None:
 
 def size_of(steering: Steering) -> int:
     """How many bytes its tensors hold."""
-    found = {
+    sizes = {
         id(t): t.numel() * t.element_size() for edit in steering.edits for t in tensors((edit.operation, edit.gate))
     }
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -77,8 +77,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
         for inner in value:
             yield from tensors(inner)
     elif is_dataclass(value):
-        for one in fields(value):
-            yield from tensors(getattr(value, one.name))
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))
 
 
 def _tests(gate: Gate, depth: int) -> Iterator[Threshold]:
@@ -96,8 +96,8 @@ def _tests(gate: Gate, depth: int) -> Iterator[Threshold]:
 def _nesting(header: bytes) -> int:
     """How deep the header's own JSON is, and that of the text in it that says what the edits are."""
     try:
-        given = json.loads(header)
-        inside = given.get("__metadata__", {}).get("trimtab", "") if isinstance(given, dict) else ""
+        parsed = json.loads(header)
+        inside = parsed.get("__metadata__", {}).get("trimtab", "") if isinstance(parsed, dict) else ""
     except (ValueError, RecursionError, AttributeError):
         return 0  # who reads the file says so
     text, depth, deepest, quoted, escaped = str(inside), 0, 0, False, False

@@ -38,25 +38,27 @@ class Choosing:
     def visible(self, key: Key, known: Sequence[Loaded]) -> list[Loaded]:
         """Of these steerings those that a caller may name, and those that are always on."""
         always = {name for name, _ in self.policy.always}
-        return [one for one in known if _allowed(key, one) or (one.name in always and one.source == "file")]
+        return [
+            loaded for loaded in known if _allowed(key, loaded) or (loaded.name in always and loaded.source == "file")
+        ]
 
     def chosen(
-        self, key: Key, asked: Sequence[SteeringChoice], structured: Structured | None = None
+        self, key: Key, choices: Sequence[SteeringChoice], structured: Structured | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
-        """What is always on, and what a request asks for: as it is told, and as one steering.
+        """What is always on, and what a request asks for: as a list, and as one steering.
 
         What is asked for doesn't act in the `structured` part of the answer, unless it says where it acts.
         Raises `Refusal` for what isn't there or isn't allowed.
         """
         always = dict(self.policy.always)
-        told, total = [], None
+        steerings, total = [], None
         pushes: dict[str, tuple[float, float]] = {}  # by digest, as one steering may have several names
         for name, strength in self.policy.always:
             loaded = self.find(name, None)
             assert loaded is not None  # checked at the start
-            told.append(AppliedSteering(name=name, digest=loaded.digest, strength=strength, always=True))
+            steerings.append(AppliedSteering(name=name, digest=loaded.digest, strength=strength, always=True))
             total = strength * loaded.steering if total is None else total + strength * loaded.steering
-        for i, choice in enumerate(asked):
+        for i, choice in enumerate(choices):
             where = f"steering.{i}"
             if choice.name in always:
                 raise Refusal(403, f"the steering {choice.name!r} is always on; a request can't change it", param=where)
@@ -68,7 +70,7 @@ class Choosing:
             )
             spared = structured if choice.positions is None else None
             placed, lost = self.apart(self._placed(loaded, choice, spared, where), where)
-            told.append(
+            steerings.append(
                 AppliedSteering(
                     name=choice.name,
                     digest=loaded.digest,
@@ -79,9 +81,9 @@ class Choosing:
                     unsteered=None if spared is None else spared.part,
                 )
             )
-            one = choice.strength * placed
-            total = one if total is None else total + one
-        return told, total
+            scaled = choice.strength * placed
+            total = scaled if total is None else total + scaled
+        return steerings, total
 
     def apart(self, steering: Steering, param: str) -> tuple[Steering, float]:
         """The steering without what it has along what is always on, and how much that was. Raises `Refusal`."""
@@ -93,8 +95,8 @@ class Choosing:
     @cached_property
     def protected(self) -> Protected:
         """What is always on; it doesn't change while the server runs."""
-        found = [(name, self.find(name, None)) for name, strength in self.policy.always if strength]
-        return protected([(name, one.steering) for name, one in found if one is not None])
+        always_on = [(name, self.find(name, None)) for name, strength in self.policy.always if strength]
+        return protected([(name, loaded.steering) for name, loaded in always_on if loaded is not None])
 
     def _pushed(self, key: Key, before: tuple[float, float], choice: SteeringChoice, param: str) -> tuple[float, float]:
         """What one steering's strengths in a request add up to: those below zero, and those above.

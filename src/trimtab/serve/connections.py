@@ -1,17 +1,17 @@
 """Connections, before there is a request: how many there are, how long a head may take, and who doesn't read.
 
 uvicorn waits for the head of a request, and for a client to read its response, as long as they like. Here a head has
-`HEAD_SECONDS`, from the connection's or its own first byte on, and is told so when they are over; a client that takes
-nothing of its response for `READ_SECONDS` is gone. Of uvicorn's two parsers it is always h11, which bounds a head's
-size as well, to 16 KiB.
+`HEAD_SECONDS`, from the connection's or its own first byte on, and gets an error when they are over; a client that
+takes nothing of its response for `READ_SECONDS` is gone. Of uvicorn's two parsers it is always h11, which bounds a
+head's size as well, to 16 KiB.
 
 A connection on which a request was answered is kept for the next one, longer than clients and proxies keep theirs: the
 side that closes first should be the one that asks. Closed from here, a connection may be gone when the next request is
 on its way already, and its client hears nothing. Where there are as many connections as there may be, the one that
-nothing was asked on for longest makes room; where none has been idle for a while, one more is told that the server is
+has had no request for longest makes room; where none has been idle for a while, one more is answered that the server is
 busy.
 
-What isn't HTTP is told so in the API's own form, and leaves few lines in the log. There is nothing to upgrade to: who
+What isn't HTTP is answered in the API's own form, and leaves few lines in the log. There is nothing to upgrade to: who
 asks for that is answered in HTTP/1.1.
 """
 
@@ -53,7 +53,7 @@ def protocol(most: int) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            held = [one for one in self.connections if not one.transport.is_closing()]
+            held = [connection for connection in self.connections if not connection.transport.is_closing()]
             if len(held) > most and not _made_room(held, self.loop.time()):
                 self._excess = True
                 transport.write(_raw(BUSY, "Service Unavailable"))
@@ -82,7 +82,7 @@ def protocol(most: int) -> type[asyncio.Protocol]:
 
         @property
         def idle_since(self) -> float | None:
-            """Since when nothing is asked, or being asked, on it; `None` where something is."""
+            """Since when no request is on it, or on its way; `None` where something is."""
             waiting = self.timeout_keep_alive_task or (None if self._begun else self._head)
             return None if waiting is None else waiting.when() - KEEP_SECONDS
 
@@ -92,7 +92,7 @@ def protocol(most: int) -> type[asyncio.Protocol]:
             if cycle is not None and not cycle.response_complete:
                 self._stop_head()
                 return
-            # the rest of a body that nobody wanted may end while its answer is long told: then nothing has begun
+            # the rest of a body that nobody wanted may end long after its answer was sent: then nothing has begun
             begun = cycle is None or self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
             if self._head is None or begun > self._begun:
                 self._stop_head()
@@ -129,8 +129,8 @@ def protocol(most: int) -> type[asyncio.Protocol]:
 
 def _made_room(held: Iterable[Any], now: float) -> bool:
     """Close the connection that has been idle for longest, if any has for a while."""
-    idle = [(one.idle_since, one) for one in held if one.idle_since is not None]
-    since, longest = min(idle, key=lambda one: one[0], default=(now, None))
+    idle = [(connection.idle_since, connection) for connection in held if connection.idle_since is not None]
+    since, longest = min(idle, key=lambda pair: pair[0], default=(now, None))
     if longest is None or now - since < IDLE_SECONDS:
         return False
     longest.transport.close()
@@ -138,7 +138,7 @@ def _made_room(held: Iterable[Any], now: float) -> bool:
 
 
 def room_for(wanted: int) -> int:
-    """How many of so many connections the process may open files for, having asked the system for as many as it can."""
+    """How many of so many connections the process may open files for, after raising its limit as far as it can."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + SPARE
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -157,7 +157,7 @@ LATE = Refusal(408, f"the head of the request took longer than {HEAD_SECONDS:g} 
 
 
 def _raw(refusal: Refusal, reason: str) -> bytes:
-    """A refusal on a connection on which nothing was asked yet; it is closed then."""
+    """A refusal on a connection on which there was no request yet; it is closed then."""
     body = bytes(refusal.response.body)
     head = [f"HTTP/1.1 {refusal.status} {reason}", "content-type: application/json", f"content-length: {len(body)}"]
     head += ["connection: close"] + ([] if refusal.retry is None else [f"retry-after: {refusal.retry}"])

@@ -9,15 +9,15 @@ from trimtab.serve.policy import Key, Policy
 from trimtab.serve.schema_steerings import SteeringTold
 
 
-def described(policy: Policy, key: Key, one: Loaded) -> SteeringTold:
+def described(policy: Policy, key: Key, loaded: Loaded) -> SteeringTold:
     """What it is and where it comes from, and how strong this caller may ask for it."""
     return SteeringTold(
-        name=one.name,
-        digest=one.digest,
-        source=one.source,  # type: ignore[arg-type]
-        layers=list(one.steering.layers),
-        edits=[str(edit) for edit in one.steering.edits[:64]],
+        name=loaded.name,
+        digest=loaded.digest,
+        source=loaded.source,  # type: ignore[arg-type]
+        layers=list(loaded.steering.layers),
+        edits=[str(edit) for edit in loaded.steering.edits[:64]],
         strength=list(policy.range_of(key)),
-        always=one.name in {name for name, _ in policy.always},
-        card=asdict(one.steering.card),
+        always=loaded.name in {name for name, _ in policy.always},
+        card=asdict(loaded.steering.card),
     )

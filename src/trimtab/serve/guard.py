@@ -113,7 +113,7 @@ class Guard:
 
         held = 0
         # what has GET has HEAD too: the server leaves the body out
-        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" and not page else scope
+        routed = {**scope, "method": "GET"} if scope["method"] == "HEAD" and not page else scope
         try:
             try:
                 if two_lengths:  # a proxy before this server may have read the other one
@@ -128,11 +128,11 @@ class Guard:
                 state["refused"] = refusal.without_frames()
                 await refusal.response(scope, receive, out)
                 return
-            inside = given(body, receive)
+            inside = with_body(body, receive)
             if page and self.page is not None:
                 await self._to_page(self.page, scope, inside, out)
             else:
-                await self.app(asked, inside, out)
+                await self.app(routed, inside, out)
         finally:
             self.bodies.let_go(held)
             if (record := state.get("record")) is not None:
@@ -140,7 +140,7 @@ class Guard:
                     record.end("cancelled")  # if nothing else has: the client may go before a stream begins
             elif status >= 400:
                 self._write_down(scope, state, status)
-            route = "playground" if page else getattr(asked.get("route"), "path", "other")
+            route = "playground" if page else getattr(routed.get("route"), "path", "other")
             self.service.count(route, status, time.perf_counter() - began)
             if self.service.access is not None:
                 self.service.access.write(scope, state, status, time.perf_counter() - began)
@@ -166,8 +166,8 @@ class Guard:
             raise unaudited()
 
     def _caller(self, headers: dict[bytes, bytes]) -> Key | None:
-        given = headers.get(b"authorization", b"").decode("latin-1")
-        kind, _, secret = given.partition(" ")
+        header = headers.get(b"authorization", b"").decode("latin-1")
+        kind, _, secret = header.partition(" ")
         return self.service.policy.caller(secret.strip() if kind.lower() == "bearer" else None)
 
     async def _to_page(self, page: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -198,9 +198,9 @@ class Guard:
             if left_out is None:
                 return
             who |= {"left_out": left_out} if left_out else {}
-        given = state.get("refused")
-        refusal = given if isinstance(given, Refusal) else Refusal(status, "")
-        refused(self.service.audit, who, key, refusal, state.get("asked"))
+        stored = state.get("refused")
+        refusal = stored if isinstance(stored, Refusal) else Refusal(status, "")
+        refused(self.service.audit, who, key, refusal, state.get("parsed"))
 
 
 def new_request_id() -> str:
@@ -212,7 +212,7 @@ async def _plainly(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> 
     await app(scope, receive, send)
 
 
-def given(body: bytes, receive: Receive) -> Receive:
+def with_body(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body at once, and afterwards tells when the client goes."""
     left: list[bytes] = [body]
 

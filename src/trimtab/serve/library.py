@@ -48,7 +48,7 @@ class Library:
     def __init__(self, lm: LM, loaded: Sequence[Loaded] = ()) -> None:
         self.lm = lm
         self._lock = threading.Lock()
-        self._loaded = {(one.owner, one.name): one for one in loaded}
+        self._loaded = {(entry.owner, entry.name): entry for entry in loaded}
 
     @property
     def names(self) -> list[str]:
@@ -62,9 +62,9 @@ class Library:
     def of(self, owner: str | None) -> list[Loaded]:
         """What is everybody's, and this owner's own, by name."""
         loaded = self._loaded.values()
-        found = {one.name: one for one in loaded if one.owner is None}
-        found |= {one.name: one for one in loaded if one.owner == owner}
-        return [found[name] for name in sorted(found)]
+        by_name = {entry.name: entry for entry in loaded if entry.owner is None}
+        by_name |= {entry.name: entry for entry in loaded if entry.owner == owner}
+        return [by_name[name] for name in sorted(by_name)]
 
     def add(self, name: str, steering: Steering, source: str, owner: str | None = None) -> Loaded:
         """One more.
@@ -80,26 +80,26 @@ class Library:
         self.lm.check(steering)
         if not steering.edits:
             raise TrimtabError("the steering has no edits")
-        found = Loaded(name, steering, steering_digest(steering), source, owner)
+        entry = Loaded(name, steering, steering_digest(steering), source, owner)
         with self._lock:
             if (owner, name) in self._loaded:
                 raise TrimtabError(f"there is a steering {name!r} already; choose another name")
-            added = [one for one in self._loaded.values() if one.source != "file"]
-            if len(added) >= MOST_ADDED or sum(one.owner == owner for one in added) >= self._most_of(owner):
+            added = [other for other in self._loaded.values() if other.source != "file"]
+            if len(added) >= MOST_ADDED or sum(other.owner == owner for other in added) >= self._most_of(owner):
                 raise TrimtabError("as many steerings were added as the server keeps; delete one that isn't needed")
-            if sum(size_of(one.steering) for one in added) + size_of(steering) > MOST_BYTES:
+            if sum(size_of(other.steering) for other in added) + size_of(steering) > MOST_BYTES:
                 raise TrimtabError(f"steerings that are added hold {MOST_BYTES >> 20} MiB at most; delete one")
-            self._loaded = {**self._loaded, (owner, name): found}
-        return found
+            self._loaded = {**self._loaded, (owner, name): entry}
+        return entry
 
     def remove(self, name: str, owner: str | None = None) -> Loaded | None:
         """Take out what the owner added under this name; `None` where there is none. Files stay."""
         with self._lock:
-            found = self._loaded.get((owner, name))
-            if found is None or found.source == "file":
+            entry = self._loaded.get((owner, name))
+            if entry is None or entry.source == "file":
                 return None
-            self._loaded = {at: one for at, one in self._loaded.items() if at != (owner, name)}
-            return found
+            self._loaded = {at: other for at, other in self._loaded.items() if at != (owner, name)}
+            return entry
 
     def replace_files(self, other: Library) -> tuple[list[str], list[str], list[str]]:
         """Take the files of another library for this one's, all at once. What runs keeps what it has.
@@ -109,11 +109,11 @@ class Library:
         """
         with self._lock:
             before = {
-                name: one for (owner, name), one in self._loaded.items() if one.source == "file" and owner is None
+                name: entry for (owner, name), entry in self._loaded.items() if entry.source == "file" and owner is None
             }
-            after = {name: one for (owner, name), one in other._loaded.items() if owner is None}
-            kept = {at: one for at, one in self._loaded.items() if one.source != "file"}
-            self._loaded = {**{(None, name): one for name, one in after.items()}, **kept}
+            after = {name: entry for (owner, name), entry in other._loaded.items() if owner is None}
+            kept = {at: entry for at, entry in self._loaded.items() if entry.source != "file"}
+            self._loaded = {**{(None, name): entry for name, entry in after.items()}, **kept}
         changed = [name for name in after.keys() & before.keys() if after[name].digest != before[name].digest]
         return sorted(after.keys() - before.keys()), sorted(changed), sorted(before.keys() - after.keys())
 

@@ -25,16 +25,16 @@ log: logging.Logger = logging.getLogger("trimtab")
 Steps = AsyncGenerator[Step | Finished, None]
 
 
-async def respond(service: Service, request: Request, who: dict[str, str], asked: MakeRequest) -> Any:
+async def respond(service: Service, request: Request, who: dict[str, str], body: MakeRequest) -> Any:
     """The response: status 201 where a steering was added, 200 where the verdict is none, and for a stream.
 
     Raises `Refusal` and `TrimtabError` as `making` does; when the client goes, the making is let go.
     """
     key: Key = request.state.key
-    steps = making(service, key, who, asked)
+    steps = making(service, key, who, body)
     first = await anext(steps)  # whatever is wrong with the request is raised here, with a status of its own
-    if asked.stream:
-        events = _events(service, key, asked.name, first, steps)
+    if body.stream:
+        events = _events(service, key, body.name, first, steps)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     last = asyncio.ensure_future(_last(steps))
     leaving = asyncio.ensure_future(_gone(request))
@@ -46,7 +46,7 @@ async def respond(service: Service, request: Request, who: dict[str, str], asked
     finally:
         leaving.cancel()
         last.cancel()
-    return Json(_told(service, key, asked.name, finished).model_dump(), 200 if finished.loaded is None else 201)
+    return Json(_response(service, key, body.name, finished).model_dump(), 200 if finished.loaded is None else 201)
 
 
 async def _last(steps: Steps) -> Finished:
@@ -54,7 +54,7 @@ async def _last(steps: Steps) -> Finished:
         async for step in steps:
             if isinstance(step, Finished):
                 return step
-    raise AssertionError("what is made is told at the end")
+    raise AssertionError("the last step says what was made")
 
 
 async def _events(service: Service, key: Key, name: str, first: Step | Finished, steps: Steps) -> AsyncIterator[bytes]:
@@ -76,11 +76,11 @@ async def _events(service: Service, key: Key, name: str, first: Step | Finished,
 
 def _event(service: Service, key: Key, name: str, step: Step | Finished) -> dict[str, Any]:
     if isinstance(step, Finished):
-        return _told(service, key, name, step).model_dump()
+        return _response(service, key, name, step).model_dump()
     return {"object": "steering.making", **vars(step)}
 
 
-def _told(service: Service, key: Key, name: str, finished: Finished) -> MadeTold:
+def _response(service: Service, key: Key, name: str, finished: Finished) -> MadeTold:
     made, loaded = finished.made, finished.loaded
     return MadeTold(
         name=name,
@@ -89,7 +89,7 @@ def _told(service: Service, key: Key, name: str, finished: Finished) -> MadeTold
         source=made.source,
         chosen=made.name,
         verdict=VerdictTold(**made.verdict.as_measured(), why_not=made.verdict.why_not, lines=made.verdict.lines()),
-        examples=[ExampleTold(**vars(one)) for one in finished.examples],
+        examples=[ExampleTold(**vars(example)) for example in finished.examples],
         steering=None if loaded is None else described(service.policy, key, loaded),
     )
 

@@ -30,7 +30,7 @@ AGAIN = 60
 class Step:
     """How far it has come: `stage` is number `number` of `STAGES`, from 1; 0 while it waits for the model.
 
-    `done` of `total` is how far the stage is, and `said` what was found on the way, in words.
+    `done` of `total` is how far the stage is, and `said` what is known so far, in words.
     """
 
     stage: str = "waiting for the model"
@@ -49,34 +49,36 @@ class Finished:
     examples: tuple[Example, ...]
 
 
-def wish_of(asked: MakeRequest) -> Idea | list[Pair]:
-    """What is wanted: an idea with as many questions as are to be asked, or pairs.
+def wish_of(request: MakeRequest) -> Idea | list[Pair]:
+    """What is wanted: an idea with as many questions as are wanted, or pairs.
 
     Raises:
         Refusal: Neither a sentence nor a persona nor pairs, or two of them.
         TrimtabError: A text without a word, `like` and `unlike` the same, or pairs that can't be read.
     """
-    if sum(one is not None for one in (asked.idea, asked.like, asked.pairs)) != 1:
+    if sum(part is not None for part in (request.idea, request.like, request.pairs)) != 1:
         raise Refusal(
             400,
             'describe what you want: idea, such as "be blunt, not flattering", or like, such as "a pirate", or pairs',
             param="idea",
         )
-    if asked.unlike is not None and asked.like is None:
+    if request.unlike is not None and request.like is None:
         raise Refusal(400, 'unlike goes with like; in an idea the opposite follows after "not"', param="unlike")
-    if asked.pairs is not None:
-        if "questions" in asked.model_fields_set:
+    if request.pairs is not None:
+        if "questions" in request.model_fields_set:
             raise Refusal(400, "pairs bring their own questions; leave questions out", param="questions")
-        return pairs_from_rows(asked.model_dump()["pairs"])
+        return pairs_from_rows(request.model_dump()["pairs"])
     wanted = (
-        idea_from_sentence(asked.idea) if asked.idea is not None else idea_from_contrast(asked.like or "", asked.unlike)
+        idea_from_sentence(request.idea)
+        if request.idea is not None
+        else idea_from_contrast(request.like or "", request.unlike)
     )
-    half = asked.questions // 2
-    return replace(wanted, learn=wanted.learn[:half], test=wanted.test[: asked.questions - half])
+    half = request.questions // 2
+    return replace(wanted, learn=wanted.learn[:half], test=wanted.test[: request.questions - half])
 
 
 async def making(
-    service: Service, key: Key, who: dict[str, str], asked: MakeRequest
+    service: Service, key: Key, who: dict[str, str], request: MakeRequest
 ) -> AsyncGenerator[Step | Finished, None]:
     """Make it: how far it has come, again and again, and at last what was made, which the server has if it holds.
 
@@ -86,14 +88,14 @@ async def making(
         service: The server.
         key: Whose request it is.
         who: The request's id, its key's name and the route, for the audit log.
-        asked: What is wanted.
+        request: What is wanted.
 
     Raises:
         Refusal: Not for this key, the name is taken, another one is being made, or the server is shutting down.
         TrimtabError: The model's answers for and against the idea barely differ.
     """
-    check_may_add(service, key, asked.name)
-    wanted, tokens = wish_of(asked), _tokens(service, asked)
+    check_may_add(service, key, request.name)
+    wanted, tokens = wish_of(request), _tokens(service, request)
     if not service.making.acquire(blocking=False):
         raise Refusal(429, "another steering is being made; ask again when it is done", retry=AGAIN)
     loop = asyncio.get_running_loop()
@@ -115,13 +117,13 @@ async def making(
     def job() -> Made:
         how: dict[str, Any] = {
             "tokens": tokens,
-            "distill": asked.distill,
+            "distill": request.distill,
             "stage": lambda what, done, total: tell(Step(what, STAGES.index(what) + 1, done, total, last.said)),
             "say": lambda words: tell(replace(last, said=words)),
         }
         if isinstance(wanted, Idea):
             return make(service.lm, wanted, **how)
-        return make_from_pairs(service.lm, wanted, name=asked.name, **how)
+        return make_from_pairs(service.lm, wanted, name=request.name, **how)
 
     try:
         future = service.scheduler.run(job)
@@ -138,8 +140,8 @@ async def making(
             yield step
         outcome = "failed"
         made = await coming
-        outcome = "added" if made.verdict.holds or asked.keep else "none"
-        loaded = added(service, who, asked.name, made.steering, "made") if outcome == "added" else None
+        outcome = "added" if made.verdict.holds or request.keep else "none"
+        loaded = added(service, who, request.name, made.steering, "made") if outcome == "added" else None
         yield Finished(made, loaded, made.examples[:SHOWN] if _may_show(service, key) else ())
     except Draining as draining:
         outcome = "shutdown"
@@ -147,20 +149,20 @@ async def making(
     finally:
         gone.set()
         coming.cancel()  # if it hasn't begun, it never will
-        _write_down(service, who, asked, made, outcome)
+        _write_down(service, who, request, made, outcome)
 
 
 class _NobodyWaits(Exception):
     """The request is gone."""
 
 
-def _tokens(service: Service, asked: MakeRequest) -> int:
+def _tokens(service: Service, request: MakeRequest) -> int:
     most = service.limits.max_tokens
-    if asked.tokens is None:
+    if request.tokens is None:
         return min(TOKENS, most)
-    if asked.tokens > most:
+    if request.tokens > most:
         raise Refusal(400, f"tokens is {most} at most on this server", param="tokens")
-    return asked.tokens
+    return request.tokens
 
 
 def _may_show(service: Service, key: Key) -> bool:
@@ -169,12 +171,12 @@ def _may_show(service: Service, key: Key) -> bool:
     return not service.policy.always and service.policy.dose_of(key) is None and low <= 1 <= high
 
 
-def _write_down(service: Service, who: dict[str, str], asked: MakeRequest, made: Made | None, outcome: str) -> None:
-    found = {}
+def _write_down(service: Service, who: dict[str, str], request: MakeRequest, made: Made | None, outcome: str) -> None:
+    verdict = {}
     if made is not None:
         what = "gain" if made.verdict.share is None else "share_of_prompt"
-        found = {"holds": made.verdict.holds, what: made.verdict.effect}
-    idea = {key: value for key in ("idea", "like", "unlike") if (value := getattr(asked, key)) is not None}
-    if asked.pairs is not None:
-        idea["pairs"] = len(asked.pairs)
-    service.audit.write({"event": "made", **who, "made": asked.name, **found, "outcome": outcome}, prompt=idea)
+        verdict = {"holds": made.verdict.holds, what: made.verdict.effect}
+    idea = {key: value for key in ("idea", "like", "unlike") if (value := getattr(request, key)) is not None}
+    if request.pairs is not None:
+        idea["pairs"] = len(request.pairs)
+    service.audit.write({"event": "made", **who, "made": request.name, **verdict, "outcome": outcome}, prompt=idea)

@@ -56,12 +56,12 @@ class Metrics:
 
     def finished(self, event: Event, task: Task) -> None:
         """An answer has ended."""
-        for one in task.monitors:
-            read = (event.monitors or {}).get(one.name) if isinstance(event, (Done, Failed)) else None
+        for monitor in task.monitors:
+            read = (event.monitors or {}).get(monitor.name) if isinstance(event, (Done, Failed)) else None
             for value in read.values if read is not None else ():
-                (self.probability if one.is_probability else self.projection).labels(one.name).observe(value)
+                (self.probability if monitor.is_probability else self.projection).labels(monitor.name).observe(value)
             if read is not None and read.fired is not None:
-                self.fired.labels(one.name, one.action).inc()
+                self.fired.labels(monitor.name, monitor.action).inc()
         if isinstance(event, Failed):
             self.answers.labels(event.kind).inc()
         if not isinstance(event, Done):

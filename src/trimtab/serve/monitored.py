@@ -73,56 +73,62 @@ class MonitorList(BaseModel):
 Choices = Annotated[list[Annotated[str, Field(max_length=64)] | MonitorChoice], Field(fail_fast=True)]
 
 
-def read_monitors(lm: LM, given: Sequence[str]) -> dict[str, Monitor]:
+def read_monitors(lm: LM, texts: Sequence[str]) -> dict[str, Monitor]:
     """The monitors of `--monitor NAME=FILE[@LAYER]`. Raises `TrimtabError` for what can't be read, or doesn't fit."""
     import re
 
     from trimtab.engines.transformers.monitoring import check_watched
 
-    found: dict[str, Monitor] = {}
-    for text in given:
+    monitors: dict[str, Monitor] = {}
+    for text in texts:
         name, equals, where = text.partition("=")
         if not equals or not re.fullmatch(NAME, name):
             raise TrimtabError(f"--monitor {text!r}: write NAME=FILE or NAME=FILE@LAYER, such as harm=harm.safetensors")
-        if name in found:
+        if name in monitors:
             raise TrimtabError(f"--monitor {name} is given twice; names differ")
         steering = parse_pick(where, "--monitor").load()
         lm.check(steering)
-        found[name] = Monitor.of(name, steering)
-        check_watched([found[name]], None, lm.layout)
-    return found
+        monitors[name] = Monitor.of(name, steering)
+        check_watched([monitors[name]], None, lm.layout)
+    return monitors
 
 
 def always_of(service: Service) -> tuple[Monitor, ...]:
     """The monitors that the policy puts on every answer. Raises `TrimtabError` for what isn't there."""
-    found = []
-    for one in service.policy.monitors:
-        base = service.monitors.get(one.name)
+    monitors = []
+    for watching in service.policy.monitors:
+        base = service.monitors.get(watching.name)
         if base is None:
             known = ", ".join(sorted(service.monitors)) or "none"
-            raise TrimtabError(f"the policy names the monitor {one.name!r}, and there are {known}; --monitor gives one")
+            raise TrimtabError(
+                f"the policy names the monitor {watching.name!r}, and there are {known}; --monitor gives one"
+            )
         steering = None
-        if one.steering is not None:
-            loaded = service.library.get(one.steering)
+        if watching.steering is not None:
+            loaded = service.library.get(watching.steering)
             if loaded is None:
-                raise TrimtabError(f"the policy's monitor {one.name!r} switches on {one.steering!r}, which isn't there")
-            steering = one.strength * loaded.steering
-        line = base.threshold if one.threshold is None else one.threshold
-        found.append(replace(base, threshold=line, action=one.action, steering=steering))
-    return tuple(found)
+                raise TrimtabError(
+                    f"the policy's monitor {watching.name!r} switches on {watching.steering!r}, which isn't there"
+                )
+            steering = watching.strength * loaded.steering
+        line = base.threshold if watching.threshold is None else watching.threshold
+        monitors.append(replace(base, threshold=line, action=watching.action, steering=steering))
+    return tuple(monitors)
 
 
-def monitors_for(service: Service, key: Key, asked: Any) -> tuple[Monitor, ...]:
+def monitors_for(service: Service, key: Key, request: Any) -> tuple[Monitor, ...]:
     """What reads a request's answers. Raises `Refusal` for what isn't there, isn't allowed or can't be."""
-    always = {one.name: one for one in service.always_watching}
-    found = list(always.values())
-    choices = [MonitorChoice.model_validate({"name": one}) if isinstance(one, str) else one for one in asked.monitors]
-    extra = [one.steering for one in choices if one.steering is not None]
+    always = {monitor.name: monitor for monitor in service.always_watching}
+    monitors = list(always.values())
+    choices = [
+        MonitorChoice.model_validate({"name": item}) if isinstance(item, str) else item for item in request.monitors
+    ]
+    extra = [item.steering for item in choices if item.steering is not None]
     if extra:  # what may be switched on counts as if it were on
         from trimtab.serve.schema import SteeringChoice
 
-        more = [SteeringChoice.model_validate(one.model_dump()) for one in extra]
-        service.chosen(key, asked.model_copy(update={"steering": [*asked.steering, *more]}))
+        more = [SteeringChoice.model_validate(item.model_dump()) for item in extra]
+        service.chosen(key, request.model_copy(update={"steering": [*request.steering, *more]}))
     for i, choice in enumerate(choices):
         where = f"monitors.{i}"
         if choice.name in always:
@@ -140,46 +146,46 @@ def monitors_for(service: Service, key: Key, asked: Any) -> tuple[Monitor, ...]:
             steering = choice.steering.strength * service.placed_apart(loaded, where)
         try:
             line = base.threshold if choice.threshold is None else choice.threshold
-            found.append(replace(base, threshold=line, action=choice.action, steering=steering))
+            monitors.append(replace(base, threshold=line, action=choice.action, steering=steering))
         except TrimtabError as error:
             raise Refusal(400, str(error), param=where) from None
-    if len({one.name for one in found}) < len(found):
+    if len({monitor.name for monitor in monitors}) < len(monitors):
         raise Refusal(400, "a monitor is named twice; once is enough", param="monitors")
-    return tuple(found)
+    return tuple(monitors)
 
 
 def described(service: Service) -> MonitorList:
     """The server's monitors, by name."""
-    always = {one.name: one for one in service.always_watching}
-    told = []
+    always = {monitor.name: monitor for monitor in service.always_watching}
+    listed = []
     for name in sorted(service.monitors):
-        one = always.get(name, service.monitors[name])
-        told.append(
+        shown = always.get(name, service.monitors[name])
+        listed.append(
             MonitorDescribed(
                 name=name,
-                site=str(one.site),
-                measure=one.condition.measure,
-                threshold=one.threshold,
-                action=one.action,  # type: ignore[arg-type]
+                site=str(shown.site),
+                measure=shown.condition.measure,
+                threshold=shown.threshold,
+                action=shown.action,  # type: ignore[arg-type]
                 always=name in always,
             )
         )
-    return MonitorList(data=told)
+    return MonitorList(data=listed)
 
 
-def told_of(monitors: Sequence[Monitor], done: Done) -> list[MonitorTold]:
+def readings_of(monitors: Sequence[Monitor], done: Done) -> list[MonitorTold]:
     """What was read of an answer."""
-    found = done.monitors or {}
+    readings = done.monitors or {}
     return [
         MonitorTold(
-            name=one.name,
-            action=one.action,  # type: ignore[arg-type]
-            threshold=one.threshold,
-            fired=found[one.name].fired,
-            values=[_number(value) for value in found[one.name].values],
+            name=monitor.name,
+            action=monitor.action,  # type: ignore[arg-type]
+            threshold=monitor.threshold,
+            fired=readings[monitor.name].fired,
+            values=[_number(value) for value in readings[monitor.name].values],
         )
-        for one in monitors
-        if one.name in found
+        for monitor in monitors
+        if monitor.name in readings
     ]
 
 
@@ -187,14 +193,14 @@ def in_chunk(monitors: Sequence[Monitor], tokens: Sequence[TokenTold]) -> dict[s
     """What a chunk of a stream says of the tokens in it: `{"trimtab": {"monitors": {name: values}}}`, or nothing."""
     if not monitors:
         return {}
-    values = {one.name: [_number(told.monitored[i]) for told in tokens] for i, one in enumerate(monitors)}
+    values = {monitor.name: [_number(token.monitored[i]) for token in tokens] for i, monitor in enumerate(monitors)}
     return {"trimtab": {"monitors": values}}
 
 
 def fired_in(last: Any) -> Mapping[str, int]:
     """By name the tokens at which an answer's monitors fired, for the audit log."""
-    found = getattr(last, "monitors", None) or {}
-    return {name: one.fired for name, one in found.items() if one.fired is not None}
+    readings = getattr(last, "monitors", None) or {}
+    return {name: reading.fired for name, reading in readings.items() if reading.fired is not None}
 
 
 def _number(value: float) -> float | None:

@@ -11,12 +11,12 @@ from trimtab.lm import LM
 from trimtab.serve.library import Library, Loaded
 
 NAMES = ("bullets", "json", "sentence")
-"""They were learned on the default model, which follows them without being told to."""
+"""They were learned on the default model, which follows them without any instruction."""
 
 
 def packaged(lm: LM) -> Library:
     """Those of them that were learned on this model: on the default model all, on others none."""
-    found = []
+    entries = []
     for name in NAMES:
         steering = load_steering(path_of(name))
         try:
@@ -25,5 +25,5 @@ def packaged(lm: LM) -> Library:
                 lm.check(steering)
         except TrimtabError:
             continue
-        found.append(Loaded(name, steering, steering_digest(steering), "file"))
-    return Library(lm, found)
+        entries.append(Loaded(name, steering, steering_digest(steering), "file"))
+    return Library(lm, entries)

@@ -72,21 +72,21 @@ class Policy:
     max_dose: float | None = None
     monitors: tuple[Watching, ...] = ()
 
-    def caller(self, given: str | None) -> Key | None:
-        """Whose key this is; `None` if nobody's, as where none is given. Takes as long for any key, right or wrong.
+    def caller(self, secret: str | None) -> Key | None:
+        """Whose key this is; `None` if nobody's, as where there is none. Takes as long for any key, right or wrong.
 
         Without keys, everybody is `ANYBODY`.
         """
         if not self.keys:
             return ANYBODY
-        if not given or not given.strip():
+        if not secret or not secret.strip():
             return None
-        digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).digest()
-        found = None
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+        matching = None
         for key in self.keys:
             if hmac.compare_digest(key.digest, digest):
-                found = key
-        return found
+                matching = key
+        return matching
 
     def range_of(self, key: Key) -> tuple[float, float]:
         """The strengths that a caller may ask for."""
@@ -135,17 +135,17 @@ class _Policy(_Strict):
 def read_policy(path: Path) -> Policy:
     """The policy in a file. Raises `TrimtabError` for one that can't be read, or says something that isn't known."""
     try:
-        given = _Policy.model_validate_json(path.read_bytes())
+        parsed = _Policy.model_validate_json(path.read_bytes())
     except OSError as error:
         raise TrimtabError(f"can't read the policy {path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise TrimtabError(f"the policy {path} is not valid at {where}: {first['msg']}") from None
-    names = [key.name for key in given.keys]
-    if len(set(names)) < len(names) or len({key.sha256 for key in given.keys}) < len(names):
+    names = [key.name for key in parsed.keys]
+    if len(set(names)) < len(names) or len({key.sha256 for key in parsed.keys}) < len(names):
         raise TrimtabError(f"the policy {path} has two keys of one name, or the same key twice")
-    if nothing := [key.name for key in given.keys if bytes.fromhex(key.sha256) in NO_KEYS]:
+    if nothing := [key.name for key in parsed.keys if bytes.fromhex(key.sha256) in NO_KEYS]:
         raise TrimtabError(
             f"the policy {path} has the digest of no key at all for {nothing[0]!r}, which would admit anybody;"
             ' was the variable empty in printf %s "$KEY" | sha256sum?'
@@ -159,11 +159,11 @@ def read_policy(path: Path) -> Policy:
             key.max_dose,
             key.add,
         )
-        for key in given.keys
+        for key in parsed.keys
     )
-    always = tuple((one.name, _finite(one.strength, path)) for one in given.always)
-    monitors = tuple(Watching(**one.model_dump()) for one in given.monitors)
-    return Policy(keys, always, _range(given.strength, path), given.max_dose, monitors)
+    always = tuple((steering.name, _finite(steering.strength, path)) for steering in parsed.always)
+    monitors = tuple(Watching(**monitor.model_dump()) for monitor in parsed.monitors)
+    return Policy(keys, always, _range(parsed.strength, path), parsed.max_dose, monitors)
 
 
 def with_key(policy: Policy, secret: str) -> Policy:
@@ -187,17 +187,17 @@ def policy_from(path: Path | None, max_dose: float | None, secret: str | None) -
 def check_names(policy: Policy, known: Iterable[str]) -> None:
     """Raises `TrimtabError` where the policy names a steering that isn't there: none may go missing unseen."""
     names = set(known)
-    asked = {name for name, _ in policy.always}.union(*(key.steerings or () for key in policy.keys))
-    if missing := sorted(asked - names):
+    named = {name for name, _ in policy.always}.union(*(key.steerings or () for key in policy.keys))
+    if missing := sorted(named - names):
         raise TrimtabError(
             f"the policy names {missing[0]!r}, and the steerings are {', '.join(sorted(names)) or 'none'}"
         )
 
 
-def _range(given: list[float] | None, path: Path) -> tuple[float, float]:
-    if given is None:
+def _range(bounds: list[float] | None, path: Path) -> tuple[float, float]:
+    if bounds is None:
         return STRENGTHS
-    low, high = (_finite(value, path) for value in given)
+    low, high = (_finite(value, path) for value in bounds)
     if low > high:
         raise TrimtabError(
             f"the policy {path} has a range of strengths from {low:g} to {high:g}; the lower comes first"

@@ -50,17 +50,17 @@ class Protected:
 
 def protected(always: Sequence[tuple[str, Steering]]) -> Protected:
     """What these steerings, with their names, need to be protected."""
-    found: list[Tensor] = []
+    directions: list[Tensor] = []
     unknown = []
     for name, steering in always:
         for edit in steering.edits:
             if _emphasizes(edit):
                 continue
             if edit.site.kind in STREAM + PARTS and type(edit.operation) in (Add, SetProjection, Ablate):
-                found.append(edit.operation.direction.double())
+                directions.append(edit.operation.direction.double())
             else:
                 unknown.append(name)
-    return Protected(_basis(found), tuple(dict.fromkeys(unknown)))
+    return Protected(_basis(directions), tuple(dict.fromkeys(unknown)))
 
 
 def apart(held: Protected, steering: Steering) -> tuple[Steering, float]:

@@ -27,7 +27,7 @@ class Record:
     Args:
         service: The server.
         who: The request's id, its key's name, the route.
-        asked: The request.
+        request: The request.
         prepared: Its tasks, in the order of its answers.
         id: The completion's id.
     """
@@ -36,21 +36,21 @@ class Record:
         self,
         service: Service,
         who: dict[str, str],
-        asked: ChatRequest | CompletionRequest,
+        request: ChatRequest | CompletionRequest,
         prepared: Prepared,
         id: str,
     ) -> None:
         self.service = service
         self._prepared = prepared
-        self._prompt = [_written(m) for m in asked.messages] if isinstance(asked, ChatRequest) else asked.prompt
+        self._prompt = [_written(m) for m in request.messages] if isinstance(request, ChatRequest) else request.prompt
         self._line: dict[str, Any] = {
             "request": who["request"],
             "id": id,
             "key": who["key"],
             "route": who["route"],
             "model": service.lm.name,
-            "user": asked.user,
-            "steering": [one.model_dump() for one in prepared.told],
+            "user": request.user,
+            "steering": [steering.model_dump() for steering in prepared.steerings],
             "emphasized_tokens": prepared.emphasized,
             "rejection": prepared.tasks[0].rejection is not None,
             "prompt_tokens": prepared.lengths,
@@ -96,7 +96,7 @@ class Record:
     def drop(self, outcome: str) -> None:
         """The end of a request whose answers were begun in the log and never accepted."""
         with self._lock:
-            self._last = [one or Failed("cancelled", outcome) for one in self._last]
+            self._last = [event or Failed("cancelled", outcome) for event in self._last]
         with suppress(Refusal):
             self.end(outcome)
 
@@ -105,16 +105,16 @@ class Record:
             if self._written or self._outcome is None or None in self._last:
                 return
             self._written = True
-            last = [one for one in self._last if one is not None]
-        doses = [None if one.trace else one.applied for one in last]  # not measured with rejection
+            last = [event for event in self._last if event is not None]
+        doses = [None if event.trace else event.applied for event in last]  # not measured with rejection
         self.service.audit.write(
             {
                 "event": "ended",
                 **self._line,
-                "tokens": [one.tokens for one in last],
+                "tokens": [event.tokens for event in last],
                 "doses": [applied and applied.dose for applied in doses],
                 "total_doses": [applied and total_dose(applied) for applied in doses],
-                **({"fired": [fired_in(one) for one in last]} if self._prepared.tasks[0].monitors else {}),
+                **({"fired": [fired_in(event) for event in last]} if self._prepared.tasks[0].monitors else {}),
                 "outcome": self._outcome,
             }
         )
@@ -124,17 +124,17 @@ def _written(message: Message) -> dict[str, Any]:
     """A message as it is written down: of images their digests."""
     dumped = message.model_dump()
     if isinstance(message.content, list):
-        for part, told in zip(message.content, dumped["content"], strict=True):
+        for part, dumped_part in zip(message.content, dumped["content"], strict=True):
             if isinstance(part, ImagePart):
                 digest = hashlib.sha256(part.image_url.url.encode("utf-8", "backslashreplace")).hexdigest()
-                told["image_url"] = {"url": f"sha256:{digest}"}
+                dumped_part["image_url"] = {"url": f"sha256:{digest}"}
     return dumped
 
 
-def refused(audit: Audit, who: dict[str, Any], key: Key | None, refusal: Refusal, asked: Any = None) -> None:
-    """The line of a request that was turned away. What it asked to be steered by tells who looks for what."""
+def refused(audit: Audit, who: dict[str, Any], key: Key | None, refusal: Refusal, request: Any = None) -> None:
+    """The line of a request that was turned away. The steering it requested shows who looks for what."""
     line = {"event": "refused", **who, "key": None if key is None else key.name}
-    if asked is not None:
-        line["steering"] = [one.model_dump(exclude_none=True) for one in asked.steering]
+    if request is not None:
+        line["steering"] = [choice.model_dump(exclude_none=True) for choice in request.steering]
     with suppress(Refusal):  # it is refused in any case
         audit.write({**line, "status": refusal.status, "code": refusal.code, "error": refusal.message[:300]})

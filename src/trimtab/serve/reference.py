@@ -121,10 +121,10 @@ def _fields(schema: Schema, *, linked: bool) -> str:
         schema.get("properties", {}).items(), key=lambda item: item[1].get("description", "") == UNSUPPORTED
     )
     rows = "".join(
-        f"<tr><th scope='row'><code>{html.escape(field)}</code></th><td>{_type(one, linked=linked)}"
-        f"{', required' if field in required else ''}{_bounds(one)}</td>"
-        f"<td>{_words(one.get('description', ''))}</td></tr>"
-        for field, one in fields
+        f"<tr><th scope='row'><code>{html.escape(field)}</code></th><td>{_type(subschema, linked=linked)}"
+        f"{', required' if field in required else ''}{_bounds(subschema)}</td>"
+        f"<td>{_words(subschema.get('description', ''))}</td></tr>"
+        for field, subschema in fields
     )
     head = "<tr><th scope='col'>field</th><th scope='col'>type</th><th scope='col'>what it does</th></tr>"
     return _table(head, rows) if rows else ""
@@ -144,8 +144,8 @@ def _type(schema: Schema, *, linked: bool) -> str:
     if "enum" in schema:
         return html.escape(" or ".join(map(repr, schema["enum"])))
     if "anyOf" in schema or "oneOf" in schema:
-        parts = [one for one in schema.get("anyOf", schema.get("oneOf", ())) if one.get("type") != "null"]
-        return " or ".join(dict.fromkeys(_type(one, linked=linked) for one in parts))
+        parts = [part for part in schema.get("anyOf", schema.get("oneOf", ())) if part.get("type") != "null"]
+        return " or ".join(dict.fromkeys(_type(part, linked=linked) for part in parts))
     if schema.get("type") == "array":
         return f"list of {_type(schema.get('items', {}), linked=linked)}"
     return html.escape(str(schema.get("type", "any")))
@@ -153,7 +153,7 @@ def _type(schema: Schema, *, linked: bool) -> str:
 
 def _bounds(schema: Schema) -> str:
     """The limits of a value, or of the one thing other than null that it may be."""
-    parts = [one for one in schema.get("anyOf", ()) if one.get("type") != "null"]
+    parts = [part for part in schema.get("anyOf", ()) if part.get("type") != "null"]
     schema = {**schema, **parts[0]} if len(parts) == 1 else schema
     if schema.get("description") == UNSUPPORTED:
         return ""

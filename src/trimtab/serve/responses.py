@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: its requests are chats, and its answers are told as items, in events where it streams."""
+"""OpenAI's Responses API: its requests are chats, and its answers are lists of items, in events where it streams."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from trimtab.serve.schema_responses import (
 )
 from trimtab.serve.service import Prepared
 from trimtab.serve.tasks import Piece, TokenTold
-from trimtab.serve.wire import Collected, told_of
+from trimtab.serve.wire import Collected, summary_of
 from trimtab.text.said import CallArguments, CallBegun, Part, Thought, Words
 
 # ---- requests ------------------------------------------------------------------------------------------------
@@ -52,31 +52,33 @@ ALIKE = ("model", "parallel_tool_calls", "temperature", "top_p", "stop", "seed",
 STEERED = ("steering", "emphasize", "rejection")
 
 
-def as_chat(asked: ResponsesRequest) -> ChatRequest:
+def as_chat(request: ResponsesRequest) -> ChatRequest:
     """The chat that a request comes to."""
-    found: dict[str, Any] = {name: getattr(asked, name) for name in (*ALIKE, "user", "metadata")}
-    found |= {name: getattr(asked, name) for name in STEERED if name in asked.model_fields_set}
-    found["messages"] = _messages(asked)
-    found["max_completion_tokens"] = asked.max_output_tokens
-    if LOGPROBS in (asked.include or ()):
-        found |= {"logprobs": True, "top_logprobs": asked.top_logprobs}
-    elif asked.top_logprobs:
+    fields: dict[str, Any] = {name: getattr(request, name) for name in (*ALIKE, "user", "metadata")}
+    fields |= {name: getattr(request, name) for name in STEERED if name in request.model_fields_set}
+    fields["messages"] = _messages(request)
+    fields["max_completion_tokens"] = request.max_output_tokens
+    if LOGPROBS in (request.include or ()):
+        fields |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+    elif request.top_logprobs:
         raise Refusal(400, f"top_logprobs needs include: [{LOGPROBS!r}]", param="top_logprobs")
-    if asked.tools:
-        found["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in asked.tools]
-    choice = asked.tool_choice
+    if request.tools:
+        fields["tools"] = [
+            {"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in request.tools
+        ]
+    choice = request.tool_choice
     if isinstance(choice, NamedTool):
-        found["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
     else:
-        found["tool_choice"] = choice
-    format = asked.text.format if asked.text is not None else None
+        fields["tool_choice"] = choice
+    format = request.text.format if request.text is not None else None
     if isinstance(format, FlatSchema):
         schema = format.model_dump(by_alias=True, exclude={"type"})
-        found["response_format"] = {"type": "json_schema", "json_schema": schema}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     elif format is not None:
-        found["response_format"] = format.model_dump()
+        fields["response_format"] = format.model_dump()
     try:
-        return ChatRequest.model_validate({name: _plain(value) for name, value in found.items() if value is not None})
+        return ChatRequest.model_validate({name: _plain(value) for name, value in fields.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         raise Refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param="input") from None
@@ -100,39 +102,39 @@ def as_responses(refusal: Refusal) -> Refusal:
 def _plain(value: Any) -> Any:
     """A model as the dictionary that it was made from."""
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
 
 
-def _messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    if asked.instructions:
-        found.append({"role": "system", "content": asked.instructions})
-    if isinstance(asked.input, str):
-        return [*found, {"role": "user", "content": asked.input}]
-    for item in asked.input:
-        _add(found, item)
-    return found
+def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    if request.instructions:
+        messages.append({"role": "system", "content": request.instructions})
+    if isinstance(request.input, str):
+        return [*messages, {"role": "user", "content": request.input}]
+    for item in request.input:
+        _add(messages, item)
+    return messages
 
 
-def _add(found: list[dict[str, Any]], item: Item) -> None:
+def _add(messages: list[dict[str, Any]], item: Item) -> None:
     """One more item. What the model thought, said and called in one answer is one message."""
     if isinstance(item, OutputItem):
-        found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
         return
-    last = found[-1] if found and found[-1]["role"] == "assistant" else None
+    last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
     if isinstance(item, MessageItem):
         text = _said(item.content)
         if item.role == "assistant" and last is not None and not last["content"] and "tool_calls" not in last:
             last["content"] = text  # which the thinking before it belongs to
         else:
-            found.append({"role": item.role, "content": text})
+            messages.append({"role": item.role, "content": text})
         return
     if last is None:
         last = {"role": "assistant", "content": ""}
-        found.append(last)
+        messages.append(last)
     if isinstance(item, ReasoningItem):
-        texts = [one.text for one in (item.content or item.summary or ())]
+        texts = [part.text for part in (item.content or item.summary or ())]
         last["reasoning_content"] = "\n".join([*filter(None, [last.get("reasoning_content")]), *texts])
     elif isinstance(item, CallItem):
         function = {"name": item.name, "arguments": item.arguments}
@@ -169,11 +171,11 @@ def new_response_id() -> str:
 class ResponseWire:
     """How one request's answer is written, whole or in events.
 
-    `asked` is the request as it came; `tokens` are told where it asks for log-probabilities.
+    `request` is the request as it came; `tokens` are written where it asks for log-probabilities.
     """
 
     id: str
-    asked: ResponsesRequest
+    request: ResponsesRequest
     tokens: TextTokens | None = None
     created: float = field(default_factory=time.time)
     items: list[Output] = field(default_factory=list)
@@ -283,11 +285,11 @@ class ResponseWire:
         logprobs = self._logprobs(said, tokens)
         events: list[dict[str, Any]] = []
         for part in said:
-            events += self._told(part, logprobs)
+            events += self._part_events(part, logprobs)
             logprobs = self._put(part, logprobs)
         return events
 
-    def _told(self, part: Part, logprobs: list[TextToken]) -> Iterator[dict[str, Any]]:
+    def _part_events(self, part: Part, logprobs: list[TextToken]) -> Iterator[dict[str, Any]]:
         if isinstance(part, CallBegun) or not self.items or not isinstance(self.items[-1], _KINDS[type(part)]):
             yield from self._close("completed")
         new = self._take(part)
@@ -331,8 +333,8 @@ class ResponseWire:
 
     def _response(self, prepared: Prepared | None = None, answer: Collected | None = None) -> dict[str, Any]:
         """The response as far as it has come; with an answer, as it is in the end."""
-        asked = self.asked
-        usage = told = None
+        request = self.request
+        usage = summary = None
         if prepared is not None and answer is not None and answer.done is not None:
             read, made = sum(prepared.lengths), answer.done.tokens
             usage = ResponseUsage(
@@ -341,28 +343,28 @@ class ResponseWire:
                 output_tokens_details=OutputDetails(reasoning_tokens=answer.thought_tokens),
                 total_tokens=read + made,
             )
-            told = told_of(prepared, [answer])
+            summary = summary_of(prepared, [answer])
         cut = answer is not None and self._cut(answer)
-        given = asked.model_dump(by_alias=True, exclude_unset=True)
+        dumped = request.model_dump(by_alias=True, exclude_unset=True)
         return ResponseTold(
             id=self.id,
             created_at=self.created,
-            model=asked.model,
+            model=request.model,
             status="in_progress" if usage is None else "incomplete" if cut else "completed",
             incomplete_details=Incomplete() if cut else None,
             output=self.items,
             usage=usage,
-            instructions=asked.instructions,
-            tools=given.get("tools") or [],
-            tool_choice=given.get("tool_choice") or "auto",
-            parallel_tool_calls=asked.parallel_tool_calls is not False,
-            text={"format": {"type": "text"}, **(given.get("text") or {})},
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            max_output_tokens=asked.max_output_tokens,
-            metadata=asked.metadata or {},
-            user=asked.user,
-            trimtab=told,
+            instructions=request.instructions,
+            tools=dumped.get("tools") or [],
+            tool_choice=dumped.get("tool_choice") or "auto",
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+            text={"format": {"type": "text"}, **(dumped.get("text") or {})},
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            max_output_tokens=request.max_output_tokens,
+            metadata=request.metadata or {},
+            user=request.user,
+            trimtab=summary,
         ).model_dump()
 
 

@@ -30,13 +30,13 @@ class TextTokens:
             return []
         words = "".join(part.text for part in parts if isinstance(part, Words))
         came, self._unsaid = self._unsaid, []
-        found = [self._told(one) for one in self._of(words, came)] if words else []
+        text_tokens = [self._text_token(token) for token in self._of(words, came)] if words else []
         self._begun = isinstance(parts[-1], Words)
-        return found
+        return text_tokens
 
     def _of(self, words: str, came: list[TokenTold]) -> list[TokenTold]:
         """Those that say the words: without a marker or blanks before a text, and without what ends an answer."""
-        texts = [self._text(one) for one in came]
+        texts = [self._text(token) for token in came]
         while texts and texts[-1] and texts[-1] not in words and came[len(texts) - 1].id in self._special:
             texts.pop()
         came, start = came[: len(texts)], 0
@@ -47,16 +47,16 @@ class TextTokens:
             start += 1
         return came
 
-    def _told(self, one: TokenTold) -> TextToken:
-        top = [LikelyToken(**self._named(id, value)) for id, value in one.likeliest]
-        return TextToken(**self._named(one.id, one.logprob), top_logprobs=top)
+    def _text_token(self, token: TokenTold) -> TextToken:
+        top = [LikelyToken(**self._named(id, value)) for id, value in token.likeliest]
+        return TextToken(**self._named(token.id, token.logprob), top_logprobs=top)
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
-        found = named(self.tokenizer, token, logprob)
-        return {**found, "bytes": found["bytes"] or []}  # here they are always a list
+        fields = named(self.tokenizer, token, logprob)
+        return {**fields, "bytes": fields["bytes"] or []}  # here they are always a list
 
-    def _text(self, one: TokenTold) -> str:
-        return str(self.tokenizer.decode([one.id]))
+    def _text(self, token: TokenTold) -> str:
+        return str(self.tokenizer.decode([token.id]))
 
     @property
     def _special(self) -> set[int]:

@@ -1,7 +1,7 @@
 """The server process: uvicorn around the application, and what a signal does.
 
 On SIGHUP the folder of steerings is read again. On SIGTERM or SIGINT nothing more is accepted, what was accepted has
-its time to end, and what hasn't ended by then is told so. A second signal ends the process at once.
+its time to end, and what hasn't ended by then gets an error. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections
 
 
 def one_at_a_time(work: Callable[[], None]) -> Callable[[], None]:
-    """A function that has the work done, in a thread; what is asked for while it is being done is done once more.
+    """A function that has the work done, in a thread; a call while it is being done has it done once more.
 
-    So the last to be asked for is the last to be done, however often that is. May be called from a signal's handler.
+    So the last call has the last turn, however often that is. May be called from a signal's handler.
     """
     wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
 
@@ -95,7 +95,7 @@ def one_at_a_time(work: Callable[[], None]) -> Callable[[], None]:
             try:
                 work()
             except Exception:  # the next one is done all the same
-                log.exception("what a signal asked for failed")
+                log.exception("the work that a signal requested failed")
 
     threading.Thread(target=forever, daemon=True).start()
     return lambda: wanted.put(None)

@@ -54,11 +54,11 @@ class _Answer:
     log: Log = field(default_factory=Log)
     cached: int = 0
 
-    def take(self, told: TokenTold, last: bool) -> None:
+    def take(self, token: TokenTold, last: bool) -> None:
         """One more token; says what it lets go. With the `last` there is nothing to wait for any more."""
         self.tokens += 1
-        self.unsaid.append(told)
-        piece = self.text.add(told.id)
+        self.unsaid.append(token)
+        piece = self.text.add(token.id)
         if last or self.text.stopped:
             piece += self.text.finish()
         if piece or last or self.text.stopped:
@@ -163,7 +163,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, tasks: list[Task]) -> None:
-        """Nobody waits for these any more: they leave before the next step, and are told nothing."""
+        """Nobody waits for these any more: they leave before the next step, and get no event."""
         with self._changed:
             self._cancelled.update(tasks)
             self._changed.notify()
@@ -307,14 +307,14 @@ class Scheduler:
             trace = response.trace or self._batch.trace(response.key)
             applied = applied or self._batch.remove(response.key, ended=True) or NOTHING
             if math.isfinite(total_dose(applied)):
-                read = answer.log.told(task.monitors) if task.monitors else None
+                read = answer.log.readings(task.monitors) if task.monitors else None
                 self._end(answer, Done(finish, answer.tokens, applied, trace, monitors=read, cached=answer.cached))
             else:
                 self._end(answer, Failed("dose", "the push is too long to be measured; lower the strength"), applied)
 
     def _end(self, answer: _Answer, event: Event, applied: Applied | None = None) -> None:
         if isinstance(event, Failed):
-            read = answer.log.told(answer.task.monitors) if answer.task.monitors else None
+            read = answer.log.readings(answer.task.monitors) if answer.task.monitors else None
             event = replace(event, tokens=answer.tokens, applied=applied or NOTHING, monitors=read)
         else:
             took = time.monotonic() - (answer.task.deadline - answer.task.seconds)

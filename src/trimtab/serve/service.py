@@ -107,10 +107,10 @@ class Service:
         return self.choosing.owner(key)
 
     def chosen(
-        self, key: Key, asked: Steered, structured: Structured | None = None
+        self, key: Key, request: Steered, structured: Structured | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
-        """What is always on, and what the request asks for: as it is told, and as one steering (`Choosing.chosen`)."""
-        return self.choosing.chosen(key, asked.steering, structured)
+        """What is always on, and what the request asks for: as a list, and as one steering (`Choosing.chosen`)."""
+        return self.choosing.chosen(key, request.steering, structured)
 
     # ---- what the guard asks -------------------------------------------------------------------------------
 
@@ -128,22 +128,22 @@ class Service:
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
 
-    def rejection(self, asked: Steered, steering: Steering | None = None) -> Rejection | None:
+    def rejection(self, request: Steered, steering: Steering | None = None) -> Rejection | None:
         """The request's rejection. Raises `Refusal` where it would undo what is always on.
 
         By default there is some where something is emphasized. Unless the request names a ladder, a steering of too few
         layers to be halved is weakened in strength instead.
         """
-        given = asked.rejection
-        wanted = bool(asked.emphasize) if given is None else given is not False
+        choice = request.rejection
+        wanted = bool(request.emphasize) if choice is None else choice is not False
         if not wanted:
             return None
         if self.policy.always:
             raise Refusal(
                 403, "steerings that are always on can't be rejected; ask for rejection: false", param="rejection"
             )
-        wish = given if isinstance(given, RejectionChoice) else RejectionChoice.model_validate({})
-        few = steering is not None and not asked.emphasize and len(steering.layers) < wish.min_layers
+        wish = choice if isinstance(choice, RejectionChoice) else RejectionChoice.model_validate({})
+        few = steering is not None and not request.emphasize and len(steering.layers) < wish.min_layers
         if few and not {"ladder", "min_layers"} & wish.model_fields_set:
             return Rejection(wish.beta, ladder="strength")
         return Rejection(wish.beta, wish.min_layers, wish.ladder)
@@ -157,9 +157,9 @@ class Service:
         """A steering where it was learned, without what it has along what is always on. Raises `Refusal`."""
         return self.choosing.apart(loaded.steering, param)[0]
 
-    def clean(self, asked: Steered) -> bool:
+    def clean(self, request: Steered) -> bool:
         """Whether the request is steered over a clean cache. Raises `Refusal` where that changes what is always on."""
-        wanted = self.clean_cache if asked.clean_cache is None else asked.clean_cache
+        wanted = self.clean_cache if request.clean_cache is None else request.clean_cache
         if wanted != self.clean_cache and self.policy.always:
             raise Refusal(
                 403,
@@ -174,29 +174,29 @@ class Service:
         """What to say to a request for another model."""
         return f"this server has the model {self.lm.name}, which requests may also call {ALIAS}"
 
-    def prepare(self, key: Key, asked: ChatRequest | CompletionRequest) -> Prepared:
-        """The tasks of a request, to be given where to deliver. Raises `Refusal` for all that can't run.
+    def prepare(self, key: Key, request: ChatRequest | CompletionRequest) -> Prepared:
+        """The tasks of a request; who submits them sets where they deliver. Raises `Refusal` for all that can't run.
 
         May take a while: call it in a thread.
         """
-        if asked.model not in (self.lm.name, ALIAS):
+        if request.model not in (self.lm.name, ALIAS):
             raise Refusal(404, self.its_model(), param="model", code="model_not_found")
-        chat = isinstance(asked, ChatRequest)
-        count = asked.n or 1
-        template = _template(asked)
+        chat = isinstance(request, ChatRequest)
+        count = request.n or 1
+        template = _template(request)
         prompts: list[Any]
-        if isinstance(asked, ChatRequest):
-            messages, keywords = conversation(self.lm.tokenizer, asked)
+        if isinstance(request, ChatRequest):
+            messages, keywords = conversation(self.lm.tokenizer, request)
             prompts, template = [messages], {**(template or {}), **keywords}
         else:
-            prompts = _prompts(asked.prompt)
+            prompts = _prompts(request.prompt)
         if count * len(prompts) > self.limits.answers:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
-        structured = structured_part(self.lm.tokenizer, asked) if isinstance(asked, ChatRequest) else None
-        told, steering = self.chosen(key, asked, structured)
-        rejection = self.rejection(asked, steering)
-        clean, monitors = self.clean(asked), monitors_for(self, key, asked)
-        stop = _stop(asked.stop)
+        structured = structured_part(self.lm.tokenizer, request) if isinstance(request, ChatRequest) else None
+        steerings, steering = self.chosen(key, request, structured)
+        rejection = self.rejection(request, steering)
+        clean, monitors = self.clean(request), monitors_for(self, key, request)
+        stop = _stop(request.stop)
         tasks, marked, lengths, shape = [], 0, [], ANY
         try:
             for prompt in prompts:
@@ -204,8 +204,8 @@ class Service:
                     prompt = self._seen(prompt)
                 ids, images = self._encode(prompt, chat, template)
                 lengths.append(len(ids))
-                if isinstance(asked, ChatRequest):
-                    shape = shaped(self.lm.tokenizer, asked, ids)
+                if isinstance(request, ChatRequest):
+                    shape = shaped(self.lm.tokenizer, request, ids)
                 matcher = None if shape.grammar is None else self.lm.matcher(shape.grammar)
                 if rejection is not None and len(ids) > self.limits.rejecting_tokens:
                     raise Refusal(
@@ -214,17 +214,17 @@ class Service:
                         f" {len(ids)}; shorten it, or ask for rejection: false",
                         code="context_length_exceeded",
                     )
-                mine, tokens = self._emphasized(asked, prompt, chat, steering, template)
+                mine, tokens = self._emphasized(request, prompt, chat, steering, template)
                 marked += tokens
-                most = self._most(asked, len(ids))
+                most = self._most(request, len(ids))
                 for i in range(count):
                     task = Task(
                         tuple(ids),
                         lambda _event: None,
                         mine,
                         most,
-                        _sampling(asked, i),
-                        _alternatives(asked),
+                        _sampling(request, i),
+                        _alternatives(request),
                         stop,
                         rejection,
                         self.policy.dose_of(key),
@@ -240,15 +240,15 @@ class Service:
                     tasks.append(task)
         except TrimtabError as error:
             raise Refusal(400, str(error)) from None
-        return Prepared(tasks, told, marked, lengths, shape)
+        return Prepared(tasks, steerings, marked, lengths, shape)
 
     def count_of(self, phrase: str, prompt: Prompt, *, chat: bool) -> int:
         """At how many tokens of a prompt a phrase stands. Raises `TrimtabError` where it doesn't."""
-        given: dict[str, Any] = {"chat": None if chat else False}
+        chat_kwargs: dict[str, Any] = {"chat": None if chat else False}
         with self._tokenizing:
-            if phrase not in render(self.lm.tokenizer, prompt, **given).text:
+            if phrase not in render(self.lm.tokenizer, prompt, **chat_kwargs).text:
                 raise TrimtabError(_missing(phrase))
-            spans = find_spans(self.lm.tokenizer, prompt, Phrase(phrase), **given)
+            spans = find_spans(self.lm.tokenizer, prompt, Phrase(phrase), **chat_kwargs)
         return sum(stop - start for start, stop in spans)
 
     def _seen(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -270,23 +270,23 @@ class Service:
             ids = list(prompt)
         else:
             with self._tokenizing:
-                given: dict[str, Any] = {"chat": None if chat else False, "template": template}
-                ids, images = self.lm.encode_with_images(prompt, **given)
+                chat_kwargs: dict[str, Any] = {"chat": None if chat else False, "template": template}
+                ids, images = self.lm.encode_with_images(prompt, **chat_kwargs)
         most = self.limits.prompt_tokens
         if most is not None and len(ids) > most:
             raise Refusal(400, f"the prompt has {len(ids)} tokens, {most} are allowed", code="context_length_exceeded")
         return ids, images
 
-    def _most(self, asked: ChatRequest | CompletionRequest, length: int) -> int:
+    def _most(self, request: ChatRequest | CompletionRequest, length: int) -> int:
         """How many tokens the answer may have. Without a number: what is allowed and fits."""
-        given = asked.max_tokens
-        if isinstance(asked, ChatRequest) and asked.max_completion_tokens is not None:
-            given = asked.max_completion_tokens
-        if given is not None and given > self.limits.max_tokens:
+        requested = request.max_tokens
+        if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+            requested = request.max_completion_tokens
+        if requested is not None and requested > self.limits.max_tokens:
             raise Refusal(400, f"max_tokens is {self.limits.max_tokens} at most on this server", param="max_tokens")
         context = self.lm.layout.context
         room = self.limits.max_tokens if context is None else min(self.limits.max_tokens, context - length)
-        wanted = max(1, room) if given is None else given
+        wanted = max(1, room) if requested is None else requested
         try:
             check_request(self.lm.layout, [length], wanted, {})
         except TrimtabError as error:
@@ -295,28 +295,30 @@ class Service:
         return wanted
 
     def _emphasized(
-        self, asked: Steered, prompt: Any, chat: bool, steering: Steering | None, template: Template | None
+        self, request: Steered, prompt: Any, chat: bool, steering: Steering | None, template: Template | None
     ) -> tuple[Steering | None, int]:
         """The steering with attention towards the phrases, and how many tokens those are."""
-        if not asked.emphasize:
+        if not request.emphasize:
             return steering, 0
         if _is_ids(prompt):
             raise Refusal(400, "phrases can't be placed in token ids; give text", param="emphasize")
         marks: list[Emphasis] = []
         with self._tokenizing:
-            given: dict[str, Any] = {"chat": None if chat else False, "template": template}
-            text = None if has_images(prompt) else render(self.lm.tokenizer, prompt, **given).text
-            for i, one in enumerate(asked.emphasize):
-                phrase = one if isinstance(one, str) else one.text if isinstance(one, PhraseChoice) else None
+            chat_kwargs: dict[str, Any] = {"chat": None if chat else False, "template": template}
+            text = None if has_images(prompt) else render(self.lm.tokenizer, prompt, **chat_kwargs).text
+            for i, choice in enumerate(request.emphasize):
+                phrase = (
+                    choice if isinstance(choice, str) else choice.text if isinstance(choice, PhraseChoice) else None
+                )
                 if phrase is not None and (not phrase.strip() or (text is not None and phrase not in text)):
                     raise Refusal(400, _missing(phrase), param=f"emphasize.{i}")
-                if isinstance(one, PhraseChoice):
-                    marks.append(Phrase(one.text, one.occurrence))
-                elif isinstance(one, PartChoice):
-                    marks.append(Part(one.role, one.index))
+                if isinstance(choice, PhraseChoice):
+                    marks.append(Phrase(choice.text, choice.occurrence))
+                elif isinstance(choice, PartChoice):
+                    marks.append(Part(choice.role, choice.index))
                 else:
-                    marks.append(Phrase(one))
-            spans = self.lm.spans(prompt, marks, **given)
+                    marks.append(Phrase(choice))
+            spans = self.lm.spans(prompt, marks, **chat_kwargs)
         towards = emphasis(ScaleScores(), spans, score_layers(self.lm.layout), "directer")
         self.lm.check(towards)
         return (towards if steering is None else steering + towards), sum(stop - start for start, stop in spans)
@@ -330,7 +332,7 @@ class Prepared:
     """
 
     tasks: list[Task]
-    told: list[AppliedSteering]
+    steerings: list[AppliedSteering]
     emphasized: int
     lengths: list[int]
     shape: Shape = ANY
@@ -341,51 +343,51 @@ def _missing(phrase: str) -> str:
     return f"the phrase {shown!r} isn't in the prompt; write it as it stands there"
 
 
-def _template(asked: ChatRequest | CompletionRequest) -> Template | None:
-    """What the chat template is told; without a word about it, a last message of the assistant's is answered."""
-    if not isinstance(asked, ChatRequest):
+def _template(request: ChatRequest | CompletionRequest) -> Template | None:
+    """What the chat template gets; unless the request says so, a last message of the assistant's is answered."""
+    if not isinstance(request, ChatRequest):
         return None
-    continues = bool(asked.continue_final_message)
-    if asked.add_generation_prompt is not None and asked.add_generation_prompt == continues:
+    continues = bool(request.continue_final_message)
+    if request.add_generation_prompt is not None and request.add_generation_prompt == continues:
         meant = "is false" if continues else "can be false only"
         raise Refusal(
             400, f"add_generation_prompt {meant} with continue_final_message: true", param="add_generation_prompt"
         )
-    if CONTINUE in (asked.chat_template_kwargs or {}):
+    if CONTINUE in (request.chat_template_kwargs or {}):
         raise Refusal(400, f"{CONTINUE} is a separate field", param="chat_template_kwargs")
     return {CONTINUE: continues}
 
 
-def _prompts(given: Any) -> list[Any]:
-    if isinstance(given, str) or _is_ids(given):
-        return [given]
-    return list(given)
+def _prompts(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str) or _is_ids(prompts):
+        return [prompts]
+    return list(prompts)
 
 
 def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
 
 
-def _stop(given: str | list[str] | None) -> tuple[str, ...]:
-    stop = (given,) if isinstance(given, str) else tuple(given or ())
+def _stop(texts: str | list[str] | None) -> tuple[str, ...]:
+    stop = (texts,) if isinstance(texts, str) else tuple(texts or ())
     if len(stop) > 4:
         raise Refusal(400, "there are 4 stop texts at most", param="stop")
     return stop
 
 
-def _sampling(asked: ChatRequest | CompletionRequest, number: int) -> Sampling:
-    temperature = 1.0 if asked.temperature is None else float(asked.temperature)
+def _sampling(request: ChatRequest | CompletionRequest, number: int) -> Sampling:
+    temperature = 1.0 if request.temperature is None else float(request.temperature)
     if 0 < temperature < 1e-4:  # dividing by it would leave no numbers
         temperature = 0.0
-    top_p = 1.0 if asked.top_p is None else float(asked.top_p)
-    seed = None if asked.seed is None else (asked.seed + number) % 2**63
+    top_p = 1.0 if request.top_p is None else float(request.top_p)
+    seed = None if request.seed is None else (request.seed + number) % 2**63
     assert math.isfinite(temperature)
     return Sampling(temperature, top_p, seed)
 
 
-def _alternatives(asked: ChatRequest | CompletionRequest) -> int | None:
-    if isinstance(asked, CompletionRequest):
-        return asked.logprobs
-    if asked.top_logprobs is not None and not asked.logprobs:
+def _alternatives(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    if request.top_logprobs is not None and not request.logprobs:
         raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    return (asked.top_logprobs or 0) if asked.logprobs else None
+    return (request.top_logprobs or 0) if request.logprobs else None

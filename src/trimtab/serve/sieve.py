@@ -32,12 +32,12 @@ def sieved(body: bytes) -> bytes:
     if not body:
         return body
     try:
-        given = json.loads(body, parse_constant=no_constant)
+        parsed = json.loads(body, parse_constant=no_constant)
     except RecursionError:
         raise _wrong(f"the body is nested deeper than {DEPTH} levels") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise _wrong(f"the body isn't JSON: {str(error)[:200]}") from None
-    return json.dumps(_clean(given, ""), ensure_ascii=True, separators=(",", ":")).encode()
+    return json.dumps(_clean(parsed, ""), ensure_ascii=True, separators=(",", ":")).encode()
 
 
 def _clean(value: Any, where: str, depth: int = 0) -> Any:

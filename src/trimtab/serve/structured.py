@@ -34,17 +34,17 @@ class Structured:
         return replace(steering, edits=tuple(edits))
 
 
-def structured_part(tokenizer: Any, asked: ChatRequest) -> Structured | None:
+def structured_part(tokenizer: Any, request: ChatRequest) -> Structured | None:
     """What is structured in the answers to a request.
 
     With a format, or where an answer can be nothing but a call that no marker opens, that is the answer as a whole,
     after the thinking. With tools it is the calls between their markers; in Llama's form, which has none, it is all
     from the beginning of a call on. `None` where there is nothing of that kind, or nothing shows where it is.
     """
-    calls = may_call(asked)
+    calls = may_call(request)
     form = _form(tokenizer) if calls else None
-    must = asked.tool_choice not in (None, "auto")
-    if isinstance(asked.response_format, ObjectFormat | SchemaFormat) or (form is not None and form.alone and must):
+    must = request.tool_choice not in (None, "auto")
+    if isinstance(request.response_format, ObjectFormat | SchemaFormat) or (form is not None and form.alone and must):
         thinking = thinking_of(tokenizer)
         prompt = Positions.prompt()
         return Structured("answer", prompt if thinking is None else prompt | Positions.thinking(*thinking))
@@ -56,9 +56,9 @@ def structured_part(tokenizer: Any, asked: ChatRequest) -> Structured | None:
     return _calls(Positions.outside_tools(pair))
 
 
-def may_call(asked: ChatRequest) -> bool:
+def may_call(request: ChatRequest) -> bool:
     """Whether answers may have tool calls."""
-    return bool(asked.tools) and asked.tool_choice != "none"
+    return bool(request.tools) and request.tool_choice != "none"
 
 
 def _form(tokenizer: Any) -> CallForm | None:

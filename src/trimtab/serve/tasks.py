@@ -1,4 +1,4 @@
-"""One answer that is asked for, and what is told while it comes."""
+"""One answer that is requested, and the events while it comes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def total_dose(applied: Applied) -> float:
 
 @dataclass(frozen=True)
 class TokenTold:
-    """A token's id; where asked for, its log-probability, the likeliest ones', best first, and what monitors read."""
+    """A token's id; where requested, its log-probability, the likeliest ones', best first, and what monitors read."""
 
     id: int
     logprob: float | None = None

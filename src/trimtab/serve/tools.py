@@ -55,17 +55,17 @@ ANY = Shape()
 """Text, read as it is."""
 
 
-def conversation(tokenizer: Any, asked: ChatRequest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def conversation(tokenizer: Any, request: ChatRequest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The messages, and the keywords of the chat template, with the tools that may be called.
 
     Raises `Refusal` for a tool's message without its call, and for arguments that aren't a JSON object.
     """
-    tools = [_shown(tool.function) for tool in asked.tools or ()] if may_call(asked) else []
-    speaks = bool(tools) or any(one.role == "tool" or one.tool_calls for one in asked.messages)
-    keywords = dict(asked.chat_template_kwargs or {})
+    tools = [_shown(tool.function) for tool in request.tools or ()] if may_call(request) else []
+    speaks = bool(tools) or any(message.role == "tool" or message.tool_calls for message in request.messages)
+    keywords = dict(request.chat_template_kwargs or {})
     if "tools" in keywords:
         raise Refusal(400, "tools is a separate field", param="chat_template_kwargs")
-    messages = _messages(asked.messages, thinks=thinking_of(tokenizer) is not None)
+    messages = _messages(request.messages, thinks=thinking_of(tokenizer) is not None)
     if not speaks:
         return messages, keywords
     if takes_tools(tokenizer):
@@ -73,20 +73,20 @@ def conversation(tokenizer: Any, asked: ChatRequest) -> tuple[list[dict[str, Any
     return described(messages, tools), keywords
 
 
-def shaped(tokenizer: Any, asked: ChatRequest, ids: list[int]) -> Shape:
+def shaped(tokenizer: Any, request: ChatRequest, ids: list[int]) -> Shape:
     """What answers to a prompt with these token ids are to be.
 
     Raises `Refusal` for a tool that is there twice or not at all, for a schema that no grammar can hold to, and for
     tools of a model that calls them in a form that isn't known.
     """
-    choice = asked.tool_choice
-    chosen = _tools(asked)
+    choice = request.tool_choice
+    chosen = _tools(request)
     thinking = thinking_of(tokenizer)
     begun = thinking is not None and is_thinking(tokenizer, ids, thinking)
     special = special_tokens(tokenizer)
     form, rules = None, None
     unheld: list[str] = []
-    alone = _format(asked)  # the format without tools
+    alone = _format(request)  # the format without tools
     if chosen:
         free = choice in (None, "auto") and alone is None
         tools, unheld = _checked(chosen)
@@ -96,7 +96,7 @@ def shaped(tokenizer: Any, asked: ChatRequest, ids: list[int]) -> Shape:
             if free and has_response_template(tokenizer):
                 return _by_template(tokenizer, ids, chosen, special)
             raise Refusal(400, str(error), param="tools") from None
-        several = asked.parallel_tool_calls is not False and not isinstance(choice, ToolChoice)
+        several = request.parallel_tool_calls is not False and not isinstance(choice, ToolChoice)
         rules = call_rules(form, tools, special, several=several, free=free)
         if alone is not None and choice in (None, "auto"):
             rules = f"{rules}\nanswer: calls | %json {alone[0]}"
@@ -127,9 +127,9 @@ def _by_template(tokenizer: Any, ids: list[int], chosen: Sequence[Any], special:
     return Shape(None, Marks(), shown, lambda: TemplateParts(tokenizer, ids, tools))
 
 
-def _tools(asked: ChatRequest) -> list[Any]:
+def _tools(request: ChatRequest) -> list[Any]:
     """The tools that answers may call. Raises `Refusal` where the one that is chosen isn't there."""
-    tools, choice = list(asked.tools or ()), asked.tool_choice
+    tools, choice = list(request.tools or ()), request.tool_choice
     names = [tool.function.name for tool in tools]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -140,12 +140,12 @@ def _tools(asked: ChatRequest) -> list[Any]:
         return [tools[names.index(choice.function.name)]]
     if choice == "required" and not tools:
         raise Refusal(400, "a call is required, and there are no tools; give some", param="tool_choice")
-    return tools if may_call(asked) else []
+    return tools if may_call(request) else []
 
 
 def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:
     """The tools with their schemas as grammars have them, and what isn't held of these."""
-    found: list[Tool] = []
+    callable_tools: list[Tool] = []
     unheld: list[str] = []
     for i, tool in enumerate(tools):
         spec: FunctionSpec = tool.function
@@ -157,19 +157,19 @@ def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:
             checked = check_schema(schema, lenient=not spec.strict, where=where)
         except TrimtabError as error:
             raise Refusal(400, str(error), param=f"tools.{i}.function.parameters") from None
-        found.append(Tool(spec.name, checked.text))
+        callable_tools.append(Tool(spec.name, checked.text))
         unheld += checked.ignored
-    return found, unheld
+    return callable_tools, unheld
 
 
-def _format(asked: ChatRequest) -> tuple[str, tuple[str, ...]] | None:
+def _format(request: ChatRequest) -> tuple[str, tuple[str, ...]] | None:
     """The schema that an answer keeps to, and what isn't held of it."""
-    given = asked.response_format
-    if isinstance(given, ObjectFormat):
+    response_format = request.response_format
+    if isinstance(response_format, ObjectFormat):
         return check_schema(ANY_OBJECT).text, ()
-    if not isinstance(given, SchemaFormat):
+    if not isinstance(response_format, SchemaFormat):
         return None
-    spec = given.json_schema
+    spec = response_format.json_schema
     try:
         checked = check_schema(spec.schema_, lenient=spec.strict is False, where=f"the schema {spec.name!r}")
     except TrimtabError as error:
@@ -195,10 +195,10 @@ def _shown(spec: FunctionSpec) -> dict[str, Any]:
 
 
 def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    converted: list[dict[str, Any]] = []
     called: dict[str, str] = {}  # by a call's id
     for i, message in enumerate(messages):
-        one: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "role": "system" if message.role == "developer" else message.role,
             "content": _content(message, f"messages.{i}.content"),
         }
@@ -206,7 +206,7 @@ def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, An
             if message.role != "assistant":
                 raise Refusal(400, "tools are called by the assistant alone", param=f"messages.{i}.tool_calls")
             where = f"messages.{i}.tool_calls"
-            one["tool_calls"] = [_call(call, f"{where}.{n}") for n, call in enumerate(message.tool_calls)]
+            entry["tool_calls"] = [_call(call, f"{where}.{n}") for n, call in enumerate(message.tool_calls)]
             called |= {call.id: call.function.name for call in message.tool_calls}
         if message.role == "tool":
             if message.tool_call_id not in called:
@@ -215,11 +215,11 @@ def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, An
                     "a tool's message answers a call of the assistant's before it; tool_call_id says which",
                     param=f"messages.{i}.tool_call_id",
                 )
-            one |= {"tool_call_id": message.tool_call_id, "name": called[message.tool_call_id]}
+            entry |= {"tool_call_id": message.tool_call_id, "name": called[message.tool_call_id]}
         if thinks and message.reasoning_content and message.role == "assistant":
-            one["reasoning_content"] = message.reasoning_content
-        found.append(one)
-    return found
+            entry["reasoning_content"] = message.reasoning_content
+        converted.append(entry)
+    return converted
 
 
 def _content(message: Message, where: str) -> str | list[dict[str, Any]]:

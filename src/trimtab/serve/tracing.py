@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from trimtab.errors import TrimtabError
 
 SILENT = "healthz,readyz,metrics"
-"""Routes that are asked every few seconds, by machines."""
+"""Routes that machines request every few seconds."""
 
 
 def provider() -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab.serve.monitored import in_chunk
-from trimtab.serve.monitored import told_of as read_by_monitors
+from trimtab.serve.monitored import readings_of as read_by_monitors
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema_told import (
     AppliedTold,
@@ -89,13 +89,13 @@ class Collected:
     @property
     def calls(self) -> list[ToolCall]:
         """What it calls."""
-        found = []
+        calls = []
         for part in self.said:
             if isinstance(part, CallBegun):
-                found.append(ToolCall(id=part.id, function=CalledFunction(name=part.name, arguments="")))
+                calls.append(ToolCall(id=part.id, function=CalledFunction(name=part.name, arguments="")))
             elif isinstance(part, CallArguments):
-                found[-1].function.arguments += part.text
-        return found
+                calls[-1].function.arguments += part.text
+        return calls
 
     @property
     def ended(self) -> Any:
@@ -124,7 +124,7 @@ class Wire:
 
     def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
         """The response of a request that doesn't stream."""
-        told, usage = told_of(prepared, answers), self.usage(prepared, answers)
+        summary, usage = summary_of(prepared, answers), self.usage(prepared, answers)
         head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, "usage": usage}
         if self.chat:
             chosen = [
@@ -136,7 +136,7 @@ class Wire:
                 )
                 for i, answer in enumerate(answers)
             ]
-            response = ChatCompletion(choices=chosen, trimtab=told, **head).model_dump()
+            response = ChatCompletion(choices=chosen, trimtab=summary, **head).model_dump()
             for choice in response["choices"]:
                 for name in ("reasoning_content", "tool_calls"):  # which plain answers don't have
                     if choice["message"][name] is None:
@@ -151,7 +151,7 @@ class Wire:
             )
             for i, answer in enumerate(answers)
         ]
-        return Completion(choices=texts, trimtab=told, **head).model_dump()
+        return Completion(choices=texts, trimtab=summary, **head).model_dump()
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """A chat stream's first chunk for an answer says whose words they are."""
@@ -161,12 +161,12 @@ class Wire:
         """Chunks with what a piece says, `before` characters into the answer; the first has its tokens."""
         read = in_chunk(self.monitors, piece.tokens)
         if not self.chat:
-            found = self._text_logprobs(piece.tokens, before)
-            return [self._chunk(index, {"text": piece.text}, found and found.model_dump(), None) | read]
+            text_logprobs = self._text_logprobs(piece.tokens, before)
+            return [self._chunk(index, {"text": piece.text}, text_logprobs and text_logprobs.model_dump(), None) | read]
         logprobs = self._chat_logprobs(piece.tokens)
-        told = logprobs and logprobs.model_dump()
-        deltas = [_delta(part) for part in said] or ([{"content": ""}] if told or read else [])
-        chunks = [self._chunk(index, delta, None if n else told, None) for n, delta in enumerate(deltas)]
+        dumped = logprobs and logprobs.model_dump()
+        deltas = [_delta(part) for part in said] or ([{"content": ""}] if dumped or read else [])
+        chunks = [self._chunk(index, delta, None if n else dumped, None) for n, delta in enumerate(deltas)]
         return [chunk if n else chunk | read for n, chunk in enumerate(chunks)]
 
     def ending(self, index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
@@ -178,9 +178,9 @@ class Wire:
         return [*rest, self._chunk(index, {}, None, answer.finish)]
 
     def last(self, prepared: Prepared, answers: Sequence[Collected], usage: bool) -> dict[str, Any]:
-        """The chunk after all answers: what was applied, and the usage where it was asked for."""
-        found: dict[str, Any] = {**self._head(), "choices": [], "trimtab": told_of(prepared, answers).model_dump()}
-        return {**found, "usage": self.usage(prepared, answers).model_dump()} if usage else found
+        """The chunk after all answers: what was applied, and the usage where it was requested."""
+        chunk: dict[str, Any] = {**self._head(), "choices": [], "trimtab": summary_of(prepared, answers).model_dump()}
+        return {**chunk, "usage": self.usage(prepared, answers).model_dump()} if usage else chunk
 
     def usage(self, prepared: Prepared, answers: Sequence[Collected]) -> Usage:
         """The tokens of the prompts and of all answers."""
@@ -219,21 +219,21 @@ class Wire:
         if not self.logprobs:
             return None
         content = []
-        for told in tokens:
-            top = [TopLogprob(**named(self.tokenizer, id, value)) for id, value in told.likeliest]
-            content.append(TokenLogprob(**named(self.tokenizer, told.id, told.logprob), top_logprobs=top))
+        for token in tokens:
+            top = [TopLogprob(**named(self.tokenizer, id, value)) for id, value in token.likeliest]
+            content.append(TokenLogprob(**named(self.tokenizer, token.id, token.logprob), top_logprobs=top))
         return ChatLogprobs(content=content)
 
     def _text_logprobs(self, tokens: Sequence[TokenTold], before: int) -> TextLogprobs | None:
         if not self.logprobs:
             return None
-        texts = [self._text(told.id) for told in tokens]
+        texts = [self._text(token.id) for token in tokens]
         offsets, at = [], before
         for text in texts:
             offsets.append(at)
             at += len(text)
-        top = [{self._text(id): _finite(value) for id, value in told.likeliest} for told in tokens]
-        values = [_finite(told.logprob) for told in tokens]
+        top = [{self._text(id): _finite(value) for id, value in token.likeliest} for token in tokens]
+        values = [_finite(token.logprob) for token in tokens]
         return TextLogprobs(tokens=texts, token_logprobs=values, top_logprobs=top, text_offset=offsets)
 
     def _text(self, token: int) -> str:
@@ -255,9 +255,9 @@ def event(chunk: dict[str, Any]) -> bytes:
 END = b"data: [DONE]\n\n"
 
 
-def told_of(prepared: Prepared, answers: Sequence[Collected]) -> Told:
+def summary_of(prepared: Prepared, answers: Sequence[Collected]) -> Told:
     """What steered these answers, and what they weren't held to."""
-    found = [
+    per_answer = [
         _applied(i, answer.done).model_copy(
             update={"monitors": read_by_monitors(prepared.tasks[i].monitors, answer.done)}
         )
@@ -266,7 +266,7 @@ def told_of(prepared: Prepared, answers: Sequence[Collected]) -> Told:
     ]
     grammar = prepared.shape.grammar
     unheld = list(grammar.ignored) if grammar is not None else []
-    return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found, unheld=unheld)
+    return Told(steering=prepared.steerings, emphasized_tokens=prepared.emphasized, answers=per_answer, unheld=unheld)
 
 
 def _message(answer: Collected) -> ChatMessage:

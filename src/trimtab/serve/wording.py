@@ -13,7 +13,7 @@ from trimtab.serve.schema_responses import ResponsesRequest
 from trimtab.serve.schema_steerings import LearnRequest, MakeRequest
 
 LOOKED_AT = 200
-"""Errors of one request of which the one to tell is chosen."""
+"""Errors of one request among which the one to report is chosen."""
 NAMES = "letters, digits, '.', '_' and '-', of which the first is a letter or a digit, 64 at most"
 KINDS = {
     "string_type": "a text",
@@ -46,14 +46,14 @@ INNER = sorted({name for model in (Message, SteeringChoice, LearnRequest, MakeRe
 
 
 def in_words(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
-    """pydantic's errors about a body as a refusal with status 400. It tells the one that is deepest inside.
+    """pydantic's errors about a body as a refusal with status 400. It reports the one that is deepest inside.
 
     A text that may be a list as well has two errors where it is neither; what stands deeper is of the kind that was
     meant.
     """
     placed = [(_place(error["loc"], body), error) for error in errors[:LOOKED_AT]]
-    where, error = max(placed, key=_telling)
-    here = [one for place, one in placed if place == where]
+    where, error = max(placed, key=_weight)
+    here = [candidate for place, candidate in placed if place == where]
     said = _said(where, error, here)
     if isinstance(body, bytes) and not where:
         said = "it is sent as JSON, with Content-Type: application/json"
@@ -64,9 +64,9 @@ def in_words(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     return Refusal(400, message[:1000], param=dotted[:200] or None)
 
 
-def _telling(one: tuple[Sequence[Any], Mapping[str, Any]]) -> tuple[int, bool, bool]:
-    """How much an error says: what is deep inside most, and of an object's fields its type."""
-    place, error = one
+def _weight(pair: tuple[Sequence[Any], Mapping[str, Any]]) -> tuple[int, bool, bool]:
+    """How much an error says: most where it is deep inside, and among an object's fields its type."""
+    place, error = pair
     return len(place), error["type"] not in KINDS, tuple(place[-1:]) == ("type",)
 
 
@@ -79,7 +79,7 @@ def _place(loc: Sequence[Any], body: Any) -> tuple[Any, ...]:
         parts = parts[1:]
     if body is None:
         return tuple(part for part in parts if isinstance(part, int) or str(part).isidentifier())
-    found: list[Any] = []
+    own: list[Any] = []
     at = body
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
@@ -90,8 +90,8 @@ def _place(loc: Sequence[Any], body: Any) -> tuple[Any, ...]:
             at = at[part]
         elif not (isinstance(at, dict) and last and isinstance(part, str) and part.isidentifier()):
             continue  # the name of a kind
-        found.append(part)
-    return tuple(found)
+        own.append(part)
+    return tuple(own)
 
 
 def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping[str, Any]]) -> str:
@@ -117,7 +117,7 @@ def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping
         return f"a steering's name has {NAMES}"
     if kind.startswith("union_tag_") and name in EXPECTED:
         return f"it must be {EXPECTED[name]}"
-    kinds = {one["type"] for one in here}
+    kinds = {other["type"] for other in here}
     if kind == "literal_error" and len(kinds) > 1 and name in EXPECTED:
         return f"it must be {EXPECTED[name]}"
     if kind in KINDS:

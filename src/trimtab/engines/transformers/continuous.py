@@ -283,7 +283,7 @@ def answer(
             applied=each.applied or Applied((), ()),
             logprobs=tuple(each.logprobs) if logprobs else None,
             trace=each.trace,
-            monitors=each.log.told(monitors) if monitors else None,
+            monitors=each.log.readings(monitors) if monitors else None,
         )
         for of_prompt in answers
         for each in of_prompt

@@ -1,7 +1,7 @@
-"""Monitors of a batch's rows: what they read is read for all rows at once, one product a site and pass.
+"""Monitors of a batch's rows: their readings are taken for all rows at once, one product a site and pass.
 
 The reading comes behind the edits of its site, so that it is of the activation that goes on. Its values stay on the
-device until a step tells what it has chosen, for which the host waits in any case.
+device until a step reports its choice, for which the host waits in any case.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Log:
         self.values.append(values)
         return new
 
-    def told(self, monitors: Sequence[Monitor]) -> dict[str, Monitored]:
+    def readings(self, monitors: Sequence[Monitor]) -> dict[str, Monitored]:
         """All of it, by name."""
         columns = list(zip(*self.values, strict=True)) or [()] * len(monitors)
         return {

@@ -1,6 +1,6 @@
 """A page on which a person sees and feels what a steering does, at `/` of the server's own application.
 
-It asks the same service and scheduler as the API, in this process: one model, one policy, one audit log.
+It uses the same service and scheduler as the API, in this process: one model, one policy, one audit log.
 
 paths      which requests are the page's
 callers    whose key it is, and errors in words

@@ -28,14 +28,14 @@ from trimtab.serve.wire import Collected, new_id
 
 @dataclass
 class Side:
-    """One answer as far as it has come. `prompt` is its prompt's token ids, `told` what was asked to steer it.
+    """One answer as far as it has come. `prompt` is its prompt's token ids, `steerings` what steers it.
 
     `cosines` are those of its tokens with vectors that it was coloured by. `number` is its own: it tells answers apart
     that are drawn again and again.
     """
 
     prompt: tuple[int, ...] = ()
-    told: tuple[AppliedSteering, ...] = ()
+    steerings: tuple[AppliedSteering, ...] = ()
     collected: Collected = field(default_factory=Collected)
     error: str = ""
     over: bool = False
@@ -59,13 +59,13 @@ class Side:
 
 
 class Asking:
-    """Requests that are asked together. `sides` are their answers, in the requests' order."""
+    """Requests that run together. `sides` are their answers, in the requests' order."""
 
-    def __init__(self, service: Service, key: Key, asked: Sequence[Request]) -> None:
+    def __init__(self, service: Service, key: Key, requests: Sequence[Request]) -> None:
         self.service = service
         self.key = key
-        self.asked: list[Request] = list(asked)
-        self.sides: list[Side] = [Side() for _ in asked]
+        self.requests: list[Request] = list(requests)
+        self.sides: list[Side] = [Side() for _ in requests]
         self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
 
     def stop(self) -> None:
@@ -75,16 +75,16 @@ class Asking:
     async def run(self) -> AsyncGenerator[list[Side], None]:
         """The sides, again whenever there is more. Closing the iterator lets the answers go.
 
-        Raises before anything runs: `Refusal` for what can't be or may not be asked, `Full` and `Draining`.
+        Raises before anything runs: `Refusal` for what can't run or isn't allowed, `Full` and `Draining`.
         """
         service = self.service
-        prepared = [await self._prepared(one) for one in self.asked]
-        tasks = [one.tasks[0] for one in prepared]
+        prepared = [await self._prepared(request) for request in self.requests]
+        tasks = [ready.tasks[0] for ready in prepared]
         records = []
-        for i, (side, one, asked) in enumerate(zip(self.sides, prepared, self.asked, strict=True)):
-            side.prompt, side.told = one.tasks[0].ids, tuple(one.told)
-            record = Record(service, new_request(self.key), asked, one, new_id(isinstance(asked, ChatRequest)))
-            one.tasks[0].deliver = record.heard(0, self._deliver(i))
+        for i, (side, ready, request) in enumerate(zip(self.sides, prepared, self.requests, strict=True)):
+            side.prompt, side.steerings = ready.tasks[0].ids, tuple(ready.steerings)
+            record = Record(service, new_request(self.key), request, ready, new_id(isinstance(request, ChatRequest)))
+            ready.tasks[0].deliver = record.heard(0, self._deliver(i))
             records.append(record)
         service.scheduler.check_room(len(tasks))
         try:
@@ -98,23 +98,23 @@ class Asking:
         try:
             yield self.sides
             while not all(side.over for side in self.sides):
-                told = await self._queue.get()
-                if told is None:
+                update = await self._queue.get()
+                if update is None:
                     return
-                self._take(*told)
+                self._take(*update)
                 while not self._queue.empty():
-                    if (told := self._queue.get_nowait()) is None:
+                    if (update := self._queue.get_nowait()) is None:
                         return
-                    self._take(*told)
+                    self._take(*update)
                 yield self.sides
         finally:
             self._close(records)
 
-    async def _prepared(self, asked: Request) -> Prepared:
+    async def _prepared(self, request: Request) -> Prepared:
         try:
-            return await asyncio.to_thread(self.service.prepare, self.key, asked)
+            return await asyncio.to_thread(self.service.prepare, self.key, request)
         except Refusal as refusal:
-            refused(self.service.audit, new_request(self.key), self.key, refusal, asked)
+            refused(self.service.audit, new_request(self.key), self.key, refusal, request)
             raise
 
     def _deliver(self, number: int) -> Callable[[Event], None]:

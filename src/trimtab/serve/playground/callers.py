@@ -24,8 +24,8 @@ def caller(service: Service, secret: str | None) -> Key:
     """The key that somebody typed. Raises `Refusal` where it is nobody's; without keys, everybody may ask."""
     key = service.policy.caller((secret or "").strip() or None)
     if key is None:
-        given = bool((secret or "").strip())
-        raise Refusal(401, "this API key isn't known to the server" if given else "type your API key first")
+        typed = bool((secret or "").strip())
+        raise Refusal(401, "this API key isn't known to the server" if typed else "type your API key first")
     return key
 
 
@@ -35,7 +35,7 @@ def new_request(key: Key) -> dict[str, str]:
 
 
 def in_words(error: Exception) -> str:
-    """What went wrong, for a person. Whatever isn't expected is told to the server's log, not to the page."""
+    """What went wrong, for a person. Whatever isn't expected goes to the server's log, not to the page."""
     if isinstance(error, Refusal):
         return error.message
     if isinstance(error, (TrimtabError, Full, Draining)):

@@ -17,7 +17,7 @@ from trimtab.serve.playground.callers import caller, in_words
 from trimtab.serve.playground.choices import Chosen, chosen, prompt_of, request, talks
 from trimtab.serve.playground.colours import FORMATTED, NOTHING, PLAIN, read
 from trimtab.serve.playground.examples import SHOWN, examples
-from trimtab.serve.playground.marks import found_marks
+from trimtab.serve.playground.marks import find_marks
 from trimtab.serve.playground.panel import Panel, arrange, nameable
 from trimtab.serve.playground.snippets import as_curl, as_python
 from trimtab.serve.playground.talk import Talk, Turn
@@ -42,7 +42,7 @@ class Chat:
 
 def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     """The components, and what happens when somebody uses them."""
-    told = gr.State(Talk())
+    talk_state = gr.State(Talk())
     move = gr.Number(0, precision=0, visible=False)
     said = gr.HTML(show.welcome(steerings=True), elem_id="tt-talk")
     with gr.Row(elem_id="tt-examples"):
@@ -82,7 +82,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     async def answer(
         number: int, asking: Asking, talk: Talk, tint: str, first: list[Any]
     ) -> AsyncGenerator[list[Any], None]:
-        """The conversation as the answers come, until something else is asked. `first`: the message box and errors."""
+        """The conversation as the answers come, until something else is sent. `first`: the message box and errors."""
         try:
             async with aclosing(asking.run()) as coming:
                 async for _ in coming:
@@ -101,11 +101,11 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             text = _checked(text)
             if len(talk.turns) >= MOST_TURNS:
                 raise TrimtabError(f"this chat has {MOST_TURNS} messages; start a new one")
-            mine, given = caller(service, secret), chosen(values)
-            plain = request(service, given, prompt_of(service, given, talk.said(steered=False), text), steered=False)
-            steered = request(service, given, prompt_of(service, given, talk.said(steered=True), text))
+            mine, choice = caller(service, secret), chosen(values)
+            plain = request(service, choice, prompt_of(service, choice, talk.said(steered=False), text), steered=False)
+            steered = request(service, choice, prompt_of(service, choice, talk.said(steered=True), text))
             asking = Asking(service, mine, [plain, steered])
-            turn = Turn(text, given.phrases, *asking.sides)
+            turn = Turn(text, choice.phrases, *asking.sides)
             started = False
             number = talk.begin(asking)
             async with aclosing(answer(number, asking, talk, tint, ["", ""])) as coming:
@@ -132,14 +132,14 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             yield [gr.skip(), gr.skip(), gr.skip()]
             return
         try:
-            mine, given = caller(service, secret), chosen(values)
+            mine, choice = caller(service, secret), chosen(values)
             said = talk.said(steered=True, before=len(talk.turns) - 1)
-            asking = Asking(service, mine, [request(service, given, prompt_of(service, given, said, turn.text))])
+            asking = Asking(service, mine, [request(service, choice, prompt_of(service, choice, said, turn.text))])
             number = talk.begin(asking)
             async with aclosing(answer(number, asking, talk, tint, [gr.skip(), ""])) as coming:
                 async for update in coming:
                     if turn.steered is not asking.sides[0]:
-                        turn.steered, turn.phrases = asking.sides[0], given.phrases
+                        turn.steered, turn.phrases = asking.sides[0], choice.phrases
                         update[0] = show.talk(service, talk, _coming(tint))
                     yield update
         except Exception as error:
@@ -177,25 +177,27 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         return pick
 
     def look(secret: str, text: str, talk: Talk, *values: Any) -> str:
-        """Whether the phrases are in what would be asked now: in what is typed, or in the conversation so far."""
+        """Whether the phrases are in the prompt as it is now: in what is typed, or in the conversation so far."""
         try:
             caller(service, secret)
-            given = chosen(values)
-            wanted = given.phrases
+            choice = chosen(values)
+            wanted = choice.phrases
             if not wanted or not ((text or "").strip() or talk.turns):
                 return show.note("It is looked for in your message.") if wanted else ""
-            return show.marks(found_marks(service, _asked_now(service, given, talk, text), wanted, chat=talks(service)))
+            return show.marks(
+                find_marks(service, _next_prompt(service, choice, talk, text), wanted, chat=talks(service))
+            )
         except Exception as error:
             return show.error(in_words(error))
 
     def copied(secret: str, here: gr.Request, text: str, talk: Talk, *values: Any) -> list[str]:
         try:
             caller(service, secret)
-            given = chosen(values)
-            asked = request(service, given, _asked_now(service, given, talk, text or ""))
+            choice = chosen(values)
+            steered_request = request(service, choice, _next_prompt(service, choice, talk, text or ""))
             assert here.request is not None  # Gradio gives it to what runs on the page's behalf
             address, keys = str(here.request.base_url).rstrip("/"), bool(service.policy.keys)
-            return [as_curl(asked, address, keys=keys), as_python(asked, address, keys=keys)]
+            return [as_curl(steered_request, address, keys=keys), as_python(steered_request, address, keys=keys)]
         except Exception as error:
             return [f"# {in_words(error)}", ""]
 
@@ -203,18 +205,18 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     streams: dict[str, Any] = {**quick, "trigger_mode": "multiple"}
     shown = [said, message, trouble]
     for event in (message.submit, send.click):
-        event(speak, [key, message, told, colour, *panel.inputs], shown, **streams)
+        event(speak, [key, message, talk_state, colour, *panel.inputs], shown, **streams)
     for number, button in enumerate(proposed):
         picked = button.click(
             propose(number), [key, panel.was, *panel.values], [panel.names, message, trouble, *panel.arranged], **quick
         )
-        picked.then(speak, [key, message, told, colour, *panel.inputs], shown, **streams)
+        picked.then(speak, [key, message, talk_state, colour, *panel.inputs], shown, **streams)
     for event in (part for slot in panel.slots for part in (slot.strength.input, slot.layer.input)):
-        event(again, [key, move, told, colour, live, *panel.inputs], shown, js=COUNTED, **streams)
-    colour.change(tinted, [key, told, colour], [said, trouble], **quick)
-    stop.click(halt, told, None, **quick)
-    clear.click(forget, told, [said, trouble], **quick)
-    looking = [key, message, told, *panel.inputs]
+        event(again, [key, move, talk_state, colour, live, *panel.inputs], shown, js=COUNTED, **streams)
+    colour.change(tinted, [key, talk_state, colour], [said, trouble], **quick)
+    stop.click(halt, talk_state, None, **quick)
+    clear.click(forget, talk_state, [said, trouble], **quick)
+    looking = [key, message, talk_state, *panel.inputs]
     for event in (panel.emphasis.change, message.blur):
         event(look, looking, panel.marks, **quick)
     changed = [*(part.change for part in panel.inputs), said.change, message.blur]
@@ -232,12 +234,12 @@ async def _tinted(service: Service, asking: Asking, talk: Talk, tint: str) -> No
     await read(service, asking.key, sides, tint)
 
 
-def _asked_now(service: Service, given: Chosen, talk: Talk, text: str) -> Any:
+def _next_prompt(service: Service, choice: Chosen, talk: Talk, text: str) -> Any:
     """The prompt that sending would make; after an answer, with nothing typed yet, the one it was made for."""
     if (text or "").strip() or not talk.turns:
-        return prompt_of(service, given, talk.said(steered=True), (text or "").strip() or EXAMPLE)
+        return prompt_of(service, choice, talk.said(steered=True), (text or "").strip() or EXAMPLE)
     said = talk.said(steered=True, before=len(talk.turns) - 1)
-    return prompt_of(service, given, said, talk.turns[-1].text)
+    return prompt_of(service, choice, said, talk.turns[-1].text)
 
 
 def _checked(text: str | None) -> str:

@@ -43,14 +43,14 @@ class Chosen:
             {"name": name, "strength": strength} | ({} if layer == AS_LEARNED else {"layer": layer})
             for name, strength, layer in self.steering
         ]
-        found: dict[str, Any] = {"steering": steering} if steering else {}
+        body: dict[str, Any] = {"steering": steering} if steering else {}
         if self.phrases:
-            found["emphasize"] = list(self.phrases)
+            body["emphasize"] = list(self.phrases)
         if self.rejection == REJECTIONS[1] or (self.rejection == REJECTIONS[0] and self.phrases):
-            found["rejection"] = {"beta": self.beta}
+            body["rejection"] = {"beta": self.beta}
         elif self.phrases:
-            found["rejection"] = False
-        return found
+            body["rejection"] = False
+        return body
 
 
 def chosen(values: Sequence[Any]) -> Chosen:
@@ -84,27 +84,27 @@ def talks(service: Service) -> bool:
     return has_template(service.lm.tokenizer)
 
 
-def prompt_of(service: Service, given: Chosen, said: Sequence[Message], text: str) -> Any:
+def prompt_of(service: Service, choice: Chosen, said: Sequence[Message], text: str) -> Any:
     """The prompt: the conversation so far and what is said now; or the text, where the model only continues texts.
 
     Raises `TrimtabError` for a text that is too long to be sent back and forth while somebody types.
     """
-    if len(text) + len(given.system) > LONGEST:
+    if len(text) + len(choice.system) > LONGEST:
         raise TrimtabError(f"on the page a message has {LONGEST:,} characters at most; the API takes longer ones")
     if not talks(service):
         return text
-    opening = [{"role": "system", "content": given.system}] if given.system else []
+    opening = [{"role": "system", "content": choice.system}] if choice.system else []
     return [*opening, *said, {"role": "user", "content": text}]
 
 
-def request(service: Service, given: Chosen, prompt: Any, *, steered: bool = True) -> Request:
+def request(service: Service, choice: Chosen, prompt: Any, *, steered: bool = True) -> Request:
     """The API's request. Raises pydantic's `ValidationError` for what no request can say."""
     body: dict[str, Any] = {"model": ALIAS, "messages" if talks(service) else "prompt": prompt}
-    body |= {"max_tokens": given.max_tokens, "temperature": given.temperature}
-    if given.temperature > 0:
-        body["seed"] = given.seed
+    body |= {"max_tokens": choice.max_tokens, "temperature": choice.temperature}
+    if choice.temperature > 0:
+        body["seed"] = choice.seed
     if steered:
-        body |= given.fields
+        body |= choice.fields
     return (ChatRequest if talks(service) else CompletionRequest).model_validate(body)
 
 
@@ -117,5 +117,5 @@ def span_of(low: float, high: float) -> tuple[float, float]:
 def carried(old: Sequence[str], new: Sequence[str], values: Sequence[Any], default: Any) -> list[Any]:
     """The values of the slots of `old` names, as the slots of `new` names have them."""
     known = dict(zip(old, values, strict=False))
-    found = [known.get(name, default) for name in new]
-    return found + [default] * (SLOTS - len(found))
+    new_values = [known.get(name, default) for name in new]
+    return new_values + [default] * (SLOTS - len(new_values))

@@ -39,16 +39,16 @@ PLAIN = [("formatted", FORMATTED), ("as plain text", NOTHING), ("coloured by whe
 
 def offered(service: Service, key: Key) -> list[tuple[str, str]]:
     """The ways to show answers, as (words, value): the value of colours by a vector is `name@layer`."""
-    found = list(PLAIN)
-    for one in service.visible(key):
+    ways = list(PLAIN)
+    for loaded in service.visible(key):
         try:
-            layers = sorted(directions(one.steering))
+            layers = sorted(directions(loaded.steering))
         except TrimtabError:
             continue
-        sites = {edit.site.layer for edit in one.steering.edits if edit.site.kind == "residual"}
+        sites = {edit.site.layer for edit in loaded.steering.edits if edit.site.kind == "residual"}
         shown = spread([layer for layer in layers if layer in sites], MOST_LAYERS)
-        found += [(f"coloured by {one.name}, layer {layer}", f"{one.name}@{layer}") for layer in shown]
-    return found
+        ways += [(f"coloured by {loaded.name}, layer {layer}", f"{loaded.name}@{layer}") for layer in shown]
+    return ways
 
 
 async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -> None:
@@ -59,7 +59,7 @@ async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -
     if colour in (FORMATTED, NOTHING, REJECTION):
         return
     name, _, layer = colour.partition("@")
-    loaded = next((one for one in service.visible(key) if one.name == name), None)
+    loaded = next((entry for entry in service.visible(key) if entry.name == name), None)
     if loaded is None:
         raise Refusal(404, "there is no such steering any more")
     for side in sides:
@@ -72,8 +72,8 @@ async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -
 
 def full_of(sides: Sequence[Side], colour: str) -> float:
     """The cosine that has the full colour in all these answers."""
-    found = [side.cosines[colour] for side in sides if colour in side.cosines]
-    return reach(found) if found else 1.0
+    cosines = [side.cosines[colour] for side in sides if colour in side.cosines]
+    return reach(cosines) if cosines else 1.0
 
 
 def coloured(service: Service, side: Side, colour: str, full: float) -> str:

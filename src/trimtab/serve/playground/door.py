@@ -1,4 +1,4 @@
-"""What stands between the page's routes and Gradio: what may be asked there, and what is kept for whom.
+"""What stands between the page's routes and Gradio: what may be requested there, and what is kept for whom.
 
 Gradio keeps what its functions return for a session until somebody reads it, and a session is any text that a client
 makes up. Here sessions that nobody reads are few, and forgotten after a while, with what was being done for them.
@@ -29,7 +29,7 @@ from trimtab.serve.sieve import no_constant
 SESSIONS = 64
 """Sessions at a time that something is done or kept for and that nobody reads."""
 EVENTS = 32
-"""What one session may ask for before it has answers."""
+"""What one session may request before it has answers."""
 UNREAD = 30.0
 """Seconds after which what nobody reads is dropped."""
 MESSAGES = 256
@@ -83,9 +83,9 @@ class Door:
             await self.app(scope, receive, send)
 
     def _join(self, body: bytes, receive: Receive) -> Receive:
-        asked = _checked(body, self.blocks)
-        self.sessions.join(asked["session_hash"])
-        left = [json.dumps(asked).encode()]
+        checked = _checked(body, self.blocks)
+        self.sessions.join(checked["session_hash"])
+        left = [json.dumps(checked).encode()]
 
         async def inside() -> Message:
             if left:
@@ -112,7 +112,7 @@ class Sessions:
         return sorted(name for name in waiting | kept if not self._readers[name])
 
     def join(self, session: str) -> None:
-        """Something is asked for in its name. Raises `Refusal` where there is too much already."""
+        """Something is requested in its name. Raises `Refusal` where there is too much already."""
         if len(self.blocks._queue.pending_event_ids_session.get(session, ())) >= EVENTS:
             raise Refusal(429, "this page sends more requests than it reads answers", code="busy", retry=5)
         unread = self.unread
@@ -163,12 +163,12 @@ class Sessions:
 def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
     """What a page asks for. Raises `Refusal` for what no page does."""
     try:
-        given = json.loads(body, parse_constant=no_constant)
+        parsed = json.loads(body, parse_constant=no_constant)
     except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
+        parsed = None
+    if not isinstance(parsed, dict):
         raise Refusal(400, "the page asks in JSON")
-    session, number, data = given.get("session_hash"), given.get("fn_index"), given.get("data")
+    session, number, data = parsed.get("session_hash"), parsed.get("fn_index"), parsed.get("data")
     if not isinstance(session, str) or not re.fullmatch("[A-Za-z0-9]{1,64}", session):
         raise Refusal(400, "a session is letters and digits, 64 at most", param="session_hash")
     function = blocks.fns.get(number) if type(number) is int else None
@@ -176,7 +176,7 @@ def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
         raise Refusal(400, "the page has no such function", param="fn_index")
     if not isinstance(data, list) or len(data) != len(function.inputs):
         raise Refusal(400, f"this function takes {len(function.inputs)} values", param="data")
-    return {name: given[name] for name in KEPT if name in given}
+    return {name: parsed[name] for name in KEPT if name in parsed}
 
 
 class _Few:

@@ -38,5 +38,5 @@ def examples(names: Sequence[str]) -> list[Example]:
 
 def first(names: Sequence[str]) -> str | None:
     """The steering that is chosen on a first visit."""
-    found = examples(names)
-    return found[0].steering if found else None
+    offered = examples(names)
+    return offered[0].steering if offered else None

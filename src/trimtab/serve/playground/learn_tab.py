@@ -10,7 +10,7 @@ import gradio as gr
 
 from trimtab.serve.playground import show
 from trimtab.serve.playground.callers import caller, in_words
-from trimtab.serve.playground.lessons import METHODS, OFF, Lesson, as_row, learn, lesson_of, told
+from trimtab.serve.playground.lessons import METHODS, OFF, Lesson, as_row, learn, lesson_html, lesson_of
 from trimtab.serve.playground.make_part import make_from_sentence
 from trimtab.serve.service import Service
 
@@ -82,7 +82,7 @@ def make_learn(service: Service, key: Any) -> LearnTab:
             mine = caller(service, secret)
             async for step in learn(service, mine, lesson_of(called or "", how, text or "", at or "")):
                 if isinstance(step, Lesson):
-                    yield [told(step), "", step.loaded.name]
+                    yield [lesson_html(step), "", step.loaded.name]
                 else:
                     done, total = step
                     yield [show.progress(done / max(1, total), f"{done} of {total} pairs read"), "", gr.skip()]
@@ -92,7 +92,7 @@ def make_learn(service: Service, key: Any) -> LearnTab:
     quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     for event in (add.click, other.submit):
         event(append, [pairs, prompt, wanted, other], [pairs, prompt, wanted, other, trouble], **quick)
-    one: dict[str, Any] = {**quick, "concurrency_limit": 1, "concurrency_id": "learn"}
+    one_at_a_time: dict[str, Any] = {**quick, "concurrency_limit": 1, "concurrency_id": "learn"}
     for event in (go.click, name.submit):
-        event(study, [key, pairs, name, method, layers], [result, trouble, learned], **one)
+        event(study, [key, pairs, name, method, layers], [result, trouble, learned], **one_at_a_time)
     return LearnTab(learned)

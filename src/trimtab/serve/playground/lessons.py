@@ -43,33 +43,33 @@ def lesson_of(name: str, method: str, text: str, layers: str) -> LearnRequest:
     pairs = pairs_from_text(text)
     if method == METHODS[0]:
         method = "instruct" if pairs[0].shape == "prompts" else "caa"
-    asked: dict[str, Any] = {"name": name.strip(), "method": method, "pairs": [row_of(pair) for pair in pairs]}
+    body: dict[str, Any] = {"name": name.strip(), "method": method, "pairs": [row_of(pair) for pair in pairs]}
     if chosen := whole_numbers(layers):
-        asked["layers"] = list(chosen)
-    return LearnRequest.model_validate(asked)
+        body["layers"] = list(chosen)
+    return LearnRequest.model_validate(body)
 
 
-async def learn(service: Service, key: Key, asked: LearnRequest) -> AsyncIterator[tuple[int, int] | Lesson]:
+async def learn(service: Service, key: Key, request: LearnRequest) -> AsyncIterator[tuple[int, int] | Lesson]:
     """How many pairs of how many were read, again and again; at last what was learned, which the server has then.
 
     Raises `Refusal` where learning is off, or not for this key, and `TrimtabError` where nothing can be learned.
     """
     if not service.learn:
         raise Refusal(403, OFF)
-    check_may_add(service, key, asked.name)
+    check_may_add(service, key, request.name)
     loop = asyncio.get_running_loop()
-    told: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+    steps: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
 
     def progress(done: int, total: int) -> None:
-        loop.call_soon_threadsafe(told.put_nowait, (done, total))
+        loop.call_soon_threadsafe(steps.put_nowait, (done, total))
 
-    job = asyncio.ensure_future(learned(service, asked, progress))
-    job.add_done_callback(lambda _: told.put_nowait(None))
-    yield 0, len(asked.pairs)
-    while (step := await told.get()) is not None:
+    job = asyncio.ensure_future(learned(service, request, progress))
+    job.add_done_callback(lambda _: steps.put_nowait(None))
+    yield 0, len(request.pairs)
+    while (step := await steps.get()) is not None:
         yield step
     made = await job
-    yield Lesson(added(service, new_request(key), asked.name, made.steering, "learned"), made.remarks)
+    yield Lesson(added(service, new_request(key), request.name, made.steering, "learned"), made.remarks)
 
 
 def as_row(prompt: str, positive: str, negative: str) -> str:
@@ -80,7 +80,7 @@ def as_row(prompt: str, positive: str, negative: str) -> str:
     return json.dumps({**opening, "positive": positive.strip(), "negative": negative.strip()}, ensure_ascii=False)
 
 
-def told(lesson: Lesson) -> str:
+def lesson_html(lesson: Lesson) -> str:
     """What was learned, as HTML, with the file to save."""
     loaded = lesson.loaded
     name = html.escape(loaded.name)

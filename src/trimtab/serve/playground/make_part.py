@@ -60,12 +60,12 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
     ) -> AsyncIterator[list[Any]]:
         try:
             mine = caller(service, secret)
-            asked = making_of(called or "", wanted or "", who or "", other or "", keep=bool(anyway))
-            async with aclosing(make(service, mine, asked)) as steps:
+            request = making_of(called or "", wanted or "", who or "", other or "", keep=bool(anyway))
+            async with aclosing(make(service, mine, request)) as steps:
                 async for step in steps:
                     if isinstance(step, Finished):
                         added = gr.skip() if step.loaded is None else step.loaded.name
-                        yield [made(asked.name, step), "", added]
+                        yield [made(request.name, step), "", added]
                     else:
                         yield [coming(step), "", gr.skip()]
         except Exception as error:

@@ -32,18 +32,18 @@ def making_of(name: str, sentence: str, like: str, unlike: str, *, keep: bool) -
         raise TrimtabError("describe in a sentence what you want, such as: be blunt, not flattering")
     if not name.strip():
         raise TrimtabError("give the steering a name, such as blunt")
-    given = {key: value for key, value in said.items() if value}
-    return MakeRequest.model_validate({"name": name.strip(), **given, "keep": keep})
+    filled = {key: value for key, value in said.items() if value}
+    return MakeRequest.model_validate({"name": name.strip(), **filled, "keep": keep})
 
 
-def make(service: Service, key: Key, asked: MakeRequest) -> AsyncGenerator[Step | Finished, None]:
+def make(service: Service, key: Key, request: MakeRequest) -> AsyncGenerator[Step | Finished, None]:
     """How far it has come, again and again; at last what was made.
 
     Raises `Refusal` where learning is off, and what `making` raises.
     """
     if not service.learn:
         raise Refusal(403, OFF)
-    return making(service, key, new_request(key), asked)
+    return making(service, key, new_request(key), request)
 
 
 def coming(step: Step) -> str:
@@ -65,7 +65,9 @@ def made(name: str, finished: Finished) -> str:
     else:
         said = f"{known} is made, and chosen on the panel" + ("." if verdict.holds else ", as you asked.")
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in [*verdict.lines(), f"chosen: {finished.made.name}"])
-    pairs = "".join(show.two(one.question, one.unsteered, one.steered) for one in finished.examples[:SHOWN])
+    pairs = "".join(
+        show.two(example.question, example.unsteered, example.steered) for example in finished.examples[:SHOWN]
+    )
     return (
         f'<div class="tt-lesson" role="status"><p>{said}</p><ul class="tt-verdict">{lines}</ul>'
         f"{pairs or show.note(HIDDEN)}{show.note(NEXT) if loaded is None else saving(loaded)}</div>"

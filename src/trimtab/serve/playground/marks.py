@@ -18,7 +18,7 @@ class Mark:
     error: str = ""
 
 
-def found_marks(service: Service, prompt: Any, phrases: tuple[str, ...], *, chat: bool) -> list[Mark]:
+def find_marks(service: Service, prompt: Any, phrases: tuple[str, ...], *, chat: bool) -> list[Mark]:
     """Each phrase in the prompt. Nothing is raised: what isn't there is said."""
     marks = []
     for phrase in phrases:

@@ -31,10 +31,10 @@ def make_page(service: Service) -> Door:
     """The application that serves the page; to be run with the server's."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     page = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    given = {"footer_links": [], "run_history": False, "show_error": False, "ssr_mode": False, "mcp_server": False}
+    settings = {"footer_links": [], "run_history": False, "show_error": False, "ssr_mode": False, "mcp_server": False}
     blocks = make_blocks(service)
     blocks.state_session_capacity = STATES
-    gr.mount_gradio_app(page, blocks, path="/", **given, **options())
+    gr.mount_gradio_app(page, blocks, path="/", **settings, **options())
     return Door(page, blocks)
 
 
@@ -99,10 +99,10 @@ def make_blocks(service: Service) -> gr.Blocks:
             *(head, trouble, panel.names, panel.none, chat.colour, sweep.name, routes, *chat.proposed),
             *slots,
         ]
-        given = [key, panel.names, panel.was, *panel.values]
+        inputs = [key, panel.names, panel.was, *panel.values]
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         # one after the other, the last always: what an earlier key may see never replaces what this one may
-        gr.on([blocks.load, use.click, key.submit], arrive, given, known_parts, trigger_mode="always_last", **quick)
+        gr.on([blocks.load, use.click, key.submit], arrive, inputs, known_parts, trigger_mode="always_last", **quick)
 
         def choose(secret: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
             try:
@@ -110,14 +110,14 @@ def make_blocks(service: Service) -> gr.Blocks:
             except Exception as error:
                 return [show.error(in_words(error)), *(gr.update(),) * len(slots)]
 
-        panel.names.change(choose, given, [trouble, *slots], **quick)
+        panel.names.change(choose, inputs, [trouble, *slots], **quick)
 
         def admit(secret: str, learned: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
             """What was just learned is chosen too, in place of the last where there is no room."""
             room = [name for name in names or [] if name != learned][: SLOTS - 1]
             return arrive(secret, [*room, learned] if learned else room, was, *values)
 
-        lesson.learned.change(admit, [key, lesson.learned, *given[1:]], known_parts, **quick)
+        lesson.learned.change(admit, [key, lesson.learned, *inputs[1:]], known_parts, **quick)
     blocks.queue(max_size=WAITING, default_concurrency_limit=None, api_open=False)
     return blocks
 

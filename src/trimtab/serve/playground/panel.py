@@ -156,7 +156,7 @@ def _begin(low: float, high: float) -> float:
 def arrange(service: Service, key: Key, names: Sequence[str], was: Sequence[str], values: Sequence[Any]) -> list[Any]:
     """The slots for these names, each with the values that its steering had, as updates for `Panel.arranged`."""
     low, high = span_of(*service.policy.range_of(key))
-    known = {one.name: one for one in service.visible(key)}
+    known = {entry.name: entry for entry in service.visible(key)}
     strengths = carried(was, names, values[:SLOTS], _begin(low, high))
     layers = carried(was, names, values[SLOTS:], AS_LEARNED)
     updates: list[Any] = [list(names)]
@@ -186,4 +186,4 @@ def _layers(service: Service, loaded: Loaded, value: int) -> dict[str, Any]:
 def nameable(service: Service, key: Key) -> list[str]:
     """The steerings that may be chosen: what is always on needs no choosing."""
     always = {name for name, _ in service.policy.always}
-    return [one.name for one in service.visible(key) if one.name not in always]
+    return [loaded.name for loaded in service.visible(key) if loaded.name not in always]

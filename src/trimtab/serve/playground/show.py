@@ -1,4 +1,4 @@
-"""The page's HTML: a conversation in two columns, a grid of answers, phrases that were found, and errors.
+"""The page's HTML: a conversation in two columns, a grid of answers, phrases and their places, and errors.
 
 Whatever a person or the model wrote is escaped here.
 """
@@ -47,23 +47,23 @@ def welcome(*, steerings: bool) -> str:
     return WELCOME if steerings else NO_STEERINGS
 
 
-def talk(service: Service, told: Talk, colour: str = FORMATTED) -> str:
+def talk(service: Service, conversation: Talk, colour: str = FORMATTED) -> str:
     """The conversation."""
-    if not told.turns:
+    if not conversation.turns:
         return welcome(steerings=bool(service.policy.keys or service.library.names))
-    sides = [side for turn in told.turns for side in (turn.plain, turn.steered)]
+    sides = [side for turn in conversation.turns for side in (turn.plain, turn.steered)]
     full = full_of(sides, colour)
-    turns = "".join(_turn(service, turn, colour, full) for turn in told.turns)
+    turns = "".join(_turn(service, turn, colour, full) for turn in conversation.turns)
     key = key_of(sides, colour, full)
     return turns + (f'<p class="tt-key">{key}</p>' if key else "")
 
 
 def _turn(service: Service, turn: Turn, colour: str, full: float) -> str:
-    always = [one.name for one in turn.plain.told if one.always]
+    always = [steering.name for steering in turn.plain.steerings if steering.always]
     plain = f"Unsteered, but for {', '.join(always)}" if always else "Unsteered"
-    asked = [_named(one) for one in turn.steered.told if not one.always]
+    chosen = [_named(steering) for steering in turn.steered.steerings if not steering.always]
     emphasized = [f"emphasis on “{phrase}”" for phrase in turn.phrases]
-    steered = " + ".join(asked + emphasized) or "nothing chosen"
+    steered = " + ".join(chosen + emphasized) or "nothing chosen"
     return (
         f'<section class="tt-turn"><h2 class="tt-you">{_marked(turn.text, turn.phrases)}</h2><div class="tt-two">'
         f"{_answer(service, turn.plain, plain, '', colour, full)}"
@@ -71,9 +71,9 @@ def _turn(service: Service, turn: Turn, colour: str, full: float) -> str:
     )
 
 
-def _named(one: AppliedSteering) -> str:
-    layer = "" if one.layer is None else f" at layer {one.layer}"
-    return f"{one.name} × {one.strength:g}{layer}"
+def _named(steering: AppliedSteering) -> str:
+    layer = "" if steering.layer is None else f" at layer {steering.layer}"
+    return f"{steering.name} × {steering.strength:g}{layer}"
 
 
 def _answer(
@@ -143,15 +143,15 @@ def two(question: str, plain: str, steered: str) -> str:
     )
 
 
-def marks(found: Sequence[Mark]) -> str:
+def marks(places: Sequence[Mark]) -> str:
     """Which phrases are in the prompt, and which aren't."""
-    if not found:
+    if not places:
         return ""
     items = "".join(
-        f'<li class="tt-missing">{html.escape(one.error)}</li>'
-        if one.error
-        else f"<li>“{html.escape(one.phrase)}”: found, {one.tokens} token{'s' * (one.tokens != 1)}</li>"
-        for one in found
+        f'<li class="tt-missing">{html.escape(mark.error)}</li>'
+        if mark.error
+        else f"<li>“{html.escape(mark.phrase)}”: found, {mark.tokens} token{'s' * (mark.tokens != 1)}</li>"
+        for mark in places
     )
     return f'<ul class="tt-marks" aria-live="polite">{items}</ul>'
 

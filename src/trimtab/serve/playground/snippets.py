@@ -14,9 +14,9 @@ EXTRA = ("steering", "emphasize", "rejection")
 """Fields that OpenAI's client doesn't know: they go into `extra_body`."""
 
 
-def body_of(asked: Request) -> dict[str, Any]:
+def body_of(request: Request) -> dict[str, Any]:
     """The request's JSON, without what it leaves to the server; what steers comes last."""
-    body = _plain(asked.model_dump(exclude_unset=True))
+    body = _plain(request.model_dump(exclude_unset=True))
     order = ["model", "messages", "prompt", *(name for name in body if name not in EXTRA), *EXTRA]
     return {name: body[name] for name in dict.fromkeys(order) if name in body}
 
@@ -30,27 +30,27 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def as_curl(asked: Request, address: str, *, keys: bool) -> str:
+def as_curl(request: Request, address: str, *, keys: bool) -> str:
     """A command line. The API key, where there is one, is taken from the environment."""
-    path = "chat/completions" if isinstance(asked, ChatRequest) else "completions"
+    path = "chat/completions" if isinstance(request, ChatRequest) else "completions"
     lines = [f"curl {shlex.quote(f'{address}/v1/{path}')}", "-H 'Content-Type: application/json'"]
     if keys:
         lines.append('-H "Authorization: Bearer $TRIMTAB_API_KEY"')
     fields = ",\n".join(
-        f"    {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in body_of(asked).items()
+        f"    {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in body_of(request).items()
     )
     body = f"{{\n{fields}\n  }}"
     lines.append(f"-d {shlex.quote(body)}")
     return " \\\n  ".join(lines)
 
 
-def as_python(asked: Request, address: str, *, keys: bool) -> str:
+def as_python(request: Request, address: str, *, keys: bool) -> str:
     """A program that asks with OpenAI's client."""
-    body = body_of(asked)
-    chat = isinstance(asked, ChatRequest)
+    body = body_of(request)
+    chat = isinstance(request, ChatRequest)
     extra = {name: body.pop(name) for name in EXTRA if name in body}
-    given = {**body, **({"extra_body": extra} if extra else {})}
-    arguments = "".join(f"    {name}={_literal(value, len(name))},\n" for name, value in given.items())
+    keywords = {**body, **({"extra_body": extra} if extra else {})}
+    arguments = "".join(f"    {name}={_literal(value, len(name))},\n" for name, value in keywords.items())
     secret = 'os.environ["TRIMTAB_API_KEY"]' if keys else '"none"'
     said = "answer.choices[0].message.content" if chat else "answer.choices[0].text"
     return (

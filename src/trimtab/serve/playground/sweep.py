@@ -20,18 +20,18 @@ class Sweep:
     strengths: tuple[float, ...]
     layers: tuple[int, ...] = (AS_LEARNED,)
 
-    def requests(self, service: Service, given: Chosen, text: str) -> list[Request]:
+    def requests(self, service: Service, choice: Chosen, text: str) -> list[Request]:
         """One for each cell, row by row. Raises `TrimtabError` for more than a request may have."""
         count = len(self.strengths) * len(self.layers)
         if count > service.limits.answers:
             raise TrimtabError(f"these are {count} answers, {service.limits.answers} at most are given at once")
-        found = []
+        requests = []
         for layer in self.layers:
             for strength in self.strengths:
-                mine = replace(given, steering=((self.name, strength, layer),))
+                mine = replace(choice, steering=((self.name, strength, layer),))
                 prompt = prompt_of(service, mine, [], text)
-                found.append(request(service, mine, prompt, steered=strength != 0))
-        return found
+                requests.append(request(service, mine, prompt, steered=strength != 0))
+        return requests
 
     def rows(self) -> list[str]:
         """The titles of the rows; none where there is only one."""
@@ -42,7 +42,7 @@ class Sweep:
 
 def numbers(text: str, what: str) -> tuple[float, ...]:
     """Numbers with commas or spaces between them, each once. Raises `TrimtabError` for what is none."""
-    found = []
+    values = []
     for word in re.split(r"[,;\s]+", text.strip().replace("\N{MINUS SIGN}", "-")):
         if not word:
             continue
@@ -52,8 +52,8 @@ def numbers(text: str, what: str) -> tuple[float, ...]:
             value = math.nan
         if not math.isfinite(value):
             raise TrimtabError(f"{word!r} isn't a number; {what} are numbers with commas between them")
-        found.append(value)
-    return tuple(dict.fromkeys(found))
+        values.append(value)
+    return tuple(dict.fromkeys(values))
 
 
 def sweep_of(name: str | None, strengths: str, layers: str) -> Sweep:
@@ -68,8 +68,8 @@ def sweep_of(name: str | None, strengths: str, layers: str) -> Sweep:
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """Layers, as somebody typed them. Raises `TrimtabError` for what is none."""
-    found: Sequence[float] = numbers(text, "layers")
-    for value in found:
+    layers: Sequence[float] = numbers(text, "layers")
+    for value in layers:
         if value != int(value) or value < 0:
             raise TrimtabError(f"a layer is a whole number from 0, not {value:g}")
-    return tuple(int(value) for value in found)
+    return tuple(int(value) for value in layers)

@@ -20,7 +20,7 @@ class Turn:
 
 @dataclass
 class Talk:
-    """All of it. `running` is what is being answered just now; `number` counts what was asked.
+    """All of it. `running` is what is being answered just now; `number` counts the messages sent.
 
     `moves` is the number of the last move of a slider that is known of.
     """
@@ -32,14 +32,14 @@ class Talk:
 
     def said(self, *, steered: bool, before: int | None = None) -> list[Message]:
         """The messages of one side, up to a turn."""
-        found: list[Message] = []
+        messages: list[Message] = []
         for turn in self.turns[:before]:
             side = turn.steered if steered else turn.plain
-            found += [{"role": "user", "content": turn.text}, {"role": "assistant", "content": side.text}]
-        return found
+            messages += [{"role": "user", "content": turn.text}, {"role": "assistant", "content": side.text}]
+        return messages
 
     def begin(self, asking: Asking) -> int:
-        """Something else is asked: what was being answered is let go. Its number tells it from what comes after."""
+        """Something else is sent: what was being answered is let go. Its number tells it from what comes after."""
         self.stop()
         self.running = asking
         self.number += 1

@@ -1,4 +1,4 @@
-"""The outermost layer of vLLM's own server: what `trimtab serve` asks before its routes, asked before vLLM's.
+"""The outermost layer of vLLM's own server: what `trimtab serve` checks before its routes, checked before vLLM's.
 
 vLLM makes it from `--middleware`, with the application alone; the rest stands in the environment. A request to a route
 that generates gets a ticket (`engines.vllm.admitted`), by which the engine knows what is to steer it. With a policy, or
@@ -26,15 +26,15 @@ from trimtab.serve.audit import Audit, unaudited
 from trimtab.serve.bodies import SMALL
 from trimtab.serve.choosing import Choosing
 from trimtab.serve.described import described
-from trimtab.serve.guard import Guard, given, new_request_id
+from trimtab.serve.guard import Guard, new_request_id, with_body
 from trimtab.serve.library import Loaded
 from trimtab.serve.policy import Key, Policy, check_names
 from trimtab.serve.refusals import Json, Refusal
 from trimtab.serve.schema_steerings import SteeringList
 from trimtab.serve.service import Limits
-from trimtab.serve.vllm.asked import read
 from trimtab.serve.vllm.outgoing import Outgoing
 from trimtab.serve.vllm.record import Record
+from trimtab.serve.vllm.request import read
 from trimtab.serve.vllm.settings import DoorSettings
 from trimtab.steering import Steering
 
@@ -60,7 +60,7 @@ class Door:
 
     Args:
         app: vLLM's application.
-        settings: From the environment, unless they are given.
+        settings: From the environment, unless they are passed.
         names: The steerings.
     """
 
@@ -113,7 +113,7 @@ class Door:
             self.audit.close()
 
     def _open(self, state: Any) -> None:
-        """Before the first request. Raises `TrimtabError` where what was asked for can't hold."""
+        """Before the first request. Raises `TrimtabError` where what was requested can't hold."""
         engine = getattr(state, "trimtab_engine", None)
         if engine is None:
             raise TrimtabError("vLLM hasn't loaded trimtab's routes; name trimtab in VLLM_PLUGINS")
@@ -160,13 +160,13 @@ class Door:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"]
         key: Key = state["key"]
-        asked = await asyncio.to_thread(read, (await receive())["body"], closed=self.closed)
-        state["asked"] = asked
-        told, steering = await asyncio.to_thread(self._choosing.chosen, key, asked.steering)
-        if asked.beams and (steering is not None or asked.marked is not None):
+        request = await asyncio.to_thread(read, (await receive())["body"], closed=self.closed)
+        state["parsed"] = request
+        steerings, steering = await asyncio.to_thread(self._choosing.chosen, key, request.steering)
+        if request.beams and (steering is not None or request.marked is not None):
             raise Refusal(400, "vLLM's beam search makes requests of its own, which aren't steered; leave it out")
         who = {"request": state["request_id"], "key": key.name, "route": scope["path"]}
-        record = Record(self.audit, who, asked, told)
+        record = Record(self.audit, who, request, steerings)
 
         async def begin() -> None:
             try:
@@ -176,14 +176,14 @@ class Door:
                 raise TrimtabError(refusal.message) from None
             state["record"] = record  # which the guard sees to the end of
 
-        name = json.dumps([one.model_dump(exclude={"name"}) for one in told])
+        name = json.dumps([applied.model_dump(exclude={"name"}) for applied in steerings])
         cap = None if steering is None else self.policy.dose_of(key)
-        ticket = record.ticket = Ticket(steering, name, begin, cap, asked.marked)
-        out = Outgoing((scope, receive, send), ticket, record, told)
-        scope["headers"] = _headers(scope, state["request_id"], len(asked.body))
+        ticket = record.ticket = Ticket(steering, name, begin, cap, request.marked)
+        out = Outgoing((scope, receive, send), ticket, record, steerings)
+        scope["headers"] = _headers(scope, state["request_id"], len(request.body))
         token = TICKET.set(ticket)
         try:
-            await self.app(scope, given(asked.body, out.watching(receive)), out)
+            await self.app(scope, with_body(request.body, out.watching(receive)), out)
         finally:
             TICKET.reset(token)
 
@@ -199,19 +199,19 @@ class Door:
             await self.app(scope, receive, send)
             return
         key: Key = scope["state"]["key"]
-        found = [self._find(name, None) for name in self.names]
-        seen = self._choosing.visible(key, [one for one in found if one is not None])
+        entries = [self._find(name, None) for name in self.names]
+        seen = self._choosing.visible(key, [entry for entry in entries if entry is not None])
         if path == "/trimtab":
             link = getattr(self._engine, LINK)
-            told: Any = {"steerings": [one.name for one in seen], "layers": link.layers, "width": link.width}
+            content: Any = {"steerings": [entry.name for entry in seen], "layers": link.layers, "width": link.width}
         elif path == "/v1/steerings":
-            told = SteeringList(data=[described(self.policy, key, one) for one in seen]).model_dump()
+            content = SteeringList(data=[described(self.policy, key, entry) for entry in seen]).model_dump()
         else:
-            one = next((one for one in seen if path == f"/v1/steerings/{one.name}"), None)
-            if one is None:
+            chosen = next((entry for entry in seen if path == f"/v1/steerings/{entry.name}"), None)
+            if chosen is None:
                 raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
-            told = described(self.policy, key, one).model_dump()
-        await Json(told)(scope, receive, send)
+            content = described(self.policy, key, chosen).model_dump()
+        await Json(content)(scope, receive, send)
 
     async def _change(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A steering that comes, changes or goes, with a line in the audit log."""
@@ -223,8 +223,8 @@ class Door:
         async def out(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] == 200:
                 event = "removed" if scope["method"] == "DELETE" else "added"
-                found = self._find(name, None)
-                digest = None if found is None else found.digest
+                entry = self._find(name, None)
+                digest = None if entry is None else entry.digest
                 line = {"event": event, "request": request, "key": "admin", "route": scope["path"], event: name}
                 with suppress(Refusal):  # it has happened; nobody is answered until the log can be written again
                     self.audit.write({**line, "digest": digest, "source": "admin"})
@@ -239,10 +239,10 @@ class Door:
             steering = self.names[name]
         except TrimtabError:
             return None
-        found = self._loaded.get(name)
-        if found is None or found.steering is not steering:
-            found = self._loaded[name] = Loaded(name, steering, steering_digest(steering), "file")
-        return found
+        entry = self._loaded.get(name)
+        if entry is None or entry.steering is not steering:
+            entry = self._loaded[name] = Loaded(name, steering, steering_digest(steering), "file")
+        return entry
 
     def _check(self, steering: Steering) -> None:
         getattr(self._engine, LINK).check(steering)

@@ -1,4 +1,4 @@
-"""A response of vLLM's on its way out: held back until the engine has taken the request, and told what steered it.
+"""A response of vLLM's on its way out: held until the engine has taken the request, then sent with what steered it.
 
 A whole answer gets the field `trimtab`; a stream a last chunk with it before `[DONE]`, and the events that end a
 response of the Responses API have it inside. The audit log's last line is written before that leaves.
@@ -31,16 +31,16 @@ class Outgoing:
         asgi: What the response is sent by.
         ticket: The request's.
         record: The same in the audit log.
-        told: What steers it.
+        steerings: What steers it.
     """
 
     def __init__(
-        self, asgi: tuple[Scope, Receive, Send], ticket: Ticket, record: Record, told: list[AppliedSteering]
+        self, asgi: tuple[Scope, Receive, Send], ticket: Ticket, record: Record, steerings: list[AppliedSteering]
     ) -> None:
         self.refusal: Refusal | None = None
         """What is answered instead, where the engine wasn't to take the request."""
         self._asgi, self._send = asgi, asgi[2]
-        self._ticket, self._record, self._told = ticket, record, told
+        self._ticket, self._record, self._steerings = ticket, record, steerings
         self._start: Message = {}
         self._held: list[bytes] = []
         self._rest = b""  # of a stream, an event that isn't whole yet
@@ -98,7 +98,9 @@ class Outgoing:
 
     def _with_field(self, body: bytes) -> bytes:
         if not (body.startswith(b"{") and body.endswith(b"}") and len(body) > 2):
-            raise Refusal(500, "vLLM's answer is no JSON object, so what steered it can't be told; see --middleware")
+            raise Refusal(
+                500, "vLLM's answer is no JSON object, so what steered it can't be reported; see --middleware"
+            )
         return body[:-1] + b',"trimtab":' + _dumped(self._field()) + b"}"
 
     # ---- a stream ------------------------------------------------------------------------------------------
@@ -113,20 +115,20 @@ class Outgoing:
             if more and not self._ticket.begun:
                 return  # nothing has left, so an error can still have its own status
             events, self._held = self._held, []
-            error = next((found for event in events if (found := _error_in(event)) is not None), None)
+            error = next((failure for event in events if (failure := _error_in(event)) is not None), None)
             if (instead := self._instead(200, error)) is not None:
                 await self._refuse(instead)
                 return
         out = []
         for event in events:
-            out += self._told_in(event)
+            out += self._with_summary(event)
         if out or not more:
-            await self._out(b"".join(one + b"\n\n" for one in out), more=more)
+            await self._out(b"".join(part + b"\n\n" for part in out), more=more)
         if not more:
             self._end_with("cut")  # where no end has come by
 
-    def _told_in(self, event: bytes) -> list[bytes]:
-        """An event, with what is told of it."""
+    def _with_summary(self, event: bytes) -> list[bytes]:
+        """An event, with what trimtab says of it."""
         if event.startswith(DONE):
             if self._erred:
                 self._end_with("dose_too_high" if self._ticket.too_high else "server")
@@ -135,13 +137,13 @@ class Outgoing:
             return [(self._end_with("done") or b"data: " + _dumped(last)), event]
         if event.startswith(ENDS):
             name, _, data = event.partition(b"\ndata: ")
-            given = json.loads(data)
-            given["response"]["trimtab"] = self._field()
+            parsed = json.loads(data)
+            parsed["response"]["trimtab"] = self._field()
             outcome = "done" if not name.endswith(b"failed") else "server"
-            return [self._end_with(outcome) or name + b"\ndata: " + _dumped(given)]
+            return [self._end_with(outcome) or name + b"\ndata: " + _dumped(parsed)]
         if not self._head and event.startswith(b"data: {"):
-            given = json.loads(event[6:])
-            self._head = {name: given[name] for name in HEAD if name in given}
+            parsed = json.loads(event[6:])
+            self._head = {name: parsed[name] for name in HEAD if name in parsed}
         wrong = _error_in(event) is not None
         self._erred = self._erred or self._ticket.failed is not None or wrong
         return [b"data: " + _dumped(self._too_high().body) if wrong and self._ticket.too_high else event]
@@ -194,7 +196,7 @@ class Outgoing:
     def _field(self) -> dict[str, Any]:
         ticket = self._ticket
         answers = [_applied(i, ticket, answer) for i, answer in enumerate(ticket.tokens)]
-        return Told(steering=self._told, emphasized_tokens=ticket.emphasized, answers=answers).model_dump()
+        return Told(steering=self._steerings, emphasized_tokens=ticket.emphasized, answers=answers).model_dump()
 
 
 def _applied(index: int, ticket: Ticket, answer: tuple[str, int]) -> AppliedTold:
@@ -214,11 +216,11 @@ def _error_in(event: bytes) -> dict[str, Any] | None:
     if not event.startswith(b'data: {"error"'):
         return None
     try:
-        found = json.loads(event[6:])["error"]
+        error = json.loads(event[6:])["error"]
     except ValueError:
         return None
-    return found if isinstance(found, dict) else {"message": str(found)}
+    return error if isinstance(error, dict) else {"message": str(error)}
 
 
-def _dumped(given: Any) -> bytes:
-    return bytes(Json({}).render(given))
+def _dumped(value: Any) -> bytes:
+    return bytes(Json({}).render(value))

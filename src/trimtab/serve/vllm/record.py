@@ -9,7 +9,7 @@ from trimtab.engines.vllm.admitted import Ticket
 from trimtab.serve.audit import Audit
 from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.tasks import total_dose
-from trimtab.serve.vllm.asked import Asked
+from trimtab.serve.vllm.request import VllmRequest
 
 
 class Record:
@@ -18,19 +18,21 @@ class Record:
     Args:
         audit: The log.
         who: The request's id, its key's name, the route.
-        asked: The request.
-        told: What steers it.
+        request: The request.
+        steerings: What steers it.
     """
 
-    def __init__(self, audit: Audit, who: dict[str, str], asked: Asked, told: list[AppliedSteering]) -> None:
+    def __init__(
+        self, audit: Audit, who: dict[str, str], request: VllmRequest, steerings: list[AppliedSteering]
+    ) -> None:
         self.ticket: Ticket | None = None
         self._audit = audit
-        self._prompt = asked.prompt
+        self._prompt = request.prompt
         self._line: dict[str, Any] = {
             **who,
-            "model": asked.model,
-            "user": asked.user,
-            "steering": [one.model_dump() for one in told],
+            "model": request.model,
+            "user": request.user,
+            "steering": [steering.model_dump() for steering in steerings],
             "emphasized_tokens": 0,  # of the prompts that the engine has taken
             "rejection": False,
         }

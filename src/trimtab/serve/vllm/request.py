@@ -38,7 +38,7 @@ class _Fields(In):
 
 
 @dataclass(frozen=True)
-class Asked:
+class VllmRequest:
     """A request: the steering that it asks for, what it emphasizes, what is written down of it, and the body for
     vLLM."""
 
@@ -51,57 +51,57 @@ class Asked:
     prompt: Any
 
 
-def read(body: bytes, *, closed: bool) -> Asked:
+def read(body: bytes, *, closed: bool) -> VllmRequest:
     """Take a body apart. Raises `Refusal` for what can't be honoured; the rest is vLLM's to say."""
     try:
-        given = json.loads(body)
+        parsed = json.loads(body)
     except ValueError as error:
         raise Refusal(400, f"the body isn't JSON: {str(error)[:200]}") from None
-    if not isinstance(given, dict):
+    if not isinstance(parsed, dict):
         raise Refusal(400, "the body: it must be an object")
-    unheld = given.get("rejection") is False
+    unheld = parsed.get("rejection") is False
     for name, why in ABSENT.items():
-        if given.pop(name, None):
+        if parsed.pop(name, None):
             raise Refusal(400, f"{name} needs {why}; the transformers engine can (trimtab serve)", param=name)
     for name, why in KEPT_BY_VLLM.items() if closed else ():
-        if given.get(name):
+        if parsed.get(name):
             raise Refusal(400, f"{name} isn't taken here: {why}", param=name)
-    fields = _fields(_choices(_taken_out(given, ASKED)), _taken_out(given, EMPHASIZED))
-    user = given.get("user")
-    return Asked(
+    fields = _fields(_choices(_taken_out(parsed, ASKED)), _taken_out(parsed, EMPHASIZED))
+    user = parsed.get("user")
+    return VllmRequest(
         fields.steering,
-        _marked(fields, given, unheld=unheld),
-        json.dumps(given, ensure_ascii=True, separators=(",", ":")).encode(),
-        bool(given.get("use_beam_search")),
-        given["model"] if isinstance(given.get("model"), str) else None,
+        _marked(fields, parsed, unheld=unheld),
+        json.dumps(parsed, ensure_ascii=True, separators=(",", ":")).encode(),
+        bool(parsed.get("use_beam_search")),
+        parsed["model"] if isinstance(parsed.get("model"), str) else None,
         user[:512] if isinstance(user, str) else None,
-        next((given[name] for name in ("messages", "prompt", "input") if name in given), None),
+        next((parsed[name] for name in ("messages", "prompt", "input") if name in parsed), None),
     )
 
 
-def _taken_out(given: dict[str, Any], name: str) -> Any:
+def _taken_out(parsed: dict[str, Any], name: str) -> Any:
     """What a body has under this name, in either place, and has no longer."""
-    asked = given.pop(name, None)
-    beside = given.get(BESIDE)
+    value = parsed.pop(name, None)
+    beside = parsed.get(BESIDE)
     if not isinstance(beside, dict):
-        return asked
+        return value
     if RESOLVED in beside:
         message = f"a request asks for steering as {ASKED!r}; {RESOLVED!r} is what the server makes of it"
         raise Refusal(400, message, param=BESIDE)
     also = beside.pop(name, None)
-    if asked and also:
+    if value and also:
         raise Refusal(400, f"{name} stands in the request and in its {BESIDE}; give it once", param=name)
-    return asked or also
+    return value or also
 
 
-def _choices(asked: Any) -> Any:
+def _choices(choices: Any) -> Any:
     """What vLLM's clients may write: a list, one of its items, the same as JSON in a text, or a name."""
-    if isinstance(asked, str):
+    if isinstance(choices, str):
         try:
-            asked = json.loads(asked) if asked.lstrip()[:1] in ("[", "{") else [{"name": asked}]
+            choices = json.loads(choices) if choices.lstrip()[:1] in ("[", "{") else [{"name": choices}]
         except (ValueError, RecursionError):
-            raise Refusal(400, f"steering: it is no JSON: {asked[:80]!r}", param=ASKED) from None
-    return [asked] if isinstance(asked, dict) else asked or []
+            raise Refusal(400, f"steering: it is no JSON: {choices[:80]!r}", param=ASKED) from None
+    return [choices] if isinstance(choices, dict) else choices or []
 
 
 def _fields(steering: Any, phrases: Any) -> _Fields:
