@@ -37,7 +37,7 @@ class TestEmphasize:
         assert traced.code == 0
         assert traced.out.split() == plain.out.split()
         assert "had an open gate" in traced.err
-        assert "rejected" in traced.err
+        assert "red: implausible" in traced.err
 
     def test_a_page(self, ask: Callable[..., Any], tmp_path: Path) -> None:
         page = tmp_path / "trace.html"

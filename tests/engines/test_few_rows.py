@@ -202,7 +202,7 @@ def test_gradients_flow() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.long_unless(lambda rows: rows == 4)
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [3, 4, 8, 15])
 def test_the_default_model_answers_as_without(lm: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"Write a line about the number {i}." for i in range(rows)]

@@ -318,7 +318,7 @@ def test_punkt_out_of_reach(no_punkt, monkeypatch):
     assert follows("punctuation:no_comma", {}, "Nothing to read")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_the_package(tmp_path):
     """What a user sees who hasn't installed the extra."""
     program = (

@@ -98,10 +98,10 @@ def divergence(
     ("fit", "rank"),
     [
         ("gradient", 0),
-        pytest.param("gradient", 4, marks=pytest.mark.slow),
-        pytest.param("closed", 0, marks=pytest.mark.slow),
+        pytest.param("gradient", 4, marks=pytest.mark.long),
+        pytest.param("closed", 0, marks=pytest.mark.long),
         ("closed", 4),
-        pytest.param("both", 0, marks=pytest.mark.slow),
+        pytest.param("both", 0, marks=pytest.mark.long),
         ("both", 4),
     ],
 )

@@ -221,6 +221,7 @@ def test_a_client_that_goes_frees_its_row(server: Any, tiny_lm: Any, stream: boo
     assert metric(server, 'trimtab_answers_total{end="length"}') == before  # none of them came to its end
 
 
+@pytest.mark.long
 def test_a_full_queue_says_when_to_come_back(start: Callable[..., Any]) -> None:
     server = start("--rows", "1", "--queue", "1", "--max-tokens", "100")
     body = {"model": "trimtab", "prompt": "The sea", "max_tokens": 100, "temperature": 0}
@@ -306,6 +307,7 @@ def test_a_server_that_is_killed_has_written_down_whom_it_answered(
     assert [one["event"] for one in lines].count("begun") == 2
 
 
+@pytest.mark.long
 def test_a_signal_with_half_a_request(start: Callable[..., Any]) -> None:
     server = start("--grace", "1")
     host, port = server.url.removeprefix("http://").split(":")

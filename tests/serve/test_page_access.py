@@ -43,6 +43,7 @@ def violations(page: Any) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_a_first_visit_by_keyboard_and_ear(start: Callable[..., Any], open_page: Callable[..., Any]) -> None:
     """One page for all of it: starting a server and a browser takes longer than what is done there."""
     server = start("--playground", "--max-tokens", "8", TRIMTAB_API_KEY="open sesame")

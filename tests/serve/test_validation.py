@@ -129,7 +129,7 @@ class TestShapes:
             max_leaves=12,
         )
     )
-    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def test_what_holds_no_null_goes_through_as_it_is(self, value: Any) -> None:
         data = json.dumps(value).encode()
         assert json.loads(sieved(data)) == value
