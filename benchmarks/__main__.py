@@ -615,6 +615,21 @@ def serve(
 
 
 @app.command()
+def gaps(
+    tokens: Annotated[int, typer.Option(min=512, help="Length of the long prompts.")] = 4000,
+    rounds: Annotated[int, typer.Option(min=1, help="Long prompts.")] = 3,
+    model: Annotated[str | None, typer.Option(help="A folder; without it, the default model's.")] = None,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """The server: how long a stream stands still while another client's long prompt is read."""
+    from benchmarks.gaps import run
+
+    finish(run(model, tokens, rounds), json_file, check, as_markdown)
+
+
+@app.command()
 def soak(
     minutes: Annotated[float, typer.Option(min=0.05, help="How long.")] = 15.0,
     tokens: Annotated[int, typer.Option(min=48, help="Tokens of an answer, at most.")] = 64,
