@@ -23,7 +23,7 @@ import httpx
 
 from benchmarks.harness import Report, Target, summarized
 from benchmarks.machine import machine, versions
-from benchmarks.serve import process
+from benchmarks.serve import process, random_steerings
 from trimtab.engines.transformers.chunked_prefill import CHUNK
 
 PATIENCE = 600.0
@@ -39,12 +39,14 @@ def run(model: str | None, tokens: int, rounds: int) -> Report:
     from trimtab.lm import LM
 
     folder = default_folder() if model is None else Path(model)
-    prompts = [_prompt(LM.load(folder, dtype="float32"), tokens, i) for i in range(2 * rounds)]
+    lm = LM.load(folder, dtype="float32")
+    prompts = [_prompt(lm, tokens, i) for i in range(2 * rounds)]
     chunks: list[float] = []
     waits: list[float] = []
     usual: list[float] = []
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        random_steerings(lm, made)  # a server has some
         limits = ["--max-tokens", "4096", "--no-playground"]
         url, _ = stack.enter_context(process(folder, made, limits))
         for i in range(rounds):

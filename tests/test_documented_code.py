@@ -191,7 +191,7 @@ UNREACHABLE = ("push_to_hub", 'engine="llamacpp"')
 """What these pages' other code needs: the Hub, which tests/files/test_hub.py stands in for, or a model in GGUF."""
 
 
-LONG = ("directer.md", "doses.md", "families.md", "instruct.md", "monitors.md", "tda.md")
+LONG = ("cast.md", "directer.md", "doses.md", "families.md", "instruct.md", "monitors.md", "steermoe.md", "tda.md")
 
 
 @pytest.mark.real

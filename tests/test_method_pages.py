@@ -11,7 +11,7 @@ PAGES_WITH_EXAMPLES = ("bipo", "cap", "distill", "instaboost", "loreft", "pasta"
 PAGES = Path(__file__).parents[1] / "docs" / "methods"
 
 
-LONG = ("bipo", "distill", "loreft", "reps", "seka")
+LONG = ("bipo", "cap", "distill", "instaboost", "loreft", "reps", "seka", "sttp")
 
 
 @pytest.mark.real

@@ -14,6 +14,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "positions.md").read_text()
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (shown,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)

@@ -258,7 +258,7 @@ def test_an_audit_is_repeatable_and_stands_in_the_card(lm: LM, tmp_path: Path) -
     def run() -> Any:
         return audit(
             lm, steering, items=items, size=SMALL, repair=True, protect=("agrees with the user",),
-            progress=lambda done, total, label: told.append((done, total)), found=seen.append,
+            progress=lambda done, total, label: told.append((done, total)), on_measure=seen.append,
         )  # fmt: skip
 
     first, second = run(), run()

@@ -240,6 +240,7 @@ def test_the_command_line(hub, trimtab, tmp_path, monkeypatch):
     assert not Path("nothing.safetensors").exists()
 
 
+@pytest.mark.long
 def test_in_a_process_of_its_own(tmp_path):
     """By the environment alone, as users set it."""
     with hub_server.running() as hub:

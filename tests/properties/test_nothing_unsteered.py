@@ -211,6 +211,7 @@ class TestCompiledModels:
             assert same(run(lm, MIXED), wanted[name]), name
             assert same(run(lm, None), plain[name]), name
 
+    @pytest.mark.long
     @torch.no_grad()
     def test_a_wrapper_that_nobody_told_trimtab_of(self, lm: LM) -> None:
         wrapper = compiled(lm.model, "a wrapper")

@@ -285,7 +285,7 @@ def test_experts_that_cannot_be(given: Callable[[], Any], words: str) -> None:
         given()
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.long)])
 def test_the_doctor_finds_routers(kind: str) -> None:
     report = check_model(tiny_lm(kind))
     assert report["router"].state == ("works" if kind == "mixtral" else "partly")
