@@ -106,7 +106,7 @@ def _gaps_beside(url: str, prompt: list[int]) -> list[float]:
 
 
 def _stream(url: str, prompt: Any, count: int) -> Iterator[dict[str, Any]]:
-    body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "stream": True}
+    body = {"model": "trimtab", "prompt": prompt, "max_tokens": count, "temperature": 0, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
         if response.status_code != 200:
             raise RuntimeError(response.read().decode())
