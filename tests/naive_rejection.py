@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,12 +30,20 @@ def attention_of(block: Any) -> Any:
     return next(getattr(block, name) for name in ("self_attn", "attn", "attention") if hasattr(block, name))
 
 
-def prefix_cache(lm: LM, ids: Sequence[int]) -> DynamicCache:
-    """The raw keys and values of all but the last token, in full for every layer."""
+@lru_cache(maxsize=64)
+def prefix_cache(lm: LM, ids: tuple[int, ...]) -> DynamicCache:
+    """The raw keys and values of all but the last token, in full for every layer: computed anew for every text."""
     cache = DynamicCache()
     where = torch.arange(len(ids) - 1)[None]
     lm.model(input_ids=torch.tensor([list(ids[:-1])]), position_ids=where, past_key_values=cache, use_cache=True)
     return cache
+
+
+@lru_cache(maxsize=64)
+@torch.no_grad()
+def raw_rows(lm: LM, ids: tuple[int, ...], first: int) -> Tensor:
+    """The unsteered logits `[tokens, vocabulary]` before each token from `first` on, of one pass without a cache."""
+    return lm.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, first - 1 : -1]
 
 
 @torch.no_grad()
@@ -47,7 +56,7 @@ def row(
     holds: Callable[..., bool] = naive_holds,
 ) -> Tensor:
     """The logits `[vocabulary]` after `ids`, only the last token steered. `record` gets each layer's (pre, post)."""
-    cache = copy.deepcopy(prefix_cache(lm, ids))
+    cache = copy.deepcopy(prefix_cache(lm, tuple(ids)))
     for edit in edits:
         if isinstance(edit.operation, ScaleScores):
             keys = cache.layers[edit.site.layer].keys

@@ -92,16 +92,26 @@ def hooked(lm: LM, kind: str, layer: int, change: Callable[[Tensor], Tensor]) ->
     return module.register_forward_hook(after)
 
 
-@torch.no_grad()
 def activations(lm: LM, ids: Sequence[int], kind: str, layer: int) -> Tensor:
     """`[tokens, size]`, unsteered."""
-    kept: list[Tensor] = []
-    handle = hooked(lm, kind, layer, lambda x: kept.append(x.clone()) or x)
+    return activations_at(lm, ids, [(kind, layer)])[0]
+
+
+@torch.no_grad()
+def activations_at(lm: LM, ids: Sequence[int], places: Sequence[tuple[str, int]]) -> list[Tensor]:
+    """`[tokens, size]` at each place, a kind and a layer, unsteered."""
+    kept: dict[tuple[str, int], Tensor] = {}
+
+    def keep(place: tuple[str, int]) -> Callable[[Tensor], Tensor]:
+        return lambda x: kept.setdefault(place, x.clone())
+
+    handles = [hooked(lm, *place, keep(place)) for place in places]
     try:
         lm.model(input_ids=torch.tensor([list(ids)]), use_cache=False)
     finally:
-        handle.remove()
-    return kept[0]
+        for handle in handles:
+            handle.remove()
+    return [kept[place] for place in places]
 
 
 @torch.no_grad()

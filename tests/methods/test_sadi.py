@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import naive_sites as naive
@@ -30,18 +31,18 @@ def lm(request: pytest.FixtureRequest) -> LM:
     return tiny.tiny(request.param)
 
 
+@cache
 def literal_differences(lm: LM, site: str) -> list[list[float]]:
     """`[layers][units]`: the mean over pairs of positive minus negative at the last token, pass by pass."""
-    found = []
-    for layer in range(LAYERS):
-        total = torch.zeros(naive.size_of(lm, KINDS[site]), dtype=torch.float64)
-        for pair in PAIRS:
-            opening = lm.encode(pair.prompt)
-            for sign, side in ((1, pair.positive), (-1, pair.negative)):
-                ids = [*opening, *lm.tokenizer(side, add_special_tokens=False)["input_ids"]]
-                total += sign * naive.activations(lm, ids, KINDS[site], layer)[-1].double()
-        found.append((total / len(PAIRS)).tolist())
-    return found
+    places = [(KINDS[site], layer) for layer in range(LAYERS)]
+    totals = torch.zeros(LAYERS, naive.size_of(lm, KINDS[site]), dtype=torch.float64)
+    for pair in PAIRS:
+        opening = lm.encode(pair.prompt)
+        for sign, side in ((1, pair.positive), (-1, pair.negative)):
+            ids = [*opening, *lm.tokenizer(side, add_special_tokens=False)["input_ids"]]
+            for layer, x in enumerate(naive.activations_at(lm, ids, places)):
+                totals[layer] += sign * x[-1].double()
+    return (totals / len(PAIRS)).tolist()
 
 
 def literal_mask(lm: LM, site: str, k: int, score: str) -> list[list[float]]:
@@ -118,7 +119,7 @@ def literal_frozen(lm: LM, site: str, masks: list[list[float]], delta: float, te
     """
     ids = lm.encode(text)
     kind = KINDS[site]
-    clean = [naive.activations(lm, ids, kind, layer)[-1] for layer in range(LAYERS)]
+    clean = [x[-1] for x in naive.activations_at(lm, ids, [(kind, layer) for layer in range(LAYERS)])]
     scaled = [x * (1 + delta * torch.tensor(mask).to(x)) for x, mask in zip(clean, masks, strict=True)]
 
     def overwriting(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,17 @@ class TestMeasures:
                     assert (~gate).is_open({gate.reading: one}) is not opened
 
 
+@cache
+def steered_naively(lm: LM, text: str) -> tuple[list[int], list[float]]:
+    """Where the gate is open, whichever it is."""
+    return naive_generate(lm, text, Steering((EDIT,)), NEW)
+
+
+@cache
+def unsteered(lm: LM) -> Any:
+    return lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
+
+
 class TestDecidedByThePrompt:
     @pytest.mark.long_unless(lambda lm, measure: measure == "dot" or lm == "llama")
     @pytest.mark.long_unless(lambda lm, positions: lm in READ_ON or positions == Positions.all_but_first())
@@ -107,14 +119,14 @@ class TestDecidedByThePrompt:
         gate = Threshold(Site(1), direction(3, 2.0), middle, measure, **more)
         opened = [naive_measure(gate, naive_reading(lm, p, gate.reading)) > middle for p in PROMPTS]
         assert sum(opened) == 3
-        plain = lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
+        plain = unsteered(lm)
         steered = lm.generate(PROMPTS, Steering((EDIT,)).when(gate), max_new_tokens=NEW, logprobs=True)
         negated = lm.generate(PROMPTS, Steering((EDIT,)).when(~gate), max_new_tokens=NEW, logprobs=True)
         for i, text in enumerate(PROMPTS):
             for answer, acts in ((steered[i], opened[i]), (negated[i], not opened[i])):
                 assert bool(answer.applied.edits) == acts
                 if acts:
-                    tokens, logprobs = naive_generate(lm, text, Steering((EDIT,)), NEW)
+                    tokens, logprobs = steered_naively(lm, text)
                     assert list(answer.token_ids) == tokens
                     assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
 from typing import Any
 
 import naive_meanings
@@ -54,8 +55,23 @@ def tolerance(lm: LM) -> float:
     return 1e-4 if lm.model.dtype == torch.float64 else 2e-3
 
 
+@lru_cache(maxsize=32)
+def recomputed(lm: LM, text: str, one: Steering | None, count: int) -> tuple[list[int], list[float]]:
+    """What every way to decode is compared with."""
+    return naive_meanings.generate(lm, text, one, count)
+
+
+@cache
+def expected_with_rejection(lm: LM, text: str, rule: Positions) -> list[int]:
+    return naive_rejection.generate(lm, text, at_all_layers(rule), 0.2, NEW, halve=False, holding=holding_in)[0]
+
+
+def at_all_layers(rule: Positions) -> tuple[Edit, ...]:
+    return tuple(Edit(Site(layer), Add(direction(layer, 3.0)), rule) for layer in range(LAYERS))
+
+
 def check(lm: LM, text: str, one: Steering | None, answer: Any) -> None:
-    tokens, logprobs = naive_meanings.generate(lm, text, one, len(answer.token_ids))
+    tokens, logprobs = recomputed(lm, text, one, len(answer.token_ids))
     assert list(answer.token_ids) == tokens
     assert answer.logprobs == pytest.approx(logprobs, abs=tolerance(lm))
     check_doses(lm, text, one, answer)
@@ -188,12 +204,10 @@ class TestWithGatesAndRejection:
     @pytest.mark.parametrize("schedule", ["optimistic", "fused"])
     def test_rejection(self, lm: LM, schedule: str) -> None:
         for rule in (ANSWER, Positions.at("a") | Positions.first_generated(2)):
-            edits = tuple(Edit(Site(layer), Add(direction(layer, 3.0)), rule) for layer in range(LAYERS))
             way = Rejection(0.2, ladder="strength", schedule=schedule)
-            answers = lm.generate(PROMPTS, Steering(edits), rejection=way, max_new_tokens=NEW)
+            answers = lm.generate(PROMPTS, Steering(at_all_layers(rule)), rejection=way, max_new_tokens=NEW)
             for text, answer in zip(PROMPTS, answers, strict=True):
-                expected, _ = naive_rejection.generate(lm, text, edits, 0.2, NEW, halve=False, holding=holding_in)
-                assert list(answer.token_ids) == expected
+                assert list(answer.token_ids) == expected_with_rejection(lm, text, rule)
 
 
 class TestWhatCantBe:

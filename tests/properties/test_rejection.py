@@ -81,12 +81,8 @@ def tokens(answers: list[Any]) -> list[list[int]]:
 
 def ranks(lm: LM, text: str, answer: Any) -> list[int]:
     """The place of each token in the raw model's order, 0 for its best."""
-    ids, found = lm.encode(text), []
-    for token in answer.token_ids:
-        raw = naive_rejection.row(lm, ids, 0, ())
-        found.append(int((raw > raw[token]).sum()))
-        ids.append(token)
-    return found
+    raw = naive_rejection.raw_rows(lm, (*lm.encode(text), *answer.token_ids), len(lm.encode(text)))
+    return [int((row > row[token]).sum()) for row, token in zip(raw, answer.token_ids, strict=True)]
 
 
 def rungs(answer: Any) -> list[int | None]:
@@ -189,13 +185,13 @@ class TestTheLoop:
         one = [steering(OPERATIONS[name], i) for i in range(4)]
         for i, answer in enumerate(lm.generate(PROMPTS, one, rejection=Rejection(beta), max_new_tokens=NEW)):
             ids = lm.encode(PROMPTS[i])
-            for token, step in zip(answer.token_ids, answer.trace.steps, strict=True):
-                p = naive_rejection.row(lm, ids, 0, ()).softmax(-1)
+            raw = naive_rejection.raw_rows(lm, (*ids, *answer.token_ids), len(ids))
+            for row, token, step in zip(raw, answer.token_ids, answer.trace.steps, strict=True):
+                p = row.softmax(-1)
                 assert float(p[token]) >= beta * float(p.max()) * (1 - 1e-5)
                 assert step.replaced == (None if token == int(p.argmax()) else int(p.argmax()))
                 if step.rung is None:
                     assert token == int(p.argmax())
-                ids.append(token)
 
     def test_neighbours_and_order_do_not_matter(self, lm: LM) -> None:
         one = [steering(ScaleScores(), 0), None, residual(5), steering(TargetMass(0.5), 3)]

@@ -86,8 +86,8 @@ class TestReading:
         sites = [Site(layer, kind) for layer in range(LAYERS) for kind in naive.kinds(family(lm))]
         found = lm.capture(PROMPTS, sites, Positions.all())
         for text, one in zip(PROMPTS, found, strict=True):
-            for site in sites:
-                expected = naive.activations(lm, lm.encode(text), site.kind, site.layer)
+            values = naive.activations_at(lm, lm.encode(text), [(site.kind, site.layer) for site in sites])
+            for site, expected in zip(sites, values, strict=True):
                 assert one[site].shape == expected.shape
                 assert torch.allclose(one[site], expected, atol=tolerance(lm))
 
@@ -156,11 +156,11 @@ class TestSteering:
         for kind in naive.kinds(family(lm)):
             size = naive.size_of(lm, kind)
             low_rank = read_write(3, 4, size, low=0.0)
+            site = Site(2, kind)
+            (before,) = lm.capture(PROMPTS[1], [site, Site(1)], Positions.all())
             directed = (Add(vector(size, 1)), ScaleElements(mask(size, 1)), SetProjection(vector(size, 2), 1.0))
             for operation in (*directed, low_rank):
-                site = Site(2, kind)
                 edit = Edit(site, operation, Positions.span(2, 5), 0.75)
-                (before,) = lm.capture(PROMPTS[1], [site, Site(1)], Positions.all())
                 with lm.steered(Steering((edit,))):
                     (after,) = lm.capture(PROMPTS[1], [site, Site(1)], Positions.all())
                 assert torch.equal(before[Site(1)], after[Site(1)])
