@@ -34,7 +34,7 @@ OPERATIONS: dict[str, ScoreOperation] = {
     "spotlight by layer": TargetMass(0.5, pool="layer"),
     "exact": TargetMass(0.6, exact=True),
 }
-NEW = 6
+NEW = 4
 
 
 def weights_after(operation: ScoreOperation, scores: Tensor, span: tuple[int, int], strength: float = 1.0) -> Tensor:
@@ -183,22 +183,26 @@ def lm(request: pytest.FixtureRequest) -> LM:
     return tiny.tiny(request.param)
 
 
+@pytest.fixture(scope="module")
+def plain(lm: LM) -> Any:
+    return lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
+
+
 class TestGeneration:
+    @pytest.mark.long_unless(lambda lm, name: lm in ("llama", "gemma2", "gemma3") or name in ("scaling", "spotlight"))
     @pytest.mark.parametrize("name", OPERATIONS)
-    def test_a_mixed_batch_equals_attention_spelled_out(self, lm: LM, name: str) -> None:
+    def test_a_mixed_batch_equals_attention_spelled_out(self, lm: LM, plain: Any, name: str) -> None:
         """Prompts of different lengths, spans and an unsteered request, over a cache; alone, without one."""
         given = [emphasis(OPERATIONS[name], spans, (0, 2, 3)) for spans in SPANS]
         answers = lm.generate(PROMPTS, [given[0], given[1], None], max_new_tokens=NEW, logprobs=True)
         for i in (0, 1):
             assert list(answers[i].token_ids) == naive(lm, PROMPTS[i], given[i])
-        plain = lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
         assert answers[2].token_ids == plain[2].token_ids
         assert answers[2].logprobs == plain[2].logprobs  # to the bit
         assert all(answers[i].logprobs != plain[i].logprobs for i in (0, 1))
 
-    def test_strength_zero_is_nothing(self, lm: LM) -> None:
+    def test_strength_zero_is_nothing(self, lm: LM, plain: Any) -> None:
         one = [0.0 * emphasis(OPERATIONS["scaling"], spans, range(LAYERS)) for spans in SPANS]
-        plain = lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
         found = lm.generate(PROMPTS, one, max_new_tokens=NEW, logprobs=True)
         assert [a.logprobs for a in found] == [a.logprobs for a in plain]
 

@@ -41,6 +41,7 @@ def device() -> Iterator[tuple[LM, Counts]]:
         yield lm, counts
 
 
+@pytest.mark.long_unless(lambda rows: rows != 3)
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("name", WAYS)

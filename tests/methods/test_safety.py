@@ -21,7 +21,11 @@ HARMFUL = [f"{prompt(300 + i, 3 + i % 4)} w7 w7 w7" for i in range(8)]  # of ran
 HARMLESS = [f"{prompt(400 + i, 3 + i % 5)} w9 w9 w9" for i in range(8)]
 OTHERS = [prompt(seed, length) for seed, length in ((50, 5), (51, 9), (52, 6), (53, 12))]
 
-pytestmark = pytest.mark.filterwarnings("ignore::trimtab.lm.DoseWarning")
+# The formulas are tested here; how each family is read and steered, in tests/properties.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::trimtab.lm.DoseWarning"),
+    pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma3")),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

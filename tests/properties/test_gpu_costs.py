@@ -5,8 +5,9 @@ The numbers are exact and don't depend on the machine. A ceiling is what is true
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ class Device:
     counts: Counts
     unsteered: Cost
 
-    def extra(self, steering: Steering, **options: Any) -> Cost:
+    def extra(self, steering: Any, **options: Any) -> Cost:
         return cost(self.lm, self.counts, steering, **options) - self.unsteered
 
 
@@ -156,13 +157,18 @@ IN_BFLOAT16 = {"add": 1.2, "add, keep_norm": 6.4, "set_projection": 4.4, "rotate
 """What is computed in float32 is converted there and back."""
 
 
-@pytest.mark.parametrize("name", IN_BFLOAT16)
-def test_launches_a_layer_in_bfloat16(device: Device, name: str) -> None:
+@pytest.fixture(scope="module")
+def half(device: Device) -> Device:
     lm = llama(torch.bfloat16)
     move(lm.model)
+    return Device(lm, device.counts, cost(lm, device.counts, None))
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_launches_a_layer_in_bfloat16(half: Device, name: str) -> None:
     steering = at_all(SetProjection(U, 1.0)) if name == "mixed" else OPERATIONS[name][0]
     steerings = [steering, None] if name == "mixed" else steering  # one row is steered, and one isn't
-    extra = cost(lm, device.counts, steerings) - cost(lm, device.counts, None)
+    extra = half.extra(steerings)
     a_layer = max(0, extra.launches - DOSES) / LAYERS / TOKENS
     assert IN_BFLOAT16[name] - 0.25 < a_layer <= IN_BFLOAT16[name], f"{a_layer} launches"
     assert (extra.waits, extra.copies) == (0, 0)
@@ -175,20 +181,36 @@ REJECTED = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_rejection(device: Device) -> Callable[..., Cost]:
+    """What a token costs; each case is counted once, for all tests that ask for it."""
+
+    @cache
+    def count(name: str, schedule: str, beta: float, times: int = 1) -> Cost:
+        way = Rejection(beta=beta, schedule=schedule)
+        return cost(device.lm, device.counts, REJECTED[name], times * PROMPTS, rejection=way)
+
+    return count
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", REJECTED)
-def test_rejection_with_a_shut_gate_waits_once_a_token(device: Device, name: str, schedule: str) -> None:
+def test_rejection_with_a_shut_gate_waits_once_a_token(
+    with_rejection: Callable[..., Cost], name: str, schedule: str
+) -> None:
     """And copies nothing: what passes of rows need is there from the first of them on."""
-    whole = cost(device.lm, device.counts, REJECTED[name], rejection=Rejection(beta=1.0, schedule=schedule))
+    whole = with_rejection(name, schedule, 1.0)
     assert (whole.waits, whole.copies) == (TOKENS, 0)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", REJECTED)
-def test_rejection_with_an_open_gate_waits_twice_a_token(device: Device, name: str, schedule: str) -> None:
+def test_rejection_with_an_open_gate_waits_twice_a_token(
+    with_rejection: Callable[..., Cost], name: str, schedule: str
+) -> None:
     """Every first rung is plausible here. Drafts are copied: their ids, and which of them came true. Rungs that share
     the step's pass are told with it."""
-    whole = cost(device.lm, device.counts, REJECTED[name], rejection=Rejection(beta=1e-30, schedule=schedule))
+    whole = with_rejection(name, schedule, 1e-30)
     drafts = schedule == "optimistic"
     assert whole.waits == (2 * TOKENS if drafts else TOKENS)
     assert whole.copies <= (3 * TOKENS if drafts else 0)
@@ -196,10 +218,9 @@ def test_rejection_with_an_open_gate_waits_twice_a_token(device: Device, name: s
 
 @pytest.mark.parametrize("beta", [1.0, 1e-30])
 @pytest.mark.parametrize("name", REJECTED)
-def test_rows_attend_in_one_product_however_many_requests_there_are(device: Device, name: str, beta: float) -> None:
+def test_rows_attend_in_one_product_however_many_requests_there_are(
+    with_rejection: Callable[..., Cost], name: str, beta: float
+) -> None:
     """In each layer, where all have equally many rows: kernels are the same for two and for four."""
-    options: dict[str, Any] = {"rejection": Rejection(beta=beta, schedule="fused")}
-    two, four = (
-        cost(device.lm, device.counts, REJECTED[name], prompts, **options) for prompts in (PROMPTS, 2 * PROMPTS)
-    )
+    two, four = (with_rejection(name, "fused", beta, times) for times in (1, 2))
     assert four.launches - two.launches <= 10 * TOKENS, "what is decided a request"

@@ -37,6 +37,7 @@ from trimtab.steering.site import KINDS
 
 U, SPAN = direction(1), Positions.span(1, 3)
 PROMPTS = [prompt(0, 7), prompt(1, 5)]
+NEW = 5
 
 
 def random(*shape: int) -> Tensor:
@@ -104,14 +105,19 @@ def halves() -> LM:
     return lm
 
 
+@pytest.fixture(scope="module")
+def unsteered(whole: LM) -> list[tuple[int, ...]]:
+    return [one.token_ids for one in whole.generate(PROMPTS, max_new_tokens=NEW)]
+
+
 @pytest.mark.filterwarnings("ignore::trimtab.lm.DoseWarning")
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_answers(whole: LM, halves: LM, name: str) -> None:
+def test_the_same_answers(whole: LM, halves: LM, unsteered: list[tuple[int, ...]], name: str) -> None:
     steering, rejection = CASES[name]
-    wanted = whole.generate(PROMPTS, steering, max_new_tokens=7, rejection=rejection)
-    assert [one.token_ids for one in wanted] != [one.token_ids for one in whole.generate(PROMPTS, max_new_tokens=7)]
+    wanted = whole.generate(PROMPTS, steering, max_new_tokens=NEW, rejection=rejection)
+    assert [one.token_ids for one in wanted] != unsteered
     with pretending():
-        found = halves.generate(PROMPTS, steering, max_new_tokens=7, rejection=rejection)
+        found = halves.generate(PROMPTS, steering, max_new_tokens=NEW, rejection=rejection)
     for one, other in zip(found, wanted, strict=True):
         assert one.token_ids == other.token_ids
         assert one.applied == other.applied
