@@ -37,8 +37,8 @@ def test_it_answers(lm: LM) -> None:
 
 
 def test_unsteered_equals_transformers(lm: LM) -> None:
-    expected = plain(lm, PROMPTS, 24)
-    for answer, tokens in zip(lm.generate(PROMPTS, max_new_tokens=24), expected, strict=True):
+    expected = plain(lm, PROMPTS, 12)
+    for answer, tokens in zip(lm.generate(PROMPTS, max_new_tokens=12), expected, strict=True):
         assert list(answer.token_ids) == tokens[: len(answer.token_ids)]
 
 
@@ -49,9 +49,9 @@ def test_neighbours_dont_matter_in_float32(lm: LM) -> None:
         Steering((Edit(Site(12), Add(2 * vector)),)),
         Steering(tuple(Edit(Site(i), Add(0.2 * vector)) for i in range(30))),
     ]
-    together = lm.generate(PROMPTS, steerings, max_new_tokens=24)
+    together = lm.generate(PROMPTS, steerings, max_new_tokens=12)
     for prompt, steering, answer in zip(PROMPTS, steerings, together, strict=True):
-        assert lm.generate(prompt, steering, max_new_tokens=24)[0].token_ids == answer.token_ids
+        assert lm.generate(prompt, steering, max_new_tokens=12)[0].token_ids == answer.token_ids
 
 
 def test_learned_steering_moves_the_answer(lm: LM) -> None:
@@ -74,10 +74,10 @@ def test_learned_steering_moves_the_answer(lm: LM) -> None:
     pairs = [Pair(f"Tell me about {t}.{instruction}", f"Tell me about {t}.", "", "prompts") for t in topics]
     steering = learn_instruct(lm, pairs, 24)
     questions = [f"What is {t}?{instruction}" for t in ("snow", "gold", "tea")]
-    answers = lm.generate(questions, [None, 0.3 * steering, -2.0 * steering], max_new_tokens=16)
+    answers = lm.generate(questions, [None, 0.3 * steering, -2.0 * steering], max_new_tokens=4)
     assert 0 < answers[1].applied.dose < 1
-    held = lm.generate(questions, 0.5 * steering, max_new_tokens=16)
-    assert [a.token_ids for a in held] != [a.token_ids for a in lm.generate(questions, max_new_tokens=16)]
+    held = lm.generate(questions, 0.5 * steering, max_new_tokens=8)
+    assert [a.token_ids for a in held] != [a.token_ids for a in lm.generate(questions, max_new_tokens=8)]
     assert steering.card.measured["agreement"]["24"] > 0.5
 
 

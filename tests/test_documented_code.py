@@ -62,17 +62,22 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize("words", WRITTEN)
-def test_a_command_and_its_options_exist(words: list[str]) -> None:
+@pytest.fixture(scope="module")
+def program() -> Any:
     import typer
 
-    from trimtab.commands import learn_distill
     from trimtab.commands.app import app
+
+    return typer.main.get_command(app)
+
+
+@pytest.mark.parametrize("words", WRITTEN)
+def test_a_command_and_its_options_exist(program: Any, words: list[str]) -> None:
+    from trimtab.commands import learn_distill
     from trimtab.commands.learn_method import DISTILL, OWN_COMMAND, Learn, command_for
     from trimtab.methods.recipe import recipe_named
 
-    command: Any = typer.main.get_command(app)
-    rest = list(words)
+    command, rest = program, list(words)
     while rest and hasattr(command, "get_command") and rest[0][:1] != "-":
         found = command.get_command(command.context_class(command), rest[0])
         assert found is not None, f"there is no command {rest[0]!r} in {words}"
