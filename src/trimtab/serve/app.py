@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from copy import deepcopy
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -128,7 +129,7 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False,
 
 def openapi() -> dict[str, Any]:
     """The OpenAPI document of a server that also learns and takes uploads. No model is needed for it."""
-    return _api(SimpleNamespace(learn=True, upload=True), None).openapi()
+    return deepcopy(_api(SimpleNamespace(learn=True, upload=True), None).openapi())
 
 
 def _api(service: Any, lifespan: Any) -> FastAPI:
@@ -146,14 +147,21 @@ def _api(service: Any, lifespan: Any) -> FastAPI:
     _health(app, service)
     _completions(app, service)
     _steerings(app, service)
-    _document(app)
+    _document(app, learn=bool(service.learn), upload=bool(service.upload))
     _docs(app)
     return app
 
 
-def _document(app: FastAPI) -> None:
+_DOCUMENTS: dict[tuple[bool, bool], dict[str, Any]] = {}
+"""The OpenAPI document of each kind of application: to make one takes as long as all the rest."""
+
+
+def _document(app: FastAPI, *, learn: bool, upload: bool) -> None:
     """The OpenAPI document without the 422 that FastAPI writes everywhere: here that is a 400, as OpenAI has it."""
-    document = app.openapi()
+    if (learn, upload) in _DOCUMENTS:
+        app.openapi_schema = _DOCUMENTS[learn, upload]
+        return
+    _DOCUMENTS[learn, upload] = document = app.openapi()
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
