@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,20 @@ class Ran:
     @property
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_made_once() -> Iterator[None]:
+    """Typer makes all commands of their functions anew at each call, which takes longer than most tests of them."""
+    import typer.main
+
+    from trimtab.commands.app import app
+
+    make = typer.main.get_command
+    made = make(app)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", lambda instance: made if instance is app else make(instance))
+        yield
 
 
 @pytest.fixture

@@ -301,11 +301,11 @@ sys.exit(trimtab.commands.main(sys.argv[1:]))
     arguments = ["learn", "caa", "--model", model, "--device", "cpu", "--pairs", pairs, "--out", out]
     command = [sys.executable, "-c", program, *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    printed, err = process.communicate(timeout=60)
+    printed, err = process.communicate(timeout=300)
     assert (process.returncode, printed, err) == (130, "", "interrupted\n")
     assert out.read_bytes() == b"old"
     assert {path.name for path in tmp_path.iterdir()} == {"s.safetensors", "pairs.jsonl", "ready"}
