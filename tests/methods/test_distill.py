@@ -159,6 +159,7 @@ TEACHERS = {
 }
 
 
+@pytest.mark.long_unless(lambda name: name in ("phrasings", "a text around", "all at once"))
 @pytest.mark.parametrize("name", TEACHERS)
 def test_every_kind_of_teacher(lm: LM, name: str, courses: list[Course]) -> None:
     teacher = TEACHERS[name]

@@ -7,6 +7,7 @@ Each entry point is run over models that were compiled, wrapped, given other cac
 from __future__ import annotations
 
 import threading
+from functools import cache
 from typing import Any
 
 import faults
@@ -256,12 +257,17 @@ class TestWrappedModels:
 
 
 class TestOtherCaches:
+    @staticmethod
+    @cache
+    def by_default(family: str) -> list[Any]:
+        lm = tiny.tiny(family)
+        return [lm.generate(one, MIXED, max_new_tokens=NEW)[0] for one in PROMPTS]
+
     @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
     @pytest.mark.parametrize("kind", ["static", "hybrid", "sliding_window"])
     @pytest.mark.parametrize("where", ["options", "generation_config"])
     def test_are_steered_like_the_default(self, family: str, kind: str, where: str) -> None:
-        lm = tiny.tiny(family)
-        wanted = [lm.generate(one, MIXED, max_new_tokens=NEW)[0] for one in PROMPTS]
+        lm, wanted = tiny.tiny(family), self.by_default(family)
         options = {}
         if where == "options":
             options = {"cache_implementation": kind}
