@@ -54,7 +54,8 @@ test-newest-all: setup peers
 test-oldest test-oldest-all: export PYTHONPATH = build/oldest-transformers
 test-oldest: setup
 	@PYTHONPATH= $(ENVIRONMENT) oldest-transformers build/oldest-transformers
-	$(PYTEST) -n 1 $(OLDEST_TESTS) -m "not slow and not long" --families llama,gemma3
+	$(PYTEST) -n 1 $(OLDEST_TESTS) $(foreach name,gpu_costs two_gpus,--ignore tests/properties/test_$(name).py) \
+	  -m "not slow and not long" --families llama,gemma3
 
 test-oldest-all: setup
 	@PYTHONPATH= $(ENVIRONMENT) oldest-transformers build/oldest-transformers
