@@ -14,7 +14,24 @@ import pytest
 import trimtab
 
 ROOT = Path(__file__).parents[1]
+PAGES = {str(page.relative_to(ROOT / "docs")): page.read_text() for page in ROOT.glob("docs/**/*.md")}
+MENU = set(re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]))
 pytest.importorskip("mkdocs", reason="the site is built by mkdocs: pip install 'trimtab[docs]'")
+
+
+def test_every_page_is_in_the_menu() -> None:
+    """Quick forms, of what is written; those of the site itself, which takes long to build, are below."""
+    assert set(PAGES) <= MENU
+
+
+def test_links_from_page_to_page_lead_to_what_is_there() -> None:
+    for page, text in PAGES.items():
+        words = re.sub(r"^```.*?^```|^    .*?$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", words):
+            if not re.match(r"[a-z]+:|#", link):
+                target = (ROOT / "docs" / page).parent / link.partition("#")[0]
+                name = os.path.relpath(target, ROOT / "docs")
+                assert target.exists() or name in MENU, f"{page} links to {link}"  # some are made of the code
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +47,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_page_is_there_and_in_the_menu(site: Path) -> None:
     menu = (site / "index.html").read_text()
     for page in ROOT.glob("docs/**/*.md"):
@@ -41,6 +59,7 @@ def test_every_page_is_there_and_in_the_menu(site: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_links_within_the_site_lead_to_what_is_there(site: Path) -> None:
     pages = {page: page.read_text() for page in site.rglob("*.html") if page.name != "404.html"}
     anchors = {page: set(re.findall(r'id="([^"]+)"', text)) for page, text in pages.items()}
@@ -57,6 +76,7 @@ def test_links_within_the_site_lead_to_what_is_there(site: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_public_name_and_command_is_in_the_reference(site: Path) -> None:
     names = (site / "reference" / "api" / "index.html").read_text()
     for name in trimtab.__all__:
@@ -67,6 +87,7 @@ def test_every_public_name_and_command_is_in_the_reference(site: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     """A page that is read offline, or by somebody who wants no one to know, asks no other server for anything."""
     text = (site / "index.html").read_text()

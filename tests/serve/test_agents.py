@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 openai = pytest.importorskip("openai")
-agents = pytest.importorskip("agents")
 pytest.importorskip("llguidance", reason="grammars need trimtab[serve]")
 
 from pydantic import BaseModel  # noqa: E402
 from serve.toolbox import WEATHER  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.real]
+# What the server takes and gives is tested in this process, in test_tool_calls.py and test_responses.py.
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.long]
 QUESTION = [{"role": "user", "content": "What is the weather in Lyon?"}]
 PLAIN: dict[str, Any] = {"model": "trimtab", "temperature": 0}
 
@@ -37,6 +37,12 @@ def server(start: Callable[..., Any], lm: Any, tmp_path_factory: pytest.TempPath
     steering = Steering((Edit(Site(14), Add(60 * v / v.norm())),), Card("manual", model=lm.identity))
     save(steering, folder / "push.safetensors")
     return start("--max-tokens", "200", "--dtype", "float32", model=None, known=folder)
+
+
+@pytest.fixture(scope="module")
+def agents() -> Any:
+    """OpenAI's framework, which is slow to import: by the worker that runs these, and by no other."""
+    return pytest.importorskip("agents")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,7 @@ def test_responses(client: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("chat", marks=pytest.mark.long), "responses"])
-def test_agents_call_tools(server: Any, kind: str) -> None:
+def test_agents_call_tools(server: Any, agents: Any, kind: str) -> None:
     agents.set_tracing_disabled(True)
     called = []
 
@@ -119,7 +125,7 @@ def test_agents_call_tools(server: Any, kind: str) -> None:
     assert found.final_output == "It snows in Lyon."
 
 
-def test_agents_with_a_format(server: Any) -> None:
+def test_agents_with_a_format(server: Any, agents: Any) -> None:
     agents.set_tracing_disabled(True)
 
     async def run() -> Any:

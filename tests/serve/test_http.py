@@ -254,10 +254,10 @@ def test_a_signal_under_load_loses_no_accepted_request(start: Callable[..., Any]
         except httpx.TransportError:  # it came too late to be accepted
             found.append(("refused", ""))
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(14)]
     for thread in threads:
         thread.start()
-    while metric(server, "trimtab_running") < 2 or metric(server, "trimtab_queued") < 8:
+    while metric(server, "trimtab_running") < 2 or metric(server, "trimtab_queued") < 5:
         assert any(thread.is_alive() for thread in threads)
         time.sleep(0.01)
     accepted = metric(server, "trimtab_running") + metric(server, "trimtab_queued")
@@ -265,7 +265,7 @@ def test_a_signal_under_load_loses_no_accepted_request(start: Callable[..., Any]
     for thread in threads:
         thread.join(120)
     assert server.process.wait(60) == 0, server.log.read_text()
-    assert len(found) == 24
+    assert len(found) == 14
     done = [text for status, text in found if status == 200]
     assert len(done) >= accepted
     assert {status for status, _ in found} <= {200, 503, "refused"}
@@ -273,8 +273,19 @@ def test_a_signal_under_load_loses_no_accepted_request(start: Callable[..., Any]
         assert ("[DONE]" in text and '"finish_reason":"' in text) if "data:" in text else json.loads(text)["choices"]
 
 
-def test_keys_limits_and_the_audit_log(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_keys_limits_and_the_audit_log_of_a_server_that_was_killed(
+    start: Callable[..., Any], tiny_lm: Any, tmp_path: Path
+) -> None:
+    """Whom it answered is written down already, and a server that starts again, now with a key, goes on in the log."""
     log = tmp_path / "audit.jsonl"
+    server = start("--audit", str(log), "--audit-sync")
+    body = {"model": "trimtab", "prompt": long_prompt(tiny_lm, 100), "max_tokens": 100, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as found:
+        next(found.iter_lines())
+        server.process.kill()
+        server.process.wait()
+    assert json.loads(log.read_text().splitlines()[0])["event"] == "begun"
+
     server = start("--audit", str(log), TRIMTAB_API_KEY="s3cret")
     body = {"model": "trimtab", "prompt": "The sea", "max_tokens": 5, "steering": [{"name": "s0", "strength": 2}]}
     assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 401
@@ -283,7 +294,7 @@ def test_keys_limits_and_the_audit_log(start: Callable[..., Any], tmp_path: Path
         model="trimtab", prompt="The sea", max_tokens=5, extra_body={"steering": body["steering"]}
     )
     assert server.stop() == 0
-    refused, begun, line = [json.loads(line) for line in log.read_text().splitlines()]
+    *_, refused, begun, line = [json.loads(line) for line in log.read_text().splitlines()]
     assert [one["event"] for one in (refused, begun, line)] == ["refused", "begun", "ended"]
     assert (refused["status"], refused["key"], begun["request"]) == (401, None, line["request"])
     assert (line["key"], line["outcome"], line["steering"][0]["name"]) == ("default", "done", "s0")
@@ -291,10 +302,10 @@ def test_keys_limits_and_the_audit_log(start: Callable[..., Any], tmp_path: Path
     assert "The sea" not in log.read_text()
 
 
-def test_a_server_that_is_killed_has_written_down_whom_it_answered(
+@pytest.mark.long
+def test_a_server_that_is_killed_twice_has_written_down_whom_it_answered(
     start: Callable[..., Any], tiny_lm: Any, tmp_path: Path
 ) -> None:
-    """And starts again on the same log."""
     log = tmp_path / "audit.jsonl"
     body = {"model": "trimtab", "prompt": long_prompt(tiny_lm, 100), "max_tokens": 100, "stream": True}
     for _ in range(2):
