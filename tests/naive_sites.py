@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,10 +103,11 @@ def activations_at(lm: LM, ids: Sequence[int], places: Sequence[tuple[str, int]]
     """`[tokens, size]` at each place, a kind and a layer, unsteered."""
     kept: dict[tuple[str, int], Tensor] = {}
 
-    def keep(place: tuple[str, int]) -> Callable[[Tensor], Tensor]:
-        return lambda x: kept.setdefault(place, x.clone())
+    def keep(x: Tensor, place: tuple[str, int]) -> Tensor:
+        kept[place] = x.clone()  # blocks may go on to add to what a module gave
+        return x
 
-    handles = [hooked(lm, *place, keep(place)) for place in places]
+    handles = [hooked(lm, *place, partial(keep, place=place)) for place in places]
     try:
         lm.model(input_ids=torch.tensor([list(ids)]), use_cache=False)
     finally:
