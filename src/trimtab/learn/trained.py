@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.forced import Change
+from trimtab.engines.transformers.forced import Change, Forced, Forcing, passes
+from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError
 from trimtab.steering import Add, Edit, Positions, ReadWrite, Site
 
+if TYPE_CHECKING:
+    from trimtab.engines.transformers.layout import Layout
+
+P = TypeVar("P")
+Start = Callable[[Mapping[Site, float], Mapping[Site, int], torch.device], P]
+"""Where to begin: from the root mean squares of activations' elements and the widths, by site, and the device."""
+
 FROM_LAST = Positions.from_last_prompt_token()
+READ = 16
+"""So many answers tell what activations are like."""
 FIRST_READ = 0.1
 """How long a row that reads is to begin with: what it reads of an activation is about a tenth of its root mean square.
 What it writes begins at 0."""
@@ -36,7 +47,6 @@ class Part:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the optimizer moves."""
         return (self.vector, self.read, self.write) if len(self.read) else (self.vector,)
 
     def change(self, factor: float, x: Tensor) -> Tensor:
@@ -93,7 +103,6 @@ class Trained:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What the optimizer moves."""
         return [tensor for site in sorted(self.parts) for tensor in self.parts[site].tensors]
 
     def changes(self, factor: float = 1.0) -> dict[Site, Change]:
@@ -129,6 +138,24 @@ class Trained:
     def edits(self, positions: Positions = FROM_LAST) -> tuple[Edit, ...]:
         """The same as edits of strength 1, in the order of their sites."""
         return tuple(Edit(site, self.parts[site].operation(), positions) for site in sorted(self.parts))
+
+
+def begin(layout: Layout, run: Forcing, sites: Sequence[Site], texts: Sequence[Forced], start: Start[P]) -> P:
+    """What `start` makes, in units of what activations are like at the answers' tokens of the first few texts."""
+    states = states_at(run, texts[:READ], {}, sites)
+    widths = {site: place(layout, site).size for site in sites}
+    return start(typical(states), widths, next(iter(states.values()))[0].device)
+
+
+def states_at(
+    run: Forcing, texts: Sequence[Forced], changes: Mapping[Site, Change], sites: Sequence[Site]
+) -> dict[Site, list[Tensor]]:
+    """At each site, what each text has there at its answer's tokens under these changes: `[tokens, width]`."""
+    activations: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for numbers in passes(run.model, texts):
+        for site, rows in run.states([texts[i] for i in numbers], changes, sites).items():
+            activations[site] += rows
+    return activations
 
 
 def typical(states: Mapping[Site, Sequence[Tensor]]) -> dict[Site, float]:
