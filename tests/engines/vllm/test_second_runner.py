@@ -76,7 +76,7 @@ ours.close()
 def test_it_says_what_transformers_says(tmp_path: Path, static: bool) -> None:
     """Steered and unsteered in one batch, in chunks, with the prefix cache; in Python also preempted; and unsteered to
     the bit."""
-    options = {**TINY, "max_model_len": 256, "num_gpu_blocks_override": 20, "model": small_model(tmp_path / "model")}
+    options = {**TINY, "max_model_len": 256, "num_gpu_blocks_override": 10, "model": small_model(tmp_path / "model")}
     graphs = {"TRIMTAB_STATIC": "48", "TRIMTAB_KERNEL": "all", "TRIMTAB_MAPS": "12"} if static else {}
     said = run(tmp_path, BODY.format(options=options), TRIMTAB_SITES="keys", **INTERPRETED, **graphs)
     assert "runner vllm.v1.worker.gpu.model_runner" in said
