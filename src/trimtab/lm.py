@@ -12,18 +12,17 @@ from torch import Tensor
 
 from trimtab import engines
 from trimtab.decoding.grammar import Grammar
-from trimtab.engines.arguments import check_batch_size, of_equal_length, one_each
+from trimtab.engines.arguments import check_batch_size, one_each
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.images import PromptImages
 from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.meanings import check_meanings, meanings_of
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
-from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
+from trimtab.engines.resolve import acting, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.adapters import active_adapters, check_adapters
-from trimtab.engines.transformers.anatomy import positions_of
-from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
+from trimtab.engines.transformers.attention import check_attention, head_count, score_layers
 from trimtab.engines.transformers.by_steps import check_by_steps
 from trimtab.engines.transformers.clean import check_clean
 from trimtab.engines.transformers.continuous import Continuous, answer, check_verified
@@ -32,16 +31,14 @@ from trimtab.engines.transformers.exclusive import steered_here
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.following import check_rows_stay
-from trimtab.engines.transformers.generate import Generation, _end_ids, check_options, check_request, generate_batch
+from trimtab.engines.transformers.generate import Generation, _end_ids, check_options, check_request
 from trimtab.engines.transformers.grammar import Grammars, Matcher, check_grammar_options, with_grammars
 from trimtab.engines.transformers.identity import identify
 from trimtab.engines.transformers.images import (
     check_goes_on,
     check_takes_images,
-    counting,
     encode_with_images,
     goes_on,
-    images_reader,
     load_processor,
     read_with_images,
     spans_beside_images,
@@ -53,19 +50,17 @@ from trimtab.engines.transformers.likelihood import mean_nlls
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import first_steered, next_tokens
 from trimtab.engines.transformers.plan import check_edits
-from trimtab.engines.transformers.prefill import OTHERS, Prefill, decides_at_prefill
-from trimtab.engines.transformers.read import check_sites, read_groups, reader, run_decoder
+from trimtab.engines.transformers.read import check_sites, read_groups, reader, reader_of_pass
 from trimtab.engines.transformers.sampling import seeded
 from trimtab.engines.transformers.scores import (
-    activation_edits,
     check_score_edits,
-    edited_sites,
     is_score_edit,
     score_edits,
 )
-from trimtab.engines.transformers.session import Decide, FirstPass, Session
+from trimtab.engines.transformers.session import FirstPass, Session, always
 from trimtab.engines.transformers.verify import check_rejection
 from trimtab.engines.transformers.weights import device_of, input_device
+from trimtab.engines.transformers.whole_batches import answer_whole, whole_batches
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.keywords import keywords
 from trimtab.steering import Adapter, Edit, ModelId, Site, Steering
@@ -330,12 +325,13 @@ class LM(LanguageModel):
                 keep(verified, by_steps(way, verified))
             alone = [i for i in rest if requests[i].images is not None]
             whole = [i for i in rest if requests[i].images is None]
-            batches = self._whole_batches(whole, [len(request.ids) for request in requests], size)
+            batches = whole_batches(self.layout, whole, [len(request.ids) for request in requests], size)
+            model = self.model, self.tokenizer, self.layout
             for chosen in (*batches, *([i] for i in alone)):
                 ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
                 options = with_grammars(decoding.options, [matchers[i] for i in chosen])
                 images = requests[chosen[0]].images
-                keep(chosen, self._answer(ids, edited, {**kwargs, "options": options}, images))
+                keep(chosen, answer_whole(*model, ids, edited, {**kwargs, "options": options}, images))
                 tell(0)
         return [[self._with_pieces(generation) for generation in answers[i]] for i in range(len(requests))]
 
@@ -390,7 +386,7 @@ class LM(LanguageModel):
                 chosen = order[start : start + batch_size]
                 prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
                 edits = self._ready([steerings[i] for i in chosen], prompts)
-                session = Session(self.model, self.layout, _always(edits), tokenizer=self.tokenizer)
+                session = Session(self.model, self.layout, always(edits), tokenizer=self.tokenizer)
                 batch = next_tokens(self.model, self.layout, [choices[i] for i in chosen], session, edits)
                 results |= dict(zip(chosen, batch, strict=True))
                 if progress is not None:
@@ -409,55 +405,6 @@ class LM(LanguageModel):
         if answer.logprobs is None and answer.trace is None:
             return answer
         return replace(answer, pieces=tuple(pieces(self.tokenizer, answer.token_ids)))
-
-    def _steer(
-        self, ids: list[list[int]], edits: list[tuple[Edit, ...]], names: list[tuple[str, ...]], kwargs: dict[str, Any]
-    ) -> list[Generation]:
-        """The answers to one batch, steered at every token."""
-        residual = [activation_edits(row_edits) for row_edits in edits]
-        session = Session(self.model, self.layout, _always(residual), tokenizer=self.tokenizer)
-        sites = edited_sites([edit for row_edits in edits for edit in row_edits])
-        scores = [score_edits(row_edits) for row_edits in edits]
-        with attending(self.layout, scores, [len(prompt) for prompt in ids]):
-            return generate_batch(self.model, self.tokenizer, ids, session, sites, names, **kwargs)
-
-    def _whole_batches(self, order: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
-        """Requests in batches that stay whole, without pads where these would count as positions."""
-        batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
-        if len({lengths[i] for i in order}) < 2 or positions_of(self.layout).ignores_pads:
-            return batches
-        return [alike for chosen in batches for alike in of_equal_length(chosen, lengths)]
-
-    def _answer(
-        self,
-        ids: list[list[int]],
-        steerings: list[Steering | None],
-        kwargs: dict[str, Any],
-        images: PromptImages | None = None,
-    ) -> list[Generation]:
-        """The answers to one batch by transformers' own `generate`, in the way that suits it.
-
-        `images` are those of the one prompt, where it has any.
-        """
-        options = kwargs["options"]
-        if images is not None:
-            resolved = resolve(steerings, [len(ids[0])], images_reader(self.model, self.layout, ids[0], images))
-            with counting(self.layout, None):
-                return self._steer(ids, resolved.edits, resolved.names, {**kwargs, "images": images})
-        held = {name: compat.generation_option(self.model, options, name) for name in ("use_cache", *OTHERS)}
-        if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], held):
-            return self._steer_from_prefill(ids, steerings, kwargs)
-        resolved = self._resolved(steerings, ids)
-        return self._steer(ids, resolved.edits, resolved.names, kwargs)
-
-    def _steer_from_prefill(
-        self, ids: list[list[int]], steerings: list[Steering | None], kwargs: dict[str, Any]
-    ) -> list[Generation]:
-        """The answers to one batch, whose gates the pass over its prompts decides."""
-        prefill = Prefill(self.model, self.layout, steerings, [len(prompt) for prompt in ids])
-        session = Session(self.model, self.layout, prefill.decide, tokenizer=self.tokenizer)
-        with prefill.watching(session):
-            return generate_batch(self.model, self.tokenizer, ids, session, prefill.sites, prefill.names, **kwargs)
 
     @keywords
     @contextmanager
@@ -491,7 +438,7 @@ class LM(LanguageModel):
             for each_steering in set(everything):  # adapters are switched while a model is held
                 check_learned_on(each_steering, self.identity, transfer=transfer)
             chosen = one_each(steering, count)
-            read = self._prompts_of_pass(count, session.prompt_lengths, first)
+            read = reader_of_pass(self.layout, count, session.prompt_lengths, first)
             repeat = len(first.lengths) // count
             return resolve(chosen, first.lengths[::repeat], read).edits
 
@@ -513,34 +460,9 @@ class LM(LanguageModel):
         with steering_of(self.layout.decoder):
             yield
 
-    def _resolved(self, steerings: Sequence[Steering | None], ids: list[list[int]]) -> Resolved:
-        """What acts on requests with these prompts, which are read by passes of their own where that has to be."""
-        return resolve(steerings, [len(prompt) for prompt in ids], reader(self.layout, ids))
-
     def _ready(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
         """Each request's edits as a session runs them: gates decided, masks settled, conditions on tokens put in."""
-        return self._resolved(steerings, ids).edits
-
-    def _prompts_of_pass(self, count: int, lengths: Sequence[int] | None, first: FirstPass) -> Read:
-        """Reads the prompts' activations in a first pass over them."""
-
-        def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
-            inputs = {**compat.without_cache(first.inputs), "use_cache": False}
-            activations = run_decoder(self.layout, inputs, sites)
-            repeat = len(first.lengths) // count
-            by_request = {}
-            for request, positions in where.items():
-                row = request * repeat
-                if lengths is not None and first.lengths[row] != lengths[request]:
-                    raise TrimtabError(
-                        "a gate or mask can't be decided from a part of the prompt; prefill it in one pass"
-                    )
-                stop = first.last[row] + 1
-                columns = [stop - first.lengths[row] + position for position in positions]
-                by_request[request] = {site: x[row, columns] for site, x in activations.items()}
-            return by_request
-
-        return read
+        return resolve(steerings, [len(prompt) for prompt in ids], reader(self.layout, ids)).edits
 
     @property
     def is_steered(self) -> bool:
@@ -573,7 +495,3 @@ class LM(LanguageModel):
             return read_with_images(self.model, self.layout, text.ids, text.images, sites)
         (batch,) = read_groups(self.layout, [[Text(text.ids, range(len(text.ids)))]], sites)
         return {site: batch.values[site][0][0] for site in sites}
-
-
-def _always(edits: list[tuple[Edit, ...]]) -> Decide:
-    return lambda _requests, _first: edits

@@ -247,8 +247,8 @@ def test_ranks_are_those_of_a_naive_count(values):
 def test_a_budget_is_met_by_fewer_items():
     whole = planned()
     seconds = Speed(10, 100).seconds(whole.cost())
-    assert within(whole, Speed(10, 100), seconds).items == ITEMS
-    assert within(whole, Speed(10, 100), seconds * 0.999).items == 8
+    assert within(whole, Speed(10, 100), seconds).settings.items == ITEMS
+    assert within(whole, Speed(10, 100), seconds * 0.999).settings.items == 8
     with pytest.raises(TrimtabError, match="fewer --methods or --tasks"):
         within(whole, Speed(10, 100), 1.0)
 

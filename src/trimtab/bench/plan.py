@@ -91,29 +91,9 @@ class Plan:
         return tuple(sorted(set(self.settings.nats)))
 
     @property
-    def items(self) -> int:
-        """The maximum number of items of a task."""
-        return self.settings.items
-
-    @property
-    def seed(self) -> int:
-        """Of everything that is drawn."""
-        return self.settings.seed
-
-    @property
-    def data(self) -> Path | None:
-        """The folder with other people's data."""
-        return self.settings.data
-
-    @property
     def sides(self) -> int:
         """Items of each side effect."""
         return max(4, self.settings.items // 2)
-
-    @property
-    def thorough(self) -> bool:
-        """Whether controls and side effects are measured everywhere."""
-        return self.settings.thorough
 
     @property
     def cells(self) -> int:
@@ -123,7 +103,8 @@ class Plan:
     def head(self, lm: LM) -> dict[str, Any]:
         """All that the run's bytes depend on; not where its data lie."""
         settings = asdict(self.settings)
-        settings["data"] = None if self.data is None else sorted(path.name for path in self.data.iterdir())
+        folder = self.settings.data
+        settings["data"] = None if folder is None else sorted(path.name for path in folder.iterdir())
         return {
             "bench": 1,
             "model": {**asdict(lm.identity), **lm.runs_in},
@@ -146,9 +127,9 @@ class Plan:
         total = Cost()
         for outline in self.outlines:
             total += self.settings.pairs * outline.written
-            items = min(self.items, outline.available)
+            items = min(self.settings.items, outline.available)
             runs = len(self.nats)
-            extra = runs * (1.0 if self.thorough else WON)
+            extra = runs * (1.0 if self.settings.thorough else WON)
             sides = Cost(2 * self.sides, 8.0 * self.sides * 130)
             total += 3 * items * outline.arm
             for name in self.rows:
@@ -275,13 +256,13 @@ def within(made: Plan, speed: Speed, budget: float) -> Plan:
     Raises:
         TrimtabError: Not even the fewest fit; it says what they take.
     """
-    for items in [made.items, *(count for count in ITEMS if count < made.items)]:
+    for items in [made.settings.items, *(count for count in ITEMS if count < made.settings.items)]:
         smaller = replace(made, settings=replace(made.settings, items=items))
         if speed.seconds(smaller.cost()) <= budget:
             return smaller
     needed = speed.seconds(smaller.cost())
     raise TrimtabError(
-        f"even with {smaller.items} items a task this takes about {duration(needed)}, and the budget is"
+        f"even with {smaller.settings.items} items a task this takes about {duration(needed)}, and the budget is"
         f" {duration(budget)}: give more time, or fewer --methods or --tasks"
     )
 

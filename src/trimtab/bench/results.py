@@ -118,11 +118,6 @@ class Results:
     agreement: float | None
     left_out: Mapping[str, str]
 
-    @property
-    def decided(self) -> int:
-        """How many verdicts there are."""
-        return sum(row.method != CONTROL for task in self.tasks for row in task.rows)
-
     def words(self) -> list[str]:
         """The verdict."""
         rows = [(task, row) for task in self.tasks for row in task.rows if row.method != CONTROL]

@@ -73,7 +73,7 @@ def bench(
             say(outline.name)
         running: _Running | None = None
         try:
-            running = _Running(lm, store, plan, outline.make(lm, store, plan.items), answering)
+            running = _Running(lm, store, plan, outline.make(lm, store, plan.settings.items), answering)
             running.arms()
         except TrimtabError as error:
             store.keep("cells", outline.name, "task", make=partial(dict, left_out=str(error)))
@@ -95,7 +95,7 @@ class _Running:
         self.answering: Any = lm if answering is None or task.logits else answering
         self._base: Reference | None = None
         self._plain: Measured | None = None
-        self._sides = sides(plan.data, plan.sides)
+        self._sides = sides(plan.settings.data, plan.sides)
 
     @property
     def base(self) -> Reference:
@@ -136,7 +136,7 @@ class _Running:
 
     def _method(self, name: str) -> dict[str, Any]:
         recipe = self.plan.recipes[name]
-        inputs = inputs_for(recipe, self.task.lessons, self.plan.seed)
+        inputs = inputs_for(recipe, self.task.lessons, self.plan.settings.seed)
         if isinstance(inputs, str):
             return {"left_out": inputs}
         try:
@@ -232,11 +232,11 @@ class _Running:
     def _controlled(self, steering: Steering, result: dict[str, Any]) -> None:
         """Orthogonal directions and side effects: where there is a gain that they could explain or spoil."""
         assert self._plain is not None
-        wanted = [run for run in result["runs"] if self.plan.thorough or self._gains(run["scores"])]
+        wanted = [run for run in result["runs"] if self.plan.settings.thorough or self._gains(run["scores"])]
         if not wanted:
             return
         try:
-            control = orthogonal(self.lm, steering, self.task, self.plan.seed)
+            control = orthogonal(self.lm, steering, self.task, self.plan.settings.seed)
         except TrimtabError as error:
             result["no_orthogonal"] = str(error)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from trimtab.bench.measures import letters, letters_of, likelihoods
 from trimtab.bench.tasks import BATCH
 from trimtab.data import queries
 from trimtab.engines.doses import DoseWarning
-from trimtab.evaluate.ab import read_ab
+from trimtab.evaluate.ab import ABItem, read_ab
 from trimtab.evaluate.divergence import reference
 from trimtab.evaluate.refusal import read_refusal, refuses
 
@@ -59,22 +59,22 @@ def _text() -> Callable[[LM, Steering | None], list[float]]:
 
 def _letters(path: Path, count: int) -> Callable[[LM, Steering | None], list[float]]:
     items = read_ab(path, limit=count)[0]
-
-    def measure(lm: LM, steering: Steering | None) -> list[float]:
-        (result,) = letters(lm, [letters_of(lm, item) for item in items], [[steering] * len(items)])
-        return list(result.scores)
-
-    return measure
+    return lambda lm, steering: _scores(lm, items, steering)
 
 
 def _behaviour(folder: Path, count: int) -> Callable[[LM, Steering | None], list[float]]:
     items = test_items(folder, count)
 
     def measure(lm: LM, steering: Steering | None) -> list[float]:
-        (result,) = letters(lm, [letters_of(lm, item) for item in items], [[steering] * len(items)])
-        return [(a + b) / 2 for a, b in zip(result.scores[::2], result.scores[1::2], strict=True)]
+        scores = _scores(lm, items, steering)
+        return [(a + b) / 2 for a, b in zip(scores[::2], scores[1::2], strict=True)]
 
     return measure
+
+
+def _scores(lm: LM, items: Sequence[ABItem], steering: Steering | None) -> list[float]:
+    (result,) = letters(lm, [letters_of(lm, item) for item in items], [[steering] * len(items)])
+    return list(result.scores)
 
 
 def _refused(path: Path, count: int) -> Callable[[LM, Steering | None], list[float]]:

@@ -33,7 +33,6 @@ class ArmOptions:
             help="A steering file; after @, which of its layers act (14, 14,15, 10-14), after a colon a strength to"
             " multiply it by. May be given several times.",
             metavar=FORM,
-            show_default=False,
             rich_help_panel=PANEL,
         ),
     ] = None
@@ -42,7 +41,6 @@ class ArmOptions:
         typer.Option(
             help="Multipliers, such as -2,-1,0,1,2: an arm for each. 0 is the unsteered arm, which always runs.",
             metavar="NUMBERS",
-            show_default=False,
             rich_help_panel=PANEL,
         ),
     ] = None
@@ -51,7 +49,6 @@ class ArmOptions:
         typer.Option(
             help="Steer at one layer at a time: 10,12,14, or all of the file's. Without it: as the file has it.",
             metavar="LAYERS",
-            show_default=False,
             rich_help_panel=PANEL,
         ),
     ] = None
@@ -70,7 +67,6 @@ class ArmOptions:
             "--system-prompt",
             help="An unsteered arm with this system message. May be given several times.",
             metavar="TEXT",
-            show_default=False,
             rich_help_panel=PANEL,
         ),
     ] = None

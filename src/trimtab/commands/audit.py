@@ -29,9 +29,7 @@ def audit(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE[@LAYERS][:STRENGTH]",
-            help="A steering file; @14 selects layers, :2 multiplies the strength.",
-            show_default=False,
+            metavar="FILE[@LAYERS][:STRENGTH]", help="A steering file; @14 selects layers, :2 multiplies the strength."
         ),
     ],
     data: Annotated[
@@ -39,18 +37,15 @@ def audit(
         typer.Option(
             envvar=DATA,
             help="A folder with advbench/, xstest/, mmlu/ or caa/: benchmarks that replace the included items.",
-            show_default=False,
         ),
     ] = None,
     behaviour: Annotated[
-        list[Path] | None,
-        typer.Option(help="A further behaviour to measure: a file of A/B questions. Repeatable.", show_default=False),
+        list[Path] | None, typer.Option(help="A further behaviour to measure: a file of A/B questions. Repeatable.")
     ] = None,
     repair: Annotated[
         Path | None,
         typer.Option(
-            help="Make it orthogonal to the refusal directions, audit that as well, and write it to this .safetensors.",
-            show_default=False,
+            help="Make it orthogonal to the refusal directions, audit that as well, and write it to this .safetensors."
         ),
     ] = None,
     protect: Annotated[
@@ -58,8 +53,7 @@ def audit(
         typer.Option(help="With --repair: orthogonal to this behaviour's direction, too. Repeatable.", metavar="NAME"),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Write the steering with the audit in its card; may be FILE itself.", show_default=False),
+        Path | None, typer.Option(help="Write the steering with the audit in its card; may be FILE itself.")
     ] = None,
     system: Annotated[
         str | None,

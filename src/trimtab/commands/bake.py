@@ -20,25 +20,17 @@ def bake(
             metavar=FORM,
             help="A steering file, optionally with the layers that act and a strength to multiply it by. Several "
             "are added up.",
-            show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must be empty or not exist.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must be empty or not exist.")],
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A Hub id, or a folder with safetensors. Default: SmolLM2-135M-Instruct.",
-            show_default=False,
-        ),
+        typer.Option("--model", "-m", help="A Hub id, or a folder with safetensors. Default: SmolLM2-135M-Instruct."),
     ] = None,
     positions: Annotated[
         str | None,
         typer.Option(
-            help="all: act at every token, whatever the file says. Weights can't do anything else.",
-            metavar="all",
-            show_default=False,
+            help="all: act at every token, whatever the file says. Weights can't do anything else.", metavar="all"
         ),
     ] = None,
     check: Annotated[

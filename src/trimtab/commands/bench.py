@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from trimtab.commands.model import PANEL, BareModelOptions, JsonOption, ReplicasOption, check_replicas
-from trimtab.commands.options import grouped
+from trimtab.commands.options import grouped, numbers_of
 from trimtab.commands.terminal import note, progress_bar, show, sigterm_interrupts, write_json
 from trimtab.errors import TrimtabError
 
@@ -35,8 +35,7 @@ def bench(
         Path,
         typer.Option(
             help="The folder for the run: a file for each part, results.json and page.html. The same command goes on"
-            " where an interrupted one stopped.",
-            show_default=False,
+            " where an interrupted one stopped."
         ),
     ],
     methods: Annotated[
@@ -45,7 +44,6 @@ def bench(
             help="Names, or patterns such as re*; several with commas; !NAME excludes one. Default: all, including "
             "installed ones.",
             metavar="NAMES",
-            show_default=False,
         ),
     ] = None,
     tasks: Annotated[
@@ -54,7 +52,6 @@ def bench(
             help="instructions, behaviours, refusal, traits; names of tasks, or patterns. Default: all that the "
             "data allow.",
             metavar="NAMES",
-            show_default=False,
         ),
     ] = None,
     nats: Annotated[
@@ -67,18 +64,11 @@ def bench(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Roughly how long it may take: 2h, 25min. The number of items is reduced to fit.",
-            metavar="TIME",
-            show_default=False,
+            help="Roughly how long it may take: 2h, 25min. The number of items is reduced to fit.", metavar="TIME"
         ),
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(
-            envvar=DATA,
-            help="A folder with any of caa/, ifeval/, refusal/, mmlu/ and xstest/.",
-            show_default=False,
-        ),
+        Path | None, typer.Option(envvar=DATA, help="A folder with any of caa/, ifeval/, refusal/, mmlu/ and xstest/.")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="A LoRA finetuned for each task, too.")] = False,
     thorough: Annotated[
@@ -130,9 +120,8 @@ def bench(
     from trimtab.bench.page import write_page
     from trimtab.bench.plan import duration, speed_of, within
 
-    settings = Settings(
-        _names(methods), _names(tasks), _numbers(nats), items, pairs, tokens, seed, data, lora, thorough
-    )
+    doses = tuple(numbers_of(nats, "--nats", "0.25,1,4"))
+    settings = Settings(_names(methods), _names(tasks), doses, items, pairs, tokens, seed, data, lora, thorough)
     seconds = None if budget is None else seconds_of(budget)
     if out.exists() and not out.is_dir():
         raise TrimtabError(f"--out {out} is a file; a run is kept in a folder, which is made if it isn't there")
@@ -174,11 +163,8 @@ def bench(
 
 
 def forecast(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that trimtab bench wrote.", show_default=False)],
-    write: Annotated[
-        Path | None,
-        typer.Option(help="Write the fit to this .json file.", metavar="FILE", show_default=False),
-    ] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Folders that trimtab bench wrote.")],
+    write: Annotated[Path | None, typer.Option(help="Write the fit to this .json file.", metavar="FILE")] = None,
     json: JsonOption = False,
 ) -> None:
     """Fit and check the forecast whether a mean difference will steer, on results of `trimtab bench`.
@@ -242,13 +228,6 @@ def _names(text: str | None) -> tuple[str, ...]:
     return () if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise TrimtabError(f"--nats {text!r} isn't a list of numbers; write 0.25,1,4") from None
-
-
 def _items_before(out: Path) -> int | None:
     """The items of the run that is in the folder, so that a budget doesn't choose anew."""
     path = out / "run.json"
@@ -267,7 +246,7 @@ def _tell(made: Plan, speed: Speed, json: bool) -> None:
     cost = made.cost()
     document: dict[str, Any] = {
         "tasks": [
-            {"task": outline.name, "kind": outline.kind, "items": min(made.items, outline.available)}
+            {"task": outline.name, "kind": outline.kind, "items": min(made.settings.items, outline.available)}
             for outline in made.outlines
         ],
         "methods": list(made.rows),

@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.commands.chat_state import MAX_TOKENS
-from trimtab.commands.model import (
-    AdapterOption,
-    DeviceOption,
-    DtypeOption,
-    EngineOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    load_model,
-)
+from trimtab.commands.model import BareModelOptions, EngineOption
+from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, say
 from trimtab.errors import TrimtabError
 from trimtab.files.pick import parse_pick
@@ -35,30 +27,24 @@ if TYPE_CHECKING:
 DECODING = "Decoding"
 
 
+@grouped
 def chat(
+    *,
     steer: Annotated[
         list[str] | None,
         typer.Option(
             help="A steering file that is on from the start, with an optional strength after a colon; repeatable.",
             metavar="FILE[@LAYERS][:STRENGTH]",
-            show_default=False,
         ),
     ] = None,
     steerings: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder of steering files, which /steer offers by name.",
-            metavar="FOLDER",
-            show_default=False,
-        ),
+        Path | None, typer.Option(help="A folder of steering files, which /steer offers by name.", metavar="FOLDER")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="The system message.", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     emphasize: Annotated[
         list[str] | None,
         typer.Option(
-            help="A phrase of the conversation to steer attention towards, with rejection; repeatable.",
-            metavar="TEXT",
-            show_default=False,
+            help="A phrase of the conversation to steer attention towards, with rejection; repeatable.", metavar="TEXT"
         ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer unsteered as well, side by side.")] = False,
@@ -74,22 +60,14 @@ def chat(
     temperature: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel=DECODING,
-            help="Sample at this temperature, above 0; the default is greedy decoding.",
-            show_default=False,
+            rich_help_panel=DECODING, help="Sample at this temperature, above 0; the default is greedy decoding."
         ),
     ] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(min=0, rich_help_panel=DECODING, help="With --temperature: repeatable.", show_default=False),
+        int | None, typer.Option(min=0, rich_help_panel=DECODING, help="With --temperature: repeatable.")
     ] = None,
-    model: ModelOption = None,
+    loader: BareModelOptions,
     engine: EngineOption = "transformers",
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    adapter: AdapterOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer, and nothing else.")] = False,
 ) -> None:
     """Chat with a model, and change the steering as you go.
@@ -125,16 +103,7 @@ def chat(
     typed = sys.stdin.isatty() and sys.stdout.isatty() and not json
     if typed and find_spec("prompt_toolkit") is None:
         raise TrimtabError("at a terminal, trimtab chat needs prompt_toolkit: pip install 'trimtab[chat]'")
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        adapter=adapter,
-        quiet=json,
-        engine=engine,
-    )
+    lm = loader.load(quiet=json, engine=engine)
 
     from trimtab.commands.chat_answer import STREAMING
     from trimtab.commands.chat_commands import Desk, run_command, steered_by

@@ -9,6 +9,7 @@ from typing import Any
 
 from trimtab.commands.chat_commands import Desk
 from trimtab.commands.chat_state import Conversation, Said, Turn, on_record
+from trimtab.commands.terminal import handling
 from trimtab.errors import TrimtabError
 from trimtab.text.unfolding import Unfolding
 
@@ -41,7 +42,6 @@ class Stream:
             self._tell(self._text.add(int(token)))
 
     def end(self) -> None:
-        """No more tokens."""
         self._tell(self._text.finish())
 
     def __call__(self, ids: Any, _scores: Any, **_: Any) -> Any:
@@ -67,11 +67,8 @@ def interruptible(stop: Callable[[], None]) -> Iterator[None]:
         pressed = True
         stop()
 
-    before = signal.signal(signal.SIGINT, handle)
-    try:
+    with handling(signal.SIGINT, handle):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def room(desk: Desk, conversation: Conversation, question: str) -> int:

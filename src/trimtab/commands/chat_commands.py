@@ -18,6 +18,7 @@ from trimtab.commands.chat_make import TAKES, Wish, wish_of
 from trimtab.commands.chat_state import Conversation, Steered, name_for
 from trimtab.commands.terminal import shortened
 from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.files.pick import written
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -475,14 +476,7 @@ def _where(layers: Sequence[int]) -> str:
 
 def _numbers(layers: Sequence[int]) -> str:
     """Layers in order, runs of three and more shortened: `0-29` or `3, 5, 6`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    parts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(layer) for layer in run] for run in runs]
-    return ", ".join(part for run in parts for part in run) or "none"
+    return written(layers).replace(",", ", ") or "none"
 
 
 def _meant(word: str, known: Iterable[str], before: str = "") -> str:

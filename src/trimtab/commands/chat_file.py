@@ -68,8 +68,8 @@ def turn_document(turn: Turn) -> dict[str, Any]:
     """A question, its answer, and under which settings it was given."""
     return {
         "question": turn.question,
-        "answer": _said(turn.answer),
-        **({} if turn.unsteered is None else {"unsteered": _said(turn.unsteered)}),
+        "answer": asdict(turn.answer),
+        **({} if turn.unsteered is None else {"unsteered": asdict(turn.unsteered)}),
         "system": turn.system,
         "steerings": [_on(on, on.layers) for on in turn.on],
         "emphasized": list(turn.emphasized),
@@ -158,17 +158,6 @@ def _turn(fields: _Fields, *, known: bool) -> Turn:
 
 def _on(on: On, layers: tuple[int, ...] | None) -> dict[str, Any]:
     return {**asdict(on), "layers": None if layers is None else list(layers)}
-
-
-def _said(said: Said) -> dict[str, Any]:
-    return {
-        "text": said.text,
-        "finish_reason": said.finish_reason,
-        "prompt_tokens": said.prompt_tokens,
-        "token_ids": list(said.token_ids),
-        "edits": list(said.edits),
-        "doses": None if said.doses is None else [asdict(dose) for dose in said.doses],
-    }
 
 
 def _read_said(fields: _Fields, *, known: bool) -> Said:

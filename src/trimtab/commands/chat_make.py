@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.commands.chat_state import Conversation, Steered
+from trimtab.commands.terminal import handling
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -151,8 +151,7 @@ def name_of(idea: str, taken: set[str]) -> str:
 def _stopped_for_good() -> Iterator[Callable[[], None]]:
     """While open, Ctrl-C raises `KeyboardInterrupt`, and so does what is yielded, from then on.
 
-    A descent that is interrupted ends with the best so far; here that isn't wanted. In another thread than the main
-    one, where signals can't be handled, nothing changes.
+    A descent that is interrupted ends with the best so far; here that isn't wanted.
     """
     pressed = False
 
@@ -165,11 +164,5 @@ def _stopped_for_good() -> Iterator[Callable[[], None]]:
         if pressed:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling(signal.SIGINT, handle):
         yield check
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)

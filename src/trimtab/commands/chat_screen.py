@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -17,10 +17,7 @@ from trimtab.commands.chat_file import turn_document
 from trimtab.commands.chat_make import Making, Stage
 from trimtab.commands.chat_state import Conversation, Turn
 from trimtab.commands.make import stages, summary
-from trimtab.commands.terminal import note, progress_bar, show, write_json
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from trimtab.commands.terminal import note, progress_bar, show, side_by_side, write_json
 
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd")
@@ -139,12 +136,12 @@ class Terminal:
 
                 def hear(side: str, piece: str) -> None:
                     said[side] += piece.translate(CONTROLS)
-                    live.update(columns(**said))
+                    live.update(_columns(said))
 
                 yield hear
         finally:
             if any(said.values()):
-                show(columns(**said))
+                show(_columns(said))
 
     def answered(self, turn: Turn, conversation: Conversation) -> None:
         _remark(turn, conversation)
@@ -168,14 +165,8 @@ def outcome_of(making: Making) -> Outcome:
     return Outcome(making.conversation, said, tuple(lines))
 
 
-def columns(unsteered: str, steered: str) -> RenderableType:
-    """Two answers side by side."""
-    table = Table("unsteered", "steered", box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    table.expand = True
-    for column in table.columns:
-        column.ratio = 1
-    table.add_row(Text(unsteered), Text(steered))
-    return table
+def _columns(said: Mapping[str, str]) -> Table:
+    return side_by_side(Text(said["unsteered"]), Text(said["steered"]))
 
 
 @contextmanager

@@ -79,6 +79,5 @@ ConfigOption = Annotated[
         metavar="FILE",
         is_eager=True,
         callback=_take,
-        show_default=False,
     ),
 ]

@@ -20,28 +20,21 @@ ABLATING = "Ablating, and features of sparse autoencoders"
 
 
 def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="IN", help="A steering file of any supported program.", show_default=False)
-    ],
-    target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The file to write; an existing one is replaced.", show_default=False)
-    ],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A steering file of any supported program.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; an existing one is replaced.")],
     to: Annotated[
         str | None,
         typer.Option(
             help="The program to write for. Default, by OUT's suffix: .safetensors trimtab, .gguf llama.cpp, .pt "
             "lm-eval, .npz numpy.",
             metavar="trimtab|llama.cpp|repeng|easysteer|lm-eval|torch|numpy",
-            show_default=False,
         ),
     ] = None,
     strength: Annotated[float, typer.Option(help="Multiply the steering by this.")] = 1.0,
     positions: Annotated[
         str | None,
         typer.Option(
-            help="Steer at these tokens instead of IN's, as for `trimtab generate --positions`.",
-            metavar="RULE",
-            show_default=False,
+            help="Steer at these tokens instead of IN's, as for `trimtab generate --positions`.", metavar="RULE"
         ),
     ] = None,
     kind: Annotated[
@@ -51,7 +44,6 @@ def convert(
             help="The format of IN: trimtab, gguf, json, torch, numpy, folder or safetensors. Default: recognised "
             "by its content.",
             metavar="KIND",
-            show_default=False,
             rich_help_panel=READING,
         ),
     ] = None,
@@ -61,7 +53,6 @@ def convert(
             help="Add this to the layers of another program's file: -1 for cvector-generator's, jukofyork's and "
             ".svec files that were meant for the program that wrote them. For a matrix, it means that rows "
             "are blocks: 0, or -1 if row 0 is the embeddings.",
-            show_default=False,
             rich_help_panel=READING,
         ),
     ] = None,
@@ -70,7 +61,6 @@ def convert(
         typer.Option(
             help="For a matrix, the row to use, from 0; for several tensors, the name of one.",
             metavar="NUMBER|NAME",
-            show_default=False,
             rich_help_panel=READING,
         ),
     ] = None,
@@ -80,7 +70,6 @@ def convert(
             min=0,
             help="The block at whose output the file's only vector, or the --row, acts; with --position or --as, "
             "the layer whose direction is used, as the file counts.",
-            show_default=False,
             rich_help_panel=READING,
         ),
     ] = None,
@@ -89,7 +78,6 @@ def convert(
         typer.Option(
             help="For a tensor of positions x layers x width (refusal_direction's mean_diffs.pt), the position: -1 "
             "is the prompt's last token.",
-            show_default=False,
             rich_help_panel=READING,
         ),
     ] = None,
@@ -97,11 +85,9 @@ def convert(
         str | None,
         typer.Option(
             "--as",
-            help="ablate: take one direction from IN, and ablate it everywhere that writes to the residual stream, "
-            "at every token; needs --blocks, unless IN's card records the model. With --feature: add, or "
-            "clamp.",
+            help="ablate: take one direction from IN, and ablate it everywhere that writes to the residual stream, at "
+            "every token; needs --blocks, unless IN's card records the model. With --feature: add, or clamp.",
             metavar="ablate|add|clamp",
-            show_default=False,
             rich_help_panel=ABLATING,
         ),
     ] = None,
@@ -110,7 +96,6 @@ def convert(
         typer.Option(
             min=1,
             help="The number of blocks of the model; `trimtab models --model NAME` shows it.",
-            show_default=False,
             rich_help_panel=ABLATING,
         ),
     ] = None,
@@ -120,7 +105,6 @@ def convert(
             help="A feature of the sparse autoencoder IN (a folder as SAELens saves it, or Gemma Scope's params.npz):"
             " VALUE times its decoder vector is added, or with --as clamp its activation is set to VALUE; repeatable.",
             metavar="NUMBER:VALUE",
-            show_default=False,
             rich_help_panel=ABLATING,
         ),
     ] = None,

@@ -42,10 +42,7 @@ DRAWN_LAYERS = 6
 @grouped
 def ab(
     *,
-    data: Annotated[
-        Path,
-        typer.Option(help="A .json list of two-letter questions, such as CAA's test sets.", show_default=False),
-    ],
+    data: Annotated[Path, typer.Option(help="A .json list of two-letter questions, such as CAA's test sets.")],
     arms: ArmOptions,
     exclude: Annotated[
         bool, typer.Option("--exclude", help="Leave out (and name) items whose answers aren't A and B.")
@@ -130,7 +127,7 @@ def ab(
     if report is not None:
         title = f"{data.parent.name or data.stem} on {run.lm.name}, {questions} questions"
         pictures = _pictures(run.lm, items, compared)
-        sweep_page(report, document, compared, records, title, COLUMNS, pictures=pictures)
+        sweep_page(report, document, records, title, COLUMNS, pictures=pictures)
         document["report"] = str(report)
     left = [f"left out, as their answers aren't A and B: {', '.join(left_out)}", ""] if left_out else []
     finish(

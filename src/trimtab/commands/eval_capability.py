@@ -36,16 +36,14 @@ def capability(
     data: Annotated[
         Path,
         typer.Option(
-            help="A folder with mmlu/, truthfulqa/ and gsm8k/, or a file: .json of two options, .jsonl of sums.",
-            show_default=False,
+            help="A folder with mmlu/, truthfulqa/ and gsm8k/, or a file: .json of two options, .jsonl of sums."
         ),
     ],
     task: Annotated[
         list[str] | None,
         typer.Option(
             help="Which of the folder's tasks: mmlu, truthfulqa (both without generating), gsm8k. Default: the "
-            "first two.",
-            show_default=False,
+            "first two."
         ),
     ] = None,
     arms: ArmOptions,

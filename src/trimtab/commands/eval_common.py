@@ -15,6 +15,7 @@ from rich.table import Table
 
 from trimtab.commands.arms import BASELINE, Arm, Plan
 from trimtab.commands.model import ModelOptions
+from trimtab.commands.options import check_picture
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
@@ -27,12 +28,8 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
     from trimtab.text.chat import Prompt
 
-ReportOption = Annotated[
-    Path | None, typer.Option(help="A .html page to write: tables, figures and samples.", show_default=False)
-]
-LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Use only this many items, spread evenly over the file.", show_default=False)
-]
+ReportOption = Annotated[Path | None, typer.Option(help="A .html page to write: tables, figures and samples.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this many items, spread evenly over the file.")]
 
 
 NATS_PROMPTS, NATS_TOKENS = 4, 16
@@ -49,8 +46,7 @@ class RunOptions:
     out: Annotated[
         Path | None,
         typer.Option(
-            help="A .jsonl file to write each record to as soon as it is done. If the file exists, its run is resumed.",
-            show_default=False,
+            help="A .jsonl file to write each record to as soon as it is done. If the file exists, its run is resumed."
         ),
     ] = None
 
@@ -171,11 +167,7 @@ def check_targets(out: Path | None, report: Path | None) -> None:
     """Raises `TrimtabError` if a requested file can't be written or drawn."""
     if out is not None:
         check_target(out, ".jsonl")
-    if report is not None:
-        from trimtab.report.plots import check_matplotlib
-
-        check_target(report, ".html")
-        check_matplotlib()
+    check_picture(report, ".html")
 
 
 @contextmanager

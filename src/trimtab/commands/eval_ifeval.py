@@ -34,8 +34,7 @@ def ifeval(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="A .jsonl file in IFEval's format, with or without pairs. Default: google/IFEval from the Hub.",
-            show_default=False,
+            help="A .jsonl file in IFEval's format, with or without pairs. Default: google/IFEval from the Hub."
         ),
     ] = None,
     without_instruction: Annotated[
@@ -52,7 +51,7 @@ def ifeval(
         bool,
         typer.Option("--official", help="Like the official checker, accept answers whose language can't be detected."),
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer, in every arm.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch, over all arms.")] = 64,
     options: RunOptions,

@@ -22,18 +22,15 @@ from trimtab.errors import TrimtabError
 def inspect(
     *,
     task: Annotated[
-        str,
-        typer.Argument(
-            metavar="TASK", help="FILE.py, FILE.py@NAME, or an installed task (inspect_evals/…).", show_default=False
-        ),
+        str, typer.Argument(metavar="TASK", help="FILE.py, FILE.py@NAME, or an installed task (inspect_evals/…).")
     ],
     arms: ArmOptions,
-    limit: Annotated[int | None, typer.Option(min=1, help="The maximum number of samples.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The maximum number of samples.")] = None,
     task_arg: Annotated[
         list[str] | None, typer.Option("-T", metavar="NAME=VALUE", help="An argument of the task. Repeatable.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum tokens per answer, whatever the task says.", show_default=False)
+        int | None, typer.Option(min=1, help="Maximum tokens per answer, whatever the task says.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 32,
     log_dir: Annotated[Path, typer.Option(help="Where Inspect's logs go; `inspect view` shows them.")] = Path("logs"),

@@ -51,17 +51,10 @@ def judge(
         typer.Option(
             help="A file of prompts: one per line; or .jsonl, .json, .csv, .tsv or .parquet. -: standard input.",
             metavar="FILE",
-            show_default=False,
         ),
     ],
     criterion: Annotated[
-        str,
-        typer.Option(
-            help="The criterion for the judge, in a sentence.",
-            metavar="TEXT",
-            show_default=False,
-            rich_help_panel=PANEL,
-        ),
+        str, typer.Option(help="The criterion for the judge, in a sentence.", metavar="TEXT", rich_help_panel=PANEL)
     ],
     scale: Annotated[
         str, typer.Option(help="The lowest and the highest score.", metavar="LOW,HIGH", rich_help_panel=PANEL)
@@ -156,7 +149,7 @@ def judge(
     if report is not None:
         label = " (weak judge)" if by.weak else ""
         title = f"{criterion.strip()} {run.lm.name}, {len(chosen)} prompts{label}"
-        sweep_page(report, _drawable(document), run.arms, scored, title, COLUMNS)
+        sweep_page(report, _drawable(document), scored, title, COLUMNS)
         document["report"] = str(report)
     who = f"{run.lm.name} itself, a weak judge" if by.weak else f"{document['judge']['model']}"
     finish(

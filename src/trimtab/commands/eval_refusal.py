@@ -36,8 +36,7 @@ def refusal(
     data: Annotated[
         list[Path],
         typer.Option(
-            help=f"A folder with {', '.join(FILES)} (what is there of them), or a file. May be given several times.",
-            show_default=False,
+            help=f"A folder with {', '.join(FILES)} (what is there of them), or a file. May be given several times."
         ),
     ],
     arms: ArmOptions,
@@ -99,7 +98,7 @@ def refusal(
         "by_part": [line.to_json() for line in summarize(records, SCORES, baseline=BASELINE, key=part_of)],
     }
     if report is not None:
-        sweep_page(report, document, run.arms, records, f"refusals on {run.lm.name}, {len(items)} requests", COLUMNS)
+        sweep_page(report, document, records, f"refusals on {run.lm.name}, {len(items)} requests", COLUMNS)
         document["report"] = str(report)
     title = f"Refusals on {run.lm.name}, {len(items)} requests, at most {max_new_tokens} tokens an answer"
     parts: list[RenderableType] = []

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.commands.arms import Arm
 from trimtab.commands.eval_common import find, interval
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ PLAIN = ("evaluation", "model", "data", "items", "polarity", "max_new_tokens")
 def sweep_page(
     path: Path,
     document: Mapping[str, Any],
-    arms: Mapping[str, Arm],
     records: Sequence[Record],
     title: str,
     columns: Mapping[str, str],

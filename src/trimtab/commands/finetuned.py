@@ -31,7 +31,6 @@ FinetuneOption = Annotated[
     typer.Option(
         help="Pairs to finetune a LoRA on, towards each of their sides: more arms, without and with each steering.",
         metavar="PAIRS",
-        show_default=False,
         rich_help_panel=PANEL,
     ),
 ]

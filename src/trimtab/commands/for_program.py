@@ -36,7 +36,6 @@ ForOption = Annotated[
         help="Learn a steering that this program can run: additions at every token. If --out ends in .gguf, "
         "the program's own file format is written.",
         metavar=LLAMA,
-        show_default=False,
     ),
 ]
 

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from trimtab.commands.answer_json import answers_document
 from trimtab.commands.model import EngineModelOptions, JsonOption
-from trimtab.commands.options import grouped
+from trimtab.commands.options import check_picture, grouped
 from trimtab.commands.prompts import ColumnOption, about_images, gather_prompts
 from trimtab.commands.schema_file import read_schema
-from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.commands.terminal import note, progress_bar, show, side_by_side, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.pick import FORM, Pick, parse_pick
 from trimtab.files.target import check_target, write_atomically
@@ -44,17 +43,15 @@ def generate(
             help="A steering file, trimtab's or another program's; after @, the layers that act (14, 14,15, "
             "10-14); after a colon, a strength to multiply it by. Several are added up.",
             metavar=FORM,
-            show_default=False,
         ),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.", show_default=False)] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             help="A file (- is standard input) with one prompt per line; or .jsonl, .json, .csv, .tsv or .parquet, "
             "with the prompt in --column.",
             metavar="FILE|-",
-            show_default=False,
         ),
     ] = None,
     column: ColumnOption = None,
@@ -63,7 +60,6 @@ def generate(
         typer.Option(
             help="An image that each prompt is about, for image-text models; repeatable (needs trimtab\\[vision]).",
             metavar="FILE",
-            show_default=False,
         ),
     ] = None,
     dose: Annotated[
@@ -72,7 +68,6 @@ def generate(
             help="Scale the push to this dose (relative norm over all layers) on these prompts: 0.2 is mild. "
             "Strengths then only set the files' proportions.",
             metavar="NUMBER",
-            show_default=False,
         ),
     ] = None,
     nats: Annotated[
@@ -81,7 +76,6 @@ def generate(
             help="Scale the push to this divergence from the unsteered model on these prompts, in nats (95th "
             "percentile over tokens): 0.25 is hardly noticeable, 1 a clear change, 4 a strong one.",
             metavar="NUMBER",
-            show_default=False,
         ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer unsteered as well, side by side.")] = False,
@@ -93,7 +87,6 @@ def generate(
             "tokens:2,10,-1 (of the prompt; -1 is its last); by meaning: thinking, answer, after:TEXT, "
             "at:TEXT, outside-tools; or several with |, & and ~.",
             metavar="RULE",
-            show_default=False,
         ),
     ] = None,
     emphasize: Annotated[
@@ -102,7 +95,6 @@ def generate(
             help="A phrase of every prompt to steer attention towards (DIRECTER); repeatable.",
             metavar="TEXT",
             rich_help_panel=ATTENTION,
-            show_default=False,
         ),
     ] = None,
     emphasize_system: Annotated[
@@ -117,7 +109,6 @@ def generate(
             help="Weaken or reject any kind of steering where its token is implausible. On by default with "
             "--emphasize.",
             rich_help_panel=ATTENTION,
-            show_default=False,
         ),
     ] = None,
     beta: Annotated[
@@ -125,16 +116,11 @@ def generate(
         typer.Option(
             help="With rejection: the minimum share of the likeliest token's probability; 0.5 by default.",
             rich_help_panel=ATTENTION,
-            show_default=False,
         ),
     ] = None,
     ladder: Annotated[
         str | None,
-        typer.Option(
-            help="With rejection: halve (the layers; the default) or strength.",
-            rich_help_panel=ATTENTION,
-            show_default=False,
-        ),
+        typer.Option(help="With rejection: halve (the layers; the default) or strength.", rich_help_panel=ATTENTION),
     ] = None,
     schedule: Annotated[
         str | None,
@@ -142,7 +128,6 @@ def generate(
             help="With rejection: auto (the default: depends on the device), optimistic or fused; the answers are "
             "the same except for near-ties.",
             rich_help_panel=ATTENTION,
-            show_default=False,
         ),
     ] = None,
     clean_cache: Annotated[
@@ -159,16 +144,12 @@ def generate(
         typer.Option("--trace", rich_help_panel=ATTENTION, help="Colour each token by what rejection did there."),
     ] = False,
     trace_html: Annotated[
-        Path | None,
-        typer.Option(help="Write the traces to a page.", metavar="FILE", rich_help_panel=ATTENTION, show_default=False),
+        Path | None, typer.Option(help="Write the traces to a page.", metavar="FILE", rich_help_panel=ATTENTION)
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the traces into this .png (needs trimtab\\[plot]).",
-            metavar="FILE",
-            rich_help_panel=ATTENTION,
-            show_default=False,
+            help="Draw the traces into this .png (needs trimtab\\[plot]).", metavar="FILE", rich_help_panel=ATTENTION
         ),
     ] = None,
     json_schema: Annotated[
@@ -178,10 +159,9 @@ def generate(
             "that ends at --max-new-tokens may be cut off (needs trimtab\\[serve]).",
             metavar="FILE",
             rich_help_panel=DECODING,
-            show_default=False,
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A system message before each prompt.", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before each prompt.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Prompts are plain text: no chat template.")] = False,
     transfer: Annotated[
         bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
@@ -196,12 +176,8 @@ def generate(
     sample: Annotated[
         bool, typer.Option("--sample", rich_help_panel=DECODING, help="Sample; the default is greedy decoding.")
     ] = False,
-    temperature: Annotated[
-        float | None, typer.Option(rich_help_panel=DECODING, help="With --sample; above 0.", show_default=False)
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(rich_help_panel=DECODING, help="With --sample: repeatable.", show_default=False)
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(rich_help_panel=DECODING, help="With --sample; above 0.")] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=DECODING, help="With --sample: repeatable.")] = None,
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
@@ -244,21 +220,12 @@ def generate(
             raise TrimtabError(f"{name} shows what rejection did; add --rejection")
     if trace_html is not None:
         check_target(trace_html, ".html")
-    if plot is not None:
-        from trimtab.report.plots import check_matplotlib
-
-        check_target(plot, ".png")
-        check_matplotlib()
+    check_picture(plot)
     if compare and not files and marks is None:
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
     if plain and loader.template:
         raise TrimtabError("--template is about the chat template, and --plain goes without it; leave one of them out")
-    if dose is not None and nats is not None:
-        raise TrimtabError("--dose and --nats both say how hard to steer; leave one of them out")
-    if dose is not None:
-        _check_dose(dose, bool(files), loader.engine)
-    if nats is not None:
-        _check_nats(nats, bool(files), loader.engine)
+    _check_strength(dose, nats, bool(files), loader.engine)
     if plain and not image and not all(isinstance(item, str) for item in all_prompts):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     if system is not None and any(not isinstance(item, str) and item[0]["role"] == "system" for item in all_prompts):
@@ -268,32 +235,27 @@ def generate(
     steering = _steering(files, positions)
     schema = {} if json_schema is None else {"json_schema": read_schema(json_schema)}
     lm = loader.load(quiet=json)
+    rendering: dict[str, Any] = {"system": system, "chat": False if plain else None}
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        "system": system,
-        "chat": False if plain else None,
         "batch_size": batch_size,
         "seed": seed,
+        **rendering,
         **schema,
         **decoding,
     }
-    dosed = None
-    if dose is not None and steering is not None:
+    dosed, taken = None, None
+    if steering is not None and (dose is not None or nats is not None):
         from trimtab.evaluate.ab import spread
-        from trimtab.tune import at_dose
+        from trimtab.tune import at_dose, at_nats
 
         some = spread(all_prompts, DOSED_PROMPTS)
-        chat: dict[str, Any] = {"system": system, "chat": False if plain else None}
-        dosed = at_dose(lm, steering, dose, some, transfer=transfer, batch_size=batch_size, **chat)
-        steering = dosed.steering
-    taken = None
-    if nats is not None and steering is not None:
-        from trimtab.evaluate.ab import spread
-        from trimtab.tune import at_nats
-
-        rendering: dict[str, Any] = {"system": system, "chat": False if plain else None}
-        taken = at_nats(lm, steering, nats, spread(all_prompts, DOSED_PROMPTS), transfer=transfer, **rendering)
-        steering = taken.steering
+        if dose is not None:
+            dosed = at_dose(lm, steering, dose, some, transfer=transfer, batch_size=batch_size, **rendering)
+            steering = dosed.steering
+        if nats is not None:
+            taken = at_nats(lm, steering, nats, some, transfer=transfer, **rendering)
+            steering = taken.steering
     with progress_bar("generating", quiet=json) as progress:
         towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(all_prompts)}
         answers = lm.generate(
@@ -323,12 +285,9 @@ def generate(
         if dosed is not None:
             document["dosed"] = {"dose": dosed.dose, "factor": dosed.factor}
         if taken is not None:
-            measured_nats = {
-                "p95": taken.divergence.p95,
-                "mean": taken.divergence.mean,
-                "tokens": taken.divergence.tokens,
-            }
-            document["divergence"] = {**measured_nats, "factor": taken.factor, "monotone": taken.monotone}
+            far = taken.divergence
+            document["divergence"] = {"p95": far.p95, "mean": far.mean, "tokens": far.tokens}
+            document["divergence"] |= {"factor": taken.factor, "monotone": taken.monotone}
         if loader.engine == "vllm":
             for row in document["answers"]:
                 row["dose"] = row["overall_dose"] = None  # it isn't measured there
@@ -342,22 +301,24 @@ def generate(
         were = "was" if changed == 1 else "were"
         note(f"of {len(steps)} tokens, {opened} had an open gate and {changed} {were} changed", quiet=False)
         if trace:
-            note(
-                "green: steered; yellow: more weakly; red: implausible, so not steered; underlined: changed",
-                quiet=False,
-            )
+            colours = "green: steered; yellow: more weakly; red: implausible, so not steered; underlined: changed"
+            note(colours, quiet=False)
     elif steering is not None:
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
         named = "; ".join(edits) if len(edits) <= 2 else f"{len(edits)} edits, such as {edits[0]}"
         measured = loader.engine != "vllm"
         note(f"steered: {named or 'nothing'}{_doses(answers) if measured else ''}", quiet=False)
     if dosed is not None:
-        at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * dosed.factor:.3g}" for pick in files)
-        note(f"dose {dosed.dose:.2g} is strength × {dosed.factor:.3g}: --steer {at}", quiet=False)
+        note(f"dose {dosed.dose:.2g} is {_strength(files, dosed.factor)}", quiet=False)
     if taken is not None:
-        at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * taken.factor:.3g}" for pick in files)
         figures = f"{taken.divergence.p95:.2g} nats (95th percentile; mean {taken.divergence.mean:.2g})"
-        note(f"{figures} are strength × {taken.factor:.3g}: --steer {at}", quiet=False)
+        note(f"{figures} are {_strength(files, taken.factor)}", quiet=False)
+
+
+def _strength(files: Sequence[Pick], factor: float) -> str:
+    """What a factor for all files comes to, as they are to be passed."""
+    at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * factor:.3g}" for pick in files)
+    return f"strength × {factor:.3g}: --steer {at}"
 
 
 def _doses(answers: Sequence[Generation]) -> str:
@@ -368,24 +329,20 @@ def _doses(answers: Sequence[Generation]) -> str:
     return text if layers < 2 else f"{text} at a layer, {overall:.2g} over {layers}"
 
 
-def _check_dose(dose: float, steers: bool, engine: str) -> None:
-    if not (math.isfinite(dose) and dose > 0):
-        raise TrimtabError(f"--dose is a number above 0, such as 0.2, got {dose:g}")
-    if not steers:
-        raise TrimtabError("--dose says how hard to steer; give --steer FILE as well")
-    if engine == "vllm":
+def _check_strength(dose: float | None, nats: float | None, steers: bool, engine: str) -> None:
+    if dose is not None and nats is not None:
+        raise TrimtabError("--dose and --nats both say how hard to steer; leave one of them out")
+    for option, amount, example in (("--dose", dose, "0.2"), ("--nats", nats, "1")):
+        if amount is not None and not (math.isfinite(amount) and amount > 0):
+            raise TrimtabError(f"{option} is a number above 0, such as {example}, got {amount:g}")
+        if amount is not None and not steers:
+            raise TrimtabError(f"{option} says how hard to steer; give --steer FILE as well")
+    if dose is not None and engine == "vllm":
         raise TrimtabError(
             "--dose needs doses, and the vllm engine doesn't measure them; leave --engine out to find the"
             " strength, then give it as FILE:STRENGTH"
         )
-
-
-def _check_nats(nats: float, steers: bool, engine: str) -> None:
-    if not (math.isfinite(nats) and nats > 0):
-        raise TrimtabError(f"--nats is a number above 0, such as 1, got {nats:g}")
-    if not steers:
-        raise TrimtabError("--nats says how hard to steer; give --steer FILE as well")
-    if engine != "transformers":
+    if nats is not None and engine != "transformers":
         raise TrimtabError(
             f"--nats needs all tokens' probabilities, which the {engine} engine doesn't give; leave --engine out to"
             " find the strength, then give it as FILE:STRENGTH"
@@ -461,12 +418,7 @@ def _print(
         if unsteered is None:
             show(text if tokenizer is not None else answer.text)
             continue
-        table = Table("unsteered", "steered", box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-        for column in table.columns:
-            column.ratio = 1
-        table.expand = True
-        table.add_row(Text(unsteered[i].text), text)
-        show(table)
+        show(side_by_side(Text(unsteered[i].text), text))
 
 
 def _heading(text: str) -> Rule | str:

@@ -17,9 +17,7 @@ def list_(
     where: Annotated[
         str,
         typer.Argument(
-            metavar="USER[/NAME]|FOLDER",
-            help="A user on the Hub, or the beginning of repository names; or a folder.",
-            show_default=False,
+            metavar="USER[/NAME]|FOLDER", help="A user on the Hub, or the beginning of repository names; or a folder."
         ),
     ],
     limit: Annotated[int, typer.Option(min=1, help="The maximum number.")] = 100,
@@ -48,18 +46,12 @@ def list_(
 
 
 def pull(
-    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="A steering on the Hub.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="A steering on the Hub.")],
     out: Annotated[
-        Path | None,
-        typer.Option(help="The .safetensors file to write; NAME.safetensors unless given.", show_default=False),
+        Path | None, typer.Option(help="The .safetensors file to write; NAME.safetensors unless given.")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit.", show_default=False, metavar="REVISION")
-    ] = None,
-    file: Annotated[
-        str | None,
-        typer.Option(help="Another file of the repository, in any supported format.", show_default=False),
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.", metavar="REVISION")] = None,
+    file: Annotated[str | None, typer.Option(help="Another file of the repository, in any supported format.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Download a steering from the Hub into a file.
@@ -84,17 +76,14 @@ def pull(
 
 
 def push(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering.", show_default=False)],
-    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Its name on the Hub.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering.")],
+    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Its name on the Hub.")],
     base_model: Annotated[
-        str | None,
-        typer.Option(help="The model's id on the Hub, if the steering's card doesn't record it.", show_default=False),
+        str | None, typer.Option(help="The model's id on the Hub, if the steering's card doesn't record it.")
     ] = None,
-    license: Annotated[
-        str | None, typer.Option(help="The licence of the data: apache-2.0, cc-by-4.0 …", show_default=False)
-    ] = None,
+    license: Annotated[str | None, typer.Option(help="The licence of the data: apache-2.0, cc-by-4.0 …")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch to push to.", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch to push to.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Upload a steering to the Hub, with a page made from its card.

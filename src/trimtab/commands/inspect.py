@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from trimtab.commands.model import EngineModelOptions, JsonOption
-from trimtab.commands.options import grouped
+from trimtab.commands.options import check_picture, grouped
 from trimtab.commands.pair_files import ColumnOptions, pairs_in
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError
@@ -36,29 +36,23 @@ def inspect(
             metavar="FILE[@LAYERS][:STRENGTH] …",
             help="A steering file, or two to compare; @14, @14,15 or @10-14 selects layers, :2 multiplies the "
             "strength.",
-            show_default=False,
         ),
     ],
     plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw a picture of it into this .png (needs trimtab\\[plot]).", show_default=False),
+        Path | None, typer.Option(help="Draw a picture of it into this .png (needs trimtab\\[plot]).")
     ] = None,
     text: Annotated[
-        str | None,
-        typer.Option(help="Colour each token of this text by its cosine with the direction.", show_default=False),
+        str | None, typer.Option(help="Colour each token of this text by its cosine with the direction.")
     ] = None,
     pairs: Annotated[
-        Path | None,
-        typer.Option(help="Draw these pairs' activations, as two principal components per layer.", show_default=False),
+        Path | None, typer.Option(help="Draw these pairs' activations, as two principal components per layer.")
     ] = None,
     columns: ColumnOptions,
     layer: Annotated[
-        int | None,
-        typer.Option(help="With --text or --pairs: use this layer instead of all of the file's.", show_default=False),
+        int | None, typer.Option(help="With --text or --pairs: use this layer instead of all of the file's.")
     ] = None,
     page: Annotated[
-        Path | None,
-        typer.Option("--html", help="With --text: write the coloured text into this .html page.", show_default=False),
+        Path | None, typer.Option("--html", help="With --text: write the coloured text into this .html page.")
     ] = None,
     nats: Annotated[
         bool,
@@ -100,11 +94,7 @@ def inspect(
         raise TrimtabError("--nats is about one file, without --text or --pairs")
     named = columns.of(pairs=pairs is not None)
     picks = [parse_pick(file, "inspect") for file in files]
-    if plot is not None:
-        from trimtab.report.plots import check_matplotlib
-
-        check_target(plot, ".png")
-        check_matplotlib()
+    check_picture(plot)
     if page is not None:
         check_target(page, ".html")
     if len(picks) == 2:

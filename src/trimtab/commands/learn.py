@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,20 +36,11 @@ OPERATIONS = ("project", "add", "unit")
 def learn(
     *,
     method: Annotated[
-        str,
-        typer.Argument(
-            help="caa, instruct, or another of `trimtab methods`, which has its own --help.", show_default=False
-        ),
+        str, typer.Argument(help="caa, instruct, or another of `trimtab methods`, which has its own --help.")
     ],
-    out: Annotated[
-        Path,
-        typer.Option(help="The .safetensors file to write; with --all, the folder for the files.", show_default=False),
-    ],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write; with --all, the folder for the files.")],
     pairs: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs.", show_default=False, rich_help_panel=SOURCE
-        ),
+        Path | None, typer.Option(help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs.", rich_help_panel=SOURCE)
     ] = None,
     columns: ColumnOptions,
     instruction: Annotated[
@@ -57,7 +49,6 @@ def learn(
             help="A sentence: pairs are made from it and the included queries. If its type is recognised, other "
             "phrasings of it are used too.",
             metavar="SENTENCE",
-            show_default=False,
             rich_help_panel=SOURCE,
         ),
     ] = None,
@@ -69,10 +60,7 @@ def learn(
             rich_help_panel=SOURCE,
         ),
     ] = False,
-    word: Annotated[
-        str | None,
-        typer.Option(help="A word to include in answers.", show_default=False, rich_help_panel=SOURCE),
-    ] = None,
+    word: Annotated[str | None, typer.Option(help="A word to include in answers.", rich_help_panel=SOURCE)] = None,
     exclude: Annotated[
         bool, typer.Option("--exclude", help="With --word: avoid the word instead.", rich_help_panel=SOURCE)
     ] = False,
@@ -86,21 +74,12 @@ def learn(
     ] = False,
     length: Annotated[
         str | None,
-        typer.Option(
-            help="Answers that are concise, or verbose.",
-            metavar="concise|verbose",
-            show_default=False,
-            rich_help_panel=SOURCE,
-        ),
+        typer.Option(help="Answers that are concise, or verbose.", metavar="concise|verbose", rich_help_panel=SOURCE),
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
-            "--queries",
-            min=1,
-            help="Learn from at most this many of the included queries.",
-            show_default=False,
-            rich_help_panel=SOURCE,
+            "--queries", min=1, help="Learn from at most this many of the included queries.", rich_help_panel=SOURCE
         ),
     ] = None,
     layers: LayersOption = None,
@@ -111,7 +90,6 @@ def learn(
             "difference) or unit (the unit direction: the strength is the weight). Default: add for words and "
             "lengths, otherwise project.",
             metavar="project|add|unit",
-            show_default=False,
         ),
     ] = None,
     positions: Annotated[
@@ -120,7 +98,6 @@ def learn(
             help="For instruct: the tokens to steer, as for `trimtab generate --positions`. Default: "
             "all-but-first; for --pairs with add, from-last-prompt-token.",
             metavar="RULE",
-            show_default=False,
         ),
     ] = None,
     read_at: Annotated[
@@ -130,7 +107,6 @@ def learn(
             "tokens (first:8), or over those after a text (after:MARKER). Default: the letter of "
             "multiple-choice answers, otherwise last.",
             metavar="last|answer|first:K|after:MARKER",
-            show_default=False,
         ),
     ] = None,
     estimator: Annotated[
@@ -140,7 +116,6 @@ def learn(
             "difference, the first principal component of centred members, or a probe's weight. Default: "
             "mean-difference.",
             metavar="mean-difference|median|pca|probe",
-            show_default=False,
         ),
     ] = None,
     one_sided: Annotated[
@@ -459,15 +434,7 @@ def _document(
         "pairs": pairs,
         "strength": strength,
         **about,
-        "layers": [
-            {
-                "layer": push.layer,
-                "norm": push.norm,
-                "activation_norm": push.activation_norm,
-                "agreement": push.agreement,
-            }
-            for push in learned
-        ],
+        "layers": [asdict(push) for push in learned],
     }
 
 

@@ -12,7 +12,7 @@ from trimtab.commands.checkers import checker_for
 from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
 from trimtab.commands.instructions import base_queries
 from trimtab.commands.model import JsonOption, ModelOptions
-from trimtab.commands.options import grouped
+from trimtab.commands.options import alone, grouped
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
@@ -30,26 +30,21 @@ PROMPT, CHECK, FIT = "The prompt that is to become needless", "Which answers cou
 @grouped
 def learn_distill(
     *,
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     instruction: Annotated[
         str | None,
         typer.Option(
             help="A sentence to put behind each query. If its type is recognised, other phrasings are used too, and"
             " the type's own check says which answers count.",
             metavar="SENTENCE",
-            show_default=False,
             rich_help_panel=PROMPT,
         ),
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="A system message.", show_default=False, rich_help_panel=PROMPT)
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.", rich_help_panel=PROMPT)] = None,
     prompt_file: Annotated[
         Path | None,
         typer.Option(
-            help="A text to put in front of each query; or, if {query} stands in it, around it.",
-            show_default=False,
-            rich_help_panel=PROMPT,
+            help="A text to put in front of each query; or, if {query} stands in it, around it.", rich_help_panel=PROMPT
         ),
     ] = None,
     examples: Annotated[
@@ -57,7 +52,6 @@ def learn_distill(
         typer.Option(
             help="A .jsonl, .json, .csv, .tsv or .parquet file of rows with prompt and answer, which become earlier"
             " turns of the conversation.",
-            show_default=False,
             rich_help_panel=PROMPT,
         ),
     ] = None,
@@ -68,14 +62,12 @@ def learn_distill(
             help="A file of queries to learn on: one per line; or .jsonl, .json, .csv, .tsv or .parquet; - reads "
             "standard input. Default: the 64 included ones, which don't mention the form of an answer.",
             metavar="FILE",
-            show_default=False,
             rich_help_panel=PROMPT,
         ),
     ] = None,
     column: ColumnOption = None,
     limit: Annotated[
-        int | None,
-        typer.Option(min=8, help="Learn on at most so many queries.", show_default=False, rich_help_panel=PROMPT),
+        int | None, typer.Option(min=8, help="Learn on at most so many queries.", rich_help_panel=PROMPT)
     ] = None,
     check: Annotated[
         str | None,
@@ -84,7 +76,6 @@ def learn_distill(
             " by name, prompt and cut). Without a check, answers count that are clearly more likely with the prompt"
             " than without it.",
             metavar="NAME|MODULE:FUNCTION",
-            show_default=False,
             rich_help_panel=CHECK,
         ),
     ] = None,
@@ -93,13 +84,10 @@ def learn_distill(
         typer.Option(
             "--type",
             help="Instead of --check: an IFEval type such as change_case:english_lowercase",
-            show_default=False,
             rich_help_panel=CHECK,
         ),
     ] = None,
-    kwargs: Annotated[
-        str | None, typer.Option(help="The type's settings, as JSON.", show_default=False, rich_help_panel=CHECK)
-    ] = None,
+    kwargs: Annotated[str | None, typer.Option(help="The type's settings, as JSON.", rich_help_panel=CHECK)] = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="The maximum length of an answer, in tokens.", rich_help_panel=CHECK)
     ] = 64,
@@ -116,7 +104,6 @@ def learn_distill(
         str | None,
         typer.Option(
             help="Blocks to steer after, from 0: 14, or 12,14,16, or all. Without it: all; for closed every second.",
-            show_default=False,
             rich_help_panel=FIT,
         ),
     ] = None,
@@ -125,7 +112,6 @@ def learn_distill(
         typer.Option(
             min=0,
             help="Directions that are read at each block; 0 is a vector alone. Without it: 8, and 64 for closed.",
-            show_default=False,
             rich_help_panel=FIT,
         ),
     ] = None,
@@ -231,9 +217,7 @@ def learn_distill(
 
 def command() -> Any:
     """The command of this method."""
-    alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name="distill", context_settings={"help_option_names": ["-h", "--help"]})(learn_distill)
-    return typer.main.get_command(alone)
+    return alone("distill", learn_distill)
 
 
 def _check_prompt(instruction: str | None, system: str | None, prompt_file: Path | None, examples: Path | None) -> None:

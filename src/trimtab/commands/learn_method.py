@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
 from trimtab.commands.model import EngineModelOptions, JsonOption
-from trimtab.commands.options import parameters_of, taken
+from trimtab.commands.options import alone, parameters_of, taken
 from trimtab.commands.pair_files import ColumnOptions, pairs_in
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.recipes import check_shape
@@ -77,22 +77,16 @@ def command_for(recipe: Recipe) -> Any:
         f"Learns from {recipe.data}. Reads {recipe.reads}. Acts: {recipe.acts}. Costs {recipe.cost}."
         + ("" if recipe.distribution == "trimtab" else f" From {recipe.distribution}.")
     )
-    alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name=recipe.name, context_settings={"help_option_names": ["-h", "--help"]})(run)
-    return typer.main.get_command(alone)
+    return alone(recipe.name, run)
 
 
 def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-OutOption = Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)]
+OutOption = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
 LayersOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Blocks to learn at, from 0: 14, or 12,14,16, or all. Default: chosen by the method.",
-        show_default=False,
-    ),
+    str | None, typer.Option(help="Blocks to learn at, from 0: 14, or 12,14,16, or all. Default: chosen by the method.")
 ]
 StrengthOption = Annotated[float, typer.Option(help="Multiply the steering by this before it is saved.")]
 _COMMON = [
@@ -112,7 +106,7 @@ def _source(recipe: Recipe) -> list[inspect.Parameter]:
         "pairs": "A .jsonl, .json, .csv, .tsv or .parquet file of pairs; `trimtab learn --help` shows their shapes.",
         "texts": "A file of texts: one per line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
     }
-    source = typer.Option(help=helps[recipe.takes], metavar="FILE", show_default=False)
+    source = typer.Option(help=helps[recipe.takes], metavar="FILE")
     named = parameters_of(ColumnOptions) if recipe.takes == "pairs" else []
     return [_keyword(recipe.takes, Annotated[str, source]), *named]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.commands.model import EngineModelOptions, JsonOption
-from trimtab.commands.options import grouped
+from trimtab.commands.options import alone, grouped
 from trimtab.commands.pair_files import ColumnOptions
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.files.target import check_target
@@ -20,18 +20,15 @@ def learn_probe(
     pairs: Annotated[
         Path,
         typer.Option(
-            help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs of answers, or of texts.",
-            metavar="FILE",
-            show_default=False,
+            help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs of answers, or of texts.", metavar="FILE"
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     columns: ColumnOptions,
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Blocks to look at, from 0: 14, or 12,14,16, or all. Without it: every fourth, from a quarter on.",
-            show_default=False,
+            help="Blocks to look at, from 0: 14, or 12,14,16, or all. Without it: every fourth, from a quarter on."
         ),
     ] = None,
     read_at: Annotated[
@@ -91,6 +88,4 @@ def learn_probe(
 
 def command() -> Any:
     """The command."""
-    alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name="probe", context_settings={"help_option_names": ["-h", "--help"]})(learn_probe)
-    return typer.main.get_command(alone)
+    return alone("probe", learn_probe)

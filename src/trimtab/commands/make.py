@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,17 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.commands.for_program import ForOption, check_output, commands_for, next_steps, save_for
-from trimtab.commands.model import (
-    AdapterOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    load_model,
-)
-from trimtab.commands.pair_files import ColumnOptions, IgnoreOption, KeysOption, pairs_in
+from trimtab.commands.model import BareModelOptions, JsonOption
+from trimtab.commands.options import grouped
+from trimtab.commands.pair_files import ColumnOptions, pairs_in
 from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.terminal import note, progress_bar, shortened, show, write_json
 from trimtab.errors import TrimtabError
@@ -39,25 +32,19 @@ SHOWN, EXAMPLE = 2, 240
 WANTED, HOW = "What is wanted", "How it is made"
 
 
+@grouped
 def make(
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="The .safetensors file to write; with --for llama.cpp it may be a .gguf.", show_default=False
-        ),
-    ],
+    *,
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write; with --for llama.cpp it may be a .gguf.")],
     idea: Annotated[
         str | None,
-        typer.Argument(
-            help="A sentence. Its opposite may follow after 'not': \"be blunt, not flattering\".", show_default=False
-        ),
+        typer.Argument(help="A sentence. Its opposite may follow after 'not': \"be blunt, not flattering\"."),
     ] = None,
     like: Annotated[
         str | None,
         typer.Option(
             help="Instead of a sentence: a persona that the model should be like.",
             metavar='"a pirate"',
-            show_default=False,
             rich_help_panel=WANTED,
         ),
     ] = None,
@@ -66,7 +53,6 @@ def make(
         typer.Option(
             help="With --like: a persona that it should be unlike. Default: an ordinary assistant.",
             metavar='"an office clerk"',
-            show_default=False,
             rich_help_panel=WANTED,
         ),
     ] = None,
@@ -74,23 +60,19 @@ def make(
         Path | None,
         typer.Option(
             "--from",
-            help="Instead of a sentence: your own pairs, in a .jsonl, .json, .csv, .tsv or .parquet file with "
-            "positive and negative, chosen and rejected, question and two letters, or another shape of "
-            "https://trimtab.github.io/trimtab/pairs/",
+            help="Instead of a sentence: your own pairs, in a .jsonl, .json, .csv, .tsv or .parquet file with positive "
+            "and negative, chosen and rejected, question and two letters, or another shape of https://trimtab.github.io/trimtab/pairs/",
             metavar="PAIRS",
-            show_default=False,
             rich_help_panel=WANTED,
         ),
     ] = None,
-    keys: KeysOption = None,
-    ignore: IgnoreOption = None,
+    named: ColumnOptions,
     questions: Annotated[
         str | None,
         typer.Option(
             help="A file of questions, one per line or JSON lines with prompt; every second one is used for "
             "testing. Default: those of the trait card, or general ones.",
             metavar="FILE",
-            show_default=False,
             rich_help_panel=WANTED,
         ),
     ] = None,
@@ -98,7 +80,6 @@ def make(
         Path | None,
         typer.Option(
             help="A trait card of your own, a .json file (https://trimtab.github.io/trimtab/traits/).",
-            show_default=False,
             rich_help_panel=WANTED,
         ),
     ] = None,
@@ -117,12 +98,11 @@ def make(
             "prompts and the questions. Its key, if it needs one, is read from $TRIMTAB_WRITER_KEY. Needs "
             "trimtab\\[judge].",
             metavar="URL",
-            show_default=False,
             rich_help_panel=WANTED,
         ),
     ] = None,
     writer_model: Annotated[
-        str | None, typer.Option(help="The writer's model.", metavar="NAME", show_default=False, rich_help_panel=WANTED)
+        str | None, typer.Option(help="The writer's model.", metavar="NAME", rich_help_panel=WANTED)
     ] = None,
     distill: Annotated[
         bool,
@@ -141,12 +121,7 @@ def make(
     keep: Annotated[
         bool, typer.Option("--keep", help="Write the file even if the verdict is none.", rich_help_panel=HOW)
     ] = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    adapter: AdapterOption = None,
+    loader: BareModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Make a steering from one sentence, with a verdict.
@@ -169,7 +144,7 @@ def make(
     """
     check_output(for_, out)
     _check_ways({"a sentence": idea, "--like": like, "--card": card, "--from": from_}, unlike)
-    columns = ColumnOptions(keys, ignore).of(pairs=from_ is not None, source="--from")
+    columns = named.of(pairs=from_ is not None, source="--from")
     options = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
     if from_ is not None and (more := [name for name, value in options.items() if value is not None]):
         raise TrimtabError(f"--from has all that is learned from and tested on; leave out {more[0]}")
@@ -180,9 +155,7 @@ def make(
     from trimtab.making import make_from_pairs
     from trimtab.steering import Positions
 
-    lm = load_model(
-        model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, adapter=adapter, quiet=json
-    )
+    lm = loader.load(quiet=json)
     said = f"{wanted.name}: from {source_of(wanted)}" if wanted else f"{from_}: {len(pairs)} pairs"
     note(said, quiet=json)
     with progress_bar("answering", quiet=json) as progress:
@@ -208,7 +181,7 @@ def make(
         if written:
             show(*next_steps(for_, out, 1.0))
             if out.suffix != ".gguf":
-                note(_next(made, model, out), quiet=False)
+                note(f"try: trimtab chat {loader.named}--steer {quote(str(out))}", quiet=False)
         else:
             tip = "other or more pairs" if from_ else "clearer words, an opposite (--unlike)"
             note(f"try: {tip}, a larger model, or --keep to look at it", quiet=False)
@@ -322,11 +295,6 @@ def summary(made: Made) -> list[str]:
     return lines
 
 
-def _next(made: Made, model: str | None, out: Path) -> str:
-    option = f"--model {quote(model)} " if model else ""
-    return f"try: trimtab chat {option}--steer {quote(str(out))}"
-
-
 def _document(model: str, made: Made, out: Path | None, digest: str | None, following: list[str]) -> dict[str, Any]:
     return {
         "file": None if out is None else str(out),
@@ -340,14 +308,6 @@ def _document(model: str, made: Made, out: Path | None, digest: str | None, foll
             {"name": candidate.name, "likelihood": candidate.likelihood, "lead": candidate.lead}
             for candidate in made.candidates
         ],
-        "examples": [
-            {
-                "question": example.question,
-                "unsteered": example.unsteered,
-                "prompted": example.prompted,
-                "steered": example.steered,
-            }
-            for example in made.examples
-        ],
+        "examples": [asdict(example) for example in made.examples],
         "next": following,
     }

@@ -25,32 +25,25 @@ ModelOption = Annotated[
         "--model",
         "-m",
         help="A Hub id, a folder, or a .gguf file. Default: SmolLM2-135M-Instruct.",
-        show_default=False,
         rich_help_panel=PANEL,
     ),
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(
-        help="cpu, cuda, cuda:1, mps … Default: CUDA, then MPS, then the CPU.",
-        show_default=False,
-        rich_help_panel=PANEL,
-    ),
+    typer.Option(help="cpu, cuda, cuda:1, mps … Default: CUDA, then MPS, then the CPU.", rich_help_panel=PANEL),
 ]
 DtypeOption = Annotated[
     str,
     typer.Option(help="float32, bfloat16, float16, float64; auto: as the weights are stored.", rich_help_panel=PANEL),
 ]
 RevisionOption = Annotated[
-    str | None,
-    typer.Option(help="A branch, tag or commit of a Hub model.", show_default=False, rich_help_panel=PANEL),
+    str | None, typer.Option(help="A branch, tag or commit of a Hub model.", rich_help_panel=PANEL)
 ]
 AdapterOption = Annotated[
     str | None,
     typer.Option(
         help="A LoRA (or another peft adapter) to load: a folder or a Hub id. Steerings learned with it belong "
         "to the model with that adapter.",
-        show_default=False,
         rich_help_panel=PANEL,
     ),
 ]
@@ -59,7 +52,6 @@ LayersPathOption = Annotated[
     typer.Option(
         "--layers-path",
         help="Where the model keeps its list of blocks (model.layers), if trimtab can't find it.",
-        show_default=False,
         rich_help_panel=PANEL,
     ),
 ]
@@ -79,7 +71,6 @@ ReplicasOption = Annotated[
         help="With --engine vllm: spread the work over this many engines, on a Ray cluster or on this machine. "
         "A lost engine is replaced, and its part is done again.",
         metavar="N",
-        show_default=False,
         rich_help_panel=PANEL,
     ),
 ]
@@ -89,7 +80,6 @@ TemplateOption = Annotated[
         "--template",
         help="A keyword of the model's chat template, such as enable_thinking=false; repeatable.",
         metavar="KEYWORD=VALUE",
-        show_default=False,
         rich_help_panel=PANEL,
     ),
 ]

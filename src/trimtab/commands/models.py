@@ -35,7 +35,6 @@ def models(
             help="Run trimtab on this model, and report what works: a Hub id or a folder (its own weights), a "
             "config.json or a model type such as qwen3_next (tiny random weights).",
             metavar="MODEL|CONFIG",
-            show_default=False,
         ),
     ] = None,
     json: JsonOption = False,

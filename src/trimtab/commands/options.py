@@ -15,7 +15,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+
+import typer
+
+from trimtab.errors import TrimtabError
+from trimtab.files.target import check_target
 
 Group = TypeVar("Group")
 
@@ -50,6 +56,30 @@ def parameters_of(group: type) -> list[inspect.Parameter]:
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
         for f in fields(group)
     ]
+
+
+def check_picture(path: Path | None, suffix: str = ".png") -> None:
+    """Raises `TrimtabError` when the picture, or page of pictures, that is wanted can't be drawn or written."""
+    if path is not None:
+        from trimtab.report.plots import check_matplotlib
+
+        check_target(path, suffix)
+        check_matplotlib()
+
+
+def numbers_of(text: str, option: str, example: str) -> list[float]:
+    """The numbers of an option such as 0.5,1. Raises `TrimtabError`, with the example, for anything else."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise TrimtabError(f"{option} {text!r} isn't a list of numbers; write {example}") from None
+
+
+def alone(name: str, function: Callable[..., Any]) -> Any:
+    """A function as a command of its own, which another one hands its arguments to."""
+    app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+    app.command(name=name, context_settings={"help_option_names": ["-h", "--help"]})(function)
+    return typer.main.get_command(app)
 
 
 def taken(group: type[Group], kwargs: dict[str, Any]) -> Group:

@@ -19,7 +19,6 @@ KeysOption = Annotated[
     typer.Option(
         help="The columns of the pairs, if they have other names: prompt=q,positive=good,negative=bad.",
         metavar="PART=COLUMN,…",
-        show_default=False,
         rich_help_panel=PANEL,
     ),
 ]
@@ -28,7 +27,6 @@ IgnoreOption = Annotated[
     typer.Option(
         help="Columns of the pairs to leave out. By default, a column that isn't read but may matter is an error.",
         metavar="COLUMN,…",
-        show_default=False,
         rich_help_panel=PANEL,
     ),
 ]

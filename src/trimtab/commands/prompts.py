@@ -28,7 +28,6 @@ ColumnOption = Annotated[
         help="The column of the prompts' file, or the key of its objects, that holds the prompt. Default: "
         "prompt, messages, question, instruction, input, user or text.",
         metavar="NAME",
-        show_default=False,
     ),
 ]
 

@@ -6,22 +6,13 @@ import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from trimtab.commands.config_file import ConfigOption
-from trimtab.commands.model import (
-    PANEL,
-    AdapterOption,
-    DeviceOption,
-    DtypeOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
+from trimtab.commands.model import PANEL, ModelOptions
+from trimtab.commands.options import grouped
 from trimtab.commands.serve_vllm import check_options, hand_over, rules_of, vllm_command, vllm_environment
 from trimtab.commands.terminal import note, show
 from trimtab.errors import TrimtabError
@@ -36,11 +27,12 @@ SAFETY = "Policy"
 KEY = "TRIMTAB_API_KEY"
 
 
+@grouped
 def serve(
+    *,
     context: typer.Context,
     vllm: Annotated[
-        list[str] | None,
-        typer.Argument(help="With --engine vllm: vLLM's own options, after --.", metavar="[-- …]", show_default=False),
+        list[str] | None, typer.Argument(help="With --engine vllm: vLLM's own options, after --.", metavar="[-- …]")
     ] = None,
     steerings: Annotated[
         Path | None,
@@ -48,7 +40,6 @@ def serve(
             help="A folder of steering files. Requests name them as the files are named. Without it, and without a"
             " policy, the default model has three to try.",
             metavar="DIR",
-            show_default=False,
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
@@ -68,7 +59,6 @@ def serve(
         typer.Option(
             help="A JSON file: API keys, which steerings and strengths each may use, and what is always on.",
             metavar="FILE",
-            show_default=False,
             rich_help_panel=SAFETY,
         ),
     ] = None,
@@ -81,7 +71,6 @@ def serve(
         typer.Option(
             min=0.0,
             help="Refuse answers whose dose (relative norm, summed over all sites) exceeds this.",
-            show_default=False,
             rich_help_panel=SAFETY,
         ),
     ] = None,
@@ -90,7 +79,6 @@ def serve(
         typer.Option(
             help="Append lines of JSON: the requester, what was applied, the outcome, and refused requests.",
             metavar="FILE",
-            show_default=False,
             rich_help_panel=SAFETY,
         ),
     ] = None,
@@ -110,7 +98,6 @@ def serve(
         typer.Option(
             help="Append a line of JSON for each request: when, who, what, status, seconds; - is standard error.",
             metavar="FILE",
-            show_default=False,
         ),
     ] = None,
     otel: Annotated[
@@ -124,7 +111,6 @@ def serve(
         typer.Option(
             help="A direction or probe to read at each token, on request (`trimtab learn probe`). Repeatable.",
             metavar="NAME=FILE[@LAYER]",
-            show_default=False,
         ),
     ] = None,
     clean_cache: Annotated[
@@ -163,12 +149,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.", rich_help_panel=LIMITS)] = 512,
     max_prompt_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Maximum tokens of a prompt. Default: the model's context.",
-            show_default=False,
-            rich_help_panel=LIMITS,
-        ),
+        typer.Option(min=1, help="Maximum tokens of a prompt. Default: the model's context.", rich_help_panel=LIMITS),
     ] = None,
     max_rejecting_tokens: Annotated[
         int,
@@ -200,17 +181,11 @@ def serve(
     connections: Annotated[
         int, typer.Option(min=1, help="Connections at a time; more get status 503.", rich_help_panel=LIMITS)
     ] = 512,
-    model: ModelOption = None,
+    loader: ModelOptions,
     engine: Annotated[
         str,
         typer.Option(help="transformers; or vllm, which must be installed: its own server.", rich_help_panel=PANEL),
     ] = "transformers",
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    adapter: AdapterOption = None,
-    template: TemplateOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with steering in extra fields.
@@ -276,7 +251,7 @@ def serve(
         door = DoorSettings(
             files[0], max_dose, files[1], audit_prompts, audit_sync, files[2], max_body, max_held, is_loopback(host)
         )
-        _serve_vllm(context, door, steerings, host, port, insecure, rows, model, dtype, revision, vllm or [])
+        _serve_vllm(context, door, steerings, host, port, insecure, rows, loader, vllm or [])
     if engine != "transformers":
         raise TrimtabError(f"--engine {engine} can't serve; transformers and vllm can")
     if vllm:
@@ -311,16 +286,7 @@ def serve(
     accesses = None if access_log is None else AccessLog(access_log)
     written = Audit(audit, prompts=audit_prompts, sync=audit_sync)
     bound = bind(host, port)
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        adapter=adapter,
-        quiet=False,
-        template=template,
-    )
+    lm = loader.load(quiet=False)
     from trimtab.engines.transformers.prefixes import Prefixes
     from trimtab.serve.app import make_app
     from trimtab.serve.library import Library, read_folder, reload
@@ -401,9 +367,7 @@ def _serve_vllm(
     port: int,
     insecure: bool,
     rows: int,
-    model: str | None,
-    dtype: str,
-    revision: str | None,
+    loader: ModelOptions,
     more: list[str],
 ) -> NoReturn:
     from trimtab.engines.vllm.versions import check_version
@@ -413,7 +377,8 @@ def _serve_vllm(
     _check_reach(host, rules, insecure)
     origin = context.get_parameter_source("rows")
     wanted = rows if origin is not None and origin.name == "COMMANDLINE" else None
-    command = vllm_command(model=model, host=host, port=port, rows=wanted, dtype=dtype, revision=revision, more=more)
+    about: dict[str, Any] = {"model": loader.model, "dtype": loader.dtype, "revision": loader.revision}
+    command = vllm_command(host=host, port=port, rows=wanted, more=more, **about)
     hand_over(command, vllm_environment(os.environ, steerings, more, door, rules))
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 
 def say(message: str) -> None:
@@ -31,6 +33,16 @@ def show(*parts: RenderableType) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
+
+
+def side_by_side(unsteered: Text, steered: Text) -> Table:
+    """Two answers in columns of equal width."""
+    table = Table("unsteered", "steered", box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table.expand = True
+    for column in table.columns:
+        column.ratio = 1
+    table.add_row(unsteered, steered)
+    return table
 
 
 def write_json(document: Any, *, indent: int | None = 2) -> None:
@@ -75,11 +87,21 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[..., None] | N
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM is Ctrl-C: the first raises `KeyboardInterrupt`, more of them let what is left be written.
+def handling(number: int, handler: Callable[..., None]) -> Iterator[None]:
+    """While open, a signal calls this. Only the main thread can handle signals: in another one, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
-    In another thread than the main one, where signals can't be handled, nothing changes.
-    """
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is Ctrl-C, as `handling` has it: the first raises `KeyboardInterrupt`, more let the rest be written."""
     came = False
 
     def interrupt(*_: Any) -> None:
@@ -88,14 +110,8 @@ def sigterm_interrupts() -> Iterator[None]:
             came = True
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling(signal.SIGTERM, interrupt):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import typer
 from trimtab.commands.checkers import Check, checker_for
 from trimtab.commands.learn import parse_layers
 from trimtab.commands.model import EngineModelOptions, JsonOption
-from trimtab.commands.options import grouped
+from trimtab.commands.options import check_picture, grouped, numbers_of
 from trimtab.commands.pair_files import ColumnOptions
 from trimtab.commands.terminal import progress_bar, say, show, sigterm_interrupts, write_json
 from trimtab.commands.tune_advice import advice
@@ -44,37 +44,28 @@ NOTHING = 3
 @grouped
 def tune(
     *,
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
-    instruction: Annotated[
-        str | None, typer.Option(help="A sentence to append to the included queries.", show_default=False)
-    ] = None,
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    instruction: Annotated[str | None, typer.Option(help="A sentence to append to the included queries.")] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
-            help="Your own pairs, of prompts, answers or letters: half of them are learned from, the rest searched on.",
-            show_default=False,
+            help="Your own pairs, of prompts, answers or letters: half of them are learned from, the rest searched on."
         ),
     ] = None,
     columns: ColumnOptions,
     check: Annotated[
         str | None,
         typer.Option(
-            help="Decides whether an answer complies: json, title, german, bullets, sentence, capitals, or a "
-            "function of yours that takes the answer (and, by name, prompt and cut). A known --instruction "
-            "needs none.",
+            help="Decides whether an answer complies: json, title, german, bullets, sentence, capitals, or a function "
+            "of yours that takes the answer (and, by name, prompt and cut). A known --instruction needs none.",
             metavar="NAME|MODULE:FUNCTION",
-            show_default=False,
         ),
     ] = None,
     type_: Annotated[
         str | None,
-        typer.Option(
-            "--type",
-            help="Instead of --check: an IFEval type such as change_case:english_lowercase",
-            show_default=False,
-        ),
+        typer.Option("--type", help="Instead of --check: an IFEval type such as change_case:english_lowercase"),
     ] = None,
-    kwargs: Annotated[str | None, typer.Option(help="The type's settings, as JSON.", show_default=False)] = None,
+    kwargs: Annotated[str | None, typer.Option(help="The type's settings, as JSON.")] = None,
     with_instruction: Annotated[
         bool,
         typer.Option(
@@ -87,7 +78,6 @@ def tune(
         typer.Option(
             help="Blocks to try, from 0: 12,16,20, or all. Default: about eight, from a fifth of the depth on.",
             rich_help_panel=SEARCH,
-            show_default=False,
         ),
     ] = None,
     strengths: Annotated[
@@ -103,7 +93,6 @@ def tune(
             help="Rules to try, as in `trimtab generate`: all-but-first,from-last-prompt-token. Default: each "
             "operation's own.",
             rich_help_panel=SEARCH,
-            show_default=False,
         ),
     ] = None,
     guard: Annotated[
@@ -113,7 +102,6 @@ def tune(
             " LIMIT=off for none.",
             metavar="LIMIT=NUMBER",
             rich_help_panel=SEARCH,
-            show_default=False,
         ),
     ] = None,
     margin: Annotated[
@@ -121,23 +109,17 @@ def tune(
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="The random seed for splitting the queries.", rich_help_panel=SEARCH)] = 0,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            min=4, help="Search and confirm on this many prompts at most.", rich_help_panel=COST, show_default=False
-        ),
+        int | None, typer.Option(min=4, help="Search and confirm on this many prompts at most.", rich_help_panel=COST)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.", rich_help_panel=COST)] = 64,
     budget_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Generate at most this many tokens.", rich_help_panel=COST, show_default=False),
+        int | None, typer.Option(min=1, help="Generate at most this many tokens.", rich_help_panel=COST)
     ] = None,
     budget_minutes: Annotated[
-        float | None, typer.Option(help="Search this long at most.", rich_help_panel=COST, show_default=False)
+        float | None, typer.Option(help="Search this long at most.", rich_help_panel=COST)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at a time.", rich_help_panel=COST)] = 64,
-    figure: Annotated[
-        Path | None, typer.Option(help="Draw the search into this .png. Needs matplotlib.", show_default=False)
-    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the search into this .png. Needs matplotlib.")] = None,
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
@@ -178,11 +160,7 @@ def tune(
     are printed, and no file is written.
     """
     check_target(out, ".safetensors")
-    if figure is not None:
-        from trimtab.report.plots import check_matplotlib
-
-        check_target(figure, ".png")
-        check_matplotlib()
+    check_picture(figure)
     if (instruction is None) == (pairs is None):
         raise TrimtabError("give one of --instruction and --pairs: what is to be learned")
     chosen_strengths = _numbers(strengths)
@@ -295,10 +273,7 @@ def tune(
 
 
 def _numbers(text: str) -> list[float]:
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise TrimtabError(f"--strengths {text!r} isn't a list of numbers; write 0.5,1,1.5") from None
+    numbers = numbers_of(text, "--strengths", "0.5,1,1.5")
     if not all(math.isfinite(number) and number for number in numbers):
         raise TrimtabError(f"--strengths {text!r}: each is a finite number and not 0 (not steering is always tried)")
     return numbers

@@ -122,8 +122,3 @@ def plausible(raw: Tensor, tau: Tensor, candidate: Tensor, rows: Tensor | None =
     without them each row has one token.
     """
     return (raw.gather(-1, candidate[:, None])[:, 0] if rows is None else raw[rows, candidate]) >= tau
-
-
-def plausible_set(raw: Tensor, tau: Tensor) -> Tensor:
-    """`[rows, vocabulary]`: the tokens with `z >= tau`. It has at most `1 / (beta * max p)` members."""
-    return raw >= tau[:, None]

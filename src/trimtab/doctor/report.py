@@ -52,7 +52,6 @@ class Report:
         return next(finding for finding in self.findings if finding.name == name)
 
     def as_json(self) -> dict[str, object]:
-        """The report as plain data."""
         return {
             "name": self.name,
             "family": self.family,

@@ -56,7 +56,6 @@ class Divergence:
 
     @property
     def tokens(self) -> int:
-        """How many tokens were read."""
         return len(self._all)
 
     @property
@@ -74,7 +73,7 @@ class Reference:
 
 def reference(
     lm: LM,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompt | Sequence[Prompt] | Reference,
     *,
     tokens: int = TOKENS,
     system: str | None = None,
@@ -86,7 +85,7 @@ def reference(
 
     Args:
         lm: A model on the transformers engine.
-        prompts: The prompts.
+        prompts: The prompts; or a reference, which comes back as it is.
         tokens: Of each answer, at most.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
@@ -94,6 +93,8 @@ def reference(
     Raises:
         TrimtabError: No prompts, a number of tokens below 1, or another engine.
     """
+    if isinstance(prompts, Reference):
+        return prompts
     lm.require("logits")
     answers = lm.generate(prompts, max_new_tokens=tokens, system=system, chat=chat)
     listed = as_list(prompts)
@@ -143,9 +144,7 @@ def divergence(
     for each_steering in steerings:
         if each_steering is not None:
             lm.check(each_steering, transfer=transfer)
-    base = (
-        prompts if isinstance(prompts, Reference) else reference(lm, prompts, tokens=tokens, system=system, chat=chat)
-    )
+    base = reference(lm, prompts, tokens=tokens, system=system, chat=chat)
     steered = read_answered(lm, base.texts, steering)
     return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
 

@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -229,13 +229,7 @@ class _Request:
     seed: int | None
     transfer: bool
     size: int
-    answers: Future[list[Generation]]
-
-    def __init__(self, *values: Any) -> None:
-        names = ("lm", "prompt", "steering", "tokens", "options", "seed", "transfer", "size")
-        for name, value in zip(names, values, strict=True):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "answers", Future())
+    answers: Future[list[Generation]] = field(default_factory=Future)
 
     @property
     def key(self) -> Hashable:

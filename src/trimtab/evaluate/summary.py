@@ -38,7 +38,6 @@ class Line:
     difference: Difference | None
 
     def to_json(self) -> dict[str, Any]:
-        """The line as plain values."""
         return asdict(self)
 
 

@@ -19,22 +19,20 @@ from trimtab.steering import Steering
 
 @dataclass(frozen=True)
 class Target:
-    """A program that reads steerings: the suffix of its files, what they carry, and how one is written."""
+    """A program that reads steerings: the suffix of its files, and how one is written."""
 
     suffix: str
-    carries: str
     write: Callable[[Steering, Path], object]
 
 
-ADDITIONS = "additions to the residual stream at every token, strengths folded in"
 TARGETS: dict[str, Target] = {
-    "trimtab": Target(".safetensors", "everything", save_steering),
-    "llama.cpp": Target(".gguf", f"{ADDITIONS}; no block 0", partial(write_control_vector, target="llama.cpp")),
-    "repeng": Target(".gguf", ADDITIONS, partial(write_control_vector, target="repeng")),
-    "easysteer": Target(".gguf", ADDITIONS, partial(write_control_vector, target="easysteer")),
-    "torch": Target(".pt", f"{ADDITIONS}, as a dict of tensors layer_N", write_torch),
-    "numpy": Target(".npz", f"{ADDITIONS}, as arrays layer_N", write_numpy),
-    "lm-eval": Target(".pt", f"{ADDITIONS}, or one projection a block", write_lm_eval),
+    "trimtab": Target(".safetensors", save_steering),
+    "llama.cpp": Target(".gguf", partial(write_control_vector, target="llama.cpp")),
+    "repeng": Target(".gguf", partial(write_control_vector, target="repeng")),
+    "easysteer": Target(".gguf", partial(write_control_vector, target="easysteer")),
+    "torch": Target(".pt", write_torch),
+    "numpy": Target(".npz", write_numpy),
+    "lm-eval": Target(".pt", write_lm_eval),
 }
 BY_SUFFIX = {".safetensors": "trimtab", ".gguf": "llama.cpp", ".pt": "lm-eval", ".npz": "numpy"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.engines.request import Text
 from trimtab.engines.resolve import pooled, tokens_of
 from trimtab.errors import TrimtabError
-from trimtab.learn.contrast import mean
+from trimtab.learn.contrast import Progress, mean, read_batches
 from trimtab.steering import Site
 from trimtab.steering.gates import Reading
 from trimtab.steering.tensors import to_float64
@@ -24,8 +24,6 @@ from trimtab.text.pairs import Pair
 
 if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
-
-Progress = Callable[[int, int], None]
 
 
 def read_each(
@@ -44,8 +42,7 @@ def read_each(
     if not groups:
         raise TrimtabError("there is nothing to learn from")
     activations: dict[Site, list[list[Tensor]]] = {site: [[] for _ in groups] for site in sites}
-    done = 0
-    for batch in lm.read(groups, sites):
+    for batch in read_batches(lm, groups, sites, progress):
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
                 activations[site][g] = [to_float64(mean(x) if pooled else x) for x in members]
@@ -53,9 +50,6 @@ def read_each(
                     raise TrimtabError(
                         f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16"
                     )
-        done += len(batch.groups)
-        if progress is not None:
-            progress(done, len(groups))
     return activations
 
 

@@ -6,7 +6,7 @@ A text that is read at several positions counts by the mean of its activations t
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,14 +49,10 @@ def contrast(
         raise TrimtabError("no layer is named")
     sites = [Site(layer) for layer in layers]
     moments = {layer: PairMoments(lm.layout.width) for layer in layers}
-    done = 0
-    for batch in lm.read(pairs, sites, tokens_per_batch=tokens_per_batch):
+    for batch in read_batches(lm, pairs, sites, progress, tokens_per_batch=tokens_per_batch):
         for site in sites:
             values = _means(batch, site)  # [pairs, 2, width]
             moments[site.layer].add(values[:, 0], values[:, 1])
-        done += len(batch.groups)
-        if progress is not None:
-            progress(done, len(pairs))
     return moments
 
 
@@ -104,6 +100,23 @@ def contrast_many(
         if progress is not None:
             progress(done, total)
     return moments
+
+
+def read_batches(
+    lm: LM,
+    groups: Sequence[Sequence[Text]],
+    sites: Sequence[Site],
+    progress: Progress | None,
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> Iterator[Batch]:
+    """What `lm.read` gives; `progress(done, total)` counts groups, after each batch."""
+    done = 0
+    for batch in lm.read(groups, sites, tokens_per_batch=tokens_per_batch):
+        yield batch
+        done += len(batch.groups)
+        if progress is not None:
+            progress(done, len(groups))
 
 
 def _grouped(sets: Mapping[str, Sequence[TextPair]]) -> tuple[list[list[Text]], list[list[tuple[str, int]]]]:

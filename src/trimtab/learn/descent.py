@@ -121,7 +121,7 @@ def descend(
     course, best, stale, lowest = Course(), trained.frozen(), 0, math.inf
     try:
         if held_out:
-            course.first = course.best = lowest = _mean(run, trained, held_out, loss, groups)
+            course.first = course.best = lowest = mean_loss(run, trained, held_out, loss, groups)
             if not math.isfinite(course.first):
                 raise TrimtabError(f"the loss is {course.first} before the first step, on what is held out")
         for step in range(how.steps):
@@ -141,7 +141,7 @@ def descend(
             course.losses.append(total)
             course.steps = step + 1
             if held_out and (course.steps % how.every == 0 or course.steps == how.steps):
-                held_out_loss = _mean(run, trained, held_out, loss, groups)
+                held_out_loss = mean_loss(run, trained, held_out, loss, groups)
                 stale += 1
                 lowest = min(lowest, held_out_loss)
                 if held_out_loss < course.first and held_out_loss <= (1 + how.slack) * lowest:
@@ -177,12 +177,13 @@ def _schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _mean(
+def mean_loss(
     run: Forcing,
     trained: P,
     examples: Sequence[T],
     loss: Loss[P, T],
     groups: Callable[[Sequence[T]], list[list[int]]],
 ) -> float:
+    """The loss of an example, on average."""
     total = sum(float(loss(run, trained, [examples[i] for i in numbers])) for numbers in groups(examples))
     return total / len(examples)

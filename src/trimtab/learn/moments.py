@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
-from trimtab.learn.estimators import Estimator, estimate
+from trimtab.learn.estimators import Estimator, estimate, unit
 from trimtab.steering.tensors import to_float64
 
 
@@ -57,11 +56,7 @@ class PairMoments:
     @property
     def direction(self) -> Tensor:
         """The unit mean difference: `[width]`. Raises `TrimtabError` where the two sides don't differ."""
-        difference = self.difference
-        norm = float(difference.norm())
-        if not norm > 0:
-            raise TrimtabError("the two sides of the pairs don't differ there, so there is no direction")
-        return difference / norm
+        return unit(self.difference)
 
     def target(self) -> float:
         """The positives' mean projection on the unit mean difference (Stolfo et al., section 3.2)."""

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from trimtab.engines.contract import check_length
 from trimtab.engines.transformers.forced import Change, Forced, Forcing, forcing, passes
-from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError
 from trimtab.keywords import outside
 from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress
-from trimtab.learn.descent import Course, Descent, Trainable, descend
-from trimtab.learn.trained import typical
+from trimtab.learn.descent import Course, Descent, Trainable, descend, mean_loss
+from trimtab.learn.trained import Start, begin
 from trimtab.steering import Site
 from trimtab.text.answers import Answered, encode_sides
 from trimtab.text.pairs import Pair
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 HELD_OUT = 8
 """One prompt in so many is held out, with all of its pairs."""
-READ = 16
-"""So many answers tell what activations are like."""
 
 
 class NoGainWarning(UserWarning):
@@ -58,8 +55,6 @@ class Changing(Trainable, Protocol):
 P = TypeVar("P", bound=Changing)
 Objective = Callable[[Forcing, P, Sequence[Preference], Sequence[float]], Tensor]
 """The sum of the losses of some pairs, each under a factor of its own."""
-Start = Callable[[Mapping[Site, float], Mapping[Site, int], torch.device], P]
-"""Where to begin: from the root mean squares of activations' elements and the widths, by site, and the device."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +183,7 @@ def fit(
     with forcing(lm.model, lm.layout, sites) as run:
         referred = _referred(run, [*learned, *aside], None if progress is None else _to(progress, count + how.steps))
         learned, aside = referred[: len(learned)], referred[len(learned) :]
-        trained = _begin(lm, run, sites, learned, start)
+        trained = begin(lm.layout, run, sites, [pair.positive for pair in learned], start)
         judged = [_Example(pair, factor) for pair in aside or learned for factor in plan.judged]
         examples = [_Example(pair, None) for pair in learned]
         generator = torch.Generator().manual_seed(how.seed)
@@ -203,11 +198,11 @@ def fit(
             if progress is not None:
                 progress(count + done, count + how.steps)
 
-        before = _mean(run, trained, judged, loss, groups)
+        before = mean_loss(run, trained, judged, loss, groups)
         trained, course = descend(
             run, trained, examples, judged if aside else [], loss, how, groups=groups, report=report
         )
-        after = _mean(run, trained, judged, loss, groups)
+        after = mean_loss(run, trained, judged, loss, groups)
         probable = _per_token(run, trained, aside or learned)
     if progress is not None:
         progress(count + how.steps, count + how.steps)
@@ -250,17 +245,6 @@ def _referred(run: Forcing, pairs: Sequence[Preference], progress: Progress | No
     return referred
 
 
-def _begin(lm: LM, run: Forcing, sites: Sequence[Site], pairs: Sequence[Preference], start: Start[P]) -> P:
-    """In units of what activations are like at the tokens of positive answers."""
-    texts = [pair.positive for pair in pairs[:READ]]
-    states: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for numbers in passes(run.model, texts):
-        for site, rows in run.states([texts[i] for i in numbers], {}, sites).items():
-            states[site] += rows
-    widths = {site: place(lm.layout, site).size for site in sites}
-    return start(typical(states), widths, next(iter(states.values()))[0].device)
-
-
 def _factors(some: Sequence[_Example], drawn: Sequence[float], generator: torch.Generator) -> list[float]:
     """The factor of each; where it is drawn, from a generator that goes on from step to step."""
     return [
@@ -272,17 +256,6 @@ def _factors(some: Sequence[_Example], drawn: Sequence[float], generator: torch.
 def _weight(texts: Sequence[Forced]) -> Forced:
     """One text with as many tokens of answer as these have together, for `passes`."""
     return Forced(texts[0].prompt, tuple(i for text in texts for i in text.answer))
-
-
-@torch.no_grad()
-def _mean(
-    run: Forcing,
-    trained: P,
-    some: Sequence[_Example],
-    loss: Callable[[Forcing, P, Sequence[_Example]], Tensor],
-    groups: Callable[[Sequence[_Example]], list[list[int]]],
-) -> float:
-    return sum(float(loss(run, trained, [some[i] for i in numbers])) for numbers in groups(some)) / len(some)
 
 
 @torch.no_grad()

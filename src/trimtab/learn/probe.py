@@ -9,7 +9,7 @@ that no more than a chosen share of the answers of the second kind has a token b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
-from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.inputs import check_lm, pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.learn.thresholds import Curve, roc
@@ -29,8 +29,6 @@ from trimtab.text.pairs import Pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
-
-Progress = Callable[[int, int], None]
 
 LEAST = 8
 """Pairs at least: two of them say how good the probe is."""

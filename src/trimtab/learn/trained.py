@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.forced import Change
+from trimtab.engines.transformers.forced import Change, Forced, Forcing, passes
+from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError
 from trimtab.steering import Add, Edit, Positions, ReadWrite, Site
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from trimtab.engines.transformers.layout import Layout
+
+P = TypeVar("P")
+Q = TypeVar("Q", bound=Any)
+Start = Callable[[Mapping[Site, float], Mapping[Site, int], torch.device], P]
+"""Where to begin: from the root mean squares of activations' elements and the widths, by site, and the device."""
+
 FROM_LAST = Positions.from_last_prompt_token()
+READ = 16
+"""So many answers tell what activations are like."""
 FIRST_READ = 0.1
 """How long a row that reads is to begin with: what it reads of an activation is about a tenth of its root mean square.
 What it writes begins at 0."""
@@ -36,7 +50,6 @@ class Part:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the optimizer moves."""
         return (self.vector, self.read, self.write) if len(self.read) else (self.vector,)
 
     def change(self, factor: float, x: Tensor) -> Tensor:
@@ -59,10 +72,35 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """All that is trained, by site."""
+class Parts(Generic[Q]):
+    """All that is trained, by site: `Part`s, or what else has their `tensors`, `change` and `operation`."""
 
-    parts: Mapping[Site, Part]
+    parts: Mapping[Site, Q]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the optimizer moves."""
+        return [tensor for site in sorted(self.parts) for tensor in self.parts[site].tensors]
+
+    def changes(self, factor: float = 1.0) -> dict[Site, Change]:
+        """What is added at each site, times `factor`."""
+        return {site: partial(part.change, factor) for site, part in self.parts.items()}
+
+    def frozen(self) -> Self:
+        """A copy that the optimizer doesn't move."""
+        copies = {}
+        for site, part in self.parts.items():
+            held = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
+            copies[site] = replace(part, **{name: tensor.detach().clone() for name, tensor in held.items()})
+        return type(self)(copies)
+
+    def edits(self, positions: Positions = FROM_LAST) -> tuple[Edit, ...]:
+        """The same as edits of strength 1, in the order of their sites."""
+        return tuple(Edit(site, self.parts[site].operation(), positions) for site in sorted(self.parts))
+
+
+class Trained(Parts[Part]):
+    """A vector at each site, or a vector and a low-rank map."""
 
     @classmethod
     def start(
@@ -82,31 +120,12 @@ class Trained:
         """
         generator = torch.Generator().manual_seed(seed)
         parts = {}
-        for site in sorted(scales):
-            if not (scales[site] > 0 and math.isfinite(scales[site])):
-                raise TrimtabError(f"activations at {site} are {scales[site]} long; nothing can be learned there")
+        for site in having_length(scales):
             width = widths[site]
             read = torch.randn(rank, width, generator=generator) * (FIRST_READ / width**0.5)
             tensors = (torch.zeros(width), read, torch.zeros(rank, width))
             parts[site] = Part(scales[site], *(tensor.to(device).requires_grad_() for tensor in tensors))
         return cls(parts)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What the optimizer moves."""
-        return [tensor for site in sorted(self.parts) for tensor in self.parts[site].tensors]
-
-    def changes(self, factor: float = 1.0) -> dict[Site, Change]:
-        """What is added at each site, times `factor`."""
-        return {site: partial(part.change, factor) for site, part in self.parts.items()}
-
-    def frozen(self) -> Trained:
-        """A copy that the optimizer doesn't move."""
-        copies = {
-            site: replace(part, **{name: getattr(part, name).detach().clone() for name in ("vector", "read", "write")})
-            for site, part in self.parts.items()
-        }
-        return Trained(copies)
 
     def moving(self) -> Trained:
         """A copy that the optimizer moves."""
@@ -126,9 +145,31 @@ class Trained:
         """By site, the length of the vector over that of the typical activation."""
         return {site: float(part.vector.detach().norm()) / len(part.vector) ** 0.5 for site, part in self.parts.items()}
 
-    def edits(self, positions: Positions = FROM_LAST) -> tuple[Edit, ...]:
-        """The same as edits of strength 1, in the order of their sites."""
-        return tuple(Edit(site, self.parts[site].operation(), positions) for site in sorted(self.parts))
+
+def having_length(scales: Mapping[Site, float]) -> list[Site]:
+    """The sites in order. Raises `TrimtabError` where activations have no length, the unit of what is learned."""
+    for site in sorted(scales):
+        if not (scales[site] > 0 and math.isfinite(scales[site])):
+            raise TrimtabError(f"activations at {site} are {scales[site]} long; nothing can be learned there")
+    return sorted(scales)
+
+
+def begin(layout: Layout, run: Forcing, sites: Sequence[Site], texts: Sequence[Forced], start: Start[P]) -> P:
+    """What `start` makes, in units of what activations are like at the answers' tokens of the first few texts."""
+    states = states_at(run, texts[:READ], {}, sites)
+    widths = {site: place(layout, site).size for site in sites}
+    return start(typical(states), widths, next(iter(states.values()))[0].device)
+
+
+def states_at(
+    run: Forcing, texts: Sequence[Forced], changes: Mapping[Site, Change], sites: Sequence[Site]
+) -> dict[Site, list[Tensor]]:
+    """At each site, what each text has there at its answer's tokens under these changes: `[tokens, width]`."""
+    activations: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for numbers in passes(run.model, texts):
+        for site, rows in run.states([texts[i] for i in numbers], changes, sites).items():
+            activations[site] += rows
+    return activations
 
 
 def typical(states: Mapping[Site, Sequence[Tensor]]) -> dict[Site, float]:

@@ -11,7 +11,7 @@ import torch
 
 from trimtab.engines.transformers.forced import Forced, forcing, passes
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.intervals import RESAMPLES, Interval
+from trimtab.evaluate.intervals import RESAMPLES, Interval, paired_bootstrap
 from trimtab.learn.own_answers import help_changes
 from trimtab.making.contrasts import Answer, Contrasts
 from trimtab.steering import Always, Positions
@@ -86,10 +86,7 @@ def share_of(unsteered: Effect, steered: Effect, by_prompt: Effect, seed: int = 
 
 def gain_of(unsteered: Mapping[str, float], steered: Mapping[str, float], seed: int = 0) -> Interval:
     """By how much a steering raises these values, by question: the mean difference, and its bootstrap interval."""
-    gains = np.array([steered[question] - value for question, value in unsteered.items()])
-    drawn = np.random.default_rng(seed).integers(len(gains), size=(RESAMPLES, len(gains)))
-    low, high = np.quantile(gains[drawn].mean(1), [0.025, 0.975])
-    return Interval(float(gains.mean()), float(low), float(high))
+    return paired_bootstrap(list(unsteered.values()), [steered[question] for question in unsteered], seed=seed)
 
 
 def _check_read(steering: Steering | None) -> None:

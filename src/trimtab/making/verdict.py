@@ -94,7 +94,6 @@ class Verdict:
         return said
 
     def as_measured(self) -> dict[str, Any]:
-        """For the card."""
         if self.likelier is None:
             figures = {"share_of_prompt": round(self.effect, 4)}
         else:

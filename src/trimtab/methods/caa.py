@@ -23,7 +23,7 @@ from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords, outside
 from trimtab.learn.activations import naming, texts_of
-from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean
+from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean, read_batches
 from trimtab.learn.estimators import Estimator, as_estimator, estimator_name, mean_difference, unit
 from trimtab.learn.inputs import pairs_for
 from trimtab.learn.moments import PairMembers, PairMoments
@@ -202,13 +202,11 @@ def _length(edit: Edit, name: str) -> float:
 
 
 def _direction(moments: PairMoments, estimator: Estimator, norm: Norm, layer: int) -> Tensor:
-    try:
+    with naming(f"layer {layer}"):
         direction = moments.estimated(estimator) if isinstance(moments, PairMembers) else moments.difference
         if norm == "raw":
             return direction
         return unit(direction) * (moments.norm if norm == "relative" else 1.0)
-    except TrimtabError as error:
-        raise TrimtabError(f"layer {layer}: {error}") from None
 
 
 def beyond_chance(agreement: float, pairs: int) -> float:
@@ -308,12 +306,8 @@ def activations(
         raise TrimtabError("there are no pairs to read")
     groups = answer_texts(lm, pairs, read_at)
     by_layer = {layer: torch.zeros(len(pairs), 2, lm.layout.width) for layer in chosen}
-    done = 0
-    for batch in lm.read(groups, [Site(layer) for layer in chosen]):
+    for batch in read_batches(lm, groups, [Site(layer) for layer in chosen], progress):
         for site, members in batch.values.items():
             for g, member in zip(batch.groups, members, strict=True):
                 by_layer[site.layer][g] = torch.cat([mean(text).float() for text in member]).cpu()
-        done += len(batch.groups)
-        if progress is not None:
-            progress(done, len(pairs))
     return by_layer

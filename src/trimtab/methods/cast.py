@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import digest_of, in_two, pair_texts, read_each, read_pooled
+from trimtab.learn.activations import digest_of, in_two, naming, pair_texts, read_each, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import mean_difference, pca, unit
 from trimtab.learn.inputs import check_lm, pairs_for
@@ -189,10 +189,8 @@ def learn_behaviour(
     edits, norms = [], {}
     for site in sites:
         positive, negative = (torch.stack([pair[m].mean(0) for pair in activations[site]]) for m in (0, 1))
-        try:
+        with naming(f"layer {site.layer}"):
             v = unit((pca if behaviour == "pca" else mean_difference)(positive, negative))
-        except TrimtabError as error:
-            raise TrimtabError(f"layer {site.layer}: {error}") from None
         norm = float(torch.cat([x for pair in activations[site] for x in pair]).norm(dim=-1).median())
         norms[str(site.layer)] = round(norm, 6)
         where = Site(site.layer, _kind(at))

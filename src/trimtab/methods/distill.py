@@ -24,7 +24,6 @@ from torch import Tensor
 
 from trimtab.data import queries as packaged_queries
 from trimtab.engines.transformers.forced import Forced, Forcing, forcing, passes
-from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
@@ -34,7 +33,7 @@ from trimtab.learn.own_answers import Answers, Check, Lesson, own_answers
 from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 from trimtab.learn.teachers import Teacher
-from trimtab.learn.trained import Part, Trained, typical
+from trimtab.learn.trained import Part, Trained, begin, states_at
 from trimtab.steering import Card, Site, Steering
 
 if TYPE_CHECKING:
@@ -295,7 +294,15 @@ def _fitted(
         aside = _examples(held_out, targets, 0.0, how.seed)
         before = _mean(run, Trained({}), aside)
         explained: dict[Site, float] = {}
-        trained = _start(lm, run, sites, lessons, rank if fit == "gradient" else 0, how.seed)
+        texts = [Forced(lesson.plain, lesson.answer) for lesson in lessons]
+        rows = rank if fit == "gradient" else 0
+        trained = begin(
+            lm.layout,
+            run,
+            sites,
+            texts,
+            lambda scales, widths, device: Trained.start(scales, widths, rows, how.seed, device),
+        )
         if fit != "gradient":
             trained, explained = _closed(run, trained, lessons, rank)
             trained.cap(how.max_dose)
@@ -329,27 +336,6 @@ def _mean(run: Forcing, trained: Trained, some: Sequence[_Example]) -> float:
     return total / len(some) if some else float("nan")
 
 
-def _start(lm: LM, run: Forcing, sites: Sequence[Site], lessons: Sequence[Lesson], rank: int, seed: int) -> Trained:
-    """Nothing yet, in units of what activations are like while the model answers without the prompt."""
-    texts = [Forced(lesson.plain, lesson.answer) for lesson in lessons[:BATCH_READ]]
-    states = _read(run, texts, {}, sites)
-    widths = {site: place(lm.layout, site).size for site in sites}
-    device = next(iter(states.values()))[0].device
-    return Trained.start(typical(states), widths, rank, seed, device)
-
-
-BATCH_READ = 16
-"""So many answers tell what activations are like."""
-
-
-def _read(run: Forcing, texts: Sequence[Forced], changes: Any, sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
-    activations: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for numbers in passes(run.model, texts):
-        for site, rows in run.states([texts[i] for i in numbers], changes, sites).items():
-            activations[site] += rows
-    return activations
-
-
 @torch.no_grad()
 def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int) -> tuple[Trained, dict[Site, float]]:
     """Block by block: what the prompt does there to activations that the edits so far have changed."""
@@ -357,7 +343,7 @@ def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int
     instructed = [Forced(lesson.instructed, lesson.answer) for lesson in chosen]
     plain = [Forced(lesson.plain, lesson.answer) for lesson in chosen]
     sites = sorted(trained.parts)
-    wanted = {site: torch.cat(rows) for site, rows in _read(run, instructed, {}, sites).items()}
+    wanted = {site: torch.cat(rows) for site, rows in states_at(run, instructed, {}, sites).items()}
     parts: dict[Site, Part] = {}
     explained = {}
 
@@ -374,7 +360,7 @@ def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int
         fit(sites[-1], torch.cat(last[sites[-1]]))
     else:
         for site in sites:
-            fit(site, torch.cat(_read(run, plain, Trained(parts).changes(), [site])[site]))
+            fit(site, torch.cat(states_at(run, plain, Trained(parts).changes(), [site])[site]))
     return Trained(parts), explained
 
 

@@ -21,7 +21,7 @@ from trimtab.engines.request import Text
 from trimtab.engines.transformers.places import head_size, query_heads
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.contrast import Progress, check_layers, read_batches, versions
 from trimtab.learn.inputs import pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.methods.caa import answer_texts
@@ -163,8 +163,7 @@ def _read(
     sites = [Site(layer, "heads") for layer in layers]
     heads = query_heads(lm.layout)
     by_layer: dict[int, Tensor] = {}
-    done = 0
-    for batch in lm.read(groups, sites):
+    for batch in read_batches(lm, groups, sites, progress):
         for site in sites:
             values = to_float64(torch.stack([torch.cat(members) for members in batch.values[site]]))
             if not torch.isfinite(values).all():
@@ -173,7 +172,4 @@ def _read(
                 shape = (len(groups), values.shape[1], heads, values.shape[2] // heads)
                 by_layer[site.layer] = torch.zeros(shape, dtype=torch.float64)
             by_layer[site.layer][batch.groups] = values.view(len(values), values.shape[1], heads, -1)
-        done += len(batch.groups)
-        if progress is not None:
-            progress(done, len(groups))
     return by_layer

@@ -15,22 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.forced import Change, Forcing
+from trimtab.engines.transformers.forced import Forcing
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
 from trimtab.learn.inputs import pairs_for
 from trimtab.learn.preferences import Plan, Preference, answers_logprobs, fit
-from trimtab.learn.trained import FROM_LAST
-from trimtab.steering import Card, Edit, ReadWrite, Site, Steering
+from trimtab.learn.trained import Parts, having_length
+from trimtab.steering import Card, ReadWrite, Site, Steering
 from trimtab.text.pairs import Pairs, as_pairs, digest
 
 if TYPE_CHECKING:
@@ -77,11 +76,8 @@ class Rotated:
         return ReadWrite(read.float(), (rotation / self.root).float(), bias.float())
 
 
-@dataclass(frozen=True)
-class Rotations:
-    """All that is trained, by site."""
-
-    parts: Mapping[Site, Rotated]
+class Rotations(Parts[Rotated]):
+    """A subspace at each site."""
 
     @classmethod
     def start(
@@ -101,9 +97,7 @@ class Rotations:
         """
         generator = torch.Generator().manual_seed(seed)
         parts = {}
-        for site in sorted(scales):
-            if not (scales[site] > 0 and math.isfinite(scales[site])):
-                raise TrimtabError(f"activations at {site} are {scales[site]} long; nothing can be learned there")
+        for site in having_length(scales):
             if rank > widths[site]:
                 raise TrimtabError(f"the rank is {rank}, and activations at {site} are only {widths[site]} wide")
             rotation = orthonormal(torch.randn(rank, widths[site], generator=generator)) * math.sqrt(widths[site])
@@ -111,35 +105,12 @@ class Rotations:
             parts[site] = Rotated(scales[site], *(tensor.float().to(device).requires_grad_() for tensor in tensors))
         return cls(parts)
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What the optimizer moves."""
-        return [tensor for site in sorted(self.parts) for tensor in self.parts[site].tensors]
-
-    def changes(self, factor: float = 1.0) -> dict[Site, Change]:
-        """What is added at each site, times `factor`."""
-        return {site: partial(part.change, factor) for site, part in self.parts.items()}
-
-    def frozen(self) -> Rotations:
-        """A copy that the optimizer doesn't move."""
-        copies = {
-            site: replace(
-                part, **{name: getattr(part, name).detach().clone() for name in ("rotation", "source", "bias")}
-            )
-            for site, part in self.parts.items()
-        }
-        return Rotations(copies)
-
     @torch.no_grad()
     def cap(self, dose: float) -> None:
         """Make the rows of R orthonormal again, and keep b within `dose` times the typical activation."""
         for part in self.parts.values():
             part.rotation.copy_(orthonormal(part.rotation) * part.root)
             part.bias.clamp_(-dose, dose)
-
-    def edits(self) -> tuple[Edit, ...]:
-        """The same as edits of strength 1, in the order of their sites."""
-        return tuple(Edit(site, self.parts[site].operation(), FROM_LAST) for site in sorted(self.parts))
 
 
 @keywords

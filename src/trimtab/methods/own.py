@@ -63,8 +63,7 @@ OWN = (
                 "str",
                 None,
                 "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8),"
-                " or"
-                " over those after a text (after:MARKER). Default: the letter of letters, else last.",
+                " or over those after a text (after:MARKER). Default: the letter of letters, else last.",
             ),
             Option(
                 "estimator",
@@ -271,8 +270,7 @@ OWN = (
         data="prompt + positive (what is learned) + negative (what is only measured), some dozens or more",
         reads="the positive answers' tokens, teacher-forced, with gradients",
         acts="puts activations in a low-rank subspace where a linear map of them says, at four blocks, from the last"
-        " prompt"
-        " token on",
+        " prompt token on",
         cost="two products of `rank` rows per layer and token",
         function="trimtab.methods.loreft:learn_loreft",
         options=(
@@ -323,8 +321,7 @@ OWN = (
                 "str",
                 "last",
                 "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8),"
-                " or"
-                " over those after a text (after:MARKER).",
+                " or over those after a text (after:MARKER).",
             ),
             Option("coefficient", "float", 1.0, "The length of the push, in shares of the mean activation's."),
             Option("control", "str", "add", "Add the direction, or what is there of it.", choices=("add", "sign")),
@@ -450,8 +447,7 @@ OWN = (
         data="prompt + positive (wanted) + negative, some dozens or more",
         reads="all tokens of the answers",
         acts="moves projections on the wrong side of a probe, at one block (default: 0.5 of the depth), at all tokens"
-        " but"
-        " the first",
+        " but the first",
         cost="a projection and a test per layer and token",
         function="trimtab.methods.sttp:learn_sttp",
         options=(

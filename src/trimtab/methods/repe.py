@@ -14,7 +14,7 @@ import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords, outside
-from trimtab.learn.activations import pair_texts, read_each
+from trimtab.learn.activations import naming, pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import (
     ESTIMATORS,
@@ -94,11 +94,9 @@ def learn_repe(
     for site in sites:
         positive = torch.cat([plus for plus, _ in activations[site]])
         negative = torch.cat([minus for _, minus in activations[site]])
-        try:
+        with naming(f"layer {site.layer}"):
             v = unit(estimate(estimator, positive, negative))
             cosines[str(site.layer)] = round(float(v @ unit(mean_difference(positive, negative))), 6)
-        except TrimtabError as error:
-            raise TrimtabError(f"layer {site.layer}: {error}") from None
         norm = float(torch.cat([positive, negative]).norm(dim=-1).mean())
         norms[str(site.layer)] = round(norm, 6)
         add = Add(v.float(), keep_norm=keep_norm) if control == "add" else None

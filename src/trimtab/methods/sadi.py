@@ -23,7 +23,7 @@ from torch import Tensor
 from trimtab.engines.transformers.places import query_heads
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.contrast import Progress, check_layers, read_batches, versions
 from trimtab.learn.inputs import pairs_for
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.caa import answer_texts
@@ -143,16 +143,12 @@ def differences_at(
     lm.check_sites(sites)
     moments: dict[Site, PairMoments] = {}
     groups = answer_texts(lm, pairs)
-    done = 0
-    for batch in lm.read(groups, sites):
+    for batch in read_batches(lm, groups, sites, progress):
         for where in sites:
             values = torch.stack([torch.cat(members) for members in batch.values[where]])  # [pairs, 2, width]
             if not torch.isfinite(values).all():
                 raise TrimtabError(f"activations at {where} are not finite; load the model in float32 or bfloat16")
             moments.setdefault(where, PairMoments(values.shape[-1])).add(values[:, 0], values[:, 1])
-        done += len(batch.groups)
-        if progress is not None:
-            progress(done, len(pairs))
     return {where: moment.difference for where, moment in moments.items()}
 
 

@@ -28,13 +28,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.engines.contract import TOKENS_PER_BATCH
 from trimtab.engines.request import Text
 from trimtab.engines.transformers.attention import score_layers
 from trimtab.engines.transformers.keys import keys_of
 from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords, keywords
-from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.contrast import Progress, check_layers, read_batches, versions
 from trimtab.steering import Card, Edit, Positions, ReadWrite, Site, Steering
 from trimtab.text.spans import Emphasis
 
@@ -205,15 +204,11 @@ def _keys(
 ) -> dict[Site, tuple[Tensor, Tensor, Tensor]]:
     """At each site the phrases' keys `[tokens of all, width]` in the three texts, float64."""
     by_site: dict[Site, list[list[Tensor]]] = {site: [[], [], []] for site in sites}
-    groups, done = [_texts(lm, example) for example in examples], 0
-    for batch in lm.read(groups, sites, tokens_per_batch=TOKENS_PER_BATCH):
+    for batch in read_batches(lm, [_texts(lm, example) for example in examples], sites, progress):
         for site, values in batch.values.items():
             for members in values:
                 for kind, x in enumerate(members):
                     by_site[site][kind].append(x.double().cpu())
-        done += len(batch.groups)
-        if progress is not None:
-            progress(done, len(groups))
     return {site: (torch.cat(a), torch.cat(b), torch.cat(c)) for site, (a, b, c) in by_site.items()}
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from trimtab.engines.transformers.routers import chosen_experts
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import Progress, pair_texts
-from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.activations import pair_texts
+from trimtab.learn.contrast import Progress, check_layers, read_batches, versions
 from trimtab.learn.inputs import Pairs, pairs_for
 from trimtab.steering import Card, Edit, Positions, RouteExperts, Site, Steering
 from trimtab.text.answers import ReadAt, as_read_at
@@ -77,8 +77,8 @@ def learn_steermoe(
     at = as_read_at(read_at)
     texts = pair_texts(lm, pairs, read_at=at)
     used = {site: [torch.zeros(0), torch.zeros(0)] for site in sites}
-    tokens, most, done = [0, 0], dict.fromkeys(sites, 0), 0
-    for batch in lm.read(texts, sites):
+    tokens, most = [0, 0], dict.fromkeys(sites, 0)
+    for batch in read_batches(lm, texts, sites, progress):
         for site in sites:
             for group in batch.values[site]:
                 for side, logits in enumerate(group):
@@ -87,9 +87,6 @@ def learn_steermoe(
                     used[site][side] = counts if not len(used[site][side]) else used[site][side] + counts
                     most[site] = int(chosen.sum(1).max())
                     tokens[side] += len(logits) if site == sites[0] else 0
-        done += len(batch.groups)
-        if progress is not None:
-            progress(done, len(pairs))
     risk = {site: used[site][0] / tokens[0] - used[site][1] / tokens[1] for site in sites}
     promoted, demoted = _choose(risk, most, *wanted)
     if not promoted and not demoted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -87,33 +88,23 @@ async def answer(
     return await run.whole()
 
 
+@dataclass(eq=False)
 class _Run:
     """One request under way."""
 
-    def __init__(
-        self,
-        service: Service,
-        request: Request,
-        body: ChatRequest | CompletionRequest,
-        prepared: Prepared,
-        wire: Wire | ResponseWire,
-        answers: list[Collected],
-        queue: Queue,
-        record: Record,
-    ) -> None:
-        self.service = service
-        self.request = request
-        self.body = body
-        self.prepared = prepared
-        self.wire = wire
-        self.answers = answers
-        self.queue = queue
-        self.record = record
-        self._began = False
+    service: Service
+    request: Request
+    body: ChatRequest | CompletionRequest
+    prepared: Prepared
+    wire: Wire | ResponseWire
+    answers: list[Collected]
+    queue: Queue
+    record: Record
+    _began: bool = False
 
     async def whole(self) -> Json:
         """All answers, once they are there. When the client goes, or one fails, all are let go."""
-        leaving = asyncio.ensure_future(self._gone())
+        leaving = asyncio.ensure_future(gone(self.request))
         outcome = "cancelled"
         try:
             while not self._complete:
@@ -135,7 +126,7 @@ class _Run:
 
     async def first(self) -> tuple[int, Event]:
         """What comes first: an error still has a status of its own then. The client may go already while it waits."""
-        leaving = asyncio.ensure_future(self._gone())
+        leaving = asyncio.ensure_future(gone(self.request))
         coming = asyncio.ensure_future(self.queue.get())
         outcome: str | None = "cancelled"
         try:
@@ -208,14 +199,16 @@ class _Run:
         task = self.prepared.tasks[0]
         return task.deadline - task.seconds  # both clocks are time.monotonic
 
-    async def _gone(self) -> None:
-        while True:
-            if (await self.request.receive())["type"] == "http.disconnect":
-                return
-
     def _close(self, outcome: str) -> None:
         """Let go of what hasn't ended, and write down what was done, once."""
         self.record.end(outcome)
+
+
+async def gone(request: Request) -> None:
+    """Returns when the client has gone."""
+    while True:
+        if (await request.receive())["type"] == "http.disconnect":
+            return
 
 
 def _refusal(failed: Failed) -> Refusal:

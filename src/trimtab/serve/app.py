@@ -53,6 +53,7 @@ NOWHERE = (
     "there is no such route: POST /v1/chat/completions, /v1/responses and /v1/completions answer, GET /v1/models and"
     " /v1/steerings list what there is, and /docs explains all"
 )
+RETRY = {"headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is malformed, or can't be honoured."},
     401: {"model": ErrorBody, "description": "No API key, or a wrong one."},
@@ -60,23 +61,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "There is no such model or steering."},
     408: {"model": ErrorBody, "description": "The request's body came too slowly."},
     413: {"model": ErrorBody, "description": "The request is too large."},
-    429: {
-        "model": ErrorBody,
-        "description": "The server is busy.",
-        "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
-    },
+    429: {"model": ErrorBody, "description": "The server is busy.", **RETRY},
     503: {
         "model": ErrorBody,
         "description": "The server is shutting down, or its audit log can't be written.",
-        "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+        **RETRY,
     },
 }
 BUSY: dict[int | str, dict[str, Any]] = {
-    429: {
-        "model": ErrorBody,
-        "description": "The queue is full.",
-        "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
-    },
+    429: {"model": ErrorBody, "description": "The queue is full.", **RETRY},
     504: {"model": ErrorBody, "description": "The answer took too long."},
 }
 # `itemSchema` is each event; before OpenAPI 3.2 a `schema` here is read as that of the stream or of an event.

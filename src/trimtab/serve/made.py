@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from trimtab.errors import TrimtabError
+from trimtab.serve.answering import gone
 from trimtab.serve.described import described
 from trimtab.serve.making import Finished, Step, making
 from trimtab.serve.policy import Key
@@ -37,7 +38,7 @@ async def respond(service: Service, request: Request, who: dict[str, str], body:
         events = _events(service, key, body.name, first, steps)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     last = asyncio.ensure_future(_last(steps))
-    leaving = asyncio.ensure_future(_gone(request))
+    leaving = asyncio.ensure_future(gone(request))
     try:
         await asyncio.wait({last, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not last.done():
@@ -92,9 +93,3 @@ def _response(service: Service, key: Key, name: str, finished: Finished) -> Made
         examples=[ExampleTold(**vars(example)) for example in finished.examples],
         steering=None if loaded is None else described(service.policy, key, loaded),
     )
-
-
-async def _gone(request: Request) -> None:
-    while True:
-        if (await request.receive())["type"] == "http.disconnect":
-            return

@@ -70,7 +70,6 @@ class Refusal(Exception):
 
     @property
     def response(self) -> Json:
-        """The whole response."""
         headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"

@@ -219,7 +219,6 @@ class ResponseWire:
         return [self._event("response.failed", response=response)]
 
     def encode(self, chunk: dict[str, Any]) -> bytes:
-        """An event as it is sent."""
         data = json.dumps(chunk, allow_nan=False, separators=(",", ":"))
         return f"event: {chunk['type']}\ndata: {data}\n\n".encode()
 

@@ -198,7 +198,6 @@ class Wire:
         return [refusal.body]
 
     def encode(self, chunk: dict[str, Any]) -> bytes:
-        """A chunk as it is sent."""
         return event(chunk)
 
     @property

@@ -39,7 +39,6 @@ class LowRank:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it has."""
         return tuple(tensor for tensor in (self.read, self.bias, self.write, self.low, self.high) if tensor is not None)
 
     @property

@@ -53,7 +53,6 @@ HERMES = CallForm(
 MISTRAL = CallForm("mistral", "[TOOL_CALLS]", "", '{"name": "', '", "arguments": ', "}", "list")
 MISTRAL_ARGS = CallForm("mistral, with [ARGS]", "[TOOL_CALLS]", "", "", "[ARGS]", "", "each")  # from version 11 on
 LLAMA = CallForm("llama", "", "", '{"name": "', '", "parameters": ', "}", "one")  # 3.1 and later
-FORMS = (HERMES, MISTRAL_ARGS, MISTRAL, LLAMA)
 GENERIC = """# Tools
 
 You may call one or more functions to assist with the user query.

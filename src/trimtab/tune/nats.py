@@ -87,9 +87,7 @@ def at_nats(
     """
     if isinstance(nats, bool) or not isinstance(nats, (int, float)) or not (math.isfinite(nats) and nats > 0):
         raise TrimtabError(f"a divergence is a number of nats above 0, such as 1, got {nats!r}")
-    base = (
-        prompts if isinstance(prompts, Reference) else reference(lm, prompts, tokens=tokens, system=system, chat=chat)
-    )
+    base = reference(lm, prompts, tokens=tokens, system=system, chat=chat)
     seen: dict[float, Divergence] = {}
 
     def far(factor: float) -> float:

@@ -61,7 +61,6 @@ class Weights:
         return buffer.value.decode("utf-8", "replace")
 
     def close(self) -> None:
-        """Free the memory. Contexts of this model must be closed before."""
         if self.pointer:
             self.library.llama_model_free(self.pointer)
             self.pointer = None
@@ -106,7 +105,6 @@ class Context:
         return bool(self._faults)
 
     def close(self) -> None:
-        """Free the memory."""
         if self.pointer:
             self.library.llama_free(self.pointer)
             self.pointer = None

@@ -11,6 +11,7 @@ streams with weights that sum to one, so that what all have in common goes throu
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -178,15 +179,11 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
     ids = torch.arange(1, 1 + ROWS * TOKENS, device=device).view(ROWS, TOKENS)
     weight = getattr(layout.decoder.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     ids = ids if weight is None else ids % weight.shape[0]
-    with reading(layout.decoder):
-        handles = [block.register_forward_hook(leave(i)) for i, block in enumerate(layout.blocks)]
-        try:
-            layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception:  # what it can't run is reported, with its reason, when it is to run
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+    # what it can't run is reported, with its reason, when it is to run
+    with reading(layout.decoder), ExitStack() as hooks, suppress(Exception):
+        for i, block in enumerate(layout.blocks):
+            hooks.enter_context(block.register_forward_hook(leave(i)))
+        layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return tuple(_block(layout, shapes) for shapes in outputs)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -148,12 +148,9 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
         if get_ident() == owner:
             columns = read_pass(decoder, compat.bound(decoder, args, kwargs), None, columns).stop
 
-    handle = layout.decoder.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        with steered_scores(layout, layers, lambda: columns or 0):
-            yield
-    finally:
-        handle.remove()
+    hook = layout.decoder.register_forward_pre_hook(count, with_kwargs=True)
+    with hook, steered_scores(layout, layers, lambda: columns or 0):
+        yield
 
 
 @contextmanager
@@ -242,17 +239,13 @@ def steered_scores(
     with (
         registered(attention, masks or compat.mask_function(usual)) as name,
         compat.attending_with(configurations(layout), name),
+        layout.decoder.register_forward_pre_hook(begin),
+        layout.decoder.register_forward_hook(end),
+        ExitStack() as hooks,
     ):
-        hooks = [
-            layout.decoder.register_forward_pre_hook(begin),
-            layout.decoder.register_forward_hook(end),
-            *(block.register_forward_pre_hook(partial(enter, i)) for i, block in enumerate(layout.blocks)),
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for i, block in enumerate(layout.blocks):
+            hooks.enter_context(block.register_forward_pre_hook(partial(enter, i)))
+        yield
     if not passes:
         raise TrimtabError("the model ran past trimtab's hooks, so its attention wasn't steered")
 

@@ -22,7 +22,8 @@ from trimtab.engines.transformers.bank import Bank, compile_edits
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan
 from trimtab.engines.transformers.positions import Pass
-from trimtab.engines.transformers.session import STRIDE, Session, Tally, _Step
+from trimtab.engines.transformers.session import STRIDE, Session, Tally
+from trimtab.engines.transformers.steered_pass import SteeredPass
 from trimtab.engines.transformers.weights import device_of
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site
@@ -203,7 +204,7 @@ class BatchSession(Session):
 
     # ---- passes ------------------------------------------------------------------------------------------
 
-    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> _Step:
+    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
         if forward_pass.length != 1 or forward_pass.rows != len(self.rows):
             raise TrimtabError(
                 f"a pass of {forward_pass.rows} rows and {forward_pass.length} tokens, where the batch has"
@@ -226,14 +227,14 @@ class BatchSession(Session):
                 self._step = None
         self._left = min((row.left for row in self.rows), default=inf)
 
-    def _begin_step(self, device: torch.device) -> _Step:
+    def _begin_step(self, device: torch.device) -> SteeredPass:
         """What passes do from here on, until a row's edits change or rows come and go."""
         here, count = self.bank.sites, len(self.rows)
         self.plan: Plan = Plan((), dict.fromkeys(here, ()), dict.fromkeys(here, frozenset([STEERED])))
         self._row = {site: i for i, site in enumerate(self.sites)}
         index = torch.zeros(count, 1, dtype=torch.long)
         state = STEERED if here else 0
-        step = _Step(((state,),) * count, 0, States(index, index), frozenset([state]))
+        step = SteeredPass(((state,),) * count, 0, States(index, index), frozenset([state]))
         if here:
             touched = [self.bank.touched(site) for site in self.sites]
             weights = [row.unmeasured + 1.0 for row in self.rows]
@@ -245,10 +246,10 @@ class BatchSession(Session):
             self._sums = torch.zeros(2, len(self.sites), count, device=device)
         return step
 
-    def _prepare(self, site: Site, step: _Step, x: Tensor) -> Prepared:
+    def _prepare(self, site: Site, step: SteeredPass, x: Tensor) -> Prepared:
         return self.bank.prepared(site, x)
 
-    def _weight(self, step: _Step) -> Tensor | int:
+    def _weight(self, step: SteeredPass) -> Tensor | int:
         if step.passes > 1:
             return STRIDE
         return 1 if self._weights is None else self._weights

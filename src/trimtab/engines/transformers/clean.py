@@ -45,7 +45,8 @@ from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.positions import Pass
 from trimtab.engines.transformers.read import recording
 from trimtab.engines.transformers.scores import is_score_edit
-from trimtab.engines.transformers.session import STRIDE, _Step
+from trimtab.engines.transformers.session import STRIDE
+from trimtab.engines.transformers.steered_pass import SteeredPass
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
@@ -335,7 +336,7 @@ class _TwinSession(BatchSession):
         if not self._foreign() and self._step is not None:
             self._measures = (self._step.passes - 1) % STRIDE == 0
 
-    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> _Step:
+    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
         if forward_pass.length != 2:
             raise TrimtabError(f"a pass of {forward_pass.length} tokens a row, where each row's token is read twice")
         return super()._enter(replace(forward_pass, length=1), arguments, begins)

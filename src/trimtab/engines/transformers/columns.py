@@ -75,7 +75,6 @@ class Columns(DynamicCache):
         self.lengths += [length for _, length in picks]
 
     def remove(self, row: int) -> None:
-        """A row leaves; the last one takes its place."""
         last = len(self.lengths) - 1
         for layer in self._buffers:
             if layer.state is not None:
@@ -279,7 +278,6 @@ class Alone:
         self.model_cache, self.lengths = source, [length]
 
     def remove(self, row: int) -> None:
-        """The row leaves."""
         self.model_cache, self.lengths = None, []
 
     def make_room(self) -> None:

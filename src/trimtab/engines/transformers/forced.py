@@ -8,7 +8,7 @@ else run each text whole and by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
@@ -134,20 +134,20 @@ class Forcing:
             ids, mask = padded([text.prompt[:-1] for text in texts], left=True, device=device)
             self._answering = None
             with torch.no_grad():
-                self.layout.decoder(**_inputs(self.layout.decoder, ids, mask, cache))
+                self.layout.decoder(**inputs_of(self.layout.decoder, ids, mask, cache))
         fed = [[text.prompt[-1], *text.answer[:-1]] for text in texts]
         ids, new = padded(fed, left=False, device=device)
         # numbers rather than a mask: a mask would wait for the device at every site
         places = [row * ids.shape[1] + column for row, text in enumerate(texts) for column in range(len(text.answer))]
         self._answering = torch.tensor(places, device=device)
-        out = self._pass(_inputs(self.model, ids, torch.cat([mask, new], 1), cache), changes)
+        out = self._pass(inputs_of(self.model, ids, torch.cat([mask, new], 1), cache), changes)
         return [row[: len(text.answer)] for row, text in zip(out, texts, strict=True)]
 
     def _whole(self, text: Forced, changes: Mapping[Site, Change]) -> Tensor:
         device = input_device(self.model)
         ids, mask = padded([[*text.prompt, *text.answer[:-1]]], left=False, device=device)
         self._answering = torch.arange(len(text.prompt) - 1, ids.shape[1], device=device)
-        out = self._pass(_inputs(self.model, ids, mask, None), changes)
+        out = self._pass(inputs_of(self.model, ids, mask, None), changes)
         return out[0, len(text.prompt) - 1 :]
 
     def _pass(self, inputs: dict[str, Any], changes: Mapping[Site, Change]) -> Tensor:
@@ -196,18 +196,15 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
     training = {module: module.training for module in model.modules()}
     run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout))
     places = [(site, place(layout, site)) for site in run.sites]
-    handles: list[Any] = []
-    with steering(layout.decoder), torch.enable_grad():
+    with steering(layout.decoder), torch.enable_grad(), ExitStack() as hooks:
         try:
             model.eval()
             for parameter in required_grad:
                 parameter.requires_grad_(False)
             for site, where in places:
-                handles.append(attach(where, partial(run._at, get_ident(), site)))
+                hooks.callback(attach(where, partial(run._at, get_ident(), site)).remove)
             yield run
         finally:
-            for handle in handles:
-                handle.remove()
             for parameter, before in required_grad.items():
                 parameter.requires_grad_(before)
             for module, before in training.items():
@@ -229,7 +226,8 @@ def passes(model: Any, texts: Sequence[Forced]) -> list[list[int]]:
     return groups
 
 
-def _inputs(module: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> dict[str, Any]:
+def inputs_of(module: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> dict[str, Any]:
+    """What a pass over ids `[rows, tokens]` is given, of which the mask covers those in the cache as well."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
         inputs = compat.with_cache(module, inputs, cache)

@@ -10,7 +10,7 @@ there are rows, and the copying.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -49,16 +49,12 @@ class Forks:
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
         """Hooks at the sites that some version edits."""
-        handles: list[Any] = []
         self._owner = get_ident()
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(setattr, self, "_versions", None)
             for site in sites:
-                handles.append(attach(place(self.layout, site), partial(self._edit, site)))
+                hooks.callback(attach(place(self.layout, site), partial(self._edit, site)).remove)
             yield
-        finally:
-            self._versions = None
-            for handle in handles:
-                handle.remove()
 
     def run(
         self,

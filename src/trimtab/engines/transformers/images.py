@@ -145,16 +145,14 @@ def counting(layout: Layout, tokens: int | None) -> Iterator[Counted]:
             axes = positions[-AXES:] if positions.dim() == 3 else positions
             counted.shift = int(axes.max()) + 1 - tokens
 
-    handle = layout.decoder.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        yield counted
+        with layout.decoder.register_forward_pre_hook(look, with_kwargs=True):
+            yield counted
     except (TrimtabError, RuntimeError):
         raise
     except Exception as error:  # a model that can't place features raises whatever its authors chose
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise TrimtabError(f"the model can't read this prompt's images: {reason}") from error
-    finally:
-        handle.remove()
 
 
 def images_reader(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> Read:

@@ -10,6 +10,7 @@ model, and what is written is compared with what attention is given: latents tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -151,16 +152,15 @@ def _examine(layout: Layout) -> tuple[Keys | str, ...]:
     ids = ids if weight is None else ids % weight.shape[0]
     failed = ""
     with reading(layout.decoder), registered(attention, compat.mask_function(usual)) as name:
-        hooks = [block.register_forward_pre_hook(partial(enter, i)) for i, block in enumerate(layout.blocks)]
-        hooks += [_listen(module, cache) for module in {m for m in modules if m is not None}]
         try:
-            with compat.attending_with(configurations(layout), name):
+            with ExitStack() as hooks, compat.attending_with(configurations(layout), name):
+                for i, block in enumerate(layout.blocks):
+                    hooks.enter_context(block.register_forward_pre_hook(partial(enter, i)))
+                for module in {m for m in modules if m is not None}:
+                    hooks.enter_context(_listen(module, cache))
                 layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except Exception as error:  # what it can't run is reported, with its reason, when it is to run
             failed = f"a pass over a few tokens failed ({type(error).__name__}: {error})"
-        finally:
-            for hook in hooks:
-                hook.remove()
     if failed:
         return (failed,) * len(modules)
     return tuple(_keys_stored(*observed) for observed in zip(modules, stored, attended_keys, strict=True))

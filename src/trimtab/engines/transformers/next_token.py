@@ -16,6 +16,7 @@ from trimtab.engines.answer import Applied
 from trimtab.engines.request import Choice, NextToken
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
+from trimtab.engines.transformers.forced import inputs_of
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.read import SHARE_FROM, can_share, padded
 from trimtab.engines.transformers.session import Session
@@ -77,12 +78,5 @@ def next_tokens(
 
 def _run(module: Callable[..., Any], ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Any:
     """A pass over ids, of which the mask covers those in the cache as well; logits for the last column only."""
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
-    takes = compat.parameters(module)
-    if cache is not None:
-        inputs = compat.with_cache(module, inputs, cache)
-    if "position_ids" in takes:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    if "logits_to_keep" in takes:
-        inputs["logits_to_keep"] = 1
-    return module(**inputs)
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in compat.parameters(module) else {}
+    return module(**inputs_of(module, ids, mask, cache), **keep)

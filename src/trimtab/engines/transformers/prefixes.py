@@ -96,7 +96,6 @@ class Prefixes:
         self.held += size
 
     def clear(self) -> None:
-        """Forget all."""
         self._kept.clear()
         self.held = 0
 

@@ -3,6 +3,7 @@ section 3; the formula is in `decoding/ranking.py`)."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -89,7 +90,6 @@ def _observe(
     """What each observed module makes of row 0 and of these versions, one a row, in one pass."""
     observations: list[tuple[Tensor, Tensor]] = []
     before: list[Tensor] = []
-    handles: list[Any] = []
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -101,17 +101,14 @@ def _observe(
             raise _Uneven
         observations.append(disturbance(before.pop(), after.reshape(-1, after.shape[-1])))
 
-    try:
+    with ExitStack() as hooks:
         for module in dict.fromkeys(modules):  # blocks may share one
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
+            hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(leave))
         chosen = [None, *lot]
         rows.run(
             token, cache, columns, steer, chosen, [request] * len(chosen), joining=[layers[number] for number in lot]
         )
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(observations) != len(modules):
         raise UnsupportedError(
             f"{len(observations)} attentions ran where {len(modules)} were expected, so layers can't be ranked; give"

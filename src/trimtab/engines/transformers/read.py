@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
+
+if TYPE_CHECKING:
+    from trimtab.engines.transformers.session import FirstPass
 
 SHARE_FROM = 8  # a shared beginning shorter than this isn't worth a pass of its own
 
@@ -95,6 +98,25 @@ def reader(layout: Layout, prompts: Sequence[Sequence[int]]) -> Read:
             for n, g in enumerate(batch.groups):
                 activations[numbers[g]] = {site: batch.values[site][n][0] for site in sites}
         return activations
+
+    return read
+
+
+def reader_of_pass(layout: Layout, count: int, lengths: Sequence[int] | None, first: FirstPass) -> Read:
+    """Reads the prompts of so many requests, of these lengths, by a pass like the first one over them."""
+
+    def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
+        activations = run_decoder(layout, {**compat.without_cache(first.inputs), "use_cache": False}, sites)
+        repeat = len(first.lengths) // count
+        by_request = {}
+        for request, positions in where.items():
+            row = request * repeat
+            if lengths is not None and first.lengths[row] != lengths[request]:
+                raise TrimtabError("a gate or mask can't be decided from a part of the prompt; prefill it in one pass")
+            stop = first.last[row] + 1
+            columns = [stop - first.lengths[row] + position for position in positions]
+            by_request[request] = {site: x[row, columns] for site, x in activations.items()}
+        return by_request
 
     return read
 
@@ -269,7 +291,6 @@ def recording(
     wanted = sorted(set(sites))
     places = {site: place(layout, site) for site in wanted}
     rows = tokens = 0
-    handles: list[Any] = []
 
     def begin(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal rows, tokens
@@ -293,15 +314,11 @@ def recording(
         if len(activations) == len(wanted) and not to_the_end:
             raise _Enough
 
-    with reading(layout.decoder):
-        try:
-            handles.append(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))
-            for site in wanted:
-                handles.append(attach(replace(places[site], streams=None), partial(record, site)))
-            yield activations
-        finally:
-            for handle in handles:
-                handle.remove()
+    with reading(layout.decoder), ExitStack() as hooks:
+        hooks.enter_context(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))
+        for site in wanted:
+            hooks.callback(attach(replace(places[site], streams=None), partial(record, site)).remove)
+        yield activations
 
 
 def _device(layout: Layout) -> torch.device:

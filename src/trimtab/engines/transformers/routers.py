@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -123,13 +124,8 @@ def _output(block: nn.Module, router: Router, x: Tensor) -> Any:
         outputs.append(output)
         raise _Chosen
 
-    handle = router.module.register_forward_hook(end)
-    try:
+    with suppress(_Chosen), router.module.register_forward_hook(end):
         parent(x[None])
-    except _Chosen:
-        pass
-    finally:
-        handle.remove()
     outside = getattr(parent, "route_tokens_to_experts", None)
     return outside(outputs[0]) if isinstance(outputs[0], Tensor) and outside is not None else outputs[0]
 

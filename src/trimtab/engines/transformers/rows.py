@@ -11,7 +11,7 @@ step is done already when a draft comes true (see `Drafts`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
@@ -218,17 +218,12 @@ class Rows:
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
         """Hooks at the sites that some version edits, and our attention known to transformers."""
-        handles: list[Any] = []
         self._owner = get_ident()
-        try:
-            with registered(self._attend, self._mask) as self._name:
-                for site in sites:
-                    handles.append(attach(place(self.layout, site), partial(self._edit, site)))
-                yield
-        finally:
-            self._run = None
-            for handle in handles:
-                handle.remove()
+        with registered(self._attend, self._mask) as self._name, ExitStack() as hooks:
+            hooks.callback(setattr, self, "_run", None)
+            for site in sites:
+                hooks.callback(attach(place(self.layout, site), partial(self._edit, site)).remove)
+            yield
 
     def run(
         self,
@@ -311,15 +306,11 @@ class Rows:
                 return args, {**kwargs, "hidden_states": _with_another(kwargs["hidden_states"])}
             return (_with_another(args[0]), *args[1:]), kwargs
 
-        handles: list[Any] = []
-        try:
+        with ExitStack() as hooks:
             for layer in joining:
                 block = self.layout.blocks[layer]
-                handles.append(block.register_forward_pre_hook(join, with_kwargs=True, prepend=True))
+                hooks.enter_context(block.register_forward_pre_hook(join, with_kwargs=True, prepend=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _edit(self, site: Site, activations: Tensor) -> Tensor | None:
         run, versions = self._run, self._versions

@@ -374,7 +374,6 @@ class _Some:
         return self.any
 
     def take(self, x: Tensor) -> Tensor:
-        """These rows."""
         return x if self.every else x.index_select(0, self.rows)
 
     def put(self, x: Tensor, some: Tensor) -> Tensor:

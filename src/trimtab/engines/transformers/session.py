@@ -12,8 +12,8 @@ each standing for those since the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -29,37 +29,12 @@ from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, activity, compile_plan
 from trimtab.engines.transformers.positions import Pass, count_pads, count_steered, last_column, read_pass, states_of
+from trimtab.engines.transformers.steered_pass import SteeredPass, norm, norm_into
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 
 STRIDE = 8
 """In steady decoding one token in so many is measured for the doses."""
-
-
-@dataclass
-class _Step:
-    """One forward pass, from the first column on in which anything is steered.
-
-    What sites prepare is kept for passes of one token, which repeat; for a prompt it would hold a batch of
-    activations a site.
-    """
-
-    states: tuple[tuple[int, ...], ...]  # one tuple a row, all columns
-    first: int
-    tokens: States  # from column `first` on: [rows, tokens]
-    present: frozenset[int]
-    prepared: dict[Site, Prepared] = field(default_factory=dict)
-    # sites that only add, in a pass of one token: the rows to add, and where the activations' norms go
-    adds: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # sites that only scale, likewise: the factors, and where the norms of activations and edits go
-    scales: dict[Site, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    steered: Tensor | None = None  # [sites, rows, tokens], what `present` says token by token
-    passes: int = 0  # how many passes in a row had these states
-
-    @property
-    def index(self) -> Tensor:
-        """The states' numbers on the device."""
-        return self.tokens.index
 
 
 @dataclass(frozen=True)
@@ -75,6 +50,11 @@ Tally = dict[Site, tuple[float, float, int]]
 """By site: the sum of the ratios that were measured, how many tokens they stand for, and how many were steered."""
 
 Decide = Callable[[int, FirstPass], Sequence[tuple[Edit, ...]]]
+
+
+def always(edits: list[tuple[Edit, ...]]) -> Decide:
+    """The decision for edits that are known beforehand."""
+    return lambda _requests, _first: edits
 
 
 class Session:
@@ -111,7 +91,7 @@ class Session:
         self._called: list[int] = []  # how often each of their hooks was called in this pass
         self._deciding = False
         self._kept = 0  # how many columns, the last ones, logits are wanted of
-        self._step: _Step | None = None
+        self._step: SteeredPass | None = None
         self._pass: Pass | None = None
         self._measures = True
         self._steady: int | None = None  # from this column on every row stays in its state
@@ -205,7 +185,7 @@ class Session:
                 forward_pass.ids if forward_pass.ids is not None else self._outer_ids, forward_pass.past
             )
 
-    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> _Step:
+    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
         """What this pass does to its tokens; `begins`: it is the first over a text that this session steers."""
         if not begins and self._reached is not None and forward_pass.past > self._reached:
             raise TrimtabError(
@@ -288,7 +268,7 @@ class Session:
                 (next((i for i, s in enumerate(row) if s), forward_pass.length - 1) for row in states), default=0
             )
             tokens = States.of(torch.tensor([row[first:] for row in states]), forward_pass.device)
-            self._step = _Step(states, first, tokens, frozenset(s for row in states for s in row))
+            self._step = SteeredPass(states, first, tokens, frozenset(s for row in states for s in row))
             dtype = torch.promote_types(self._dtype, torch.float32)
             self._norms = torch.ones(2, len(self.sites), *tokens.index.shape, dtype=dtype, device=forward_pass.device)
         marks = [bound for row in segments for start, stop, _ in row for bound in (start, stop) if bound is not None]
@@ -337,12 +317,12 @@ class Session:
         if whole.requires_grad:
             new = apply_all(prepared, x)
             if self._measures:
-                lengths.copy_(_norm(x))
-                edits.copy_(_norm(new - x))
+                lengths.copy_(norm(x))
+                edits.copy_(norm(new - x))
             new = torch.cat([whole[:, : step.first], new], 1) if step.first else new
             return new.reshape(activations.shape)
         if self._measures:
-            _norm_into(lengths, x)
+            norm_into(lengths, x)
         lasting = step.index.shape[1] == 1 and not step.first and lengths.device == x.device
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
@@ -351,13 +331,13 @@ class Session:
         elif len(prepared) == 1 and prepared[0][0].in_place:
             factor = prepared[0][1]["factor"]
             if self._measures:
-                _norm_into(edits, torch.addcmul(x, x, factor, value=-1))
+                norm_into(edits, torch.addcmul(x, x, factor, value=-1))
             x *= factor
             if lasting:
                 step.scales[site] = factor, lengths, edits
         elif self._measures:
             new = apply_all(prepared, x)
-            _norm_into(edits, new - x)
+            norm_into(edits, new - x)
             if not step.first:
                 return new.view(activations.shape)
             x.copy_(new)
@@ -366,16 +346,16 @@ class Session:
                 apply_to(stage, rows, active, x)
         return activations if own else None
 
-    def _prepare(self, site: Site, step: _Step, x: Tensor) -> Prepared:
+    def _prepare(self, site: Site, step: SteeredPass, x: Tensor) -> Prepared:
         """What is done at a site to these activations, those of the step's tokens."""
         assert self.plan is not None
         tokens = step.tokens.to(x.device)
         prepared = [(stage, *stage.prepare(tokens, x.dtype)) for stage in self.plan.stages[site]]
         if len(prepared) == 1 and prepared[0][0].only_adds:  # how long edits are is known before they are made
-            self._norms[1, self._row[site]].copy_(_norm(prepared[0][1]["vector"]))
+            self._norms[1, self._row[site]].copy_(norm(prepared[0][1]["vector"]))
         return prepared
 
-    def _steadily(self, site: Site, step: _Step, x: Tensor) -> bool:
+    def _steadily(self, site: Site, step: SteeredPass, x: Tensor) -> bool:
         """Whether the site is one whose one addition or multiplication is prepared; then it is done."""
         ready = step.adds.get(site)
         if ready is not None:
@@ -389,7 +369,7 @@ class Session:
         factor, lengths, edits = scaled
         if self._measures:
             torch.linalg.vector_norm(x, dim=-1, dtype=lengths.dtype, out=lengths)
-            _norm_into(edits, torch.addcmul(x, x, factor, value=-1))
+            norm_into(edits, torch.addcmul(x, x, factor, value=-1))
         x *= factor
         return True
 
@@ -417,7 +397,7 @@ class Session:
         self._sums[0] += weight * ratio.reshape(shape).sum(-1)
         self._sums[1] += weight * steered.reshape(shape).sum(-1)
 
-    def _weight(self, step: _Step) -> Tensor | int:
+    def _weight(self, step: SteeredPass) -> Tensor | int:
         """How many tokens those of this pass stand for in the doses: one number, or one a row."""
         return STRIDE if step.passes > STRIDE and len(step.states[0]) == 1 else 1
 
@@ -468,22 +448,18 @@ class Session:
 
         Passes of other threads are left alone, unless `any_thread`.
         """
-        handles = []
         places = [(site, self._place(site)) for site in sites]
         self._owner = None if any_thread else get_ident()
         self._hooked = list(sites)
-        try:
+        with ExitStack() as hooks:
             if places:
                 if self.model is not self.layout.decoder:
-                    handles.append(self.model.register_forward_pre_hook(self.outside, with_kwargs=True))
-                handles.append(self.layout.decoder.register_forward_pre_hook(self.before, with_kwargs=True))
-                handles.append(self.layout.decoder.register_forward_hook(self.finish))
+                    hooks.enter_context(self.model.register_forward_pre_hook(self.outside, with_kwargs=True))
+                hooks.enter_context(self.layout.decoder.register_forward_pre_hook(self.before, with_kwargs=True))
+                hooks.enter_context(self.layout.decoder.register_forward_hook(self.finish))
             for i, (site, where) in enumerate(places):
-                handles.append(attach(where, partial(self._at_site, i, site)))
+                hooks.callback(attach(where, partial(self._at_site, i, site)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _place(self, site: Site) -> Place:
         if site not in self._places:
@@ -508,15 +484,3 @@ def doses_of(tally: Tally) -> tuple[Dose, ...]:
     """The doses of one request."""
     each = (Dose(site.layer, total / measured, n, site.kind) for site, (total, measured, n) in tally.items())
     return tuple(sorted(each, key=lambda dose: (dose.layer, dose.kind)))
-
-
-def _norm_into(out: Tensor, x: Tensor) -> None:
-    """Put the norms of activations there, which may be on another device."""
-    if out.device == x.device:
-        torch.linalg.vector_norm(x, dim=-1, dtype=out.dtype, out=out)
-    else:
-        out.copy_(_norm(x))
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -57,7 +57,6 @@ class Slots:
         return self._slot[key], True
 
     def release(self, key: str) -> None:
-        """One user less."""
         self._users[key] -= 1
         if not self._users[key]:
             del self._users[key]
@@ -68,7 +67,6 @@ class Slots:
 
     @property
     def used(self) -> int:
-        """How many slots have users."""
         return len(self._users)
 
 
@@ -99,7 +97,6 @@ class Bank:
         send(rows, self._all[:, slot])
 
     def release(self, state: State) -> None:
-        """One user less."""
         self.slots.release(state.key)
 
 

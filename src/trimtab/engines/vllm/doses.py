@@ -46,13 +46,11 @@ class Doses:
     _sums: dict[str, dict[Site, tuple[Tensor, int]]] = field(default_factory=dict)  # of ratios, and of how many tokens
 
     def start(self, request: str, cap: float | None) -> None:
-        """A request arrives."""
         if cap is not None and self.heard:
             self.caps[request] = cap
             self._sums[request] = {}
 
     def finish(self, request: str) -> None:
-        """It is done."""
         self.caps.pop(request, None)
         self._sums.pop(request, None)
 

@@ -90,7 +90,6 @@ class Maps:
         send(numbers, self._numbers[:, :, slot])
 
     def release(self, key: str) -> None:
-        """One user less."""
         self.slots.release(key)
 
     def _put(self, at: int, step: int, slot: int, form: Form) -> None:

@@ -60,7 +60,6 @@ class ReplicatedLM(VllmLM):
         return f"ReplicatedLM({self.name}, {size}, {self._replicas.count} replicas)"
 
     def close(self) -> None:
-        """Stop all engines."""
         self._replicas.close()
 
     @property
@@ -84,7 +83,6 @@ class ReplicatedLM(VllmLM):
         NAMES.register(name, steering)
 
     def unregister(self, name: str) -> None:
-        """As `VllmLM.unregister`."""
         NAMES.unregister(name)
 
     # ---- requests ----------------------------------------------------------------------------------------
@@ -113,7 +111,6 @@ class ReplicatedLM(VllmLM):
         )
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """As `VllmLM.answer_nlls`."""
         return self._spread("answer_nlls", len(texts), lambda part: ([texts[i] for i in part],))
 
     def _spread(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.evaluate.audit.direction import STREAM, span
-from trimtab.steering import Ablate, Add, Edit, ReadWrite, SetProjection, Site, Steering
+from trimtab.evaluate.audit.direction import STREAM, span, written_by
+from trimtab.steering import Add, Edit, ReadWrite, SetProjection, Site, Steering
 from trimtab.steering.scaled import AddScaled
 
 LEAST = 0.05
@@ -74,11 +74,8 @@ def _orthogonal(edit: Edit, basis: Tensor) -> tuple[Edit, float]:
         raise UnsupportedError(
             f"{edit}: it keeps the norm, which rescales what lies along every direction; learn it without, to repair it"
         )
-    if isinstance(operation, (Add, AddScaled, SetProjection, Ablate)):
-        written = operation.direction.double()[None]
-    elif isinstance(operation, ReadWrite):
-        written = operation.write.double()
-    else:
+    written = written_by(operation)
+    if written is None:
         raise UnsupportedError(
             f"{edit}: a repair is made of edits that add, set or ablate projections, or read and write"
         )

@@ -49,7 +49,6 @@ class Side:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Its tokens."""
         return tuple(token.id for token in self.collected.tokens)
 
     @property

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import uuid
 
 from pydantic import ValidationError
 
 from trimtab.errors import TrimtabError
 from trimtab.serve import wording
+from trimtab.serve.guard import new_request_id
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Draining, Full
@@ -31,7 +31,7 @@ def caller(service: Service, secret: str | None) -> Key:
 
 def new_request(key: Key) -> dict[str, str]:
     """Who asks, as the audit log has it."""
-    return {"request": f"req-{uuid.uuid4().hex}", "key": key.name, "route": ROUTE}
+    return {"request": new_request_id(), "key": key.name, "route": ROUTE}
 
 
 def in_words(error: Exception) -> str:

@@ -20,8 +20,9 @@ from urllib.parse import parse_qs
 import gradio.queueing
 from fastapi import FastAPI
 from gradio import Blocks
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from trimtab.serve.guard import with_body
 from trimtab.serve.playground.paths import DATA, JOIN
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.sieve import no_constant
@@ -85,14 +86,7 @@ class Door:
     def _join(self, body: bytes, receive: Receive) -> Receive:
         checked = _checked(body, self.blocks)
         self.sessions.join(checked["session_hash"])
-        left = [json.dumps(checked).encode()]
-
-        async def inside() -> Message:
-            if left:
-                return {"type": "http.request", "body": left.pop(), "more_body": False}
-            return await receive()
-
-        return inside
+        return with_body(json.dumps(checked).encode(), receive)
 
 
 class Sessions:

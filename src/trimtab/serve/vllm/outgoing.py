@@ -58,7 +58,6 @@ class Outgoing:
         return watched
 
     async def __call__(self, message: Message) -> None:
-        """As ASGI has it."""
         if self._over or self._gone:  # the guard writes down that it was cancelled
             return
         if message["type"] == "http.response.start":

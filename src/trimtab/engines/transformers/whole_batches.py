@@ -1,0 +1,61 @@
+"""Batches that stay whole: answers by transformers' own `generate`, each batch steered in the way that suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.engines.arguments import of_equal_length
+from trimtab.engines.images import PromptImages
+from trimtab.engines.resolve import Resolved, resolve
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import positions_of
+from trimtab.engines.transformers.attention import attending
+from trimtab.engines.transformers.generate import Generation, generate_batch
+from trimtab.engines.transformers.images import counting, images_reader
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.prefill import OTHERS, Prefill, decides_at_prefill
+from trimtab.engines.transformers.read import reader
+from trimtab.engines.transformers.scores import activation_edits, edited_sites, score_edits
+from trimtab.engines.transformers.session import Session, always
+from trimtab.steering import Steering
+
+
+def whole_batches(layout: Layout, order: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Requests in batches of this size, without pads where these would count as positions."""
+    batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
+    if len({lengths[i] for i in order}) < 2 or positions_of(layout).ignores_pads:
+        return batches
+    return [alike for chosen in batches for alike in of_equal_length(chosen, lengths)]
+
+
+def answer_whole(
+    model: Any,
+    tokenizer: Any,
+    layout: Layout,
+    ids: list[list[int]],
+    steerings: list[Steering | None],
+    kwargs: dict[str, Any],
+    images: PromptImages | None = None,
+) -> list[Generation]:
+    """The answers to one batch. `images` are those of the one prompt, where it has any."""
+
+    def steered(resolved: Resolved, **more: Any) -> list[Generation]:
+        """The answers, steered at every token."""
+        session = Session(model, layout, always([activation_edits(row) for row in resolved.edits]), tokenizer=tokenizer)
+        sites = edited_sites([edit for row in resolved.edits for edit in row])
+        with attending(layout, [score_edits(row) for row in resolved.edits], lengths):
+            return generate_batch(model, tokenizer, ids, session, sites, resolved.names, **kwargs, **more)
+
+    lengths = [len(prompt) for prompt in ids]
+    if images is not None:
+        resolved = resolve(steerings, lengths, images_reader(model, layout, ids[0], images))
+        with counting(layout, None):
+            return steered(resolved, images=images)
+    held = {name: compat.generation_option(model, kwargs["options"], name) for name in ("use_cache", *OTHERS)}
+    if not decides_at_prefill(layout, steerings, lengths, held):
+        return steered(resolve(steerings, lengths, reader(layout, ids)))
+    prefill = Prefill(model, layout, steerings, lengths)
+    session = Session(model, layout, prefill.decide, tokenizer=tokenizer)
+    with prefill.watching(session):
+        return generate_batch(model, tokenizer, ids, session, prefill.sites, prefill.names, **kwargs)
