@@ -75,3 +75,15 @@ def test_yaml_can_be_read() -> None:
             source = volume.partition(":")[0]
             if source.startswith("./"):
                 assert (DEPLOY / source).exists(), source
+
+
+def test_the_image_can_keep_models_and_has_its_files() -> None:
+    """A volume over a folder that isn't there belongs to root; what .dockerignore leaves out can't be copied."""
+    done = re.sub(r"\\\n", "", (DEPLOY / "Dockerfile").read_text()).splitlines()
+    volume = next(n for n, line in enumerate(done) if line.startswith("VOLUME"))
+    before = done[:volume]
+    assert before.index("RUN mkdir .cache") > before.index("WORKDIR /home/trimtab") > before.index("USER trimtab")
+    kept = {line[1:] for line in (DEPLOY.parent / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {name for line in done if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert copied == kept
+    assert all((DEPLOY.parent / name).exists() for name in kept)

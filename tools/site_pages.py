@@ -107,7 +107,8 @@ def api_page() -> str:
         names = [name for name, (home, _) in public.items() if home.startswith(homes)]
         placed |= set(names)
         parts.append(f"## {title}\n")
-        for name in sorted(names, key=lambda name: (name.lower(), name)):
+        # what a reader looks for comes first
+        for name in sorted(names, key=lambda name: (name.endswith("Warning"), name.lower(), name)):
             parts.append(f"::: {_defined(*public[name])}\n{INHERITED if name in INHERITING else ''}")
     if missing := sorted(set(public) - placed):
         raise LookupError(f"the site's reference has no part for {', '.join(missing)}")

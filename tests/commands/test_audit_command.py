@@ -72,6 +72,8 @@ def test_for_people(trimtab, roomy, steering, small):
 def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(trimtab, steering, tmp_path):
     for given, says in (
         (("--protect", "agrees with the user"), "--protect is about a repair"),
+        (("--protect", "kindness", "--repair", tmp_path / "a.safetensors"), "no behaviour 'kindness' to protect"),
+        (("--system", " "), "--system is empty"),
         (("--out", tmp_path / "a.gguf"), "--out"),
         (("--out", tmp_path / "a.safetensors", "--repair", tmp_path / "a.safetensors"), "name the same file"),
         (("--data", tmp_path / "none"), "there is no folder"),

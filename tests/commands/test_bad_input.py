@@ -213,7 +213,7 @@ def damage(how, path, good, tmp_path):
 def test_damaged_files(refused, no_model, steering, tmp_path, how, word):
     path = tmp_path / "bad.safetensors"
     damage(how, path, steering, tmp_path)
-    for arguments in (["inspect", path], ["generate", "--prompt", "Why?", "--steer", path]):
+    for arguments in (["inspect", path], ["generate", "--prompt", "Why?", "--steer", path], ["chat", "--steer", path]):
         refused(arguments, path, word)
     assert [file.name for file in tmp_path.iterdir()] == ["bad.safetensors"]
 

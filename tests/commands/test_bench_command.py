@@ -60,7 +60,7 @@ def test_a_run_a_page_and_the_same_again(cpu, tmp_path):
     assert "needs both outcomes" in foretold.err
 
 
-def test_bad_input_is_named(cpu, tmp_path):
+def test_bad_input_is_named(cpu, trimtab, tmp_path):
     for options, said in (
         ("--methods cab", "there is no method 'cab'"),
         ("--nats one", "isn't a list of numbers"),
@@ -71,6 +71,9 @@ def test_bad_input_is_named(cpu, tmp_path):
         assert ran.code == 2
         assert said in ran.err
     assert cpu("forecast", tmp_path).code == 2
+    (tmp_path / "file").write_text("mine")
+    ran = trimtab("bench", "--out", tmp_path / "file", "--model", tmp_path / "no-model")
+    assert (ran.code, "is a file; a run is kept in a folder" in ran.err) == (2, True)
 
 
 def test_learn_says_whether_it_is_likely_to_steer(cpu, tmp_path):

@@ -68,9 +68,11 @@ def test_what_is_said_to_a_person(trimtab: Any, tmp_path: Path, common: list[Any
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "a teacher needs an instruction, a system message, a text or examples"),
-        (["--instruction", " "], "is empty"),
+        ([], "there is no prompt to learn from; give --instruction"),
+        (["--instruction", " "], "--instruction is empty"),
+        (["--system", ""], "--system is empty"),
         (["--prompt-file", "nowhere.txt"], "there is no file nowhere.txt"),
+        (["--pairs", "x.jsonl"], "(see trimtab learn distill --help)"),
         (["--instruction", "Whisper.", "--fit", "best"], "fits: gradient, closed, both"),
         (["--instruction", "Whisper.", "--steps", "0"], "steps"),
     ],
@@ -84,6 +86,15 @@ def test_what_cannot_be_is_said(
     assert ran.code == 2
     assert words in " ".join(ran.err.split())
     assert not out.exists()
+
+
+def test_too_few_queries_are_counted_before_the_model(trimtab: Any, tmp_path: Path) -> None:
+    queries = tmp_path / "few.txt"
+    queries.write_text("\n".join(QUERIES[:3]))
+    given = ("--instruction", "Whisper.", "--queries", queries, "--model", "nowhere")
+    ran = trimtab("learn", "distill", *given, "--out", tmp_path / "out.safetensors")
+    assert ran.code == 2
+    assert f"{queries}: 3 different queries" in ran.err
 
 
 def test_too_few_answers_that_count(trimtab: Any, tmp_path: Path, common: list[Any], checks: Path) -> None:

@@ -114,12 +114,14 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
     ("given", "words"),
     [
         ((), 'describe what you want: a sentence such as "be blunt'),
-        (("be loud", "--like", "a parrot"), "describe what you want"),
+        ((" ",), "describe what you want"),
+        (("be", "loud"), "put a text with spaces in quotes"),
+        (("be loud", "--like", "a parrot"), "a sentence and --like both say what is wanted"),
         (("be loud", "--unlike", "a mouse"), "--unlike goes with --like"),
         (("be loud", "--writer", "http://localhost:1/v1"), "--writer and --writer-model go together"),
         (("be loud", "--out", "loud.txt"), r"must be named \*.safetensors"),
         (("--card", "nowhere.json"), "nowhere.json"),
-        (("be loud", "--from", "x.jsonl"), "describe what you want"),
+        (("be loud", "--from", "x.jsonl"), "a sentence and --from both say what is wanted"),
         (("--from", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--from", "x.jsonl", "--unlike", "a mouse"), "--from has all .* leave out --unlike"),
         (("be loud", "--keys", "positive=a"), r"--keys is about the columns of pairs; give --from FILE"),
@@ -133,6 +135,16 @@ def test_errors_come_before_the_model(trimtab: Any, tmp_path: Path, given: tuple
     assert ran.code == 2
     ran_err = " ".join(ran.err.split())
     assert re.search(words, ran_err), ran_err
+
+
+def test_too_few_questions_are_counted_before_the_model(trimtab: Any, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.txt"
+    questions.write_text("\n".join(QUESTIONS[:14]))
+    ran = trimtab(
+        "make", "be loud", "--questions", questions, "--out", tmp_path / "x.safetensors", "--model", "nowhere"
+    )
+    assert ran.code == 2
+    assert f"{questions}: 14 questions, and at least 15 are needed" in ran.err
 
 
 @pytest.mark.real

@@ -260,6 +260,7 @@ def test_an_ifeval_type_is_a_check(cpu, pairs, tmp_path):
         ("--pairs PAIRS --check CHECKS:missing", "has no function 'missing'"),
         ("--pairs PAIRS --check CHECKS:text", "the check gave 'yes'"),
         ("--pairs PAIRS --check json --strengths 1,x", "isn't a list of numbers"),
+        ("--pairs PAIRS --check json --margin nan", "--margin is a finite number"),
         ("--pairs PAIRS --check json --strengths 0", "not steering is always tried"),
         ("--pairs PAIRS --check json --layers 9", "there is no layer 9"),
         ("--pairs PAIRS --check json --operation turn", "--operation is add, project or both"),

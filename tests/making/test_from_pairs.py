@@ -287,7 +287,7 @@ def test_other_positions_are_refused(lm: LM) -> None:
         ({}, ""),
         ({"likelier": -0.1}, "makes the unwanted answers unlikelier, and the wanted ones no likelier"),
         ({"p": 0.2}, "or from that of a random direction"),
-        ({"loops": 0.9}, "90% of its answers go in circles, and 10% unsteered"),
+        ({"loops": 0.9}, "90% of its answers are repetitive, and 10% unsteered"),
     ],
 )
 def test_verdicts_without_a_system_prompt(changed: dict[str, Any], why: str) -> None:

@@ -268,7 +268,7 @@ def test_no_answer_differs(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"p": 0.051}, "can't be told from luck, or from that of a random direction (p = 0.051)"),
         ({"p": 0.05}, ""),
         ({"effect": 0.05, "low": 0.02, "random": (0.0,)}, "less than 10%"),
-        ({"loops": 0.5}, "50% of its answers go in circles"),
+        ({"loops": 0.5}, "50% of its answers are repetitive"),
     ],
 )
 def test_verdicts(changed: dict[str, Any], why: str) -> None:
@@ -280,6 +280,6 @@ def test_verdicts(changed: dict[str, Any], why: str) -> None:
     assert verdict.holds == (not why)
     assert why in verdict.why_not
     lines = "\n".join(verdict.lines())
-    assert ("verdict: it holds" in lines) == (not why)
+    assert ("verdict: it works" in lines) == (not why)
     assert why in lines
     assert "random directions" in lines

@@ -30,6 +30,7 @@ def test_it_is_the_strength_of_a_mild_dose_over_all_layers():
     assert suggested_strength(2.0 * planted(3.0, 4.0)) == pytest.approx(MILD / 1.0)
     assert suggested_strength(planted(3.0, 4.0).only([1])) == pytest.approx(MILD / 0.4)
     assert named_with_strength(FILE, planted(3.0, 4.0)) == "s.safetensors:0.4"
+    assert named_with_strength(Path("my s.gguf"), planted(3.0, 4.0)) == "'my s.gguf:0.4'"  # as it is typed
 
 
 def test_what_was_found_with_its_strength_keeps_it():

@@ -30,6 +30,8 @@ def test_what_is_said_before_anything_is_loaded(trimtab: Callable[..., Any], tmp
         (("--policy", policy), "not valid at max_dose"),
         (("--policy", tmp_path / "none.json"), "can't read the policy"),
         (("--steerings", tmp_path / "none"), "there is no folder"),
+        (("--steerings", tmp_path), "has no .safetensors files"),
+        (("--monitor", "harm=none.safetensors"), "--monitor none.safetensors: there is no file"),
         (("--audit", tmp_path / "none" / "log"), "can't write the audit log"),
         (("--audit-prompts",), "give --audit FILE"),
         (("--rows", 0), "--rows"),

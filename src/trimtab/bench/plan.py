@@ -66,7 +66,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.nats or not all(0 < level < 100 for level in self.nats):
-            raise TrimtabError(f"divergences are numbers of nats above 0, such as 0.25,1,4, got {self.nats}")
+            shown = ", ".join(f"{level:g}" for level in self.nats)
+            raise TrimtabError(f"divergences are numbers of nats above 0, such as 0.25,1,4, got {shown or 'none'}")
         for name, least in (("items", 4), ("pairs", 8), ("tokens", 4)):
             if getattr(self, name) < least:
                 raise TrimtabError(f"{name} are at least {least}, got {getattr(self, name)}")

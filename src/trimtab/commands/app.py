@@ -35,7 +35,7 @@ from trimtab.commands.generate import generate
 from trimtab.commands.hub import list_, pull, push
 from trimtab.commands.inspect import inspect
 from trimtab.commands.learn import learn
-from trimtab.commands.learn_method import Learn
+from trimtab.commands.learn_method import OWN_COMMAND, Learn
 from trimtab.commands.make import make
 from trimtab.commands.methods import methods
 from trimtab.commands.models import models
@@ -43,6 +43,7 @@ from trimtab.commands.serve import serve
 from trimtab.commands.terminal import say, warnings_as_lines
 from trimtab.commands.tune import tune
 from trimtab.errors import TrimtabError
+from trimtab.methods.recipe import recipe_named
 
 TRACEBACK = "TRIMTAB_TRACEBACK"
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer has a click of its own, older ones import it: this is either's
@@ -119,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return 2
     except UsageError as error:
-        say(f"error: {error.format_message()} (see {_help_command(argv)})")
+        said = error.format_message()
+        hint = "; put a text with spaces in quotes" if "extra argument" in said else ""
+        say(f"error: {said}{hint} (see {_help_command(argv)})")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -142,8 +145,12 @@ def _help_command(arguments: list[str]) -> str:
         groups = {g.typer_instance.info.name: g.typer_instance for g in here.registered_groups if g.typer_instance}
         known = [command.name or command.callback.__name__ for command in here.registered_commands if command.callback]
         if name not in known and name not in groups:
+            if words == ["trimtab", "learn"] and name not in OWN_COMMAND and recipe_named(name) is not None:
+                words.append(name)
             break
         words.append(name)
+        if name == "learn":  # many methods have a command of their own
+            continue
         if (below := groups.get(name)) is None:
             break
         here = below

@@ -100,15 +100,18 @@ def audit(
         raise TrimtabError("--repair and --out name the same file; give the repaired steering one of its own")
     if protect and repair is None:
         raise TrimtabError("--protect is about a repair; give --repair FILE")
+    if system is not None and not system.strip():
+        raise TrimtabError("--system is empty; give a message, or leave it out for the one that asks to refuse")
     steering = pick.load()
 
-    from trimtab.evaluate.audit import FULL, QUICK, read_items
+    from trimtab.evaluate.audit import FULL, QUICK, check_protected, read_items
     from trimtab.evaluate.audit import audit as measure
     from trimtab.evaluate.audit.checks import ASKED
     from trimtab.files.steering_file import save_steering
 
     size = QUICK if quick else FULL
     items = read_items(data, behaviour or (), size)
+    check_protected(protect or (), items)
     lm = loader.load(quiet=json)
     seen: list[Measure] = []
 

@@ -113,7 +113,7 @@ def bench(
     better. Methods that can't act on a task are listed with the reason.
 
     The instructions and the traits are included; for the rest, --data names a folder of
-    other people's data (docs/bench.md has the layout).
+    other people's data (layout: https://trimtab.github.io/trimtab/bench/).
     """
     from trimtab.bench import Settings, plan
     from trimtab.bench import bench as run
@@ -123,6 +123,8 @@ def bench(
     doses = tuple(numbers_of(nats, "--nats", "0.25,1,4"))
     settings = Settings(_names(methods), _names(tasks), doses, items, pairs, tokens, seed, data, lora, thorough)
     seconds = None if budget is None else seconds_of(budget)
+    if out.exists() and not out.is_dir():
+        raise TrimtabError(f"--out {out} is a file; a run is kept in a folder, which is made if it isn't there")
     made = plan(settings)
     check_replicas(replicas, answers)
     lm = loader.load(quiet=json)

@@ -98,6 +98,8 @@ def chat(
         raise TrimtabError(f"--temperature is a number above 0, got {temperature}; leave it out for greedy decoding")
     if any(not phrase.strip() for phrase in emphasize or []):
         raise TrimtabError("an --emphasize is empty; give it some text of the conversation")
+    for pick in files:
+        pick.unscaled()  # what isn't there, or is damaged, is said before a model is loaded
     typed = sys.stdin.isatty() and sys.stdout.isatty() and not json
     if typed and find_spec("prompt_toolkit") is None:
         raise TrimtabError("at a terminal, trimtab chat needs prompt_toolkit: pip install 'trimtab[chat]'")

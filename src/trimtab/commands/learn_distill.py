@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -156,6 +157,7 @@ def learn_distill(
     wanted = parse_layers(layers)
     implied = check_program(program, "distill", {"fit": fit, "rank": rank}, wanted, out)
     rank = implied.get("rank", rank)
+    _check_prompt(instruction, system, prompt_file, examples)
     own = gather_prompts([], queries, column) if queries is not None or column is not None else base_queries(None)
     texts = [query for query in own if isinstance(query, str)]
     if len(texts) < len(own):
@@ -166,9 +168,15 @@ def learn_distill(
     text = read_text(prompt_file) if prompt_file is not None else None
     shots = tuple(read_examples(examples)) if examples is not None else ()
 
+    from trimtab.learn.own_answers import LEAST, PER_QUERY
     from trimtab.learn.teachers import Teacher
     from trimtab.methods.distill import learn_distill as learn
 
+    if len(base) * PER_QUERY < LEAST:
+        raise TrimtabError(
+            f"{queries}: {len(base)} different queries, of which at most {PER_QUERY} answers each are learned from, and"
+            f" {LEAST} answers are needed; give at least {LEAST // PER_QUERY}, better dozens"
+        )
     teacher = Teacher(_phrasings(instruction, recognised), system, text, shots, times)
     lm = loader.load(quiet=json)
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
@@ -204,12 +212,24 @@ def learn_distill(
         write_json(document | ({"next": commands_for(program, out)} if program else {}))
         return
     show(*_lines(lm.name, learned, out), *next_steps(program, out))
-    note(f'try: trimtab generate {loader.named}--steer {out} --prompt "…" --compare', quiet=False)
+    note(f'try: trimtab generate {loader.named}--steer {quote(str(out))} --prompt "…" --compare', quiet=False)
 
 
 def command() -> Any:
     """The command of this method."""
     return alone("distill", learn_distill)
+
+
+def _check_prompt(instruction: str | None, system: str | None, prompt_file: Path | None, examples: Path | None) -> None:
+    """Raises `TrimtabError` where there is no prompt, or an empty one."""
+    if all(part is None for part in (instruction, system, prompt_file, examples)):
+        raise TrimtabError(
+            'there is no prompt to learn from; give --instruction "Answer in JSON.", --system TEXT, --prompt-file FILE'
+            " or --examples FILE"
+        )
+    for name, text in (("--instruction", instruction), ("--system", system)):
+        if text is not None and not text.strip():
+            raise TrimtabError(f"{name} is empty; write what the model is to do")
 
 
 def _recognised(instruction: str | None) -> Recognised | None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from trimtab.making import Idea, Made
 
 NOTHING_HOLDS = 3
+LEAST_QUESTIONS = 15
+"""Every second one of these leaves the eight to learn from that an idea needs."""
 WRITER_KEY, WRITTEN = "TRIMTAB_WRITER_KEY", 4096
 SHOWN, EXAMPLE = 2, 240
 """So many answers are shown, of at most so many letters."""
@@ -59,7 +61,7 @@ def make(
         typer.Option(
             "--from",
             help="Instead of a sentence: your own pairs, in a .jsonl, .json, .csv, .tsv or .parquet file with positive "
-            "and negative, chosen and rejected, question and two letters, or another shape of docs/pairs.md.",
+            "and negative, chosen and rejected, question and two letters, or another shape of https://trimtab.github.io/trimtab/pairs/",
             metavar="PAIRS",
             rich_help_panel=WANTED,
         ),
@@ -76,12 +78,17 @@ def make(
     ] = None,
     card: Annotated[
         Path | None,
-        typer.Option(help="A trait card of your own, a .json file (see docs/traits.md).", rich_help_panel=WANTED),
+        typer.Option(
+            help="A trait card of your own, a .json file (https://trimtab.github.io/trimtab/traits/).",
+            rich_help_panel=WANTED,
+        ),
     ] = None,
     cards: Annotated[
         bool,
         typer.Option(
-            "--cards/--no-cards", help="Whether trait cards may be used (see docs/traits.md).", rich_help_panel=WANTED
+            "--cards/--no-cards",
+            help="Whether one of the included trait cards may be used, if the sentence names it.",
+            rich_help_panel=WANTED,
         ),
     ] = True,
     writer: Annotated[
@@ -136,11 +143,7 @@ def make(
     3. Takes a few minutes for a small model on two cores.
     """
     check_output(for_, out)
-    if sum(way is not None for way in (idea, like, card, from_)) != 1:
-        raise TrimtabError(
-            'describe what you want: a sentence such as "be blunt, not flattering", or --like "a pirate", '
-            "or --card FILE, or --from PAIRS"
-        )
+    _check_ways({"a sentence": idea, "--like": like, "--card": card, "--from": from_}, unlike)
     columns = named.of(pairs=from_ is not None, source="--from")
     options = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
     if from_ is not None and (more := [name for name, value in options.items() if value is not None]):
@@ -186,6 +189,20 @@ def make(
         raise typer.Exit(NOTHING_HOLDS)
 
 
+def _check_ways(ways: dict[str, Any], unlike: str | None) -> None:
+    """Raises `TrimtabError` unless what is wanted is said in one way, and in words."""
+    used = [name for name, way in ways.items() if way is not None]
+    if len(used) > 1:
+        raise TrimtabError(f"{used[0]} and {used[1]} both say what is wanted; give one of them")
+    if unlike is not None and used not in (["--like"], ["--from"]):  # of --from more is said below
+        raise TrimtabError('--unlike goes with --like; in a sentence the opposite follows after "not"')
+    if not used or not str(ways[used[0]]).strip():
+        raise TrimtabError(
+            'describe what you want: a sentence such as "be blunt, not flattering", or --like "a pirate", '
+            "or --card FILE, or --from PAIRS"
+        )
+
+
 def _writer(url: str | None, model: str | None) -> Endpoint | None:
     if (url is None) != (model is None):
         raise TrimtabError(
@@ -215,8 +232,6 @@ def _idea(
     from trimtab.making.idea import idea_from_trait, with_questions
     from trimtab.making.writer import idea_from_writer
 
-    if unlike is not None and like is None:
-        raise TrimtabError('--unlike goes with --like; in a sentence the opposite follows after "not"')
     if card is not None:
         if writer is not None:
             raise TrimtabError("a card has all that a writer would write; leave out --card or --writer")
@@ -233,6 +248,11 @@ def _idea(
     question_list = list(dict.fromkeys(gather_prompts([], questions)))
     if not all(isinstance(question, str) for question in question_list):
         raise TrimtabError(f"{questions}: questions are texts, not conversations")
+    if len(question_list) < LEAST_QUESTIONS:
+        raise TrimtabError(
+            f"{questions}: {len(question_list)} questions, and at least {LEAST_QUESTIONS} are needed, since every"
+            " second one is kept for the test"
+        )
     return with_questions(wanted, question_list)  # type: ignore[arg-type]
 
 

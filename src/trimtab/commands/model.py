@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from logging import ERROR, getLogger
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -104,7 +105,7 @@ class BareModelOptions:
     @property
     def named(self) -> str:
         """What to type to name it again, in front of other options."""
-        return f"--model {self.model} " if self.model else ""
+        return f"--model {quote(self.model)} " if self.model else ""
 
 
 @dataclass(frozen=True)

@@ -270,9 +270,14 @@ def serve(
     from trimtab.serve.access import AccessLog
     from trimtab.serve.audit import Audit
     from trimtab.serve.connections import room_for
+    from trimtab.serve.library import files_of
+    from trimtab.serve.monitored import picks_of
     from trimtab.serve.run import bind, is_loopback
     from trimtab.serve.run import serve as run
 
+    if steerings is not None:
+        files_of(steerings)  # a folder with nothing in it is said before a model is loaded
+    picks_of(monitor or [])
     tracers = None
     if otel:
         from trimtab.serve.tracing import provider

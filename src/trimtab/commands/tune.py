@@ -170,6 +170,8 @@ def tune(
     operations = ["add", "project"] if operation == "both" else [operation]
     if operation not in ("both", "add", "project"):
         raise TrimtabError(f"--operation is add, project or both, got {operation!r}")
+    if not math.isfinite(margin):
+        raise TrimtabError(f"--margin is a finite number, such as 0.1, got {margin}")
     if budget_minutes is not None and not (math.isfinite(budget_minutes) and budget_minutes > 0):
         raise TrimtabError(f"--budget-minutes is a number above 0, got {budget_minutes}")
     read = columns.read(pairs)

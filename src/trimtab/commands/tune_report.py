@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -43,7 +44,7 @@ def print_search(lm: LM, task: Task, result: Tuned, named: str, out: Path, figur
         show("nothing is written")
     else:
         show(f"saved {out}")
-        note(f'try: trimtab generate {named}--steer {out} --prompt "…" --compare', quiet=False)
+        note(f'try: trimtab generate {named}--steer {quote(str(out))} --prompt "…" --compare', quiet=False)
     if figure is not None:
         show(f"figure {figure}")
 

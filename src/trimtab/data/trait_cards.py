@@ -101,7 +101,7 @@ def read_trait(path: str | Path) -> Trait:
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"{path}: not JSON: {error}") from None
+        raise TrimtabError(f"{path}: not JSON: {error}; a trait card is one JSON object") from None
     return _trait(stored, str(path))
 
 

@@ -71,18 +71,18 @@ class Verdict:
         if self.likelier is not None and self.likelier <= 0:
             return "it makes the unwanted answers unlikelier, and the wanted ones no likelier"
         if self.loops > self.loops_before + MORE_LOOPS:
-            return f"{self.loops:.0%} of its answers go in circles, and {self.loops_before:.0%} {self._before}"
+            return f"{self.loops:.0%} of its answers are repetitive, and {self.loops_before:.0%} {self._before}"
         return ""
 
     def lines(self) -> list[str]:
         """The verdict in words."""
-        yes = "it holds" if self.holds else f"none: {self.why_not}"
+        yes = "it works" if self.holds else f"none: {self.why_not}"
         whose = "the unsteered answers" if self.share is None else "the system prompt's answers"
         said = [
             f"verdict: {yes}",
             f"effect: {self._effect}, on {self.questions} questions it hasn't seen; random directions {self._others};"
             f" p = {self.p:.2g}",
-            f"cost: {self.loops:.0%} of answers go in circles ({self._before} {self.loops_before:.0%});"
+            f"cost: {self.loops:.0%} of answers are repetitive ({self._before} {self.loops_before:.0%});"
             f" perplexity {self.perplexity:.2f} times that of {whose}",
         ]
         if self.likelier is not None:
@@ -90,7 +90,7 @@ class Verdict:
         if self.signs:
             plain, *by_prompt, mine = self.signs
             prompted = f"under the system prompt {by_prompt[0]:.0%}, " if by_prompt else ""
-            said.append(f"its words stand in {mine:.0%} of answers ({prompted}unsteered {plain:.0%})")
+            said.append(f"its words appear in {mine:.0%} of answers ({prompted}unsteered {plain:.0%})")
         return said
 
     def as_measured(self) -> dict[str, Any]:

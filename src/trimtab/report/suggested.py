@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from shlex import quote
 
 from trimtab.report.pushes import pushes
 from trimtab.steering import Add, Steering
@@ -50,6 +51,6 @@ def has_its_strength(steering: Steering) -> bool:
 
 
 def named_with_strength(path: Path, steering: Steering) -> str:
-    """The file as it is named to steer with it: `FILE:STRENGTH`, or `FILE` where 1 is suggested, or nothing."""
+    """The file as it is typed to steer with it: `FILE:STRENGTH`, or `FILE` where 1 is suggested, or nothing."""
     suggested = suggested_strength(steering)
-    return str(path) if suggested in (None, 1.0) else f"{path}:{suggested:g}"
+    return quote(str(path) if suggested in (None, 1.0) else f"{path}:{suggested:g}")

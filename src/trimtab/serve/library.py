@@ -122,22 +122,29 @@ class Library:
         return MOST_ADDED if owner is None else MOST_OWNED
 
 
-def read_folder(lm: LM, folder: Path) -> Library:
-    """All `.safetensors` files of a folder, named as the files are. Raises `TrimtabError` for one that doesn't fit."""
-    loaded = []
-    for path in sorted(folder.glob("*.safetensors")):
+def files_of(folder: Path) -> list[Path]:
+    """The steering files of a folder. Raises `TrimtabError` for none, and for one whose name or kind won't do."""
+    paths = sorted(folder.glob("*.safetensors"))
+    for path in paths:
         if not path.is_file():  # reading a pipe would wait for whoever writes to it
             raise TrimtabError(f"{path} is no file; remove it from the folder, or rename it")
         if not re.fullmatch(NAME, path.stem):
             raise TrimtabError(f"{path}: a steering is named as its file, in letters, digits, '.', '_' and '-'")
+    if not paths:
+        raise TrimtabError(f"{folder} has no .safetensors files; `trimtab make` and `trimtab learn` write them")
+    return paths
+
+
+def read_folder(lm: LM, folder: Path) -> Library:
+    """All `.safetensors` files of a folder, named as the files are. Raises `TrimtabError` for one that doesn't fit."""
+    loaded = []
+    for path in files_of(folder):
         steering = load_steering(path)
         try:
             lm.check(steering)
         except TrimtabError as error:
             raise TrimtabError(f"{path}: {error}") from None
         loaded.append(Loaded(path.stem, steering, steering_digest(steering), "file"))
-    if not loaded:
-        raise TrimtabError(f"{folder} has no .safetensors files; `trimtab learn` writes them")
     return Library(lm, loaded)
 
 

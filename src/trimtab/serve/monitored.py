@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from trimtab.errors import TrimtabError
-from trimtab.files.pick import parse_pick
+from trimtab.files.pick import Pick, parse_pick
 from trimtab.serve.fields import NAME, Finite, In
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.tasks import Done, TokenTold
@@ -73,20 +73,28 @@ class MonitorList(BaseModel):
 Choices = Annotated[list[Annotated[str, Field(max_length=64)] | MonitorChoice], Field(fail_fast=True)]
 
 
-def read_monitors(lm: LM, texts: Sequence[str]) -> dict[str, Monitor]:
-    """The monitors of `--monitor NAME=FILE[@LAYER]`. Raises `TrimtabError` for what can't be read, or doesn't fit."""
+def picks_of(texts: Sequence[str]) -> dict[str, Pick]:
+    """The files of `--monitor NAME=FILE[@LAYER]`, by name. Raises `TrimtabError` for what isn't there."""
     import re
 
-    from trimtab.engines.transformers.monitoring import check_watched
-
-    monitors: dict[str, Monitor] = {}
+    picks: dict[str, Pick] = {}
     for text in texts:
         name, equals, where = text.partition("=")
         if not equals or not re.fullmatch(NAME, name):
             raise TrimtabError(f"--monitor {text!r}: write NAME=FILE or NAME=FILE@LAYER, such as harm=harm.safetensors")
-        if name in monitors:
+        if name in picks:
             raise TrimtabError(f"--monitor {name} is given twice; names differ")
-        steering = parse_pick(where, "--monitor").load()
+        picks[name] = parse_pick(where, "--monitor")
+    return picks
+
+
+def read_monitors(lm: LM, texts: Sequence[str]) -> dict[str, Monitor]:
+    """The monitors of `--monitor NAME=FILE[@LAYER]`. Raises `TrimtabError` for what can't be read, or doesn't fit."""
+    from trimtab.engines.transformers.monitoring import check_watched
+
+    monitors: dict[str, Monitor] = {}
+    for name, pick in picks_of(texts).items():
+        steering = pick.load()
         lm.check(steering)
         monitors[name] = Monitor.of(name, steering)
         check_watched([monitors[name]], None, lm.layout)

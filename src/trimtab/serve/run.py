@@ -48,7 +48,9 @@ def bind(host: str, port: int) -> socket.socket:
         bound.listen(2048)
     except OSError as error:
         bound.close()
-        raise TrimtabError(f"can't listen on {host} port {port}: {error.strerror or error}; choose another") from None
+        raise TrimtabError(
+            f"can't listen on {host} port {port}: {error.strerror or error}; --port chooses another (0: any)"
+        ) from None
     return bound
 
 

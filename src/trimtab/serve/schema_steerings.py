@@ -136,7 +136,7 @@ class VerdictTold(Out):
         " and against each random direction."
     )
     questions: int
-    loops: float = Field(description="The share of answers that go in circles.")
+    loops: float = Field(description="The share of answers that are repetitive.")
     loops_prompted: float | None = Field(None, description="The same under the system prompt.")
     loops_unsteered: float | None = Field(None, description="The same without steering, where there is no such prompt.")
     perplexity_ratio: float | None

