@@ -11,13 +11,13 @@ from trimtab.making.effect import Effect
 from trimtab.making.material import Heard
 from trimtab.making.whole import ALLOWED, TRIED, first_whole, is_repetitive
 
-QUESTIONS = tuple(Heard(f"w{n} w{n + 7} w{n + 20}", f"w{n} w{n + 7} w{n + 20}") for n in range(3, 9))
+QUESTIONS = tuple(Heard(f"w{n} w{n + 7} w{n + 20}", f"w{n} w{n + 7} w{n + 20}") for n in range(3, 15))
 TOKENS = 24
 
 pytestmark = pytest.mark.filterwarnings("ignore::trimtab.lm.DoseWarning")
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(4))
 def test_it_is_the_first_that_repeats_itself_no_more_or_the_one_that_does_least(seed: int) -> None:
     lm = tiny("llama", seed)
 
