@@ -26,7 +26,7 @@ STRENGTHS = (1.0, 2.0, 3.0)
 BAND = (0.3, 0.7)
 BAND_STRENGTHS = (0.25, 0.5)
 """A mean difference at one depth, or at every block of a band, where the differences of all blocks add up."""
-DISTILL_STRENGTHS = (0.7, 1.0, 1.5)
+DISTILL_STRENGTHS = (1.0, 1.5)
 STEPS, RATE = 16, 0.01
 FROM_LAST = Positions.from_last_prompt_token()
 

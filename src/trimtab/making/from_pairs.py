@@ -89,8 +89,7 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
         writes=writes,
         prompted=prompted,
         trained=_trained(lm, cases, name, prompted) if trains else None,
-        heard=_heard(cases, spread_over(test, MOST_HEARD), shape, "test"),
-        rehearsed=_heard(cases, spread_over(learn, MOST_HEARD), shape, "tune"),
+        heard=_heard(cases, spread_over(test, MOST_HEARD), shape),
         options={"shape": shape},
         data=digest(pairs),
     )
@@ -229,10 +228,10 @@ def _by_question(cases: Sequence[Case]) -> dict[str, list[Pair]]:
     return by_question
 
 
-def _heard(cases: Sequence[Case], questions: Sequence[str], shape: str, split: str) -> tuple[Heard, ...]:
-    """The pairs' own prompts; where a pair has none, or one that a letter answers, general questions of the split."""
+def _heard(cases: Sequence[Case], questions: Sequence[str], shape: str) -> tuple[Heard, ...]:
+    """The pairs' own prompts; where a pair has none, or one that a letter answers, general questions."""
     if shape in ("texts", "letters"):
-        return tuple(Heard(question, question) for question in spread_over(queries(split), MOST_HEARD))
+        return tuple(Heard(question, question) for question in spread_over(queries("test"), MOST_HEARD))
     first = {case.question: case for case in reversed(cases)}
     return tuple(
         Heard(

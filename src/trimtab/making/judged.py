@@ -16,7 +16,7 @@ from trimtab.making.contrasts import BATCH, Contrasts
 from trimtab.making.effect import Effect, effect, gain_of, prompted, share_of
 from trimtab.making.material import Heard, Material
 from trimtab.making.verdict import Verdict
-from trimtab.making.whole import is_repetitive
+from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
 
 if TYPE_CHECKING:
     from trimtab.engines.transformers.generate import Generation
@@ -87,7 +87,7 @@ def judged(
     arms = _answers(lm, made_from.heard, steering, tokens)
     step()
     before = "told" if "told" in arms else "plain"
-    loops = {name: _share([is_repetitive(answer) for answer in answers]) for name, answers in arms.items()}
+    loops = {name: _share([_loops(answer) for answer in answers]) for name, answers in arms.items()}
     shows = WordCheck(made_from.signs)
     verdict = Verdict(
         interval.estimate,
@@ -125,6 +125,10 @@ def _chance(before: Effect, after: Effect) -> float:
     """p of the exact paired test that the leads grew, question by question."""
     questions = list(before.leads)
     return decide([before.leads[q] for q in questions], [after.leads[q] for q in questions]).p
+
+
+def _loops(answer: Generation) -> bool:
+    return not answer.text.strip() or repeated_share(answer.text) > REPEATED_LIMIT
 
 
 def _share(values: Sequence[bool]) -> float:

@@ -8,7 +8,7 @@ Questions that were held out choose between them, and others again say what the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,7 +24,6 @@ from trimtab.making.idea import Idea, idea_from_sentence
 from trimtab.making.judged import Example, judged
 from trimtab.making.material import Heard, Material
 from trimtab.making.verdict import Verdict
-from trimtab.making.whole import first_whole
 from trimtab.steering import Positions, Steering
 from trimtab.text.pairs import Pairs
 
@@ -145,6 +144,7 @@ def make_from_pairs(
 
 def _material(lm: LM, idea: Idea, tokens: int, *, distill: bool) -> Material:
     heard = hears_system(lm)
+    prompts = [under(idea.positive[n % len(idea.positive)], question, heard) for n, question in enumerate(idea.test)]
     return Material(
         name=idea.name,
         source=idea.source,
@@ -154,16 +154,9 @@ def _material(lm: LM, idea: Idea, tokens: int, *, distill: bool) -> Material:
         writes=True,
         prompted=True,
         trained=distilling(lm, idea.name) if distill else None,
-        heard=_heard(idea, idea.test, heard),
-        rehearsed=_heard(idea, idea.learn, heard),
+        heard=tuple(Heard(question, question, prompt) for question, prompt in zip(idea.test, prompts, strict=True)),
         signs=idea.signs,
     )
-
-
-def _heard(idea: Idea, questions: Sequence[str], heard: bool) -> tuple[Heard, ...]:
-    """The questions, and each under one of the system prompts for the idea, which take turns."""
-    prompts = [under(idea.positive[n % len(idea.positive)], question, heard) for n, question in enumerate(questions)]
-    return tuple(Heard(question, question, prompt) for question, prompt in zip(questions, prompts, strict=True))
 
 
 def _made(
@@ -214,7 +207,7 @@ def _made(
             progress=at(learning),
             say=say,
         )
-        chosen = first_whole(lm, ranked, made_from.rehearsed, tokens, say)
+        chosen = ranked[0]
         test_answers = made_from.test(at(testing) if made_from.writes else None)
         check_enough(test_answers, made_from.name, LEAST_TESTED)
         verdict, examples = judged(lm, made_from, chosen.steering, test_answers, tokens, seed, at(measuring))

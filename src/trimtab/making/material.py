@@ -51,7 +51,6 @@ class Material:
         prompted: Whether a prompt brings the wanted answers about, by whose effect a steering is measured.
         trained: What is tried beside mean differences.
         heard: What is answered at the end.
-        rehearsed: What the best candidates answer before that: none of the verdict's questions.
         signs: Words that tell what is wanted in an answer, if any honestly do.
         options: Further entries for the card.
         data: A digest of the data, for the card; empty where the model wrote it.
@@ -66,7 +65,6 @@ class Material:
     prompted: bool
     trained: Trained | None
     heard: tuple[Heard, ...]
-    rehearsed: tuple[Heard, ...]
     signs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     data: str = ""
