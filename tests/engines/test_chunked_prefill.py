@@ -65,7 +65,7 @@ STEERINGS: dict[str, Steering | None] = {
     "each token": steering((2, ADD, RULES[0])).when(TOKENS),
 }
 BY_ONES = ("none", "all", "span:2:7", "projections", "open", "each token")
-"""What is read in chunks of a single token on every family; Llama reads all so."""
+"""What is read in chunks of a single token on every family by day; Llama reads all so, the others at night."""
 SCORES = {
     "scores": emphasis(ScaleScores(3.0), [(1, 3), (6, 9)], range(LAYERS)),
     "scores and more": emphasis(ScaleScores(3.0), [(2, 6)], range(LAYERS)) + steering((1, ADD, RULES[5])).when(OPEN),
@@ -107,10 +107,12 @@ def same(lm: LM, one: Any, other: Any, *, doses: bool = True) -> None:
 
 
 @pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma2", "gemma3", "falcon", "qwen2_vl"))
+@pytest.mark.long_unless(lambda lm, name, chunks: 1 not in chunks or lm == "llama" or name in BY_ONES)
+@pytest.mark.parametrize("chunks", [(5, 12), (1,)], ids=["of several", "of one"])
 @pytest.mark.parametrize("name", STEERINGS)
-def test_chunks_are_one_pass(lm: LM, name: str) -> None:
+def test_chunks_are_one_pass(lm: LM, name: str, chunks: tuple[int, ...]) -> None:
     whole = read(lm, STEERINGS[name], LENGTH)
-    for chunk in (1, 5, 12) if lm.name == "tiny-llama" or name in BY_ONES else (5, 12):
+    for chunk in chunks:
         same(lm, read(lm, STEERINGS[name], chunk), whole, doses=chunk > 1)  # of single tokens not all are measured
 
 
