@@ -182,6 +182,7 @@ def following_distilled(
         bool, typer.Option("--one", help="With the instruction: one steering for all types.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="The model's dtype.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of what is drawn in learning; take a folder for each.")] = 0,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -209,7 +210,7 @@ def following_distilled(
             tokens,
             learn_tokens,
             fit,
-            Descent(steps=steps, rate=rate),
+            Descent(steps=steps, rate=rate, seed=seed),
             dtype,
             rank,
             one_for_all=one_for_all,

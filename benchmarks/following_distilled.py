@@ -74,7 +74,7 @@ def run(
     *,
     one_for_all: bool,
 ) -> Report:
-    """Learn what isn't in the folder yet, and answer in all arms."""
+    """Learn what isn't in the folder yet (a folder has one seed), and answer in all arms."""
     lm = LM.load(model, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     items = read_ifeval(file)
@@ -88,7 +88,7 @@ def run(
         lm, items, steerings, mode, folder / f"{mode}-{fit}-{'one' if one_for_all else 'each'}-answers.jsonl", tokens
     )
     made = report(lm, "following-distilled", items, records, steerings, mode, {}, GAINS[mode])
-    made = replace(made, versions={**made.versions, "dtype": dtype, "fit": f"{fit}, {how.steps} steps of {how.rate:g}"})
+    made = replace(made, versions={**made.versions, "dtype": dtype, "fit": f"{fit}, {how.steps} steps of {how.rate:g}, seed {how.seed}"})
     if mode == "without":
         return made
     scores = {arm: {r.item: r.scores["loose"] for r in records if r.arm == arm} for arm in ("said twice", "steered")}
@@ -164,6 +164,7 @@ def distilled(lm: LM, instance: Instance, fit: str, how: Descent, rank: int | No
             rank=rank,
             steps=how.steps,
             rate=how.rate,
+            seed=how.seed,
             tokens=tokens,
             options={"instance": instance.name},
             say=lambda words: print(f"{instance.name}: {words}", flush=True),
@@ -188,6 +189,7 @@ def follow(lm: LM, fit: str, how: Descent, rank: int | None, tokens: int) -> Ste
         rank=rank,
         steps=how.steps,
         rate=how.rate,
+        seed=how.seed,
         tokens=tokens,
         with_prompt=0.0,
         say=lambda words: print(f"follow: {words}", flush=True),
