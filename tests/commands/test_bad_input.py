@@ -84,6 +84,10 @@ def test_what_learning_is_asked_for(refused, no_model, prompt_pairs, tmp_path):
     refused(learn("instruct", good, "--strength", "nan"), "finite", "nan")
     refused(learn("instruct", good, "--strength", "strong"), "--strength", "trimtab learn --help")
     refused(["learn", "instruct", "--out", good], "--pairs", "trimtab learn --help")
+    refused(["learn", "distil"], "no method 'distil'; did you mean 'distill'? Methods: actadd, ")
+    refused(["learn", "--out", good, "nothing"], "no method 'nothing'; methods: actadd, ")
+    for method in ("distill", "probe"):  # whose options another command would read in its own way
+        refused(["learn", "--out", good, method, "--instruction", "Be brief."], f"trimtab learn {method} …")
     assert [path.name for path in tmp_path.iterdir()] == [prompt_pairs.name]
 
 

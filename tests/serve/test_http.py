@@ -154,7 +154,7 @@ class TestChat:
         assert listed[0]["card"]["model"]["family"] == "llama"
 
     def test_errors_have_their_types(self, client: Any) -> None:
-        with pytest.raises(openai.NotFoundError, match="no such steering"):
+        with pytest.raises(openai.NotFoundError, match="no steering 's9'"):
             client.chat.completions.create(model="trimtab", messages=ASK, extra_body={"steering": [{"name": "s9"}]})
         with pytest.raises(openai.NotFoundError, match="requests may also call trimtab"):
             client.chat.completions.create(model="gpt-4", messages=ASK)

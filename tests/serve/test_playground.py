@@ -230,11 +230,11 @@ class TestPolicy:
         alice = caller(guarded, "alice")
         (side,) = ask(guarded, (Chosen((("s0", 2.0, AS_LEARNED),), max_tokens=4), True), key=alice)
         assert [(one.name, one.always) for one in side.steerings] == [("s7", True), ("s0", False)]
-        for name, strength, words in (("s1", 1.0, "no such steering"), ("s0", 2.5, "between 0 and 2")):
+        for name, strength, words in (("s1", 1.0, "no steering 's1'"), ("s0", 2.5, "between 0 and 2")):
             with pytest.raises(Refusal, match=words):
                 ask(guarded, (Chosen(((name, strength, AS_LEARNED),)), True), key=alice)
         assert {value.partition("@")[0] for _, value in offered(guarded, alice)[3:]} == {"s0", "s7"}
-        with pytest.raises(Refusal, match="no such steering"):
+        with pytest.raises(Refusal, match="no steering 's1'"):
             asyncio.run(read(guarded, alice, [side], "s1@1"))
 
     def test_what_is_always_on_is_not_rejected(self, guarded: Any) -> None:

@@ -275,7 +275,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"max_output_tokens": 100_000}, "at most on this server", "max_output_tokens"),
     ({"reasoning": {"effort": "high"}}, "chat_template_kwargs", "reasoning"),
-    ({"steering": [{"name": "nobody"}]}, "there is no such steering", "steering.0.name"),
+    ({"steering": [{"name": "nobody"}]}, "there is no steering 'nobody'", "steering.0.name"),
     ({"inputs": "x"}, "did you mean 'input'", "inputs"),
     ({"top_logprobs": 2}, "needs include: ['message.output_text.logprobs']", "top_logprobs"),
     ({"top_logprobs": 21, "include": ["message.output_text.logprobs"]}, "20", "top_logprobs"),

@@ -11,11 +11,11 @@ import typer
 from rich.table import Table
 
 from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
-from trimtab.commands.learn_method import LayersOption, StrengthOption
+from trimtab.commands.learn_method import OWN_COMMAND, PROBE, LayersOption, StrengthOption
 from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.commands.pair_files import ColumnOptions
-from trimtab.commands.recipes import recipe_for
+from trimtab.commands.recipes import known_recipe, recipe_for
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
@@ -197,6 +197,10 @@ def learn(
 
     Nothing is written until everything is learned; an existing file is replaced.
     """
+    if method not in OWN_COMMAND:  # its own options aren't known here, and it would be learned as something else
+        if method != PROBE:
+            known_recipe(method)
+        raise TrimtabError(f"the method comes first: trimtab learn {method} …, and then its options")
     sources = {"--pairs": pairs, "--instruction": instruction, "--all": every, "--word": word, "--length": length}
     source = _source_of(method, {name: value for name, value in sources.items() if value not in (None, False)})
     if method != "instruct" and (operation is not None or positions is not None or one_sided):

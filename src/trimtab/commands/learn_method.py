@@ -16,10 +16,10 @@ from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import alone, parameters_of, taken
 from trimtab.commands.pair_files import ColumnOptions, pairs_in
 from trimtab.commands.prompts import ColumnOption, gather_prompts
-from trimtab.commands.recipes import check_shape
+from trimtab.commands.recipes import check_shape, known_recipe
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
-from trimtab.methods.recipe import Option, Recipe, recipe_named
+from trimtab.methods.recipe import Option, Recipe
 
 if TYPE_CHECKING:
     from trimtab.steering import Steering
@@ -47,12 +47,11 @@ class Learn(TyperCommand):
 
             return learn_probe.command().make_context(f"{info_name} {PROBE}", args[1:], parent=parent, **extra)
         if args and args[0] not in OWN_COMMAND and not args[0].startswith("-"):
-            recipe = recipe_named(args[0])
-            if recipe is not None:
-                from trimtab.commands import learn_distill
+            recipe = known_recipe(args[0])
+            from trimtab.commands import learn_distill
 
-                command = learn_distill.command() if recipe.name == DISTILL else command_for(recipe)
-                return command.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
+            command = learn_distill.command() if recipe.name == DISTILL else command_for(recipe)
+            return command.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
         return super().make_context(info_name, args, parent=parent, **extra)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from trimtab.errors import TrimtabError
 from trimtab.methods.recipe import Recipe, recipe_named, recipes
@@ -11,10 +12,19 @@ from trimtab.text.pairs import Pair
 
 def recipe_for(name: str, pairs: Sequence[Pair], source: str) -> Recipe:
     """The method of that name. Raises `TrimtabError` when there is none or it can't learn from such pairs, if any."""
+    recipe = known_recipe(name)
+    check_shape(recipe, pairs, source)
+    return recipe
+
+
+def known_recipe(name: str) -> Recipe:
+    """The method of that name. Raises `TrimtabError` when there is none, with the method that may be meant."""
     recipe = recipe_named(name)
     if recipe is None:
-        raise TrimtabError(f"there is no method {name!r}; methods: {', '.join(recipes())}")
-    check_shape(recipe, pairs, source)
+        methods = recipes()
+        near = get_close_matches(name.lower(), methods, n=1)
+        hint = f"did you mean {near[0]!r}? Methods" if near else "methods"
+        raise TrimtabError(f"there is no method {name!r}; {hint}: {', '.join(methods)}")
     return recipe
 
 

@@ -11,7 +11,7 @@ from trimtab.methods.caa import learn_caa
 from trimtab.methods.instruct import learn_instruct
 from trimtab.serve.library import Loaded
 from trimtab.serve.policy import Key
-from trimtab.serve.refusals import Refusal
+from trimtab.serve.refusals import Refusal, no_such_steering
 from trimtab.serve.scheduler import Draining
 from trimtab.serve.schema_steerings import LearnRequest
 from trimtab.serve.service import Service
@@ -81,7 +81,7 @@ def removed(service: Service, who: dict[str, str], key: Key, name: str) -> None:
         raise Refusal(403, "your key may not add steerings, nor take any out")
     loaded = next((entry for entry in service.visible(key) if entry.name == name), None)
     if loaded is None:
-        raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
+        raise no_such_steering(name)
     if loaded.source == "file":
         raise Refusal(403, f"{name!r} is a file of the server's; only what was added can be deleted")
     service.audit.write({"event": "removed", **who, "removed": name, "digest": loaded.digest})

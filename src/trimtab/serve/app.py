@@ -34,7 +34,7 @@ from trimtab.serve.monitored import MonitorList
 from trimtab.serve.monitored import described as monitors_described
 from trimtab.serve.playground.streams import until_drained
 from trimtab.serve.policy import Key
-from trimtab.serve.refusals import PASSING, ErrorBody, Json, Refusal
+from trimtab.serve.refusals import PASSING, ErrorBody, Json, Refusal, no_such_steering
 from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.schema_responses import ResponsesRequest, ResponseTold
 from trimtab.serve.schema_steerings import Deleted, LearnRequest, MadeTold, MakeRequest, SteeringList, SteeringTold
@@ -306,7 +306,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
         for loaded in service.visible(key):
             if loaded.name == name:
                 return described(service.policy, key, loaded)
-        raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
+        raise no_such_steering(name)
 
     if service.learn:
 

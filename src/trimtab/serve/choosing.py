@@ -10,7 +10,7 @@ from trimtab.errors import TrimtabError
 from trimtab.serve.library import Loaded
 from trimtab.serve.policy import Key, Policy
 from trimtab.serve.protected import Protected, apart, protected
-from trimtab.serve.refusals import Refusal
+from trimtab.serve.refusals import Refusal, no_such_steering
 from trimtab.serve.schema import SteeringChoice
 from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.structured import Structured
@@ -64,7 +64,7 @@ class Choosing:
                 raise Refusal(403, f"the steering {choice.name!r} is always on; a request can't change it", param=where)
             loaded = self.find(choice.name, self.owner(key.name))
             if loaded is None or not _allowed(key, loaded):  # the same words: what others have is nobody's business
-                raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours", param=f"{where}.name")
+                raise no_such_steering(choice.name, param=f"{where}.name")
             pushes[loaded.digest] = self._pushed(
                 key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
             )

@@ -10,6 +10,8 @@ from starlette.responses import Response
 
 PASSING = {429: 5, 503: 5}
 """Statuses that may be others when one tries again, and after how many seconds, where nothing better is known."""
+LONGEST_NAME = 64
+"""Characters of a name that a refusal repeats; a request's path can hold many more."""
 
 
 class ErrorTold(BaseModel):
@@ -74,3 +76,9 @@ class Refusal(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Json(self.body, self.status, headers)
+
+
+def no_such_steering(name: str, *, param: str | None = None) -> Refusal:
+    """What answers a name that the caller can't use; the same words where there is none and where it is another's."""
+    shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
+    return Refusal(404, f"there is no steering {shown!r}; GET /v1/steerings lists yours", param=param)

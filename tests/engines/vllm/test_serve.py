@@ -130,7 +130,7 @@ def test_requests_are_steered_by_name(url: str) -> None:
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"steering": [{"name": "nobody"}]}, "there is no such steering"),
+        ({"steering": [{"name": "nobody"}]}, "there is no steering 'nobody'"),
         ({"steering": [{"name": "s0", "positions": "span:2:9999"}]}, "is not in the prompt"),
         ({"steering": [{"name": "s0", "layer": 2}]}, "can act at another"),
         ({"steering": [{"name": "s0"}], "use_beam_search": True, "n": 2}, "beam search"),

@@ -61,7 +61,7 @@ async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -
     name, _, layer = colour.partition("@")
     loaded = next((entry for entry in service.visible(key) if entry.name == name), None)
     if loaded is None:
-        raise Refusal(404, "there is no such steering any more")
+        raise Refusal(404, f"there is no steering {name!r} any more")
     for side in sides:
         if side.done is not None and side.ids and colour not in side.cosines:
             if len(side.prompt) + len(side.ids) > LONGEST:  # read in one pass, while everybody waits

@@ -29,7 +29,7 @@ from trimtab.serve.described import described
 from trimtab.serve.guard import Guard, new_request_id, with_body
 from trimtab.serve.library import Loaded
 from trimtab.serve.policy import Key, Policy, check_names
-from trimtab.serve.refusals import Json, Refusal
+from trimtab.serve.refusals import Json, Refusal, no_such_steering
 from trimtab.serve.schema_steerings import SteeringList
 from trimtab.serve.service import Limits
 from trimtab.serve.vllm.outgoing import Outgoing
@@ -209,7 +209,7 @@ class Door:
         else:
             chosen = next((entry for entry in seen if path == f"/v1/steerings/{entry.name}"), None)
             if chosen is None:
-                raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
+                raise no_such_steering(path.removeprefix("/v1/steerings/"))
             content = described(self.policy, key, chosen).model_dump()
         await Json(content)(scope, receive, send)
 
