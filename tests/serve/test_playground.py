@@ -263,8 +263,8 @@ class TestPolicy:
             "study": ("\n".join(map(json.dumps, PAIRS)), "mine", METHODS[0], ""),
             "create": ("talk like a pirate", "", "", "mine", True),
             "choose": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
-            "arrive": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
-            "admit": ("mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
+            "arrive": (Talk(), ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
+            "admit": (Talk(), "mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
         }
         asked["pick"] = ([], *panel[1 : 2 * SLOTS + 1])
         harmless = {"halt", "forget", "append", "<lambda>"}
@@ -522,6 +522,24 @@ class TestShown:
         assert "<script" not in page
         assert page.count("&lt;script&gt;") >= 6
         assert "<mark>&lt;script" in page
+
+    @pytest.mark.parametrize(
+        ("names", "keys", "learns", "says"),
+        [
+            (None, False, True, "are being listed"),
+            (None, True, True, "Enter your API key"),
+            (("s0",), True, False, "A steering is selected"),
+            ((), False, True, "on the <b>Learn</b> tab"),
+            ((), False, False, "There is no steering to choose yet: start the server"),
+        ],
+    )
+    def test_an_empty_chat_says_what_can_be_chosen(
+        self, make_service: Callable[..., Any], names: tuple[str, ...] | None, keys: bool, learns: bool, says: str
+    ) -> None:
+        policy = Policy((Key("bob", b"bob"),)) if keys else Policy()
+        shown = show.talk(make_service(policy=policy, learn=learns), Talk(names=names))
+        assert says in shown
+        assert ("is selected" in shown) == bool(names)
 
     def test_errors_are_words(self, caplog: pytest.LogCaptureFixture) -> None:
         assert in_words(Refusal(403, "not for you")) == "not for you"

@@ -164,6 +164,13 @@ def test_a_picture(swept: Sweep) -> None:
     assert [r.passed for r in swept.rows[:2]] == [by_label["layer 3"].get_ydata()[i] for i in (2, 0)]
     assert list(by_label["layer 1"].get_xdata()) == [-2.5, 0.0, 1.0]
     assert axes.get_ylabel() == "share that passes"
+    rows = tuple(replace(r, broken=("repetitive",) if (r.layer, r.strength) == (3, 1) else ()) for r in swept.rows)
+    crosses = [
+        line for line in replace(swept, rows=rows).plot().lines if line.get_marker() == "X" and len(line.get_xdata())
+    ]
+    assert [(line.get_color(), list(line.get_xdata())) for line in crosses] == [
+        (by_label["layer 3"].get_color(), [1.0])
+    ]
     one = Sweep(tuple(r for r in swept.rows if r.strength == 1), swept.unsteered, swept.prompts)
     mine = pyplot.figure().subplots()
     assert one.plot(mine) is mine

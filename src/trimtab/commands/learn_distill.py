@@ -55,7 +55,9 @@ def learn_distill(
             rich_help_panel=PROMPT,
         ),
     ] = None,
-    times: Annotated[int, typer.Option(min=1, help="Say the instruction so often.", rich_help_panel=PROMPT)] = 1,
+    times: Annotated[
+        int, typer.Option(min=1, help="How many times the instruction is stated in the prompt.", rich_help_panel=PROMPT)
+    ] = 1,
     queries: Annotated[
         str | None,
         typer.Option(
@@ -67,7 +69,7 @@ def learn_distill(
     ] = None,
     column: ColumnOption = None,
     limit: Annotated[
-        int | None, typer.Option(min=8, help="Learn on at most so many queries.", rich_help_panel=PROMPT)
+        int | None, typer.Option(min=8, help="Learn on at most this many queries.", rich_help_panel=PROMPT)
     ] = None,
     check: Annotated[
         str | None,
@@ -130,7 +132,7 @@ def learn_distill(
             rich_help_panel=FIT,
         ),
     ] = 0.3,
-    seed: Annotated[int, typer.Option(help="Of the order of the answers.", rich_help_panel=FIT)] = 0,
+    seed: Annotated[int, typer.Option(help="The random seed for the order of the answers.", rich_help_panel=FIT)] = 0,
     program: ForOption = None,
     loader: ModelOptions,
     json: JsonOption = False,
@@ -145,11 +147,11 @@ def learn_distill(
 
     The model answers some queries under the prompt. Answers that do what the
     prompt says are kept; a model that follows it too seldom is helped to begin.
-    Then a vector at every block is trained so that the model gives the same
+    Then an edit at every block is trained so that the model gives the same
     answers without the prompt. A part of the queries is held out, and says when
     to stop. Some minutes for a small model on two cores.
 
-    Ctrl-C while it descends ends it, and the best so far is saved.
+    Ctrl-C during the descent ends it, and the best so far is saved.
     """
     from trimtab.commands.learn import parse_layers
     from trimtab.commands.learn_method import document_of

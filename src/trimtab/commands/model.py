@@ -68,7 +68,7 @@ ReplicasOption = Annotated[
     typer.Option(
         "--replicas",
         min=1,
-        help="With --engine vllm: spread the work over this many engines, on a Ray cluster or on this machine. "
+        help="With vLLM: spread the work over this many engines, on a Ray cluster or on this machine. "
         "A lost engine is replaced, and its part is done again.",
         metavar="N",
         rich_help_panel=PANEL,

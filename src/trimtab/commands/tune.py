@@ -133,7 +133,7 @@ def tune(
         --out lower.safetensors --budget-minutes 10
       trimtab tune --pairs mine.jsonl --check checks.py:is_polite \\
         --layers 12,16,20 --strengths 0.5,1,2 --out polite.safetensors
-      trimtab tune --pairs answers.jsonl --check checks.py:is_polite \
+      trimtab tune --pairs answers.jsonl --check checks.py:is_polite \\
         --out polite.safetensors
       trimtab tune --pairs letters.jsonl --out caa.safetensors[/bold]
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from trimtab.tune.sweep import Sweep, SweepRow
 
 
+CROSS: dict[str, Any] = {"marker": "X", "linestyle": "", "markersize": 8, "markeredgecolor": "#b83e30", "zorder": 3}
+"""A setting that breaks the guard, in the colour of its line: lines often lie on each other."""
+
+
 def axes_or_new(ax: Any, size: tuple[float, float] = (6.4, 3.2)) -> Any:
     """The axes that were given, or those of a new figure of so many inches, which a notebook then shows.
 
@@ -79,11 +83,8 @@ def draw_sweep_lines(sweep: Sweep, ax: Any = None) -> Any:
     base = getattr(sweep.unsteered, name)
     if base is not None:
         axes.axhline(base, color="#888888", linestyle="--", linewidth=1, label="unsteered")
-    broken = [row for row in sweep.rows if row.broken and getattr(row, name) is not None]
-    if broken:
-        x = [row.layer if by_layer else row.strength for row in broken]
-        y = [getattr(row, name) for row in broken]
-        axes.plot(x, y, "x", color="#b83e30", markersize=9, label="breaks the guard")
+    if any(row.broken and getattr(row, name) is not None for row in sweep.rows):
+        axes.plot([], [], color="white", label="breaks the guard", **CROSS)
     axes.set_xlabel("layer" if by_layer else "strength")
     axes.set_ylabel("share that passes" if name == "passed" else name)
     axes.legend(fontsize=8, frameon=False, ncols=1 if len(layers) < 6 else 2)
@@ -94,3 +95,5 @@ def draw_sweep_lines(sweep: Sweep, ax: Any = None) -> Any:
 def _line(axes: Any, points: Sequence[tuple[Any, SweepRow]], name: str, label: str, colour: Any) -> None:
     shown = sorted((at, value) for at, row in points if (value := getattr(row, name)) is not None)
     axes.plot([at for at, _ in shown], [value for _, value in shown], "o-", color=colour, markersize=4, label=label)
+    broken = [(at, value) for at, row in points if row.broken and (value := getattr(row, name)) is not None]
+    axes.plot([at for at, _ in broken], [value for _, value in broken], color=colour, **CROSS)

@@ -37,6 +37,7 @@ class Chat:
 
     colour: Any
     said: Any
+    talk: Any
     proposed: list[Any]
 
 
@@ -44,7 +45,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     """The components, and what happens when somebody uses them."""
     talk_state = gr.State(Talk())
     move = gr.Number(0, precision=0, visible=False)
-    said = gr.HTML(show.welcome(steerings=True), elem_id="tt-talk")
+    said = gr.HTML(show.welcome(service, None), elem_id="tt-talk")
     with gr.Row(elem_id="tt-examples"):
         proposed = [gr.Button(visible=False, min_width=160, elem_classes="tt-example") for _ in range(SHOWN)]
     trouble = gr.HTML(elem_classes="tt-say")
@@ -221,7 +222,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         event(look, looking, panel.marks, **quick)
     changed = [*(part.change for part in panel.inputs), said.change, message.blur]
     gr.on(changed, copied, looking, [curl, python], trigger_mode="always_last", **quick)
-    return Chat(colour, said, proposed)
+    return Chat(colour, said, talk_state, proposed)
 
 
 def _coming(tint: str) -> str:

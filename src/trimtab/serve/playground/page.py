@@ -20,6 +20,7 @@ from trimtab.serve.playground.learn_tab import make_learn
 from trimtab.serve.playground.looks import options
 from trimtab.serve.playground.panel import arrange, make_panel, nameable
 from trimtab.serve.playground.sweep_tab import make_sweep
+from trimtab.serve.playground.talk import Talk
 from trimtab.serve.reference import reference
 from trimtab.serve.service import Service
 
@@ -67,16 +68,19 @@ def make_blocks(service: Service) -> gr.Blocks:
                 with gr.Tab("API"):
                     routes = gr.HTML(elem_id="tt-routes")
 
-        def arrive(secret: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
+        def arrive(secret: str, talk: Talk, names: list[str], was: list[str], *values: Any) -> list[Any]:
             """What this key may choose from. `names` are what was chosen before."""
             try:
                 mine = caller(service, secret)
             except Exception as error:
+                talk.names = None
                 quiet = keys and not (secret or "").strip()
                 hidden = [_button(None)] * SHOWN
                 nothing = [gr.update(choices=[], value=[]), "", gr.update(), gr.update(), "", *hidden]
-                return [_head(""), "" if quiet else show.error(in_words(error)), *nothing, *(gr.update(),) * len(slots)]
+                said = "" if quiet else show.error(in_words(error))
+                return [_head(""), said, _empty(service, talk), *nothing, *(gr.update(),) * len(slots)]
             known = nameable(service, mine)
+            talk.names = tuple(known)
             chosen = [name for name in names or [] if name in known]
             kept = chosen or [name for name in [first(known)] if name is not None]
             empty = "" if known else show.note("There are no steerings yet: learn one, or start with --steerings DIR.")
@@ -85,6 +89,7 @@ def make_blocks(service: Service) -> gr.Blocks:
             return [
                 _head(service.lm.name, mine.name if keys else ""),
                 "",
+                _empty(service, talk),
                 gr.update(choices=known, value=kept),
                 empty,
                 gr.update(choices=offered(service, mine)),
@@ -96,13 +101,21 @@ def make_blocks(service: Service) -> gr.Blocks:
 
         slots = panel.arranged
         known_parts = [
-            *(head, trouble, panel.names, panel.none, chat.colour, sweep.name, routes, *chat.proposed),
+            *(head, trouble, chat.said, panel.names, panel.none, chat.colour, sweep.name, routes, *chat.proposed),
             *slots,
         ]
-        inputs = [key, panel.names, panel.was, *panel.values]
+        values = [panel.names, panel.was, *panel.values]
+        inputs = [key, *values]
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         # one after the other, the last always: what an earlier key may see never replaces what this one may
-        gr.on([blocks.load, use.click, key.submit], arrive, inputs, known_parts, trigger_mode="always_last", **quick)
+        gr.on(
+            [blocks.load, use.click, key.submit],
+            arrive,
+            [key, chat.talk, *values],
+            known_parts,
+            trigger_mode="always_last",
+            **quick,
+        )
 
         def choose(secret: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
             try:
@@ -112,14 +125,19 @@ def make_blocks(service: Service) -> gr.Blocks:
 
         panel.names.change(choose, inputs, [trouble, *slots], **quick)
 
-        def admit(secret: str, learned: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
+        def admit(secret: str, talk: Talk, learned: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
             """What was just learned is chosen too, in place of the last where there is no room."""
             room = [name for name in names or [] if name != learned][: SLOTS - 1]
-            return arrive(secret, [*room, learned] if learned else room, was, *values)
+            return arrive(secret, talk, [*room, learned] if learned else room, was, *values)
 
-        lesson.learned.change(admit, [key, lesson.learned, *inputs[1:]], known_parts, **quick)
+        lesson.learned.change(admit, [key, chat.talk, lesson.learned, *values], known_parts, **quick)
     blocks.queue(max_size=WAITING, default_concurrency_limit=None, api_open=False)
     return blocks
+
+
+def _empty(service: Service, talk: Talk) -> Any:
+    """What an empty chat says; one that isn't empty stays as it is."""
+    return gr.skip() if talk.turns else show.talk(service, talk)
 
 
 def _button(example: Example | None) -> Any:

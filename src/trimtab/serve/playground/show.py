@@ -19,15 +19,18 @@ from trimtab.serve.service import Service
 
 WELCOME = """<div class="tt-welcome"><h2>The same model answers twice</h2>
 <p>Once unsteered, and once steered: a steering pushes the model's activations in a learned direction while it writes.
-Your message stays as you typed it.</p>
-<ol><li>A steering is selected under <b>Steerings</b>. Choose another one, or several.</li>
+Your message stays as you typed it.</p>{next}</div>"""
+"""What an empty chat says, whatever there is to choose from."""
+CHOSEN = """<ol><li>A steering is selected under <b>Steerings</b>. Choose another one, or several.</li>
 <li>Send one of the messages below, or your own.</li>
-<li>Move the <b>strength</b> slider, and the steered answer is generated again.</li></ol></div>"""
+<li>Move the <b>strength</b> slider, and the steered answer is generated again.</li></ol>"""
 """What to do on a first visit."""
-NO_STEERINGS = """<div class="tt-welcome"><h2>The same model answers twice</h2>
-<p>Once unsteered, and once steered. There is no steering here yet: learn one on the <b>Learn</b> tab, or start the
-server with a folder of them, <code>trimtab serve --steerings DIR</code>. Until then, you can emphasize phrases of your
-message.</p></div>"""
+NONE_YET = (
+    """<p>There is no steering to choose yet: {ways}. Until then, you can emphasize phrases of your message.</p>"""
+)
+FOLDER = "start the server with a folder of them, <code>trimtab serve --steerings DIR</code>"
+LISTING = "<p>The steerings are being listed …</p>"
+NEEDS_KEY = "<p>Enter your API key above: it decides which steerings you may choose from.</p>"
 HELD_BACK = {"steered": "steered in full", "weakened": "steered more weakly", "rejected": "not steered"}
 """What the kinds of steps with rejection are called."""
 
@@ -42,15 +45,21 @@ def note(words: str) -> str:
     return f'<p class="tt-note">{html.escape(words)}</p>' if words else ""
 
 
-def welcome(*, steerings: bool) -> str:
-    """What an empty chat says, to somebody who has steerings to choose from, or none."""
-    return WELCOME if steerings else NO_STEERINGS
+def welcome(service: Service, names: Sequence[str] | None) -> str:
+    """What an empty chat says to somebody who may choose from these steerings; `None`: that isn't known yet."""
+    if names is None:
+        follows = NEEDS_KEY if service.policy.keys else LISTING
+    elif names:
+        follows = CHOSEN
+    else:
+        follows = NONE_YET.format(ways=f"learn one on the <b>Learn</b> tab, or {FOLDER}" if service.learn else FOLDER)
+    return WELCOME.format(next=follows)
 
 
 def talk(service: Service, conversation: Talk, colour: str = FORMATTED) -> str:
     """The conversation."""
     if not conversation.turns:
-        return welcome(steerings=bool(service.policy.keys or service.library.names))
+        return welcome(service, conversation.names)
     sides = [side for turn in conversation.turns for side in (turn.plain, turn.steered)]
     full = full_of(sides, colour)
     turns = "".join(_turn(service, turn, colour, full) for turn in conversation.turns)

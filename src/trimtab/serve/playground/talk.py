@@ -22,13 +22,15 @@ class Turn:
 class Talk:
     """All of it. `running` is what is being answered just now; `number` counts the messages sent.
 
-    `moves` is the number of the last move of a slider that is known of.
+    `moves` is the number of the last move of a slider that is known of. `names` are the steerings to choose from, and
+    `None` until the page knows them.
     """
 
     turns: list[Turn] = field(default_factory=list)
     running: Asking | None = None
     number: int = 0
     moves: int = 0
+    names: tuple[str, ...] | None = None
 
     def said(self, *, steered: bool, before: int | None = None) -> list[Message]:
         """The messages of one side, up to a turn."""
