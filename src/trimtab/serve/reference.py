@@ -16,8 +16,9 @@ from typing import Any
 
 Schema = Mapping[str, Any]
 ABOUT = (
-    "<p>Any client of OpenAI's works: take the address of this page with <code>/v1</code> as its base, and your API"
-    " key. What steers is in fields of its own. <code>GET /openapi.json</code> is this in full, for programs.</p>"
+    "<p>Any client of OpenAI's API works: its base URL is the address of this page with <code>/v1</code>, and its key"
+    " your API key, or any text where the server asks for none. What steers is in fields of its own."
+    " <code>GET /openapi.json</code> is this in full, for programs.</p>"
 )
 UNSUPPORTED = "Not supported."
 """How schemas describe fields that are there to be refused; they come last."""

@@ -62,7 +62,7 @@ def make_learn(service: Service, key: Any) -> LearnTab:
             add = gr.Button("Add the pair", elem_id="tt-pair-add")
         with gr.Row():
             name = gr.Textbox(label="Name", placeholder="polite", min_width=140, elem_id="tt-name")
-            method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", min_width=160)
+            method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", min_width=220)
             layers = gr.Textbox(
                 label="Layers", placeholder="the method's own", min_width=120, elem_id="tt-learn-layers"
             )

@@ -26,6 +26,8 @@ from trimtab.serve.service import Service
 
 WAITING = 256
 """Clicks that wait at most; what they ask for waits in the scheduler's own queue."""
+LEARN = "learn one, or "
+NO_ROUTES = "The routes are listed once you have entered your API key above."
 
 
 def make_page(service: Service) -> Door:
@@ -66,7 +68,11 @@ def make_blocks(service: Service) -> gr.Blocks:
                 with gr.Tab("Learn"):
                     lesson = make_learn(service, key)
                 with gr.Tab("API"):
-                    routes = gr.HTML(elem_id="tt-routes")
+                    routes = gr.HTML(show.note(NO_ROUTES) if keys else "", elem_id="tt-routes")
+
+        def refused(secret: str, error: Exception) -> str:
+            """What went wrong; nothing before a key is typed, since nobody has asked for anything then."""
+            return "" if keys and not (secret or "").strip() else show.error(in_words(error))
 
         def arrive(secret: str, talk: Talk, names: list[str], was: list[str], *values: Any) -> list[Any]:
             """What this key may choose from. `names` are what was chosen before."""
@@ -74,16 +80,20 @@ def make_blocks(service: Service) -> gr.Blocks:
                 mine = caller(service, secret)
             except Exception as error:
                 talk.names = None
-                quiet = keys and not (secret or "").strip()
                 hidden = [_button(None)] * SHOWN
-                nothing = [gr.update(choices=[], value=[]), "", gr.update(), gr.update(), "", *hidden]
-                said = "" if quiet else show.error(in_words(error))
-                return [_head(""), said, _empty(service, talk), *nothing, *(gr.update(),) * len(slots)]
+                nothing = [gr.update(choices=[], value=[]), "", gr.update(), gr.update(), show.note(NO_ROUTES), *hidden]
+                return [
+                    _head(""),
+                    refused(secret, error),
+                    _empty(service, talk),
+                    *nothing,
+                    *(gr.update(),) * len(slots),
+                ]
             known = nameable(service, mine)
             talk.names = tuple(known)
             chosen = [name for name in names or [] if name in known]
             kept = chosen or [name for name in [first(known)] if name is not None]
-            empty = "" if known else show.note("There are no steerings yet: learn one, or start with --steerings DIR.")
+            none = f"There are no steerings yet: {LEARN * service.learn}start with --steerings DIR."
             proposed = examples(known)
             buttons = [_button(proposed[number] if number < len(proposed) else None) for number in range(SHOWN)]
             return [
@@ -91,7 +101,7 @@ def make_blocks(service: Service) -> gr.Blocks:
                 "",
                 _empty(service, talk),
                 gr.update(choices=known, value=kept),
-                empty,
+                show.note("" if known else none),
                 gr.update(choices=offered(service, mine)),
                 gr.update(choices=known, value=kept[0] if kept else known[0] if known else None),
                 reference(),
@@ -121,7 +131,7 @@ def make_blocks(service: Service) -> gr.Blocks:
             try:
                 return ["", *arrange(service, caller(service, secret), names or [], was, values)]
             except Exception as error:
-                return [show.error(in_words(error)), *(gr.update(),) * len(slots)]
+                return [refused(secret, error), *(gr.update(),) * len(slots)]
 
         panel.names.change(choose, inputs, [trouble, *slots], **quick)
 

@@ -20,6 +20,10 @@ from trimtab.serve.playground.talk import Talk
 from trimtab.serve.service import Service
 
 EXAMPLE = "What makes a good friend?"
+ABOUT = (
+    "One message, answered at each strength, and at each layer if you name some: all answers are written side by side."
+    " The panel's steerings are left out; its emphasis, length and system message count."
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def make_sweep(service: Service, key: Any, panel: Panel) -> SweepTab:
         go = gr.Button("Sweep", variant="primary", scale=0, min_width=90, elem_id="tt-sweep-go")
         stop = gr.Button("Stop", scale=0, min_width=70)
     trouble = gr.HTML(elem_classes="tt-say")
-    grid = gr.HTML(elem_id="tt-grid")
+    grid = gr.HTML(show.note(ABOUT), elem_id="tt-grid")
 
     async def run(
         secret: str, steering: str, pushed: str, at: str, text: str, talk: Talk, *values: Any
