@@ -59,10 +59,10 @@ def test_what_is_said_to_a_person(trimtab: Any, tmp_path: Path, common: list[Any
     out = tmp_path / "out.safetensors"
     ran = trimtab("learn", "distill", "--instruction", "Whisper it.", "--fit", "closed", *common, "--out", out)
     assert ran.code == 0, ran.err
-    assert "10 of 10" in ran.out
+    assert "answers that follow the prompt: 10 of 10\n" in ran.out
     assert "divergence from the model with the prompt" in ran.out
     assert f"saved {out}" in " ".join(ran.out.split())
-    assert "queries answered as the prompt says" in ran.err
+    assert "10 of 10 queries have an answer that follows the prompt" in ran.err
 
 
 @pytest.mark.parametrize(

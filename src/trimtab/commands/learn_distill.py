@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 PROMPT, CHECK, FIT = "The prompt that is to become needless", "Which answers count", "The fit"
+WAYS = {"said in other ways": "with other wordings", "tried at several blocks": "with steering tried at several layers"}
+"""What the ways of finding answers, as the card calls them, are called in a sentence."""
 
 
 @grouped
@@ -283,15 +285,20 @@ def _check_of(instruction: str, recognised: Recognised) -> tuple[str | None, str
     return check_of(instruction)
 
 
+def _way(help_: str) -> str:
+    """What the model was helped by while it answered, as the end of a sentence; nothing for nothing."""
+    return WAYS.get(help_, f"with steering of strength {help_}") if help_ else ""
+
+
 def _lines(model: str, learned: Steering, out: Path) -> list[str]:
     measured = learned.card.measured
     tried = ", ".join(
-        f"{attempt['kept']} of {attempt['asked']}" + (f" (helped: {attempt['help']})" if attempt["help"] else "")
-        for attempt in measured["tries"]
+        f"{attempt['kept']} of {attempt['asked']} {_way(attempt['help'])}".rstrip() for attempt in measured["tries"]
     )
     before, after = measured["divergence_before"], measured["divergence_after"]
     lines = [
-        f"distill on {model}: answers that did what the prompt says: {tried}; learned from {measured['answers']}",
+        f"distill on {model}, learned from {measured['answers']} of its own answers",
+        f"answers that follow the prompt: {tried}",
         f"divergence from the model with the prompt, on held-out queries: {before:.3f} without steering,"
         f" {after:.3f} steered (nats per token)",
         f"{len(learned.edits)} edits, the largest dose {max(measured['doses'].values()):.1%}",

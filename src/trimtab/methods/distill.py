@@ -413,7 +413,9 @@ class _Said:
     def answers(self, answers: Answers, queries: int) -> None:
         if self.say is not None:
             count = len(answers.lessons)
-            self.say(f"{answers.answered} of {queries} queries answered as the prompt says; {count} answers kept")
+            self.say(
+                f"{answers.answered} of {queries} queries have an answer that follows the prompt; {count} answers kept"
+            )
 
     def step(self, done: int, total: int, words: str) -> None:
         if self.say is not None and (done % Descent.every == 0 or done == total):
