@@ -203,6 +203,8 @@ def test_a_task_that_cannot_be_measured_is_left_out_with_the_reason(lm, tmp_path
     found = bench(lm, replace(whole, outlines=(long, *whole.outlines)), tmp_path)
     assert [task.name for task in found.tasks] == ["says it"]
     assert "tokens" in found.left_out["too long"]
+    with pytest.raises(TrimtabError, match=r"no task could be measured: too long: prompt 1 has .* tokens"):
+        bench(lm, replace(whole, outlines=(long,)), tmp_path / "alone")
 
 
 def too_long(lm, store, count):
@@ -211,7 +213,7 @@ def too_long(lm, store, count):
 
 
 def test_another_runs_folder_is_refused(lm, done):
-    with pytest.raises(TrimtabError, match="settings differ"):
+    with pytest.raises(TrimtabError, match="other settings \\(seed: 0 there and 1 now\\)"):
         bench(lm, planned(seed=1), done[0])
     with pytest.raises(TrimtabError, match="doesn't contain a benchmark"):
         results_of(Path(done[0]) / "cells")

@@ -31,12 +31,13 @@ def test_budgets(text, seconds):
 
 
 def test_a_dry_run_tells_the_plan_and_the_time(cpu, tmp_path):
-    ran = cpu("bench --tasks traits,english_* --methods re*,caa --dry-run --json", "--out", tmp_path / "b")
+    ran = cpu("bench --tasks !refusal --methods re*,caa --dry-run --json", "--out", tmp_path / "b")
     assert ran.code == 0
     assert ran.json["methods"] == ["random", "caa", "repe", "reps"]
     assert ran.json["cells"] == 4 * len(ran.json["tasks"])
     assert ran.json["seconds"] > 0
     assert "--data FOLDER" in ran.json["left_out"]["behaviours"]
+    assert "refusal" not in ran.json["left_out"]  # nobody asked for it
     assert not (tmp_path / "b").exists()
 
 
@@ -50,11 +51,13 @@ def test_a_run_a_page_and_the_same_again(cpu, tmp_path):
     again = cpu(f"{command} --json", "--out", tmp_path / "b")
     assert again.code == 0
     assert again.json == json.loads(results)
+    assert "3 cells, all of them done before" in cpu(command, "--out", tmp_path / "b").err
     assert (tmp_path / "b" / "page.html").read_bytes() == page
     assert (tmp_path / "b" / "results.json").read_bytes() == results
     other = cpu("bench --tasks no_comma --methods caa --nats 1 --items 5", "--out", tmp_path / "b")
     assert other.code == 2
-    assert "other settings" in other.err
+    assert "other settings (" in other.err
+    assert "items: 4 there and 5 now" in other.err
     foretold = cpu("forecast", tmp_path / "b")
     assert foretold.code == 2
     assert "needs both outcomes" in foretold.err

@@ -41,6 +41,12 @@ def told(one, **options):
         (found(BASE, row(1, 1, 0.1, ("empty",))), "1 of 6 blocks were tried: --layers all", "--strengths"),
         (found(*[BASE, *(row(n, 1, 0.2) for n in range(6))]), "trimtab methods", "--layers all"),
         (found(replace(BASE, score=0.95), row(1, 1, 0.9)), "95% comply already", "cut short"),
+        (found(BASE, row(1, 1, 0.5), row(2, 1, 0.6, ("empty",))), "2 of 6 blocks", "--strengths"),
+        (
+            found(BASE, row(1, 1, 0.5), held_out=HeldOut(5, 1.0, 1.0, Interval(0, 0, 0), ())),
+            "100% comply already",
+            "cut short",
+        ),
         (found(BASE, exhausted=True), "a larger --budget-tokens", "--strengths"),
         (
             found(BASE, row(1, 1, 0.5), held_out=HeldOut(3, 0.2, 0.2, Interval(0, -1, 1), ())),

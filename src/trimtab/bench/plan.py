@@ -177,6 +177,7 @@ def plan(settings: Settings) -> Plan:
         named = (*named, f"!{traits.MORE}")
     tasks = _chosen("task", named, {outline.name: (outline.name, outline.kind) for outline in available}, left_out)
     outlines = tuple(outline for outline in available if outline.name in tasks)
+    left_out = [(kind, why) for kind, why in left_out if _wants(settings.tasks, kind)]
     return Plan(settings, outlines, {n: r for n, r in known.items() if n in rows}, tuple(rows), tuple(left_out))
 
 
@@ -199,6 +200,15 @@ def _available(settings: Settings) -> tuple[list[Outline], list[tuple[str, str]]
     return outlines, left_out
 
 
+def _wants(patterns: Sequence[str], kind: str) -> bool:
+    """Whether a kind is among what was requested: only then it matters that it can't be had."""
+    named = [pattern for pattern in patterns if not pattern.startswith("!")]
+    without = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    return any(fnmatch.fnmatchcase(kind, pattern) for pattern in named or ["*"]) and not any(
+        fnmatch.fnmatchcase(kind, pattern) for pattern in without
+    )
+
+
 def _chosen(
     what: str, wanted: Sequence[str], known: Mapping[str, Sequence[str]], left_out: Sequence[tuple[str, str]] = ()
 ) -> set[str]:
@@ -208,6 +218,8 @@ def _chosen(
         without = pattern.startswith("!")
         pattern = pattern.removeprefix("!")
         mine = {name for name, called in known.items() if any(fnmatch.fnmatchcase(call, pattern) for call in called)}
+        if not mine and without and any(fnmatch.fnmatchcase(kind, pattern) for kind, _ in left_out):
+            continue  # what can't be had needs no leaving out
         if not mine:
             why = next((f"; {reason}" for kind, reason in left_out if kind == pattern), "")
             listed = ", ".join(dict.fromkeys(call for called in known.values() for call in reversed(called)))

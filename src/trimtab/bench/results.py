@@ -129,7 +129,7 @@ class Results:
             return ["nothing was measured: no method could act on any of the tasks"]
         best = self.methods[0] if self.methods else None
         if not better:
-            said.append(f"none of the {len(rows)} rows (a method on a task) is told from luck")
+            said.append(f"none of the {len(rows)} rows (a method on a task) can be told from luck")
         else:
             whole_text = sum(not row.cell.broken for row in heard)
             text = (
@@ -148,7 +148,8 @@ class Results:
         with_prompt = [task for task in self.tasks if PROMPT in task.prompted]
         if with_prompt:
             what = ", ".join(beaten) if beaten else "none"
-            said.append(f"at least as much as the prompt itself, on the {len(with_prompt)} tasks that have one: {what}")
+            count = f"{len(with_prompt)} task{'s' * (len(with_prompt) != 1)}"
+            said.append(f"at least as much as the prompt itself, on the {count} with one: {what}")
             deaf = [task.name for task in with_prompt if not task.prompted[PROMPT].better]
             if deaf:
                 said.append(f"the model doesn't do it when it is asked to, either, on: {', '.join(deaf)}")
@@ -204,6 +205,9 @@ def results_of(folder: str | Path) -> Results:
             row: _read(store, name, "method", row) for row in head["rows"] if store.done("cells", name, "method", row)
         }
         tasks.append(_task(store, name, about, by_method, halves, places))
+    if not tasks and all(name in left_out for name in head["tasks"]):
+        why = "; ".join(f"{name}: {left_out[name]}" for name in head["tasks"])
+        raise TrimtabError(f"{folder} has no results, as no task could be measured: {why}")
     if not tasks:
         raise TrimtabError(f"{folder} holds the beginning of a run, and no task of it is done; run it again to go on")
     results = Results(head, tuple(tasks), _standings(tasks, places), _agreement(halves), left_out)
@@ -358,10 +362,14 @@ def ranked(values: Sequence[float]) -> list[float]:
     return [sum(b < a for b in rounded) + (sum(b == a for b in rounded) - 1) / 2 for a in rounded]
 
 
+RANKED = 5
+"""From so many methods on an order is compared with another: of fewer, the same one comes about by chance too often."""
+
+
 def _agreement(halves: Sequence[Mapping[tuple[str, str], float]]) -> float | None:
-    """Spearman's correlation of the methods' mean places between the halves; `None` for fewer than three methods."""
+    """Spearman's correlation of the methods' mean places between the halves; `None` for too few methods."""
     both = sorted({method for method, _ in halves[0]} & {method for method, _ in halves[1]})
-    if len(both) < 3:
+    if len(both) < RANKED:
         return None
     sides = [[mean(v for (m, _), v in half.items() if m == method) for method in both] for half in halves]
     a, b = (np.array(ranked(side)) for side in sides)

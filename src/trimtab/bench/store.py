@@ -20,6 +20,25 @@ if TYPE_CHECKING:
 HEAD = "run.json"
 
 
+LONGEST = 60
+"""Letters of a setting that an error shows; what is longer is only named."""
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two runs differ in, each in words: a setting by its name, with what it was and what it is now."""
+    words = []
+    for key in sorted({**there, **now}):
+        before, after = there.get(key), now.get(key)
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            words += differences(before, after)
+        else:
+            pair = f"{json.dumps(before)} there and {json.dumps(after)} now"
+            words.append(f"{key}: {pair}" if len(pair) <= LONGEST else f"{key} differ")
+    return words
+
+
 class Store:
     """The folder of one run. `head` describes the run; a folder of another run is refused.
 
@@ -37,10 +56,10 @@ class Store:
         if path.is_file():
             if (stored := path.read_bytes()) != wanted:
                 there = json.loads(stored)
-                odd = [key for key in {**there, **head} if there.get(key) != json.loads(wanted).get(key)]
+                odd = ", ".join(differences(there, json.loads(wanted)))
                 raise TrimtabError(
-                    f"{folder} holds a run with other settings ({', '.join(sorted(odd))} differ): give the same"
-                    " settings to go on with it, or another folder"
+                    f"{folder} holds a run with other settings ({odd}): give the same settings to go on with it, or"
+                    " another folder"
                 )
         else:
             write_atomically(path, wanted)

@@ -118,7 +118,7 @@ def bench(
     from trimtab.bench import Settings, plan
     from trimtab.bench import bench as run
     from trimtab.bench.page import write_page
-    from trimtab.bench.plan import duration, speed_of, within
+    from trimtab.bench.plan import speed_of, within
 
     doses = tuple(numbers_of(nats, "--nats", "0.25,1,4"))
     settings = Settings(_names(methods), _names(tasks), doses, items, pairs, tokens, seed, data, lora, thorough)
@@ -141,10 +141,7 @@ def bench(
     if dry_run:
         _tell(made, speed, json)
         return
-    note(
-        f"{made.cells} cells, about {duration(speed.seconds(made.cost()))}; Ctrl-C stops, the same command goes on",
-        quiet=json,
-    )
+    note(_outlook(made, speed, out), quiet=json)
     for kind, why in made.left_out:
         note(f"without {kind}: {why}", quiet=json)
     with sigterm_interrupts(), progress_bar("benchmark", quiet=json) as progress:
@@ -226,6 +223,18 @@ def seconds_of(text: str) -> float:
 
 def _names(text: str | None) -> tuple[str, ...]:
     return () if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _outlook(made: Plan, speed: Speed, out: Path) -> str:
+    """How much there is to do, of which a run before may have done a part."""
+    from trimtab.bench.plan import duration
+
+    done = len(list((out / "cells").glob("*--method--*.json")))
+    if done >= made.cells:
+        return f"{made.cells} cells, all of them done before"
+    before = f", {done} of them done before" if done else ""
+    left = duration(speed.seconds(made.cost()) * (made.cells - done) / made.cells)
+    return f"{made.cells} cells{before}, about {left}; Ctrl-C stops, the same command goes on"
 
 
 def _items_before(out: Path) -> int | None:

@@ -24,13 +24,15 @@ def advice(result: Tuned, *, blocks: int, instruction: str | None, instructed: b
     lines = []
     if result.exhausted or not rows:
         lines.append("the search was cut short: give a larger --budget-tokens or --budget-minutes, or fewer --layers")
-    if base and base[0].score >= FOLLOWED:
+    followed = [base[0].score] if base else []
+    followed += [] if result.held_out is None else [result.held_out.unsteered]
+    if max(followed, default=0.0) >= FOLLOWED:
         tail = "; search --without-instruction, or on harder prompts" if instructed else "; search on harder prompts"
-        lines.append(f"without steering {base[0].score:.0%} comply already, which leaves little to gain{tail}")
+        lines.append(f"without steering {max(followed):.0%} comply already, which leaves little to gain{tail}")
     used = sorted({abs(row.setting.strength) for row in rows if row.setting})
     broken = [row for row in rows if row.broken]
     better = [row for row in rows if row.score > row.unsteered]
-    if used and any(row.broken for row in better):
+    if used and better and all(row.broken for row in better):
         lines.append(f"what complied broke the text: try smaller --strengths, such as {_list(used[:1], 0.25, 0.5)}")
     elif used and not broken:
         lines.append(f"no setting broke the text: try larger --strengths, such as {_list(used[-1:], 1.5, 2, 3)}")
