@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import re
+from typing import Any
 
 import pytest
 import tiny
@@ -158,3 +159,21 @@ def test_pictures_of_similarity() -> None:
     assert draw_similarity(layers, cosines, "one").startswith(PNG)
     layers, across, cosines = similarity_between(vectors(1), vectors(5, range(2)))
     assert draw_similarity(layers, cosines, "two", across=across, names=("a$b", "c_d")).startswith(PNG)
+
+
+def test_pictures_hold_their_legend_and_no_share_below_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plane is narrow, for four names beside each other; and a small share stands at the foot of its axis."""
+    from trimtab.evaluate.intervals import Interval
+    from trimtab.report import sweep
+
+    monkeypatch.setattr(sweep, "as_png", lambda figure: figure)
+    figure: Any = sweep.draw_planes({1: torch.randn(4, 2, 8)}, [("A", "B"), ("B", "A")] * 2, "a title")
+    figure.canvas.draw()
+    inside, (legend,) = figure.bbox, figure.legends
+    box = legend.get_window_extent()
+    assert inside.x0 <= box.x0 < box.x1 <= inside.x1
+    few = Interval(0.004, 0.001, 0.008)
+    drawn: Any = sweep.draw_sweep([sweep.Cell(1, strength, few) for strength in (-1.0, 1.0)], few, "a title", "mass")
+    bottom, top = drawn.axes[0].get_ylim()
+    assert -0.01 < bottom < 0
+    assert top - bottom == pytest.approx(sweep.SPAN)

@@ -49,9 +49,10 @@ def write_page(path: Path, results: Results) -> None:
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p class=soft>{escape(_facts(results))}. Every method is scaled until the 95th percentile of its divergence"
-        f" from the unsteered model is {escape(nats)} nats on prompts of the task, and then compared.</p>",
+        f" from the unsteered model is {escape(nats)} nat{'s' * (nats != '1')} on prompts of the task, and then"
+        " compared.</p>",
         "<div class=verdict><ul>" + "".join(f"<li>{escape(line)}" for line in results.words()) + "</ul></div>",
-        "<h2>Who is better where</h2>",
+        "<h2>Which is better where</h2>",
         "<p class=soft>The gain over the unsteered model, at each method's best divergence (in brackets, nats). ▲"
         " better than unsteered and than random directions, ▼ worse, ≈ no better than a random direction; without a"
         " mark it can't be told from luck. † the text is broken there. · it can't act on the task: see below.</p>",
@@ -73,10 +74,15 @@ def write_page(path: Path, results: Results) -> None:
     write_atomically(path, page.encode("utf-8", "backslashreplace"))
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def _facts(results: Results) -> str:
     about, settings = results.about, results.about["settings"]
     return (
-        f"{len(results.tasks)} tasks, {len(results.methods)} methods, up to {settings['items']} items a task,"
+        f"{_count(len(results.tasks), 'task')}, {_count(len(results.methods), 'method')}, up to"
+        f" {settings['items']} items a task,"
         f" {about['model'].get('dtype', '')}, seed {settings['seed']}, trimtab {about['versions'].get('trimtab', '')}"
     )
 

@@ -82,7 +82,10 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
     axes[0].set_ylabel(score)
     low, high = axes[0].get_ylim()
     if high - low < SPAN:
-        axes[0].set_ylim((low + high - SPAN) / 2, (low + high + SPAN) / 2)
+        bottom = (low + high - SPAN) / 2
+        if axes[0].dataLim.ymin >= 0:  # no room for what a share can't be
+            bottom = max(bottom, -SPAN / 50)
+        axes[0].set_ylim(bottom, bottom + SPAN)
     axes[0].legend(fontsize=8, frameon=False, ncols=1 if len(layers) < 6 else 2)
     axes[0].spines[["top", "right"]].set_visible(False)
     axes[0].grid(axis="y", alpha=0.25)
@@ -236,7 +239,8 @@ def draw_planes(activations: Mapping[int, Tensor], letters: Sequence[tuple[str, 
     for axis in list(axes.flat)[len(activations) :]:
         axis.set_axis_off()
     handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    beside = 4 if columns > 1 else 2  # one plane is narrower than four names
+    figure.legend(handles, names, loc="outside lower center", ncols=beside, fontsize=8, frameon=False)
     figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
     return as_png(figure)
 
