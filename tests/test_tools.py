@@ -162,6 +162,17 @@ def test_prose_is_found_and_code_is_not() -> None:
     ]
 
 
+def test_names_that_say_nothing_are_found_wherever_they_are_given(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(
+        "from x import given\ngiven(1)\none, two = 1, 2\nclass C:\n    told: int\n    def asked(self): ...\n"
+        "f = lambda found: [one for one in found]\nfor row in (told := 1), 2: ...\n"
+        "def g(*given): ...\nC().asked = C.told\n"
+    )
+    names = sorted((finding.line, finding.phrase) for finding in _tool("prose").vague_names(module))
+    assert names == [(3, "one"), (6, "asked"), (7, "found"), (7, "one"), (8, "told"), (9, "given")]
+
+
 def test_changes_of_the_public_api_are_found() -> None:
     griffe = pytest.importorskip("griffe")
     api = _tool("api")
