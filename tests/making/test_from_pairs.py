@@ -299,7 +299,7 @@ def test_other_positions_are_refused(lm: LM) -> None:
 def test_verdicts_without_a_system_prompt(changed: dict[str, Any], why: str) -> None:
     usual: dict[str, Any] = {
         "effect": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02), "p": 0.001, "questions": 20, "loops": 0.0,
-        "loops_before": 0.1, "perplexity": 1.2, "likelier": 0.4,
+        "loops_before": 0.1, "loops_p": 1.0, "perplexity": 1.2, "likelier": 0.4,
     }  # fmt: skip
     verdict = Verdict(**{**usual, **changed})
     assert (verdict.why_not == "") == verdict.holds == (not why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,6 +13,7 @@ from tiny import WIDTH, direction, prompt
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, load, make, save
 from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.decision import decide
 from trimtab.making import contrasts as contrasts_module
 from trimtab.making.candidates import FROM_LAST, candidates, distilled, distilling, mean_differences
 from trimtab.making.contrasts import Contrasts, check_enough, contrasts, hears_system, under
@@ -273,13 +275,18 @@ def test_no_answer_differs(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"p": 0.051}, "can't be told from luck, or from that of a random direction (p = 0.051)"),
         ({"p": 0.05}, ""),
         ({"effect": 0.05, "low": 0.02, "random": (0.0,)}, "less than 10%"),
-        ({"loops": 0.5}, "50% of its answers are repetitive"),
+        ({"loops": 0.45}, "45% of its answers are repetitive"),
+        (
+            {"loops": 0.25, "loops_p": 0.05},
+            "25% of its answers are repetitive, and 10% under the system prompt (p = 0.05)",
+        ),
+        ({"loops": 0.3, "loops_p": 0.06}, ""),
     ],
 )
 def test_verdicts(changed: dict[str, Any], why: str) -> None:
     usual: dict[str, Any] = {
         "effect": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02, -0.01), "p": 0.001, "questions": 20, "loops": 0.0,
-        "loops_before": 0.1, "perplexity": 1.2, "signs": (0.0, 1.0, 0.8),
+        "loops_before": 0.1, "loops_p": 1.0, "perplexity": 1.2, "signs": (0.0, 1.0, 0.8),
     }  # fmt: skip
     verdict = Verdict(**{**usual, **changed})
     assert verdict.holds == (not why)
@@ -288,3 +295,19 @@ def test_verdicts(changed: dict[str, Any], why: str) -> None:
     assert ("verdict: it works" in lines) == (not why)
     assert why in lines
     assert "random directions" in lines
+    assert ("caution" in lines) == (changed == {"loops": 0.3, "loops_p": 0.06})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "least", "most"),
+    [(0.1, 0.1, 0.0, 0.03), (0.55, 0.55, 0.0, 0.05), (0.1, 0.6, 0.9, 1.0), (0.3, 0.85, 0.93, 1.0)],
+)
+def test_how_often_repetition_alone_decides(before: float, after: float, least: float, most: float) -> None:
+    """Of steerings that repeat themselves no more than the prompt few are turned down; of those that do, most are."""
+    drawn, refused, runs = np.random.default_rng(0), 0, 400
+    for _ in range(runs):
+        mine, other = (drawn.random(20) < after).astype(float), (drawn.random(20) < before).astype(float)
+        more = decide(list(other), list(mine))
+        verdict = Verdict(0.7, 0.5, 0.9, (0.0,), 0.001, 20, more.after, more.before, more.p, 1.2)
+        refused += not verdict.holds
+    assert least <= refused / runs <= most
