@@ -30,7 +30,7 @@ from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, activity, compile_plan
 from trimtab.engines.transformers.positions import Pass, count_pads, count_steered, last_column, read_pass, states_of
-from trimtab.engines.transformers.steered_pass import SteeredPass, norm, norm_into
+from trimtab.engines.transformers.steered_pass import Steady, SteeredPass, norm, norm_into
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 
@@ -90,8 +90,8 @@ class Session:
         self._places: dict[Site, Place] = {}
         self._hooked: list[Site] = []  # the sites that have a hook
         self._hooks: Hooks | None = None  # those, with the decoder's
-        self._nothing: list[Tensor | None] = []  # as many as there are hooks
-        self._adds: list[Tensor | None] = []  # what each of them adds in this pass, where that is all
+        self._nothing: list[Steady | None] = []  # as many as there are hooks
+        self._steady_edits: list[Steady | None] = []  # what each of them does in this pass, where that is all
         self._called: list[int] = []  # how often each of their hooks was called in this pass
         self._deciding = False
         self._kept = 0  # how many columns, the last ones, logits are wanted of
@@ -171,7 +171,7 @@ class Session:
         if torch.compiler.is_compiling():
             raise UnsupportedError("a forward that is being compiled or exported can't be steered")
         self.ran = True
-        self._adds = self._nothing
+        self._steady_edits = self._nothing
         arguments = compat.bound(decoder, args, kwargs)
         resumed = self._fresh and self._resumed
         forward_pass = read_pass(decoder, arguments, self._outer_mask, self._reached)
@@ -186,7 +186,7 @@ class Session:
         self._measures = forward_pass.length > 1 or step.passes % STRIDE == 0
         step.passes += 1
         if step.steady and not self._measures and not torch.is_grad_enabled():
-            self._adds = step.steady
+            self._steady_edits = step.steady
         if self._measures:
             self._live = self._still_live(
                 forward_pass.ids if forward_pass.ids is not None else self._outer_ids, forward_pass.past
@@ -331,13 +331,13 @@ class Session:
         if self._measures:
             norm_into(lengths, x)
         lasting = step.index.shape[1] == 1 and not step.first and lengths.device == x.device
+        if lasting and not own and x is activations:
+            step.steady = step.steady or list(self._nothing)
+            step.steady[self._hooked.index(site)] = x.shape, prepared
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
             if lasting:
                 step.adds[site] = prepared[0][1]["vector"], lengths
-                if not own and x is activations:
-                    step.steady = step.steady or list(self._nothing)
-                    step.steady[self._hooked.index(site)] = prepared[0][1]["vector"]
         elif len(prepared) == 1 and prepared[0][0].in_place:
             factor = prepared[0][1]["factor"]
             if self._measures:
@@ -388,7 +388,8 @@ class Session:
         step, forward_pass = self._step, self._pass
         if self._foreign() or forward_pass is None:
             return
-        self._outer_mask, self._outer_seen, self._pass, self._adds = None, False, None, self._nothing
+        self._outer_mask, self._outer_seen, self._pass = None, False, None
+        self._steady_edits = self._nothing
         self._reached = forward_pass.stop
         if self._deciding or step is None:
             return
@@ -468,7 +469,7 @@ class Session:
         """Hooks on the decoder and at these sites, which are those that count from now on."""
         places = [(site, self._place(site)) for site in sites]
         self._hooked = list(sites)
-        self._adds = self._nothing = [None] * len(places)
+        self._steady_edits = self._nothing = [None] * len(places)
         if self._step is not None:
             self._step.steady = []
         decoder = self.layout.decoder
@@ -490,11 +491,15 @@ class Session:
         """A site's hook: count the call, and edit. What goes on from token to token is done here, at once."""
 
         def hook(activations: Tensor) -> Tensor | None:
-            vector = self._adds[number]
-            if vector is None or vector.shape != activations.shape or self._owner not in (None, get_ident()):
+            steady = self._steady_edits[number]
+            if steady is None or steady[0] != activations.shape or self._owner not in (None, get_ident()):
                 return self._at_site(number, site, activations)
             self._called[number] += 1
-            activations += vector
+            for stage, rows, active in steady[1]:
+                if stage.only_adds:
+                    activations += rows["vector"]
+                else:
+                    apply_to(stage, rows, active, activations)
             return None
 
         return hook
