@@ -171,7 +171,7 @@ def comparison_table(result: Audit) -> Table:
         values = [comparison.before, comparison.after, *([mended[comparison.name].after] if mended else [])]
         low, high = comparison.change.low, comparison.change.high
         table.add_row(
-            f"{MARKS[comparison.kind]} {comparison.name}",
+            f"{MARKS[comparison.kind]} {comparison.name}{' (nats)' * (comparison.unit == 'nats')}",
             *(f"{value:.0f}/{comparison.items}" if comparison.unit == "count" else f"{value:.2f}" for value in values),
             f"{comparison.change.estimate:+.2f} [{low:+.2f}, {high:+.2f}]",
             f"{comparison.p:.2g}" if comparison.p >= 0.001 else "<0.001",

@@ -122,7 +122,7 @@ def _words(measure: Measure, means: tuple[float, float], change: Interval, p: fl
     elif measure.unit == "nats":
         numbers = f"by {abs(change.estimate):.2g} nats per token [{change.low:+.2g}, {change.high:+.2g}]"
         if measure.check != "refusal":
-            numbers = f"{_times(change.estimate)} [{_times(change.low)}, {_times(change.high)}]"
+            numbers = f"by a factor of {_factor(change.estimate)} [{_factor(change.low)}, {_factor(change.high)}]"
     else:
         numbers = f"from {means[0]:.2f} to {means[1]:.2f} [{change.low:+.2f}, {change.high:+.2f}]"
     sure = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
@@ -132,8 +132,8 @@ def _words(measure: Measure, means: tuple[float, float], change: Interval, p: fl
     return said if kind != "hint" else f"perhaps {said}, not beyond chance among all comparisons"
 
 
-def _times(nats: float) -> str:
-    return f"{math.exp(min(nats, 700.0)):.2f} times"
+def _factor(nats: float) -> str:
+    return f"{math.exp(min(nats, 700.0)):.2f}"
 
 
 def _could(comparison: Comparison) -> str:
