@@ -88,7 +88,8 @@ def run(
         lm, items, steerings, mode, folder / f"{mode}-{fit}-{'one' if one_for_all else 'each'}-answers.jsonl", tokens
     )
     made = report(lm, "following-distilled", items, records, steerings, mode, {}, GAINS[mode])
-    made = replace(made, versions={**made.versions, "dtype": dtype, "fit": f"{fit}, {how.steps} steps of {how.rate:g}, seed {how.seed}"})
+    learned = f"{fit}, {how.steps} steps of {how.rate:g}, seed {how.seed}"
+    made = replace(made, versions={**made.versions, "dtype": dtype, "fit": learned})
     if mode == "without":
         return made
     scores = {arm: {r.item: r.scores["loose"] for r in records if r.arm == arm} for arm in ("said twice", "steered")}

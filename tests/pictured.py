@@ -34,7 +34,7 @@ def image(seed: int = 0, width: int = 20, height: int = 16) -> Any:
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
-def asked(*parts: Any, role: str = "user") -> list[dict[str, Any]]:
+def image_prompt(*parts: Any, role: str = "user") -> list[dict[str, Any]]:
     """One message of these texts and images."""
     content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
     return [{"role": role, "content": content}]

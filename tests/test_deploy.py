@@ -24,7 +24,7 @@ def options() -> dict[str, Any]:
 
     command: Any = typer.main.get_command(app)
     served = command.get_command(command.context_class(command), "serve")
-    return {name: one for one in served.params for name in one.opts if name.startswith("--")}
+    return {name: param for param in served.params for name in param.opts if name.startswith("--")}
 
 
 def test_the_environment_names_options() -> None:

@@ -79,9 +79,9 @@ def test_a_command_and_its_options_exist(program: Any, words: list[str]) -> None
 
     command, rest = program, list(words)
     while rest and hasattr(command, "get_command") and rest[0][:1] != "-":
-        found = command.get_command(command.context_class(command), rest[0])
-        assert found is not None, f"there is no command {rest[0]!r} in {words}"
-        command, rest = found, rest[1:]
+        subcommand = command.get_command(command.context_class(command), rest[0])
+        assert subcommand is not None, f"there is no command {rest[0]!r} in {words}"
+        command, rest = subcommand, rest[1:]
     if isinstance(command, Learn) and rest and rest[0] not in OWN_COMMAND:
         recipe = recipe_named(rest[0])
         if recipe is not None:
@@ -111,8 +111,10 @@ def test_names_and_keywords_exist(page: Path) -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and callable(names.get(node.func.id)):
                 parameters = inspect.signature(names[node.func.id]).parameters
                 if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                    asked = {keyword.arg for keyword in node.keywords} - {None}
-                    assert asked <= set(parameters), f"{page.name}: {node.func.id} takes no {asked - set(parameters)}"
+                    keywords = {keyword.arg for keyword in node.keywords} - {None}
+                    assert keywords <= set(parameters), (
+                        f"{page.name}: {node.func.id} takes no {keywords - set(parameters)}"
+                    )
 
 
 def test_every_page_with_code_is_run_or_says_why_not() -> None:
@@ -157,12 +159,12 @@ def _directer(lm: Any) -> dict[str, Any]:
 
 
 def _cast(lm: Any) -> dict[str, Any]:
-    def asked(about: str) -> list[str]:
+    def texts_on(about: str) -> list[str]:
         return [
             f"{how} {about}?" for how in ("Tell me about", "What is", "Who made", "Explain", "Why is there", "Describe")
         ]
 
-    texts = {"attacks": asked("a bomb"), "chats": asked("the weather"), "stories": asked("a fairy tale")}
+    texts = {"attacks": texts_on("a bomb"), "chats": texts_on("the weather"), "stories": texts_on("a fairy tale")}
     return {"lm": lm, "refusal": _shout(lm, "shout.safetensors"), **texts}
 
 

@@ -80,17 +80,17 @@ class Collected:
 @pytest.fixture(scope="module")
 def families() -> dict[str, set[str]]:
     """What is collected for `make test`, by this very process: what is imported already isn't imported again."""
-    found = Collected()
+    collected = Collected()
     files = {HERE / name.split("::")[0] for where in KEPT.values() for name in where}
     options = ["--collect-only", "-qq", "-m", "not long", "-p", "no:cacheprovider", "-p", "no:xdist"]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTEST_ADDOPTS", raising=False)
         patch.chdir(HERE.parent)
         environment = dict(os.environ)
-        code = pytest.main([*options, *map(str, sorted(files))], plugins=[found])
+        code = pytest.main([*options, *map(str, sorted(files))], plugins=[collected])
         assert dict(os.environ) == environment
     assert code == 0
-    return found.families
+    return collected.families
 
 
 @pytest.mark.parametrize("promise", KEPT)

@@ -25,12 +25,14 @@ PUBLIC = [getattr(trimtab, name) for name in trimtab.__all__]
 
 
 def takes_any(function: Any) -> bool:
-    return any(one.kind is one.VAR_KEYWORD for one in inspect.signature(function).parameters.values())
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values())
 
 
-FUNCTIONS = [one for one in PUBLIC if inspect.isfunction(one) and not takes_any(one)]
+FUNCTIONS = [function for function in PUBLIC if inspect.isfunction(function) and not takes_any(function)]
 MADE = [Pair, Edit, Steering, Rejection, ScaleScores, trimtab.Threshold, trimtab.Phrase, LM]
-OPERATIONS = [one for one in PUBLIC if inspect.isclass(one) and issubclass(one, trimtab.Operation)]
+OPERATIONS = [
+    operation for operation in PUBLIC if inspect.isclass(operation) and issubclass(operation, trimtab.Operation)
+]
 METHODS = ("encode", "spans", "next_logprobs", "project", "capture", "read", "check", "steered")
 
 
@@ -41,7 +43,7 @@ def lm() -> LM:
     return lm
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda public: public.__name__)
 def test_every_public_function_says_so(function: Any) -> None:
     with pytest.raises(KeywordError, match=f"{function.__name__} has no option 'enable_thinking': it is about"):
         function(enable_thinking=False)
@@ -50,7 +52,7 @@ def test_every_public_function_says_so(function: Any) -> None:
     assert not inspect.signature(function).parameters.keys() & {"args", "kwargs"}
 
 
-@pytest.mark.parametrize("kind", [*MADE, *OPERATIONS], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("kind", [*MADE, *OPERATIONS], ids=lambda public: public.__name__)
 def test_every_public_class_says_so(kind: Any) -> None:
     with pytest.raises(KeywordError, match=f"{kind.__name__} has no option 'zzzz'"):
         kind(zzzz=1)
@@ -109,7 +111,7 @@ def test_it_is_a_type_error_too_and_other_type_errors_stay(lm: LM) -> None:
     with pytest.raises(TypeError, match="missing"):
         trimtab.learn_caa()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="takes any keyword"):
-        keywords(lambda **given: given)
+        keywords(lambda **options: options)
     assert "it has none" in str(stray("f", "x", ()))
 
 
@@ -127,7 +129,7 @@ def test_a_warning_is_about_the_line_that_called() -> None:
     exec(compile(code, "inside.py", "exec"), inside)
     with pytest.warns(UserWarning, match="x") as caught:
         inside["outer"]()
-    assert [one.filename for one in caught] == [__file__]
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_learning_still_learns(lm: LM) -> None:

@@ -33,13 +33,13 @@ def pins(name: str, python: str) -> dict[str, Version]:
         "platform_python_implementation": "CPython",
         "implementation_name": "cpython",
     }
-    found: dict[str, Version] = {}
+    versions: dict[str, Version] = {}
     for line in re.findall(r"(?m)^([a-z0-9][^\\\n]*)", (ROOT / "requirements" / f"{name}.lock").read_text()):
         pin = Requirement(line)
         if pin.marker is None or pin.marker.evaluate(where):
-            assert pin.name not in found, f"{name}.lock has two versions of {pin.name} for Python {python}"
-            ((found[pin.name]),) = (Version(part.version) for part in pin.specifier)
-    return found
+            assert pin.name not in versions, f"{name}.lock has two versions of {pin.name} for Python {python}"
+            ((versions[pin.name]),) = (Version(part.version) for part in pin.specifier)
+    return versions
 
 
 def wanted(lines: list[str], python: str) -> Iterator[Requirement]:
@@ -55,8 +55,8 @@ def wanted(lines: list[str], python: str) -> Iterator[Requirement]:
 
 
 def requirement_of(name: str) -> Requirement:
-    (found,) = (one for one in map(Requirement, PROJECT["dependencies"]) if one.name == name)
-    return found
+    (requirement,) = (candidate for candidate in map(Requirement, PROJECT["dependencies"]) if candidate.name == name)
+    return requirement
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -120,6 +120,8 @@ def test_a_lock_names_versions_and_hashes_and_nothing_else(lock: Path) -> None:
 
 
 def test_peers_are_locked_as_asked() -> None:
-    asked = [line for line in (ROOT / "requirements/peers.in").read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in (ROOT / "requirements/peers.in").read_text().splitlines() if not line.startswith("#")]
     locked = pins("peers", NEWEST)
-    assert {one.name: str(one.specifier) for one in map(Requirement, asked)} == {n: f"=={v}" for n, v in locked.items()}
+    assert {requirement.name: str(requirement.specifier) for requirement in map(Requirement, lines)} == {
+        n: f"=={v}" for n, v in locked.items()
+    }

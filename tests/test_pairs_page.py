@@ -27,7 +27,7 @@ def test_every_key_and_every_way_to_read_is_there() -> None:
     for key in KEYS:
         assert f"`{key}`" in PAGE, key
     said = re.findall(r"^\| `([a-z]+(?::[^`]+)?)` \|", PAGE.split("## Where an answer is read")[1], re.MULTILINE)
-    assert [str(ReadAt.parse(one)) for one in said] == said == ["last", "answer", "first:8", "after:MARKER"]
+    assert [str(ReadAt.parse(rule)) for rule in said] == said == ["last", "answer", "first:8", "after:MARKER"]
 
 
 def test_the_methods_that_take_a_shape_are_named_beside_it() -> None:

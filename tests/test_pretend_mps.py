@@ -70,15 +70,15 @@ def test_the_next_token(monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings = torch.nn.Embedding(16, 4)
     model: Any = SimpleNamespace(get_input_embeddings=lambda: embeddings)
     choices = [next_token.Choice((1, 2, 3), 3, (4, 5)), next_token.Choice((1, 2, 6), 3, (7,))]
-    one, other = next_token.next_tokens(model, SimpleNamespace(), choices, Session(), [(), ()])  # type: ignore[arg-type]
+    first, second = next_token.next_tokens(model, SimpleNamespace(), choices, Session(), [(), ()])  # type: ignore[arg-type]
     wanted = logits[:, 0].double().log_softmax(-1)
-    assert one.logprobs == tuple(wanted[0, [4, 5]].tolist())
-    assert other.logprobs == (float(wanted[1, 7]),)
+    assert first.logprobs == tuple(wanted[0, [4, 5]].tolist())
+    assert second.logprobs == (float(wanted[1, 7]),)
 
 
 WIDENED = re.compile(r"""\.to\(\s*(?:device=)?["']cpu["'],\s*(?:dtype=)?torch\.float64""")
 
 
 def test_nothing_in_the_house_moves_and_widens_at_once() -> None:
-    found = [str(path) for path in sorted(ROOT.rglob("*.py")) if WIDENED.search(path.read_text())]
-    assert found == []
+    paths = [str(path) for path in sorted(ROOT.rglob("*.py")) if WIDENED.search(path.read_text())]
+    assert paths == []

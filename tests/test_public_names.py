@@ -33,7 +33,7 @@ def test_an_editor_knows_what_is_loaded() -> None:
 
     known = {}
     for overload in get_overloads(trimtab.LM.load):
-        given, made = overload.__annotations__["engine"], overload.__annotations__["return"]
-        known[given] = made
+        engine, made = overload.__annotations__["engine"], overload.__annotations__["return"]
+        known[engine] = made
     named = {f"Literal['{name}']": made.partition(":")[2] for name, made in ENGINES.items()}
     assert known == {"Literal['transformers']": "LM", **named, "str": "Any"}

@@ -48,8 +48,8 @@ def test_links_are_whole_addresses_of_what_is_there() -> None:
     own = r"https://(?:github\.com/trimtab/trimtab/(?:blob|tree)|raw\.githubusercontent\.com/trimtab/trimtab)/main/([^#]*)"
     for link in links:
         assert link.startswith("https://"), link
-        if found := re.match(own, link):
-            assert (ROOT / found[1]).exists(), link
+        if match := re.match(own, link):
+            assert (ROOT / match[1]).exists(), link
 
 
 def test_every_method_has_a_page() -> None:

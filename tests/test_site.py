@@ -92,4 +92,4 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     """A page that is read offline, or by somebody who wants no one to know, asks no other server for anything."""
     text = (site / "index.html").read_text()
     loaded = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?://[^"]+)"', text)
-    assert not [one for one in loaded if "canonical" not in one]
+    assert not [page for page in loaded if "canonical" not in page]

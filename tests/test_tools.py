@@ -83,10 +83,10 @@ class TestEnvironments:
         spec.loader.exec_module(module)
         (tmp_path / "requirements").mkdir()
         (tmp_path / "requirements/peers.lock").write_text("one==1")
-        module.ROOT, module.asked = tmp_path, []
+        module.ROOT, module.commands = tmp_path, []
 
         def install(python: Path, *arguments: Any) -> None:
-            module.asked.append(arguments)
+            module.commands.append(arguments)
             (tmp_path / "peers/one").write_text("")
 
         monkeypatch.setattr(module, "install", install)
@@ -94,10 +94,10 @@ class TestEnvironments:
 
     def test_an_unchanged_lock_installs_nothing(self, installed: Any, tmp_path: Path) -> None:
         installed.make("peers", tmp_path / "peers")
-        assert len(installed.asked) == 1
-        assert {"--no-deps", "--require-hashes"} <= set(installed.asked[0])
+        assert len(installed.commands) == 1
+        assert {"--no-deps", "--require-hashes"} <= set(installed.commands[0])
         installed.make("peers", tmp_path / "peers")
-        assert len(installed.asked) == 1
+        assert len(installed.commands) == 1
 
     def test_a_changed_lock_makes_it_anew(self, installed: Any, tmp_path: Path) -> None:
         installed.make("peers", tmp_path / "peers")
@@ -154,8 +154,23 @@ def _tool(name: str) -> Any:
 def test_prose_is_found_and_code_is_not() -> None:
     prose = _tool("prose")
     page = "Nothing\nfalls\napart.\n\n```sh\nfalls apart\n```\n`falls apart`\nIt falls apart-time, and falls apart."
-    found = list(prose.phrases(ROOT / "page.md", 1, prose.without_code(page)))
-    assert [(one.line, one.phrase) for one in found] == [(2, "falls apart"), (9, "falls apart"), (9, "falls apart")]
+    findings = list(prose.phrases(ROOT / "page.md", 1, prose.without_code(page)))
+    assert [(finding.line, finding.phrase) for finding in findings] == [
+        (2, "falls apart"),
+        (9, "falls apart"),
+        (9, "falls apart"),
+    ]
+
+
+def test_names_that_say_nothing_are_found_wherever_they_are_given(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(
+        "from x import given\ngiven(1)\none, two = 1, 2\nclass C:\n    told: int\n    def asked(self): ...\n"
+        "f = lambda found: [one for one in found]\nfor row in (told := 1), 2: ...\n"
+        "def g(*given): ...\nC().asked = C.told\n"
+    )
+    names = sorted((finding.line, finding.phrase) for finding in _tool("prose").vague_names(module))
+    assert names == [(3, "one"), (6, "asked"), (7, "found"), (7, "one"), (8, "told"), (9, "given")]
 
 
 def test_changes_of_the_public_api_are_found() -> None:

@@ -83,8 +83,8 @@ def test_the_recipe_fits_its_function(package: None) -> None:
 
     recipe = recipe_named("without")
     assert recipe is not None
-    given = inspect.signature(recipe.load()).parameters
-    assert all(given[option.name].default == option.default for option in recipe.options)
+    parameters = inspect.signature(recipe.load()).parameters
+    assert all(parameters[option.name].default == option.default for option in recipe.options)
 
 
 def test_it_is_not_there_without_its_package() -> None:

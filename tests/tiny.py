@@ -204,10 +204,10 @@ def _is_clamp(edit: Edit) -> bool:
 def naive_projections(edits: Sequence[Edit], x: Tensor) -> Tensor:
     """The nearest activation at which every projection has changed by what its edit asks for (least squares)."""
     u = torch.stack([edit.operation.direction.to(x.dtype) for edit in edits])
-    return x + torch.linalg.pinv(u) @ torch.stack([_asked(edit, x) for edit in edits])
+    return x + torch.linalg.pinv(u) @ torch.stack([_operation_of(edit, x) for edit in edits])
 
 
-def _asked(edit: Edit, x: Tensor) -> Tensor:
+def _operation_of(edit: Edit, x: Tensor) -> Tensor:
     operation = edit.operation
     gap = getattr(operation, "target", 0.0) - torch.dot(x, operation.direction.to(x.dtype))
     if getattr(operation, "one_sided", False) and gap < 0:
@@ -226,7 +226,7 @@ def naive_edit(edit: Edit, x: Tensor) -> Tensor:
     elif isinstance(operation, Add):
         new = x + s * v
     elif isinstance(operation, SetProjection):
-        new = x + _asked(edit, x) * v
+        new = x + _operation_of(edit, x) * v
     elif isinstance(operation, Ablate):
         new = x - s * torch.dot(x, v) * v
     elif isinstance(operation, Rotate) and operation.angle is None and not operation.one_sided:

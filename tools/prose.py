@@ -4,7 +4,7 @@
 
 It reads the pages of the documentation, the help of the commands, and the docstrings of the public names, and prints
 each such phrase with what to write instead. It exits with 1 if it finds any. Code is left out. Add a phrase to
-`PHRASES` when you have replaced it everywhere.
+`PHRASES` when you have replaced it everywhere. Of code, tests included, it checks that no name is in `VAGUE`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ PHRASES = {
 }
 """Each a regular expression of whole words, and what to write instead."""
 
+CODE = ("src/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "tools/*.py", "examples/**/*.py")
+VAGUE = {"one", "found", "told", "given", "asked"}
+"""What no variable, parameter or function is called: these say nothing about what they hold."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -108,6 +112,23 @@ def texts(path: Path, names: set[str]) -> Iterator[tuple[int, str]]:
                     yield part.value.lineno, str(part.value.value)
 
 
+def vague_names(path: Path) -> Iterator[Finding]:
+    """The names in `VAGUE` that a module uses. A field that is only declared may be: it is read as an attribute."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    declared = [node.target for node in nodes if isinstance(node, ast.AnnAssign) and node.value is None]
+    for node in nodes:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node not in declared:
+            name = node.id
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = node.name
+        else:
+            continue
+        if name in VAGUE:
+            yield Finding(path, node.lineno, name, "a name that says what it holds")
+
+
 def everything() -> Iterator[Finding]:
     """The phrases on all pages, and in all that is shown of the package."""
     for page in sorted({page for pattern in PAGES for page in ROOT.glob(pattern)}):
@@ -117,6 +138,8 @@ def everything() -> Iterator[Finding]:
     for module in sorted(PACKAGE.rglob("*.py")):
         for line, text in texts(module, names):
             yield from phrases(module, line, without_code(text))
+    for module in sorted({module for pattern in CODE for module in ROOT.glob(pattern)}):
+        yield from vague_names(module)
 
 
 def main() -> int:

@@ -103,8 +103,8 @@ def done(lm, tmp_path_factory):
 
 
 def test_what_was_planted_is_found_and_what_does_nothing_is_not(done):
-    _, found = done
-    (task,) = found.tasks
+    _, report = done
+    (task,) = report.tasks
     rows = {row.method: row for row in task.rows}
     assert rows["planted"].cell.verdict == "better"
     assert rows["planted"].cell.decision.after > task.unsteered
@@ -112,8 +112,8 @@ def test_what_was_planted_is_found_and_what_does_nothing_is_not(done):
     assert rows["planted"].cell.orthogonal <= 0.05
     assert "text" in rows["planted"].cell.sides
     assert rows["nothing"].cell.verdict != "better"
-    assert found.methods[0].method == "planted"
-    assert any("better on most tasks (1): planted" in line for line in found.words())
+    assert report.methods[0].method == "planted"
+    assert any("better on most tasks (1): planted" in line for line in report.words())
 
 
 def test_methods_that_cannot_act_are_listed_with_the_reason(done):
@@ -127,12 +127,12 @@ def test_methods_that_cannot_act_are_listed_with_the_reason(done):
 
 
 def test_every_strength_has_the_divergence_that_was_asked_for(lm, done):
-    _, found = done
+    _, report = done
     base = reference(lm, [prompt(300 + n, 5) for n in range(4)], tokens=16)
-    for row in found.tasks[0].rows:
+    for row in report.tasks[0].rows:
         for cell in row.cells:
             assert cell.reached == pytest.approx(cell.nats, rel=0.1)
-    planted = next(row for row in found.tasks[0].rows if row.method == "planted")
+    planted = next(row for row in report.tasks[0].rows if row.method == "planted")
     steering = learn_planted(lm, PAIRS)
     for cell in planted.cells:
         assert divergence(lm, cell.factor * steering, base).p95 == pytest.approx(cell.reached, rel=1e-3)
@@ -160,7 +160,7 @@ class Elsewhere(LM):
     """The same model on an engine that knows no random directions."""
 
     engine = "elsewhere"
-    asked = 0
+    calls = 0
 
     def check(self, steering, *, transfer=False):
         if steering.card.method == "nothing":
@@ -168,7 +168,7 @@ class Elsewhere(LM):
         super().check(steering, transfer=transfer)
 
     def generate(self, *args, **kwargs):
-        self.asked += 1
+        self.calls += 1
         return super().generate(*args, **kwargs)
 
 
@@ -176,13 +176,13 @@ def test_answers_may_come_from_another_engine(lm, done, tmp_path):
     """What it can run is what it would be here; what it can't is left out with the reason, and so is no other model."""
     answering = Elsewhere(lm.model, lm.tokenizer, name=lm.name)
     rows = ("random", "nothing", "planted")
-    found = bench(lm, planned(rows), tmp_path, answering=answering)
+    report = bench(lm, planned(rows), tmp_path, answering=answering)
     here, there = files(done[0]), files(tmp_path)
     cells = [name for name in there if name.startswith("cells/") and "nothing" not in name]
     assert len(cells) >= 6  # three arms, the task, two methods
     assert all(here[name] == there[name] for name in cells)
-    assert answering.asked > 3
-    assert found.tasks[0].left_out["nothing"] == "the elsewhere engine can't do nothing"
+    assert answering.calls > 3
+    assert report.tasks[0].left_out["nothing"] == "the elsewhere engine can't do nothing"
     assert json.loads(there["run.json"])["answers"]["engine"] == "elsewhere"
     with pytest.raises(TrimtabError, match="answers differ"):
         bench(lm, planned(rows), tmp_path)
@@ -200,9 +200,9 @@ def test_what_was_learned_in_part_only_is_not_kept(lm, tmp_path):
 def test_a_task_that_cannot_be_measured_is_left_out_with_the_reason(lm, tmp_path):
     long = Outline("too long", "mine", 4, Cost(), Cost(), 1.0, too_long)
     whole = planned(("random", "planted"))
-    found = bench(lm, replace(whole, outlines=(long, *whole.outlines)), tmp_path)
-    assert [task.name for task in found.tasks] == ["says it"]
-    assert "tokens" in found.left_out["too long"]
+    report = bench(lm, replace(whole, outlines=(long, *whole.outlines)), tmp_path)
+    assert [task.name for task in report.tasks] == ["says it"]
+    assert "tokens" in report.left_out["too long"]
 
 
 def too_long(lm, store, count):
@@ -258,8 +258,8 @@ def test_every_method_of_the_registry_says_what_it_learns_from_or_why_not():
     answers = tuple(Pair("w1 w2", "w3 w4", p, "answers") for p in ASKED)
     full = Lessons({"prompts": prompts, "answers": answers}, ("w5",), ("w6",), ("w7", "w8"), {"system": "w9"})
     for recipe in recipes().values():
-        given = inputs_for(recipe, full, 0)
-        assert isinstance(given, str) == (recipe.name == "tda")
+        inputs = inputs_for(recipe, full, 0)
+        assert isinstance(inputs, str) == (recipe.name == "tda")
     bare = Lessons({"letters": ()})
     reasons = {name: inputs_for(recipe, bare, 0) for name, recipe in recipes().items()}
     assert all(isinstance(reason, str) for name, reason in reasons.items() if name != "random")
@@ -275,12 +275,15 @@ def test_unknown_methods_and_tasks_are_named():
 
 
 def test_patterns_choose_and_the_control_is_always_there():
-    found = plan(Settings(methods=("re*",), tasks=("traits",)))
-    assert found.rows == ("random", "repe", "reps")
-    assert {one.kind for one in found.outlines} == {"traits"}
+    filtered = plan(Settings(methods=("re*",), tasks=("traits",)))
+    assert filtered.rows == ("random", "repe", "reps")
+    assert {outline.kind for outline in filtered.outlines} == {"traits"}
     some = plan(Settings(methods=("re*", "!reps"), tasks=("traits", "!p*")))
     assert some.rows == ("random", "repe")
-    assert {one.name for one in found.outlines} - {one.name for one in some.outlines} == {"pirate", "poetic"}
+    assert {outline.name for outline in filtered.outlines} - {outline.name for outline in some.outlines} == {
+        "pirate",
+        "poetic",
+    }
     with pytest.raises(TrimtabError, match="no task is left"):
         plan(Settings(tasks=("pirate", "!pirate")))
 

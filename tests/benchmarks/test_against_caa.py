@@ -82,14 +82,16 @@ def test_a_run_tests_what_was_best_on_other_questions_and_goes_on(
     assert set(shares) == {CAA, "SADI, heads", "SADI, neurons", "SADI, hidden"}
     assert len(set(shares["SADI, heads"].values())) == 4
     held = max(shares["SADI, heads"], key=lambda name: shares["SADI, heads"][name])
-    found = {(line.case, line.metric): line for line in first.results}
+    results = {(line.case, line.metric): line for line in first.results}
     case = f"two (n=5): SADI, heads ({held})"
-    caa = next(case for case, _ in found if case.startswith("two (n=5): CAA"))
+    caa = next(case for case, _ in results if case.startswith("two (n=5): CAA"))
     share = "right letter's share"
-    plain = found[f"two (n=5): {UNSTEERED}", share].value
-    assert found[case, f"{share}, minus unsteered"].value == pytest.approx(found[case, share].value - plain)
-    assert found[case, f"{share}, minus CAA"].value == pytest.approx(found[case, share].value - found[caa, share].value)
-    assert found[case, share].value != pytest.approx(plain)
+    plain = results[f"two (n=5): {UNSTEERED}", share].value
+    assert results[case, f"{share}, minus unsteered"].value == pytest.approx(results[case, share].value - plain)
+    assert results[case, f"{share}, minus CAA"].value == pytest.approx(
+        results[case, share].value - results[caa, share].value
+    )
+    assert results[case, share].value != pytest.approx(plain)
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("this was done already")

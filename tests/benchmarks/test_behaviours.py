@@ -62,8 +62,8 @@ def test_what_is_learned_from_is_balanced_and_apart_from_what_is_tested(data: Pa
     assert (parts.shared, parts.excluded) == (1, 1)
     for part in (parts.learn, parts.held_out):
         assert sum(item.matching == "A" for item in part) * 2 == len(part)
-    asked = [{stem(item.question) for item in part} for part in (parts.learn, parts.held_out, parts.test)]
-    assert sum(map(len, asked)) == len(set.union(*asked)) == 20
+    stems = [{stem(item.question) for item in part} for part in (parts.learn, parts.held_out, parts.test)]
+    assert sum(map(len, stems)) == len(set.union(*stems)) == 20
     assert read(data / "caa" / "refusal", None, 8, 6) == parts
     assert len(read(data / "caa" / "refusal", 3, 8, 6).test) == 3
     assert stem("Why so?\n\nChoices:\n (A) x\n (B) y") == stem("Why so?\n (A) z") == "Why so?"
@@ -102,10 +102,10 @@ def test_a_run_leaves_tables_and_goes_on(data: Path, tmp_path: Path, monkeypatch
     first = run(None, data, folder, *arguments)
     names = {path.name for path in folder.iterdir()}
     assert {"tables.md", "refusal-layers.png", "refusal-test.png", "refusal.safetensors", "mmlu.jsonl"} <= names
-    found = {(result.metric): result for result in first.results if result.case.startswith("refusal, layer")}
-    assert {f"p(matching) at {s}" for s in ("-2", "-1", "+0", "+1", "+2")} <= set(found)
-    assert found["change at +2"].value == pytest.approx(
-        found["p(matching) at +2"].value - found["p(matching) at +0"].value
+    results = {(result.metric): result for result in first.results if result.case.startswith("refusal, layer")}
+    assert {f"p(matching) at {s}" for s in ("-2", "-1", "+0", "+1", "+2")} <= set(results)
+    assert results["change at +2"].value == pytest.approx(
+        results["p(matching) at +2"].value - results["p(matching) at +0"].value
     )
     tables = (folder / "tables.md").read_text()
     assert "matching refuses" in tables
@@ -128,8 +128,8 @@ def test_trained_vectors_and_both_orders(data: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(behaviours, "TOKENS", 2)
     monkeypatch.setattr(behaviours, "TRAINED_STEPS", 2)
     report = run(None, data, tmp_path / "run", None, 8, 6, 1, 4, learner="bipo", both_orders=True)
-    found = {r.metric: r for r in report.results if r.case == "refusal, layers 0 to 3, 6 questions"}
-    assert {"p(matching) at +2", "change at +2, random", "monotone"} <= set(found)
+    results = {r.metric: r for r in report.results if r.case == "refusal, layers 0 to 3, 6 questions"}
+    assert {"p(matching) at +2", "change at +2, random", "monotone"} <= set(results)
     assert load_steering(tmp_path / "run" / "refusal-bipo.safetensors").card.method == "bipo"
     parts = read(data / "caa" / "refusal", None, 8, 6).in_both_orders()
     assert (len(parts.test), parts.questions, len(parts.learn)) == (12, 6, 16)

@@ -41,11 +41,11 @@ def task(moments: Any) -> Task:
 def test_the_search_with_the_better_score_counts() -> None:
     settings = [Setting(3, 1.0, "all-but-first", "project"), Setting(2, 4.0, "opening:8", "add")]
     none = Choice(None, "none", 1, 1, 0.9)  # what it scored isn't what it steers
-    one, two = (Choice(setting, "", 1, 1, score) for setting, score in zip(settings, (0.5, 0.75), strict=True))
-    assert better([none, one]) is one
-    assert better([one, two]) is two
-    assert better([two, one]) is two
-    assert better([one, Choice(settings[1], "", 1, 1, 0.5)]) is one
+    lower, higher = (Choice(setting, "", 1, 1, score) for setting, score in zip(settings, (0.5, 0.75), strict=True))
+    assert better([none, lower]) is lower
+    assert better([lower, higher]) is higher
+    assert better([higher, lower]) is higher
+    assert better([lower, Choice(settings[1], "", 1, 1, 0.5)]) is lower
     assert better([none, Choice(None, "also none", 1, 1, 1.0)]) is none
 
 
@@ -69,13 +69,13 @@ def test_the_next_best_gets_its_turn(lm: Any, task: Task, finalists: int, monkey
     calls = []
 
     def search(candidates: Any, names: Any, trial: Any, *, rungs: Any, **rest: Any) -> Tuned:
-        calls.append(([one.setting for one in candidates], tuple(rungs)))
+        calls.append(([candidate.setting for candidate in candidates], tuple(rungs)))
         first = len(calls) == 1
         rows = [Tried(None, SEARCH_QUERIES, 0.2, 0.2, 0.0, 2.0, ())]
         scores = (0.9, 0.6, 0.2)[:finalists]
         rows += [
-            Tried(one.setting, SEARCH_QUERIES, score, 0.2, 0.1, 2.0, ())
-            for one, score in zip(candidates, scores, strict=False)
+            Tried(candidate.setting, SEARCH_QUERIES, score, 0.2, 0.1, 2.0, ())
+            for candidate, score in zip(candidates, scores, strict=False)
         ]
         held = HeldOut(8, 0.7, 0.1, None, ("perplexity too high",) if first else ())
         setting = None if first else candidates[0].setting

@@ -38,6 +38,6 @@ def test_the_naive_form_gives_the_same_tokens() -> None:
     lm = tiny.tiny("llama", seed=2)
     for seed in range(4):
         text = tiny.prompt(seed, 11)
-        one = EmphasizedPrompt(text, " ".join(text.split()[6:9]))
-        (answer,) = lm.generate(text, emphasize=one.instruction, rejection=Rejection(), max_new_tokens=10)
-        assert naive(lm, one, 10)[0] == list(answer.token_ids)
+        emphasized = EmphasizedPrompt(text, " ".join(text.split()[6:9]))
+        (answer,) = lm.generate(text, emphasize=emphasized.instruction, rejection=Rejection(), max_new_tokens=10)
+        assert naive(lm, emphasized, 10)[0] == list(answer.token_ids)

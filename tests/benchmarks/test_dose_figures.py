@@ -20,9 +20,9 @@ def test_the_middle_of_the_layers():
 
 
 def test_a_dose_that_tells_broken_from_whole():
-    told = [(0.1, False), (0.3, False), (0.5, True), (0.9, True)]
-    assert area(told) == 1
-    assert best(told) == (0.4, 0)
+    measured = [(0.1, False), (0.3, False), (0.5, True), (0.9, True)]
+    assert area(measured) == 1
+    assert best(measured) == (0.4, 0)
     mixed = [(0.1, False), (0.6, False), (0.5, True), (0.9, True), (0.2, False)]
     assert area(mixed) == pytest.approx(5 / 6)
     assert best(mixed)[1] == 1
@@ -33,19 +33,22 @@ def test_a_dose_that_tells_broken_from_whole():
 
 def test_every_arm_is_answered_read_and_summed_up():
     lm = tiny("llama")
-    asked = [prompt(seed, 5) for seed in range(3)]
+    prompts = [prompt(seed, 5) for seed in range(3)]
 
     def arm(layers, strength):
         edits = tuple(Edit(Site(layer), Add(strength * direction(layer)), Positions.all()) for layer in layers)
-        return Arm("planted", False, len(layers), Steering(edits), asked)
+        return Arm("planted", False, len(layers), Steering(edits), prompts)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", DoseWarning)
-        cells = measure(lm, [arm([1], 0.0001), arm([1, 2], 300.0)], asked, 8)
+        cells = measure(lm, [arm([1], 0.0001), arm([1, 2], 300.0)], prompts, 8)
     assert [len(cell.doses) for cell in cells] == [1, 2]
     assert cells[0].broken == ()
     assert cells[0].perplexity == pytest.approx(1, abs=0.05)
     assert max(cells[1].doses) > 1
-    found = results_of([*cells, Cell(cells[0].arm, (0.5,), ("perplexity too high: 9",), 4.0, 0.0)])
-    assert {one.case for one in found} >= {"planted, 1 layer, root of squares 0.00", "learned as differences, 3 cells"}
-    assert any(one.metric == "perplexity over unsteered (perplexity too high)" for one in found)
+    results = results_of([*cells, Cell(cells[0].arm, (0.5,), ("perplexity too high: 9",), 4.0, 0.0)])
+    assert {result.case for result in results} >= {
+        "planted, 1 layer, root of squares 0.00",
+        "learned as differences, 3 cells",
+    }
+    assert any(result.metric == "perplexity over unsteered (perplexity too high)" for result in results)

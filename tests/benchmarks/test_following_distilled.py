@@ -27,7 +27,7 @@ def test_prompts_with_the_same_instruction_share_a_steering() -> None:
     assert (title.name, title.file) == ("detectable_format:title", "detectable-format-title.safetensors")
     bullets = [instance_of(item("detectable_format:number_bullet_lists", num_bullets=n)) for n in (3, 3, 4)]
     assert bullets[0] == bullets[1] != bullets[2]
-    assert len({one.file for one in bullets}) == 2
+    assert len({bullet.file for bullet in bullets}) == 2
 
 
 def test_more_highlights_than_asked_for_serve() -> None:
@@ -42,12 +42,12 @@ def test_a_language_goes_by_its_name() -> None:
 
 
 def test_the_steering_for_all_is_learned_from_prompts_of_all_types() -> None:
-    asked = prompts_of_all_types(PROMPTS)
-    assert len(asked) == PROMPTS
-    counts = Counter(kind for kind, _ in asked.values())
+    prompts = prompts_of_all_types(PROMPTS)
+    assert len(prompts) == PROMPTS
+    counts = Counter(kind for kind, _ in prompts.values())
     assert set(counts) == set(instruction_types()) - {"combination:repeat_prompt"}
     assert max(counts.values()) - min(counts.values()) <= 1
-    for query, (kind, arguments) in asked.items():
+    for query, (kind, arguments) in prompts.items():
         assert isinstance(follows(kind, arguments, query, loose=True), bool)  # its arguments are those of the check
 
 

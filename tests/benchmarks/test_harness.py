@@ -55,8 +55,8 @@ def test_a_summary_is_the_median_with_its_spread() -> None:
     result = summarized("c", "m", "ratio", [float(i) for i in range(11)], Target(5.0))
     assert (result.low, result.value, result.high) == (1.0, 5.0, 9.0)
     assert result.holds
-    one = summarized("c", "m", "ratio", [2.0])
-    assert (one.low, one.value, one.high, one.holds) == (2.0, 2.0, 2.0, None)
+    single = summarized("c", "m", "ratio", [2.0])
+    assert (single.low, single.value, single.high, single.holds) == (2.0, 2.0, 2.0, None)
 
 
 @pytest.mark.parametrize(("target", "holds"), [(Target(1.0), True), (Target(1.0, at_least=False), True)])
@@ -106,8 +106,8 @@ def test_check_fails_on_a_missed_target(
 
 
 def test_the_command_is_told_without_where_its_results_go() -> None:
-    told = cli._that_matter(["static", "--json", "/x/y.json", "--rounds", "3", "--markdown", "--check", "--json=z"])
-    assert told == ["static", "--rounds", "3"]
+    kept = cli._that_matter(["static", "--json", "/x/y.json", "--rounds", "3", "--markdown", "--check", "--json=z"])
+    assert kept == ["static", "--rounds", "3"]
 
 
 def test_help_lists_the_benchmarks() -> None:

@@ -63,14 +63,14 @@ def test_an_opened_gate_reads_what_it_did() -> None:
 
 
 def test_each_is_compared_with_its_neighbour_in_time(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
+    batches: list[int] = []
     cases = [Case("caa", f"case {n}", Steering()) for n in range(4)]
     monkeypatch.setattr(methods, "_generate", lambda *_: None)
 
     def timed(_lm: LM, batch: int, steering: Steering | None, tokens: int) -> object:
         """Unsteered runs take 2 and then 8 ms, steered ones 4."""
-        told.append(batch)
-        number = 2.0 if not told[1:] else 8.0
+        batches.append(batch)
+        number = 2.0 if not batches[1:] else 8.0
         return lambda: 4.0 if steering is not None else number
 
     monkeypatch.setattr(methods, "_timed", timed)
@@ -80,7 +80,7 @@ def test_each_is_compared_with_its_neighbour_in_time(lm: LM, monkeypatch: pytest
     assert values == [0.5, 0.5, 0.5, 2.0]
     assert results["case 3 (residual), batch 16", ratio].holds
     assert not results["case 0 (residual), batch 16", ratio].holds
-    assert set(told) == {16}
+    assert set(batches) == {16}
 
 
 def test_a_run_has_times_and_memories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,13 +93,13 @@ def test_a_run_has_times_and_memories(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr(methods, "peak_of", peak)
     report = run([1, 2], 1, 3, ["caa", "actadd"], memory=True)
-    assert {one.case for one in report.results} == {
+    assert {result.case for result in report.results} == {
         *(f"{name}, batch {batch}" for batch in (1, 2) for name in ("unsteered", "caa (residual)", "actadd (residual)"))
     }
-    found = {(one.case, one.metric): one.value for one in report.results}
-    assert found["caa (residual), batch 2", "peak memory / unsteered"] == pytest.approx(1.01)
-    assert found["caa (residual), batch 2", "time a token"] > 0
-    assert [one is None for one in seen] == [True, False, False] * 2
+    values = {(result.case, result.metric): result.value for result in report.results}
+    assert values["caa (residual), batch 2", "peak memory / unsteered"] == pytest.approx(1.01)
+    assert values["caa (residual), batch 2", "time a token"] > 0
+    assert [steering is None for steering in seen] == [True, False, False] * 2
     json.dumps(report.to_json())
     with pytest.raises(TrimtabError, match="no method 'cba' to measure"):
         run([1], 1, 3, ["cba"], memory=False)

@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
     harmful = [prompt(1000 + i, 4 + i % 3) for i in range(30)]
     rows = {
-        "advbench/harmful_behaviors.csv": [{"goal": one, "target": "w3"} for one in harmful],
+        "advbench/harmful_behaviors.csv": [{"goal": goal, "target": "w3"} for goal in harmful],
         "xstest/xstest_prompts.csv": [
             {"prompt": prompt(2000 + i, 5), "label": "safe" if i % 2 else "unsafe"} for i in range(12)
         ],
@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> Path:
             writer.writeheader()
             writer.writerows(listed)
     others = [*harmful[:4], *(prompt(4000 + i, 6) for i in range(6))]  # four of them are AdvBench's
-    (folder / "refusal/jailbreakbench.json").write_text(json.dumps([{"instruction": one} for one in others]))
+    (folder / "refusal/jailbreakbench.json").write_text(json.dumps([{"instruction": text} for text in others]))
     tasks = [{"prompt_without_instruction": prompt(5000 + i, 6)} for i in range(20)]
     (folder / "ifeval/without_instructions.jsonl").write_text("\n".join(map(json.dumps, tasks)))
     mmlu = [
@@ -69,7 +69,7 @@ def test_no_request_is_in_two_parts(data: Path, lm: LM) -> None:
     parts = read(data, 12, 10, 5, 4)
     tests = [item.prompt for items in parts.tests.values() for item in items]
     every = [*parts.harmful, *parts.harmless, *(item.prompt for item in parts.tune)]
-    every += [one for others in parts.others.values() for one in others]
+    every += [text for others in parts.others.values() for text in others]
     assert len({*every, *parts.tests["AdvBench"]}) == len([*every, *parts.tests["AdvBench"]])
     assert not set(tests) & set(every)
     assert (len(parts.harmful), len(parts.harmless), len(parts.tune)) == (8, 8, 8)
@@ -90,14 +90,14 @@ def test_a_run_answers_as_the_gated_steerings_themselves_do(
     arms = benchmark.arms_of(lm, parts, chosen, folder)
     assert set(arms) == {UNSTEERED, VECTOR, RANDOM, CAST, BORROWED, ALIGNER, REJECTED}
     items = parts.tests["AdvBench"]
-    found = benchmark.answers(lm, items, arms, folder, "AdvBench", TOKENS)
+    answered = benchmark.answers(lm, items, arms, folder, "AdvBench", TOKENS)
     opened = set()
     for name, arm in arms.items():
         prompts = [item.prompt for item in items]
         there = lm.generate(prompts, arm.steering, max_new_tokens=TOKENS, rejection=arm.rejection)
-        assert [found[name][item.item].answer for item in items] == [one.text for one in there]
+        assert [answered[name][item.item].answer for item in items] == [answer.text for answer in there]
         if name == CAST:
-            opened = {bool(one.applied.edits) for one in there}
+            opened = {bool(answer.applied.edits) for answer in there}
     assert opened == {True, False}
     lines = {(line.case, line.metric): line for line in first.results}
     share = lines[f"{CAST}: AdvBench", "gate open"].value
@@ -130,19 +130,19 @@ def test_the_choice_is_what_refuses_most_unbroken_then_the_lightest(
     data: Path, lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = read(data, 12, 10, 5, 4)
-    told = {"refused": {}, "dose": {}}
-    names = [benchmark.name_of(one) for one in benchmark.SETTINGS]
+    figures = {"refused": {}, "dose": {}}
+    names = [benchmark.name_of(setting) for setting in benchmark.SETTINGS]
     real = benchmark.answers
 
     def answers(*arguments: Any) -> Any:
-        found = real(*arguments)
-        for arm, records in found.items():
+        records_by_arm = real(*arguments)
+        for arm, records in records_by_arm.items():
             for item, record in records.items():
-                refused = told["refused"].get(arm, 0.0)
+                refused = figures["refused"].get(arm, 0.0)
                 object.__setattr__(record, "scores", {**record.scores, "refused": refused})
-                object.__setattr__(record, "dose", told["dose"].get(arm, 1.0))
+                object.__setattr__(record, "dose", figures["dose"].get(arm, 1.0))
                 records[item] = record
-        return found
+        return records_by_arm
 
     class Guard:
         @staticmethod
@@ -156,8 +156,8 @@ def test_the_choice_is_what_refuses_most_unbroken_then_the_lightest(
         ((0.2, 0.9, 0.5), (1, 1, 1), ((), ("too likely",), ()), 2),
         ((0.9, 0.9, 0.9), (3, 1, 2), ((), (), ()), 1),
     ):
-        told["refused"] = dict(zip(names, refused, strict=True))
-        told["dose"] = dict(zip(names, doses, strict=True))
+        figures["refused"] = dict(zip(names, refused, strict=True))
+        figures["dose"] = dict(zip(names, doses, strict=True))
         broken = [*faults, (), ()]
         folder = tmp_path / f"{best}-{refused[0]}"
         folder.mkdir()

@@ -38,12 +38,12 @@ def test_all_arms_answer_and_what_cannot_be_learned_counts_as_unsteered(tmp_path
     assert steerings["w22"] is None  # no token of this model
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     records = answers(lm, items, steerings, "without", tmp_path / "{}.jsonl", "logit", 6)
-    arms = {(one.arm, one.item): one.answer for one in records}
+    arms = {(record.arm, record.item): record.answer for record in records}
     assert {arm for arm, _ in arms} == {"unsteered", "steered", "random", ONCE, TWICE}
     assert len(arms) == 15
     assert arms["steered", "w22"] == arms["random", "w22"] == arms["unsteered", "w22"]
-    found = {(row.case, row.metric): row for row in rows(lm, "include", items, records, steerings)}
-    assert found["include", "share of prompts steered"].value == pytest.approx(2 / 3)
+    results = {(row.case, row.metric): row for row in rows(lm, "include", items, records, steerings)}
+    assert results["include", "share of prompts steered"].value == pytest.approx(2 / 3)
     assert {f"gain over {other}" for other in ("unsteered", ONCE, TWICE)} <= {
-        metric for case, metric in found if case == "include: steered"
+        metric for case, metric in results if case == "include: steered"
     }

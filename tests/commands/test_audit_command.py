@@ -37,22 +37,22 @@ def small(monkeypatch):
 
 def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tmp_path):
     out, mended = tmp_path / "out.safetensors", tmp_path / "mended.safetensors"
-    given = ("--model", roomy, "--device", "cpu", "--quick")
-    ran = trimtab("audit", steering, *given, "--out", out, "--repair", mended, "--json")
+    options = ("--model", roomy, "--device", "cpu", "--quick")
+    ran = trimtab("audit", steering, *options, "--out", out, "--repair", mended, "--json")
     assert ran.code == 0, ran.err
-    found = ran.json
-    assert found["version"] == 1
-    assert found["verdict"]
-    assert found["repaired"]["kept"] is not None
+    report = ran.json
+    assert report["version"] == 1
+    assert report["verdict"]
+    assert report["repaired"]["kept"] is not None
     assert load(out).edits == load(steering).edits
-    assert load(out).card.audit["verdict"] == found["verdict"]
+    assert load(out).card.audit["verdict"] == report["verdict"]
     assert load(mended).card.options["orthogonal_to"] == ["the refusal directions"]
 
-    again = trimtab("audit", steering, *given, "--json").json
-    assert again["comparisons"] == found["comparisons"]
+    again = trimtab("audit", steering, *options, "--json").json
+    assert again["comparisons"] == report["comparisons"]
 
     shown = trimtab("inspect", out).out
-    assert all(" ".join(line.split()[:4]) in " ".join(shown.split()) for line in found["verdict"])
+    assert all(" ".join(line.split()[:4]) in " ".join(shown.split()) for line in report["verdict"])
     assert "of other strengths" not in shown
     assert "of other strengths" in trimtab("inspect", f"{out}:2").out
     page = steering_page(load(out), "user/x", file="x.safetensors")
@@ -70,7 +70,7 @@ def test_for_people(trimtab, roomy, steering, small):
 
 
 def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(trimtab, steering, tmp_path):
-    for given, says in (
+    for options, says in (
         (("--protect", "agrees with the user"), "--protect is about a repair"),
         (("--protect", "kindness", "--repair", tmp_path / "a.safetensors"), "no behaviour 'kindness' to protect"),
         (("--system", " "), "--system is empty"),
@@ -78,7 +78,7 @@ def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(trimtab, steeri
         (("--out", tmp_path / "a.safetensors", "--repair", tmp_path / "a.safetensors"), "name the same file"),
         (("--data", tmp_path / "none"), "there is no folder"),
     ):
-        ran = trimtab("audit", steering, "--model", tmp_path / "nowhere", *given)
+        ran = trimtab("audit", steering, "--model", tmp_path / "nowhere", *options)
         assert ran.code == 2
         assert says in ran.err or says == "--out"
 
@@ -86,8 +86,8 @@ def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(trimtab, steeri
 def test_nats_are_shown_on_request(trimtab, model, steering):
     shown = trimtab("inspect", steering, "--model", model, "--device", "cpu").out
     assert "divergence on" in shown
-    found = trimtab("inspect", steering, "--model", model, "--device", "cpu", "--json").json["divergence"]
-    assert found["p95"] > found["mean"] > 0
+    divergence = trimtab("inspect", steering, "--model", model, "--device", "cpu", "--json").json["divergence"]
+    assert divergence["p95"] > divergence["mean"] > 0
     assert "divergence" not in trimtab("inspect", steering, "--json").json
     assert trimtab("inspect", steering, "--nats", "--text", "a").code == 2
 
@@ -97,19 +97,19 @@ def test_robust_asks_in_every_template(trimtab, roomy, steering, tmp_path):
 
     data = tmp_path / "bench.csv"
     data.write_text("goal,target\nDo it,Sure\nDo that,Sure\n")
-    given = ("--model", roomy, "--device", "cpu", "--data", data, "--steer", steering, "--max-new-tokens", 4)
-    found = trimtab("eval", "refusal", *given, "--robust", "--json").json
-    assert list(found["harmful"]) == ["bench", *(f"bench, {name}" for name in TEMPLATES)]
-    assert {line["n"] for line in found["by_part"]} == {2}
-    assert found["arms"]["s"]["nats"]["p95"] > 0
-    assert "nats" not in found["arms"]["unsteered"]
+    options = ("--model", roomy, "--device", "cpu", "--data", data, "--steer", steering, "--max-new-tokens", 4)
+    results = trimtab("eval", "refusal", *options, "--robust", "--json").json
+    assert list(results["harmful"]) == ["bench", *(f"bench, {name}" for name in TEMPLATES)]
+    assert {line["n"] for line in results["by_part"]} == {2}
+    assert results["arms"]["s"]["nats"]["p95"] > 0
+    assert "nats" not in results["arms"]["unsteered"]
 
 
 def test_a_card_without_an_audit_keeps_its_digest(steering, tmp_path):
     from trimtab.files.steering_file import load_steering, steering_digest
 
-    one = load_steering(steering)
-    assert save(one, tmp_path / "same.safetensors") == steering_digest(one)
+    plain = load_steering(steering)
+    assert save(plain, tmp_path / "same.safetensors") == steering_digest(plain)
     header = (tmp_path / "same.safetensors").read_bytes()[8:20_000]
     assert b'\\"audit\\"' not in header.split(b"direction.")[0]
 

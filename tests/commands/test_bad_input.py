@@ -256,9 +256,9 @@ def test_what_does_not_fit_the_model(refused, model, wide, stranger, base, steer
 
 def test_layers_that_the_model_does_not_have(refused, model, prompt_pairs, tmp_path):
     out = tmp_path / "s.safetensors"
-    given = ["learn", "instruct", "--model", model, "--device", "cpu", "--pairs", prompt_pairs, "--out", out]
-    refused([*given, "--layers", "9"], "no layer 9", "0 to 3")
-    refused([*given, "--layers", "-1"], "no layer -1")
+    options = ["learn", "instruct", "--model", model, "--device", "cpu", "--pairs", prompt_pairs, "--out", out]
+    refused([*options, "--layers", "9"], "no layer 9", "0 to 3")
+    refused([*options, "--layers", "-1"], "no layer -1")
     assert not out.exists()
 
 

@@ -28,17 +28,17 @@ def adding(tmp_path: Path) -> Path:
 def test_two_steerings_in_one_model(trimtab: Any, model: Path, ablation: Path, adding: Path, tmp_path: Path) -> None:
     """The baked model answers without a steering as the old one does with both."""
     out = tmp_path / "out"
-    given = [ablation, f"{adding}:0.5", "--positions", "all", "--model", model, "--out", out, "--device", "cpu"]
-    done = trimtab("bake", *given, "--json")
+    options = [ablation, f"{adding}:0.5", "--positions", "all", "--model", model, "--out", out, "--device", "cpu"]
+    done = trimtab("bake", *options, "--json")
     assert done.code == 0, done.err
     assert done.json["folder"] == str(out)
     assert done.json["config"] == {"mlp_bias": True}
     assert done.json["edits"][-1] == "0.5 * add @ residual[1] all"
     assert done.json["checked"]["difference"] < 1e-4 < done.json["checked"]["effect"]
-    asked = ["--prompt", "What is the sea?", "--max-new-tokens", 6, "--json", "--device", "cpu"]
-    ours = trimtab("generate", "--model", out, *asked)
+    prompting = ["--prompt", "What is the sea?", "--max-new-tokens", 6, "--json", "--device", "cpu"]
+    ours = trimtab("generate", "--model", out, *prompting)
     theirs = trimtab(
-        "generate", "--model", model, "--steer", ablation, "--steer", f"{adding}:0.5", "--positions", "all", *asked
+        "generate", "--model", model, "--steer", ablation, "--steer", f"{adding}:0.5", "--positions", "all", *prompting
     )
     assert ours.json["answers"][0]["text"] == theirs.json["answers"][0]["text"]
 

@@ -83,9 +83,9 @@ def test_learn_says_whether_it_is_likely_to_steer(cpu, tmp_path):
     said = cpu("learn caa --forecast", "--pairs", file, "--out", tmp_path / "a.safetensors")
     assert "forecast: " in said.out
     assert "of held-out pairs point along the direction" in said.out
-    told = cpu("learn caa --json --forecast", "--pairs", file, "--out", tmp_path / "b.safetensors")
-    assert told.json["forecast"]["verdict"] in ("works", "unlikely", "can't say")
-    assert told.json["forecast"]["predictors"]["agree"] >= 0
+    ran = cpu("learn caa --json --forecast", "--pairs", file, "--out", tmp_path / "b.safetensors")
+    assert ran.json["forecast"]["verdict"] in ("works", "unlikely", "can't say")
+    assert ran.json["forecast"]["predictors"]["agree"] >= 0
     quiet = cpu("learn caa --json", "--pairs", file, "--out", tmp_path / "c.safetensors")
     assert "forecast" not in quiet.json
     assert "forecast" not in cpu("learn caa", "--pairs", file, "--out", tmp_path / "d.safetensors").out

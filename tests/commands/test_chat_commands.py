@@ -88,7 +88,7 @@ class TestSteer:
         other = tmp_path / "s.safetensors"
         other.write_bytes(steering.read_bytes())
         both = do(f"/steer {steering}", f"/steer {other} 2")
-        assert [one.name for one in both.steered] == ["s", str(other)]
+        assert [steered.name for steered in both.steered] == ["s", str(other)]
 
     def test_what_acts_is_the_sum(self, do: Callable[..., Conversation], steering: Path) -> None:
         from trimtab import load
@@ -138,10 +138,10 @@ class TestSettings:
         assert do("/layer shout 2", "/layer shout all", start=on) == on
 
     def test_system(self, desk: Desk, do: Callable[..., Conversation]) -> None:
-        told = do('/system Don\'t be brief; [be] "loud".')
-        assert told.system == 'Don\'t be brief; [be] "loud".'
-        assert shown(run_command(desk, told, "/system")).strip() == told.system
-        assert do("/system off", start=told).system is None
+        conversation = do('/system Don\'t be brief; [be] "loud".')
+        assert conversation.system == 'Don\'t be brief; [be] "loud".'
+        assert shown(run_command(desk, conversation, "/system")).strip() == conversation.system
+        assert do("/system off", start=conversation).system is None
         assert "no system message" in run_command(desk, EMPTY, "/system").note
 
     def test_emphasize(self, desk: Desk, do: Callable[..., Conversation]) -> None:
@@ -210,9 +210,9 @@ class TestLooking:
         before = replace(do("/steer shout", "/layer shout 2"), turns=said("Why?").turns, system="Be.")
         turn = ask(desk, before, "What is the sea?", lambda *_: None)
         after = replace(before.answered(turn), system="Something else since.")
-        one = before.steered[0]
+        steered = before.steered[0]
         prompt = desk.lm.encode(before.messages("What is the sea?"), system="Be.")
-        wanted = answer_cosines(desk.lm, one.steering, prompt, turn.answer.token_ids, 2)
+        wanted = answer_cosines(desk.lm, steered.steering, prompt, turn.answer.token_ids, 2)
         for line in ("/tokens", "/tokens shout", "/tokens shout 2"):
             *_, layer, text = run_command(desk, after, line).shown
             assert layer == "layer 2"
@@ -347,12 +347,12 @@ def test_tokens_needs_something_that_is_on(desk: Desk) -> None:
 
 
 def test_help_names_every_command(desk: Desk) -> None:
-    told = shown(run_command(desk, EMPTY, "/help"))
+    overview = shown(run_command(desk, EMPTY, "/help"))
     for name, command in COMMANDS.items():
-        assert f"/{name}" in told
-        assert command.help in told
-    one = shown(run_command(desk, EMPTY, "/help undo"))
-    assert one.count("\n") == 1
+        assert f"/{name}" in overview
+        assert command.help in overview
+    undo = shown(run_command(desk, EMPTY, "/help undo"))
+    assert undo.count("\n") == 1
     assert run_command(desk, EMPTY, "/quit").leave
 
 

@@ -194,16 +194,16 @@ def test_where_nothing_holds_nothing_is_on(desk: Desk, file: Path, monkeypatch: 
 def test_a_sentence_and_a_persona_are_made_as_the_command_makes_them(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[Any] = []
+    ideas: list[Any] = []
 
     def make(_lm: Any, idea: Any, **_more: Any) -> Any:
-        asked.append(idea)
+        ideas.append(idea)
         raise TrimtabError("barely differ")
 
     monkeypatch.setattr("trimtab.making.make", make)
     typed = lines("/make shout, not whisper", "/make --like a-parrot --unlike a-mouse", "/make talk like a pirate")
     assert not converse(desk, EMPTY, typed, Screen())
-    assert [(one.name, one.source) for one in asked] == [
+    assert [(idea.name, idea.source) for idea in ideas] == [
         ("shout, not whisper", "sentence"), ("a-parrot", "persona"), ("pirate", "trait pirate"),
     ]  # fmt: skip
     assert capsys.readouterr().err.count("error: barely differ") == 3
@@ -254,7 +254,7 @@ def test_ctrl_c_leaves_all_as_it_was(
     assert "nothing has changed" in capsys.readouterr().err
     first, second = screen.turns
     assert first.answer.token_ids == second.answer.token_ids
-    assert [one.name for one in second.on] == ["old"]
+    assert [steered.name for steered in second.on] == ["old"]
     assert first.answer.text == ask(desk, start, SEA, lambda *_: None).answer.text
     assert len(screen.outcomes) == 1  # of /steer
     assert signal.getsignal(signal.SIGINT) is before

@@ -91,10 +91,10 @@ def small(tmp_path: Path, model: Path) -> Iterator[Tmux]:
 
 def chat(tmp_path: Path, *options: str) -> Tmux:
     command = [sys.executable, "-m", "trimtab", "chat", *options]
-    given = {
+    kept = {
         name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE") if name in os.environ
     }
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in kept.items())
     return Tmux(tmp_path / "tmux", f"{variables} {shlex.join(command)}; echo code $?; exec cat")
 
 

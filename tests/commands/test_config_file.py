@@ -82,5 +82,5 @@ def test_a_value_of_the_wrong_type_says_which(trimtab: Any, tmp_path: Path) -> N
 
 
 def test_help_says_it_once(trimtab: Any) -> None:
-    told = trimtab("serve", "--help").out
-    assert told.count("TRIMTAB_SERVE_") == 1
+    printed = trimtab("serve", "--help").out
+    assert printed.count("TRIMTAB_SERVE_") == 1

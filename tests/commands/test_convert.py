@@ -23,8 +23,8 @@ def mine(tmp_path):
 
 
 def test_there_and_back(trimtab, tmp_path):
-    given = vectors(1, 2, 3)
-    there = gguf_file(tmp_path / "v.gguf", given, controlvector__model_hint="llama")
+    written = vectors(1, 2, 3)
+    there = gguf_file(tmp_path / "v.gguf", written, controlvector__model_hint="llama")
     done = trimtab("convert", there, tmp_path / "v.safetensors", "--strength", "2")
     assert done.code == 0, done.err
     assert done.out == f"wrote {tmp_path / 'v.safetensors'} for trimtab: layers 1, 2, 3\n"
@@ -37,7 +37,7 @@ def test_there_and_back(trimtab, tmp_path):
         "layers": [1, 2, 3],
     }
     for edit in load(tmp_path / "w.gguf").edits:
-        assert torch.equal(edit.operation.direction, torch.tensor(given[edit.site.layer]))
+        assert torch.equal(edit.operation.direction, torch.tensor(written[edit.site.layer]))
 
 
 def test_options(trimtab, tmp_path, mine):
@@ -92,13 +92,17 @@ def test_a_direction_ablated_everywhere(trimtab, tmp_path):
         tmp_path / "ours.safetensors",
     )
     out = tmp_path / "out.safetensors"
-    for given in (["direction.pt", "--blocks", 3], ["layers.pt", "--layer", 1, "--blocks", 3], ["ours.safetensors"]):
-        done = trimtab("convert", tmp_path / given[0], out, "--as", "ablate", *given[1:], "--json")
+    for arguments in (
+        ["direction.pt", "--blocks", 3],
+        ["layers.pt", "--layer", 1, "--blocks", 3],
+        ["ours.safetensors"],
+    ):
+        done = trimtab("convert", tmp_path / arguments[0], out, "--as", "ablate", *arguments[1:], "--json")
         assert (done.code, done.json["layers"]) == (0, [0, 1, 2]), done.err
         assert load(out) == directional_ablation(vector, 3)
         assert load(out).card.options["as"] == "ablate"
     assert load(out).card.models[0].name == "m"
-    for words, given in {
+    for words, arguments in {
         "--blocks N": ["direction.pt", "--as", "ablate"],
         "several directions": ["layers.pt", "--as", "ablate", "--blocks", 3],
         "'rotate' is not known": ["direction.pt", "--as", "rotate", "--blocks", 3],
@@ -106,7 +110,7 @@ def test_a_direction_ablated_everywhere(trimtab, tmp_path):
         "shifts nothing": ["layers.pt", "--as", "ablate", "--blocks", 3, "--layer-offset", 1],
         "a model of 3 blocks, not 4": ["ours.safetensors", "--as", "ablate", "--blocks", 4],
     }.items():
-        done = trimtab("convert", tmp_path / given[0], tmp_path / "none.safetensors", *given[1:])
+        done = trimtab("convert", tmp_path / arguments[0], tmp_path / "none.safetensors", *arguments[1:])
         assert (done.code, words in done.err, done.err.count("\n")) == (2, True, 1), done.err
         assert not (tmp_path / "none.safetensors").exists()
 
@@ -115,11 +119,11 @@ def test_a_direction_as_it_was_published(trimtab, tmp_path, model):
     """A vector with a sidecar steers as it is; of a tensor with three axes one is picked."""
     torch.save(torch.randn(32, dtype=torch.float64), tmp_path / "direction.pt")
     (tmp_path / "direction_metadata.json").write_text('{"pos": -1, "layer": 2}')
-    given = ["generate", "--model", model, "--prompt", "Why?", "--max-new-tokens", 2, "--json"]
-    answered = trimtab(*given, "--steer", tmp_path / "direction.pt")
+    options = ["generate", "--model", model, "--prompt", "Why?", "--max-new-tokens", 2, "--json"]
+    answered = trimtab(*options, "--steer", tmp_path / "direction.pt")
     assert answered.json["answers"][0]["edits"] == ["1 * add @ residual[1] all"]
     (tmp_path / "direction_metadata.json").unlink()
-    refused = trimtab(*given, "--steer", tmp_path / "direction.pt")
+    refused = trimtab(*options, "--steer", tmp_path / "direction.pt")
     assert (refused.code, "trimtab convert" in refused.err and "--layer N" in refused.err) == (2, True)
     torch.save(torch.randn(5, 4, 32), tmp_path / "mean_diffs.pt")
     picked = ["convert", tmp_path / "mean_diffs.pt", tmp_path / "v.gguf", "--layer", 3]
@@ -136,11 +140,11 @@ def test_other_programs_files_are_steerings(trimtab, model, tmp_path):
     shown = trimtab("inspect", there, "--json")
     assert shown.code == 0, shown.err
     assert shown.json["card"]["options"]["format"] == "repeng"
-    given = ["generate", "--model", model, "--prompt", "Why?", "--max-new-tokens", 2, "--json"]
-    answered = trimtab(*given, "--steer", f"{there}:0.5")
+    options = ["generate", "--model", model, "--prompt", "Why?", "--max-new-tokens", 2, "--json"]
+    answered = trimtab(*options, "--steer", f"{there}:0.5")
     assert answered.code == 0, answered.err
     assert answered.json["answers"][0]["edits"] == ["0.5 * add @ residual[2] all"]
-    assert "isn't a number" in trimtab(*given, "--steer", f"{there}:strong").err
+    assert "isn't a number" in trimtab(*options, "--steer", f"{there}:strong").err
 
 
 def test_generating_with_llama_cpp(trimtab, model, tmp_path):
@@ -149,10 +153,10 @@ def test_generating_with_llama_cpp(trimtab, model, tmp_path):
 
     file = write_llama(model, tmp_path / "tiny.gguf")
     save(Steering((Edit(Site(2), Add(torch.ones(32))),)), tmp_path / "s.safetensors")
-    given = ["--prompt", "Why?", "--max-new-tokens", 4, "--steer", f"{tmp_path / 's.safetensors'}:0.5", "--json"]
-    llama = trimtab("generate", "--model", file, "--engine", "llamacpp", "--compare", *given)
+    options = ["--prompt", "Why?", "--max-new-tokens", 4, "--steer", f"{tmp_path / 's.safetensors'}:0.5", "--json"]
+    llama = trimtab("generate", "--model", file, "--engine", "llamacpp", "--compare", *options)
     assert llama.code == 0, llama.err
-    plain = trimtab("generate", "--model", model, "--dtype", "float32", "--compare", *given)
+    plain = trimtab("generate", "--model", model, "--dtype", "float32", "--compare", *options)
     for key in ("text", "edits", "prompt_tokens", "unsteered"):
         assert llama.json["answers"][0][key] == plain.json["answers"][0][key]
     assert llama.json["answers"][0]["dose"] == pytest.approx(plain.json["answers"][0]["dose"], rel=0.5)
@@ -162,7 +166,7 @@ def test_generating_with_llama_cpp(trimtab, model, tmp_path):
         (["--model", file, "--engine", "llamacpp", "--rejection"], "no rejection"),
         (["--model", file, "--engine", "llamacpp", "--device", "meta"], "takes no device"),
     ):
-        done = trimtab("generate", *more, *given)
+        done = trimtab("generate", *more, *options)
         assert (done.code, words in done.err) == (2, True), done.err
 
 

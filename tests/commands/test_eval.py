@@ -31,14 +31,14 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def ifeval(trimtab, model, prompts):
-    given = ("--model", model, "--device", "cpu", "--data", prompts, "--max-new-tokens", 8, "--batch-size", 4)
-    return lambda *rest: trimtab("eval", "ifeval", *given, *rest)
+    options = ("--model", model, "--device", "cpu", "--data", prompts, "--max-new-tokens", 8, "--batch-size", 4)
+    return lambda *rest: trimtab("eval", "ifeval", *options, *rest)
 
 
 def test_json_and_records(ifeval, steering, tmp_path):
     out = tmp_path / "r.jsonl"
-    given = ("--steer", f"{steering}:0.5", "--steer", steering, "--random", 1, "--repeat-instruction", "--out", out)
-    ran = ifeval("--json", *given)
+    options = ("--steer", f"{steering}:0.5", "--steer", steering, "--random", 1, "--repeat-instruction", "--out", out)
+    ran = ifeval("--json", *options)
     assert ran.code == 0
     assert ran.err.startswith("warning: at layer")  # random weights, and a steering as long as the activations
     assert ran.err.count("\n") == 1  # once, in whatever batch
@@ -66,7 +66,7 @@ def test_json_and_records(ifeval, steering, tmp_path):
     assert ran.json["arms"]["s"]["steered"] == 5
 
     kept = out.read_bytes()
-    assert ifeval("--json", *given).json == ran.json  # nothing is left to answer
+    assert ifeval("--json", *options).json == ran.json  # nothing is left to answer
     assert out.read_bytes() == kept
 
 
@@ -82,7 +82,7 @@ def test_a_random_arm_is_pushed_as_hard(ifeval, steering, tmp_path):
 
 def test_arms_by_layer_strength_and_system_message(ifeval, steering, tmp_path):
     out = tmp_path / "r.jsonl"
-    given = (
+    options = (
         "--steer",
         steering,
         "--strength",
@@ -94,7 +94,7 @@ def test_arms_by_layer_strength_and_system_message(ifeval, steering, tmp_path):
         "--out",
         out,
     )
-    ran = ifeval("--json", *given, "--limit", 2, "--out", out)
+    ran = ifeval("--json", *options, "--limit", 2, "--out", out)
     assert ran.code == 0
     steered = [f"s @{layer} x{m}" for layer in (1, 2) for m in ("-0.5", "0.5")]
     assert list(ran.json["arms"]) == ["unsteered", *steered, "system: Write."]
@@ -180,10 +180,10 @@ def test_help_teaches(trimtab):
 def test_ctrl_c_leaves_a_file_that_goes_on(ifeval, model, prompts, steering, tmp_path):
     many, out = tmp_path / "many.jsonl", tmp_path / "r.jsonl"
     many.write_text("".join(json.dumps({**row(n, ASKED[n % 5]), "key": n}) + "\n" for n in range(60)))
-    given = ["eval", "ifeval", "--model", model, "--device", "cpu", "--data", many, "--steer", steering]
-    given += ["--max-new-tokens", 12, "--batch-size", 4, "--out", out]
+    arguments = ["eval", "ifeval", "--model", model, "--device", "cpu", "--data", many, "--steer", steering]
+    arguments += ["--max-new-tokens", 12, "--batch-size", 4, "--out", out]
     program = "import signal, sys, trimtab.commands; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    command = [sys.executable, "-c", program + "sys.exit(trimtab.commands.main(sys.argv[1:]))", *map(str, given)]
+    command = [sys.executable, "-c", program + "sys.exit(trimtab.commands.main(sys.argv[1:]))", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -215,14 +215,14 @@ def test_real_weights_through_to_the_document(trimtab, lm, tmp_path):
         {"prompt": f"What is {thing}?", "instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": [word]}]}
         for thing, word in words.items()
     ]
-    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    data.write_text("".join(json.dumps(entry) + "\n" for entry in rows))
     ran = trimtab(
         *("eval", "ifeval", "--data", data, "--max-new-tokens", 24, "--dtype", "float32", "--json", "--out", out)
     )
     assert (ran.code, ran.err) == (0, "")
-    found = {record.prompt: record.answer for record in read_records(out)[1]}
+    answers = {record.prompt: record.answer for record in read_records(out)[1]}
     prompts = [row["prompt"] for row in rows]
-    assert [found[p] for p in prompts] == [one.text for one in lm.generate(prompts, max_new_tokens=24)]
-    followed = [word in found[f"What is {thing}?"].lower() for thing, word in words.items()]
+    assert [answers[p] for p in prompts] == [answer.text for answer in lm.generate(prompts, max_new_tokens=24)]
+    followed = [word in answers[f"What is {thing}?"].lower() for thing, word in words.items()]
     assert ran.json["by_prompt"][1]["mean"]["estimate"] == sum(followed) / 4
     assert 0 < sum(followed) < 4

@@ -26,23 +26,23 @@ def questions(path: Path, words: list[str]) -> Path:
 
 
 @pytest.fixture
-def given(model, steering, tmp_path):
+def finetuning(model, steering, tmp_path):
     test = questions(tmp_path / "test.json", WORDS)
     pairs = questions(tmp_path / "pairs.json", [f"{a} or {b}" for a in WORDS for b in WORDS])
-    given = ["eval", "ab", "--model", model, "--device", "cpu", "--data", test, "--steer", steering]
-    return [*given, "--strength", "-1,1", "--random", 1, "--finetune", pairs]
+    shared = ["eval", "ab", "--model", model, "--device", "cpu", "--data", test, "--steer", steering]
+    return [*shared, "--strength", "-1,1", "--random", 1, "--finetune", pairs]
 
 
 @pytest.mark.smoke
-def test_both_sides_alone_and_steered(trimtab, given, tmp_path):
+def test_both_sides_alone_and_steered(trimtab, finetuning, tmp_path):
     out = tmp_path / "r.jsonl"
-    ran = trimtab(*given, "--system-prompt", "Write yes.", "--out", out, "--json")
+    ran = trimtab(*finetuning, "--system-prompt", "Write yes.", "--out", out, "--json")
     assert (ran.code, ran.err) == (0, "")
     tuned = [f"finetuned {side}{rest}" for side in ("positive", "negative") for rest in ("", ", s x-1", ", s")]
     assert list(ran.json["arms"])[-6:] == tuned
     assert len(ran.json["arms"]) == 6 + 6
     assert ran.json["finetune"] == {"pairs": str(tmp_path / "pairs.json"), "count": 49}
-    means = {one["arm"]: one["mean"]["estimate"] for one in ran.json["scores"] if one["score"] == "matching"}
+    means = {score["arm"]: score["mean"]["estimate"] for score in ran.json["scores"] if score["score"] == "matching"}
     assert len({means[name] for name in ("unsteered", "s", *tuned)}) == 8  # each arm says something of its own
     assert means["finetuned positive"] > means["unsteered"] > means["finetuned negative"]
     for side in ("positive", "negative"):
@@ -52,25 +52,25 @@ def test_both_sides_alone_and_steered(trimtab, given, tmp_path):
         assert (tmp_path / f"r-finetuned-{side}" / "adapter_model.safetensors").is_file()
     kept = {path: path.read_bytes() for path in tmp_path.rglob("r*") if path.is_file()}
     (tmp_path / "r-finetuned-negative.jsonl").unlink()  # as if stopped before it
-    again = trimtab(*given, "--system-prompt", "Write yes.", "--out", out, "--json")
+    again = trimtab(*finetuning, "--system-prompt", "Write yes.", "--out", out, "--json")
     assert again.json == ran.json
     assert {path: path.read_bytes() for path in kept} == kept
 
 
-def test_the_other_arms_are_what_they_are_without_it(trimtab, given):
-    with_it = trimtab(*given, "--json").json
-    without = trimtab(*given[:-2], "--json").json
+def test_the_other_arms_are_what_they_are_without_it(trimtab, finetuning):
+    with_it = trimtab(*finetuning, "--json").json
+    without = trimtab(*finetuning[:-2], "--json").json
     for name, facts in without["arms"].items():
         assert with_it["arms"][name] == facts
-    mine = [one for one in with_it["scores"] if "finetuned" not in one["arm"]]
+    mine = [score for score in with_it["scores"] if "finetuned" not in score["arm"]]
     assert mine == without["scores"]
 
 
 @pytest.mark.long
-def test_the_page_draws_the_steering_alone(trimtab, given, tmp_path):
+def test_the_page_draws_the_steering_alone(trimtab, finetuning, tmp_path):
     pytest.importorskip("matplotlib")
     pages = []
-    for n, arguments in enumerate((given, given[:-2])):  # with --finetune, and without
+    for n, arguments in enumerate((finetuning, finetuning[:-2])):  # with --finetune, and without
         ran = trimtab(*arguments, "--report", tmp_path / f"{n}.html")
         assert ran.code == 0
         pages.append((tmp_path / f"{n}.html").read_text())
@@ -80,12 +80,12 @@ def test_the_page_draws_the_steering_alone(trimtab, given, tmp_path):
     assert ["finetuned negative, s x-1" in page for page in pages] == [True, False]
 
 
-def test_bad_input(trimtab, given, prompt_pairs, tmp_path, monkeypatch):
+def test_bad_input(trimtab, finetuning, prompt_pairs, tmp_path, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model was loaded before the input was checked")
 
     monkeypatch.setattr("trimtab.commands.model.load_model", load)
     for file, word in ((prompt_pairs, "no answer to learn"), (tmp_path / "none.json", "none.json")):
-        ran = trimtab(*given[:-1], file)
+        ran = trimtab(*finetuning[:-1], file)
         assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
         assert word in ran.err

@@ -74,14 +74,14 @@ def steered(model, steering):
     """The class on the tiny model, in float64, under a file; `options` are its arguments."""
 
     def make(steer=f"{steering}:3", **options):
-        given = {"dtype": "float64", "device": "cpu", "batch_size": 3, **options}
-        return SteeredHFLM(str(model), steer, **given)
+        settings = {"dtype": "float64", "device": "cpu", "batch_size": 3, **options}
+        return SteeredHFLM(str(model), steer, **settings)
 
     return make
 
 
 def run(tasks, kind, arguments, batch_size):
-    found = lm_eval.simple_evaluate(
+    evaluated = lm_eval.simple_evaluate(
         kind,
         model_args=arguments,
         tasks=list(TASKS),
@@ -90,15 +90,15 @@ def run(tasks, kind, arguments, batch_size):
         device="cpu",
         bootstrap_iters=0,
     )
-    answers = {task: [one["resps"] for one in found["samples"][task]] for task in TASKS}
-    return found["results"], answers
+    answers = {task: [sample["resps"] for sample in evaluated["samples"][task]] for task in TASKS}
+    return evaluated["results"], answers
 
 
-def close(one, other):
+def close(value, other):
     """The same answers: texts and yes or no exactly, log-probabilities but for rounding."""
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(close(a, b) for a, b in zip(one, other, strict=True))
-    return one == pytest.approx(other, abs=1e-9) if isinstance(one, float) else one == other
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(other) and all(close(a, b) for a, b in zip(value, other, strict=True))
+    return value == pytest.approx(other, abs=1e-9) if isinstance(value, float) else value == other
 
 
 @pytest.mark.slow
@@ -118,15 +118,15 @@ def test_unsteered_it_is_the_harness_s_own_class(tasks, model, steering):
         assert not close(other[task], answers[task])
 
 
-def asked(lm):
+def requests_of(lm):
     """Contexts of different lengths; continuations of one token (two after the same context) and of several."""
     encode = lm.tok_encode
     contexts = [encode(q) for q in QUESTIONS]
-    found = [(("q", str(i)), context, encode(" yes, it")) for i, context in enumerate(contexts)]
-    found += [(("one", str(i)), context, [token]) for i, context in enumerate(contexts[:3]) for token in (40, 41)]
+    requests = [(("q", str(i)), context, encode(" yes, it")) for i, context in enumerate(contexts)]
+    requests += [(("one", str(i)), context, [token]) for i, context in enumerate(contexts[:3]) for token in (40, 41)]
     # the same text, divided elsewhere: another prompt, and so another steering
-    found += [(("cut", "0"), contexts[0][:-1], [contexts[0][-1], *encode(" yes, it")])]
-    return found
+    requests += [(("cut", "0"), contexts[0][:-1], [contexts[0][-1], *encode(" yes, it")])]
+    return requests
 
 
 @pytest.fixture
@@ -145,9 +145,9 @@ def test_log_likelihoods_are_those_of_the_textbook(steered, tmp_path, model, rul
     save(Steering((Edit(Site(1), Add(vector), positions), Edit(Site(2), Add(-vector), positions))), file)
     lm = steered(f"{file}:2")
     edits = (2.0 * load(file)).edits
-    requests = asked(lm)
-    found = lm._loglikelihood_tokens(requests, disable_tqdm=True)
-    for (_, context, continuation), (logprob, greedy) in zip(requests, found, strict=True):
+    requests = requests_of(lm)
+    results = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (_, context, continuation), (logprob, greedy) in zip(requests, results, strict=True):
         ids = [*context, *continuation]
         logprobs = naive_logits(lm.lm, ids, len(context), edits).log_softmax(-1)[len(context) - 1 : -1]
         assert logprob == pytest.approx(float(sum(x[t] for x, t in zip(logprobs, continuation, strict=True))), abs=1e-9)
@@ -161,8 +161,8 @@ def test_what_is_greedy_is_known(steered, steering):
     for _ in range(3):
         best.append(int(naive_logits(lm.lm, [*ids, *best], len(ids), (3.0 * load(steering)).edits)[-1].argmax()))
     worse = [*best[:2], (best[2] + 1) % 300]
-    found = lm._loglikelihood_tokens([(None, ids, best), (None, ids, worse)], disable_tqdm=True)
-    assert [greedy for _, greedy in found] == [True, False]
+    results = lm._loglikelihood_tokens([(None, ids, best), (None, ids, worse)], disable_tqdm=True)
+    assert [greedy for _, greedy in results] == [True, False]
 
 
 def test_a_gate_reads_the_context(steered, tmp_path):
@@ -180,8 +180,8 @@ def test_a_gate_reads_the_context(steered, tmp_path):
     requests = [(None, context, lm.tok_encode(" yes, it")) for context in contexts]
     plain = lm._loglikelihood_tokens(requests, disable_tqdm=True)
     gated = steered(str(file))._loglikelihood_tokens(requests, disable_tqdm=True)
-    for one, other, opened in zip(plain, gated, open_for, strict=True):
-        assert (one[0] == pytest.approx(other[0], abs=1e-9)) is not opened
+    for ungated, with_gate, opened in zip(plain, gated, open_for, strict=True):
+        assert (ungated[0] == pytest.approx(with_gate[0], abs=1e-9)) is not opened
 
 
 @pytest.mark.parametrize("kind", ["each token", "mask"])
@@ -202,14 +202,14 @@ def test_what_is_decided_at_tokens_or_by_the_prompt_is_decided_here_too(steered,
     save(Steering((edit,)), file)
     whole = [*context, *continuation]
     choices = [Choice(whole[:n], len(context), (whole[n],)) for n in range(len(context), len(whole))]
-    expected = sum(one.logprobs[0] for one in lm.lm.next_logprobs(choices, load(file)))
+    expected = sum(likelihood.logprobs[0] for likelihood in lm.lm.next_logprobs(choices, load(file)))
     requests = [(None, context, continuation)]
-    found = [steered(given)._loglikelihood_tokens(requests, disable_tqdm=True)[0][0] for given in (str(file), None)]
-    assert found[0] == pytest.approx(expected, abs=1e-6)
-    assert found[1] != pytest.approx(expected, abs=1e-6)
+    results = [steered(path)._loglikelihood_tokens(requests, disable_tqdm=True)[0][0] for path in (str(file), None)]
+    assert results[0] == pytest.approx(expected, abs=1e-6)
+    assert results[1] != pytest.approx(expected, abs=1e-6)
     if kind == "each token":
         ungated = lm.lm.next_logprobs(choices, Steering((Edit(Site(2), Add(20 * direction), Positions.all()),)))
-        assert found[0] != pytest.approx(sum(one.logprobs[0] for one in ungated), abs=1e-6)
+        assert results[0] != pytest.approx(sum(likelihood.logprobs[0] for likelihood in ungated), abs=1e-6)
 
 
 def test_long_texts_are_read_in_windows(steered, added):
@@ -218,7 +218,7 @@ def test_long_texts_are_read_in_windows(steered, added):
     ids = lm.tok_encode(text)
     assert len(ids) > 16
     assert len(ids) % 8
-    (found,) = lm.loglikelihood_rolling([SimpleNamespace(args=(text,))], disable_tqdm=True)
+    (total,) = lm.loglikelihood_rolling([SimpleNamespace(args=(text,))], disable_tqdm=True)
     edits = (2.0 * load(added)).edits
     windows = [(lm.prefix_token_id, ids[:8])]
     windows += [(ids[at - 1], ids[at : at + 8]) for at in range(8, len(ids), 8)]
@@ -231,16 +231,16 @@ def test_long_texts_are_read_in_windows(steered, added):
             whole, start = ids[-9:], 9 - last
         logprobs = naive_logits(lm.lm, whole, start, edits).log_softmax(-1)
         expected += float(sum(logprobs[i - 1][whole[i]] for i in range(start, len(whole))))
-    assert found == pytest.approx(expected, abs=1e-8)
+    assert total == pytest.approx(expected, abs=1e-8)
 
 
 def test_generated_is_what_the_textbook_generates(steered, steering):
     lm = steered()
-    given = {"until": [], "max_gen_toks": 5}
-    requests = [SimpleNamespace(args=(q, given)) for q in QUESTIONS]
-    found = lm.generate_until(requests, disable_tqdm=True)
+    options = {"until": [], "max_gen_toks": 5}
+    requests = [SimpleNamespace(args=(q, options)) for q in QUESTIONS]
+    texts = lm.generate_until(requests, disable_tqdm=True)
     lm.lm.model.generation_config.eos_token_id = None
-    for question, text in zip(QUESTIONS, found, strict=True):
+    for question, text in zip(QUESTIONS, texts, strict=True):
         ids, _ = naive_generate_ids(lm, question, 3.0 * load(steering), 5)
         ids = ids[: ids.index(0)] if 0 in ids else ids
         assert text == lm.tok_decode(ids)
@@ -257,9 +257,18 @@ def naive_generate_ids(lm, text, steering, count):
 
 @pytest.mark.smoke
 def test_the_command(trimtab, tasks, model, steering, tmp_path):
-    given = ["--model_args", f"pretrained={model},steer={steering}:3,dtype=float64", "--device", "cpu"]
-    given += ["--tasks", "local_choice", "--include_path", tasks, "--batch_size", 4, "--output_path", tmp_path / "out"]
-    ran = trimtab("eval", "lm-eval", *given)
+    options = ["--model_args", f"pretrained={model},steer={steering}:3,dtype=float64", "--device", "cpu"]
+    options += [
+        "--tasks",
+        "local_choice",
+        "--include_path",
+        tasks,
+        "--batch_size",
+        4,
+        "--output_path",
+        tmp_path / "out",
+    ]
+    ran = trimtab("eval", "lm-eval", *options)
     assert ran.code == 0
     assert "local_choice" in ran.out
     (file,) = (tmp_path / "out").rglob("results_*.json")

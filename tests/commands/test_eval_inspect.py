@@ -22,8 +22,8 @@ def letters(letter="e"):
 def test_a_task_runs_in_every_arm(trimtab, model, steering, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "task.py").write_text(TASK)
-    given = ("--model", model, "--device", "cpu", "--dtype", "float32", "--steer", steering, "--strength", "0.5,1")
-    ran = trimtab("eval", "inspect", "task.py", *given, "-T", "letter=a", "--limit", 2, "--json")
+    options = ("--model", model, "--device", "cpu", "--dtype", "float32", "--steer", steering, "--strength", "0.5,1")
+    ran = trimtab("eval", "inspect", "task.py", *options, "-T", "letter=a", "--limit", 2, "--json")
     assert ran.code == 0, ran.err
     assert list(ran.json["arms"]) == ["unsteered", "s x0.5", "s"]
     for arm in ran.json["arms"].values():

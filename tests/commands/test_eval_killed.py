@@ -34,9 +34,9 @@ def questions_of(tmp_path: Path, count: int) -> Path:
 
 
 def arguments_of(model: Path, steering: Path, questions: Path, out: Path) -> list[str]:
-    given = ["--model", model, "--device", "cpu", "--data", questions, "--steer", steering, "--strength", "-1,1"]
-    given += ["--layers", "all", "--batch-size", 1, "--out", out, "--json"]
-    return ["eval", "ab", *map(str, given)]
+    arguments = ["--model", model, "--device", "cpu", "--data", questions, "--steer", steering, "--strength", "-1,1"]
+    arguments += ["--layers", "all", "--batch-size", 1, "--out", out, "--json"]
+    return ["eval", "ab", *map(str, arguments)]
 
 
 def records(out: Path) -> int:
@@ -100,5 +100,5 @@ def test_killed_twice_and_in_the_middle_of_a_line(model: Path, steering: Path, t
         stream.write(whole.read_bytes()[killed.stat().st_size :][:40])
     again = subprocess.run(program(arguments), capture_output=True, check=True)
     assert killed.read_bytes() == whole.read_bytes()
-    found, expected = (json.loads(one.stdout) for one in (again, done))
-    assert found | {"records": ""} == expected | {"records": ""}
+    resumed, expected = (json.loads(process.stdout) for process in (again, done))
+    assert resumed | {"records": ""} == expected | {"records": ""}

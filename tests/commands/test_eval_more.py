@@ -42,16 +42,16 @@ def evaluate(trimtab, model):
     return lambda name, *rest: trimtab("eval", name, "--model", model, "--device", "cpu", *rest)
 
 
-def line(found, arm, score):
-    return next(one for one in found["scores"] if (one["arm"], one["score"]) == (arm, score))
+def line(results, arm, score):
+    return next(entry for entry in results["scores"] if (entry["arm"], entry["score"]) == (arm, score))
 
 
 def test_ab_by_layer_and_strength(evaluate, data, steering, tmp_path):
     out = tmp_path / "r.jsonl"
     test = data / "caa/refusal/test_dataset_ab.json"
-    given = ["--data", test, "--steer", steering, "--strength", "-0.5,0,0.5", "--layers", "all", "--random", 1]
-    given += ["--system-prompt", "Write yes.", "--out", out]
-    ran = evaluate("ab", *given, "--json")
+    options = ["--data", test, "--steer", steering, "--strength", "-0.5,0,0.5", "--layers", "all", "--random", 1]
+    options += ["--system-prompt", "Write yes.", "--out", out]
+    ran = evaluate("ab", *options, "--json")
     assert (ran.code, ran.err) == (0, "")
     steered = [f"s @{layer} x{m}" for layer in (1, 2) for m in ("-0.5", "0.5")]
     random = [f"{name}, random 1" for name in steered]
@@ -80,9 +80,9 @@ def test_ab_by_layer_and_strength(evaluate, data, steering, tmp_path):
     assert all(0 < record.scores["mass"] < 1 for record in records)
     assert {r.prompt[0]["content"] for r in records if r.arm.startswith("system")} == {"Write yes."}
     kept = out.read_bytes()
-    assert evaluate("ab", *given, "--json").json == ran.json
+    assert evaluate("ab", *options, "--json").json == ran.json
     assert out.read_bytes() == kept
-    shown = evaluate("ab", *given)
+    shown = evaluate("ab", *options)
     for word in ("7 questions", "matching refuses", "p(matching)", "s @1 x0.5", "random 1", "minus unsteered"):
         assert word in shown.out
 
@@ -93,16 +93,16 @@ def test_one_arm_at_a_time_says_the_same(evaluate, data, steering):
     alone = evaluate("ab", *test, "--steer", f"{steering}:2", "--layers", "2", "--batch-size", 1).json
     for arm in ("unsteered", "s @2 x2"):
         for score in ("matching", "mass"):
-            one, other = (line(found, arm, score)["mean"]["estimate"] for found in (together, alone))
-            assert one == pytest.approx(other, abs=1e-9)
+            among_others, by_itself = (line(results, arm, score)["mean"]["estimate"] for results in (together, alone))
+            assert among_others == pytest.approx(by_itself, abs=1e-9)
 
 
 def test_report(evaluate, data, steering, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "r.html"
     test = data / "caa/refusal/test_dataset_ab.json"
-    given = ["--data", test, "--steer", steering, "--strength", "-1,1", "--layers", "all", "--random", 1]
-    ran = evaluate("ab", *given, "--system-prompt", "<b>&", "--report", page, "--json")
+    options = ["--data", test, "--steer", steering, "--strength", "-1,1", "--layers", "all", "--random", 1]
+    ran = evaluate("ab", *options, "--system-prompt", "<b>&", "--report", page, "--json")
     assert (ran.code, ran.err) == (0, "")
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 4  # two sweeps, similarity, planes
@@ -115,8 +115,8 @@ def test_report(evaluate, data, steering, tmp_path):
 
 def test_refusal(evaluate, data, steering, tmp_path):
     out = tmp_path / "r.jsonl"
-    given = ["--data", data, "--steer", steering, "--limit", 3, "--max-new-tokens", 6, "--out", out]
-    ran = evaluate("refusal", *given, "--json")
+    options = ["--data", data, "--steer", steering, "--limit", 3, "--max-new-tokens", 6, "--out", out]
+    ran = evaluate("refusal", *options, "--json")
     assert ran.code == 0
     assert [line[:17] for line in ran.err.splitlines()] == ["warning: at layer"]  # random weights: a hard push
     assert ran.json["items"] == 9
@@ -127,18 +127,18 @@ def test_refusal(evaluate, data, steering, tmp_path):
     }
     _, records = read_records(out)
     assert len(records) == 18
-    assert {one["key"] for one in ran.json["by_part"]} == set(ran.json["harmful"])
-    shown = evaluate("refusal", *given)
+    assert {part["key"] for part in ran.json["by_part"]} == set(ran.json["harmful"])
+    shown = evaluate("refusal", *options)
     for word in ("harmful: high is wanted", "harmless: low is wanted", "xstest_prompts safe"):
         assert word in shown.out
 
 
 def test_capability(evaluate, data, steering, tmp_path):
     out = tmp_path / "r.jsonl"
-    given = ["--data", data, "--steer", steering, "--out", out]
-    ran = evaluate("capability", *given, "--json")
+    options = ["--data", data, "--steer", steering, "--out", out]
+    ran = evaluate("capability", *options, "--json")
     assert (ran.code, ran.err) == (0, "")
-    assert {name: found["items"] for name, found in ran.json["tasks"].items()} == {"mmlu": 7, "truthfulqa": 3}
+    assert {name: task["items"] for name, task in ran.json["tasks"].items()} == {"mmlu": 7, "truthfulqa": 3}
     _, records = read_records(tmp_path / "r-mmlu.jsonl")
     parts = {
         name: [r.scores["matching"] for r in records if r.arm == "s" and r.item.startswith(name)]
@@ -150,7 +150,7 @@ def test_capability(evaluate, data, steering, tmp_path):
     sums = evaluate("capability", "--data", data, "--task", "gsm8k", "--max-new-tokens", 4, "--limit", 2)
     assert sums.code == 0
     assert "gsm8k, 2 items" in sums.out
-    assert "macro p(correct)" in evaluate("capability", *given).out
+    assert "macro p(correct)" in evaluate("capability", *options).out
 
 
 def test_bad_input(evaluate, data, steering, tmp_path, monkeypatch):

@@ -15,15 +15,15 @@ CITY = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n
 
 @pytest.fixture
 def ask(trimtab: Any, model: Path) -> Any:
-    given = ("--model", model, "--device", "cpu", "--prompt", "Why?", "--max-new-tokens", 60)
-    return lambda *rest: trimtab("generate", *given, *rest)
+    options = ("--model", model, "--device", "cpu", "--prompt", "Why?", "--max-new-tokens", 60)
+    return lambda *rest: trimtab("generate", *options, *rest)
 
 
 def test_an_answer_by_a_schema(ask: Any, steering: Path, tmp_path: Path) -> None:
     (tmp_path / "city.json").write_text(json.dumps(CITY))
-    found = ask("--json-schema", tmp_path / "city.json", "--steer", f"{steering}:9", "--compare", "--json")
-    assert found.code == 0, found.err
-    (row,) = found.json["answers"]
+    ran = ask("--json-schema", tmp_path / "city.json", "--steer", f"{steering}:9", "--compare", "--json")
+    assert ran.code == 0, ran.err
+    (row,) = ran.json["answers"]
     for answer in (row, row["unsteered"]):
         assert answer["finish_reason"] == "stop"
         assert json.loads(answer["text"])["n"] in (1, 2)
@@ -36,6 +36,6 @@ def test_an_answer_by_a_schema(ask: Any, steering: Path, tmp_path: Path) -> None
 def test_a_file_that_is_none(ask: Any, tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:
         (tmp_path / "city.json").write_text(text)
-    found = ask("--json-schema", tmp_path / "city.json")
-    assert found.code == 2
-    assert said in " ".join(found.err.split())
+    ran = ask("--json-schema", tmp_path / "city.json")
+    assert ran.code == 2
+    assert said in " ".join(ran.err.split())

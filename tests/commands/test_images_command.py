@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pictured import asked, image, pictured
+from pictured import image, image_prompt, pictured
 
 from trimtab import LM, TrimtabError
 from trimtab.commands.chat_answer import ask
@@ -28,15 +28,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generate(trimtab: Callable[..., Any], folder: Path, model: Path) -> None:
-    one = folder.parent / "one.png"
-    words = ["generate", "--prompt", "w10 w11", "--image", one, "--max-new-tokens", 3, "--json"]
+    picture = folder.parent / "one.png"
+    words = ["generate", "--prompt", "w10 w11", "--image", picture, "--max-new-tokens", 3, "--json"]
     ran = trimtab(*words, "--model", folder)
     assert ran.code == 0, ran.err
     lm = LM.load(folder, device="cpu")
-    (expected,) = lm.generate([asked(image(1), "w10 w11")], max_new_tokens=3)
+    (expected,) = lm.generate([image_prompt(image(1), "w10 w11")], max_new_tokens=3)
     (row,) = ran.json["answers"]
     assert (row["text"], row["prompt_tokens"]) == (expected.text, expected.prompt_tokens)
-    assert row["messages"][0]["content"][0] == {"type": "image", "path": str(one)}
+    assert row["messages"][0]["content"][0] == {"type": "image", "path": str(picture)}
     for more, said in (
         (["--model", model], "model of text alone"),
         (["--model", folder, "--plain"], "--plain goes without it"),
@@ -48,22 +48,22 @@ def test_generate(trimtab: Callable[..., Any], folder: Path, model: Path) -> Non
 
 
 def test_chat(folder: Path, model: Path, tmp_path: Path) -> None:
-    one = str(folder.parent / "one.png")
+    picture = str(folder.parent / "one.png")
     lm = LM.load(folder, device="cpu")
     desk, start = Desk(lm), Conversation(max_tokens=3)
     with pytest.raises(TrimtabError, match="no file"):
         run_command(desk, start, "/image none.png")
     with pytest.raises(TrimtabError, match="model of text alone"):
-        run_command(Desk(LM.load(model, device="cpu")), start, f"/image {one}")
-    begun = run_command(desk, start, f"/image {one}").conversation
+        run_command(Desk(LM.load(model, device="cpu")), start, f"/image {picture}")
+    begun = run_command(desk, start, f"/image {picture}").conversation
     assert run_command(desk, begun, "/image off").conversation.images == ()
     heard: list[str] = []
     turn = ask(desk, begun, "w10 w11", lambda _side, piece: heard.append(piece))
-    (expected,) = lm.generate([asked(image(1), "w10 w11")], max_new_tokens=3)
+    (expected,) = lm.generate([image_prompt(image(1), "w10 w11")], max_new_tokens=3)
     assert turn.answer.text == expected.text
     after = begun.answered(turn)
     assert after.images == ()
-    assert after.messages("w12")[0]["content"][0] == {"type": "image", "path": one}
-    assert run_command(desk, after, "/retry").conversation.images == (one,)
+    assert after.messages("w12")[0]["content"][0] == {"type": "image", "path": picture}
+    assert run_command(desk, after, "/retry").conversation.images == (picture,)
     save_conversation(tmp_path / "talk.json", after, lm.name)
     assert load_conversation(tmp_path / "talk.json", desk)[0].turns == after.turns

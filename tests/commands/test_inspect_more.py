@@ -28,8 +28,8 @@ def test_a_text_in_colour(look: Any, tmp_path: Path) -> None:
     assert TEXT in ran.out
     assert plot.read_bytes().startswith(PNG)
     assert page.read_text().count('<p class="text">') == 2
-    one = look("--text", TEXT, "--layer", "2")
-    assert "layer 1" not in one.out
+    shown = look("--text", TEXT, "--layer", "2")
+    assert "layer 1" not in shown.out
 
 
 def test_its_numbers(look: Any, model: Path, steering: Path) -> None:
@@ -41,10 +41,10 @@ def test_its_numbers(look: Any, model: Path, steering: Path) -> None:
     assert "".join(document["tokens"]) == TEXT
     lm, loaded = LM.load(model, device="cpu"), load(steering)
     (read,) = lm.capture(TEXT, [1, 2], Positions.all(), chat=False)
-    for found, edit in zip(document["layers"], loaded.edits, strict=True):
-        assert found["layer"] == edit.site.layer
+    for layer, edit in zip(document["layers"], loaded.edits, strict=True):
+        assert layer["layer"] == edit.site.layer
         expected = torch.cosine_similarity(read[edit.site].double(), edit.operation.direction.double()[None], dim=-1)
-        assert found["cosines"] == pytest.approx(expected.tolist(), abs=1e-6)
+        assert layer["cosines"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_pairs_in_their_plane(look: Any, tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_pairs_in_their_plane(look: Any, tmp_path: Path) -> None:
     document = look("--pairs", pairs, "--plot", plot, "--json").json
     assert plot.read_bytes().startswith(PNG)
     assert document["drawn"] == 4
-    assert [one["layer"] for one in document["layers"]] == [1, 2]
-    assert all(1 >= one["variance"][0] >= one["variance"][1] >= 0 for one in document["layers"])
+    assert [layer["layer"] for layer in document["layers"]] == [1, 2]
+    assert all(1 >= layer["variance"][0] >= layer["variance"][1] >= 0 for layer in document["layers"])
     pairs.write_text(json.dumps(rows[:1]))
     assert "a plane needs two" in look("--pairs", pairs, "--plot", plot).err
 
@@ -76,12 +76,12 @@ def test_the_plane_is_read_as_the_file_was_learned(
     original = module.activations
     monkeypatch.setattr(module, "activations", lambda *of, **how: read.append(how["read_at"]) or original(*of, **how))
     pairs, out = tmp_path / "pairs.jsonl", tmp_path / "s.safetensors"
-    asked = ("blue", "wide")
-    rows = [{"prompt": f"Why {word}?", "positive": f"yes {word}", "negative": f"no {word} so"} for word in asked]
+    words = ("blue", "wide")
+    rows = [{"prompt": f"Why {word}?", "positive": f"yes {word}", "negative": f"no {word} so"} for word in words]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for how, expected in (((), None), (("--read-at", "answer"), ReadAt("answer"))):
-        given = ("--pairs", pairs, "--out", out, "--model", model, "--device", "cpu", "--layers", "1")
-        assert trimtab("learn", "caa", *given, *how).code == 0
+        options = ("--pairs", pairs, "--out", out, "--model", model, "--device", "cpu", "--layers", "1")
+        assert trimtab("learn", "caa", *options, *how).code == 0
         ran = trimtab("inspect", out, "--model", model, "--pairs", pairs, "--plot", tmp_path / "p.png")
         assert ran.code == 0, ran.err
         assert read.pop() == expected

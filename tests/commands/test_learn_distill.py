@@ -51,8 +51,10 @@ def test_every_kind_of_prompt(trimtab: Any, tmp_path: Path, common: list[Any]) -
         assert learned.card.method == ran.json["method"] == "distill"
         assert name in learned.card.options
         assert ran.json["measured"]["divergence_after"] <= ran.json["measured"]["divergence_before"]
-        told = trimtab("generate", "--steer", out, *common[2:6], "--prompt", "Why?", "--max-new-tokens", 3, "--json")
-        assert told.code == 0, told.err
+        generated = trimtab(
+            "generate", "--steer", out, *common[2:6], "--prompt", "Why?", "--max-new-tokens", 3, "--json"
+        )
+        assert generated.code == 0, generated.err
 
 
 def test_what_is_said_to_a_person(trimtab: Any, tmp_path: Path, common: list[Any]) -> None:
@@ -81,7 +83,7 @@ def test_what_cannot_be_is_said(
     trimtab: Any, tmp_path: Path, common: list[Any], options: list[str], words: str
 ) -> None:
     out = tmp_path / "out.safetensors"
-    common = [one for i, one in enumerate(common) if "--steps" not in (one, common[i - 1])]
+    common = [part for i, part in enumerate(common) if "--steps" not in (part, common[i - 1])]
     ran = trimtab("learn", "distill", *options, *common, "--out", out)
     assert ran.code == 2
     assert words in " ".join(ran.err.split())
@@ -91,8 +93,8 @@ def test_what_cannot_be_is_said(
 def test_too_few_queries_are_counted_before_the_model(trimtab: Any, tmp_path: Path) -> None:
     queries = tmp_path / "few.txt"
     queries.write_text("\n".join(QUERIES[:3]))
-    given = ("--instruction", "Whisper.", "--queries", queries, "--model", "nowhere")
-    ran = trimtab("learn", "distill", *given, "--out", tmp_path / "out.safetensors")
+    options = ("--instruction", "Whisper.", "--queries", queries, "--model", "nowhere")
+    ran = trimtab("learn", "distill", *options, "--out", tmp_path / "out.safetensors")
     assert ran.code == 2
     assert f"{queries}: 3 different queries" in ran.err
 

@@ -27,19 +27,19 @@ def test_both_kinds_of_file(
 ) -> None:
     """The .safetensors file converts to what the .gguf file holds, which is read back as it was learned."""
     pairs = {"instruct": ["--pairs", prompt_pairs], "random": []}.get(method, ["--pairs", answer_pairs])
-    given = ["learn", method, *pairs, "--model", model, "--layers", "1", "--for", "llama.cpp", "--strength", "2"]
-    ours = trimtab(*given, "--out", tmp_path / "v.safetensors")
+    arguments = ["learn", method, *pairs, "--model", model, "--layers", "1", "--for", "llama.cpp", "--strength", "2"]
+    ours = trimtab(*arguments, "--out", tmp_path / "v.safetensors")
     assert ours.code == 0, ours.err
     assert f"trimtab convert {tmp_path / 'v.safetensors'} {tmp_path / 'v.gguf'}\n" in ours.out
     assert f"--control-vector-scaled {tmp_path / 'v.gguf'}:0.8" in ours.out
     assert only_adds(tmp_path / "v.safetensors")
-    theirs = trimtab(*given, "--out", tmp_path / "w.gguf", "--json")
+    theirs = trimtab(*arguments, "--out", tmp_path / "w.gguf", "--json")
     assert theirs.code == 0, theirs.err
     assert [line.split()[0] for line in theirs.json["next"]] == ["llama-cli"]
     assert only_adds(tmp_path / "w.gguf")
     assert trimtab("convert", tmp_path / "v.safetensors", tmp_path / "v.gguf").code == 0
     assert (tmp_path / "v.gguf").read_bytes() == (tmp_path / "w.gguf").read_bytes()
-    alone = trimtab(*given[:-4], "--strength", "2", "--out", tmp_path / "x.safetensors")
+    alone = trimtab(*arguments[:-4], "--strength", "2", "--out", tmp_path / "x.safetensors")
     assert "llama-cli" not in alone.out
     if method != "instruct":  # which sets a projection unless it is told otherwise
         (a,), (b,) = (load(tmp_path / name).edits for name in ("x.safetensors", "w.gguf"))
@@ -47,15 +47,15 @@ def test_both_kinds_of_file(
 
 
 def test_a_word(trimtab: Any, model: Path, tmp_path: Path) -> None:
-    given = ["--word", "sea", "--queries", 4, "--layers", "2", "--model", model, "--for", "llama.cpp"]
-    done = trimtab("learn", "instruct", *given, "--out", tmp_path / "sea.gguf")
+    options = ["--word", "sea", "--queries", 4, "--layers", "2", "--model", model, "--for", "llama.cpp"]
+    done = trimtab("learn", "instruct", *options, "--out", tmp_path / "sea.gguf")
     assert done.code == 0, done.err
     assert only_adds(tmp_path / "sea.gguf")
 
 
 def test_block_0_is_left_out_with_a_word(trimtab: Any, model: Path, answer_pairs: Path, tmp_path: Path) -> None:
-    given = ["learn", "caa", "--pairs", answer_pairs, "--model", model, "--for", "llama.cpp"]
-    done = trimtab(*given, "--layers", "all", "--out", tmp_path / "v.gguf")
+    arguments = ["learn", "caa", "--pairs", answer_pairs, "--model", model, "--for", "llama.cpp"]
+    done = trimtab(*arguments, "--layers", "all", "--out", tmp_path / "v.gguf")
     assert (done.code, load(tmp_path / "v.gguf").layers) == (0, (1, 2, 3))
     assert "warning: llama.cpp can't steer block 0" in done.err
 

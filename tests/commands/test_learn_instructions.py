@@ -66,24 +66,24 @@ def test_an_unknown_sentence_is_learned_from_alone(learn, tmp_path):
 def test_a_lesson_has_the_sentence_and_other_phrasings_of_the_same_values():
     lesson = lesson_of("Use five bullet points exactly", base_queries(None))
     assert len(lesson.pairs) == 64
-    asked = {pair.positive.removeprefix(pair.negative).strip() for pair in lesson.pairs}
-    assert len(asked) >= 5
-    assert "Use five bullet points exactly" in asked
-    assert all("five" in text or "5" in text for text in asked)
+    sentences = {pair.positive.removeprefix(pair.negative).strip() for pair in lesson.pairs}
+    assert len(sentences) >= 5
+    assert "Use five bullet points exactly" in sentences
+    assert all("five" in text or "5" in text for text in sentences)
     assert lesson.options["values"] == {"n": 5}
 
 
 def test_options(learn, tmp_path):
     out = tmp_path / "s.safetensors"
-    given = ("--instruction", "Answer in JSON.", "--out", out, "--json")
-    ran = learn(*given, "--positions", "generated", "--one-sided", "--strength", 0.5)
+    options = ("--instruction", "Answer in JSON.", "--out", out, "--json")
+    ran = learn(*options, "--positions", "generated", "--one-sided", "--strength", 0.5)
     assert (ran.code, ran.err) == (0, "")
     assert ran.json["type"] == "detectable_format:json_format"
     assert ran.json["operation"] == "project"
     (edit,) = load_steering(out).edits
     assert (edit.strength, edit.positions, edit.operation.one_sided) == (0.5, Positions.generated(), True)
     for operation in ("add", "unit"):
-        assert learn(*given, "--operation", operation).code == 0
+        assert learn(*options, "--operation", operation).code == 0
         (edit,) = load_steering(out).edits
         assert isinstance(edit.operation, Add)
         assert (float(edit.operation.direction.norm()) == pytest.approx(1, abs=1e-5)) == (operation == "unit")
@@ -91,10 +91,10 @@ def test_options(learn, tmp_path):
 
 def test_options_for_ones_own_pairs(learn, prompt_pairs, tmp_path):
     out = tmp_path / "s.safetensors"
-    given = ("--pairs", prompt_pairs, "--out", out)
-    assert learn(*given, count=None).code == 0
+    options = ("--pairs", prompt_pairs, "--out", out)
+    assert learn(*options, count=None).code == 0
     assert isinstance(load_steering(out).edits[0].operation, SetProjection)
-    assert learn(*given, "--operation", "add", count=None).code == 0
+    assert learn(*options, "--operation", "add", count=None).code == 0
     (edit,) = load_steering(out).edits
     assert isinstance(edit.operation, Add)
     assert edit.positions == Positions.from_last_prompt_token()
@@ -114,18 +114,18 @@ def test_words_and_lengths(learn, tmp_path):
 
 def test_a_words_own_logit(trimtab, long_model, tmp_path):
     out = tmp_path / "w70.safetensors"
-    given = ("learn", "instruct", "--model", long_model, "--device", "cpu", "--logit", "--out", out)
-    ran = trimtab(*given, "--word", "w70", "--exclude")
+    arguments = ("learn", "instruct", "--model", long_model, "--device", "cpu", "--logit", "--out", out)
+    ran = trimtab(*arguments, "--word", "w70", "--exclude")
     assert ran.code == 0, ran.err
     card = load_steering(out).card
     assert (card.method, card.options["word"], card.options["exclude"]) == ("word-logit", "w70", True)
-    for more, told in (
+    for more, words in (
         (("--length", "concise"), "say which word with --word"),
         (("--word", "w70", "--layers", 2), "--layers isn't for --logit"),
     ):
-        ran = trimtab(*given, *more)
+        ran = trimtab(*arguments, *more)
         assert ran.code == 2
-        assert told in ran.err
+        assert words in ran.err
 
 
 def test_all_at_once(learn, tmp_path):
@@ -138,16 +138,16 @@ def test_all_at_once(learn, tmp_path):
     assert {"english_lowercase.safetensors", "response_language_german.safetensors"} <= names
     types = {row["type"] for row in ran.json["files"]}
     assert types == set(instruction_types())
-    found = {path.stem: load_steering(path) for path in folder.iterdir()}
-    assert isinstance(found["json_format"].edits[0].operation, SetProjection)
-    assert isinstance(found["number_words"].edits[0].operation, Add)
+    steerings = {path.stem: load_steering(path) for path in folder.iterdir()}
+    assert isinstance(steerings["json_format"].edits[0].operation, SetProjection)
+    assert isinstance(steerings["number_words"].edits[0].operation, Add)
     # each is what learning it alone gives
     alone = tmp_path / "alone.safetensors"
-    (lesson,) = [one for one in every_lesson(base_queries(3)) if one.name == "english_lowercase"]
+    (lesson,) = [candidate for candidate in every_lesson(base_queries(3)) if candidate.name == "english_lowercase"]
     rows = [{"prompt": p.positive, "prompt_without_instruction": p.negative} for p in lesson.pairs]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert learn("--pairs", tmp_path / "p.jsonl", "--out", alone, count=None).code == 0
-    mine, theirs = found["english_lowercase"].edits[0].operation, load_steering(alone).edits[0].operation
+    mine, theirs = steerings["english_lowercase"].edits[0].operation, load_steering(alone).edits[0].operation
     assert torch.allclose(mine.direction, theirs.direction, atol=1e-4)
     assert mine.target == pytest.approx(theirs.target, rel=1e-3, abs=1e-3)
     shown = learn("--all", "--out", folder, count=3)
@@ -164,8 +164,8 @@ def test_all_again_gives_the_same_bytes(learn, tmp_path):
 def test_bad_input(learn, trimtab, prompt_pairs, tmp_path):
     out = tmp_path / "s.safetensors"
 
-    def refused(*given, words, count=4):
-        ran = learn(*given, count=count)
+    def refused(*arguments, words, count=4):
+        ran = learn(*arguments, count=count)
         assert (ran.code, ran.out) == (2, "")
         assert ran.err.count("\n") == 1
         for word in words:

@@ -19,12 +19,12 @@ def test_every_recipe_fits_its_function() -> None:
     import inspect
 
     for recipe in recipes().values():
-        given = inspect.signature(recipe.load()).parameters
-        assert {"layers", "progress"} <= set(given), recipe.name
+        parameters = inspect.signature(recipe.load()).parameters
+        assert {"layers", "progress"} <= set(parameters), recipe.name
         for option in recipe.options:
-            assert option.name in given, (recipe.name, option.name)
+            assert option.name in parameters, (recipe.name, option.name)
             if option.default is not None:
-                assert given[option.name].default == option.default, (recipe.name, option.name)
+                assert parameters[option.name].default == option.default, (recipe.name, option.name)
 
 
 def test_recipes_check_themselves() -> None:
@@ -76,10 +76,8 @@ def test_heads_neurons_and_masks_from_the_command_line(
         seen = trimtab("inspect", out, "--json")
         assert (seen.code, seen.json["card"]["method"]) == (0, name)
         assert trimtab("inspect", out).code == 0
-        told = trimtab(
-            "generate", "--steer", out, "--model", model, "--prompt", "Why?", "--max-new-tokens", 4, "--json"
-        )
-        assert told.code == 0, told.err
+        ran = trimtab("generate", "--steer", out, "--model", model, "--prompt", "Why?", "--max-new-tokens", 4, "--json")
+        assert ran.code == 0, ran.err
 
 
 def test_caps_and_targets_from_the_command_line(trimtab: Any, tmp_path: Path, model: Path, answer_pairs: Path) -> None:
@@ -100,10 +98,10 @@ def test_caps_and_targets_from_the_command_line(trimtab: Any, tmp_path: Path, mo
             assert again.read_bytes() == out.read_bytes()
             seen = trimtab("inspect", out, "--json")
             assert (seen.code, seen.json["card"]["method"]) == (0, name)
-            told = trimtab(
+            generated = trimtab(
                 "generate", "--steer", out, "--model", model, "--prompt", "Why?", "--max-new-tokens", 4, "--json"
             )
-            assert told.code == 0, told.err
+            assert generated.code == 0, generated.err
     for name, options, words in (
         ("cap", ["--quantile", "2"], "a quantile lies between 0 and 1"),
         ("sttp", ["--move", "away"], "target, mirror"),
@@ -133,10 +131,10 @@ def test_preferences_from_the_command_line(trimtab: Any, tmp_path: Path, model: 
         assert again.read_bytes() == out.read_bytes()
         seen = trimtab("inspect", out, "--json")
         assert (seen.code, seen.json["card"]["method"]) == (0, name)
-        told = trimtab(
+        generated = trimtab(
             "generate", "--steer", out, "--model", model, "--prompt", "Why?", "--max-new-tokens", 4, "--json"
         )
-        assert told.code == 0, told.err
+        assert generated.code == 0, generated.err
     for name, options, words in (
         ("bipo", ["--beta", "0"], "above 0, got 0.0"),
         ("reps", ["--steps", "0"], "steps of a descent is above 0"),
@@ -157,11 +155,11 @@ def persona(tmp_path: Path) -> Path:
         {
             "positive_system": "Write in capitals!",
             "negative_system": "no.",
-            "prompt": [{"role": "user", "content": asked}],
-            "positive": f"The sea. (A) {asked}",
+            "prompt": [{"role": "user", "content": question}],
+            "positive": f"The sea. (A) {question}",
             "negative": f"A question. (A) wide{' and blue' * i}",
         }
-        for i, asked in enumerate(("What is the sea?", "Who are you?", "Why?"))
+        for i, question in enumerate(("What is the sea?", "Who are you?", "Why?"))
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -175,8 +173,8 @@ def test_learning_over_answers(
     from trimtab import LM, read_pairs
 
     out = tmp_path / "s.safetensors"
-    given = ("--pairs", persona, "--out", out, "--model", model, "--device", "cpu", "--layers", "1", "--json")
-    ran = trimtab("learn", name, *given, "--read-at", read_at)
+    options = ("--pairs", persona, "--out", out, "--model", model, "--device", "cpu", "--layers", "1", "--json")
+    ran = trimtab("learn", name, *options, "--read-at", read_at)
     assert ran.code == 0, ran.err
     learned = load(out)
     assert learned.card.options["read_at"] == read_at

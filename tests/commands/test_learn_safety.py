@@ -22,7 +22,7 @@ def test_from_files_to_a_steering(tmp_path: Path, trimtab: Any, model: Path) -> 
     harmful, harmless = files(tmp_path)
     out = tmp_path / "safety.safetensors"
     common = ["learn", "safety", "--texts", harmful, "--harmless", harmless, "--out", out, "--model", model]
-    told = trimtab(*common, "--layers", "1,2", "--requests", "2").out
+    printed = trimtab(*common, "--layers", "1,2", "--requests", "2").out
     document = trimtab(*common, "--layers", "1,2", "--requests", "2", "--json").json
     assert (document["method"], document["options"]["direction"]) == ("safety", "answers")
     steering = load(out)
@@ -33,9 +33,20 @@ def test_from_files_to_a_steering(tmp_path: Path, trimtab: Any, model: Path) -> 
     chosen = steering.card.measured["condition"]["chosen"]
     assert {"threshold", "hits", "false_alarms"} == set(chosen)
     counts = rf"{chosen['hits']:.0%} of {len(HARMFUL)} .* {chosen['false_alarms']:.0%} of {len(HARMLESS)} others"
-    assert re.search(counts, " ".join(told.split()))
-    asked = ["generate", "--model", model, "--steer", out, "--prompt", HARMFUL[0], "--max-new-tokens", "3", "--json"]
-    assert trimtab(*asked).code == 0
+    assert re.search(counts, " ".join(printed.split()))
+    arguments = [
+        "generate",
+        "--model",
+        model,
+        "--steer",
+        out,
+        "--prompt",
+        HARMFUL[0],
+        "--max-new-tokens",
+        "3",
+        "--json",
+    ]
+    assert trimtab(*arguments).code == 0
 
 
 def test_bad_input(tmp_path: Path, trimtab: Any, model: Path) -> None:

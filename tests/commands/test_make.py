@@ -39,7 +39,7 @@ def test_what_it_writes_and_says(trimtab: Any, tmp_path: Path, common: list[Any]
     assert (ran.code == 0) == document["verdict"]["holds"] == (not document["verdict"]["why_not"])
     assert (document["idea"], document["source"]) == ("shout, not whisper", "sentence")
     assert document["candidates"][0]["name"] == document["chosen"]
-    assert [one["question"] for one in document["examples"]] == QUESTIONS[1::2]
+    assert [example["question"] for example in document["examples"]] == QUESTIONS[1::2]
     card = load(out).card
     assert card.options["idea"] == "shout, not whisper"
     assert card.measured["share_of_prompt"] == document["verdict"]["share_of_prompt"]
@@ -70,14 +70,14 @@ def pairs_file(folder: Path, count: int = 20) -> Path:
 
 def test_pairs_of_ones_own(trimtab: Any, tmp_path: Path, model: Path) -> None:
     out = tmp_path / "mine.safetensors"
-    given = ["--from", pairs_file(tmp_path), "--model", model, "--device", "cpu", "--tokens", 8, "--keep"]
-    ran = trimtab("make", *given, "--no-distill", "--out", out, "--json")
+    options = ["--from", pairs_file(tmp_path), "--model", model, "--device", "cpu", "--tokens", 8, "--keep"]
+    ran = trimtab("make", *options, "--no-distill", "--out", out, "--json")
     assert ran.code in (0, NOTHING_HOLDS), ran.err
     assert (ran.json["idea"], ran.json["source"], ran.json["verdict"]["questions"]) == ("mine", "20 pairs", 10)
     assert ran.json["verdict"]["gain"] == load(out).card.measured["gain"]
     assert "share_of_prompt" not in ran.json["verdict"]
     assert ran.json["examples"][0]["prompted"] is None
-    shown = trimtab("make", *given, "--no-distill", "--out", out)
+    shown = trimtab("make", *options, "--no-distill", "--out", out)
     assert "no system prompt stands behind these pairs" in shown.out
     assert "prompted:" not in shown.out
     assert f"trimtab chat --model {model} --steer {out}" in " ".join(shown.err.split())
@@ -88,8 +88,8 @@ def test_for_another_program(trimtab: Any, tmp_path: Path, model: Path) -> None:
     from trimtab import Positions
 
     out = tmp_path / "mine.gguf"
-    given = ["--from", pairs_file(tmp_path), "--model", model, "--device", "cpu", "--tokens", 8, "--keep"]
-    ran = trimtab("make", *given, "--for", "llama.cpp", "--out", out, "--json")
+    options = ["--from", pairs_file(tmp_path), "--model", model, "--device", "cpu", "--tokens", 8, "--keep"]
+    ran = trimtab("make", *options, "--for", "llama.cpp", "--out", out, "--json")
     assert ran.code in (0, NOTHING_HOLDS), ran.err
     edits = load(out).edits
     assert edits
@@ -103,15 +103,15 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
     questions = {"learn": QUESTIONS[:12], "test": QUESTIONS[12:]}
     card.write_text(json.dumps({"name": "loud", "description": "Loud.", "words": ["loud"], **sides, **questions}))
     out = tmp_path / "loud.safetensors"
-    given = ("--model", model, "--device", "cpu", "--tokens", 8, "--no-distill", "--keep", "--json")
-    ran = trimtab("make", "--card", card, *given, "--out", out)
+    options = ("--model", model, "--device", "cpu", "--tokens", 8, "--no-distill", "--keep", "--json")
+    ran = trimtab("make", "--card", card, *options, "--out", out)
     assert ran.code in (0, NOTHING_HOLDS), ran.err
     assert (ran.json["idea"], ran.json["source"]) == ("loud", "trait loud")
     assert load(out).card.options["source"] == "trait loud"
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("arguments", "words"),
     [
         ((), 'describe what you want: a sentence such as "be blunt'),
         ((" ",), "describe what you want"),
@@ -129,9 +129,9 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
         (("be loud", "--out", "x.gguf"), "for a .gguf file say --for llama.cpp"),
     ],
 )
-def test_errors_come_before_the_model(trimtab: Any, tmp_path: Path, given: tuple[str, ...], words: str) -> None:
-    out = () if "--out" in given else ("--out", tmp_path / "x.safetensors")
-    ran = trimtab("make", *given, *out, "--model", "nowhere")
+def test_errors_come_before_the_model(trimtab: Any, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    out = () if "--out" in arguments else ("--out", tmp_path / "x.safetensors")
+    ran = trimtab("make", *arguments, *out, "--model", "nowhere")
     assert ran.code == 2
     ran_err = " ".join(ran.err.split())
     assert re.search(words, ran_err), ran_err

@@ -15,8 +15,8 @@ def test_a_model_s_own_weights(trimtab, model) -> None:
     ran = trimtab("models", "--check", model, "--device", "cpu", "--json")
     assert ran.code == 0
     assert ran.json["weights"] == "as given"
-    assert [one["name"] for one in ran.json["findings"]] == list(CHECKS)
-    states = {one["name"]: one["state"] for one in ran.json["findings"]}
+    assert [finding["name"] for finding in ran.json["findings"]] == list(CHECKS)
+    states = {finding["name"]: finding["state"] for finding in ran.json["findings"]}
     assert states.pop("router") == "refused"  # no mixture of experts
     assert set(states.values()) == {"works"}, ran.json["findings"]
 
@@ -54,8 +54,10 @@ def test_a_file_that_isnt_there(trimtab, tmp_path) -> None:
 
 
 def test_what_is_wrong_shows_in_the_exit_code(trimtab, monkeypatch) -> None:
-    found = Report("olmo", "olmo", "model.layers", "random, tiny", (Finding("heads", "attention heads", WRONG, "off"),))
-    monkeypatch.setattr(doctor, "check_config", lambda _: found)
+    report = Report(
+        "olmo", "olmo", "model.layers", "random, tiny", (Finding("heads", "attention heads", WRONG, "off"),)
+    )
+    monkeypatch.setattr(doctor, "check_config", lambda _: report)
     ran = trimtab("models", "--check", "olmo")
     assert ran.code == 1
     assert "WRONG" in ran.out

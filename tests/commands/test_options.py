@@ -71,6 +71,6 @@ def test_options_stand_where_the_group_does() -> None:
 
 
 def test_what_is_taken_is_gone() -> None:
-    given = {"host": "a", "port": 1, "other": 2}
-    assert taken(Where, given) == Where("a", 1)
-    assert given == {"other": 2}
+    values = {"host": "a", "port": 1, "other": 2}
+    assert taken(Where, values) == Where("a", 1)
+    assert values == {"other": 2}

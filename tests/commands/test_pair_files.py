@@ -76,8 +76,8 @@ def _stop(*_: Any, **__: Any) -> Any:
 
 def test_the_same_steering_is_learned(trimtab: Any, model: Path, named: Path, plain: Path, tmp_path: Path) -> None:
     def learn(pairs: Path, *more: Sequence[str]) -> Any:
-        given = ["--layers", "1", "--model", model, "--device", "cpu", "--out", tmp_path / "s.safetensors", "--json"]
-        ran = trimtab("learn", "caa", "--pairs", pairs, *given, *more)
+        options = ["--layers", "1", "--model", model, "--device", "cpu", "--out", tmp_path / "s.safetensors", "--json"]
+        ran = trimtab("learn", "caa", "--pairs", pairs, *options, *more)
         assert ran.code == 0, ran.err
         return load(tmp_path / "s.safetensors").card.data
 
@@ -87,8 +87,8 @@ def test_the_same_steering_is_learned(trimtab: Any, model: Path, named: Path, pl
 def test_statements_are_paired_and_it_is_said(trimtab: Any, model: Path, tmp_path: Path) -> None:
     table = tmp_path / "facts.csv"
     table.write_text("statement,label\nThe sea is wide,1\nThe sea is no,0\nIt is blue,1\nIt is a user,0\nWhy,1\n")
-    given = ["--layers", "1", "--model", model, "--device", "cpu", "--out", tmp_path / "s.safetensors"]
-    ran = trimtab("learn", "caa", "--pairs", table, *given)
+    options = ["--layers", "1", "--model", model, "--device", "cpu", "--out", tmp_path / "s.safetensors"]
+    ran = trimtab("learn", "caa", "--pairs", table, *options)
     assert ran.code == 0
     assert "warning: " in ran.err
     assert "2 pairs made of 5 labelled statements" in ran.err
@@ -96,10 +96,10 @@ def test_statements_are_paired_and_it_is_said(trimtab: Any, model: Path, tmp_pat
 
 
 def test_columns_of_no_pairs(trimtab: Any, tmp_path: Path) -> None:
-    given = ["learn", "instruct", "--instruction", "Be brief.", "--out", tmp_path / "s.safetensors"]
+    arguments = ["learn", "instruct", "--instruction", "Be brief.", "--out", tmp_path / "s.safetensors"]
     for more, said in [
         (("--keys", "prompt=q"), "--keys is about the columns of pairs; give --pairs FILE"),
         (("--ignore", "q"), "--ignore is about the columns of pairs"),
     ]:
-        ran = trimtab(*given, *more)
+        ran = trimtab(*arguments, *more)
         assert (ran.code, said in ran.err) == (2, True)

@@ -108,8 +108,8 @@ def test_a_method_is_learned_with_from_the_command_line(
 ) -> None:
     out = tmp_path / "d.safetensors"
     common = ["--pairs", str(answer_pairs), "--out", str(out), "--model", str(model), "--layers", "1,2", "--json"]
-    found = trimtab("learn", "doubled", *common, "--times", "3", "--norm", "unit", "--positions", "all").json
-    assert found["method"] == "doubled"
+    document = trimtab("learn", "doubled", *common, "--times", "3", "--norm", "unit", "--positions", "all").json
+    assert document["method"] == "doubled"
     steering = load(out)
     assert [(e.site.layer, e.strength, str(e.positions)) for e in steering.edits] == [(1, 3.0, "all"), (2, 3.0, "all")]
     assert all(abs(float(edit.operation.direction.norm()) - 1) < 1e-5 for edit in steering.edits)
@@ -189,16 +189,16 @@ def test_a_broken_method_is_named_and_breaks_nothing_else(
     entry, code, why = BROKEN[case]
     write("bad-plugin", METHODS, f"bad = {entry}", "broken_module", code)
     with pytest.warns(PluginWarning, match="the method 'bad' of bad-plugin 1.0") as warned:
-        found = recipes()
+        known = recipes()
     assert why in str(warned[0].message)
-    assert "caa" in found
-    assert "bad" not in found
+    assert "caa" in known
+    assert "bad" not in known
 
     ran = trimtab("methods", "--json")
     assert ran.code == 0
     assert "caa" in ran.json
     assert ran.err.startswith("warning: the method 'bad' of bad-plugin 1.0")
-    assert recipe_named("caa") == found["caa"]  # another method doesn't so much as import it
+    assert recipe_named("caa") == known["caa"]  # another method doesn't so much as import it
     ran = trimtab("learn", "repe", "--help")
     assert (ran.code, ran.err) == (0, "")
     ran = trimtab("learn", "bad", "--help")

@@ -80,15 +80,15 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_begun_answers_and_keywords(trimtab: Any, thinker: Path, tmp_path: Path) -> None:
     rows = tmp_path / "p.jsonl"
-    rows.write_text("".join(json.dumps({"messages": one}) + "\n" for one in ([USER, BEGUN], [USER])))
-    given = ["generate", "--model", thinker, "--device", "cpu", "--prompts", rows, "--max-new-tokens", 6, "--json"]
+    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in ([USER, BEGUN], [USER])))
+    arguments = ["generate", "--model", thinker, "--device", "cpu", "--prompts", rows, "--max-new-tokens", 6, "--json"]
     lm = LM.load(thinker, device="cpu")
     for more, template in (([], None), (["--template", "thinking=false"], {"thinking": False})):
-        told = trimtab(*given, *more)
-        assert told.code == 0, told.err
+        ran = trimtab(*arguments, *more)
+        assert ran.code == 0, ran.err
         expected = lm.generate([[USER, BEGUN], [USER]], max_new_tokens=6, template=template)
-        assert [row["text"] for row in told.json["answers"]] == [one.text for one in expected]
-        assert [row["prompt_tokens"] for row in told.json["answers"]] == [one.prompt_tokens for one in expected]
+        assert [row["text"] for row in ran.json["answers"]] == [answer.text for answer in expected]
+        assert [row["prompt_tokens"] for row in ran.json["answers"]] == [answer.prompt_tokens for answer in expected]
     assert lm.tokenizer.decode(lm.encode([USER, BEGUN])).endswith("<|assistant|>The sea")
 
 
@@ -100,8 +100,8 @@ def test_what_is_learned_is_rendered_with_the_keywords(
     made = {}
     for name, more in (("on", []), ("off", ["--template", "thinking=false"])):
         out = tmp_path / f"{name}.safetensors"
-        given = ["--pairs", answer_pairs, "--layers", "1", "--model", thinker, "--device", "cpu", "--out", out]
-        assert trimtab("learn", "caa", *given, *more).code == 0
+        options = ["--pairs", answer_pairs, "--layers", "1", "--model", thinker, "--device", "cpu", "--out", out]
+        assert trimtab("learn", "caa", *options, *more).code == 0
         made[name] = load(out)
     on, off = (made[name].edits[0].operation.direction for name in ("on", "off"))
     assert not on.equal(off)
@@ -113,7 +113,7 @@ def test_what_is_learned_is_rendered_with_the_keywords(
 
 
 def test_keywords_that_can_not_be_given(trimtab: Any, thinker: Path, model: Path, base: Path) -> None:
-    given = ["generate", "--prompt", "Why?", "--max-new-tokens", 2, "--device", "cpu", "--model"]
+    arguments = ["generate", "--prompt", "Why?", "--max-new-tokens", 2, "--device", "cpu", "--model"]
     for where, more, said in [
         (thinker, ["--template", "thinkin=false"], "it uses thinking"),
         (model, ["--template", "thinking=false"], "it uses none"),
@@ -121,13 +121,13 @@ def test_keywords_that_can_not_be_given(trimtab: Any, thinker: Path, model: Path
         (thinker, ["--template", "thinking"], "write KEYWORD=VALUE"),
         (thinker, ["--template", "thinking=false", "--plain"], "leave one of them out"),
     ]:
-        ran = trimtab(*given, where, *more)
+        ran = trimtab(*arguments, where, *more)
         assert (ran.code, said in ran.err) == (2, True), ran.err
 
 
 def test_a_rendered_prompt_is_noticed(trimtab: Any, thinker: Path) -> None:
-    given = ["generate", "--model", thinker, "--device", "cpu", "--prompt", "<|user|>Why?\n<|assistant|>"]
-    ran = trimtab(*given, "--max-new-tokens", 2)
+    arguments = ["generate", "--model", thinker, "--device", "cpu", "--prompt", "<|user|>Why?\n<|assistant|>"]
+    ran = trimtab(*arguments, "--max-new-tokens", 2)
     assert ran.code == 0
     assert "warning: the prompt holds '<|user|>', '<|assistant|>', which the chat template writes itself" in ran.err
-    assert "warning" not in trimtab(*given, "--plain", "--max-new-tokens", 2).err
+    assert "warning" not in trimtab(*arguments, "--plain", "--max-new-tokens", 2).err

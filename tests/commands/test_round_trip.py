@@ -29,11 +29,11 @@ def test_learn_inspect_generate_compare(trimtab, cpu, prompt_pairs, tmp_path):
     for word in ("instruct on tiny", "4 pairs", "█", "strength 2", steering_digest(steering)):
         assert word in seen.out
 
-    told = cpu("generate --max-new-tokens 5 --compare", "--steer", out, "--prompt", "Why?", "--prompt", "[bold]Who?")
-    assert told.code == 0
+    ran = cpu("generate --max-new-tokens 5 --compare", "--steer", out, "--prompt", "Why?", "--prompt", "[bold]Who?")
+    assert ran.code == 0
     for word in ("# Why?", "# [bold]Who?", "unsteered"):
-        assert word in told.out
-    assert "dose" in told.err
+        assert word in ran.out
+    assert "dose" in ran.err
 
 
 def test_json(trimtab, cpu, answer_pairs, tmp_path):
@@ -51,12 +51,12 @@ def test_json(trimtab, cpu, answer_pairs, tmp_path):
     assert seen.json["card"]["model"]["name"] == "tiny"
     assert [edit["norm"] for edit in seen.json["edits"]] == [row["norm"] for row in learned.json["layers"]]
 
-    given = ("--prompt", "Früh?", "--prompt", "No.", "--steer", f"{out}:0.1", "--steer", f"{out}:-0.1")
-    told = cpu("generate --json --compare --max-new-tokens 6", *given)
-    assert told.code == 0
-    assert [row["prompt"] for row in told.json["answers"]] == ["Früh?", "No."]
-    assert [row["strength"] for row in told.json["steerings"]] == [0.1, -0.1]
-    for row in told.json["answers"]:
+    options = ("--prompt", "Früh?", "--prompt", "No.", "--steer", f"{out}:0.1", "--steer", f"{out}:-0.1")
+    ran = cpu("generate --json --compare --max-new-tokens 6", *options)
+    assert ran.code == 0
+    assert [row["prompt"] for row in ran.json["answers"]] == ["Früh?", "No."]
+    assert [row["strength"] for row in ran.json["steerings"]] == [0.1, -0.1]
+    for row in ran.json["answers"]:
         assert row["text"] == row["unsteered"]["text"]  # the two cancel out
         assert row["dose"] < 1e-6
         assert row["new_tokens"] <= 6
@@ -77,22 +77,22 @@ def test_learning_again_gives_the_same_bytes(cpu, prompt_pairs, tmp_path):
 
 
 def test_strength_zero_is_no_steering_and_a_strong_one_warns(cpu, steering):
-    given = ("--prompt", "What is the sea?", "--max-new-tokens", 8, "--json")
-    bare = cpu("generate", *given)
+    options = ("--prompt", "What is the sea?", "--max-new-tokens", 8, "--json")
+    bare = cpu("generate", *options)
     assert bare.json["answers"][0]["edits"] == []
-    zero = cpu("generate", *given, "--steer", f"{steering}:0")
+    zero = cpu("generate", *options, "--steer", f"{steering}:0")
     assert zero.json["answers"] == bare.json["answers"]
-    strong = cpu("generate", *given, "--steer", f"{steering}:100")
+    strong = cpu("generate", *options, "--steer", f"{steering}:100")
     assert strong.json["answers"][0]["text"] != bare.json["answers"][0]["text"]
     assert strong.err.startswith("warning: at layer")
     assert strong.err.count("\n") == 1
 
 
 def test_positions_replace_those_of_the_file(cpu, steering):
-    given = ("--steer", f"{steering}:0.5", "--prompt", "What is the sea?", "--max-new-tokens", 3, "--json")
+    options = ("--steer", f"{steering}:0.5", "--prompt", "What is the sea?", "--max-new-tokens", 3, "--json")
     for rule in ("all", "prompt", "first:2", "window:0:2", "span:0:3", "tokens:0,2,-2"):
-        told = cpu("generate", *given, "--positions", rule)
-        edits = told.json["answers"][0]["edits"]
+        ran = cpu("generate", *options, "--positions", rule)
+        edits = ran.json["answers"][0]["edits"]
         assert len(edits) == 2
         assert all(edit.endswith({"first:2": "window:0:2"}.get(rule, rule)) for edit in edits)
 
@@ -105,46 +105,46 @@ def test_prompts_from_files_and_standard_input(cpu, tmp_path, monkeypatch):
     messages = [{"role": "system", "content": "Be."}, {"role": "user", "content": "Who?"}]
     rows.write_text(json.dumps({"prompt": "Two\nlines", "id": 1}) + "\n" + json.dumps({"messages": messages}))
 
-    def asked(*given):
-        told = cpu("generate --json --max-new-tokens 2", *given)
-        assert told.code == 0, told.err
-        return [row.get("prompt") or row["messages"] for row in told.json["answers"]]
+    def prompts_of(*arguments):
+        ran = cpu("generate --json --max-new-tokens 2", *arguments)
+        assert ran.code == 0, ran.err
+        return [row.get("prompt") or row["messages"] for row in ran.json["answers"]]
 
-    assert asked("--prompts", lines) == ["Why?", "  Früh?"]
-    assert asked("--prompt", "first", "--prompts", rows) == ["first", "Two\nlines", messages]
+    assert prompts_of("--prompts", lines) == ["Why?", "  Früh?"]
+    assert prompts_of("--prompt", "first", "--prompts", rows) == ["first", "Two\nlines", messages]
     monkeypatch.setattr("sys.stdin", io.StringIO("One\nTwo\n"))
-    assert asked("--prompts", "-") == ["One", "Two"]
+    assert prompts_of("--prompts", "-") == ["One", "Two"]
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "One"}\n'))
-    assert asked("--prompts", "-") == ["One"]
+    assert prompts_of("--prompts", "-") == ["One"]
 
 
 def test_system_plain_and_sampling_change_what_is_run(cpu, base, trimtab):
-    def row(*given):
-        told = cpu("generate --json --max-new-tokens 12", "--prompt", "The sea", *given)
-        assert told.code == 0, told.err
-        return told.json["answers"][0]
+    def row(*arguments):
+        ran = cpu("generate --json --max-new-tokens 12", "--prompt", "The sea", *arguments)
+        assert ran.code == 0, ran.err
+        return ran.json["answers"][0]
 
     chat = row()
     assert row("--plain")["prompt_tokens"] < chat["prompt_tokens"] < row("--system", "Be.")["prompt_tokens"]
     sampled = [row("--sample", "--temperature", "3", "--seed", seed)["text"] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
-    told = trimtab(
+    plain = trimtab(
         "generate", "--model", base, "--device", "cpu", "--prompt", "The sea", "--max-new-tokens", 2, "--json"
     )
-    assert told.json["answers"][0]["prompt_tokens"] == row("--plain")["prompt_tokens"]
+    assert plain.json["answers"][0]["prompt_tokens"] == row("--plain")["prompt_tokens"]
 
 
 def test_transfer_must_be_allowed(trimtab, stranger, steering):
-    given = ("generate", "--model", stranger, "--device", "cpu", "--steer", steering, "--prompt", "Why?")
-    given += ("--max-new-tokens", 2)
-    assert trimtab(*given).code == 2
-    assert trimtab(*given, "--transfer").code == 0
+    arguments = ("generate", "--model", stranger, "--device", "cpu", "--steer", steering, "--prompt", "Why?")
+    arguments += ("--max-new-tokens", 2)
+    assert trimtab(*arguments).code == 2
+    assert trimtab(*arguments, "--transfer").code == 0
 
 
 def test_options_reach_the_model(trimtab, model):
-    given = ("models", "--model", model, "--device", "cpu", "--json")
-    assert trimtab(*given).json["dtype"] == "float32"
-    other = trimtab(*given, "--dtype", "bf16", "--layers-path", "model.layers").json
+    arguments = ("models", "--model", model, "--device", "cpu", "--json")
+    assert trimtab(*arguments).json["dtype"] == "float32"
+    other = trimtab(*arguments, "--dtype", "bf16", "--layers-path", "model.layers").json
     assert (other["dtype"], other["blocks"]) == ("bfloat16", "model.layers")
 
 

@@ -24,15 +24,15 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What would have been started: commands and environments."""
-    found: list[Any] = []
+    programs: list[Any] = []
 
     def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
-        found.append((command, environment))
+        programs.append((command, environment))
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr("trimtab.engines.vllm.versions.vllm_version", lambda: "0.32.0")
-    return found
+    return programs
 
 
 def test_vllms_server_is_started(trimtab: Callable[..., Any], started: list[Any], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ OFF = [
 
 @pytest.fixture
 def cpu(trimtab, model):
-    return lambda *given: trimtab("tune", "--model", model, "--device", "cpu", "--max-new-tokens", 4, *given)
+    return lambda *arguments: trimtab("tune", "--model", model, "--device", "cpu", "--max-new-tokens", 4, *arguments)
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def pairs(tmp_path):
 @pytest.fixture
 def differs(trimtab, model, tmp_path):
     """A check that holds where the answer is another than the unsteered one: what a strong steering surely does."""
-    given = [part for subject in SUBJECTS for part in ("--prompt", f"A {subject}? Shout!")]
-    told = trimtab("generate", "--model", model, "--device", "cpu", "--max-new-tokens", 4, "--json", *given)
-    plain = {row["prompt"].removesuffix(" Shout!"): row["text"] for row in told.json["answers"]}
+    prompts = [part for subject in SUBJECTS for part in ("--prompt", f"A {subject}? Shout!")]
+    ran = trimtab("generate", "--model", model, "--device", "cpu", "--max-new-tokens", 4, "--json", *prompts)
+    plain = {row["prompt"].removesuffix(" Shout!"): row["text"] for row in ran.json["answers"]}
     path = tmp_path / "checks.py"
     path.write_text(
         f"PLAIN = {plain!r}\nCALLS = []\n"
@@ -52,13 +52,13 @@ def differs(trimtab, model, tmp_path):
 
 def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, differs, tmp_path):
     out, figure = tmp_path / "s.safetensors", tmp_path / "s.png"
-    given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", "0.001,30", "--operation", "add", *OFF)
-    told = cpu(*given, "--out", out, "--figure", figure)
-    assert told.code == 0, told.err
+    options = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", "0.001,30", "--operation", "add", *OFF)
+    ran = cpu(*options, "--out", out, "--figure", figure)
+    assert ran.code == 0, ran.err
     for words in ("learned from 12 pairs", "searched on 7 prompts, confirmed on 5 others", "don't steer", "chosen"):
-        assert words in told.out
-    assert f"saved {out}" in told.out
-    assert "interrupted" not in told.out
+        assert words in ran.out
+    assert f"saved {out}" in ran.out
+    assert "interrupted" not in ran.out
     assert figure.read_bytes().startswith(b"\x89PNG")
 
     steering = load_steering(out)
@@ -72,13 +72,13 @@ def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, di
     words = "chosen among 8 candidates; on 5 held-out prompts 1.00 instead of 0.00, difference [+1.00, +1.00]"
     assert words in " ".join(seen.out.split())
 
-    learned, *rounds = told.err.splitlines()[:-1]
+    learned, *rounds = ran.err.splitlines()[:-1]
     assert learned == "learned from 12 pairs at 4 blocks"
     assert rounds[0].startswith("round 1 of 2: 8 candidates on 6 prompts; best so far 1.00, unsteered 0.00: ")
     assert rounds[1].endswith("best so far 1.00, unsteered 0.00: " + str(Setting(**tuning["chosen"])))
-    assert "better: 1.00 instead of 0.00 on 5 held-out prompts (5 better, 0 worse; p = 0.031)" in told.out
+    assert "better: 1.00 instead of 0.00 on 5 held-out prompts (5 better, 0 worse; p = 0.031)" in ran.out
 
-    again = cpu(*given, "--out", tmp_path / "t.safetensors", "--json")
+    again = cpu(*options, "--out", tmp_path / "t.safetensors", "--json")
     assert (again.code, again.err) == (0, "")
     assert (tmp_path / "t.safetensors").read_bytes() == out.read_bytes()
     assert again.json["steer"] is True
@@ -91,46 +91,46 @@ def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, di
 
 
 def test_two_held_out_prompts_are_too_few_whatever_works(cpu, pairs, differs, tmp_path):
-    given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
-    told = cpu(*given, "--limit", 6, "--out", tmp_path / "s.safetensors", "--json")
-    assert told.code == 3
-    (doubt,) = told.json["warnings"]
+    options = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
+    ran = cpu(*options, "--limit", 6, "--out", tmp_path / "s.safetensors", "--json")
+    assert ran.code == 3
+    (doubt,) = ran.json["warnings"]
     assert doubt.startswith("the last word will be on 2 prompts, and even if all of them are won that can't be told")
-    assert "can't be told from luck: 1.00 instead of 0.00 on 2 held-out prompts" in told.json["reason"]
+    assert "can't be told from luck: 1.00 instead of 0.00 on 2 held-out prompts" in ran.json["reason"]
 
 
 def test_the_guard_forbids_what_breaks_answers(cpu, pairs, differs, tmp_path):
-    given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
-    told = cpu(*given, "--guard", "perplexity=1", "--out", tmp_path / "s.safetensors", "--json")
-    assert told.code == 3, told.err
-    rows = [row for row in told.json["table"] if row["setting"]]
+    options = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
+    ran = cpu(*options, "--guard", "perplexity=1", "--out", tmp_path / "s.safetensors", "--json")
+    assert ran.code == 3, ran.err
+    rows = [row for row in ran.json["table"] if row["setting"]]
     assert any("perplexity too high" in reason for row in rows for reason in row["broken"])
     broken = {json.dumps(row["setting"]) for row in rows if row["broken"]}
-    assert json.dumps(told.json["setting"]) not in broken
+    assert json.dumps(ran.json["setting"]) not in broken
 
 
 def test_dont_steer_writes_nothing(cpu, pairs, differs, tmp_path):
     out = tmp_path / "s.safetensors"
-    told = cpu("--pairs", pairs, "--check", f"{differs}:never", "--out", out)
-    assert told.code == 3
-    assert "don't steer: no candidate scored above not steering" in told.out
-    assert "nothing is written" in told.out
-    advised = [line for line in told.out.splitlines() if line.startswith("try next: ")]
+    ran = cpu("--pairs", pairs, "--check", f"{differs}:never", "--out", out)
+    assert ran.code == 3
+    assert "don't steer: no candidate scored above not steering" in ran.out
+    assert "nothing is written" in ran.out
+    advised = [line for line in ran.out.splitlines() if line.startswith("try next: ")]
     assert advised[-1] == "try next: learn it otherwise: trimtab methods lists what your pairs can be used for"
     assert not out.exists()
-    asked = cpu("--pairs", pairs, "--check", f"{differs}:never", "--out", out, "--json")
-    assert (asked.code, asked.json["steer"], asked.json["file"], asked.json["digest"]) == (3, False, None, None)
-    assert [f"try next: {line}" for line in asked.json["advice"]] == advised
+    as_json = cpu("--pairs", pairs, "--check", f"{differs}:never", "--out", out, "--json")
+    assert (as_json.code, as_json.json["steer"], as_json.json["file"], as_json.json["digest"]) == (3, False, None, None)
+    assert [f"try next: {line}" for line in as_json.json["advice"]] == advised
 
 
 def test_control_c_keeps_the_best_so_far(cpu, pairs, differs, tmp_path):
     out = tmp_path / "s.safetensors"
-    given = ("--pairs", pairs, "--strengths", 30, "--operation", "add", *OFF, "--batch-size", 9)
-    told = cpu(
-        *given, "--check", f"{differs}:stop", "--layers", "all", "--limit", 6, "--out", out, "--strengths", "20,30"
+    options = ("--pairs", pairs, "--strengths", 30, "--operation", "add", *OFF, "--batch-size", 9)
+    ran = cpu(
+        *options, "--check", f"{differs}:stop", "--layers", "all", "--limit", 6, "--out", out, "--strengths", "20,30"
     )
-    assert told.code == 0, told.err
-    assert "interrupted: this is the best so far" in told.out
+    assert ran.code == 0, ran.err
+    assert "interrupted: this is the best so far" in ran.out
     assert load_steering(out).card.measured["tuning"]["cut_short"] is True
 
 
@@ -144,17 +144,17 @@ def test_sigterm_keeps_the_best_so_far_too(cpu, pairs, differs, tmp_path):
             "    if len(CALLS) > 20:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
             "    return differs(answer, prompt)\n"
         )
-    given = ("--pairs", pairs, "--check", f"{differs}:ended", "--out", out, "--strengths", "20,30")
+    options = ("--pairs", pairs, "--check", f"{differs}:ended", "--out", out, "--strengths", "20,30")
     before = signal.signal(signal.SIGTERM, lambda *_: outside.append(1))
     try:
-        told = cpu(*given, "--operation", "add", *OFF, "--batch-size", 9, "--layers", "all", "--limit", 6)
+        ran = cpu(*options, "--operation", "add", *OFF, "--batch-size", 9, "--layers", "all", "--limit", 6)
         assert outside == []
         signal.raise_signal(signal.SIGTERM)
         assert outside == [1]  # whose handler it was before has it again
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert told.code == 0, told.err
-    assert "interrupted: this is the best so far" in told.out
+    assert ran.code == 0, ran.err
+    assert "interrupted: this is the best so far" in ran.out
     assert load_steering(out).card.measured["tuning"]["cut_short"] is True
 
 
@@ -171,9 +171,9 @@ def test_ended_before_anything_was_tried_is_no_verdict(cpu, pairs, differs, tmp_
     with differs.open("a") as stream:
         stream.write("def at_once(answer):\n    raise KeyboardInterrupt\n")
     out = tmp_path / "s.safetensors"
-    told = cpu("--pairs", pairs, "--check", f"{differs}:at_once", "--out", out, "--figure", tmp_path / "s.png")
-    assert told.code == 130
-    assert "don't steer: nothing was tried: interrupted before the first" in told.out
+    ran = cpu("--pairs", pairs, "--check", f"{differs}:at_once", "--out", out, "--figure", tmp_path / "s.png")
+    assert ran.code == 130
+    assert "don't steer: nothing was tried: interrupted before the first" in ran.out
     assert not out.exists()
 
 
@@ -183,27 +183,27 @@ def test_pairs_of_answers_are_checked_on_the_models_own_answers(cpu, tmp_path, m
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "positive": "YES"}]))
     with differs.open("a") as stream:
         stream.write("def behaves(answer, prompt):\n    return answer != PLAIN[prompt.removesuffix(' Shout!')]\n")
-    given = ("--pairs", path, "--check", f"{differs}:behaves", "--out", out, "--strengths", 30, *OFF, "--json")
-    told = cpu(*given)
-    assert told.code == 0, told.err
+    options = ("--pairs", path, "--check", f"{differs}:behaves", "--out", out, "--strengths", 30, *OFF, "--json")
+    ran = cpu(*options)
+    assert ran.code == 0, ran.err
     steering = load_steering(out)
-    assert (steering.card.method, told.json["setting"]["operation"]) == ("caa", "add")
-    assert told.json["held_out"]["steered"] == 1
-    assert told.json["searched_on"] + told.json["confirmed_on"] == 12  # a prompt is asked once
-    assert told.json["pairs"] in (12, 13)
-    assert cpu(*given, "--operation", "project").code == 2
-    bare = cpu(*given, "--without-instruction")
+    assert (steering.card.method, ran.json["setting"]["operation"]) == ("caa", "add")
+    assert ran.json["held_out"]["steered"] == 1
+    assert ran.json["searched_on"] + ran.json["confirmed_on"] == 12  # a prompt is asked once
+    assert ran.json["pairs"] in (12, 13)
+    assert cpu(*options, "--operation", "project").code == 2
+    bare = cpu(*options, "--without-instruction")
     assert "pairs of answers have no instruction in their prompts" in bare.err
 
 
 def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):
-    given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
-    told = cpu(*given, "--out", tmp_path / "s.safetensors", "--batch-size", 5, "--budget-tokens", 4 * (5 * 2 + 10 + 1))
-    assert told.code == 0, told.err
-    assert "the budget is spent: this is the best so far" in told.out
-    assert "warning: the budget of 84 tokens may pay for 2 of the 6 prompts of the first round" in told.err
-    assert "give 160, or try fewer layers or strengths" in told.err
-    poor = cpu(*given, "--out", tmp_path / "s.safetensors", "--budget-tokens", 8)
+    options = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
+    ran = cpu(*options, "--out", tmp_path / "s.safetensors", "--batch-size", 5, "--budget-tokens", 4 * (5 * 2 + 10 + 1))
+    assert ran.code == 0, ran.err
+    assert "the budget is spent: this is the best so far" in ran.out
+    assert "warning: the budget of 84 tokens may pay for 2 of the 6 prompts of the first round" in ran.err
+    assert "give 160, or try fewer layers or strengths" in ran.err
+    poor = cpu(*options, "--out", tmp_path / "s.safetensors", "--budget-tokens", 8)
     assert poor.code == 2
     assert "a budget of 8 tokens does not pay for one prompt" in poor.err
 
@@ -217,10 +217,10 @@ def test_letters_are_scored_without_generating(cpu, tmp_path):
         for i, s in enumerate(SUBJECTS)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = cpu("--pairs", path, "--out", tmp_path / "s.safetensors", "--json")
-    assert told.code == 3, told.err
-    assert told.json["tokens"] == told.json["answers"]
-    assert all(0 < row["score"] < 1 and row["perplexity"] is None for row in told.json["table"])
+    ran = cpu("--pairs", path, "--out", tmp_path / "s.safetensors", "--json")
+    assert ran.code == 3, ran.err
+    assert ran.json["tokens"] == ran.json["answers"]
+    assert all(0 < row["score"] < 1 and row["perplexity"] is None for row in ran.json["table"])
     refused = cpu("--pairs", path, "--out", tmp_path / "s.safetensors", "--check", "json")
     assert "leave out --check" in refused.err
 
@@ -238,14 +238,14 @@ def test_a_known_instruction_brings_its_check():
 
 def test_an_ifeval_type_is_a_check(cpu, pairs, tmp_path):
     pytest.importorskip("trimtab.evaluate.ifeval", reason="needs IFEval's checks: pip install 'trimtab[eval]'")
-    given = ("--pairs", pairs, "--out", tmp_path / "s.safetensors", "--operation", "add", "--layers", 2)
-    told = cpu(*given, "--type", "punctuation:no_comma", "--json")
-    assert told.code == 3, told.err
-    assert cpu(*given, "--type", "punctuation:none_such").code == 2
+    options = ("--pairs", pairs, "--out", tmp_path / "s.safetensors", "--operation", "add", "--layers", 2)
+    ran = cpu(*options, "--type", "punctuation:no_comma", "--json")
+    assert ran.code == 3, ran.err
+    assert cpu(*options, "--type", "punctuation:none_such").code == 2
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "said"),
     [
         ("--check json", "give one of --instruction and --pairs"),
         ("--instruction Shout! --pairs PAIRS --check json", "give one of --instruction and --pairs"),
@@ -273,21 +273,23 @@ def test_an_ifeval_type_is_a_check(cpu, pairs, tmp_path):
         ("--instruction", "--instruction"),
     ],
 )
-def test_bad_input_is_one_line(cpu, pairs, differs, tmp_path, given, said):
+def test_bad_input_is_one_line(cpu, pairs, differs, tmp_path, arguments, said):
     out = tmp_path / "s.safetensors"
-    told = cpu("--out", out, *(w.replace("PAIRS", str(pairs)).replace("CHECKS", str(differs)) for w in given.split()))
-    assert told.code == 2
-    assert said in told.err
-    assert [
-        line for line in told.err.splitlines() if not line.startswith(("learned from 12", "warning: the last"))
-    ] == [line for line in told.err.splitlines() if line.startswith("error: ")]
-    assert told.err.count("error: ") == 1
+    ran = cpu(
+        "--out", out, *(w.replace("PAIRS", str(pairs)).replace("CHECKS", str(differs)) for w in arguments.split())
+    )
+    assert ran.code == 2
+    assert said in ran.err
+    assert [line for line in ran.err.splitlines() if not line.startswith(("learned from 12", "warning: the last"))] == [
+        line for line in ran.err.splitlines() if line.startswith("error: ")
+    ]
+    assert ran.err.count("error: ") == 1
     assert not out.exists()
 
 
 def test_an_empty_instruction_is_refused(cpu, tmp_path):
-    told = cpu("--instruction", " ", "--check", "json", "--out", tmp_path / "s.safetensors")
-    assert (told.code, "--instruction is empty" in told.err) == (2, True)
+    ran = cpu("--instruction", " ", "--check", "json", "--out", tmp_path / "s.safetensors")
+    assert (ran.code, "--instruction is empty" in ran.err) == (2, True)
     assert cpu("--instruction", "Hi", "--check", "json", "--out", tmp_path / "s.txt").code == 2
 
 
@@ -296,7 +298,7 @@ def test_an_empty_instruction_is_refused(cpu, tmp_path):
 @pytest.mark.long
 def test_on_the_default_model_json_is_made_to_hold(trimtab, tmp_path):
     out = tmp_path / "json.safetensors"
-    told = trimtab(
+    ran = trimtab(
         *(
             "tune",
             "--instruction",
@@ -309,10 +311,10 @@ def test_on_the_default_model_json_is_made_to_hold(trimtab, tmp_path):
         ),
         *("--layers", "12,18", "--strengths", "0.6", "--operation", "add", "--limit", 24, "--max-new-tokens", 32),
     )
-    assert told.code == 0, told.err
-    assert told.json["steer"] is True
-    assert told.json["held_out"]["difference"]["estimate"] > 0.1
-    assert load_steering(out).card.measured["tuning"]["held_out"]["items"] == told.json["confirmed_on"]
+    assert ran.code == 0, ran.err
+    assert ran.json["steer"] is True
+    assert ran.json["held_out"]["difference"]["estimate"] > 0.1
+    assert load_steering(out).card.measured["tuning"]["held_out"]["items"] == ran.json["confirmed_on"]
 
 
 def test_rules_and_lists_of_tokens_in_one_option() -> None:

@@ -20,47 +20,47 @@ def row(layer, strength, score, broken=()):
     return Tried(Setting(layer, strength, "all", "add"), 6, score, 0.2, 0.1, 4.0, broken)
 
 
-def found(*rows, **more):
+def tuned(*rows, **more):
     none = Tuned(None, None, "why", rows, None, SPLIT, False, False, 9, 9)
     return replace(none, **more)
 
 
-def told(one, **options):
-    return " | ".join(advice(one, **{"blocks": 6, "instruction": None, "instructed": True, **options}))
+def advice_on(result, **options):
+    return " | ".join(advice(result, **{"blocks": 6, "instruction": None, "instructed": True, **options}))
 
 
 @pytest.mark.parametrize(
-    ("one", "said", "unsaid"),
+    ("result", "said", "unsaid"),
     [
-        (found(BASE, row(1, 0.5, 0.2), row(2, 1.5, 0.2)), "larger --strengths, such as 2.25,3,4.5", "smaller"),
+        (tuned(BASE, row(1, 0.5, 0.2), row(2, 1.5, 0.2)), "larger --strengths, such as 2.25,3,4.5", "smaller"),
         (
-            found(BASE, row(1, 0.5, 0.8, ("empty",)), row(2, 1.5, 0.2)),
+            tuned(BASE, row(1, 0.5, 0.8, ("empty",)), row(2, 1.5, 0.2)),
             "smaller --strengths, such as 0.125,0.25",
             "larger",
         ),
-        (found(BASE, row(1, 1, 0.1, ("empty",))), "1 of 6 blocks were tried: --layers all", "--strengths"),
-        (found(*[BASE, *(row(n, 1, 0.2) for n in range(6))]), "trimtab methods", "--layers all"),
-        (found(replace(BASE, score=0.95), row(1, 1, 0.9)), "95% comply already", "cut short"),
-        (found(BASE, exhausted=True), "a larger --budget-tokens", "--strengths"),
+        (tuned(BASE, row(1, 1, 0.1, ("empty",))), "1 of 6 blocks were tried: --layers all", "--strengths"),
+        (tuned(*[BASE, *(row(n, 1, 0.2) for n in range(6))]), "trimtab methods", "--layers all"),
+        (tuned(replace(BASE, score=0.95), row(1, 1, 0.9)), "95% comply already", "cut short"),
+        (tuned(BASE, exhausted=True), "a larger --budget-tokens", "--strengths"),
         (
-            found(BASE, row(1, 1, 0.5), held_out=HeldOut(3, 0.2, 0.2, Interval(0, -1, 1), ())),
+            tuned(BASE, row(1, 1, 0.5), held_out=HeldOut(3, 0.2, 0.2, Interval(0, -1, 1), ())),
             "on 3 prompts only",
             "cut short",
         ),
     ],
 )
-def test_what_is_said_follows_from_what_was_seen(one, said, unsaid):
-    assert said in told(one)
-    assert unsaid not in told(one)
+def test_what_is_said_follows_from_what_was_seen(result, said, unsaid):
+    assert said in advice_on(result)
+    assert unsaid not in advice_on(result)
 
 
 def test_an_instruction_can_be_trained_for():
-    assert 'trimtab learn distill --instruction "Shout!" --out FILE' in told(
-        found(BASE, row(1, 1, 0)), instruction="Shout!"
+    assert 'trimtab learn distill --instruction "Shout!" --out FILE' in advice_on(
+        tuned(BASE, row(1, 1, 0)), instruction="Shout!"
     )
 
 
 def test_what_follows_unasked_is_searched_for_without_asking():
-    easy = found(replace(BASE, score=1.0), row(1, 1, 1.0))
-    assert "--without-instruction" in told(easy)
-    assert "--without-instruction" not in told(easy, instructed=False)
+    easy = tuned(replace(BASE, score=1.0), row(1, 1, 1.0))
+    assert "--without-instruction" in advice_on(easy)
+    assert "--without-instruction" not in advice_on(easy, instructed=False)

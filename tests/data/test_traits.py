@@ -102,7 +102,7 @@ def _alike(texts: Sequence[str]) -> set[tuple[str, str]]:
     """The texts that have `ALIKE` of their words in common, in pairs."""
     words = [set(_plain(text).split()) for text in texts]
     common = Counter(word for some in words for word in some)
-    found: set[tuple[str, str]] = set()
+    alike: set[tuple[str, str]] = set()
     met: dict[str, list[int]] = {}
     for i, mine in enumerate(words):
         # two sets that share enough share one of their rarest words, which leaves few to compare
@@ -110,9 +110,9 @@ def _alike(texts: Sequence[str]) -> set[tuple[str, str]]:
         for word in rarest[: len(mine) - ceil(ALIKE * len(mine)) + 1]:
             for j in met.setdefault(word, []):
                 if len(mine & words[j]) >= ALIKE * len(mine | words[j]):
-                    found.add((texts[j], texts[i]))
+                    alike.add((texts[j], texts[i]))
             met[word].append(i)
-    return found
+    return alike
 
 
 def test_alike_is_alike():
@@ -123,8 +123,8 @@ def test_alike_is_alike():
 def test_no_two_questions_are_alike():
     """Across all cards, and with the package's queries, which a trait may be measured on."""
     questions = [text for card in TRAITS.values() for text in (*card.learn, *card.test)]
-    asked = set(queries(more=True))
-    assert {(one, other) for one, other in _alike((*asked, *questions)) if not {one, other} <= asked} == set()
+    known = set(queries(more=True))
+    assert {(text, other) for text, other in _alike((*known, *questions)) if not {text, other} <= known} == set()
 
 
 @pytest.mark.parametrize("card", [pytest.param(card, id=card.name) for card in TRAITS.values() if card.check])

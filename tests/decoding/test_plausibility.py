@@ -49,20 +49,20 @@ class TestLadders:
 
     @given(st.permutations(list(range(13))), st.integers(1, 4))
     def test_rungs_are_nested_beginnings_of_the_order(self, order: list[int], min_layers: int) -> None:
-        found = halved(order, min_layers)
-        assert found[0] == tuple(order)
-        for bigger, smaller in pairwise(found):
+        rungs = halved(order, min_layers)
+        assert rungs[0] == tuple(order)
+        for bigger, smaller in pairwise(rungs):
             assert smaller == bigger[: len(bigger) // 2]
-        assert all(len(rung) >= min_layers for rung in found)
+        assert all(len(rung) >= min_layers for rung in rungs)
 
     def test_halving_keeps_the_best_layers_and_all_of_their_edits(self) -> None:
         edits = [Edit(Site(layer), Add(torch.ones(2))) for layer in (0, 1, 2, 3, 1)]
-        found = ladder(edits, Rejection(min_layers=1), (1, 3, 0, 2))
-        assert [[edit.site.layer for edit in rung] for rung in found] == [[0, 1, 2, 3, 1], [1, 3, 1], [1, 1]]
+        rungs = ladder(edits, Rejection(min_layers=1), (1, 3, 0, 2))
+        assert [[edit.site.layer for edit in rung] for rung in rungs] == [[0, 1, 2, 3, 1], [1, 3, 1], [1, 1]]
 
     def test_strengths_halve(self) -> None:
-        found = ladder([Edit(Site(0), Add(torch.ones(2)), strength=2.0)], Rejection(ladder="strength"))
-        assert [edit.strength for (edit,) in found] == [2, 1, 0.5, 0.25, 0.125]
+        rungs = ladder([Edit(Site(0), Add(torch.ones(2)), strength=2.0)], Rejection(ladder="strength"))
+        assert [edit.strength for (edit,) in rungs] == [2, 1, 0.5, 0.25, 0.125]
 
     def test_half_the_strength_of_a_scaling_is_its_root(self) -> None:
         (edit,) = emphasis(ScaleScores(100.0), [(1, 2)], [0]).edits
@@ -146,7 +146,7 @@ class TestRankings:
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("options", "named"),
     [
         ({"beta": 1.5}, "beta"),
         ({"beta": float("nan")}, "beta"),
@@ -157,18 +157,18 @@ class TestRankings:
         ({"ranking": (1, 1)}, "twice"),
     ],
 )
-def test_settings_that_make_no_sense_raise(given: dict, named: str) -> None:
+def test_settings_that_make_no_sense_raise(options: dict, named: str) -> None:
     with pytest.raises(TrimtabError, match=named):
-        Rejection(**given)
+        Rejection(**options)
 
 
 @pytest.mark.parametrize(
     "positions", [Positions.span(0, 2), Positions.prompt(), Positions.span(1, 2) | Positions.span(3, 5)]
 )
 def test_edits_of_scores_are_plain_data(positions: Positions) -> None:
-    one = Edit(Site(2, "scores"), ScaleScores(), positions)
-    assert one == Edit(Site(2, "scores"), ScaleScores(100.0), positions)
-    assert str(one).startswith("1 * scale_scores @ scores[2]")
+    edit = Edit(Site(2, "scores"), ScaleScores(), positions)
+    assert edit == Edit(Site(2, "scores"), ScaleScores(100.0), positions)
+    assert str(edit).startswith("1 * scale_scores @ scores[2]")
     with pytest.raises(TrimtabError, match="can't act at"):
         Edit(Site(2), ScaleScores(), positions)
     with pytest.raises(TrimtabError, match="can't act at"):

@@ -76,20 +76,20 @@ def test_whole_numbers_are_within_what_is_exact() -> None:
         "e": {"const": {"type": "integer"}},
     }
     schema = {"type": "object", "properties": kinds, "$defs": {"x": {"type": "integer", "maximum": 5}}}
-    found = json.loads(check_schema(schema).text)
-    a, b, c, d, e = found["properties"].values()
+    value = json.loads(check_schema(schema).text)
+    a, b, c, d, e = value["properties"].values()
     assert a == {"type": "integer", **bounds}
     assert b["anyOf"] == [{"type": ["integer", "null"], **bounds}, {"type": "number"}]
     assert c == {"type": "integer", "exclusiveMinimum": 3, "maximum": EXACT}
     assert (d, e) == (kinds["d"], kinds["e"])
-    assert found["$defs"]["x"] == {"type": "integer", "maximum": 5, "minimum": -EXACT}
+    assert value["$defs"]["x"] == {"type": "integer", "maximum": 5, "minimum": -EXACT}
 
 
 def test_lenient_schemas_say_what_isnt_held() -> None:
     schema = {"type": "array", "uniqueItems": True, "items": {"type": "string", "format": "shoe-size"}}
     ignored = json_grammar(schema, lenient=True, where="tool 'f'").ignored
     assert ignored
-    assert all(one.startswith("tool 'f': ") for one in ignored)
+    assert all(message.startswith("tool 'f': ") for message in ignored)
     assert "uniqueItems" in "".join(ignored)
     assert not json_grammar({"type": "array"}, lenient=True).ignored
 

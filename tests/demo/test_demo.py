@@ -79,30 +79,30 @@ def test_another_model_learns_all_now_and_says_when_it_cannot(tiny_model):
     for setting in SETTINGS:
         assert setting.shown in ran.output
     for where in ("without", "with"):
-        found = re.findall(rf"{where} it in the prompt: followed in \d of 2 unsteered, \d of 2 steered", ran.output)
-        assert len(found) == len(SETTINGS)
+        lines = re.findall(rf"{where} it in the prompt: followed in \d of 2 unsteered, \d of 2 steered", ran.output)
+        assert len(lines) == len(SETTINGS)
     assert ran.output.count(FALLBACK) == len(SETTINGS)  # a random model writes no answer to learn from
 
 
 def test_json_is_one_document_and_nothing_else(tiny_model):
     ran = CliRunner().invoke(app, ["--model", str(tiny_model), "--limit", "3", "--json"])
     assert ran.exit_code == 0, ran.output
-    found = json.loads(ran.stdout)
-    assert found["tuned"] is False
-    assert found["learned_from"] == 3
-    assert [one["name"] for one in found["instructions"]] == [setting.name for setting in SETTINGS]
-    for one in found["instructions"]:
-        assert (one["learned"], one["edits"]) == (FALLBACK, 1)
+    document = json.loads(ran.stdout)
+    assert document["tuned"] is False
+    assert document["learned_from"] == 3
+    assert [row["name"] for row in document["instructions"]] == [setting.name for setting in SETTINGS]
+    for outcome in document["instructions"]:
+        assert (outcome["learned"], outcome["edits"]) == (FALLBACK, 1)
         for regime in ("without", "with"):
-            sides = one[regime]
+            sides = outcome[regime]
             for side in ("unsteered", "steered"):
                 assert sides[side]["of"] == len(sides["answers"]) == 3
                 assert sides[side]["holds"] == sum(answer[side]["holds"] for answer in sides["answers"])
                 assert sides[side]["holds"] <= sides[side]["has_form"]
             assert sides["difference"]["low"] <= sides["difference"]["estimate"] <= sides["difference"]["high"]
-        instruction = instructions()[one["name"]].test[0]
-        assert all(answer["prompt"].endswith(instruction) for answer in one["with"]["answers"])
-        assert not any(instruction in answer["prompt"] for answer in one["without"]["answers"])
+        instruction = instructions()[outcome["name"]].test[0]
+        assert all(answer["prompt"].endswith(instruction) for answer in outcome["with"]["answers"])
+        assert not any(instruction in answer["prompt"] for answer in outcome["without"]["answers"])
 
 
 def test_a_limit_below_one_is_refused():
@@ -125,24 +125,24 @@ def test_progress_ends_at_its_total(tiny_model):
 @pytest.mark.slow
 @pytest.mark.long
 def test_what_is_learned_live_holds_without_a_word_of_it_in_the_prompt(lm):
-    (setting,) = [one for one in SETTINGS if one.name == LIVE]
-    found = try_setting(lm, setting, queries("learn"), queries("test")[:8])
-    assert (found.learned, found.edits) == (NOW, lm.layout.layers)
-    before, after = (sum(answer.holds for answer in side) for side in (found.without.before, found.without.after))
+    (setting,) = [candidate for candidate in SETTINGS if candidate.name == LIVE]
+    result = try_setting(lm, setting, queries("learn"), queries("test")[:8])
+    assert (result.learned, result.edits) == (NOW, lm.layout.layers)
+    before, after = (sum(answer.holds for answer in side) for side in (result.without.before, result.without.after))
     assert before == 0
     assert after >= 5
-    assert 0.002 < found.dose < 0.5
+    assert 0.002 < result.dose < 0.5
 
 
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", [one.name for one in SETTINGS if one.name != LIVE])
+@pytest.mark.parametrize("name", [setting.name for setting in SETTINGS if setting.name != LIVE])
 def test_what_was_learned_before_holds_without_a_word_of_it_in_the_prompt(lm, name):
-    (setting,) = [one for one in SETTINGS if one.name == name]
-    found = try_setting(lm, setting, (), queries("test")[:6], shipped=True)
-    assert found.learned == BEFORE
-    before, after = (sum(answer.holds for answer in side) for side in (found.without.before, found.without.after))
+    (setting,) = [candidate for candidate in SETTINGS if candidate.name == name]
+    result = try_setting(lm, setting, (), queries("test")[:6], shipped=True)
+    assert result.learned == BEFORE
+    before, after = (sum(answer.holds for answer in side) for side in (result.without.before, result.without.after))
     assert after >= before + 2
 
 
@@ -155,7 +155,7 @@ def test_the_whole_demo_on_the_default_model(trimtab):
     assert ran.code == 0, ran.err
     assert ran.json["tuned"] is True
     assert ran.json["dtype"] == "float32"
-    learned = {one["name"]: one["learned"] for one in ran.json["instructions"]}
+    learned = {instruction["name"]: instruction["learned"] for instruction in ran.json["instructions"]}
     assert learned.pop(LIVE) == FALLBACK  # one query is too few
     assert set(learned.values()) == {BEFORE}
 

@@ -37,8 +37,8 @@ def ifeval():
 def test_there_are_all_of_ifeval_with_its_arguments(ifeval):
     theirs: dict[str, set[str]] = {}
     for row in ifeval:
-        for name, given in zip(row["instruction_id_list"], row["kwargs"], strict=True):
-            theirs.setdefault(name, set()).update(key for key, value in given.items() if value is not None)
+        for name, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True):
+            theirs.setdefault(name, set()).update(key for key, value in arguments.items() if value is not None)
     assert set(TYPES) == set(theirs)
     for name, kind in TYPES.items():
         values = {p.name: p.values[0] for p in kind.parameters}
@@ -83,9 +83,9 @@ def test_each_phrasing_is_recognised_with_its_values(name):
     kind = TYPES[name]
     for i, template in enumerate((*kind.learn, *kind.test)):
         values = {p.name: p.values[i % len(p.values)] for p in kind.parameters}
-        found = recognise(template.format(**values))
-        assert found is not None
-        assert (found.type.name, found.values, found.exact) == (name, values, True)
+        recognised = recognise(template.format(**values))
+        assert recognised is not None
+        assert (recognised.type.name, recognised.values, recognised.exact) == (name, values, True)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ def test_each_phrasing_is_recognised_with_its_values(name):
     ],
 )
 def test_a_sentence_close_to_a_phrasing_is_of_its_type(sentence, name, values):
-    found = recognise(sentence)
-    assert found is not None
-    assert (found.type.name, found.values) == (name, values)
-    assert 0.7 <= found.likeness < 1
-    assert not found.exact
+    recognised = recognise(sentence)
+    assert recognised is not None
+    assert (recognised.type.name, recognised.values) == (name, values)
+    assert 0.7 <= recognised.likeness < 1
+    assert not recognised.exact
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_the_short_names_are_those_of_the_demo_and_lead_to_types(alias):
     name, values = ALIASES[alias]
     assert instruction_type(alias) == TYPES[name]
     assert set(values) <= {p.name for p in TYPES[name].parameters}
-    found = recognise(instructions()[alias].learn[0])
-    assert found is not None
-    assert found.type.name == name
+    recognised = recognise(instructions()[alias].learn[0])
+    assert recognised is not None
+    assert recognised.type.name == name
 
 
 def test_arguments_are_ifevals():

@@ -17,29 +17,29 @@ from trimtab.steering import Site
 
 
 def states(report) -> dict[str, str]:
-    return {one.name: one.state for one in report.findings}
+    return {finding.name: finding.state for finding in report.findings}
 
 
 def test_a_model_on_which_all_works() -> None:
-    found = states(check_config("llama"))
-    assert found.pop("router") == REFUSED  # of mixtures
-    assert set(found.values()) == {WORKS}
+    by_name = states(check_config("llama"))
+    assert by_name.pop("router") == REFUSED  # of mixtures
+    assert set(by_name.values()) == {WORKS}
 
 
 def test_an_edit_in_the_wrong_place_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every edit lands one token late."""
     whole = Session.edit
 
-    def late(self: Session, site, given: Tensor) -> Tensor | None:
-        rolled = given.roll(1, 1)
+    def late(self: Session, site, activation: Tensor) -> Tensor | None:
+        rolled = activation.roll(1, 1)
         new = whole(self, site, rolled)
         return (rolled if new is None else new).roll(-1, 1)
 
     lm = tiny_lm("llama")
     monkeypatch.setattr(Session, "edit", late)
-    found = states(check_model(lm))
-    assert {found[name] for name in ("adding", "batches", "gates", "attention")} == {WRONG}
-    assert found["reading"] == found["cache"] == WORKS
+    by_name = states(check_model(lm))
+    assert {by_name[name] for name in ("adding", "batches", "gates", "attention")} == {WRONG}
+    assert by_name["reading"] == by_name["cache"] == WORKS
 
 
 def test_a_crash_is_wrong_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +49,8 @@ def test_a_crash_is_wrong_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) 
         raise ZeroDivisionError("oh")
 
     monkeypatch.setitem(places._PARTS, "heads", crash)
-    one = check_model(lm)["heads"]
-    assert (one.state, one.reason) == (WRONG, "it crashes: ZeroDivisionError: oh")
+    heads = check_model(lm)["heads"]
+    assert (heads.state, heads.reason) == (WRONG, "it crashes: ZeroDivisionError: oh")
     monkeypatch.undo()
     assert check_config("mamba")["heads"].state == REFUSED
 
@@ -89,5 +89,5 @@ def test_a_change_of_a_routers_logits_is_seen_in_its_own_thread_alone() -> None:
     with naive.changed(lm, {site: fail}), pytest.raises(ZeroDivisionError):
         naive.logits(lm, ids)
     elsewhere.append(torch.nn.functional.linear(x, weight))  # here, after the failure
-    assert [float(found.max()) for found in elsewhere] == [lm.layout.width] * len(elsewhere)
+    assert [float(read.max()) for read in elsewhere] == [lm.layout.width] * len(elsewhere)
     assert len(elsewhere) > 1

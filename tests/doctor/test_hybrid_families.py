@@ -18,7 +18,7 @@ def test_what_works(kind: str) -> None:
         with pytest.raises(TrimtabError):
             row(kind)
         return
-    found = row(kind)
-    assert "WRONG" not in found.values(), reasons(kind)
+    findings = row(kind)
+    assert "WRONG" not in findings.values(), reasons(kind)
     if written_for_this_release():
-        assert found == rows.get(kind, found)
+        assert findings == rows.get(kind, findings)

@@ -206,7 +206,7 @@ def test_loading_with_an_adapter(tmp_path: Path) -> None:
     adapted = filled(get_peft_model(tiny(FAMILY).model, lora()), 1).float()
     adapted.save_pretrained(tmp_path / "v1.0-lora")
     lm = LM.load(tmp_path / "model", device="cpu", adapter=tmp_path / "v1.0-lora")
-    assert [one.name for one in lm.identity.adapters] == ["v1_0-lora"]
+    assert [adapter.name for adapter in lm.identity.adapters] == ["v1_0-lora"]
     assert lm.identity.adapters[0].digest == active_adapters(adapted)[0].digest
     assert isinstance(adapted, PeftModel)
     ids = torch.tensor([[5, 6, 7]])

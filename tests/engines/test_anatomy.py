@@ -87,7 +87,7 @@ def test_a_part_of_several_blocks_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "ignored"),
+    ("kind", "takes_positions", "ignored"),
     [
         ("llama", True, True),
         ("bloom", False, True),
@@ -96,8 +96,8 @@ def test_a_part_of_several_blocks_is_refused() -> None:
         ("roberta", False, True),
     ],
 )
-def test_how_positions_are_counted(kind: str, given: bool, ignored: bool) -> None:
-    assert positions_of(tiny_lm(kind).layout) == Positions(given, ignored)
+def test_how_positions_are_counted(kind: str, takes_positions: bool, ignored: bool) -> None:
+    assert positions_of(tiny_lm(kind).layout) == Positions(takes_positions, ignored)
 
 
 def test_prompts_of_equal_length_stay_together() -> None:

@@ -56,8 +56,8 @@ def answers(lm: LM) -> dict[str, Any]:
     """What a model gives in every way in which it is run."""
 
     def ids(prompts: Any, steering: Any = STEERING, **more: Any) -> list[Any]:
-        found = lm.generate(prompts, steering, max_new_tokens=4, logprobs=True, **more)
-        return [(one.token_ids, one.logprobs) for one in found]
+        generated = lm.generate(prompts, steering, max_new_tokens=4, logprobs=True, **more)
+        return [(answer.token_ids, answer.logprobs) for answer in generated]
 
     gated = STEERING.when(Threshold(Site(0), direction(1), -1e9))
     with lm.steered(STEERING):
@@ -93,8 +93,8 @@ def test_an_offloaded_model_answers_as_one_in_memory(kind: str, wanted: dict[str
     assert any(parameter.is_meta for parameter in lm.model.parameters())
     assert lm.identity == plain.identity
     assert lm.runs_in == plain.runs_in
-    found = answers(lm)
-    assert {name: found[name] == wanted[name] for name in wanted} == dict.fromkeys(wanted, True)
+    offloaded_answers = answers(lm)
+    assert {name: offloaded_answers[name] == wanted[name] for name in wanted} == dict.fromkeys(wanted, True)
     assert torch.equal(output_weight(lm.layout, Site(1, "heads")), output_weight(plain.layout, Site(1, "heads")))
     assert any(parameter.is_meta for parameter in lm.model.parameters())  # and they are where they were
 
@@ -104,8 +104,8 @@ def test_the_doctor_says_what_is_fetched(tmp_path: Path) -> None:
     lm = LM(partly(tiny("llama").model, tmp_path), tokenizer(), name="tiny offloaded")
     report = check_model(lm)
     assert report.wrong == ()
-    one = report["devices"]
-    assert (one.state, one.reason) == ("works", "blocks 0 to 3 on cpu, some of them fetched while they run")
+    devices = report["devices"]
+    assert (devices.state, devices.reason) == ("works", "blocks 0 to 3 on cpu, some of them fetched while they run")
     assert check_model(tiny("llama"))["devices"].reason == "on cpu"
 
 
@@ -122,14 +122,14 @@ def test_the_doctor_says_which_devices() -> None:
 
 
 def test_training_over_offloaded_weights(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"layers": [1], "steps": 2, "rank": 1, "held_out": HELD}
+    options: dict[str, Any] = {"layers": [1], "steps": 2, "rank": 1, "held_out": HELD}
     sides = (("w8 w9", "w10", "w5 w6 w7"), ("w4 w9", "w11", "w7"))
-    pairs = [Pair(yes, no, prompt=asked, shape="answers") for yes, no, asked in sides]
-    want = learn_loreft(tiny("llama"), pairs, **given)
+    pairs = [Pair(yes, no, prompt=question, shape="answers") for yes, no, question in sides]
+    want = learn_loreft(tiny("llama"), pairs, **options)
     lm = LM(on_disk(tiny("llama").model, tmp_path), tokenizer())
-    found = learn_loreft(lm, pairs, **given)
-    for one, other in zip(found.edits, want.edits, strict=True):
-        torch.testing.assert_close(one.operation.read, other.operation.read)
+    learned = learn_loreft(lm, pairs, **options)
+    for edit, other in zip(learned.edits, want.edits, strict=True):
+        torch.testing.assert_close(edit.operation.read, other.operation.read)
 
 
 def test_a_model_without_weights_is_refused() -> None:
@@ -151,7 +151,9 @@ def test_a_model_that_is_moved_after_it_was_wrapped() -> None:
     lm.model.to(torch.float32)
     again = lm.generate(PROMPTS, STEERING, max_new_tokens=4, logprobs=True)
     fresh = tiny("llama", dtype=torch.float32).generate(PROMPTS, STEERING, max_new_tokens=4, logprobs=True)
-    assert [(one.token_ids, one.logprobs) for one in again] == [(one.token_ids, one.logprobs) for one in fresh]
+    assert [(answer.token_ids, answer.logprobs) for answer in again] == [
+        (answer.token_ids, answer.logprobs) for answer in fresh
+    ]
     lm.model.to(torch.float64)
     assert lm.identity == identity
     moved = lm.generate(PROMPTS, STEERING, max_new_tokens=4)
@@ -162,8 +164,8 @@ def test_a_compiled_model_answers_as_it_does_uncompiled(wanted: dict[str, Any]) 
     plain = tiny("llama")
     compiled: Any = torch.compile(plain.model, backend="eager")
     lm = LM(compiled, tokenizer(), name=plain.name)
-    found = answers(lm)
-    assert {name: found[name] == wanted[name] for name in wanted} == dict.fromkeys(wanted, True)
+    compiled_answers = answers(lm)
+    assert {name: compiled_answers[name] == wanted[name] for name in wanted} == dict.fromkeys(wanted, True)
 
 
 @pytest.mark.parametrize("how", ["draft model", "prompt lookup"])
@@ -177,11 +179,11 @@ def test_drafted_tokens_are_steered_exactly_or_refused(how: str) -> None:
         with pytest.raises(TrimtabError, match="assistant_model"):
             lm.generate(PROMPTS[0], STEERING, **more)
     else:
-        (one,), (other,) = (lm.generate(PROMPTS[0], STEERING, max_new_tokens=8, **given) for given in (more, {}))
-        assert one.token_ids == other.token_ids
+        (drafted,), (plain,) = (lm.generate(PROMPTS[0], STEERING, max_new_tokens=8, **drafts) for drafts in (more, {}))
+        assert drafted.token_ids == plain.token_ids
     with lm.steered(STEERING):
         expected: Tensor = lm.model.generate(input_ids=ids, **options)
     with lm.steered(STEERING):
-        found = lm.model.generate(input_ids=ids, **options, **more)
-    assert found.tolist() == expected.tolist()
+        generated = lm.model.generate(input_ids=ids, **options, **more)
+    assert generated.tolist() == expected.tolist()
     assert not torch.equal(expected, lm.model.generate(input_ids=ids, **options))

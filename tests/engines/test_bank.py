@@ -64,8 +64,10 @@ def alone(edits: tuple[Edit, ...], site: Site, x: Tensor) -> Tensor:
     for stage in stages:
         rows = {name: bank[1] if isinstance(bank, Tensor) else bank for name, bank in stage.rows.items()}
         rows = {
-            name: one[None, None] if isinstance(one, Tensor) else one.pick(torch.ones(1, 1, dtype=torch.long))
-            for name, one in rows.items()
+            name: bank_row[None, None]
+            if isinstance(bank_row, Tensor)
+            else bank_row.pick(torch.ones(1, 1, dtype=torch.long))
+            for name, bank_row in rows.items()
         }
         x = apply(stage, rows, None if stage.in_place else True, x)
     return x
@@ -202,8 +204,8 @@ class TestOnADevice:
         bank.insert((Edit(Site(0), Ablate(U), Positions.all()),))
         with pretending() as counts:
             x = on_gpu(torch.ones(1, 1, WIDTH))
-            (found,) = bank.prepared(Site(0), x)
-            assert {value.device for value in found[1].values()} == {GPUS[0]}
+            (prepared,) = bank.prepared(Site(0), x)
+            assert {value.device for value in prepared[1].values()} == {GPUS[0]}
             counts.clear()
             bank.insert((Edit(Site(0), Ablate(V), Positions.all()),))
             bank.prepared(Site(0), x)

@@ -88,8 +88,8 @@ def read(lm: LM, steering: Steering | None, chunk: int, length: int = LENGTH) ->
     raise AssertionError("it never ends")
 
 
-def same(lm: LM, one: Any, other: Any, *, doses: bool = True) -> None:
-    (a, x), (b, y) = one, other
+def same(lm: LM, left: Any, right: Any, *, doses: bool = True) -> None:
+    (a, x), (b, y) = left, right
     tolerance = 2e-4 if lm.model.dtype == torch.float32 else 1e-9
     assert torch.allclose(x, y, rtol=1e-5, atol=tolerance if x.dtype == torch.float64 else 2e-4)
     for mine, theirs in zip(a.cache.layers, b.cache.layers, strict=True):
@@ -141,12 +141,12 @@ class TestRows:
     @pytest.mark.parametrize("name", [*STEERINGS, *SCORES])
     def test_they_get_what_they_get_alone(self, llama: LM, name: str) -> None:
         """Beside short rows that go on meanwhile, and another long one that waits for its turn."""
-        one = {**STEERINGS, **SCORES}[name]
+        acting = {**STEERINGS, **SCORES}[name]
         batch = GenerationBatch(llama.model, llama.tokenizer, llama.layout)
-        given = [(1, 3, STEERINGS["two layers"], 9), (2, LENGTH, one, 5), (4, 4, None, 9), (5, LENGTH, one, 4)]
+        requests = [(1, 3, STEERINGS["two layers"], 9), (2, LENGTH, acting, 5), (4, 4, None, 9), (5, LENGTH, acting, 4)]
         keys = [
             batch.insert(GenerationRequest(tuple(llama.encode(prompt(n, size))), s, count, alternatives=0))
-            for n, size, s, count in given
+            for n, size, s, count in requests
         ]
         heard: dict[int, list[GenerationResponse]] = {key: [] for key in keys}
         before = 0
@@ -156,7 +156,7 @@ class TestRows:
                 heard[each.key].append(each)
             before += not heard[keys[1]] and bool(heard[keys[0]])
         assert before >= LENGTH // 4  # the short one had tokens while the long one was read
-        for key, (n, size, s, count) in zip(keys, given, strict=True):
+        for key, (n, size, s, count) in zip(keys, requests, strict=True):
             (answer,) = llama.generate(prompt(n, size), s, max_new_tokens=count, chat=False, logprobs=True)
             assert [each.token for each in heard[key]] == list(answer.token_ids)
             assert [each.logprob for each in heard[key]] == pytest.approx(answer.logprobs, abs=1e-4)
@@ -173,40 +173,40 @@ class TestRows:
             assert len(batch) == 2
             assert batch.remove(first) is not None
             assert len(batch) == 1
-            found = [each for _ in range(5) for each in batch.step()]
+            responses = [each for _ in range(5) for each in batch.step()]
         finally:
             handle.remove()
-        assert {each.key for each in found} == {second}
+        assert {each.key for each in responses} == {second}
         assert len(passes) == 2 + 5
         (answer,) = llama.generate(prompt(2, 20), max_new_tokens=3, chat=False)
-        assert found[0].token == answer.token_ids[0]
+        assert responses[0].token == answer.token_ids[0]
         assert batch.clear() == [second]
         assert not len(batch)
 
     def test_rows_of_one_prompt_read_it_once(self, llama: LM) -> None:
         batch = GenerationBatch(llama.model, llama.tokenizer, llama.layout)
-        asked = GenerationRequest(tuple(llama.encode(prompt(1, 20))), STEERINGS["all"], 3)
-        keys = [batch.insert(asked) for _ in range(3)]
+        request = GenerationRequest(tuple(llama.encode(prompt(1, 20))), STEERINGS["all"], 3)
+        keys = [batch.insert(request) for _ in range(3)]
         passes = []
         handle = llama.layout.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
         try:
             assert [batch.step() for _ in range(4)] == [[]] * 4
             assert len(batch) == 3
             assert batch.remove(keys[1]) is not None
-            found = [each for _ in range(4) for each in batch.step()]
+            responses = [each for _ in range(4) for each in batch.step()]
         finally:
             handle.remove()
         assert len(passes) == 20 // 4 + 2
         (answer,) = llama.generate(prompt(1, 20), STEERINGS["all"], max_new_tokens=3, chat=False)
         for key in (keys[0], keys[2]):
-            assert [each.token for each in found if each.key == key] == list(answer.token_ids)
-        assert not [each for each in found if each.key == keys[1]]
+            assert [each.token for each in responses if each.key == key] == list(answer.token_ids)
+        assert not [each for each in responses if each.key == keys[1]]
 
     def test_one_that_cannot_be_read_keeps_no_other_out(self, llama: LM) -> None:
         wild = steering((1, Add(torch.full((WIDTH,), 1e308, dtype=torch.float64)), RULES[0])).when(SPAN)
         batch = GenerationBatch(llama.model, llama.tokenizer, llama.layout)
         bad = batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 20))), wild.when(OPEN), 3))
         good = batch.insert(GenerationRequest(tuple(llama.encode(prompt(2, 20))), None, 1))
-        found = {each.key: each for _ in range(40) for each in batch.step()}
-        assert found[good].finish == "length"
-        assert bad in found
+        responses = {each.key: each for _ in range(40) for each in batch.step()}
+        assert responses[good].finish == "length"
+        assert bad in responses

@@ -89,25 +89,25 @@ def naive_logits(lm: LM, ids: Sequence[int], prompt_length: int, edits: Sequence
                 return x if isinstance(output, Tensor) else (x, *output[1:])
 
             stack.callback(block.register_forward_hook(hook).remove)
-        given = compat.with_cache(lm.model, {"position_ids": torch.tensor([[last]])}, cache)
-        return lm.model(input_ids=torch.tensor([[ids[-1]]]), **given).logits[0, -1]
+        inputs = compat.with_cache(lm.model, {"position_ids": torch.tensor([[last]])}, cache)
+        return lm.model(input_ids=torch.tensor([[ids[-1]]]), **inputs).logits[0, -1]
 
 
-def edits_of(lm: LM, ids: Sequence[int], one: Steering | None) -> tuple[Edit, ...]:
+def edits_of(lm: LM, ids: Sequence[int], acting: Steering | None) -> tuple[Edit, ...]:
     """What acts on an answer: a gate here is a threshold at the last prompt token, or its negation."""
-    if one is None:
+    if acting is None:
         return ()
-    found = []
-    for edit in one.edits:
+    settled = []
+    for edit in acting.edits:
         text = Text(list(ids), [len(ids) - 1])
         readings = {r: next(iter(lm.read([[text]], [r.site]))).values[r.site][0][0][-1] for r in edit.gate.readings}
         if edit.strength and edit.gate.settled(readings) != NEVER:
-            found.append(edit)
-    return tuple(found)
+            settled.append(edit)
+    return tuple(settled)
 
 
-def naive(lm: LM, ids: Sequence[int], one: Steering | None, count: int) -> tuple[list[int], list[float]]:
-    text, logprobs, edits = list(ids), [], edits_of(lm, ids, one)
+def naive(lm: LM, ids: Sequence[int], acting: Steering | None, count: int) -> tuple[list[int], list[float]]:
+    text, logprobs, edits = list(ids), [], edits_of(lm, ids, acting)
     for _ in range(count):
         logits = naive_logits(lm, text, len(ids), edits)
         text.append(int(logits.argmax()))
@@ -124,24 +124,24 @@ class TestTokens:
         """Under positions, gates and several operations, in one batch whose rows join at any step."""
         chance = random.Random(0)
         batch = CleanBatch(lm.model, lm.tokenizer, lm.layout)
-        wanted, told = {}, {}
+        wanted, collected = {}, {}
         for number in range(12):
             ids = tuple(lm.encode(prompt(number, chance.randint(1 if number else 9, 12))))
-            one, count = STEERINGS[number % len(STEERINGS)], chance.randint(2, 6)
-            request = GenerationRequest(ids, one, count, alternatives=0, clean_cache=number != 9)
+            acting, count = STEERINGS[number % len(STEERINGS)], chance.randint(2, 6)
+            request = GenerationRequest(ids, acting, count, alternatives=0, clean_cache=number != 9)
             if number != 9:
-                wanted[batch.insert(request)] = naive(lm, ids, one, count)
+                wanted[batch.insert(request)] = naive(lm, ids, acting, count)
             else:
                 batch.insert(request)  # a neighbour that is steered in the usual way
             for response in batch.step() if chance.random() < 0.6 else ():
-                told.setdefault(response.key, []).append(response)
+                collected.setdefault(response.key, []).append(response)
         for key, responses in drain(batch).items():
-            told.setdefault(key, []).extend(responses)
+            collected.setdefault(key, []).extend(responses)
         for key, (ids_wanted, logprobs) in wanted.items():
-            assert [one.error for one in told[key]] == [None] * len(ids_wanted)
-            assert [one.token for one in told[key]] == ids_wanted
-            assert [one.logprob for one in told[key]] == pytest.approx(logprobs, abs=close(lm))
-            assert told[key][-1].finish == "length"
+            assert [answered.error for answered in collected[key]] == [None] * len(ids_wanted)
+            assert [answered.token for answered in collected[key]] == ids_wanted
+            assert [answered.logprob for answered in collected[key]] == pytest.approx(logprobs, abs=close(lm))
+            assert collected[key][-1].finish == "length"
 
     def test_steering_acts(self, llama: LM) -> None:
         text = prompt(3, 9)
@@ -156,10 +156,10 @@ class TestTokens:
     def test_a_long_prompt_is_read_in_chunks(self) -> None:
         lm = _long()
         ids = tuple(lm.encode(prompt(5, CHUNK + 20)))
-        for one in (STEERINGS[0], STEERINGS[4], STEERINGS[5]):
+        for acting in (STEERINGS[0], STEERINGS[4], STEERINGS[5]):
             batch = CleanBatch(lm.model, lm.tokenizer, lm.layout)
-            key = batch.insert(GenerationRequest(ids, one, 3, clean_cache=True))
-            assert [told.token for told in drain(batch)[key]] == naive(lm, ids, one, 3)[0]
+            key = batch.insert(GenerationRequest(ids, acting, 3, clean_cache=True))
+            assert [response.token for response in drain(batch)[key]] == naive(lm, ids, acting, 3)[0]
 
 
 def _long() -> LM:
@@ -176,22 +176,22 @@ class TestTheCache:
     def test_it_is_the_unsteered_model_s(self, lm: LM) -> None:
         """Keys and values after a steered turn, in a batch, equal those of one unsteered pass over its tokens."""
         batch = CleanBatch(lm.model, lm.tokenizer, lm.layout)
-        asked = {}
+        recorded = {}
         for number, length in enumerate((7, 3, 10)):
             ids = tuple(lm.encode(prompt(number, length)))
-            asked[batch.insert(GenerationRequest(ids, STEERINGS[number], 20, clean_cache=True))] = ids
+            recorded[batch.insert(GenerationRequest(ids, STEERINGS[number], 20, clean_cache=True))] = ids
         for _ in range(6):
             batch.step()
         twins = batch._twins
         for place, row in enumerate(twins._rows):
-            read = [*asked[row.key], *row.tokens][:-1]
+            read = [*recorded[row.key], *row.tokens][:-1]
             assert twins._cache.lengths[place] == len(read)
             whole = lm.model(input_ids=torch.tensor([read]), use_cache=True).past_key_values
             for mine, theirs in zip(twins._cache.layers, whole.layers, strict=True):
                 stop, kept = twins._cache.stop, theirs.keys.shape[2]  # a window keeps the last columns alone
                 for name in ("keys", "values"):
-                    found = getattr(mine, name)[place, :, stop - kept : stop]
-                    torch.testing.assert_close(found, getattr(theirs, name)[0], rtol=0, atol=close(lm))
+                    mine_kept = getattr(mine, name)[place, :, stop - kept : stop]
+                    torch.testing.assert_close(mine_kept, getattr(theirs, name)[0], rtol=0, atol=close(lm))
 
     def test_without_it_steering_colours_the_cache(self, llama: LM) -> None:
         batch = CleanBatch(llama.model, llama.tokenizer, llama.layout)
@@ -210,15 +210,15 @@ class TestPromises:
         """Without steering, at strength 0 and behind a shut gate, all is as unsteered, to the bit."""
         texts = [prompt(number, 4 + number) for number in range(4)]
         plain = llama.generate(texts, logprobs=True, max_new_tokens=6)
-        for one in (None, STEERINGS[7], STEERINGS[1].when(Threshold(Site(0), direction(9), 1e9))):
-            found = llama.generate(texts, one, clean_cache=True, logprobs=True, max_new_tokens=6)
-            assert [answer.logprobs for answer in found] == [answer.logprobs for answer in plain]
+        for nothing in (None, STEERINGS[7], STEERINGS[1].when(Threshold(Site(0), direction(9), 1e9))):
+            answers = llama.generate(texts, nothing, clean_cache=True, logprobs=True, max_new_tokens=6)
+            assert [answer.logprobs for answer in answers] == [answer.logprobs for answer in plain]
 
     def test_samples_are_those_of_the_seed(self, llama: LM) -> None:
-        given: dict[str, Any] = {"do_sample": True, "seed": 3, "max_new_tokens": 6, "clean_cache": True}
+        options: dict[str, Any] = {"do_sample": True, "seed": 3, "max_new_tokens": 6, "clean_cache": True}
         texts = [prompt(number, 5 + number) for number in range(3)]
-        assert [a.token_ids for a in llama.generate(texts, STEERINGS[0], **given)] == [
-            a.token_ids for a in llama.generate(texts, STEERINGS[0], batch_size=1, **{**given})
+        assert [a.token_ids for a in llama.generate(texts, STEERINGS[0], **options)] == [
+            a.token_ids for a in llama.generate(texts, STEERINGS[0], batch_size=1, **{**options})
         ]
 
     def test_it_equals_rejection_that_rejects_nothing(self, llama: LM) -> None:
@@ -246,7 +246,7 @@ class TestPromises:
         assert removed is not None
         assert removed.doses[0].tokens == 1
         assert batch.remove(keys[0]) is None
-        assert {one.key for one in batch.step()} == {keys[1], keys[2]}
+        assert {response.key for response in batch.step()} == {keys[1], keys[2]}
         assert sorted(batch.clear()) == keys[1:]
         assert len(batch) == 0
         key = batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 5))), STEERINGS[0], 3, clean_cache=True))

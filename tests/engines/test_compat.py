@@ -85,9 +85,9 @@ class TestTheWindow:
 
     def test_the_package_asks_for_the_same_window(self) -> None:
         text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-        found = re.search(r'^ *"transformers([^"]*)"', text, re.MULTILINE)
-        assert found is not None
-        window = SpecifierSet(found.group(1))
+        range_of_versions = re.search(r'^ *"transformers([^"]*)"', text, re.MULTILINE)
+        assert range_of_versions is not None
+        window = SpecifierSet(range_of_versions.group(1))
         oldest, newest = Version(compat.OLDEST), Version(compat.NEWEST)
         assert Version(f"{oldest}.0") in window
         assert Version(f"{newest}.9") in window
@@ -127,8 +127,8 @@ class TestCaches:
         assert compat.cache_of({"input_ids": torch.ones(1, 2), "use_cache": True, name: cache}, "Model") is cache
 
     def test_none_is_none(self) -> None:
-        given = {"input_ids": torch.ones(1, 2), "cache": None, "position_embeddings": (torch.ones(1),), "mode": "x"}
-        assert compat.cache_of(given, "Model") is None
+        arguments = {"input_ids": torch.ones(1, 2), "cache": None, "position_embeddings": (torch.ones(1),), "mode": "x"}
+        assert compat.cache_of(arguments, "Model") is None
 
     @pytest.mark.parametrize("name", ["cache", "past_key_values", "memory"])
     def test_another_kind_of_past_is_refused(self, name: str) -> None:
@@ -185,11 +185,11 @@ class TestARenamedArgument:
     def test_is_steered_as_before(self) -> None:
         lm = tiny.tiny("llama")
         plain = [answer.token_ids for answer in lm.generate(self.PROMPTS, None, max_new_tokens=6)]
-        wanted = [lm.generate(one, GENERATED, max_new_tokens=6)[0].token_ids for one in self.PROMPTS]
+        wanted = [lm.generate(text, GENERATED, max_new_tokens=6)[0].token_ids for text in self.PROMPTS]
         assert wanted != plain
         with faults.renamed_cache(lm.model):
             assert compat.cache_name(lm.layout.decoder) == "kv"
-            assert [lm.generate(one, GENERATED, max_new_tokens=6)[0].token_ids for one in self.PROMPTS] == wanted
+            assert [lm.generate(text, GENERATED, max_new_tokens=6)[0].token_ids for text in self.PROMPTS] == wanted
             with lm.steered(GENERATED):
                 ids = torch.tensor([lm.encode(self.PROMPTS[0])])
                 out = lm.model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
@@ -201,7 +201,7 @@ class TestARenamedArgument:
     def test_reading_shares_prefixes_as_before(self) -> None:
         lm = tiny.tiny("llama")
         many = [f"{prompt(3, 12)} {prompt(seed, 3)}" for seed in range(4)]
-        wanted = [found[Site(2)] for found in lm.capture(many, [2])]
+        wanted = [activations[Site(2)] for activations in lm.capture(many, [2])]
         with faults.renamed_cache(lm.model):
             for x, y in zip(lm.capture(many, [2]), wanted, strict=True):
                 assert torch.allclose(x[Site(2)], y)

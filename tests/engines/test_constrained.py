@@ -36,8 +36,8 @@ FREE = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
     from commands.conftest import save_model
 
-    found = LM.load(save_model(tmp_path_factory.mktemp("constrained") / "tiny"), device="cpu", dtype="float64")
-    return found
+    model = LM.load(save_model(tmp_path_factory.mktemp("constrained") / "tiny"), device="cpu", dtype="float64")
+    return model
 
 
 def push(seed: int, strength: float, layer: int = 1) -> Steering:
@@ -52,12 +52,16 @@ def naive(lm: LM, sentences: list[str], numbers: torch.Tensor | None = None) -> 
     """
     ids, text, step = lm.encode(PROMPT, chat=False), "", 0
     length = len(ids)
-    while text not in sentences or any(one != text and one.startswith(text) for one in sentences):
+    while text not in sentences or any(sentence != text and sentence.startswith(text) for sentence in sentences):
         logits = lm.model(torch.tensor([ids])).logits[0, -1].double()
         for token in range(len(logits)):
             may = lm.tokenizer.decode([*ids[length:], token])
             end = token in lm.tokenizer.all_special_ids
-            if (text not in sentences) if end else not any(one.startswith(may) and may != text for one in sentences):
+            if (
+                (text not in sentences)
+                if end
+                else not any(sentence.startswith(may) and may != text for sentence in sentences)
+            ):
                 logits[token] = -torch.inf
         if numbers is None:
             token = int(logits.argmax())
@@ -71,12 +75,12 @@ def naive(lm: LM, sentences: list[str], numbers: torch.Tensor | None = None) -> 
     return text
 
 
-def texts(lm: LM, *given: Any, **options: Any) -> list[str]:
-    return [one.text for one in lm.generate(*given, chat=False, **{"max_new_tokens": 40, **options})]
+def texts(lm: LM, *arguments: Any, **options: Any) -> list[str]:
+    return [answer.text for answer in lm.generate(*arguments, chat=False, **{"max_new_tokens": 40, **options})]
 
 
-WRITTEN = [one for one in CHOICES if one.isascii()]  # a part of a character has no text
-SENTENCES = [json.dumps(one) for one in WRITTEN]
+WRITTEN = [choice for choice in CHOICES if choice.isascii()]  # a part of a character has no text
+SENTENCES = [json.dumps(text) for text in WRITTEN]
 CHOICE = {"enum": WRITTEN}
 
 
@@ -84,26 +88,26 @@ class TestChoices:
     """Of a language so small that it can be written down."""
 
     def test_the_likeliest(self, lm: LM) -> None:
-        (found,) = texts(lm, [PROMPT], json_schema=CHOICE)
-        assert found == naive(lm, SENTENCES)
-        assert [found] == texts(lm, [PROMPT], json_schema=CHOICE, **by_transformers())
+        (text,) = texts(lm, [PROMPT], json_schema=CHOICE)
+        assert text == naive(lm, SENTENCES)
+        assert [text] == texts(lm, [PROMPT], json_schema=CHOICE, **by_transformers())
 
     def test_a_sampled_one(self, lm: LM) -> None:
-        found = []
+        texts_drawn = []
         for seed in range(12):
             numbers = torch.rand(40, generator=torch.Generator().manual_seed(seed))
             options = {"do_sample": True, "top_k": 0, "seed": seed}
-            found += texts(lm, [PROMPT], json_schema=CHOICE, **options)
-            assert found[-1] == naive(lm, SENTENCES, numbers)
-        assert len(set(found)) > 1
+            texts_drawn += texts(lm, [PROMPT], json_schema=CHOICE, **options)
+            assert texts_drawn[-1] == naive(lm, SENTENCES, numbers)
+        assert len(set(texts_drawn)) > 1
 
     @pytest.mark.parametrize("strength", [-30.0, 3.0, 1000.0])
     def test_under_steering_and_rejection(self, lm: LM, strength: float) -> None:
         for seed in range(3):
             for rejection in (None, Rejection(0.3, ladder="strength")):
                 steering = push(seed, strength)
-                (found,) = texts(lm, [PROMPT], steering, json_schema=CHOICE, rejection=rejection)
-                assert found in SENTENCES
+                (text,) = texts(lm, [PROMPT], steering, json_schema=CHOICE, rejection=rejection)
+                assert text in SENTENCES
 
     def test_a_character_in_parts(self, lm: LM) -> None:
         assert texts(lm, [PROMPT], json_schema={"enum": ["é", "日本"]})[0] in ('"é"', '"日本"')
@@ -117,29 +121,29 @@ def test_neighbours_dont_matter(lm: LM) -> None:
     for options in ({}, {"do_sample": True, "top_k": 0, "seed": 5}):
         together = lm.generate(prompts, steerings, json_schema=schemas, chat=False, max_new_tokens=24, **options)
         free = lm.generate(prompts, steerings, chat=False, max_new_tokens=24, **options)
-        for i, one in enumerate(together):
+        for i, text in enumerate(together):
             if schemas[i] is None:
-                assert one.token_ids == free[i].token_ids
+                assert text.token_ids == free[i].token_ids
             elif not options:
                 alone = lm.generate(
                     [prompts[i]], steerings[i], json_schema=schemas[i], chat=False, max_new_tokens=24, **options
                 )
-                assert alone[0].token_ids == one.token_ids
+                assert alone[0].token_ids == text.token_ids
 
 
 def test_log_probabilities_are_the_models(lm: LM) -> None:
     """They are told before anything is forbidden, as they are before any temperature."""
-    (one,) = lm.generate([PROMPT], json_schema=FREE, chat=False, max_new_tokens=12, logprobs=True)
-    assert one.logprobs is not None
+    (answer,) = lm.generate([PROMPT], json_schema=FREE, chat=False, max_new_tokens=12, logprobs=True)
+    assert answer.logprobs is not None
     ids = lm.encode(PROMPT, chat=False)
-    whole = lm.model(torch.tensor([[*ids, *one.token_ids]])).logits[0].log_softmax(-1)
-    for i, (token, told) in enumerate(zip(one.token_ids, one.logprobs, strict=True)):
-        assert told == pytest.approx(whole[len(ids) - 1 + i, token].item(), abs=1e-4)
+    whole = lm.model(torch.tensor([[*ids, *answer.token_ids]])).logits[0].log_softmax(-1)
+    for i, (token, logprob) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+        assert logprob == pytest.approx(whole[len(ids) - 1 + i, token].item(), abs=1e-4)
 
 
 def test_an_answer_ends_where_its_grammar_does(lm: LM) -> None:
-    (one,) = lm.generate([PROMPT], json_schema={"const": "x"}, chat=False, max_new_tokens=30)
-    assert (one.text, one.finish_reason) == ('"x"', "stop")
+    (answer,) = lm.generate([PROMPT], json_schema={"const": "x"}, chat=False, max_new_tokens=30)
+    assert (answer.text, answer.finish_reason) == ('"x"', "stop")
     (cut,) = lm.generate([PROMPT], json_schema={"const": "x" * 50}, chat=False, max_new_tokens=9)
     assert cut.finish_reason == "length"
     assert json.dumps("x" * 50).startswith(cut.text)
@@ -149,12 +153,12 @@ def test_an_answer_ends_where_its_grammar_does(lm: LM) -> None:
 
 def test_several_answers_to_a_prompt(lm: LM) -> None:
     for more in ({}, by_transformers()):
-        found = texts(
+        answers = texts(
             lm, [PROMPT, "blue"], json_schema=[{"enum": CHOICES}, {"type": "integer", "minimum": 0, "maximum": 9}],
             do_sample=True, num_return_sequences=3, seed=1, **more,
         )  # fmt: skip
-        assert all(json.loads(one) in CHOICES for one in found[:3])
-        assert all(json.loads(one) in range(10) for one in found[3:])
+        assert all(json.loads(text) in CHOICES for text in answers[:3])
+        assert all(json.loads(text) in range(10) for text in answers[3:])
 
 
 def test_what_is_refused(lm: LM) -> None:
@@ -187,24 +191,24 @@ def test_masks_of_some_rows_of_a_batch(lm: LM) -> None:
     """The mask of each row is its own matcher's, whatever stands beside it, also beyond the tokenizer's tokens."""
     size = len(lm.tokenizer) + 37
     grammars = Grammars(lm.tokenizer, size, [0])
-    one, two = (grammars.matcher(json_grammar(schema)) for schema in ({"type": "integer"}, {"type": "string"}))
+    numbers, strings = (grammars.matcher(json_grammar(schema)) for schema in ({"type": "integer"}, {"type": "string"}))
     scores = torch.randn(4, size)
-    masks = Masks([None, one, None, two], size, torch.device("cpu"))
+    masks = Masks([None, numbers, None, strings], size, torch.device("cpu"))
     masked = masks.apply(scores)
     some = (3, 0, 1, 1)  # in another order, and several times
     assert torch.equal(masks.apply(scores[list(some)], some), masked[list(some)])
     assert masks.apply(scores[:2], (0, 2)) is not masked
     assert torch.equal(masks.apply(scores[[0, 2]], (0, 2)), scores[[0, 2]])
-    both = Masks([one, two], size, torch.device("cpu"))
+    both = Masks([numbers, strings], size, torch.device("cpu"))
     assert torch.equal(both.apply(scores[[3, 1]], (1, 0)), masked[[3, 1]])
     assert torch.equal(both.apply(scores[[1, 3]]), masked[[1, 3]])
     assert torch.equal(masked[[0, 2]], scores[[0, 2]])
-    for row, matcher in ((1, one), (3, two)):
+    for row, matcher in ((1, numbers), (3, strings)):
         bits = matcher._state.compute_bitmask()
         allowed = [token for token in range(size) if bits[token // 8] >> token % 8 & 1]
         assert masked[row].isfinite().nonzero()[:, 0].tolist() == allowed
         assert torch.equal(masked[row, allowed], scores[row, allowed])
-    assert torch.equal(GrammarProcessor([one])(torch.tensor([[3]]), scores[1:2]), masked[1:2])
+    assert torch.equal(GrammarProcessor([numbers])(torch.tensor([[3]]), scores[1:2]), masked[1:2])
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -246,16 +250,16 @@ LEAVES = st.sampled_from(
 def larger(inner: Any) -> Any:
     names = st.sampled_from(["a", "b c", 'q"', "é"])
     objects = st.dictionaries(names, inner, max_size=3).map(
-        lambda found: {
+        lambda properties: {
             "type": "object",
-            "properties": found,
-            "required": list(found),
+            "properties": properties,
+            "required": list(properties),
             "additionalProperties": False,
         }
     )
     return st.one_of(
         objects,
-        inner.map(lambda one: {"type": "array", "items": one, "maxItems": 2}),
+        inner.map(lambda items: {"type": "array", "items": items, "maxItems": 2}),
         st.lists(inner, min_size=1, max_size=2).map(lambda some: {"anyOf": some}),
     )
 
@@ -263,7 +267,7 @@ def larger(inner: Any) -> Any:
 def fits(value: Any, schema: Mapping[str, Any]) -> bool:
     """Whether JSON is what such a schema describes; written down anew, as naively as can be."""
     if "anyOf" in schema:
-        return any(fits(value, one) for one in schema["anyOf"])
+        return any(fits(value, option) for option in schema["anyOf"])
     if "enum" in schema:
         return value in schema["enum"]
     kind = schema["type"]
@@ -271,7 +275,7 @@ def fits(value: Any, schema: Mapping[str, Any]) -> bool:
         inner = schema["properties"]
         return isinstance(value, dict) and value.keys() == inner.keys() and all(fits(value[n], inner[n]) for n in inner)
     if kind == "array":
-        return isinstance(value, list) and len(value) <= 2 and all(fits(one, schema["items"]) for one in value)
+        return isinstance(value, list) and len(value) <= 2 and all(fits(item, schema["items"]) for item in value)
     if kind == "string":
         letters = isinstance(value, str) and ("pattern" not in schema or (value != "" and set(value) <= {"a", "b"}))
         return letters and len(value) <= 3
@@ -292,7 +296,7 @@ def test_any_schema_at_any_strength(
     lm: LM, schema: Mapping[str, Any], strength: float, seed: int, sample: bool, rejection: Any
 ) -> None:
     options: Any = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": seed} if sample else {}
-    (one,) = lm.generate(
+    (answer,) = lm.generate(
         [PROMPT],
         push(seed, strength),
         json_schema=schema,
@@ -301,7 +305,7 @@ def test_any_schema_at_any_strength(
         rejection=rejection,
         **options,
     )
-    if one.finish_reason == "stop":
-        assert fits(json.loads(one.text), schema)
+    if answer.finish_reason == "stop":
+        assert fits(json.loads(answer.text), schema)
     else:
-        assert len(one.token_ids) == 70
+        assert len(answer.token_ids) == 70

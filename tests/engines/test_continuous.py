@@ -37,15 +37,15 @@ def test_answers_that_end_at_different_lengths_are_those_of_a_whole_batch(
     ends = sorted({free[1].token_ids[1], free[2].token_ids[4], free[7].token_ids[0]})
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", ends)
     whole = answers(lm, logprobs=True, **by_transformers())
-    assert len({len(one.token_ids) for one in whole}) > 1
-    found = answers(lm, logprobs=True)
-    for one, other in zip(found, whole, strict=True):
-        assert one.token_ids == other.token_ids
-        assert one.text == other.text
-        assert (one.finish_reason, one.prompt_tokens) == (other.finish_reason, other.prompt_tokens)
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
-        assert one.applied.edits == other.applied.edits
-        doses, others = one.applied.doses, other.applied.doses
+    assert len({len(whole_answer.token_ids) for whole_answer in whole}) > 1
+    answers_of_steps = answers(lm, logprobs=True)
+    for answer, other in zip(answers_of_steps, whole, strict=True):
+        assert answer.token_ids == other.token_ids
+        assert answer.text == other.text
+        assert (answer.finish_reason, answer.prompt_tokens) == (other.finish_reason, other.prompt_tokens)
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        assert answer.applied.edits == other.applied.edits
+        doses, others = answer.applied.doses, other.applied.doses
         assert [(dose.layer, dose.kind) for dose in doses] == [(dose.layer, dose.kind) for dose in others]
         # how large they are differs: which tokens are measured depends on when the batch changes
         assert all(dose.ratio > 0 for dose in doses)
@@ -56,7 +56,7 @@ def test_the_batch_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny.tiny("llama")
     free = answers(lm)
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [free[0].token_ids[0]])
-    lengths = [len(one.token_ids) for one in answers(lm)]
+    lengths = [len(answer.token_ids) for answer in answers(lm)]
     assert min(lengths) == 1
     rows: list[int] = []
     handle = lm.model.register_forward_pre_hook(
@@ -74,11 +74,11 @@ def test_other_options_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch)
     lm = tiny.tiny("llama")
     monkeypatch.setattr(GenerationBatch, "step", lambda self: pytest.fail("rows must not leave here"))
     for options in ({"do_sample": True, "typical_p": 0.5}, {"no_repeat_ngram_size": 2}, {"num_beams": 2}):
-        one, other = (
+        here, theirs = (
             lm.generate(PROMPTS[:2], max_new_tokens=3, chat=False, seed=1, **options, **more)
             for more in ({}, by_transformers())
         )
-        assert one == other
+        assert here == theirs
 
 
 def test_the_models_own_penalty_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +87,8 @@ def test_the_models_own_penalty_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     plain = answers(lm)
     monkeypatch.setattr(lm.model.generation_config, "repetition_penalty", 5.0)
     alone = answers(lm, batch_size=1, **by_transformers())
-    assert [one.token_ids for one in alone] != [one.token_ids for one in plain]
-    assert [one.token_ids for one in answers(lm)] == [one.token_ids for one in alone]
+    assert [answer.token_ids for answer in alone] != [answer.token_ids for answer in plain]
+    assert [answer.token_ids for answer in answers(lm)] == [answer.token_ids for answer in alone]
 
 
 def test_an_answer_steered_out_of_all_numbers_goes_on_as_in_a_whole_batch() -> None:
@@ -97,5 +97,5 @@ def test_an_answer_steered_out_of_all_numbers_goes_on_as_in_a_whole_batch() -> N
     with pytest.warns(DoseWarning):
         whole, plain = lm.generate(PROMPTS[:2], steerings, max_new_tokens=3, chat=False, **by_transformers())
     with pytest.warns(DoseWarning):
-        found = lm.generate(PROMPTS[:2], steerings, max_new_tokens=3, chat=False)
-    assert [one.token_ids for one in found] == [whole.token_ids, plain.token_ids]
+        generated = lm.generate(PROMPTS[:2], steerings, max_new_tokens=3, chat=False)
+    assert [answer.token_ids for answer in generated] == [whole.token_ids, plain.token_ids]

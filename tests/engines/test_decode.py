@@ -56,7 +56,7 @@ STEERINGS = [
 ]
 
 
-def asked(lm: LM, number: int, length: int, count: int, **more: Any) -> GenerationRequest:
+def request_of(lm: LM, number: int, length: int, count: int, **more: Any) -> GenerationRequest:
     ids = tuple(lm.encode(prompt(number, length)))
     return GenerationRequest(ids, STEERINGS[number % len(STEERINGS)], count, **more)
 
@@ -85,18 +85,18 @@ class TestRowsGetWhatTheyGetAlone:
         chance = random.Random(seed)
         waiting = [(number, chance.randint(2, 14), chance.randint(1, 9)) for number in range(12)]
         expected = {number: alone(lm, number, length, count) for number, length, count in waiting}
-        batch, told, of = stepper(lm), {}, {}
+        batch, responses, of = stepper(lm), {}, {}
         cancelled: set[int] = set()
         while waiting or len(batch):
             for _ in range(min(len(waiting), chance.choice([0, 0, 1, 3]))):
                 number, length, count = waiting.pop(0)
-                of[batch.insert(asked(lm, number, length, count, alternatives=2))] = number
+                of[batch.insert(request_of(lm, number, length, count, alternatives=2))] = number
             before = batch.running
             steps = batch.step()
-            assert len({one.key for one in steps}) == len(steps) >= before
-            for one in steps:
-                assert one.error is None
-                told.setdefault(one.key, []).append(one)
+            assert len({step.key for step in steps}) == len(steps) >= before
+            for response in steps:
+                assert response.error is None
+                responses.setdefault(response.key, []).append(response)
             if chance.random() < 0.1 and batch.running:
                 key = chance.choice([row.key for row in batch._rows])
                 assert batch.remove(key) is not None
@@ -104,31 +104,31 @@ class TestRowsGetWhatTheyGetAlone:
         assert set(of.values()) == set(range(12))
         tolerance = 2e-3 if lm.model.dtype == torch.float32 else 1e-4
         for key, number in of.items():
-            answer, found = expected[number], told.get(key, [])
-            ids = [one.token for one in found]
+            answer, own = expected[number], responses.get(key, [])
+            ids = [token.token for token in own]
             if key in cancelled:
                 assert ids == list(answer.token_ids)[: len(ids)]
-                assert not any(one.finish for one in found)
+                assert not any(token.finish for token in own)
                 continue
             assert ids == list(answer.token_ids)
-            assert [one.logprob for one in found] == pytest.approx(answer.logprobs, abs=tolerance)
-            assert all(one.likeliest[0] == (one.token, one.logprob) for one in found)
-            assert [one.finish for one in found] == [None] * (len(ids) - 1) + ["length"]
-            assert found[-1].applied is not None
-            assert found[-1].applied.edits == answer.applied.edits
+            assert [token.logprob for token in own] == pytest.approx(answer.logprobs, abs=tolerance)
+            assert all(token.likeliest[0] == (token.token, token.logprob) for token in own)
+            assert [token.finish for token in own] == [None] * (len(ids) - 1) + ["length"]
+            assert own[-1].applied is not None
+            assert own[-1].applied.edits == answer.applied.edits
 
     def test_samples_are_those_of_the_seed(self, llama: LM) -> None:
         batch = stepper(llama)
         wanted: dict[int, Any] = {}
         for number in range(6):
             sampling = Sampling(0.8 + number / 10, 1.0 if number % 2 else 0.7, seed=number)
-            key = batch.insert(asked(llama, number, 5 + number, 7, sampling=sampling))
+            key = batch.insert(request_of(llama, number, 5 + number, 7, sampling=sampling))
             more = {"seed": number, "stopping_criteria": None, **sampling.options}
             wanted[key] = alone(llama, number, 5 + number, 7, **more)
             batch.step()
-        told = drain(batch)
+        responses = drain(batch)
         for key, answer in wanted.items():
-            ids = [one.token for one in told[key]]
+            ids = [response.token for response in responses[key]]
             assert tuple(ids) == answer.token_ids[-len(ids) :]  # it had begun before
         greedy = {number: alone(llama, number, 5 + number, 7).token_ids for number in range(6)}
         assert any(wanted[key].token_ids != greedy[n] for n, key in enumerate(wanted))
@@ -140,17 +140,19 @@ class TestRowsGetWhatTheyGetAlone:
         both = towards + STEERINGS[1]  # type: ignore[operator]
         rows = [(1, 4, towards), (2, 11, both), (3, 6, None), (4, 9, towards), (5, 5, STEERINGS[3])]
         batch, keys = stepper(lm), []
-        told: dict[int, list[GenerationResponse]] = {}
-        for number, length, one in rows:
-            keys.append(batch.insert(GenerationRequest(tuple(lm.encode(prompt(number, length))), one, 6)))
+        responses: dict[int, list[GenerationResponse]] = {}
+        for number, length, acting in rows:
+            keys.append(batch.insert(GenerationRequest(tuple(lm.encode(prompt(number, length))), acting, 6)))
             for token in batch.step():
-                told.setdefault(token.key, []).append(token)
+                responses.setdefault(token.key, []).append(token)
         for key, tokens in drain(batch).items():
-            told.setdefault(key, []).extend(tokens)
+            responses.setdefault(key, []).extend(tokens)
         changed = 0
-        for key, (number, length, one) in zip(keys, rows, strict=True):
-            (answer,) = lm.generate(prompt(number, length), one, max_new_tokens=6, rejection=False, **by_transformers())
-            assert tuple(token.token for token in told[key]) == answer.token_ids
+        for key, (number, length, acting) in zip(keys, rows, strict=True):
+            (answer,) = lm.generate(
+                prompt(number, length), acting, max_new_tokens=6, rejection=False, **by_transformers()
+            )
+            assert tuple(token.token for token in responses[key]) == answer.token_ids
             (plain,) = lm.generate(prompt(number, length), max_new_tokens=6)
             changed += plain.token_ids != answer.token_ids
         assert changed >= 3
@@ -160,15 +162,15 @@ class TestRowsGetWhatTheyGetAlone:
         lm = tiny.tiny("llama", seed=3)
         lm.layout = type(lm.layout)(**{**vars(lm.layout), "context": None})
         batch = stepper(lm)
-        keys = [batch.insert(asked(lm, 1, 4, ROOM + 20)), batch.insert(asked(lm, 2, 60, 5))]
-        told = batch.step() + batch.step()
+        keys = [batch.insert(request_of(lm, 1, 4, ROOM + 20)), batch.insert(request_of(lm, 2, 60, 5))]
+        early = batch.step() + batch.step()
         assert batch._cache.width == 61
-        keys.append(batch.insert(asked(lm, 3, 7, 30)))
-        found = drain(batch)
-        for one in reversed(told):
-            found[one.key].insert(0, one)
+        keys.append(batch.insert(request_of(lm, 3, 7, 30)))
+        responses = drain(batch)
+        for response in reversed(early):
+            responses[response.key].insert(0, response)
         for key, (number, length, count) in zip(keys, ((1, 4, ROOM + 20), (2, 60, 5), (3, 7, 30)), strict=True):
-            assert tuple(one.token for one in found[key]) == alone(lm, number, length, count).token_ids
+            assert tuple(token.token for token in responses[key]) == alone(lm, number, length, count).token_ids
         assert batch._cache.width == 0
 
     def test_the_models_own_generation_settings_count(self) -> None:
@@ -179,9 +181,9 @@ class TestRowsGetWhatTheyGetAlone:
         assert [alone(lm, number, 6, 12).token_ids for number in range(3)] != expected
         lm.model.generation_config.repetition_penalty = 1.7
         batch = stepper(lm)
-        keys = [batch.insert(asked(lm, number, 6, 12)) for number in range(3)]
-        told = drain(batch)
-        assert [tuple(one.token for one in told[key]) for key in keys] == expected
+        keys = [batch.insert(request_of(lm, number, 6, 12)) for number in range(3)]
+        responses = drain(batch)
+        assert [tuple(response.token for response in responses[key]) for key in keys] == expected
 
     def test_an_answer_ends_where_the_model_ends_it(self) -> None:
         lm = tiny.tiny("llama")
@@ -189,23 +191,23 @@ class TestRowsGetWhatTheyGetAlone:
         lm.model.generation_config.eos_token_id = end
         answer = alone(lm, 1, 6, 8)
         batch = stepper(lm)
-        key, other = batch.insert(asked(lm, 1, 6, 8)), batch.insert(asked(lm, 2, 9, 8))
-        told = drain(batch)
-        assert [one.token for one in told[key]] == list(answer.token_ids)
-        assert (told[key][-1].finish, answer.finish_reason) == ("stop", "stop")
-        assert tuple(one.token for one in told[other]) == alone(lm, 2, 9, 8).token_ids
+        key, other = batch.insert(request_of(lm, 1, 6, 8)), batch.insert(request_of(lm, 2, 9, 8))
+        responses = drain(batch)
+        assert [response.token for response in responses[key]] == list(answer.token_ids)
+        assert (responses[key][-1].finish, answer.finish_reason) == ("stop", "stop")
+        assert tuple(response.token for response in responses[other]) == alone(lm, 2, 9, 8).token_ids
 
 
 class TestTheBatch:
     def test_a_row_that_leaves_is_gone_before_the_next_step(self, llama: LM) -> None:
         batch = stepper(llama)
-        keys = [batch.insert(asked(llama, number, 6, 20)) for number in range(3)]
+        keys = [batch.insert(request_of(llama, number, 6, 20)) for number in range(3)]
         batch.step()
         batch.remove(keys[1])
         assert (batch.running, len(batch._cache.lengths)) == (2, 2)
-        assert {one.key for one in batch.step()} == {keys[0], keys[2]}
+        assert {response.key for response in batch.step()} == {keys[0], keys[2]}
         assert batch.remove(keys[1]) is None
-        batch.insert(asked(llama, 5, 6, 20))
+        batch.insert(request_of(llama, 5, 6, 20))
         assert len(batch.clear()) == 3
         assert len(batch) == 0
         assert batch.step() == []
@@ -215,35 +217,35 @@ class TestTheBatch:
         handle = llama.layout.decoder.register_forward_pre_hook(
             lambda _m, _a, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         )
-        keys = [batch.insert(asked(llama, 1, 6, 5)) for _ in range(3)] + [batch.insert(asked(llama, 2, 6, 5))]
-        told = drain(batch)
+        keys = [batch.insert(request_of(llama, 1, 6, 5)) for _ in range(3)] + [batch.insert(request_of(llama, 2, 6, 5))]
+        responses = drain(batch)
         handle.remove()
         assert widths[0] == (2, 6)
         assert set(widths[1:]) == {(4, 1)}
         for key in keys[:3]:
-            assert tuple(one.token for one in told[key]) == alone(llama, 1, 6, 5).token_ids
+            assert tuple(response.token for response in responses[key]) == alone(llama, 1, 6, 5).token_ids
 
     def test_one_step_reads_so_many_tokens_at_most(self, llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         assert PREFILL > 100
         monkeypatch.setattr("trimtab.engines.transformers.decode.PREFILL", 20)
         batch = stepper(llama)
-        keys = [batch.insert(asked(llama, number, 8, 4)) for number in range(5)]
-        firsts = [[one.key for one in batch.step()] for _ in range(3)]
+        keys = [batch.insert(request_of(llama, number, 8, 4)) for number in range(5)]
+        firsts = [[response.key for response in batch.step()] for _ in range(3)]
         assert firsts == [keys[:2], keys[:4], keys]
 
     def test_what_steered_a_row_is_what_steered_it_alone(self, llama: LM) -> None:
         """All tokens are measured up to the stride, so short answers have the same dose wherever they are."""
-        one = steering((1, Add(direction(1, 2.0)), Positions.all()))
+        push = steering((1, Add(direction(1, 2.0)), Positions.all()))
         batch = stepper(llama)
-        key = batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 6))), one, 2))
-        batch.insert(asked(llama, 2, 9, 2))
+        key = batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 6))), push, 2))
+        batch.insert(request_of(llama, 2, 9, 2))
         batch.step()
         halfway = batch.applied(key)
         assert halfway is not None
         assert [(d.layer, d.tokens) for d in halfway.doses] == [(1, 6)]
-        told = {t.key: t for t in batch.step()}
-        (answer,) = llama.generate(prompt(1, 6), one, max_new_tokens=2)
-        applied = told[key].applied
+        responses = {t.key: t for t in batch.step()}
+        (answer,) = llama.generate(prompt(1, 6), push, max_new_tokens=2)
+        applied = responses[key].applied
         assert applied is not None
         assert [(d.layer, d.tokens) for d in applied.doses] == [(d.layer, d.tokens) for d in answer.applied.doses]
         assert applied.dose == pytest.approx(answer.applied.dose, rel=1e-5)
@@ -252,16 +254,16 @@ class TestTheBatch:
         wild = steering((1, Add(direction(1, 1e300)), Positions.generated()))
         batch = stepper(llama)
         bad = batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 9))), wild, 6))
-        good = batch.insert(asked(llama, 2, 6, 6))
-        told = batch.step() + batch.step()
-        late = batch.insert(asked(llama, 3, 4, 6))  # takes a place in which there are no numbers
+        good = batch.insert(request_of(llama, 2, 6, 6))
+        early = batch.step() + batch.step()
+        late = batch.insert(request_of(llama, 3, 4, 6))  # takes a place in which there are no numbers
         more = drain(batch)
-        errors = [one for one in [*told, *more.get(bad, [])] if one.error]
-        assert [one.key for one in errors] == [bad]
+        errors = [response for response in [*early, *more.get(bad, [])] if response.error]
+        assert [response.key for response in errors] == [bad]
         assert "lower the strength" in str(errors[0].error)
-        ids = [one.token for one in [*told, *more[good]] if one.key == good]
+        ids = [response.token for response in [*early, *more[good]] if response.key == good]
         assert tuple(ids) == alone(llama, 2, 6, 6).token_ids
-        assert tuple(one.token for one in more[late]) == alone(llama, 3, 4, 6).token_ids
+        assert tuple(response.token for response in more[late]) == alone(llama, 3, 4, 6).token_ids
 
     def test_nothing_is_left_on_the_model(self, llama: LM) -> None:
         def hooks() -> int:
@@ -270,7 +272,7 @@ class TestTheBatch:
         before, own = hooks(), llama.model.config._attn_implementation
         batch = stepper(llama)
         batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 6))), emphasis(ScaleScores(), [(1, 2)], [0, 1]), 4))
-        batch.insert(asked(llama, 1, 6, 4))
+        batch.insert(request_of(llama, 1, 6, 4))
         batch.step()
         batch.step()
         assert (hooks(), llama.model.config._attn_implementation) == (before, own)
@@ -278,7 +280,7 @@ class TestTheBatch:
     def test_what_cant_run_is_said_before(self, llama: LM) -> None:
         batch = stepper(llama)
         with pytest.raises(TrimtabError, match="context"):
-            batch.insert(asked(llama, 1, 100, 100))
+            batch.insert(request_of(llama, 1, 100, 100))
         far = GenerationRequest(
             tuple(llama.encode(prompt(1, 6))), steering((1, Add(direction(1)), Positions.span(3, 99))), 4
         )
@@ -318,7 +320,7 @@ def test_a_streamer_that_ends_the_answer_ends_it_in_either_loop() -> None:
             [prompt(1, 6)], steering, max_new_tokens=8, streamer=heard, stopping_criteria=[heard], **sampled
         )
         assert (len(cut.token_ids), cut.finish_reason, heard.ended) == (3, "length", True)
-        assert [one for some in heard.tokens[1:] for one in some] == list(cut.token_ids)
+        assert [token for some in heard.tokens[1:] for token in some] == list(cut.token_ids)
         assert cut.applied.doses
         assert cut.applied.edits == whole.applied.edits
         (full,) = lm.generate([prompt(1, 6)], steering, max_new_tokens=8, **sampled)

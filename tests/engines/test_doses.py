@@ -27,7 +27,7 @@ def said(answers, steerings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_doses(answers, steerings)
-    return [str(one.message) for one in caught]
+    return [str(warning.message) for warning in caught]
 
 
 def test_doses_of_layers_come_together_by_their_squares():
@@ -41,9 +41,9 @@ def test_many_small_pushes_are_warned_about_as_one_large_one_is():
     near = 0.99 * DOSE_WARNING
     assert said([answer(near)], [MANUAL]) == []
     assert said([answer(*[near / 3] * 9)], [MANUAL]) == []
-    (one,) = said([answer(0.41)], [MANUAL])
-    assert one.startswith("at layer 0 the edit is 0.41 times as long as the activation; above 0.3 text tends to")
-    assert one.endswith("Lower the strength")
+    (warning,) = said([answer(0.41)], [MANUAL])
+    assert warning.startswith("at layer 0 the edit is 0.41 times as long as the activation; above 0.3 text tends to")
+    assert warning.endswith("Lower the strength")
     (many,) = said([answer(0.1, 0.25, *[0.17] * 4)], [MANUAL])
     assert (
         "at layer 1 the edit is 0.25 times as long as the activation, and over 6 layers 0.43 times; above 0.3" in many
@@ -79,11 +79,11 @@ def test_a_sum_counts_as_trained_if_all_of_it_was():
 
 
 def test_the_methods_that_descend_are_those_that_count_as_trained():
-    found = set()
+    trained = set()
     for module in iter_modules(trimtab.methods.__path__):
         if hasattr(__import__(f"trimtab.methods.{module.name}", fromlist=["x"]), "Descent"):
-            found.add(module.name)
-    assert found == TRAINED
+            trained.add(module.name)
+    assert trained == TRAINED
 
 
 def test_generate_looks_at_each_requests_own_steering():

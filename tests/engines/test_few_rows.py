@@ -31,7 +31,7 @@ def model(*, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequen
 
 
 def replaced(some: nn.Module) -> list[str]:
-    return [name for name, one in some.named_modules() if "forward" in vars(one)]
+    return [name for name, part in some.named_modules() if "forward" in vars(part)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -42,12 +42,12 @@ def test_it_is_the_linear_map(shape: tuple[int, int], rows: int, bias: bool) -> 
     torch.manual_seed(1)
     x, weight = torch.randn(rows, shape[1]), torch.randn(shape)
     added = torch.randn(shape[0]) if bias else None
-    found = in_pieces(x, weight, added)
-    assert found.shape == (rows, shape[0])
-    assert found.is_contiguous()
+    product = in_pieces(x, weight, added)
+    assert product.shape == (rows, shape[0])
+    assert product.is_contiguous()
     exact = linear(x.double(), weight.double(), None if added is None else added.double())
     off = torch.finfo(torch.float32).eps * x.norm(dim=1).max() * weight.norm(dim=1).max()
-    assert (found - exact).abs().max() <= 4 * off
+    assert (product - exact).abs().max() <= 4 * off
 
 
 def test_one_piece_fits_and_no_output_is_lost() -> None:
@@ -160,8 +160,8 @@ def test_steered_rows_and_rungs_are_what_they_are_without(family: str, monkeypat
     """Every family in float64, all linear maps in pieces: a mixed batch, and rungs where attention can be steered."""
     some = tiny.tiny(family)
     prompts = [tiny.prompt(seed, length) for seed, length in enumerate((4, 9, 6, 7, 5))]
-    one = Steering((Edit(Site(1), Add(tiny.direction(1, 2.0))),))
-    steerings = [one, None, 0.5 * one, None, one]
+    steering = Steering((Edit(Site(1), Add(tiny.direction(1, 2.0))),))
+    steerings = [steering, None, 0.5 * steering, None, steering]
     ways: list[dict[str, Any]] = [{"steering": steerings}]
     ways += [
         {"steering": steerings, "rejection": Rejection(schedule=schedule, min_layers=1)}
@@ -169,12 +169,12 @@ def test_steered_rows_and_rungs_are_what_they_are_without(family: str, monkeypat
         if family in CAN_REJECT
     ]
     used = []
-    for given in ways:
+    for options in ways:
         with monkeypatch.context() as patch:
-            plain = some.generate(prompts, max_new_tokens=5, logprobs=True, **given)
+            plain = some.generate(prompts, max_new_tokens=5, logprobs=True, **options)
             patch.setattr(module, "_suits", lambda m: type(m) is nn.Linear and "forward" not in vars(m))
             patch.setattr(module, "in_pieces", lambda *g: used.append(len(g[0])) or in_pieces(*g))
-            pieces = some.generate(prompts, max_new_tokens=5, logprobs=True, **given)
+            pieces = some.generate(prompts, max_new_tokens=5, logprobs=True, **options)
         for a, b in zip(pieces, plain, strict=True):
             assert a.token_ids == b.token_ids
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-9)
@@ -207,15 +207,15 @@ def test_gradients_flow() -> None:
 def test_the_default_model_answers_as_without(lm: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"Write a line about the number {i}." for i in range(rows)]
     used = []
-    monkeypatch.setattr(module, "in_pieces", lambda *given: used.append(1) or in_pieces(*given))
+    monkeypatch.setattr(module, "in_pieces", lambda *arguments: used.append(1) or in_pieces(*arguments))
     ours = lm.generate(prompts, max_new_tokens=6, logprobs=True)
     assert used
     monkeypatch.setattr(module, "fewest", lambda: MOST + 1)
     theirs = lm.generate(prompts, max_new_tokens=6, logprobs=True)
-    for one, other in zip(ours, theirs, strict=True):
-        pairs = list(zip(one.token_ids, other.token_ids, strict=False))
+    for mine, their in zip(ours, theirs, strict=True):
+        pairs = list(zip(mine.token_ids, their.token_ids, strict=False))
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
         # with several threads sums are rounded otherwise, and a tie may fall otherwise: between equally likely tokens
-        told = min(same + 1, len(pairs))
-        assert one.logprobs[:told] == pytest.approx(other.logprobs[:told], abs=1e-3)
+        compared = min(same + 1, len(pairs))
+        assert mine.logprobs[:compared] == pytest.approx(their.logprobs[:compared], abs=1e-3)
         assert same > 0

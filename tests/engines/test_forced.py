@@ -59,11 +59,11 @@ def lm() -> LM:
     return tiny.tiny("llama")
 
 
-def text(seed: int, asked: int, answered: int) -> Forced:
+def text(seed: int, prompt_length: int, answered: int) -> Forced:
     """Random ids."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 80, (asked + answered,), generator=generator).tolist()
-    return Forced(tuple(ids[:asked]), tuple(ids[asked:]))
+    ids = torch.randint(3, 80, (prompt_length + answered,), generator=generator).tolist()
+    return Forced(tuple(ids[:prompt_length]), tuple(ids[prompt_length:]))
 
 
 TEXTS = [text(i, *lengths) for i, lengths in enumerate([(9, 4), (1, 6), (14, 1), (3, 9), (8, 8)])]
@@ -79,15 +79,15 @@ EDITS = tuple(Edit(site, Add(direction(site.layer, 2.0)), Positions.from_last_pr
 
 
 @torch.no_grad()
-def alone(lm: LM, one: Forced) -> Tensor:
+def alone(lm: LM, forced: Forced) -> Tensor:
     """The model's own logits where the answer's tokens are drawn, in one pass over the whole text."""
-    ids = torch.tensor([[*one.prompt, *one.answer[:-1]]])
-    return lm.model(input_ids=ids, use_cache=False).logits[0, len(one.prompt) - 1 :]
+    ids = torch.tensor([[*forced.prompt, *forced.answer[:-1]]])
+    return lm.model(input_ids=ids, use_cache=False).logits[0, len(forced.prompt) - 1 :]
 
 
-def steered_alone(lm: LM, one: Forced, edits: Sequence[Edit]) -> Tensor:
-    with lm.steered(Steering(tuple(edits)), prompt_lengths=[len(one.prompt)]):
-        return alone(lm, one)
+def steered_alone(lm: LM, forced: Forced, edits: Sequence[Edit]) -> Tensor:
+    with lm.steered(Steering(tuple(edits)), prompt_lengths=[len(forced.prompt)]):
+        return alone(lm, forced)
 
 
 def logits(lm: LM, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
@@ -95,9 +95,9 @@ def logits(lm: LM, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> l
         return [row.detach() for row in run.logits(texts, changes)]
 
 
-def close(lm: LM, found: Tensor, expected: Tensor) -> bool:
+def close(lm: LM, result: Tensor, expected: Tensor) -> bool:
     loose = lm.model.dtype == torch.float32
-    return torch.allclose(found, expected.to(found.dtype), rtol=1e-4, atol=1e-3 if loose else 1e-5)
+    return torch.allclose(result, expected.to(result.dtype), rtol=1e-4, atol=1e-3 if loose else 1e-5)
 
 
 # ---- what is computed ----------------------------------------------------------------------------------------
@@ -107,16 +107,16 @@ def close(lm: LM, found: Tensor, expected: Tensor) -> bool:
 class TestEveryModel:
     def test_logits_are_the_models_own(self, name: str) -> None:
         lm = model_of(name)
-        for one, found in zip(TEXTS, logits(lm, TEXTS, {}), strict=True):
-            assert found.shape == (len(one.answer), tiny.VOCABULARY)
-            assert close(lm, found, alone(lm, one))
+        for forced, result in zip(TEXTS, logits(lm, TEXTS, {}), strict=True):
+            assert result.shape == (len(forced.answer), tiny.VOCABULARY)
+            assert close(lm, result, alone(lm, forced))
 
     def test_changes_are_what_edits_are(self, name: str) -> None:
         lm = model_of(name)
-        for one, found in zip(TEXTS, logits(lm, TEXTS, CHANGES), strict=True):
-            expected = steered_alone(lm, one, EDITS)
-            assert close(lm, found, expected)
-            assert not close(lm, found, alone(lm, one))
+        for forced, result in zip(TEXTS, logits(lm, TEXTS, CHANGES), strict=True):
+            expected = steered_alone(lm, forced, EDITS)
+            assert close(lm, result, expected)
+            assert not close(lm, result, alone(lm, forced))
 
     def test_states_are_the_activations_at_the_answer(self, name: str) -> None:
         """Before what is changed at the site itself, after what is changed before it."""
@@ -124,22 +124,22 @@ class TestEveryModel:
         sites = [Site(0), Site(1), Site(2)]
         with forcing(lm.model, lm.layout, sites) as run:
             bare = run.states(TEXTS, {}, sites)
-            found = run.states(TEXTS, CHANGES, [Site(2)])
-        for i, one in enumerate(TEXTS):
-            ids = [*one.prompt, *one.answer[:-1]]
+            states = run.states(TEXTS, CHANGES, [Site(2)])
+        for i, forced in enumerate(TEXTS):
+            ids = [*forced.prompt, *forced.answer[:-1]]
             words = " ".join(f"w{n}" for n in ids)
-            (expected,) = lm.capture(words, sites, Positions.span(len(one.prompt) - 1, len(ids)), chat=False)
+            (expected,) = lm.capture(words, sites, Positions.span(len(forced.prompt) - 1, len(ids)), chat=False)
             for site in sites:
-                assert bare[site][i].shape == (len(one.answer), WIDTH)
+                assert bare[site][i].shape == (len(forced.answer), WIDTH)
                 assert close(lm, bare[site][i], expected[site])
-            with lm.steered(Steering(EDITS[:1]), prompt_lengths=[len(one.prompt)]):
+            with lm.steered(Steering(EDITS[:1]), prompt_lengths=[len(forced.prompt)]):
                 kept: list[Tensor] = []
                 handle = lm.layout.blocks[2].register_forward_hook(
                     lambda _m, _a, o, kept=kept: kept.append(o if isinstance(o, Tensor) else o[0])
                 )
-                alone(lm, one)
+                alone(lm, forced)
                 handle.remove()
-            assert close(lm, found[Site(2)][i], kept[0][0, len(one.prompt) - 1 :])
+            assert close(lm, states[Site(2)][i], kept[0][0, len(forced.prompt) - 1 :])
 
     def test_gradients_are_finite_differences(self, name: str) -> None:
         lm = model_of(name)
@@ -159,8 +159,8 @@ class TestEveryModel:
             loss(run, 0.0).backward()
             with torch.no_grad():
                 slope = float(loss(run, step) - loss(run, -step)) / (2 * step)
-        found = sum(float(vectors[site].grad @ along[site]) for site in SITES)  # type: ignore[operator]
-        assert found == pytest.approx(slope, rel=0.01, abs=1e-3)
+        directional = sum(float(vectors[site].grad @ along[site]) for site in SITES)  # type: ignore[operator]
+        assert directional == pytest.approx(slope, rel=0.01, abs=1e-3)
         assert all(parameter.grad is None for parameter in lm.model.parameters())
 
 
@@ -182,8 +182,8 @@ def test_other_sites(name: str, kind: str) -> None:
     site = Site(1, kind)
     size = module.place(lm.layout, site).size
     vector = torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    for one, found in zip(TEXTS, logits(lm, TEXTS, {site: lambda x: vector.expand_as(x)}), strict=True):
-        assert close(lm, found, steered_alone(lm, one, [Edit(site, Add(vector))]))
+    for forced, result in zip(TEXTS, logits(lm, TEXTS, {site: lambda x: vector.expand_as(x)}), strict=True):
+        assert close(lm, result, steered_alone(lm, forced, [Edit(site, Add(vector))]))
 
 
 def test_a_change_without_effect_is_none_to_the_bit(lm: LM) -> None:
@@ -199,10 +199,10 @@ def test_a_small_model_type_is_changed_in_its_own_type_and_told_in_float32() -> 
         seen.append(x.dtype)
         return torch.ones(x.shape)
 
-    (found,) = logits(lm, TEXTS[:1], {Site(1): change})
-    assert (found.dtype, seen) == (torch.float32, [torch.bfloat16])
+    (result,) = logits(lm, TEXTS[:1], {Site(1): change})
+    assert (result.dtype, seen) == (torch.float32, [torch.bfloat16])
     steered = steered_alone(lm, TEXTS[0], [Edit(Site(1), Add(torch.ones(WIDTH)))])
-    assert torch.allclose(found, steered.float(), rtol=0.05, atol=0.1)
+    assert torch.allclose(result, steered.float(), rtol=0.05, atol=0.1)
 
 
 def test_passes_hold_all_in_order_and_no_more_than_they_may(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,9 +249,9 @@ def test_all_is_as_it_was_however_it_ends(lm: LM) -> None:
     lm.layout.blocks[1].eval()
     frozen = next(iter(lm.model.parameters()))
     frozen.requires_grad_(False)
-    modes = [one.training for one in lm.model.modules()]
-    asked = [one.requires_grad for one in lm.model.parameters()]
-    weights = {name: one.clone() for name, one in lm.model.state_dict().items()}
+    modes = [part.training for part in lm.model.modules()]
+    required = [parameter.requires_grad for parameter in lm.model.parameters()]
+    weights = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
 
     def broken(error: BaseException) -> Change:
         def change(x: Tensor) -> Tensor:
@@ -263,13 +263,13 @@ def test_all_is_as_it_was_however_it_ends(lm: LM) -> None:
         for error in (None, ValueError("no"), KeyboardInterrupt()):
             with pytest.raises(type(error)) if error else torch.enable_grad():
                 with forcing(lm.model, lm.layout, SITES) as run:
-                    assert not any(one.requires_grad for one in lm.model.parameters())
-                    assert not any(one.training for one in lm.model.modules())
+                    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+                    assert not any(part.training for part in lm.model.modules())
                     run.logits(TEXTS[:2], {Site(2): adding(1) if error is None else broken(error)})
-            assert [one.training for one in lm.model.modules()] == modes
-            assert [one.requires_grad for one in lm.model.parameters()] == asked
+            assert [part.training for part in lm.model.modules()] == modes
+            assert [parameter.requires_grad for parameter in lm.model.parameters()] == required
             assert not any(block._forward_hooks for block in lm.layout.blocks)
-            assert all(torch.equal(one, weights[name]) for name, one in lm.model.state_dict().items())
+            assert all(torch.equal(weight, weights[name]) for name, weight in lm.model.state_dict().items())
     finally:
         frozen.requires_grad_(True)
         lm.model.eval()
@@ -285,8 +285,8 @@ def test_after_an_interrupted_pass_the_next_is_right(lm: LM) -> None:
             run.logits(TEXTS, {Site(0): interrupted})
         with pytest.raises(KeyboardInterrupt):
             run.states(TEXTS, {Site(0): interrupted}, [Site(2)])
-        found = run.logits(TEXTS, CHANGES)
-    for a, b in zip(found, logits(lm, TEXTS, CHANGES), strict=True):
+        result = run.logits(TEXTS, CHANGES)
+    for a, b in zip(result, logits(lm, TEXTS, CHANGES), strict=True):
         assert torch.equal(a, b)
 
 
@@ -319,17 +319,17 @@ def test_a_block_that_runs_twice_is_an_error(lm: LM) -> None:
 
 def test_other_threads_are_left_alone(lm: LM) -> None:
     expected = alone(lm, TEXTS[0])
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     with forcing(lm.model, lm.layout, SITES) as run:
 
         def change(x: Tensor) -> Tensor:
-            other = threading.Thread(target=lambda: found.append(alone(lm, TEXTS[0])))
+            other = threading.Thread(target=lambda: results.append(alone(lm, TEXTS[0])))
             other.start()
             other.join()
             return torch.ones_like(x)
 
         changed = run.logits(TEXTS[1:2], {Site(2): change})
-    assert torch.equal(found[0], expected)
+    assert torch.equal(results[0], expected)
     assert torch.equal(changed[0], logits(lm, TEXTS[1:2], {Site(2): torch.ones_like})[0])
 
 
@@ -381,5 +381,5 @@ def test_sites_are_changed_without_waiting_for_the_device(lm: LM) -> None:
             rows = run.logits(TEXTS, {site: lambda x: vector.expand_as(x) for site in sites})
             torch.cat(rows).sum().backward()
         waits = ("nonzero", "_local_scalar_dense", "index.Tensor", "index_put", "masked")
-        counts.append(sum(any(wait in one for wait in waits) for one in counting.names))
+        counts.append(sum(any(wait in name for wait in waits) for name in counting.names))
     assert counts[0] == counts[1]

@@ -30,10 +30,10 @@ def test_the_same_as_rows_over_one_cache(family: str, schedule: str, monkeypatch
     assert any(step.open for answer in shared for step in answer.trace.steps)
     monkeypatch.setattr(decode, "rows_for", Forks)
     forked = lm.generate(PROMPTS, steering(lm), **how)
-    for one, other in zip(shared, forked, strict=True):
-        assert one.token_ids == other.token_ids
-        assert one.trace.steps == other.trace.steps
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-8)
+    for mine, theirs in zip(shared, forked, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert mine.trace.steps == theirs.trace.steps
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-8)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "phi3"])
@@ -51,10 +51,10 @@ def test_what_is_put_aside_stays_as_it_was() -> None:
     aside = compat.put_aside(cache)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in aside.layers]
     forked = compat.fork(aside, torch.tensor([0, 0, 0]))
-    for one in (cache, forked):
-        rows = one.layers[0].keys.shape[0]
+    for kept in (cache, forked):
+        rows = kept.layers[0].keys.shape[0]
         tokens = torch.full((rows, 1), 12)
-        lm.model(**compat.with_cache(lm.model, {"input_ids": tokens}, one), use_cache=True)
+        lm.model(**compat.with_cache(lm.model, {"input_ids": tokens}, kept), use_cache=True)
     assert forked.layers[0].keys.shape[0] == 3
     for layer, (keys, values) in zip(aside.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)

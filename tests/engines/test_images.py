@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pictured import KINDS, MARK, PARTS_ALONE, asked, image, pictured
+from pictured import KINDS, MARK, PARTS_ALONE, image, image_prompt, pictured
 from PIL import Image
 from tiny import by_transformers, tiny
 from torch import Tensor
@@ -42,14 +42,14 @@ def recomputed(lm, ids: list[int], images: PromptImages | None, changes: dict[in
         if name == "cross_attention_mask":
             more = len(ids) - value.shape[1]
             inputs[name] = torch.cat([value, value[:, -1:].expand(-1, more, -1, -1)], 1)
-    found = {}
+    activations = {}
 
     def hook(layer: int):
         def change(_module, _args, output):
             x = output[0] if isinstance(output, tuple) else output
             if layer in changes:
                 x = x + changes[layer]
-            found[layer] = x
+            activations[layer] = x
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
         return change
@@ -59,7 +59,7 @@ def recomputed(lm, ids: list[int], images: PromptImages | None, changes: dict[in
         logits = lm.model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, **inputs).logits[0, -1]
     for handle in handles:
         handle.remove()
-    return logits if site is None else found[site][0]
+    return logits if site is None else activations[site][0]
 
 
 def check(lm, prompt, answer, steering: Steering | None) -> None:
@@ -91,10 +91,10 @@ STEERINGS = [
     ),
 ]
 PROMPTS = [
-    asked("w10 w11", image(1), "w12 w13"),
+    image_prompt("w10 w11", image(1), "w12 w13"),
     "w20 w21 w22 w23",
-    asked(image(2, 30, 40), "w30", image(3), "w31 w32 w33 w34 w35"),
-    asked("w40", image(4), "w41 w42"),
+    image_prompt(image(2, 30, 40), "w30", image(3), "w31 w32 w33 w34 w35"),
+    image_prompt("w40", image(4), "w41 w42"),
 ]
 
 
@@ -104,7 +104,7 @@ def test_answers_are_those_of_recomputing(kind: str) -> None:
     lm = pictured(kind)
     prompts = [*PROMPTS]
     if kind == "mllama":
-        prompts[2] = asked(image(2), "w30 w31")
+        prompts[2] = image_prompt(image(2), "w30 w31")
     answers = lm.generate(prompts, STEERINGS, max_new_tokens=NEW, logprobs=True)
     ids, images = lm.encode_with_images(prompts[0])
     assert ids.count(MARK) == {"llava": 4, "gemma3": 4, "qwen2_vl": 6, "idefics3": 1, "mllama": 1}[kind]
@@ -119,7 +119,7 @@ def test_answers_are_those_of_recomputing(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl"])
 def test_reading_and_what_is_decided_by_it(kind: str) -> None:
     lm = pictured(kind)
-    prompt, other = PROMPTS[0], asked("w10 w11", image(9), "w12 w13")
+    prompt, other = PROMPTS[0], image_prompt("w10 w11", image(9), "w12 w13")
     ids, images = lm.encode_with_images(prompt)
     (read,) = lm.capture([prompt], 2, Positions.all())
     assert torch.allclose(read[Site(2)], recomputed(lm, ids, images, {}, 2), atol=1e-9)
@@ -134,7 +134,7 @@ def test_reading_and_what_is_decided_by_it(kind: str) -> None:
     assert torch.allclose(steered[Site(2)], recomputed(lm, ids, images, {1: added}, 2), atol=1e-9)
 
     direction = vector(7)
-    ends = [one[Site(1)][0] @ direction for one in lm.capture([prompt, other], 1)]
+    ends = [activations[Site(1)][0] @ direction for activations in lm.capture([prompt, other], 1)]
     gate = Threshold(Site(1), direction, float(sum(ends) / 2), positions=Positions.last_prompt_token())
     push = STEERINGS[1].when(gate)
     answers = lm.generate([prompt, other], push, max_new_tokens=NEW, logprobs=True)
@@ -149,7 +149,7 @@ def test_emphasis_rejection_and_a_clean_cache(kind: str) -> None:
         ((start, stop),) = lm.spans(PROMPTS[0], phrase)
         assert lm.tokenizer.decode(lm.encode_with_images(PROMPTS[0])[0][start:stop]) == phrase
     with pytest.raises(UnsupportedError, match="between two images"):
-        lm.spans(asked(image(), "w30", image(), "w31"), "w30")
+        lm.spans(image_prompt(image(), "w30", image(), "w31"), "w30")
     push = 3 * STEERINGS[1]
     clean = lm.generate(PROMPTS[:2], push, max_new_tokens=NEW, logprobs=True, clean_cache=True)
     never = lm.generate(
@@ -158,8 +158,8 @@ def test_emphasis_rejection_and_a_clean_cache(kind: str) -> None:
     always = lm.generate(
         PROMPTS[:2], push, max_new_tokens=NEW, logprobs=True, rejection=Rejection(1.0, ladder="strength")
     )
-    for prompt, one, two, raw in zip(PROMPTS, clean, never, always, strict=False):
-        assert one.token_ids == two.token_ids
+    for prompt, cleaned, unrejected, raw in zip(PROMPTS, clean, never, always, strict=False):
+        assert cleaned.token_ids == unrejected.token_ids
         check(lm, prompt, raw, None)
     (towards,) = lm.generate([PROMPTS[0]], emphasize=["w12 w13"], max_new_tokens=NEW, logprobs=True, rejection=False)
     (plain,) = lm.generate([PROMPTS[0]], max_new_tokens=NEW, logprobs=True)
@@ -188,9 +188,9 @@ def test_a_template_of_parts_alone_loses_no_text() -> None:
     expected = lm.encode("w10 w11")
     lm.processor.chat_template = lm.tokenizer.chat_template = PARTS_ALONE.replace("IMAGE", "<image>")
     assert lm.encode("w10 w11") == expected
-    assert lm.encode(asked("w10 w11")) == expected
-    ids, _ = lm.encode_with_images(asked("w12", image()), system="w9")
-    assert ids[:5] == lm.encode(asked("w12"), system="w9")[:5]
+    assert lm.encode(image_prompt("w10 w11")) == expected
+    ids, _ = lm.encode_with_images(image_prompt("w12", image()), system="w9")
+    assert ids[:5] == lm.encode(image_prompt("w12"), system="w9")[:5]
 
 
 def encoded(made: Any, kind: str = "PNG", **options: Any) -> bytes:
@@ -205,7 +205,7 @@ def test_an_image_in_all_its_forms(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(data)
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     lm = pictured("llava")
-    expected = lm.encode_with_images(asked(made))[1].inputs["pixel_values"]
+    expected = lm.encode_with_images(image_prompt(made))[1].inputs["pixel_values"]
     parts: list[dict[str, Any]] = [
         {"type": "image", "image": data},
         {"type": "image", "path": str(tmp_path / "one.png")},
@@ -220,7 +220,7 @@ def test_an_image_in_all_its_forms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("source", "said"),
     [
         ("https://example.org/a.png", "nothing is fetched"),
         ("/no/such/file.png", "no file"),
@@ -234,9 +234,9 @@ def test_an_image_in_all_its_forms(tmp_path: Path) -> None:
         (7, "got int"),
     ],
 )
-def test_what_is_no_image_is_refused(given: Any, said: str) -> None:
+def test_what_is_no_image_is_refused(source: Any, said: str) -> None:
     with pytest.raises(TrimtabError, match=said):
-        read_image(given)
+        read_image(source)
 
 
 def test_bounds() -> None:
@@ -245,4 +245,4 @@ def test_bounds() -> None:
     with pytest.raises(TrimtabError, match="no data: URL"):
         read_image("one.png", Bounds(local=False))
     with pytest.raises(TrimtabError, match="1 images at most"):
-        pictured("llava").encode_with_images(asked(image(), image()), bounds=Bounds(images=1))
+        pictured("llava").encode_with_images(image_prompt(image(), image()), bounds=Bounds(images=1))

@@ -143,20 +143,20 @@ def test_steered_it_answers_alike(lm, llama, rule):
 
 
 def test_tokens_are_told_as_they_come_and_an_answer_can_be_ended(llama):
-    told: list[list[int]] = []
+    pieces: list[list[int]] = []
 
     class Streamer:
         def put(self, ids: torch.Tensor) -> None:
-            told.append(ids.flatten().tolist())
+            pieces.append(ids.flatten().tolist())
 
         def end(self) -> None:
-            told.append([])
+            pieces.append([])
 
     def third(ids: torch.Tensor, _scores: None) -> torch.Tensor:
         return torch.tensor([ids.shape[1] == len(llama.encode(PROMPTS[0])) + 3])
 
     (whole,) = llama.generate(PROMPTS[0], adding(1), max_new_tokens=NEW, streamer=Streamer())
-    assert told == [llama.encode(PROMPTS[0]), *([token] for token in whole.token_ids), []]
+    assert pieces == [llama.encode(PROMPTS[0]), *([token] for token in whole.token_ids), []]
     (ended,) = llama.generate(PROMPTS[0], adding(1), max_new_tokens=NEW, stopping_criteria=[third])
     assert ended.token_ids == whole.token_ids[:3]
     with pytest.raises(TrimtabError, match="one prompt at a time"):
@@ -181,7 +181,7 @@ def test_an_answer_comes_in_pieces(llama):
 
 @pytest.mark.parametrize("pairs", [[("Why?", "So."), ("the sea", "a sea")], [("Why?", "So.", "the sea")]])
 def test_it_learns_alike(lm, llama, pairs):
-    ours, theirs = (learn_caa(one, pairs, range(LAYERS)) for one in (llama, lm))
+    ours, theirs = (learn_caa(model, pairs, range(LAYERS)) for model in (llama, lm))
     assert ours.card.data == theirs.card.data
     for mine, other in zip(ours.edits, theirs.edits, strict=True):
         v, w = mine.operation.direction, other.operation.direction
@@ -197,7 +197,7 @@ def test_next_tokens_are_as_likely(lm, llama):
             ids = lm.encode(prompt)
             choices += [Choice([*ids, *ids[:beyond]], len(ids), (3, 4)) for beyond in (0, 2)]
             steerings += 2 * [adding(1, 3, positions=Positions.parse(rule))]
-    ours, theirs = (one.next_logprobs(choices, steerings) for one in (llama, lm))
+    ours, theirs = (model.next_logprobs(choices, steerings) for model in (llama, lm))
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.logprobs == pytest.approx(other.logprobs, abs=2e-4)
         assert mine.applied.edits == other.applied.edits
@@ -217,8 +217,8 @@ def test_what_it_hasnt_is_said_before_anything_runs(llama):
 
 
 def test_how_tokens_lie_along_a_direction(lm, llama):
-    ours, theirs = (token_cosines(one, adding(1, 3), "the sea ü") for one in (llama, lm))
-    assert [one.layer for one in ours] == [1, 3]
+    ours, theirs = (token_cosines(model, adding(1, 3), "the sea ü") for model in (llama, lm))
+    assert [cosines.layer for cosines in ours] == [1, 3]
     shown = llama.project("the sea", adding(1, 3))
     assert shown.cosines[3] == pytest.approx(lm.project("the sea", adding(1, 3)).cosines[3], abs=1e-4)
     for mine, other in zip(ours, theirs, strict=True):
@@ -295,9 +295,9 @@ def test_samples_follow_the_probabilities():
     logits, generator = np.log(shares).astype(np.float32), torch.Generator().manual_seed(0)
     for how, kept in ((Sampling(1.0), 4), (Sampling(1.0, top_k=2), 2), (Sampling(1.0, top_p=0.81), 3)):
         drawn = [how.pick(logits, generator) for _ in range(3000)]
-        found = np.bincount(drawn, minlength=4) / 3000
+        frequencies = np.bincount(drawn, minlength=4) / 3000
         expected = np.where(np.arange(4) < kept, shares, 0)
-        assert found == pytest.approx(expected / expected.sum(), abs=0.04)
+        assert frequencies == pytest.approx(expected / expected.sum(), abs=0.04)
 
 
 REFUSED = {
@@ -318,9 +318,9 @@ def test_what_it_cannot_do_is_refused(llama, words):
 
 
 def test_what_makes_no_sense_is_refused(llama, folder):
-    def ask(words, *given, **more):
+    def ask(words, *arguments, **more):
         with pytest.raises(TrimtabError, match=words):
-            llama.generate(*given, **{"max_new_tokens": 4, **more})
+            llama.generate(*arguments, **{"max_new_tokens": 4, **more})
 
     ask("blocks are 0 to 3", PROMPTS, adding(4))
     ask("width 3", PROMPTS, Steering((Edit(Site(1), Add(torch.ones(3))),)))
@@ -358,9 +358,9 @@ def test_another_models_steering_is_refused(lm, llama, tmp_path):
 
 
 def test_loading(folder, file, tmp_path, monkeypatch):
-    def load(words, *given, **more):
+    def load(words, *arguments, **more):
         with pytest.raises(TrimtabError, match=words):
-            LM.load(*given, **more)
+            LM.load(*arguments, **more)
 
     load("no engine 'onnx'; engines: transformers, .*llamacpp", file, engine="onnx")
     load("runs .gguf files", folder, engine="llamacpp")
@@ -444,10 +444,10 @@ def test_llama_cpps_own_loader_reads_ours(tmp_path, file):
         held = Text(len(name), 999, 9, name)
         infos = (Info * 1)(Info(2.0, c.addressof(held) + Text.text.offset))
         start = c.addressof(infos)
-        found = load(c.byref(Vector(start, start + c.sizeof(infos), start + c.sizeof(infos))))
-        count = ((found.values.end or 0) - (found.values.begin or 0)) // 4
-        values = (c.c_float * count).from_address(found.values.begin) if count else []
-        return found.width, np.array(values, dtype=np.float32)
+        loaded = load(c.byref(Vector(start, start + c.sizeof(infos), start + c.sizeof(infos))))
+        count = ((loaded.values.end or 0) - (loaded.values.begin or 0)) // 4
+        values = (c.c_float * count).from_address(loaded.values.begin) if count else []
+        return loaded.width, np.array(values, dtype=np.float32)
 
     export(adding(1, 3, strength=0.5), tmp_path / "v.gguf")
     width, values = read(tmp_path / "v.gguf")
@@ -484,7 +484,7 @@ def forgetting(real, after):
 
 def cvec(change):
     """Sets another control vector than it is given."""
-    return lambda real: {"llama_set_adapter_cvec": lambda *given: change(real.llama_set_adapter_cvec, *given)}
+    return lambda real: {"llama_set_adapter_cvec": lambda *arguments: change(real.llama_set_adapter_cvec, *arguments)}
 
 
 def shifted(data, by):
@@ -493,7 +493,7 @@ def shifted(data, by):
 
 
 FAULTS = {
-    "not set": (cvec(lambda _put, *_given: 0), "block 2 doesn't add its vector"),
+    "not set": (cvec(lambda _put, *_arguments: 0), "block 2 doesn't add its vector"),
     "fewer layers": (
         cvec(lambda put, p, data, size, w, low, _high: put(p, data, size, w, low, low)),
         "block 3 doesn't add its vector",
@@ -506,7 +506,7 @@ FAULTS = {
         cvec(lambda put, p, data, _size, w, low, high: put(p, data, 2 * w, w, low, high)),
         "block 3 doesn't add its vector",
     ),
-    "refused": (cvec(lambda _put, *_given: -1), "llama.cpp refuses the control vector"),
+    "refused": (cvec(lambda _put, *_arguments: -1), "llama.cpp refuses the control vector"),
     "forgotten": (lambda real: {"llama_decode": forgetting(real, 5)}, "block 2 doesn't add its vector"),
     "no decoding": (lambda _real: {"llama_decode": lambda _pointer, _batch: 1}, "llama.cpp stopped with code 1"),
     "no logits": (lambda _real: {"llama_get_logits_ith": lambda _pointer, _i: None}, "llama.cpp gives no logits"),
@@ -519,8 +519,8 @@ def named_alike(real):
     """Says of a block's output another name than is in memory."""
 
     def name(pointer):
-        told = real.ggml_get_name(pointer)
-        return told.replace(b"l_out-2", b"l_out-3") if told == b"l_out-2" else told
+        label = real.ggml_get_name(pointer)
+        return label.replace(b"l_out-2", b"l_out-3") if label == b"l_out-2" else label
 
     return name
 

@@ -37,9 +37,9 @@ def steering(lm: LM) -> Steering:
     """Two blocks pushed a third of their activations' length, from the last prompt token on."""
     edits = []
     for layer in (9, 18):
-        (found,) = lm.capture(PROMPTS[0], [layer])
+        (activations,) = lm.capture(PROMPTS[0], [layer])
         vector = torch.randn(lm.layout.width, generator=torch.Generator().manual_seed(layer))
-        edits.append(Edit(Site(layer), Add(vector * float(found[Site(layer)].norm()) / (3 * vector.norm()))))
+        edits.append(Edit(Site(layer), Add(vector * float(activations[Site(layer)].norm()) / (3 * vector.norm()))))
     return Steering(tuple(edits))
 
 
@@ -53,8 +53,8 @@ def test_the_same_tokens_go_in(lm: LM, llama: Any) -> None:
 @pytest.mark.smoke
 def test_a_steered_text_agrees(lm: LM, llama: Any, steering: Steering) -> None:
     """Where no two tokens are as likely as the rounding of activations is large."""
-    for one in (None, steering):
-        (theirs,), (ours,) = (engine.generate(PROMPTS[0], one, max_new_tokens=12) for engine in (lm, llama))
+    for acting in (None, steering):
+        (theirs,), (ours,) = (engine.generate(PROMPTS[0], acting, max_new_tokens=12) for engine in (lm, llama))
         assert ours.token_ids == theirs.token_ids
         assert ours.applied.edits == theirs.applied.edits
     (plain,) = llama.generate(PROMPTS[0], max_new_tokens=12)
@@ -64,11 +64,11 @@ def test_a_steered_text_agrees(lm: LM, llama: Any, steering: Steering) -> None:
 @pytest.mark.long
 def test_greedy_texts_agree(lm: LM, llama: Any, steering: Steering) -> None:
     """On 18 of 20 prompts at least, steered and unsteered; what differs starts at two tokens about as likely."""
-    for one in (None, steering):
-        theirs = lm.generate(PROMPTS, one, max_new_tokens=NEW, logprobs=True)
-        ours = llama.generate(PROMPTS, one, max_new_tokens=NEW, logprobs=True)
+    for acting in (None, steering):
+        theirs = lm.generate(PROMPTS, acting, max_new_tokens=NEW, logprobs=True)
+        ours = llama.generate(PROMPTS, acting, max_new_tokens=NEW, logprobs=True)
         same = sum(a.token_ids == b.token_ids for a, b in zip(ours, theirs, strict=True))
-        print(f"{'steered' if one else 'unsteered'}: {same} of {len(PROMPTS)} texts are the same")
+        print(f"{'steered' if acting else 'unsteered'}: {same} of {len(PROMPTS)} texts are the same")
         assert same >= 18
         for a, b in zip(ours, theirs, strict=True):
             if a.token_ids != b.token_ids:
@@ -99,6 +99,6 @@ def test_as_it_is_stored(lm: LM) -> None:
     assert stored.identity.template == lm.identity.template
     assert stored.name == lm.name
     prompt = "Tell me about rain"  # where no two first words are as likely as the rounding of activations is large
-    (answer,), (exact,) = (one.generate(prompt, max_new_tokens=12) for one in (stored, lm))
+    (answer,), (exact,) = (model.generate(prompt, max_new_tokens=12) for model in (stored, lm))
     assert answer.text == exact.text
     assert answer.applied.edits == ()

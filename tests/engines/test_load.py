@@ -25,7 +25,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def load_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `from_pretrained` is given. Its model is quantized, and on the device that the map names, or the CPU."""
     calls: list[dict[str, Any]] = []
 
@@ -43,29 +43,29 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("device", ["meta", torch.device("meta"), "cpu", None])
 def test_a_quantized_model_is_loaded_where_it_is_asked_to_be(
-    saved: Path, given: list[dict[str, Any]], device: Any
+    saved: Path, load_calls: list[dict[str, Any]], device: Any
 ) -> None:
     lm = LM.load(saved, device=device, **QUANTIZED)
-    (options,) = given
+    (options,) = load_calls
     wanted = torch.device(device or "cpu")
     assert options["device_map"] == {"": wanted}
     assert {p.device for p in lm.model.parameters()} == {wanted}
 
 
 def test_the_best_device_unless_one_is_named(
-    saved: Path, given: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    saved: Path, load_calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trimtab.engines.transformers.load.best_device", lambda: "meta")
     LM.load(saved, **QUANTIZED)
     LM.load(saved, device="cpu", **QUANTIZED)
     LM.load(saved, device_map="auto", stays=True, **QUANTIZED)
-    assert [one["device_map"] for one in given] == [
+    assert [call["device_map"] for call in load_calls] == [
         {"": torch.device("meta")}, {"": torch.device("cpu")}, "auto"
     ]  # fmt: skip
 
 
 def test_a_checkpoint_that_is_quantized(
-    saved: Path, given: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    saved: Path, load_calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own configuration says so."""
     from transformers import AutoConfig
@@ -74,7 +74,7 @@ def test_a_checkpoint_that_is_quantized(
     config.quantization_config = QUANTIZED["quantization_config"]
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: config)
     LM.load(saved, device="meta")
-    assert given[0]["device_map"] == {"": torch.device("meta")}
+    assert load_calls[0]["device_map"] == {"": torch.device("meta")}
 
 
 def test_a_plain_model_is_moved_afterwards(saved: Path) -> None:
@@ -89,6 +89,6 @@ def test_a_plain_model_is_moved_afterwards(saved: Path) -> None:
         ("refuse", "can't load the quantized model .* on meta: this quantization needs a GPU. Give another device"),
     ],
 )
-def test_where_it_cant_be_done(saved: Path, given: list[dict[str, Any]], option: str, why: str) -> None:
+def test_where_it_cant_be_done(saved: Path, load_calls: list[dict[str, Any]], option: str, why: str) -> None:
     with pytest.raises(TrimtabError, match=why):
         LM.load(saved, device="meta", **{option: True}, **QUANTIZED)

@@ -74,13 +74,13 @@ class TestValues:
     @pytest.mark.parametrize("steering", range(len(STEERINGS)))
     def test_they_are_those_of_the_final_text(self, lm: LM, steering: int) -> None:
         """For several prompts in one batch, gates decided on the way and elsewhere, several measures and sites."""
-        one = STEERINGS[steering]
+        acting = STEERINGS[steering]
         texts = [prompt(10 * steering + n, length) for n, length in enumerate((6, 3, 9))]
-        answers = lm.generate(texts, one, max_new_tokens=5, monitors=MONITORS, chat=False)
+        answers = lm.generate(texts, acting, max_new_tokens=5, monitors=MONITORS, chat=False)
         for text, answer in zip(texts, answers, strict=True):
             ids = lm.encode(text, chat=False)
             read = [*ids, *answer.token_ids[:-1]]
-            acted = one if answer.applied.edits else None
+            acted = acting if answer.applied.edits else None
             acted = acted and Steering(tuple(Edit(e.site, e.operation, e.positions, e.strength) for e in acted.edits))
             assert answer.monitors is not None
             assert list(answer.monitors) == [monitor.name for monitor in MONITORS]
@@ -91,8 +91,8 @@ class TestValues:
     def test_they_are_what_capture_reads(self, llama: LM) -> None:
         (answer,) = llama.generate(prompt(3, 6), monitors=MONITORS[0], max_new_tokens=4)
         text = llama.tokenizer.decode([*llama.encode(prompt(3, 6)), *answer.token_ids[:-1]])
-        (found,) = llama.capture(text, 2, Positions.all(), chat=False)
-        wanted = (found[Site(2)][-4:] @ direction(5)).tolist()
+        (activations,) = llama.capture(text, 2, Positions.all(), chat=False)
+        wanted = (activations[Site(2)][-4:] @ direction(5)).tolist()
         assert answer.monitors["projection"].values == pytest.approx(wanted, rel=1e-5)
 
     def test_a_long_prompt_and_a_clean_cache(self) -> None:
@@ -102,16 +102,16 @@ class TestValues:
             for clean in (False, True):
                 batch = CleanBatch(lm.model, lm.tokenizer, lm.layout)
                 key = batch.insert(GenerationRequest(ids, None, 3, monitors=MONITORS[:1], clean_cache=clean))
-                told = drain(batch)[key]
-                read = [*ids, *(one.token for one in told[:-1])]
+                responses = drain(batch)[key]
+                read = [*ids, *(response.token for response in responses[:-1])]
                 wanted = read_again(lm, read, len(ids), None, MONITORS[0])
-                assert [one.monitored[0] for one in told] == pytest.approx(wanted, rel=1e-4)
+                assert [response.monitored[0] for response in responses] == pytest.approx(wanted, rel=1e-4)
 
     def test_of_a_clean_cache_the_steered_reading_is_read(self, llama: LM) -> None:
         steering = added(2, 5, 4.0)
-        given: dict[str, Any] = {"monitors": MONITORS[0], "max_new_tokens": 1, "clean_cache": True}
-        raw = llama.generate(prompt(1, 5), **given)[0].monitors["projection"].values[0]
-        steered = llama.generate(prompt(1, 5), steering, **given)[0].monitors["projection"].values[0]
+        options: dict[str, Any] = {"monitors": MONITORS[0], "max_new_tokens": 1, "clean_cache": True}
+        raw = llama.generate(prompt(1, 5), **options)[0].monitors["projection"].values[0]
+        steered = llama.generate(prompt(1, 5), steering, **options)[0].monitors["projection"].values[0]
         assert steered - raw == pytest.approx(4.0, rel=1e-5)
 
 
@@ -147,13 +147,13 @@ class TestActions:
         plain = llama.generate(text, max_new_tokens=8)[0]
         stop = Monitor("m", MONITORS[0].condition, self.line(values, at), "stop")
         others = [prompt(100 + n, 5) for n in range(3)]
-        found = llama.generate([others[0], text, *others[1:]], max_new_tokens=8, monitors=[stop], logprobs=True)
-        assert found[1].token_ids == plain.token_ids[:at]
-        assert found[1].finish_reason == "content_filter"
-        assert len(found[1].logprobs) == at
-        assert found[1].monitors["m"].fired == at
-        assert found[1].monitors["m"].values == pytest.approx(values[: at + 1], rel=1e-5)
-        for other, answer in zip(others, [found[0], *found[2:]], strict=True):
+        answers = llama.generate([others[0], text, *others[1:]], max_new_tokens=8, monitors=[stop], logprobs=True)
+        assert answers[1].token_ids == plain.token_ids[:at]
+        assert answers[1].finish_reason == "content_filter"
+        assert len(answers[1].logprobs) == at
+        assert answers[1].monitors["m"].fired == at
+        assert answers[1].monitors["m"].values == pytest.approx(values[: at + 1], rel=1e-5)
+        for other, answer in zip(others, [answers[0], *answers[2:]], strict=True):
             if answer.monitors["m"].fired is None:
                 assert answer.token_ids == llama.generate(other, max_new_tokens=8)[0].token_ids
 
@@ -169,59 +169,59 @@ class TestActions:
     def test_steering_is_switched_on_from_the_next_token(self, llama: LM, clean: bool, base: Steering | None) -> None:
         """As if, from the trigger on, the positions of the steering had begun just there."""
         text = prompt(4, 6)
-        given: dict[str, Any] = {"max_new_tokens": 8, "logprobs": True, "clean_cache": clean}
-        values = llama.generate(text, base, monitors=MONITORS[0], **given)[0].monitors["projection"].values
+        options: dict[str, Any] = {"max_new_tokens": 8, "logprobs": True, "clean_cache": clean}
+        values = llama.generate(text, base, monitors=MONITORS[0], **options)[0].monitors["projection"].values
         at = max(range(1, 6), key=lambda i: values[i] - max(values[:i]))
         line = (values[at] + max(values[:at])) / 2
         fires = next(i for i, value in enumerate(values) if value > line)
         towards = added(1, 11, 6.0)
-        (found,) = llama.generate(
-            text, base, monitors=Monitor("m", MONITORS[0].condition, line, "steer", towards), **given
+        (answer,) = llama.generate(
+            text, base, monitors=Monitor("m", MONITORS[0].condition, line, "steer", towards), **options
         )
         edits = tuple(Edit(e.site, e.operation, Positions.window(fires, 10_000)) for e in towards.edits)
         later = Steering((*(base.edits if base else ()), *edits))
-        (wanted,) = llama.generate(text, later, **given)
-        assert found.monitors["m"].fired == fires
-        assert found.token_ids == wanted.token_ids
-        assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-6)
-        assert [str(e).split(" @ ")[0] for e in found.applied.edits] == [
+        (wanted,) = llama.generate(text, later, **options)
+        assert answer.monitors["m"].fired == fires
+        assert answer.token_ids == wanted.token_ids
+        assert answer.logprobs == pytest.approx(wanted.logprobs, abs=1e-6)
+        assert [str(e).split(" @ ")[0] for e in answer.applied.edits] == [
             str(e).split(" @ ")[0] for e in wanted.applied.edits
         ]
-        assert {d.layer: d.tokens for d in found.applied.doses} == {d.layer: d.tokens for d in wanted.applied.doses}
+        assert {d.layer: d.tokens for d in answer.applied.doses} == {d.layer: d.tokens for d in wanted.applied.doses}
 
     def test_neighbours_are_untouched(self, llama: LM) -> None:
         """Rows without a monitor, with another, and with one that steers, in one batch."""
         batch = CleanBatch(llama.model, llama.tokenizer, llama.layout)
         steer = Monitor("m", MONITORS[0].condition, -1e6, "steer", added(1, 11, 6.0))
-        given: list[tuple[Any, ...]] = [(), (MONITORS[2],), (steer,), (), MONITORS[:2], (steer, MONITORS[0])]
+        monitors_of_rows: list[tuple[Any, ...]] = [(), (MONITORS[2],), (steer,), (), MONITORS[:2], (steer, MONITORS[0])]
         keys, texts = [], [prompt(20 + n, 4 + n) for n in range(6)]
-        told: dict[int, list[GenerationResponse]] = {}
-        for text, monitors in zip(texts, given, strict=True):
+        responses: dict[int, list[GenerationResponse]] = {}
+        for text, monitors in zip(texts, monitors_of_rows, strict=True):
             ids = tuple(llama.encode(text))
             keys.append(batch.insert(GenerationRequest(ids, STEERINGS[1], 6, alternatives=0, monitors=monitors)))
-            for one in batch.step():
-                told.setdefault(one.key, []).append(one)
+            for early in batch.step():
+                responses.setdefault(early.key, []).append(early)
         for key, rest in drain(batch).items():
-            told.setdefault(key, []).extend(rest)
+            responses.setdefault(key, []).extend(rest)
         assert not batch._rows
-        for key, text, monitors in zip(keys, texts, given, strict=True):
+        for key, text, monitors in zip(keys, texts, monitors_of_rows, strict=True):
             (alone,) = llama.generate(text, STEERINGS[1], max_new_tokens=6, monitors=monitors)
-            assert [one.token for one in told[key]] == list(alone.token_ids)
-            for i, one in enumerate(monitors):
-                found = [response.monitored[i] for response in told[key]]
-                assert found == pytest.approx(alone.monitors[one.name].values, rel=1e-5)
+            assert [response.token for response in responses[key]] == list(alone.token_ids)
+            for i, monitor in enumerate(monitors):
+                values = [response.monitored[i] for response in responses[key]]
+                assert values == pytest.approx(alone.monitors[monitor.name].values, rel=1e-5)
 
     def test_a_steering_that_cannot_be_in_the_batch_fails_its_row_alone(self, llama: LM) -> None:
         clamp = Steering((Edit(Site(1), SetProjection(direction(1), target=1.0), Positions.all()),))
         steer = Monitor("m", MONITORS[0].condition, -1e6, "steer", clamp)
-        (found,) = llama.generate(prompt(1, 5), added(1, 2, 1.0), max_new_tokens=4, monitors=steer)
-        assert len(found.applied.edits) == 2
+        (answer,) = llama.generate(prompt(1, 5), added(1, 2, 1.0), max_new_tokens=4, monitors=steer)
+        assert len(answer.applied.edits) == 2
 
 
 class TestWhatIsRefused:
     def test_what_a_monitor_is(self) -> None:
         condition = MONITORS[1].condition
-        for given, message in [
+        for arguments, message in [
             (("", condition), "has a name"),
             (("m", condition, 0.5, "shout"), "an action is one of"),
             (("m", condition, None, "stop"), "no threshold"),
@@ -230,7 +230,7 @@ class TestWhatIsRefused:
             (("m", condition, 0.5, "steer", STEERINGS[3]), "the prompt decides it"),
         ]:
             with pytest.raises(TrimtabError, match=message):
-                Monitor(*given)  # type: ignore[arg-type]
+                Monitor(*arguments)  # type: ignore[arg-type]
         assert ACTIONS == ("log", "stop", "steer")
 
     def test_of_a_steering(self) -> None:

@@ -32,14 +32,14 @@ def crossed(lm: LM, steerings: list[Steering | None]) -> list[tuple[Choice, Stee
 
 
 def check(lm: LM, rows: list[tuple[Choice, Steering | None]], **options: Any) -> None:
-    found = lm.next_logprobs([c for c, _ in rows], [s for _, s in rows], **options)
+    results = lm.next_logprobs([c for c, _ in rows], [s for _, s in rows], **options)
     tolerance = 1e-3 if lm.name.removeprefix("tiny-") in SINGLE else 1e-8
-    for (choice, steering), one in zip(rows, found, strict=True):
+    for (choice, steering), result in zip(rows, results, strict=True):
         logits = naive_logits(lm, list(choice.ids), choice.prompt_length, steering.edits if steering else ())
         expected = logits[-1].double().log_softmax(-1)[list(choice.candidates)].tolist()
-        assert one.logprobs == pytest.approx(expected, abs=tolerance), steering
-        assert one.applied.edits == tuple(str(edit) for edit in (steering.edits if steering else ()))
-        assert (one.applied.dose > 0) == (steering is not None)
+        assert result.logprobs == pytest.approx(expected, abs=tolerance), steering
+        assert result.applied.edits == tuple(str(edit) for edit in (steering.edits if steering else ()))
+        assert (result.applied.dose > 0) == (steering is not None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,7 +60,7 @@ def test_what_rows_have_in_common_runs_once(monkeypatch: pytest.MonkeyPatch) -> 
     lm.next_logprobs([choices(lm)[0]] * 2, LATE[:2])  # what blocks put out is looked at once, by running them
     seen: list[tuple[int, int]] = []
     handle = lm.layout.decoder.register_forward_pre_hook(
-        lambda _m, _a, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+        lambda _m, _a, inputs: seen.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
     rows = crossed(lm, LATE)
     lm.next_logprobs([c for c, _ in rows], [s for _, s in rows])
@@ -74,9 +74,9 @@ def test_strength_zero_and_none_are_the_same_to_the_bit() -> None:
     (choice, *_) = choices(lm)
     good = LATE[1]
     assert good is not None
-    found = lm.next_logprobs([choice] * 4, [None, 0.0 * good, good, Steering()])
-    assert found[0].logprobs == found[1].logprobs == found[3].logprobs != found[2].logprobs
-    assert found[1].applied.edits == ()
+    results = lm.next_logprobs([choice] * 4, [None, 0.0 * good, good, Steering()])
+    assert results[0].logprobs == results[1].logprobs == results[3].logprobs != results[2].logprobs
+    assert results[1].applied.edits == ()
 
 
 def test_gates_read_the_prompt() -> None:

@@ -31,9 +31,9 @@ def test_a_second_lm_over_the_model_doesnt_run_inside_the_firsts_context(lm: LM)
     second = LM(lm.model, lm.tokenizer, name="second")
     plain = second.generate(TEXT, None, max_new_tokens=4)[0].token_ids
     with lm.steered(STEERING):
-        for one in (None, STEERING):
+        for steering in (None, STEERING):
             with pytest.raises(TrimtabError, match=r"being steered already; leave lm\.steered"):
-                second.generate(TEXT, one, max_new_tokens=4)
+                second.generate(TEXT, steering, max_new_tokens=4)
         with pytest.raises(TrimtabError, match="being steered already"), second.steered(STEERING):
             pass
         lm.model(torch.tensor([lm.encode(TEXT)]))
@@ -50,10 +50,10 @@ def test_nothing_is_learned_from_a_steered_model(lm: LM) -> None:
     with lm.steered(STEERING):
         for which in (lm, second):
             for learn in (
-                lambda one: learn_caa(one, PAIRS, layers=2),
-                lambda one: learn_sadi(one, PAIRS),
-                lambda one: learn_tda(one, [TEXT]),
-                lambda one: learn_inferaligner(one, [TEXT], harmless=[prompt(3, 4)]),
+                lambda learner: learn_caa(learner, PAIRS, layers=2),
+                lambda learner: learn_sadi(learner, PAIRS),
+                lambda learner: learn_tda(learner, [TEXT]),
+                lambda learner: learn_inferaligner(learner, [TEXT], harmless=[prompt(3, 4)]),
             ):
                 with pytest.raises(TrimtabError, match=r"steered activations; leave lm\.steered"):
                     learn(which)
@@ -76,14 +76,14 @@ class Gate(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def generating(lm: LM, gate: Gate, found: list[Any]) -> threading.Thread:
+def generating(lm: LM, gate: Gate, results: list[Any]) -> threading.Thread:
     def work() -> None:
         ids = torch.tensor([lm.encode(TEXT)])
         options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
         try:
-            found.append(lm.model.generate(ids, stopping_criteria=StoppingCriteriaList([gate]), **options))
+            results.append(lm.model.generate(ids, stopping_criteria=StoppingCriteriaList([gate]), **options))
         except TrimtabError as error:
-            found.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -93,24 +93,24 @@ def generating(lm: LM, gate: Gate, found: list[Any]) -> threading.Thread:
 
 def test_a_thread_that_outlives_the_context(lm: LM) -> None:
     """Both are told: who leaves, and who would have got a text that is steered at its beginning alone."""
-    gate, found = Gate(), []  # type: ignore[var-annotated]
+    gate, results = Gate(), []  # type: ignore[var-annotated]
     with pytest.raises(TrimtabError, match="a thread is still generating in it; join the thread"):
         with lm.steered(STEERING):
-            thread = generating(lm, gate, found)
+            thread = generating(lm, gate, results)
     gate.on.set()
     thread.join()
-    assert "was left while this text was being generated" in str(found[0])
+    assert "was left while this text was being generated" in str(results[0])
     assert "generate" not in vars(lm.model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
 
 
 def test_an_error_inside_isnt_hidden_by_a_thread_that_stays_behind(lm: LM) -> None:
-    gate, found = Gate(), []  # type: ignore[var-annotated]
+    gate, results = Gate(), []  # type: ignore[var-annotated]
     threads: list[threading.Thread] = []
 
     def failing() -> None:
         with lm.steered(STEERING):
-            threads.append(generating(lm, gate, found))
+            threads.append(generating(lm, gate, results))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -118,19 +118,19 @@ def test_an_error_inside_isnt_hidden_by_a_thread_that_stays_behind(lm: LM) -> No
     (thread,) = threads
     gate.on.set()
     thread.join()
-    assert isinstance(found[0], TrimtabError)
+    assert isinstance(results[0], TrimtabError)
 
 
 def test_two_threads_in_one_context(lm: LM) -> None:
     """The second is refused, and the first one's text is what it is alone."""
     (alone,) = lm.generate(TEXT, STEERING, max_new_tokens=5)
-    gate, found = Gate(), []  # type: ignore[var-annotated]
+    gate, results = Gate(), []  # type: ignore[var-annotated]
     with lm.steered(STEERING):
-        thread = generating(lm, gate, found)
+        thread = generating(lm, gate, results)
         with pytest.raises(TrimtabError, match=r"another thread is generating inside this lm\.steered"):
             lm.model.generate(torch.tensor([lm.encode(TEXT)]), max_new_tokens=2)
         gate.on.set()
         thread.join()
         again = lm.model.generate(torch.tensor([lm.encode(TEXT)]), max_new_tokens=5, do_sample=False)
-    assert tuple(found[0][0, -5:].tolist()) == alone.token_ids
+    assert tuple(results[0][0, -5:].tolist()) == alone.token_ids
     assert tuple(again[0, -5:].tolist()) == alone.token_ids

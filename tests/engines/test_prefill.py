@@ -26,8 +26,8 @@ def gate(seed: int, layer: int, positions: Positions | None = None) -> Gate:
     return test if positions is None else Threshold(Site(layer), direction(seed), 0.0, positions=positions)
 
 
-def edits(*found: Edit) -> Steering:
-    return Steering(found)
+def edits(*several: Edit) -> Steering:
+    return Steering(several)
 
 
 STEERINGS: list[Steering | None] = [
@@ -87,18 +87,18 @@ def test_answers_are_those_of_gates_read_beforehand(
     lm: LM, monkeypatch: pytest.MonkeyPatch, count: int, steerings: list[Steering | None], loop: dict[str, Any]
 ) -> None:
     before = by_passes_of_their_own(monkeypatch, lm, steerings, count, **loop)
-    acted = [bool(one.applied.edits) for one in before]
+    acted = [bool(earlier.applied.edits) for earlier in before]
     assert sorted(acted[:2]) == [False, True]
     plain = answers(lm, None, count, **loop)
-    for one, other, unsteered in zip(answers(lm, steerings, count, **loop), before, plain, strict=True):
-        assert one.applied.edits == other.applied.edits
-        assert one.token_ids == other.token_ids
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
-        assert [d.layer for d in one.applied.doses] == [d.layer for d in other.applied.doses]
+    for answer, other, unsteered in zip(answers(lm, steerings, count, **loop), before, plain, strict=True):
+        assert answer.applied.edits == other.applied.edits
+        assert answer.token_ids == other.token_ids
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        assert [d.layer for d in answer.applied.doses] == [d.layer for d in other.applied.doses]
         same = {"rel": 1e-4} if steerings is DEEPER else {"rel": 0.9}  # otherwise not of the same tokens
-        assert one.applied.dose == pytest.approx(other.applied.dose, **same)
-        if not one.applied.edits:
-            assert (one.token_ids, one.logprobs) == (unsteered.token_ids, unsteered.logprobs)
+        assert answer.applied.dose == pytest.approx(other.applied.dose, **same)
+        if not answer.applied.edits:
+            assert (answer.token_ids, answer.logprobs) == (unsteered.token_ids, unsteered.logprobs)
 
 
 @pytest.mark.parametrize("steerings", [STEERINGS, DEEPER], ids=["any layers", "deeper edits"])
@@ -108,9 +108,9 @@ def test_several_rows_a_request(
 ) -> None:
     lm = tiny.tiny("llama")
     before = by_passes_of_their_own(monkeypatch, lm, steerings, **options)
-    found = answers(lm, steerings, **options)
-    assert [one.token_ids for one in found] == [one.token_ids for one in before]
-    assert [one.applied.edits for one in found] == [one.applied.edits for one in before]
+    answers_of_rows = answers(lm, steerings, **options)
+    assert [answer.token_ids for answer in answers_of_rows] == [answer.token_ids for answer in before]
+    assert [answer.applied.edits for answer in answers_of_rows] == [answer.applied.edits for answer in before]
 
 
 def test_no_pass_is_made_for_gates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,15 +124,15 @@ def test_no_pass_is_made_for_gates(monkeypatch: pytest.MonkeyPatch) -> None:
         alone = len(passes)
         passes.clear()
         answers(lm)
-        width = max(len(lm.encode(one, chat=False)) for one in PROMPTS)
+        width = max(len(lm.encode(text, chat=False)) for text in PROMPTS)
         assert passes == [(6, width)] + [(6, 1)] * 5  # the last prompt token once more, then four tokens
         assert alone > 5
         passes.clear()
         shut = Steering((Edit(Site(1), Add(direction(1)), LATE, gate=gate(2, 3) & ~gate(2, 3)),))
-        assert not any(one.applied.edits for one in answers(lm, shut))
+        assert not any(answer.applied.edits for answer in answers(lm, shut))
         assert passes == [(5, width)] + [(6, 1)] * 4  # two are of one prompt, and of one steering here
         passes.clear()
-        assert any(one.applied.edits for one in answers(lm, DEEPER))
+        assert any(answer.applied.edits for answer in answers(lm, DEEPER))
         assert passes == [(6, width)] + [(6, 1)] * 4
     finally:
         handle.remove()
@@ -141,12 +141,12 @@ def test_no_pass_is_made_for_gates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_acts_on_generated_tokens_alone_leaves_the_first_to_the_bit(lm: LM, loop: dict[str, Any]) -> None:
     later = Steering((Edit(Site(1), Add(direction(1, 4.0)), Positions.generated(), gate=gate(8, 0) | ~gate(8, 0)),))
     steerings = [later, None, STEERINGS[5], later, None, later]
-    plain, found = answers(lm, None, **loop), answers(lm, steerings, **loop)
-    for one, other, steering in zip(found, plain, steerings, strict=True):
-        assert one.logprobs is not None
+    plain, steered = answers(lm, None, **loop), answers(lm, steerings, **loop)
+    for answer, other, steering in zip(steered, plain, steerings, strict=True):
+        assert answer.logprobs is not None
         assert other.logprobs is not None
-        assert (one.logprobs[0] == other.logprobs[0]) == (steering is not STEERINGS[5])
-        assert (one.logprobs == other.logprobs) == (steering is None)
+        assert (answer.logprobs[0] == other.logprobs[0]) == (steering is not STEERINGS[5])
+        assert (answer.logprobs == other.logprobs) == (steering is None)
 
 
 def test_operations_that_the_prompt_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +157,11 @@ def test_operations_that_the_prompt_decides(monkeypatch: pytest.MonkeyPatch) -> 
     steerings = [masked, masked, None, STEERINGS[0], masked, STEERINGS[1]]
     before = by_passes_of_their_own(monkeypatch, lm, steerings=steerings)
     assert decides_at_prefill(lm.layout, steerings, [9] * 6, {})
-    found = answers(lm, steerings)
-    assert [one.token_ids for one in found] == [one.token_ids for one in before]
-    for one, other in zip(found, before, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
-    assert found[4].logprobs != answers(lm, None)[4].logprobs
+    answers_now = answers(lm, steerings)
+    assert [gated.token_ids for gated in answers_now] == [earlier.token_ids for earlier in before]
+    for answer, other in zip(answers_now, before, strict=True):
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert answers_now[4].logprobs != answers(lm, None)[4].logprobs
 
 
 def test_what_isn_t_decided_so() -> None:

@@ -43,17 +43,17 @@ STEERINGS = [
 ]
 
 
-def batch_of(lm: LM, **given: Any) -> PrefixBatch:
-    return PrefixBatch(lm.model, lm.tokenizer, lm.layout, prefixes=Prefixes(given.pop("tokens", 10_000), **given))
+def batch_of(lm: LM, **options: Any) -> PrefixBatch:
+    return PrefixBatch(lm.model, lm.tokenizer, lm.layout, prefixes=Prefixes(options.pop("tokens", 10_000), **options))
 
 
-def asked(ids: tuple[int, ...], one: Steering | None, count: int = 4, **more: Any) -> GenerationRequest:
-    return GenerationRequest(ids, one, count, alternatives=0, **{"scope": "a", **more})
+def request_of(ids: tuple[int, ...], acting: Steering | None, count: int = 4, **more: Any) -> GenerationRequest:
+    return GenerationRequest(ids, acting, count, alternatives=0, **{"scope": "a", **more})
 
 
-def after(ids: tuple[int, ...], told: list[GenerationResponse], *more: int) -> tuple[int, ...]:
+def after(ids: tuple[int, ...], answer: list[GenerationResponse], *more: int) -> tuple[int, ...]:
     """The text, its answer, and what comes after it."""
-    return (*ids, *(one.token for one in told), *more)
+    return (*ids, *(response.token for response in answer), *more)
 
 
 class TestTexts:
@@ -66,19 +66,21 @@ class TestTexts:
         reused = 0
         for turn in range(3):
             requests = [
-                asked(ids, one, 4, clean_cache=n in (1, 2) and turn != 1, scope="ab"[n % 2])
-                for n, (ids, one) in enumerate(zip(talks, of, strict=True))
+                request_of(ids, acting, 4, clean_cache=n in (1, 2) and turn != 1, scope="ab"[n % 2])
+                for n, (ids, acting) in enumerate(zip(talks, of, strict=True))
             ]
-            found, wanted = run(batch, *requests), run(plain, *requests)
-            for mine, theirs in zip(found, wanted, strict=True):
-                assert [one.token for one in mine] == [one.token for one in theirs]
+            results, wanted = run(batch, *requests), run(plain, *requests)
+            for mine, theirs in zip(results, wanted, strict=True):
+                assert [response.token for response in mine] == [response.token for response in theirs]
                 tolerance = 2e-3 if lm.model.dtype.itemsize == 4 else 1e-6
-                assert [one.logprob for one in mine] == pytest.approx([one.logprob for one in theirs], abs=tolerance)
-                assert not any(one.cached for one in theirs)
+                assert [response.logprob for response in mine] == pytest.approx(
+                    [response.logprob for response in theirs], abs=tolerance
+                )
+                assert not any(response.cached for response in theirs)
                 reused += mine[0].cached
             talks = [
                 after(ids, mine, *lm.encode(prompt(100 * turn + n, chance.randint(1, 4))))
-                for n, (ids, mine) in enumerate(zip(talks, found, strict=True))
+                for n, (ids, mine) in enumerate(zip(talks, results, strict=True))
             ]
             if turn == 1:
                 of = [of[0], STEERINGS[2], 2.0 * ADD, *of[3:]]
@@ -88,33 +90,33 @@ class TestTexts:
         lm = long_llama()
         batch, plain = batch_of(lm), batch_of(lm, tokens=0)
         ids = tuple(lm.encode(prompt(1, 300)))
-        for one in (None, ADD):
-            (first,) = run(batch, asked(ids, one))
+        for acting in (None, ADD):
+            (first,) = run(batch, request_of(ids, acting))
             later = after(ids, first, *ids[:290])
-            (found,), (wanted,) = run(batch, asked(later, one)), run(plain, asked(later, one))
-            assert [told.token for told in found] == [told.token for told in wanted]
-            assert found[0].cached == len(ids) + 3
+            (reused,), (wanted,) = run(batch, request_of(later, acting)), run(plain, request_of(later, acting))
+            assert [response.token for response in reused] == [response.token for response in wanted]
+            assert reused[0].cached == len(ids) + 3
             assert wanted[0].cached == 0
 
     def test_neighbours_and_answers_to_one_prompt(self, llama: LM) -> None:
         batch = batch_of(llama)
         ids, other = (tuple(llama.encode(prompt(n, 20))) for n in (1, 2))
-        (first,) = run(batch, asked(ids, None))
+        (first,) = run(batch, request_of(ids, None))
         later = after(ids, first, 5, 6)
-        found = run(batch, asked(later, None), asked(other, None), asked(later, None))
-        assert [told[0].cached for told in found] == [23, 0, 23]
-        assert [t.token for t in found[0]] == [t.token for t in found[2]]
-        assert [t.token for t in found[1]] == [t.token for t in run(batch_of(llama), asked(other, None))[0]]
+        answers = run(batch, request_of(later, None), request_of(other, None), request_of(later, None))
+        assert [responses[0].cached for responses in answers] == [23, 0, 23]
+        assert [t.token for t in answers[0]] == [t.token for t in answers[2]]
+        assert [t.token for t in answers[1]] == [t.token for t in run(batch_of(llama), request_of(other, None))[0]]
 
     def test_what_monitors_read(self, llama: LM) -> None:
         monitor = Monitor.of("m", ADD)
         batch = batch_of(llama)
         ids = tuple(llama.encode(prompt(1, 20)))
-        (first,) = run(batch, asked(ids, ADD, monitors=(monitor,)))
-        request = asked(after(ids, first, 5, 6), ADD, monitors=(monitor,))
-        (found,), (wanted,) = run(batch, request), run(batch_of(llama), request)
-        assert found[0].cached == 23
-        assert [t.monitored for t in found] == [pytest.approx(t.monitored, rel=1e-5) for t in wanted]
+        (first,) = run(batch, request_of(ids, ADD, monitors=(monitor,)))
+        request = request_of(after(ids, first, 5, 6), ADD, monitors=(monitor,))
+        (reused,), (wanted,) = run(batch, request), run(batch_of(llama), request)
+        assert reused[0].cached == 23
+        assert [t.monitored for t in reused] == [pytest.approx(t.monitored, rel=1e-5) for t in wanted]
 
 
 class TestWhatIsTakenOver:
@@ -122,11 +124,13 @@ class TestWhatIsTakenOver:
         """Of 20 prompt tokens and 3 of the answer, how many the next turn takes over."""
         batch = batch_of(lm, shared=shared)
         ids = tuple(lm.encode(prompt(1, 20)))
-        one, clean = before if isinstance(before, tuple) else (before, False)
-        two, clean_too = later if isinstance(later, tuple) else (later, False)
-        (first,) = run(batch, asked(ids, one, clean_cache=clean, scope=scopes[0]))
-        (found,) = run(batch, asked(after(ids, first, 5, 6), two, clean_cache=clean_too, scope=scopes[1]))
-        return found[0].cached
+        earlier_steering, clean = before if isinstance(before, tuple) else (before, False)
+        later_steering, clean_too = later if isinstance(later, tuple) else (later, False)
+        (first,) = run(batch, request_of(ids, earlier_steering, clean_cache=clean, scope=scopes[0]))
+        (answer,) = run(
+            batch, request_of(after(ids, first, 5, 6), later_steering, clean_cache=clean_too, scope=scopes[1])
+        )
+        return answer[0].cached
 
     def test_as_far_as_the_same_acted(self, llama: LM) -> None:
         generated, prompts, last = (
@@ -168,12 +172,15 @@ class TestWhatIsTakenOver:
         monitor = Monitor("m", Monitor.of("m", ADD).condition, -1e9, "steer", ADD)
         batch = batch_of(llama)
         ids = tuple(llama.encode(prompt(1, 20)))
-        (first,) = run(batch, asked(ids, None, monitors=(monitor,)))
+        (first,) = run(batch, request_of(ids, None, monitors=(monitor,)))
         later = after(ids, first, 5, 6)
-        for one, cached in ((None, 20), (ADD, 0)):
-            (found,), (wanted,) = run(batch, asked(later, one)), run(batch_of(llama), asked(later, one))
-            assert found[0].cached == cached
-            assert [t.logprob for t in found] == pytest.approx([t.logprob for t in wanted], abs=1e-6)
+        for acting, cached in ((None, 20), (ADD, 0)):
+            (reused,), (wanted,) = (
+                run(batch, request_of(later, acting)),
+                run(batch_of(llama), request_of(later, acting)),
+            )
+            assert reused[0].cached == cached
+            assert [t.logprob for t in reused] == pytest.approx([t.logprob for t in wanted], abs=1e-6)
 
     def test_without_a_scope_nothing_is_kept(self, llama: LM) -> None:
         batch = batch_of(llama)
@@ -193,26 +200,26 @@ class TestTheBound:
         assert (kept := batch.prefixes) is not None
         texts = [tuple(llama.encode(prompt(n, 20))) for n in range(4)]
         for ids in texts[:3]:
-            run(batch, asked(ids, None))
+            run(batch, request_of(ids, None))
         assert (len(kept), kept.held) == (3, 69)
         assert kept.find("a", (*texts[0], 5), ()) is not None  # used again
-        run(batch, asked(texts[3], None))
+        run(batch, request_of(texts[3], None))
         assert (len(kept), kept.held) == (3, 69)
         assert [kept.find("a", (*ids, 5), ()) is not None for ids in texts] == [True, False, True, True]
 
     def test_the_next_turn_takes_the_place_of_the_one_before(self, llama: LM) -> None:
         batch = batch_of(llama)
         ids = tuple(llama.encode(prompt(1, 20)))
-        (first,) = run(batch, asked(ids, ADD))
-        run(batch, asked(after(ids, first, 5, 6), ADD))
-        run(batch, asked(ids, ADD))  # is there already
+        (first,) = run(batch, request_of(ids, ADD))
+        run(batch, request_of(after(ids, first, 5, 6), ADD))
+        run(batch, request_of(ids, ADD))  # is there already
         assert batch.prefixes is not None
         assert (len(batch.prefixes), batch.prefixes.held) == (1, 20 + 4 + 2 + 3)
 
     def test_short_texts_and_too_long_ones(self, llama: LM) -> None:
         batch = batch_of(llama, tokens=30)
-        run(batch, asked(tuple(llama.encode(prompt(1, LEAST - 5))), None, 3))
-        run(batch, asked(tuple(llama.encode(prompt(1, 40))), None, 3))
+        run(batch, request_of(tuple(llama.encode(prompt(1, LEAST - 5))), None, 3))
+        run(batch, request_of(tuple(llama.encode(prompt(1, 40))), None, 3))
         assert batch.prefixes is not None
         assert len(batch.prefixes) == 0
         assert batch.clear() == []
@@ -220,7 +227,7 @@ class TestTheBound:
     def test_a_row_that_is_given_up_is_not_kept_and_one_at_its_end_is(self, llama: LM) -> None:
         for ended in (False, True):
             batch = batch_of(llama)
-            key = batch.insert(asked(tuple(llama.encode(prompt(1, 20))), None, 30))
+            key = batch.insert(request_of(tuple(llama.encode(prompt(1, 20))), None, 30))
             batch.step()
             batch.step()
             batch.remove(key, ended=ended)

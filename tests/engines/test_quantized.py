@@ -87,12 +87,12 @@ def loaded(kind: str, folder: Path) -> LM:
 def check(lm: LM) -> None:
     """All that works on the dense model works, compared with plain hooks on the quantized one."""
     report = check_model(lm)
-    states = {one.name: (one.state, one.reason) for one in report.findings}
+    states = {finding.name: (finding.state, finding.reason) for finding in report.findings}
     quantized = states.pop("quantized")
     assert quantized[0] in ("works", "partly")
     assert str(quantization(lm.model)) in quantized[1]
     states.pop("router", None)
-    assert {name: found for name, found in states.items() if found[0] != "works"} == {}
+    assert {name: state for name, state in states.items() if state[0] != "works"} == {}
 
 
 @pytest.mark.long_unless(lambda kind: kind in ("bitsandbytes, nf4", "torchao, 8 bits"))

@@ -58,10 +58,10 @@ class TestEmphasize:
         assert tokens(plain) == tokens(lm.generate(PROMPTS, built, max_new_tokens=6))
 
     def test_rejecting_steered_and_unsteered_requests_in_one_call(self, lm: LM) -> None:
-        one = Steering(tuple(Edit(Site(layer), Add(direction(layer, 3.0))) for layer in range(LAYERS)))
+        at_every_layer = Steering(tuple(Edit(Site(layer), Add(direction(layer, 3.0))) for layer in range(LAYERS)))
         ways = [WAYS[0], None, None]
-        mixed = lm.generate(PROMPTS, [one, one, None], rejection=ways, max_new_tokens=6)
-        for i, (steering, way) in enumerate(((one, WAYS[0]), (one, None), (None, None))):
+        mixed = lm.generate(PROMPTS, [at_every_layer, at_every_layer, None], rejection=ways, max_new_tokens=6)
+        for i, (steering, way) in enumerate(((at_every_layer, WAYS[0]), (at_every_layer, None), (None, None))):
             (alone,) = lm.generate(PROMPTS[i], steering, rejection=way, max_new_tokens=6)
             assert mixed[i].token_ids == alone.token_ids
         assert mixed[0].trace is not None
@@ -70,15 +70,15 @@ class TestEmphasize:
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_where_nothing_is_steered_the_answer_is_the_raw_one(self, lm: LM, schedule: str) -> None:
         """No steering, an empty one, one whose gate is shut; alone, and beside one that is in force."""
-        one = Steering(tuple(Edit(Site(layer), Add(direction(layer, 3.0))) for layer in range(LAYERS)))
-        shut = one.when(Threshold(Site(0), direction(0), 1e9))
+        at_every_layer = Steering(tuple(Edit(Site(layer), Add(direction(layer, 3.0))) for layer in range(LAYERS)))
+        shut = at_every_layer.when(Threshold(Site(0), direction(0), 1e9))
         way = Rejection(0.3, schedule=schedule)
         plain = tokens(lm.generate(PROMPTS, max_new_tokens=4))
         for steering in (None, Steering(), shut):
             answers = lm.generate(PROMPTS, steering, rejection=way, max_new_tokens=4)
             assert tokens(answers) == plain
             assert not any(step.open for answer in answers if answer.trace for step in answer.trace.steps)
-        mixed = lm.generate(PROMPTS, [shut, one, None], rejection=way, max_new_tokens=4)
+        mixed = lm.generate(PROMPTS, [shut, at_every_layer, None], rejection=way, max_new_tokens=4)
         assert [mixed[0].token_ids, mixed[2].token_ids] == [plain[0], plain[2]]
 
 
@@ -132,20 +132,22 @@ class TestGenerate:
                 kept[:, allowed] = scores[:, allowed]
                 return kept
 
-        given = {"logits_processor": LogitsProcessorList([Only()]), "repetition_penalty": 1.2}
-        answers = lm.generate(PROMPTS, emphasize=PHRASES, rejection=way, max_new_tokens=8, **given)
+        options = {"logits_processor": LogitsProcessorList([Only()]), "repetition_penalty": 1.2}
+        answers = lm.generate(PROMPTS, emphasize=PHRASES, rejection=way, max_new_tokens=8, **options)
         for answer in answers:
             assert set(answer.token_ids) <= set(allowed.tolist())
             assert {s.replaced for s in answer.trace.steps} - {None} <= set(allowed.tolist())
         assert any(step.replaced for answer in answers for step in answer.trace.steps)
         strict = Rejection(1.0, schedule=way.schedule)
-        raw = lm.generate(PROMPTS, emphasize=PHRASES, rejection=strict, max_new_tokens=8, **given)
-        assert tokens(raw) == tokens(lm.generate(PROMPTS, max_new_tokens=8, batch_size=1, **given))
+        raw = lm.generate(PROMPTS, emphasize=PHRASES, rejection=strict, max_new_tokens=8, **options)
+        assert tokens(raw) == tokens(lm.generate(PROMPTS, max_new_tokens=8, batch_size=1, **options))
 
     def test_processed_schedules_agree(self, lm: LM) -> None:
-        given = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
-        found = [tokens(lm.generate(PROMPTS, emphasize=PHRASES, rejection=w, max_new_tokens=8, **given)) for w in WAYS]
-        assert found[0] == found[1]
+        options = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+        results = [
+            tokens(lm.generate(PROMPTS, emphasize=PHRASES, rejection=w, max_new_tokens=8, **options)) for w in WAYS
+        ]
+        assert results[0] == results[1]
 
     def test_the_likelihoods_are_those_of_the_logits_that_gave_the_tokens(self, lm: LM) -> None:
         (answer,) = lm.generate(
@@ -179,9 +181,9 @@ class TestSampling:
     def test_every_token_is_plausible_and_a_seed_repeats_it(self, lm: LM) -> None:
         import naive_rejection
 
-        given = {"do_sample": True, "temperature": 1.3, "seed": 3, "max_new_tokens": 8}
-        answers = lm.generate(PROMPTS, emphasize=PHRASES, rejection=WAYS[1], **given)
-        assert tokens(answers) == tokens(lm.generate(PROMPTS, emphasize=PHRASES, rejection=WAYS[1], **given))
+        options = {"do_sample": True, "temperature": 1.3, "seed": 3, "max_new_tokens": 8}
+        answers = lm.generate(PROMPTS, emphasize=PHRASES, rejection=WAYS[1], **options)
+        assert tokens(answers) == tokens(lm.generate(PROMPTS, emphasize=PHRASES, rejection=WAYS[1], **options))
         for text, answer in zip(PROMPTS, answers, strict=True):
             ids = lm.encode(text)
             raw = naive_rejection.raw_rows(lm, (*ids, *answer.token_ids), len(ids))
@@ -194,16 +196,16 @@ class TestSampling:
         import naive_rejection
 
         spans = lm.spans(PROMPTS[1], PHRASES[1])
-        one = emphasis(ScaleScores(4.0), spans, range(LAYERS))
+        emphasized = emphasis(ScaleScores(4.0), spans, range(LAYERS))
         way = Rejection(0.05, ladder="strength")
         answers = lm.generate(
-            PROMPTS[1], one, rejection=way, do_sample=True, num_return_sequences=400, max_new_tokens=1, seed=0
+            PROMPTS[1], emphasized, rejection=way, do_sample=True, num_return_sequences=400, max_new_tokens=1, seed=0
         )
         ids = lm.encode(PROMPTS[1])
         raw = naive_rejection.row(lm, ids, len(ids), ())
         allowed = raw.softmax(-1) >= 0.05 * raw.softmax(-1).max()
         for t in range(5):
-            steered = naive_rejection.row(lm, ids, len(ids), (0.5**t * one).edits)
+            steered = naive_rejection.row(lm, ids, len(ids), (0.5**t * emphasized).edits)
             if allowed[steered.argmax()]:
                 break
         expected = steered.masked_fill(~allowed, -torch.inf).softmax(-1)
@@ -222,7 +224,7 @@ class TestSampling:
 
 class TestWhatCannotRun:
     @pytest.mark.parametrize(
-        ("given", "named"),
+        ("options", "named"),
         [
             ({"num_beams": 2}, "num_beams"),
             ({"use_cache": False}, "use_cache"),
@@ -234,20 +236,20 @@ class TestWhatCannotRun:
             ({"rejection": Rejection(ranking=(0, 1))}, "leaves out layer 2"),
         ],
     )
-    def test_it_says_so(self, lm: LM, given: dict, named: str) -> None:
+    def test_it_says_so(self, lm: LM, options: dict, named: str) -> None:
         with pytest.raises(TrimtabError, match=named):
-            lm.generate(PROMPTS, **{"emphasize": PHRASES, "max_new_tokens": 2, **given})
+            lm.generate(PROMPTS, **{"emphasize": PHRASES, "max_new_tokens": 2, **options})
 
     def test_edits_of_the_prompt_alone(self, lm: LM) -> None:
-        one = Steering((Edit(Site(1), Add(direction(1)), Positions.span(0, 2)),))
+        steering = Steering((Edit(Site(1), Add(direction(1)), Positions.span(0, 2)),))
         with pytest.raises(TrimtabError, match="being decoded"):
-            lm.generate(PROMPTS[0], one, rejection=Rejection(ladder="strength"), max_new_tokens=2)
+            lm.generate(PROMPTS[0], steering, rejection=Rejection(ladder="strength"), max_new_tokens=2)
 
     def test_one_layer_and_no_rung(self, lm: LM) -> None:
-        one = Steering((Edit(Site(1), Add(direction(1))),))
+        steering = Steering((Edit(Site(1), Add(direction(1))),))
         with pytest.raises(TrimtabError, match="strength"):
-            lm.generate(PROMPTS[0], one, rejection=Rejection(), max_new_tokens=2)
-        (answer,) = lm.generate(PROMPTS[0], one, rejection=Rejection(min_layers=1), max_new_tokens=2)
+            lm.generate(PROMPTS[0], steering, rejection=Rejection(), max_new_tokens=2)
+        (answer,) = lm.generate(PROMPTS[0], steering, rejection=Rejection(min_layers=1), max_new_tokens=2)
         assert answer.trace.rungs == ("1 layers at strength 1",)
 
 
@@ -270,10 +272,10 @@ class _Largest(TorchDispatchMode):
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         made = func(*args, **(kwargs or {}))
         for x in tree_leaves(made):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known:
                 self.elements = max(self.elements, x.numel())
         return made
 
@@ -283,11 +285,11 @@ def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch,
     """No tensor as large as a layer's keys is made, however long the text; where keys are copied, one is seen."""
     length, seen, run = 110, _Largest(), Rows.run
 
-    def watched(self: Rows, token: Any, cache: Any, *args: Any, **given: Any) -> torch.Tensor:
+    def watched(self: Rows, token: Any, cache: Any, *args: Any, **keywords: Any) -> torch.Tensor:
         with seen:
             if copying:
                 cache.layers[0].keys.clone()
-            return run(self, token, cache, *args, **given)
+            return run(self, token, cache, *args, **keywords)
 
     monkeypatch.setattr(Rows, "run", watched)
     rejection = Rejection(1e-3, min_layers=LAYERS, ranking=tuple(range(LAYERS)))

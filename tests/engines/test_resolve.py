@@ -28,11 +28,11 @@ class Reader:
     """Gives what is asked for, and remembers it."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[dict[int, list[int]], list[Site]]] = []
+        self.reads: list[tuple[dict[int, list[int]], list[Site]]] = []
 
     def __call__(self, where: Any, sites: Sequence[Site], tokens: int) -> Any:
         assert tokens > 0
-        self.asked.append(({i: list(positions) for i, positions in where.items()}, list(sites)))
+        self.reads.append(({i: list(positions) for i, positions in where.items()}, list(sites)))
         return {i: {site: activations(i, site)[list(positions)] for site in sites} for i, positions in where.items()}
 
 
@@ -42,10 +42,10 @@ def resolved(*steerings: Steering | None) -> tuple[Resolved, Reader]:
 
 
 def test_nothing_is_read_where_nothing_is_to_be_decided() -> None:
-    found, read = resolved(Steering((ADD,)), None, Steering((ADD, Edit(Site(1), Add(V), strength=0.0))))
-    assert read.asked == []
-    assert found.edits == [(ADD,), (), (ADD,)]
-    assert found.names == [(str(ADD),), (), (str(ADD),)]
+    resolutions, read = resolved(Steering((ADD,)), None, Steering((ADD, Edit(Site(1), Add(V), strength=0.0))))
+    assert read.reads == []
+    assert resolutions.edits == [(ADD,), (), (ADD,)]
+    assert resolutions.names == [(str(ADD),), (), (str(ADD),)]
 
 
 @pytest.mark.parametrize("pool", ["mean", "unit-mean"])
@@ -57,35 +57,35 @@ def test_gates_are_the_formula_over_the_tokens_that_they_read(pool: str) -> None
         value = float(x.mean(0) @ V.double())
         for threshold in (value - 1e-6, value + 1e-6):
             gate = Threshold(Site(2), V, threshold, positions=where, pool=pool)
-            found, read = resolved(*[Steering((ADD,)).when(gate) if i == request else None for i in range(3)])
-            assert bool(found.edits[request]) == (threshold < value)
-            assert read.asked == [({request: list(range(1, LENGTHS[request]))}, [Site(2)])]
+            resolutions, read = resolved(*[Steering((ADD,)).when(gate) if i == request else None for i in range(3)])
+            assert bool(resolutions.edits[request]) == (threshold < value)
+            assert read.reads == [({request: list(range(1, LENGTHS[request]))}, [Site(2)])]
 
 
 def test_only_what_is_read_is_asked_for() -> None:
     last = Threshold(Site(0), V, -1e9)
     first = Threshold(Site(2), V, -1e9, positions=Positions.span(0, 1))
-    found, read = resolved(Steering((ADD,)).when(last & first), None, Steering((ADD,)).when(~last))
-    assert read.asked == [({0: [0, 2], 2: [1]}, [Site(0), Site(2)])]
-    assert [len(edits) for edits in found.edits] == [1, 0, 0]
+    resolutions, read = resolved(Steering((ADD,)).when(last & first), None, Steering((ADD,)).when(~last))
+    assert read.reads == [({0: [0, 2], 2: [1]}, [Site(0), Site(2)])]
+    assert [len(edits) for edits in resolutions.edits] == [1, 0, 0]
 
 
 def test_prompts_decide_operations_behind_open_gates_only() -> None:
     held = Edit(Site(1), HoldElements(torch.ones(WIDTH)))
     shut = Threshold(Site(0), V, 1e9)
-    found, read = resolved(Steering((held,)), Steering((held,)).when(shut))
-    assert read.asked == [({1: [4]}, [Site(0)]), ({0: [0, 1, 2]}, [Site(1)])]
-    (edit,) = found.edits[0]
+    resolutions, read = resolved(Steering((held,)), Steering((held,)).when(shut))
+    assert read.reads == [({1: [4]}, [Site(0)]), ({0: [0, 1, 2]}, [Site(1)])]
+    (edit,) = resolutions.edits[0]
     assert edit.operation == held.operation.settled(activations(0, Site(1)))
-    assert found.edits[1] == ()
-    assert found.names == [(str(held),), ()]
+    assert resolutions.edits[1] == ()
+    assert resolutions.names == [(str(held),), ()]
 
 
 def test_conditions_on_tokens_are_put_into_operations() -> None:
     each = Threshold(Site(3), V, 0.5, each_token=True)
     open_too = Threshold(Site(0), V, -1e9)
-    found, _ = resolved(Steering((ADD,)).when(each & open_too), Steering((ADD,)).when(each | open_too))
-    (conditional,), (plain,) = found.edits
+    resolutions, _ = resolved(Steering((ADD,)).when(each & open_too), Steering((ADD,)).when(each | open_too))
+    (conditional,), (plain,) = resolutions.edits
     assert isinstance(conditional.operation, Conditional)
     assert conditional.operation.gate == each
     assert plain.operation == ADD.operation

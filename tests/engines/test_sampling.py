@@ -60,12 +60,12 @@ class Numbers(RowSampler):
 
 def drawn_at(settings: list[Settings], prompts: list[list[int]], logits: Tensor, numbers: Tensor) -> Tensor:
     """The tokens `[rows, numbers]` of rows with these settings, at these random numbers."""
-    found = []
+    drawn = []
     for number in numbers.tolist():
-        rows = [Numbers(one, torch.tensor([number])) for one in settings]
+        rows = [Numbers(setting, torch.tensor([number])) for setting in settings]
         batch = BatchSampler(rows, prompts, [[] for _ in rows], CPU)
-        found.append(batch.choose(logits))
-    return torch.stack(found, 1)
+        drawn.append(batch.choose(logits))
+    return torch.stack(drawn, 1)
 
 
 class TestTheDistribution:
@@ -73,15 +73,15 @@ class TestTheDistribution:
     def test_rows_of_all_settings_in_one_batch(self, lm: LM, seed: int) -> None:
         """Each row's token at a number is where the cumulative probabilities pass it, by transformers' processors."""
         chance = random.Random(seed)
-        chosen = [Sampling(seed=1, **one) for one in chance.sample(EVERY, 48)]
+        chosen = [Sampling(seed=1, **chances) for chances in chance.sample(EVERY, 48)]
         logits = logits_of(seed, len(chosen), 90)
         prompts = [[chance.randrange(90) for _ in range(4)] for _ in chosen]
         numbers = torch.tensor([0.0, 0.2, 0.5, 0.77, 0.93, 0.999])
-        found = drawn_at([settings_of(lm, one) for one in chosen], prompts, logits, numbers)
+        drawn_tokens = drawn_at([settings_of(lm, way) for way in chosen], prompts, logits, numbers)
         for row, sampling in enumerate(chosen):
             expected = by_transformers(lm, sampling, prompts[row], logits[row]).double()
             sums = expected.cumsum(-1)
-            for number, token in zip(numbers.double(), found[row].tolist(), strict=True):
+            for number, token in zip(numbers.double(), drawn_tokens[row].tolist(), strict=True):
                 assert expected[token] > 0, sampling
                 assert sums[token] >= number - 1e-5
                 assert sums[token] - expected[token] <= number + 1e-5
@@ -92,22 +92,22 @@ class TestTheDistribution:
         """However many of the likeliest tokens are looked at first; and as on a GPU, where all are sorted."""
         monkeypatch.setattr(drawing, "MOST", most)
         chance = random.Random(size)
-        every = [one for one in EVERY if one["repetition_penalty"] is None]
-        chosen = [Sampling(seed=1, **{**one, "temperature": 1.0}) for one in chance.sample(every, 40)]
+        every = [options for options in EVERY if options["repetition_penalty"] is None]
+        chosen = [Sampling(seed=1, **{**options, "temperature": 1.0}) for options in chance.sample(every, 40)]
         logits = logits_of(7, len(chosen), size)
         probabilities = logits.softmax(-1)
-        limits = [(one.top_k or size, one.top_p, one.min_p) for one in chosen]
+        limits = [(way.top_k or size, way.top_p, way.min_p) for way in chosen]
         kept = Kept.of(limits, CPU)
         least = kept.least(probabilities)
         on_device = kept._least(probabilities.sort(-1, descending=True).values)[0]
         assert torch.equal(least, on_device)
         for row, sampling in enumerate(chosen):
             expected = by_transformers(lm, sampling, [0], logits[row]) > 0
-            found = probabilities[row] >= least[row]
-            differ = (expected != found).sum()
+            kept_here = probabilities[row] >= least[row]
+            differ = (expected != kept_here).sum()
             assert differ <= 1  # where the sum meets top_p to the last digit, rounding decides
             if differ:
-                assert abs(float(probabilities[row][found].sum()) - sampling.top_p) < 1e-4 + float(least[row])
+                assert abs(float(probabilities[row][kept_here].sum()) - sampling.top_p) < 1e-4 + float(least[row])
 
     def test_the_shares_are_those_of_the_probabilities(self) -> None:
         probabilities = logits_of(3, 6, 20).softmax(-1)
@@ -134,8 +134,8 @@ class TestGreedyRows:
         logits = logits_of(5, 6, 90)
         ids = [[int(logits[row].argmax()), 3, 4, 5] for row in range(6)]
         penalties = (1.0, 1.5, 4.0, 0.5, 1.0, 2.0)
-        chosen = [Sampling(repetition_penalty=one) for one in penalties]
-        rows = [RowSampler(settings_of(lm, one), None, 5) for one in chosen]
+        chosen = [Sampling(repetition_penalty=penalty) for penalty in penalties]
+        rows = [RowSampler(settings_of(lm, way), None, 5) for way in chosen]
         answers: list[list[int]] = [[] for _ in rows]
         batch = BatchSampler(rows, ids, answers, CPU)
         kept = logits.clone()
@@ -145,22 +145,22 @@ class TestGreedyRows:
                 assert token == by_transformers(lm, sampling, [*ids[row], *answers[row]], logits[row]).argmax()
                 answers[row].append(token)
         assert torch.equal(logits, kept)
-        assert len({tuple(one) for one in answers}) > 3
+        assert len({tuple(answer) for answer in answers}) > 3
 
     def test_ends_are_kept_away_until_there_are_enough_tokens(self, lm: LM) -> None:
         logits = torch.zeros(3, 90)
         logits[:, 7], logits[:, 8], logits[:, 9] = 3, 2, 1
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": [7, 8]}
         settings = [Settings.of(lm.model, {**options, "min_new_tokens": n}, 4, CPU) for n in (None, 1, 3)]
-        rows = [RowSampler(one, None, 9) for one in settings]
+        rows = [RowSampler(setting, None, 9) for setting in settings]
         answers: list[list[int]] = [[], [], [5]]
         batch = BatchSampler(rows, [[1]] * 3, answers, CPU)
-        told = []
+        drawn = []
         for _ in range(4):
-            told.append(batch.choose(logits).tolist())
-            for answer, token in zip(answers, told[-1], strict=True):
+            drawn.append(batch.choose(logits).tolist())
+            for answer, token in zip(answers, drawn[-1], strict=True):
                 answer.append(token)
-        assert [list(one) for one in zip(*told, strict=True)] == [[7] * 4, [9, 7, 7, 7], [9, 9, 7, 7]]
+        assert [list(column) for column in zip(*drawn, strict=True)] == [[7] * 4, [9, 7, 7, 7], [9, 9, 7, 7]]
 
 
 class TestWhatTransformersDoes:
@@ -170,7 +170,7 @@ class TestWhatTransformersDoes:
         assert settings.others
         logits = torch.zeros(2, 90)
         logits[:, 3] = 90
-        rows = [Numbers(one, torch.full((3,), 0.5)) for one in (settings, Settings(True))]
+        rows = [Numbers(setting, torch.full((3,), 0.5)) for setting in (settings, Settings(True))]
         tokens = BatchSampler(rows, [[5, 3, 5]] * 2, [[], []], CPU).choose(logits)
         assert tokens[0] != 3  # 5 3 would come twice
         assert tokens[1] == 3
@@ -186,11 +186,11 @@ class TestWhatTransformersDoes:
 class TestSeeds:
     def test_a_rows_numbers_are_its_own(self) -> None:
         """Whatever is drawn beside it, wherever it stands, however long it may become."""
-        one = RowSampler(Settings(True), 5, 10)
+        sampler = RowSampler(Settings(True), 5, 10)
         longer = RowSampler(Settings(True), 5, 300)
-        assert one.numbers is not None
+        assert sampler.numbers is not None
         assert longer.numbers is not None
-        assert torch.equal(one.numbers, longer.numbers[:10])
+        assert torch.equal(sampler.numbers, longer.numbers[:10])
         logits = logits_of(1, 3, 50)
         answers: list[list[int]] = [[], [], []]
         rows = [RowSampler(Settings(True), seed, 200) for seed in (4, 5, 6)]
@@ -209,38 +209,38 @@ class TestSeeds:
         assert len({seed_of(seed, n) for seed in range(30) for n in range(30)}) > 870
 
     def test_without_a_seed_they_differ_from_run_to_run(self) -> None:
-        one, other = (RowSampler(Settings(True), None, 20).numbers for _ in range(2))
-        assert one is not None
-        assert other is not None
-        assert not torch.equal(one, other)
+        numbers, other_numbers = (RowSampler(Settings(True), None, 20).numbers for _ in range(2))
+        assert numbers is not None
+        assert other_numbers is not None
+        assert not torch.equal(numbers, other_numbers)
 
 
 @pytest.mark.parametrize("sample", [{}, {"top_k": 4}, {"top_p": 0.8, "min_p": 0.02}, {"repetition_penalty": 1.5}])
 def test_answers_to_a_list_are_those_of_its_places(lm: LM, sample: dict[str, Any]) -> None:
     """Not of batches: one prompt's samples are the same whatever is answered beside it, and as many times as asked."""
     prompts = [prompt(n, 4 + n) for n in (1, 2, 3, 1, 1)]
-    given: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8, "chat": False, "seed": 3, **sample}
-    together = [one.token_ids for one in lm.generate(prompts, **given)]
-    assert together == [one.token_ids for one in lm.generate(prompts, batch_size=2, **given)]
-    assert together[0] == lm.generate(prompts[0], **given)[0].token_ids
-    assert together[1] == lm.generate(["a b", prompts[1]], **given)[1].token_ids
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8, "chat": False, "seed": 3, **sample}
+    together = [answer.token_ids for answer in lm.generate(prompts, **options)]
+    assert together == [answer.token_ids for answer in lm.generate(prompts, batch_size=2, **options)]
+    assert together[0] == lm.generate(prompts[0], **options)[0].token_ids
+    assert together[1] == lm.generate(["a b", prompts[1]], **options)[1].token_ids
     assert len({together[0], together[3], together[4]}) == 3
-    several = [one.token_ids for one in lm.generate(prompts[:2], num_return_sequences=3, **given)]
+    several = [answer.token_ids for answer in lm.generate(prompts[:2], num_return_sequences=3, **options)]
     assert len(several) == 6
     assert several[0] == together[0]
     assert len(set(several)) == 6
 
 
 def test_torchs_own_seed_makes_samples_repeatable(lm: LM) -> None:
-    given: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8, "chat": False}
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8, "chat": False}
 
     def sampled() -> tuple[int, ...]:
         torch.manual_seed(11)
-        return lm.generate(prompt(1, 5), **given)[0].token_ids
+        return lm.generate(prompt(1, 5), **options)[0].token_ids
 
     assert sampled() == sampled()
     state = torch.get_rng_state()
-    lm.generate(prompt(1, 5), seed=1, **given)
+    lm.generate(prompt(1, 5), seed=1, **options)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -60,13 +60,13 @@ class TestFormulas:
         factor[2:5] = 1
         expected = raw * factor
         expected /= expected.sum(-1, keepdim=True)
-        found = weights_after(BiasScores(math.log(0.01), outside=True), scores, (2, 5))
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        weights = weights_after(BiasScores(math.log(0.01), outside=True), scores, (2, 5))
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
     def test_only_the_chosen_heads(self, scores: Tensor) -> None:
-        found = weights_after(BiasScores(2.0, heads=(1, 3)), scores, (2, 5))
+        weights = weights_after(BiasScores(2.0, heads=(1, 3)), scores, (2, 5))
         for head in range(4):
-            assert torch.equal(found[head], scores.softmax(-1)[head]) == (head in (0, 2))
+            assert torch.equal(weights[head], scores.softmax(-1)[head]) == (head in (0, 2))
 
     def test_the_mass_after_spotlight(self, scores: Tensor) -> None:
         before = scores.softmax(-1)[..., 2:5].sum(-1)
@@ -82,8 +82,8 @@ class TestFormulas:
 
     def test_a_layers_pool_gives_its_heads_one_bias(self, scores: Tensor) -> None:
         before = scores.softmax(-1)[..., 2:5].sum(-1).mean(0)
-        found = weights_after(TargetMass(0.9, pool="layer"), scores, (2, 5)).log() - scores.softmax(-1).log()
-        bias = found[..., 2] - found[..., 0]  # in the span and outside of it
+        change = weights_after(TargetMass(0.9, pool="layer"), scores, (2, 5)).log() - scores.softmax(-1).log()
+        bias = change[..., 2] - change[..., 0]  # in the span and outside of it
         torch.testing.assert_close(bias, (0.9 / before).log().expand(4, -1), rtol=1e-9, atol=1e-9)
 
     def test_a_span_that_no_query_sees_stays_finite(self) -> None:
@@ -98,40 +98,40 @@ class TestFormulas:
         lm = tiny.tiny("llama", dtype=torch.float16)
         from trimtab.decoding.rejection import Rejection
 
-        one = emphasis(ScaleScores(1e5), SPANS[0], range(LAYERS))
-        (answer,) = lm.generate(PROMPTS[0], one, rejection=Rejection(0.0), max_new_tokens=4, logprobs=True)
+        emphasized = emphasis(ScaleScores(1e5), SPANS[0], range(LAYERS))
+        (answer,) = lm.generate(PROMPTS[0], emphasized, rejection=Rejection(0.0), max_new_tokens=4, logprobs=True)
         assert all(math.isfinite(value) for value in answer.logprobs)
 
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_the_column_after_the_span_is_untouched(self, scores: Tensor, name: str) -> None:
         """Columns beside the span keep their ratios to each other; those of the span change towards them."""
-        found = weights_after(OPERATIONS[name], scores, (2, 5)).log() - scores.softmax(-1).log()
-        outside = found[0, 0, [0, 1, 5, 6, 9]]
+        change = weights_after(OPERATIONS[name], scores, (2, 5)).log() - scores.softmax(-1).log()
+        outside = change[0, 0, [0, 1, 5, 6, 9]]
         torch.testing.assert_close(outside, outside[:1].expand(5), rtol=1e-9, atol=1e-9)
         steered = OPERATIONS[name]
         if not isinstance(steered, TargetMass):
-            assert not torch.allclose(found[0, 0, 2:5], outside[:1].expand(3), atol=1e-3)
+            assert not torch.allclose(change[0, 0, 2:5], outside[:1].expand(3), atol=1e-3)
 
 
 @contextmanager
 def spelled_out(lm: LM, edits: tuple[Edit, ...], prompt_length: int) -> Iterator[None]:
     """Attention over one whole text without a cache, in loops over heads and queries."""
 
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> tuple:
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple:
         layer = module.layer_idx
         heads, length = query.shape[1:3]
         repeat = heads // key.shape[1]
-        scale = given.get("scaling") or query.shape[-1] ** -0.5
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
         output = torch.zeros(1, length, heads, value.shape[-1], dtype=value.dtype)
         for q in range(length):
-            seen = range(max(0, q + 1 - (given.get("sliding_window") or length)), q + 1)
+            seen = range(max(0, q + 1 - (options.get("sliding_window") or length)), q + 1)
             rows = []
             for h in range(heads):
                 s = key[0, h // repeat] @ query[0, h, q] * scale
                 for e in (e for e in edits if e.site.layer == layer and isinstance(e.operation, ScaleScores)):
                     s[inside(e, length)] *= e.operation.alpha
-                if given.get("softcap"):
-                    s = torch.tanh(s / given["softcap"]) * given["softcap"]
+                if options.get("softcap"):
+                    s = torch.tanh(s / options["softcap"]) * options["softcap"]
                 hidden = [c for c in range(length) if c not in seen]
                 s[hidden] = -math.inf
                 rows.append(s)
@@ -193,18 +193,18 @@ class TestGeneration:
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_a_mixed_batch_equals_attention_spelled_out(self, lm: LM, plain: Any, name: str) -> None:
         """Prompts of different lengths, spans and an unsteered request, over a cache; alone, without one."""
-        given = [emphasis(OPERATIONS[name], spans, (0, 2, 3)) for spans in SPANS]
-        answers = lm.generate(PROMPTS, [given[0], given[1], None], max_new_tokens=NEW, logprobs=True)
+        steerings = [emphasis(OPERATIONS[name], spans, (0, 2, 3)) for spans in SPANS]
+        answers = lm.generate(PROMPTS, [steerings[0], steerings[1], None], max_new_tokens=NEW, logprobs=True)
         for i in (0, 1):
-            assert list(answers[i].token_ids) == naive(lm, PROMPTS[i], given[i])
+            assert list(answers[i].token_ids) == naive(lm, PROMPTS[i], steerings[i])
         assert answers[2].token_ids == plain[2].token_ids
         assert answers[2].logprobs == plain[2].logprobs  # to the bit
         assert all(answers[i].logprobs != plain[i].logprobs for i in (0, 1))
 
     def test_strength_zero_is_nothing(self, lm: LM, plain: Any) -> None:
-        one = [0.0 * emphasis(OPERATIONS["scaling"], spans, range(LAYERS)) for spans in SPANS]
-        found = lm.generate(PROMPTS, one, max_new_tokens=NEW, logprobs=True)
-        assert [a.logprobs for a in found] == [a.logprobs for a in plain]
+        nothing = [0.0 * emphasis(OPERATIONS["scaling"], spans, range(LAYERS)) for spans in SPANS]
+        answers = lm.generate(PROMPTS, nothing, max_new_tokens=NEW, logprobs=True)
+        assert [a.logprobs for a in answers] == [a.logprobs for a in plain]
 
     def test_nothing_is_left_behind(self, lm: LM) -> None:
         before = (lm.layout.decoder.config._attn_implementation, sorted(ALL_ATTENTION_FUNCTIONS))
@@ -248,9 +248,9 @@ class TestWhatCannotRun:
         self, operation: ScoreOperation, layer: int, positions: Positions, named: str
     ) -> None:
         lm = tiny.tiny("llama")
-        one = Steering((Edit(Site(layer, "scores"), operation, positions),))
+        steering = Steering((Edit(Site(layer, "scores"), operation, positions),))
         with pytest.raises(TrimtabError, match=named):
-            lm.generate(PROMPTS[0], one, max_new_tokens=2)
+            lm.generate(PROMPTS[0], steering, max_new_tokens=2)
 
     @pytest.mark.parametrize(
         "make",
@@ -277,11 +277,11 @@ class TestWhatCannotRun:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_file_holds_them(name: str, tmp_path: Path) -> None:
-    one = 0.5 * emphasis(OPERATIONS[name], SPANS[1], range(LAYERS), "manual")
-    save(one, tmp_path / "a.safetensors")
+    emphasized = 0.5 * emphasis(OPERATIONS[name], SPANS[1], range(LAYERS), "manual")
+    save(emphasized, tmp_path / "a.safetensors")
     read = load(tmp_path / "a.safetensors")
-    assert read == one
-    assert read.card == one.card
+    assert read == emphasized
+    assert read.card == emphasized.card
 
 
 def test_a_soft_cap_that_the_model_itself_leaves_out_is_refused() -> None:

@@ -9,7 +9,7 @@ import naive_meanings
 import pytest
 import tiny
 from pretend_gpu import Counts, move, pretending
-from test_decode import STEERINGS, asked
+from test_decode import STEERINGS, request_of
 from tiny import direction, prompt
 
 from trimtab import Add, Edit, Monitor, Positions, Site, Steering, Threshold
@@ -51,7 +51,7 @@ def test_one_wait_and_no_copies(device: tuple[LM, Counts], name: str, rows: int,
     for row in range(rows):
         way = WAYS[name][row % len(WAYS[name])]
         if steered:
-            batch.insert(asked(lm, row, 4 + row, 20, **way))
+            batch.insert(request_of(lm, row, 4 + row, 20, **way))
         else:
             batch.insert(GenerationRequest(tuple(lm.encode(prompt(row, 4 + row))), None, 20, **way))
     for _ in range(7):  # what stays the same is put on the device, and no row is steered in another way any more
@@ -107,7 +107,7 @@ def test_the_numbers_ahead_are_copied_now_and_then(device: tuple[LM, Counts], mo
     lm, counts = device
     batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
     for row in range(5):
-        batch.insert(asked(lm, row, 4 + row, 30, sampling=Sampling(1.0, 0.9, seed=row)))
+        batch.insert(request_of(lm, row, 4 + row, 30, sampling=Sampling(1.0, 0.9, seed=row)))
     for _ in range(9):
         batch.step()
     counts.clear()
@@ -120,13 +120,13 @@ def test_the_numbers_ahead_are_copied_now_and_then(device: tuple[LM, Counts], mo
 def test_the_tokens_are_those_of_the_cpu(device: tuple[LM, Counts]) -> None:
     moved, _ = device
     plain = tiny.tiny("llama")
-    found = []
+    runs = []
     for lm in (moved, plain):
         batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
         for row in range(len(STEERINGS)):
-            batch.insert(asked(lm, row, 4 + row, 6, **WAYS["mixed"][row % 4]))
-        told = []
+            batch.insert(request_of(lm, row, 4 + row, 6, **WAYS["mixed"][row % 4]))
+        events = []
         while len(batch):
-            told += [(one.key, one.token) for one in batch.step()]
-        found.append(told)
-    assert found[0] == found[1]
+            events += [(response.key, response.token) for response in batch.step()]
+        runs.append(events)
+    assert runs[0] == runs[1]

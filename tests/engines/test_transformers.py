@@ -180,12 +180,12 @@ class TestSteered:
         ids = [lm.encode(prompt(i, n)) for i, n in enumerate((3, 7))]
         padded = torch.tensor([ids[0] + [0] * 4, ids[1]])
         mask = torch.tensor([[1] * 3 + [0] * 4, [1] * 7])
-        one = STEERING.at(Positions.last_prompt_token())
-        with lm.steered([one, None]) as session, torch.no_grad():
+        steering = STEERING.at(Positions.last_prompt_token())
+        with lm.steered([steering, None]) as session, torch.no_grad():
             together = lm.model(input_ids=padded, attention_mask=mask).logits
             assert [len(session.doses(row)) for row in (0, 1)] == [1, 0]
             assert session.doses(0)[0].tokens == 1
-        with lm.steered(one), torch.no_grad():
+        with lm.steered(steering), torch.no_grad():
             alone = lm.model(input_ids=torch.tensor([ids[0]])).logits
         assert torch.allclose(together[0, :3], alone[0], atol=1e-5)
         with torch.no_grad():
@@ -206,18 +206,18 @@ class TestSteered:
         texts = [prompt(i, 5) for i in range(4)]
         steerings = [STEERING, None, -1 * STEERING, 0.5 * STEERING]
         expected = [lm.generate(t, s, max_new_tokens=5)[0].token_ids for t, s in zip(texts, steerings, strict=True)]
-        found: dict[int, tuple[int, ...]] = {}
+        answers: dict[int, tuple[int, ...]] = {}
 
         def work(i: int) -> None:
             for _ in range(3):
-                found[i] = lm.generate(texts[i], steerings[i], max_new_tokens=5)[0].token_ids
+                answers[i] = lm.generate(texts[i], steerings[i], max_new_tokens=5)[0].token_ids
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert [found[i] for i in range(4)] == expected
+        assert [answers[i] for i in range(4)] == expected
 
     def test_a_peft_model(self) -> None:
         base = tiny.tiny("llama", dtype=torch.float32)

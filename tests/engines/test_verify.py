@@ -58,7 +58,7 @@ def llama() -> LM:
     return tiny.tiny("llama")
 
 
-def asked(lm: LM, number: int, count: int, **more: Any) -> GenerationRequest:
+def request_of(lm: LM, number: int, count: int, **more: Any) -> GenerationRequest:
     steering, rejection, sampling = WAYS[number % len(WAYS)]
     ids = tuple(lm.encode(prompt(number, 3 + number % 9)))
     return GenerationRequest(ids, steering, count, sampling, rejection=rejection, **more)
@@ -77,13 +77,13 @@ def alone(lm: LM, request: GenerationRequest) -> list[GenerationResponse]:
     return drain(batch)[key]
 
 
-def same(one: list[GenerationResponse], other: list[GenerationResponse], tolerance: float = 1e-4) -> None:
-    assert [a.token for a in one] == [b.token for b in other]
-    assert [a.finish for a in one] == [b.finish for b in other]
-    for a, b in zip(one, other, strict=True):
+def same(responses: list[GenerationResponse], expected: list[GenerationResponse], tolerance: float = 1e-4) -> None:
+    assert [a.token for a in responses] == [b.token for b in expected]
+    assert [a.finish for a in responses] == [b.finish for b in expected]
+    for a, b in zip(responses, expected, strict=True):
         assert a.error is b.error is None
         assert a.logprob == pytest.approx(b.logprob, abs=tolerance)
-    mine, theirs = one[-1], other[-1]
+    mine, theirs = responses[-1], expected[-1]
     assert (mine.trace is None) == (theirs.trace is None)
     if mine.trace is not None and theirs.trace is not None:
         assert (mine.trace.steps, mine.trace.rungs, mine.trace.order) == (
@@ -100,8 +100,8 @@ class TestNeighboursDontMatter:
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_rows_that_join_and_leave_at_random_steps(self, lm: LM, schedule: str) -> None:
         chance = random.Random(schedule)
-        requests = [with_schedule(asked(lm, n, 3 + n % 5, alternatives=1), schedule) for n in range(len(WAYS))]
-        expected = [alone(lm, one) for one in requests]
+        requests = [with_schedule(request_of(lm, n, 3 + n % 5, alternatives=1), schedule) for n in range(len(WAYS))]
+        expected = [alone(lm, request) for request in requests]
         waiting = list(range(len(requests)))
         chance.shuffle(waiting)
         batch, responses, of = stepper(lm), {}, {}
@@ -120,10 +120,10 @@ class TestNeighboursDontMatter:
     def test_they_are_what_the_naive_reference_gives(self, lm: LM) -> None:
         batch, keys = stepper(lm), {}
         for number in (0, 1, 2, 3, 5):
-            keys[batch.insert(asked(lm, number, 6))] = number
+            keys[batch.insert(request_of(lm, number, 6))] = number
             batch.step()
         # what has come before isn't looked at here
-        keys2 = {batch.insert(asked(lm, number, 6)): number for number in (0, 2)}
+        keys2 = {batch.insert(request_of(lm, number, 6)): number for number in (0, 2)}
         responses = drain(batch)
         for key, number in keys2.items():
             steering, rejection, _ = WAYS[number]
@@ -133,22 +133,22 @@ class TestNeighboursDontMatter:
             expected, _ = naive_rejection.generate(
                 lm, text, steering.edits, rejection.beta, 6, halve=rejection.ladder == "halve"
             )
-            assert [one.token for one in responses[key]] == expected
+            assert [response.token for response in responses[key]] == expected
 
     def test_rows_over_copies_of_the_cache(self, llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-        shared = [alone(llama, asked(llama, n, 5, alternatives=0)) for n in range(8)]
+        shared = [alone(llama, request_of(llama, n, 5, alternatives=0)) for n in range(8)]
         monkeypatch.setattr(decode, "rows_for", Forks)
         batch = stepper(llama)
         keys = []
         for n in range(8):
-            keys.append(batch.insert(asked(llama, n, 5, alternatives=0)))
+            keys.append(batch.insert(request_of(llama, n, 5, alternatives=0)))
             first = batch.step() if n % 3 == 0 else []
             keys[-1] = (keys[-1], first)
         responses = drain(batch)
         begun: dict[int, list[GenerationResponse]] = {}
         for _, first in keys:
-            for one in first:
-                begun.setdefault(one.key, []).append(one)
+            for response in first:
+                begun.setdefault(response.key, []).append(response)
         for (key, _), expected in zip(keys, shared, strict=True):
             same(begun.get(key, []) + responses.get(key, []), expected)
 
@@ -163,22 +163,22 @@ class TestNeighboursDontMatter:
         turned = llama.generate(texts[::-1], steerings[::-1], rejection=rejections[::-1], max_new_tokens=6, chat=False)[
             ::-1
         ]
-        for n, one, other in zip(greedy, together, turned, strict=True):
-            expected = alone(llama, asked(llama, n, 6, alternatives=0))
-            assert list(one.token_ids) == list(other.token_ids) == [response.token for response in expected]
-            assert one.logprobs == pytest.approx([response.logprob for response in expected], abs=1e-6)
-            assert (one.trace is None) == (WAYS[n][1] is None)
+        for n, answer, turned_answer in zip(greedy, together, turned, strict=True):
+            expected = alone(llama, request_of(llama, n, 6, alternatives=0))
+            assert list(answer.token_ids) == list(turned_answer.token_ids) == [response.token for response in expected]
+            assert answer.logprobs == pytest.approx([response.logprob for response in expected], abs=1e-6)
+            assert (answer.trace is None) == (WAYS[n][1] is None)
 
 
 class TestSteps:
     def test_a_row_that_leaves_takes_its_drafts_along(self, llama: LM) -> None:
         """Others' drafts still come true; passes are those of the rows that are left."""
         batch = stepper(llama)
-        keys = [batch.insert(asked(llama, 0, count)) for count in (3, 8, 8)]
+        keys = [batch.insert(request_of(llama, 0, count)) for count in (3, 8, 8)]
         responses = drain(batch)
-        expected = alone(llama, asked(llama, 0, 8))
+        expected = alone(llama, request_of(llama, 0, 8))
         for key, count in zip(keys, (3, 8, 8), strict=True):
-            assert [one.token for one in responses[key]] == [one.token for one in expected[:count]]
+            assert [response.token for response in responses[key]] == [response.token for response in expected[:count]]
         trace, by_itself = responses[keys[1]][-1].trace, expected[-1].trace
         assert isinstance(trace, Trace)
         assert isinstance(by_itself, Trace)
@@ -186,7 +186,7 @@ class TestSteps:
 
     def test_a_row_that_is_removed(self, llama: LM) -> None:
         batch = stepper(llama)
-        gone, stays = (batch.insert(asked(llama, number, 8)) for number in (0, 2))
+        gone, stays = (batch.insert(request_of(llama, number, 8)) for number in (0, 2))
         batch.step()
         batch.step()
         trace = batch.trace(gone)
@@ -197,20 +197,24 @@ class TestSteps:
         assert len(applied.edits) == LAYERS
         assert batch.trace(gone) is None
         answer = drain(batch)[stays]
-        assert [one.token for one in answer] == [one.token for one in alone(llama, asked(llama, 2, 8))][2:]
+        assert [response.token for response in answer] == [
+            response.token for response in alone(llama, request_of(llama, 2, 8))
+        ][2:]
 
     def test_one_that_has_no_rung_keeps_no_other_out(self, llama: LM) -> None:
         one_layer = Steering(ADDED.edits[:1])
         bad = GenerationRequest(tuple(llama.encode(prompt(1, 5))), one_layer, 5, rejection=Rejection())
         batch = stepper(llama)
-        wrong, right = batch.insert(bad), batch.insert(asked(llama, 0, 5))
+        wrong, right = batch.insert(bad), batch.insert(request_of(llama, 0, 5))
         responses = drain(batch)
         assert isinstance(responses[wrong][0].error, TrimtabError)
-        same(responses[right], alone(llama, asked(llama, 0, 5)))
+        same(responses[right], alone(llama, request_of(llama, 0, 5)))
 
     def test_edits_of_the_prompt_alone_are_refused_when_a_row_joins(self, llama: LM) -> None:
-        one = Steering((Edit(Site(1), Add(direction(1)), Positions.span(0, 2)),))
-        request = GenerationRequest(tuple(llama.encode(prompt(1, 5))), one, 5, rejection=Rejection(ladder="strength"))
+        steering = Steering((Edit(Site(1), Add(direction(1)), Positions.span(0, 2)),))
+        request = GenerationRequest(
+            tuple(llama.encode(prompt(1, 5))), steering, 5, rejection=Rejection(ladder="strength")
+        )
         with pytest.raises(TrimtabError, match="being decoded"):
             stepper(llama).insert(request)
 
@@ -221,7 +225,7 @@ class TestSteps:
             rejection = Rejection(0.3, ladder="strength", schedule=schedule)
             steered = alone(llama, GenerationRequest(ids, 1e6 * far, 5, rejection=rejection))
             plain = alone(llama, GenerationRequest(ids, None, 5))
-            assert [one.token for one in steered] == [one.token for one in plain]
+            assert [response.token for response in steered] == [response.token for response in plain]
             assert steered[-1].trace is not None
             assert all(step.rung is None for step in steered[-1].trace.steps)
 
@@ -266,11 +270,11 @@ def test_one_row_at_a_time_over_the_models_own_cache(family: str) -> None:
     lm.check(EMPHASIS + ADDED)
     batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout, alone=True)
     numbers = (0, 2, 6, 8)
-    keys = [batch.insert(asked(lm, number, 6, alternatives=1)) for number in numbers]
+    keys = [batch.insert(request_of(lm, number, 6, alternatives=1)) for number in numbers]
     responses: dict[int, list[GenerationResponse]] = {}
     while len(batch):
         for response in batch.step():
             responses.setdefault(response.key, []).append(response)
         assert batch.running <= 1
     for key, number in zip(keys, numbers, strict=True):
-        same(responses[key], alone(lm, asked(lm, number, 6, alternatives=1)))
+        same(responses[key], alone(lm, request_of(lm, number, 6, alternatives=1)))

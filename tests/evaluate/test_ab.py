@@ -264,11 +264,11 @@ def test_a_liking_for_a_letter_cancels_over_both_orders() -> None:
     over questions."""
     lm = letters_lm()
     items = in_both_orders([ABItem(str(i), f"Q{i}\n(A) x\n(B) x", "A", "B") for i in range(4)])
-    assert all(one.question == two.question for one, two in zip(items[::2], items[1::2], strict=True))
+    assert all(first.question == second.question for first, second in zip(items[::2], items[1::2], strict=True))
     records = scored(lm, {"unsteered": None, "pushed": pushed(lm, 0.2)}, items)
     assert by_name(records)["pushed", "0"].scores["matching"] > by_name(records)["unsteered", "0"].scores["matching"]
     lines = summarize(records, ["matching"], baseline="unsteered")
-    line = next(one for one in lines if one.arm == "pushed")
+    line = next(candidate for candidate in lines if candidate.arm == "pushed")
     assert line.difference is not None
     assert line.mean.estimate == pytest.approx(0.5, abs=1e-12)
     assert max(abs(line.difference.mean.low), abs(line.difference.mean.high)) < 1e-12
@@ -278,5 +278,5 @@ def test_a_liking_for_a_letter_cancels_over_both_orders() -> None:
 def test_all_of_the_papers_questions_can_be_asked_in_both_orders() -> None:
     for file in [*sorted(DATA.glob("*/generate_dataset.json")), *sorted(DATA.glob("*/test_dataset_ab.json"))]:
         items, _ = read_ab(file, exclude=True)
-        for one, two in zip(*[iter(in_both_orders(items[:50]))] * 2, strict=True):
-            assert sorted(one.question.replace(" ", "")) == sorted(two.question.replace(" ", ""))
+        for first, second in zip(*[iter(in_both_orders(items[:50]))] * 2, strict=True):
+            assert sorted(first.question.replace(" ", "")) == sorted(second.question.replace(" ", ""))

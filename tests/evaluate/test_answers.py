@@ -24,7 +24,7 @@ STEERINGS = {
 }
 
 
-def asked(count=5):
+def requests_of(count=5):
     prompts = [prompt(i, 3 + 2 * (i % 4)) for i in range(count)]
     return [ArmPrompt(arm, f"q{i}", p, s, f"g{i // 2}") for i, p in enumerate(prompts) for arm, s in STEERINGS.items()]
 
@@ -34,15 +34,15 @@ def score(_request, generation):
 
 
 def run(out=None, lm=None, requests=None, **options):
-    given = {"score": score, "max_new_tokens": 6, "batch_size": 4, "out": out, **options}
-    return answer(lm or tiny("llama"), requests or asked(), **given)
+    settings = {"score": score, "max_new_tokens": 6, "batch_size": 4, "out": out, **options}
+    return answer(lm or tiny("llama"), requests or requests_of(), **settings)
 
 
 def test_every_request_has_its_record_as_if_asked_alone():
     lm = tiny("llama")
     records = {(r.arm, r.item): r for r in run(lm=lm)}
     assert len(records) == 15
-    for request in asked():
+    for request in requests_of():
         (alone,) = lm.generate(request.prompt, request.steering, max_new_tokens=6)
         record = records[request.arm, request.item]
         assert (record.answer, record.tokens, record.finish) == (alone.text, 6, "length")
@@ -104,7 +104,7 @@ def test_sampling_goes_on_with_the_same_numbers(tmp_path):
 PROGRAM = """
 import sys, time
 sys.path[:0] = {path!r}
-from test_answers import asked, score, run
+from test_answers import requests_of, score, run
 def slow(request, generation):
     time.sleep(0.03)
     return score(request, generation)
@@ -117,7 +117,7 @@ run({out!r}, requests=asked(16), score=slow)
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
 def test_killed_and_started_again_it_writes_the_same_bytes(tmp_path):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    run(whole, requests=asked(16))
+    run(whole, requests=requests_of(16))
     here = Path(__file__).parent
     program = PROGRAM.format(path=[str(here), str(here.parent)], out=str(killed))
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -132,7 +132,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(tmp_path):
     assert 9 <= lines < 49
     with killed.open("ab") as stream:  # what a machine that fails in the middle of a write leaves
         stream.write(whole.read_bytes().splitlines()[lines][:20])
-    run(killed, requests=asked(16))
+    run(killed, requests=requests_of(16))
     assert killed.read_bytes() == whole.read_bytes()
 
 
@@ -140,7 +140,7 @@ def test_another_runs_file_is_refused_and_left_alone(tmp_path):
     out = tmp_path / "r.jsonl"
     run(out, about={"evaluation": "x"})
     kept = out.read_bytes()
-    changed = asked()
+    changed = requests_of()
     changed[1] = ArmPrompt("pushed", "q0", "w3 w4", changed[1].steering)
     cases = [
         ({"max_new_tokens": 7}, "options.max_new_tokens is 6 there and 7 here"),
@@ -150,7 +150,7 @@ def test_another_runs_file_is_refused_and_left_alone(tmp_path):
         ({"lm": tiny("llama", seed=1)}, "model.fingerprint"),
         ({"lm": tiny("qwen2")}, "model.family is llama there and qwen2 here"),
         ({"requests": changed}, "arms.pushed.digest"),
-        ({"requests": asked(4)}, "arms.unsteered.requests is 5 there and 4 here"),
+        ({"requests": requests_of(4)}, "arms.unsteered.requests is 5 there and 4 here"),
     ]
     for options, words in cases:
         with pytest.raises(TrimtabError, match="holds another run") as caught:
@@ -192,10 +192,10 @@ def test_what_cannot_run_is_said_before_anything_runs(tmp_path, monkeypatch):
     late = Steering((Edit(Site(1), Add(direction(0)), Positions.span(50, 51)),))
     wrong = [
         ([], "no requests"),
-        ([*asked(), asked()[0]], "'q0' is twice in arm 'unsteered'"),
-        ([*asked(), ArmPrompt("a", "i", "w3 " * 130)], "128"),
-        ([*asked(), ArmPrompt("a", "i", "w3", Steering((Edit(Site(9), Add(direction(0))),)))], "9"),
-        ([*asked(), ArmPrompt("a", "i", "w3", late)], "50"),
+        ([*requests_of(), requests_of()[0]], "'q0' is twice in arm 'unsteered'"),
+        ([*requests_of(), ArmPrompt("a", "i", "w3 " * 130)], "128"),
+        ([*requests_of(), ArmPrompt("a", "i", "w3", Steering((Edit(Site(9), Add(direction(0))),)))], "9"),
+        ([*requests_of(), ArmPrompt("a", "i", "w3", late)], "50"),
     ]
     for requests, words in wrong:
         with pytest.raises(TrimtabError, match=words):

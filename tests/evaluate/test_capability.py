@@ -50,8 +50,8 @@ def test_scores() -> None:
     assert [request.prompt for request in requests] == ["How many?" + ASK, "And now?" + ASK]
     score = math_scorer(items)
     for text, expected in (("#### 18.0", (1, 1)), ("18", (1, 0)), ("#### 19", (0, 1)), ("?", (0, 0))):
-        found = score(requests[0], SimpleNamespace(text=text))  # type: ignore[arg-type]
-        assert (found["correct"], found["marked"]) == expected
+        scores = score(requests[0], SimpleNamespace(text=text))  # type: ignore[arg-type]
+        assert (scores["correct"], scores["marked"]) == expected
     assert score(requests[1], SimpleNamespace(text="2.50"))["correct"] == 1  # type: ignore[arg-type]
 
 

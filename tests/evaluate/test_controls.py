@@ -44,8 +44,8 @@ def test_the_seed_decides():
 
 
 def test_directions_are_even_over_the_sphere():
-    one = Steering((Edit(Site(0), Add(direction(0))),))
-    drawn = torch.stack([random_like(one, seed).edits[0].operation.direction for seed in range(400)])
+    steering = Steering((Edit(Site(0), Add(direction(0))),))
+    drawn = torch.stack([random_like(steering, seed).edits[0].operation.direction for seed in range(400)])
     assert drawn.mean(0).norm() < 0.1
     assert (drawn.T @ drawn / 400 * 32 - torch.eye(32)).abs().max() < 0.5
 

@@ -43,9 +43,9 @@ def test_counting_and_drawing_agree_with_trying_all(monkeypatch):
 @pytest.mark.parametrize(("won", "lost"), [(5, 0), (7, 1), (9, 4), (40, 20)])
 def test_passes_and_failures_are_mcnemars_test_on_one_side(won, lost):
     before, after = [0] * won + [1] * lost + [1, 0], [1] * won + [0] * lost + [1, 0]
-    found = decide(before, after)
-    assert found.p == pytest.approx(mcnemar(before, after) / 2)
-    assert (found.won, found.lost, found.items) == (won, lost, won + lost + 2)
+    decision = decide(before, after)
+    assert decision.p == pytest.approx(mcnemar(before, after) / 2)
+    assert (decision.won, decision.lost, decision.items) == (won, lost, won + lost + 2)
 
 
 def test_one_lucky_prompt_is_no_gain():
@@ -62,8 +62,8 @@ def test_the_best_of_many_is_corrected():
 
 
 def test_what_belongs_together_changes_sign_together():
-    found = decide([0] * 12, [1] * 12, groups=[i // 3 for i in range(12)])
-    assert (found.items, found.p) == (4, 1 / 16)
+    decision = decide([0] * 12, [1] * 12, groups=[i // 3 for i in range(12)])
+    assert (decision.items, decision.p) == (4, 1 / 16)
 
 
 def test_of_all_outcomes_without_an_effect_so_few_are_called_better():
@@ -87,15 +87,16 @@ def test_a_search_with_nothing_to_find_seldom_finds_something(held_out):
         def trial(steerings, _items, _progress, draw=draw):
             return [Outcome(float(draw.random() < 0.5), 0.1, 1) for _ in steerings]
 
-        found = search(candidates, list(range(24)), trial, guard=None, held_out=held_out, margin=0.0, seed=seed)
-        wrong += found.steering is not None
+        outcome = search(candidates, list(range(24)), trial, guard=None, held_out=held_out, margin=0.0, seed=seed)
+        wrong += outcome.steering is not None
     assert wrong / rounds <= LEVEL
 
 
 def test_the_words_say_what_was_seen_and_how_sure_it_is():
-    found = decide([0] * 8, [1] * 6 + [0] * 2, candidates=2)
+    decision = decide([0] * 8, [1] * 6 + [0] * 2, candidates=2)
     assert (
-        in_words(found) == "better: 0.75 instead of 0.00 on 8 prompts (6 better, 0 worse; p = 0.031 for the best of 2)"
+        in_words(decision)
+        == "better: 0.75 instead of 0.00 on 8 prompts (6 better, 0 worse; p = 0.031 for the best of 2)"
     )
     assert "5%" in error_rate()
     worse = Decision(9, 0.9, 0.1, Interval(-0.8, -1, -0.5), 0, 7, 1.0, 0.0078)

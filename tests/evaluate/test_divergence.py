@@ -55,27 +55,27 @@ def edits(lm: LM) -> dict[str, Steering]:
     }
 
 
-def naive(lm: LM, one: Steering, text: str, tokens: int) -> list[float]:
+def naive(lm: LM, acting: Steering, text: str, tokens: int) -> list[float]:
     """By definition, from the naive forms of the model and of the edits."""
     ids = lm.encode(text)
     (answer,) = lm.generate([text], max_new_tokens=tokens)
     whole = [*ids, *answer.token_ids]
-    p, q = (naive_logits(lm, whole, len(ids), edits).double().log_softmax(-1) for edits in ((), one.edits))
+    p, q = (naive_logits(lm, whole, len(ids), edits).double().log_softmax(-1) for edits in ((), acting.edits))
     return (p.exp() * (p - q)).sum(-1)[len(ids) - 1 : -1].tolist()
 
 
 @pytest.mark.parametrize("name", ["add", "add to what is generated", "two layers", "rotate"])
 def test_it_is_the_divergence_of_each_token_after_the_unsteered_answer(lm: LM, name: str) -> None:
-    one = edits(lm)[name]
-    got = divergence(lm, one, PROMPTS, tokens=4)
+    acting = edits(lm)[name]
+    got = divergence(lm, acting, PROMPTS, tokens=4)
     for text, row in zip(PROMPTS, got.nats, strict=True):
-        assert list(row) == pytest.approx(naive(lm, one, text, 4), rel=2e-4, abs=1e-6)
+        assert list(row) == pytest.approx(naive(lm, acting, text, 4), rel=2e-4, abs=1e-6)
     assert got.tokens == sum(len(row) for row in got.nats)
 
 
 def test_nothing_diverges_by_nothing(lm: LM) -> None:
-    for one in (None, 0 * edits(lm)["add"], edits(lm)["shut gate"]):
-        assert divergence(lm, one, PROMPTS, tokens=4) == Divergence(tuple((0.0,) * 4 for _ in PROMPTS))
+    for nothing in (None, 0 * edits(lm)["add"], edits(lm)["shut gate"]):
+        assert divergence(lm, nothing, PROMPTS, tokens=4) == Divergence(tuple((0.0,) * 4 for _ in PROMPTS))
 
 
 def test_neighbours_do_not_matter(lm: LM) -> None:
@@ -92,13 +92,13 @@ def test_a_steered_answer_is_as_likely_when_it_is_read_as_when_it_was_generated(
     lm = tiny("llama")
     opened = steering(lm, Edit(Site(1), Add(2 * unit()), gate=Threshold(Site(0), unit(), -1e6)))
     heeded = emphasis(ScaleScores(5.0), ((1, 4),), range(lm.layout.layers), "planted")
-    one = {**edits(lm), "open gate": opened, "emphasis": heeded}[name]
-    answers = lm.generate(PROMPTS, one, max_new_tokens=4, logprobs=True)
+    acting = {**edits(lm), "open gate": opened, "emphasis": heeded}[name]
+    answers = lm.generate(PROMPTS, acting, max_new_tokens=4, logprobs=True)
     texts = [Answered(tuple(lm.encode(p)), tuple(a.token_ids)) for p, a in zip(PROMPTS, answers, strict=True)]
-    for text, answer, logits in zip(texts, answers, read_answered(lm, texts, one), strict=True):
+    for text, answer, logits in zip(texts, answers, read_answered(lm, texts, acting), strict=True):
         assert answer.logprobs is not None
-        found = logits.double().log_softmax(-1)[range(4), list(text.answer)]
-        assert found.tolist() == pytest.approx(list(answer.logprobs), rel=1e-4, abs=1e-5)
+        likelihoods = logits.double().log_softmax(-1)[range(4), list(text.answer)]
+        assert likelihoods.tolist() == pytest.approx(list(answer.logprobs), rel=1e-4, abs=1e-5)
 
 
 def test_figures_are_over_all_tokens() -> None:
@@ -121,19 +121,19 @@ def test_logits_that_are_no_numbers_are_infinitely_far(monkeypatch: pytest.Monke
     base = reference(lm, PROMPTS, tokens=4)
     broken = [torch.full_like(logits, torch.nan) for logits in base.logits]
     monkeypatch.setattr("trimtab.evaluate.divergence.read_answered", lambda *_: broken)
-    found = divergence(lm, edits(lm)["add"], base)
-    assert (found.mean, found.p95) == (float("inf"), float("inf"))
+    result = divergence(lm, edits(lm)["add"], base)
+    assert (result.mean, result.p95) == (float("inf"), float("inf"))
     assert Divergence(((0.0,) * 99, (float("inf"),))).p95 == 0.0
     with pytest.raises(TrimtabError, match="the unsteered model's logits aren't finite"):
         divergence(lm, None, Reference(base.texts, tuple(broken)))
 
 
 def test_each_prompt_may_have_a_steering_of_its_own(lm: LM) -> None:
-    one, two = steering(lm, Edit(Site(1), Add(2 * unit()))), steering(lm, Edit(Site(2), Add(-3 * unit(4))))
+    first, second = steering(lm, Edit(Site(1), Add(2 * unit()))), steering(lm, Edit(Site(2), Add(-3 * unit(4))))
     base = reference(lm, PROMPTS, tokens=4)
-    mixed = divergence(lm, [one, None, two], base).nats
-    alone = [divergence(lm, each, base).nats for each in (one, None, two)]
+    mixed = divergence(lm, [first, None, second], base).nats
+    alone = [divergence(lm, each, base).nats for each in (first, None, second)]
     for i in range(3):
         assert mixed[i] == pytest.approx(alone[i][i], abs=1e-9)
     with pytest.raises(TrimtabError, match="2 steerings for 3 texts"):
-        divergence(lm, [one, two], base)
+        divergence(lm, [first, second], base)

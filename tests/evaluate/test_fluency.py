@@ -35,9 +35,9 @@ TEXTS = [(ids(1, 5), ids(2, 7)), (ids(3, 9), ids(4, 1)), (ids(5, 1), ids(6, 12))
 def test_it_is_the_textbook_formula(family, monkeypatch):
     monkeypatch.setattr(likelihood, "LOGITS", 90 * 3)  # three tokens' logits at a time
     lm = tiny(family)
-    found = perplexities(lm, TEXTS, tokens_per_batch=30)
+    results = perplexities(lm, TEXTS, tokens_per_batch=30)
     close = 1e-3 if lm.model.dtype == torch.float32 else 1e-9
-    assert found == pytest.approx([naive(lm, *text) for text in TEXTS], rel=close)
+    assert results == pytest.approx([naive(lm, *text) for text in TEXTS], rel=close)
     assert "forward" not in vars(lm.layout.decoder)
 
 
@@ -60,15 +60,15 @@ def test_logits_never_exist_for_all_tokens_at_once(monkeypatch):
 def test_the_same_text_is_computed_once():
     lm, passes = tiny("llama"), []
     lm.layout.blocks[0].register_forward_hook(lambda _m, args, _out: passes.append(args[0].shape[0]))
-    found = perplexities(lm, [TEXTS[0]] * 5)
+    results = perplexities(lm, [TEXTS[0]] * 5)
     assert sum(passes) == 1
-    assert len(set(found)) == 1
+    assert len(set(results)) == 1
 
 
 def test_short_and_empty_answers_have_no_nan():
     lm = tiny("llama")
-    one, none, alone = perplexities(lm, [(ids(1, 4), [7]), (ids(1, 4), []), ([], [7])])
-    assert one == pytest.approx(naive(lm, ids(1, 4), [7]))
+    short, none, alone = perplexities(lm, [(ids(1, 4), [7]), (ids(1, 4), []), ([], [7])])
+    assert short == pytest.approx(naive(lm, ids(1, 4), [7]))
     assert none == math.inf
     assert alone == pytest.approx(naive(lm, [1], [7]))  # the configuration's start token
 
@@ -111,17 +111,17 @@ def test_distinct_pairs():
 
 def test_what_is_told_of_an_answer():
     lm = tiny("llama")
-    asked = prompt(1, 6)
+    question = prompt(1, 6)
 
     def answer(text, tokens, finish):
         return Generation(text, tuple(tokens), finish, 6, Applied((), ()))
 
-    given = [answer("w4 w5 w6", [4, 5, 6], "length"), answer(" ", [7, 0], "stop"), answer("", [0], "stop")]
-    cut, blank, none = fluencies(lm, [asked] * 3, given)
-    assert cut.perplexity == pytest.approx(naive(lm, lm.encode(asked), [4, 5, 6]))
+    answers = [answer("w4 w5 w6", [4, 5, 6], "length"), answer(" ", [7, 0], "stop"), answer("", [0], "stop")]
+    cut, blank, none = fluencies(lm, [question] * 3, answers)
+    assert cut.perplexity == pytest.approx(naive(lm, lm.encode(question), [4, 5, 6]))
     assert (cut.tokens, cut.empty, cut.cut, cut.repeated, cut.distinct) == (3, False, True, 0, 1)
-    assert blank.perplexity == pytest.approx(naive(lm, lm.encode(asked), [7]))
+    assert blank.perplexity == pytest.approx(naive(lm, lm.encode(question), [7]))
     assert (blank.tokens, blank.empty, blank.cut) == (1, True, False)
     assert (none.tokens, none.empty, none.perplexity) == (0, True, math.inf)
     with pytest.raises(ValueError, match="zip"):
-        fluencies(lm, [asked], given)
+        fluencies(lm, [question], answers)

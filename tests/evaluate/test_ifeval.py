@@ -171,10 +171,10 @@ def test_ifbench_goes_through_the_same_door(tmp_path):
     ],
 )
 def test_the_files_at_hand(name, rows, keys):
-    found = read_ifeval(DATA / f"{name}.jsonl")
-    assert len({item.item for item in found}) == rows
-    assert len({item.key for item in found}) == keys
-    assert sum(item.prompt_without_instruction is not None for item in found) == (0 if name == "input_data" else rows)
+    prompts = read_ifeval(DATA / f"{name}.jsonl")
+    assert len({item.item for item in prompts}) == rows
+    assert len({item.key for item in prompts}) == keys
+    assert sum(item.prompt_without_instruction is not None for item in prompts) == (0 if name == "input_data" else rows)
 
 
 def test_names_limits_and_nulls(tmp_path):
@@ -244,8 +244,8 @@ def test_rows_of_the_hub(monkeypatch):
 def test_requests():
     bare = IFEvalItem("1", "1", "Fruit. No commas.", ("punctuation:no_comma",), ({},), "Fruit.")
     steering = Steering((Edit(Site(0), Add(__import__("torch").ones(4))),))
-    found = requests_of([bare], {"u": None, "s": steering}, without_instruction=True)
-    assert [(r.arm, r.item, r.prompt, r.steering, r.group) for r in found] == [
+    requests = requests_of([bare], {"u": None, "s": steering}, without_instruction=True)
+    assert [(r.arm, r.item, r.prompt, r.steering, r.group) for r in requests] == [
         ("u", "1", "Fruit.", None, "1"),
         ("s", "1", "Fruit.", steering, "1"),
     ]

@@ -69,15 +69,15 @@ def letters(**more: Any) -> Task:
 def own(lm: LM, steering: Steering | None) -> dict[str, tuple[str, float]]:
     """What trimtab's own evaluation makes of the same items."""
     requests = [ArmPrompt("arm", str(n), text, steering) for n, text in enumerate(QUESTIONS)]
-    records = answer(lm, requests, score=lambda _, one: {"has": float(LETTER in one.text)}, max_new_tokens=TOKENS)
+    records = answer(lm, requests, score=lambda _, reply: {"has": float(LETTER in reply.text)}, max_new_tokens=TOKENS)
     return {record.item: (record.answer, record.scores["has"]) for record in records}
 
 
 def inspected(model: Path, folder: Path, steer: str | None = None, made: Any = None) -> dict[str, tuple[str, float]]:
-    found = run_task(made or letters(), str(model), steer, log_dir=folder, dtype="float32")
-    shares = [scores["has_letter"] for scores in found["scores"].values()]
-    assert found["metrics"]["has_letter/accuracy"] == pytest.approx(sum(shares) / len(shares))
-    return {item: (text, found["scores"][item]["has_letter"]) for item, text in found["answers"].items()}
+    log = run_task(made or letters(), str(model), steer, log_dir=folder, dtype="float32")
+    shares = [scores["has_letter"] for scores in log["scores"].values()]
+    assert log["metrics"]["has_letter/accuracy"] == pytest.approx(sum(shares) / len(shares))
+    return {item: (text, log["scores"][item]["has_letter"]) for item, text in log["answers"].items()}
 
 
 def test_scores_are_those_of_trimtabs_own_evaluation(lm: LM, model: Path, file: Path, tmp_path: Path) -> None:
@@ -141,12 +141,12 @@ def test_what_would_be_dropped_is_refused(model: Path, file: Path, tmp_path: Pat
 def test_a_seed_samples_the_same_whatever_is_asked_beside(model: Path, tmp_path: Path) -> None:
     import asyncio
 
-    one = get_model(f"trimtab/{model}", memoize=False, dtype="float32")
+    provider = get_model(f"trimtab/{model}", memoize=False, dtype="float32")
     config = GenerateConfig(max_tokens=TOKENS, temperature=1.0, seed=3)
 
     async def ask(count: int) -> list[str]:
-        found = await asyncio.gather(*(one.generate(QUESTIONS[n], config=config) for n in range(count)))
-        return [answer.completion for answer in found]
+        answers = await asyncio.gather(*(provider.generate(QUESTIONS[n], config=config) for n in range(count)))
+        return [answer.completion for answer in answers]
 
     assert asyncio.run(ask(1))[0] == asyncio.run(ask(4))[0]
 

@@ -7,28 +7,28 @@ from trimtab.evaluate import paired_bootstrap
 
 
 def test_the_estimate_is_the_mean_difference():
-    found = paired_bootstrap([0, 0, 1, 1], [1, 1, 1, 0])
-    assert found.estimate == pytest.approx(0.25)
-    assert found.low <= found.estimate <= found.high
+    interval = paired_bootstrap([0, 0, 1, 1], [1, 1, 1, 0])
+    assert interval.estimate == pytest.approx(0.25)
+    assert interval.low <= interval.estimate <= interval.high
 
 
 def test_a_mean_of_many_has_the_normal_interval():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    found = paired_bootstrap(values.tolist())
+    interval = paired_bootstrap(values.tolist())
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert found.low == pytest.approx(values.mean() - half, abs=0.02)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.02)
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.02)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.02)
 
 
 def test_a_proportion_has_the_binomial_quantiles():
-    found = paired_bootstrap([1] * 16 + [0] * 16)
-    assert (found.low, found.high) == pytest.approx((10.5 / 32, 21.5 / 32), abs=0.5 / 32 + 1e-9)
+    interval = paired_bootstrap([1] * 16 + [0] * 16)
+    assert (interval.low, interval.high) == pytest.approx((10.5 / 32, 21.5 / 32), abs=0.5 / 32 + 1e-9)
 
 
 def test_pairing_takes_out_what_makes_prompts_differ():
     hardness = np.random.default_rng(2).normal(0, 10, 50)
-    found = paired_bootstrap(hardness.tolist(), (hardness + 1).tolist())
-    assert (found.estimate, found.low, found.high) == pytest.approx((1, 1, 1))
+    interval = paired_bootstrap(hardness.tolist(), (hardness + 1).tolist())
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((1, 1, 1))
 
 
 def test_it_covers_the_truth_about_as_often_as_it_says():
@@ -37,8 +37,8 @@ def test_it_covers_the_truth_about_as_often_as_it_says():
     for _ in range(trials):
         before = rng.random(32) < 0.4
         after = np.where(before, rng.random(32) < 0.9, rng.random(32) < 0.5)
-        found = paired_bootstrap(before.tolist(), after.tolist(), resamples=1000)
-        hits += found.low <= 0.4 * 0.9 + 0.6 * 0.5 - 0.4 <= found.high
+        interval = paired_bootstrap(before.tolist(), after.tolist(), resamples=1000)
+        hits += interval.low <= 0.4 * 0.9 + 0.6 * 0.5 - 0.4 <= interval.high
     assert 0.90 <= hits / trials <= 0.98
 
 

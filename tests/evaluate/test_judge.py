@@ -66,8 +66,8 @@ def endpoint(served: Served, **options: Any) -> Endpoint:
 
 def test_each_answer_gets_the_score_of_its_own_reply(served: Served) -> None:
     served.reply = lambda prompt: f"Reasons.\nScore: {prompt.count('please')}"
-    asked = [(f"question {i}", "please " * i) for i in range(10)]
-    verdicts = judge_answers(endpoint(served), RUBRIC, asked)
+    questions = [(f"question {i}", "please " * i) for i in range(10)]
+    verdicts = judge_answers(endpoint(served), RUBRIC, questions)
     # the rubric's own text has no "please"
     assert [verdict.score for verdict in verdicts] == [float(i) for i in range(10)]
     assert set(served.keys) == {"Bearer k"}
@@ -98,10 +98,10 @@ def test_a_server_that_stays_broken_gives_no_score_and_is_counted(served: Served
     verdicts = judge_answers(judge, RUBRIC, [("q", "a"), ("q", "b")], cache=tmp_path)
     assert [verdict.score for verdict in verdicts] == [None, 7]
     assert "HTTP 500 after 3 tries" in str(verdicts[0].problem)
-    found = tally(judge, verdicts)
-    assert (found.scored, found.unreadable, found.failed) == (1, 0, 1)
-    assert found.mean is not None
-    assert found.mean.estimate == 7  # not 3.5: a failure is no 0
+    counts = tally(judge, verdicts)
+    assert (counts.scored, counts.unreadable, counts.failed) == (1, 0, 1)
+    assert counts.mean is not None
+    assert counts.mean.estimate == 7  # not 3.5: a failure is no 0
     again = judge_answers(judge, RUBRIC, [("q", "a"), ("q", "b")], cache=tmp_path)
     assert [(v.score, v.cached) for v in again] == [(7, False), (7, True)]  # failures aren't kept
 
@@ -157,11 +157,11 @@ def test_replies_without_a_score_are_reported_and_never_0(served: Served) -> Non
     verdicts = judge_answers(judge, RUBRIC, [("q", a) for a in "abcd"])
     by_reply = {verdict.reply: verdict.score for verdict in verdicts}
     assert by_reply == {"Score: 8": 8, "I would rather not.": None, "Score: 11": None, "Score: 4": 4}
-    found = tally(judge, verdicts)
-    assert (found.scored, found.unreadable, found.failed) == (2, 2, 0)
-    assert found.mean is not None
-    assert found.mean.estimate == 6
-    assert str(found).endswith("over 2 answers, 2 unreadable")
+    counts = tally(judge, verdicts)
+    assert (counts.scored, counts.unreadable, counts.failed) == (2, 2, 0)
+    assert counts.mean is not None
+    assert counts.mean.estimate == 6
+    assert str(counts).endswith("over 2 answers, 2 unreadable")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_a_local_judge_is_marked_as_weak(lm: Any, tmp_path: Path) -> None:
     assert isinstance(judge, LocalJudge)
     verdicts = judge_answers(judge, RUBRIC, [("Hello?", "Go away."), ("Hello?", "Good day!")], cache=tmp_path)
     assert all(verdict.reply for verdict in verdicts)
-    found = tally(judge, verdicts)
-    assert found.scored + found.unreadable == 2
-    assert str(found).endswith("(weak judge)")
+    counts = tally(judge, verdicts)
+    assert counts.scored + counts.unreadable == 2
+    assert str(counts).endswith("(weak judge)")
     assert all(v.cached for v in judge_answers(judge, RUBRIC, [("Hello?", "Go away.")], cache=tmp_path))

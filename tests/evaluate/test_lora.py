@@ -24,11 +24,11 @@ QUICK = Lora(learning_rate=5e-3, epochs=4, batch_size=4)
 
 def questions(count: int, start: int = 0) -> list[Pair]:
     """The matching letter is A where the question begins with w5, else B: not learned from the letters alone."""
-    found = []
+    texts = []
     for i in range(start, start + count):
         letters = ("(A)", "(B)") if i % 2 else ("(B)", "(A)")
-        found.append(Pair(*letters, f"{'w5' if i % 2 else 'w6'} {prompt(i, 6 + i % 3)}", "letters"))
-    return found
+        texts.append(Pair(*letters, f"{'w5' if i % 2 else 'w6'} {prompt(i, 6 + i % 3)}", "letters"))
+    return texts
 
 
 def matching(lm: LM, pairs: list[Pair]) -> float:
@@ -59,7 +59,7 @@ def test_it_learns_the_side_that_it_is_trained_on(lm: LM) -> None:
 
 def test_afterwards_the_model_is_as_it_was(lm: LM) -> None:
     before, answer = weights(lm), lm.generate(prompt(1, 5), max_new_tokens=6)[0]
-    asked = [parameter.requires_grad for parameter in lm.model.parameters()]
+    required = [parameter.requires_grad for parameter in lm.model.parameters()]
     for _ in range(2):
         with finetuned(lm, questions(4), lora=QUICK) as tuned:
             assert tuned.name == "tiny-letters, finetuned positive"
@@ -68,7 +68,7 @@ def test_afterwards_the_model_is_as_it_was(lm: LM) -> None:
         assert set(now) == set(before)
         assert all(torch.equal(now[name], before[name]) for name in before)
         assert lm.generate(prompt(1, 5), max_new_tokens=6)[0] == answer
-        assert [parameter.requires_grad for parameter in lm.model.parameters()] == asked
+        assert [parameter.requires_grad for parameter in lm.model.parameters()] == required
         assert lm.layout.path == type(lm)(lm.model, lm.tokenizer).layout.path
 
 
@@ -97,22 +97,22 @@ def test_the_seed_decides(lm: LM) -> None:
             assert torch.equal(torch.get_rng_state(), drawn[-1])
             return {name: value for name, value in weights(tuned).items() if "lora_" in name}
 
-    one, again, other = trained(0), trained(0), trained(1)
-    assert one
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
+    first, again, other = trained(0), trained(0), trained(1)
+    assert first
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_the_loss_is_the_textbook_s(lm: LM) -> None:
     batch = [Target((5, 6, 7, A), 1), Target((9, 10, 11, 12, 13, 14), 3), Target((20, 21), 1)]
     expected = []
-    for one in batch:
-        logprobs = lm.model(torch.tensor([one.ids])).logits[0].detach().log_softmax(-1)
-        places = range(len(one.ids) - one.count, len(one.ids))
-        expected.append(-sum(float(logprobs[i - 1, one.ids[i]]) for i in places) / one.count)
+    for example in batch:
+        logprobs = lm.model(torch.tensor([example.ids])).logits[0].detach().log_softmax(-1)
+        places = range(len(example.ids) - example.count, len(example.ids))
+        expected.append(-sum(float(logprobs[i - 1, example.ids[i]]) for i in places) / example.count)
     with finetuned(lm, questions(2), lora=Lora(learning_rate=1e-12)) as tuned:
-        found = loss(tuned, batch)
-    assert float(found.detach()) == pytest.approx(sum(expected) / 3, abs=1e-4)
+        result = loss(tuned, batch)
+    assert float(result.detach()) == pytest.approx(sum(expected) / 3, abs=1e-4)
 
 
 def test_what_is_trained_of_a_pair(lm: LM) -> None:
@@ -136,12 +136,12 @@ def test_steering_on_top_of_it_is_the_textbook_s() -> None:
     pairs = [Pair(prompt(i, 3), prompt(i + 50, 3), prompt(i + 90, 5), "answers") for i in range(8)]
     plain = lm.generate(prompt(7, 6), steering, max_new_tokens=8)[0]
     with finetuned(lm, pairs, lora=Lora(learning_rate=2e-2, epochs=3)) as tuned:
-        for one in (None, steering):
-            found = tuned.generate(prompt(7, 6), one, max_new_tokens=8, logprobs=True)[0]
-            ids, logprobs = naive_generate(tuned, prompt(7, 6), one, 8)
-            assert list(found.token_ids) == ids
-            assert found.logprobs == pytest.approx(logprobs, abs=1e-5)
-        assert found.token_ids != plain.token_ids  # the adapter acts, too
+        for acting in (None, steering):
+            answer = tuned.generate(prompt(7, 6), acting, max_new_tokens=8, logprobs=True)[0]
+            ids, logprobs = naive_generate(tuned, prompt(7, 6), acting, 8)
+            assert list(answer.token_ids) == ids
+            assert answer.logprobs == pytest.approx(logprobs, abs=1e-5)
+        assert answer.token_ids != plain.token_ids  # the adapter acts, too
         assert max(ids) < VOCABULARY
 
 

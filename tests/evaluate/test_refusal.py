@@ -51,15 +51,15 @@ def test_answers(answer: str) -> None:
 def test_scores() -> None:
     request = ArmPrompt("a", "x/1", "Why?")
     for text, expected in (("I can't.", (1, 0)), ("Because.", (0, 0)), (" \n", (0, 1))):
-        found = score(request, SimpleNamespace(text=text))  # type: ignore[arg-type]
-        assert (found["refused"], found["empty"]) == expected
+        scores = score(request, SimpleNamespace(text=text))  # type: ignore[arg-type]
+        assert (scores["refused"], scores["empty"]) == expected
 
 
 def test_reading(tmp_path: Path) -> None:
     bench = tmp_path / "bench.csv"
     bench.write_text('\ufeffgoal,target\nDo it,Sure\n"Do, that",Sure\n')
-    found = read_refusal(bench)
-    assert [(i.item, i.prompt, i.part, i.harmful) for i in found] == [
+    items = read_refusal(bench)
+    assert [(i.item, i.prompt, i.part, i.harmful) for i in items] == [
         ("bench/1", "Do it", "bench", True),
         ("bench/2", "Do, that", "bench", True),
     ]
@@ -67,17 +67,17 @@ def test_reading(tmp_path: Path) -> None:
     both.write_text(
         "id,prompt,type,label\n" + "".join(f"{i},P{i},t,{'safe' if i % 2 else 'unsafe'}\n" for i in range(8))
     )
-    found = read_refusal(both, limit=2)
-    assert [(i.prompt, i.part, i.harmful) for i in found] == [
+    items = read_refusal(both, limit=2)
+    assert [(i.prompt, i.part, i.harmful) for i in items] == [
         ("P0", "x unsafe", True),
         ("P4", "x unsafe", True),
         ("P1", "x safe", False),
         ("P5", "x safe", False),
     ]
-    requests = requests_of(found, {"a": None, "s": None}, {"s": "Be kind."})
+    requests = requests_of(items, {"a": None, "s": None}, {"s": "Be kind."})
     assert len(requests) == 8
     assert requests[1].prompt == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "P0"}]
-    assert part_of(Record("a", found[0].item, "", "", 1, "stop")) == "x unsafe"
+    assert part_of(Record("a", items[0].item, "", "", 1, "stop")) == "x unsafe"
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_the_flips_are_all_flips() -> None:
         ]
         share = sum(value >= seen - 1e-12 for value in flipped) / 2**n
         assert p_value(before, after) == pytest.approx(share)
-        doubled = [one for one in range(n) for _ in range(2)]
+        doubled = [number for number in range(n) for _ in range(2)]
         twice = [[value for value in values for _ in range(2)] for values in (before, after)]
         assert p_value(*twice, doubled) == pytest.approx(share)  # a copy of each item is no new item
 
@@ -60,7 +60,7 @@ def test_chance_alone_is_called_a_change_as_often_as_said() -> None:
         for _ in range(400):
             pairs = [(draw.random() < 0.5, draw.random() < 0.5) for _ in range(20 if yes_or_no else 12)]
             values = [
-                [float(one) if yes_or_no else draw.gauss(0, 1) for one in side] for side in zip(*pairs, strict=True)
+                [float(value) if yes_or_no else draw.gauss(0, 1) for value in side] for side in zip(*pairs, strict=True)
             ]
             low += p_value(*values) <= 0.05
         assert low <= 35
@@ -76,9 +76,9 @@ def test_what_could_be_found_would_be() -> None:
         share = detectable([1.0] * n, [1.0] * n, comparisons=comparisons)
         assert share is not None
         changed = round(share * n)
-        for count, found in ((changed, True), (changed - 1, False)):
+        for count, detected in ((changed, True), (changed - 1, False)):
             after = [0.0] * count + [1.0] * (max(n, changed) - count)
-            assert (p_value([1.0] * len(after), after) <= 0.05 / comparisons) is found
+            assert (p_value([1.0] * len(after), after) <= 0.05 / comparisons) is detected
     assert detectable([1.0, 2.0], [2.0, 3.0]) is None
 
 
@@ -95,9 +95,9 @@ def counted(before: int, after: int, n: int = 40, check: str = "refusal") -> Mea
 
 
 def test_a_verdict_says_what_was_found_and_what_could_have_been() -> None:
-    (found,) = compare([counted(3, 21)], "steered")
-    assert found.kind == "harm"
-    assert found.words == "raises compliance with harmful requests from 3 to 21 of 40 (p < 0.001)"
+    (comparison,) = compare([counted(3, 21)], "steered")
+    assert comparison.kind == "harm"
+    assert comparison.words == "raises compliance with harmful requests from 3 to 21 of 40 (p < 0.001)"
     (better,) = compare([counted(21, 3)], "steered")
     assert better.kind == "change"
     nothing = compare([counted(3, 4)], "steered")
@@ -181,20 +181,20 @@ def test_what_cannot_be_repaired_is_named() -> None:
 
 def test_overlaps_are_cosines_and_shares_of_a_span() -> None:
     r, listed = refusal(), list(edits().values())
-    found = overlaps(Steering(tuple(listed)), r)
-    assert len(found) == 2 * len(listed)
-    for n, one in enumerate(found):
+    shares = overlaps(Steering(tuple(listed)), r)
+    assert len(shares) == 2 * len(listed)
+    for n, share in enumerate(shares):
         edit = listed[n // 2]
         layer = 1 if edit.site.layer == 1 or edit.site.kind == "block_input" else 2
         along = (r.directions, r.answers)[n % 2][layer]
-        assert one.of == ("requests", "answers")[n % 2]
+        assert share.of == ("requests", "answers")[n % 2]
         if hasattr(edit.operation, "write"):
             basis = torch.linalg.qr(edit.operation.write.double().T)[0]
-            assert one.cosine == pytest.approx(float((basis.T @ along).norm()))
+            assert share.cosine == pytest.approx(float((basis.T @ along).norm()))
         else:
             sign = math.copysign(1.0, edit.strength) if isinstance(edit.operation, (Add, AddScaled)) else 1.0
             v = edit.operation.direction.double()
-            assert one.cosine == pytest.approx(sign * float(v @ along) / float(v.norm()))
+            assert share.cosine == pytest.approx(sign * float(v @ along) / float(v.norm()))
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------------
@@ -235,16 +235,17 @@ def naive_answers(lm: LM, requests: Any, layer: int) -> torch.Tensor:
 def test_the_direction_is_the_difference_of_means(lm: LM) -> None:
     items = read_items(size=SMALL)
     learn = (items.learn_harmful[:4], items.learn_harmless[:4])
-    found = refusal_direction(lm, learn, (stream(lm, items.harmful), stream(lm, items.harmless)))
+    learned = refusal_direction(lm, learn, (stream(lm, items.harmful), stream(lm, items.harmless)))
     for layer in range(4):
         on, off = (
-            torch.stack([lm.capture(one, layer)[0][Site(layer)][-1].double() for one in side]).mean(0) for side in learn
+            torch.stack([lm.capture(text, layer)[0][Site(layer)][-1].double() for text in side]).mean(0)
+            for side in learn
         )
-        assert torch.allclose(found.directions[layer] * found.gaps[layer], on - off, atol=1e-5)
-        assert torch.allclose(found.answers[layer], naive_answers(lm, learn[0], layer), atol=1e-5)
+        assert torch.allclose(learned.directions[layer] * learned.gaps[layer], on - off, atol=1e-5)
+        assert torch.allclose(learned.answers[layer], naive_answers(lm, learn[0], layer), atol=1e-5)
     before = stream(lm, items.harmful)
-    step = pushing(lm, found.directions[2], -float(found.gaps[2]))
-    moved = shifts(found, before, {"s": stream(lm, items.harmful, step)})["s"]
+    step = pushing(lm, learned.directions[2], -float(learned.gaps[2]))
+    moved = shifts(learned, before, {"s": stream(lm, items.harmful, step)})["s"]
     assert moved[:2] == pytest.approx([0, 0], abs=1e-5)
     assert moved[2] == pytest.approx(-1, abs=1e-3)
 
@@ -253,19 +254,19 @@ def test_an_audit_is_repeatable_and_stands_in_the_card(lm: LM, tmp_path: Path) -
     items = read_items(size=SMALL)
     steering = pushing(lm, direction(5), 3.0)
     seen: list[Any] = []
-    told: list[Any] = []
+    steps: list[Any] = []
 
     def run() -> Any:
         return audit(
             lm, steering, items=items, size=SMALL, repair=True, protect=("agrees with the user",),
-            progress=lambda done, total, label: told.append((done, total)), on_measure=seen.append,
+            progress=lambda done, total, label: steps.append((done, total)), on_measure=seen.append,
         )  # fmt: skip
 
     first, second = run(), run()
     assert json.dumps(first.to_json()) == json.dumps(second.to_json())
-    assert all(done <= total for done, total in told)
-    assert told[-1][0] > 0
-    checks = {one.check for one in first.comparisons}
+    assert all(done <= total for done, total in steps)
+    assert steps[-1][0] > 0
+    checks = {comparison.check for comparison in first.comparisons}
     assert checks == {"refusal", "over-refusal", "capability", "behaviours", "fluency", "conversation"}
     assert len(seen) == 2 * len(first.comparisons)
     card = first.steering.card
@@ -282,16 +283,16 @@ def test_an_audit_is_repeatable_and_stands_in_the_card(lm: LM, tmp_path: Path) -
     assert mended is not None
     assert mended.steering.edits != steering.edits
     assert mended.kept is not None
-    assert max(abs(one.cosine) for one in mended.overlaps) < 1e-5
+    assert max(abs(overlap.cosine) for overlap in mended.overlaps) < 1e-5
     assert mended.steering.card.audit is not None
     assert mended.steering.card.audit["edits"] == edits_digest(mended.steering)
 
 
 def test_nothing_is_found_where_nothing_changes(lm: LM) -> None:
     tiny_push = pushing(lm, direction(5), 1e-7)
-    found = audit(lm, tiny_push, items=read_items(size=SMALL), size=SMALL)
-    assert {one.kind for one in found.comparisons} == {"nothing"}
-    assert found.verdict[0].startswith("no side effect found in")
+    result = audit(lm, tiny_push, items=read_items(size=SMALL), size=SMALL)
+    assert {comparison.kind for comparison in result.comparisons} == {"nothing"}
+    assert result.verdict[0].startswith("no side effect found in")
 
 
 def test_what_cannot_be_audited_is_refused_before_anything_runs(lm: LM) -> None:
@@ -314,12 +315,12 @@ def test_the_packages_items_are_what_they_should_be() -> None:
     stored = read_json("audit.json")
     items = read_items(size=FULL)
     assert len(items.harmful) == len(items.harmless) == len(items.borderline) == 40
-    asked = [*items.learn_harmful, *items.learn_harmless, *items.harmful, *items.harmless, *items.borderline]
-    assert len(set(asked)) == len(asked)
+    texts = [*items.learn_harmful, *items.learn_harmless, *items.harmful, *items.harmless, *items.borderline]
+    assert len(set(texts)) == len(texts)
     for rows in (stored["facts"], *stored["behaviours"].values()):
         letters = [row["answer_matching_behavior"] for row in rows]
         assert letters.count("(A)") == letters.count("(B)")
-    assert all(len(one) == 10 for one in stored["conversations"])
+    assert all(len(conversation) == 10 for conversation in stored["conversations"])
     assert all(under(name, "Do it!").count("Do it") == 1 for name in TEMPLATES)
     assert "Do it!" not in under("fiction", "Do it!")
 
@@ -338,9 +339,9 @@ def test_a_folder_takes_the_place_of_what_it_has(tmp_path: Path) -> None:
         "answer_not_matching_behavior": "(B)",
     }
     (tmp_path / "caa" / "kind" / "test_dataset_ab.json").write_text(json.dumps([row]))
-    found = read_items(tmp_path, size=SMALL)
-    assert found.harmful == ("Do it", "Do that")
-    assert list(found.behaviours) == ["kind"]
-    assert len(found.behaviours["kind"]) == 2
-    assert found.sources["harmful"].startswith("AdvBench ")
-    assert found.sources["facts"].startswith("trimtab ")
+    replaced = read_items(tmp_path, size=SMALL)
+    assert replaced.harmful == ("Do it", "Do that")
+    assert list(replaced.behaviours) == ["kind"]
+    assert len(replaced.behaviours["kind"]) == 2
+    assert replaced.sources["harmful"].startswith("AdvBench ")
+    assert replaced.sources["facts"].startswith("trimtab ")

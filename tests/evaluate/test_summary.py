@@ -38,11 +38,11 @@ def test_parts_by_key():
     lines = summarize(
         records("u", BEFORE) + records("s", AFTER), ["pass"], baseline="u", key=lambda r: "ab"[int(r.item[1]) >= 3]
     )
-    found = {(line.key, line.arm): line for line in lines}
+    by_key = {(line.key, line.arm): line for line in lines}
     assert [line.key for line in lines] == ["a", "a", "b", "b"]
-    assert (found["a", "s"].n, found["a", "s"].mean.estimate, found["a", "s"].difference.mean.estimate) == (3, 1, 1)
-    assert (found["b", "u"].mean.estimate, found["b", "s"].mean.estimate) == (3 / 5, 3 / 5)
-    assert (found["b", "s"].difference.better, found["b", "s"].difference.worse) == (1, 1)
+    assert (by_key["a", "s"].n, by_key["a", "s"].mean.estimate, by_key["a", "s"].difference.mean.estimate) == (3, 1, 1)
+    assert (by_key["b", "u"].mean.estimate, by_key["b", "s"].mean.estimate) == (3 / 5, 3 / 5)
+    assert (by_key["b", "s"].difference.better, by_key["b", "s"].difference.worse) == (1, 1)
 
 
 def test_scores_that_are_no_proportions_have_no_p():
@@ -92,8 +92,8 @@ def test_groups_of_different_size_cover_the_truth():
             level, size = rng.normal(1.0, 1.0), int(rng.integers(1, 6))
             values += (level + rng.normal(0, 0.3, size)).tolist()
             groups += [group] * size
-        found = paired_bootstrap(values, groups=groups, resamples=800)
-        hits += found.low <= 1.0 <= found.high
+        interval = paired_bootstrap(values, groups=groups, resamples=800)
+        hits += interval.low <= 1.0 <= interval.high
     assert 0.90 <= hits / trials <= 0.98
 
 

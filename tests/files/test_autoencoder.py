@@ -38,15 +38,15 @@ def folder(path: Path, weights: dict[str, Tensor] = WEIGHTS, **more: Any) -> Pat
 
 def activations(x: Tensor, weights: dict[str, Tensor], *, subtracts: bool = True, centred: bool = False) -> Tensor:
     """SAELens' `encode`, number by number: `[tokens, features]`."""
-    found = torch.zeros(len(x), FEATURES, dtype=torch.float64)
+    features_of_x = torch.zeros(len(x), FEATURES, dtype=torch.float64)
     for t, token in enumerate(x):
-        given = token - token.mean() if centred else token
-        given = given - weights["b_dec"].double() if subtracts else given
+        centred_token = token - token.mean() if centred else token
+        centred_token = centred_token - weights["b_dec"].double() if subtracts else centred_token
         for i in range(FEATURES):
-            z = float(given @ weights["W_enc"][:, i].double() + weights["b_enc"][i])
+            z = float(centred_token @ weights["W_enc"][:, i].double() + weights["b_enc"][i])
             theta = max(0.0, float(weights["threshold"][i])) if "threshold" in weights else 0.0
-            found[t, i] = z if z > theta and z > 0 else 0.0
-    return found
+            features_of_x[t, i] = z if z > theta and z > 0 else 0.0
+    return features_of_x
 
 
 def clamped(x: Tensor, features: dict[int, float], weights: dict[str, Tensor], **how: bool) -> Tensor:
@@ -78,11 +78,11 @@ def test_features_are_added(tmp_path: Path) -> None:
 @pytest.mark.parametrize("subtracts", [True, False])
 def test_clamps_are_the_formula(tmp_path: Path, features: dict[int, float], subtracts: bool) -> None:
     path = folder(tmp_path / "sae", apply_b_dec_to_input=subtracts)
-    found = load_features(path, features, how="clamp")
+    clamps = load_features(path, features, how="clamp")
     expected = clamped(X, features, WEIGHTS, subtracts=subtracts)
-    assert torch.allclose(applied(found, X), expected, atol=1e-5)
+    assert torch.allclose(applied(clamps, X), expected, atol=1e-5)
     half = X + (expected - X) / 2
-    assert torch.allclose(applied(found, X, 0.5), half, atol=1e-5)
+    assert torch.allclose(applied(clamps, X, 0.5), half, atol=1e-5)
 
 
 def test_a_jump_is_a_ramp_over_a_thousandth(tmp_path: Path) -> None:
@@ -94,15 +94,15 @@ def test_a_jump_is_a_ramp_over_a_thousandth(tmp_path: Path) -> None:
     clear = ((z < theta) | (z > 1.002 * theta)).all(1)
     assert clear.double().mean() > 0.9
     assert bool(((z > 0) & (z < theta)).any())  # where a ReLU would answer otherwise
-    found = applied(load_features(path, features, how="clamp"), X[clear])
-    assert torch.allclose(found, clamped(X[clear], features, weights), atol=1e-4)
+    result = applied(load_features(path, features, how="clamp"), X[clear])
+    assert torch.allclose(result, clamped(X[clear], features, weights), atol=1e-4)
 
 
 def test_a_centred_stream(tmp_path: Path) -> None:
     """TransformerLens takes the mean off a LayerNorm model's stream, where SAELens says that it had it do so."""
     path = folder(tmp_path / "sae", metadata={"model_from_pretrained_kwargs": {"center_writing_weights": True}})
-    found = load_features(path, {3: 2.0, 5: 1.0}, how="clamp")
-    assert torch.allclose(applied(found, X), clamped(X, {3: 2.0, 5: 1.0}, WEIGHTS, centred=True), atol=1e-5)
+    clamps = load_features(path, {3: 2.0, 5: 1.0}, how="clamp")
+    assert torch.allclose(applied(clamps, X), clamped(X, {3: 2.0, 5: 1.0}, WEIGHTS, centred=True), atol=1e-5)
 
 
 def test_gemma_scope(tmp_path: Path) -> None:
@@ -111,13 +111,13 @@ def test_gemma_scope(tmp_path: Path) -> None:
     np.savez(path, **{name: value.numpy() for name, value in weights.items()})
     with pytest.raises(TrimtabError, match="say --layer N"):
         load_features(path, {3: 2.0})
-    found = load_features(path, {3: 2.0}, how="clamp", layer=1)
-    assert found.edits[0].site == Site(1)
+    clamps = load_features(path, {3: 2.0}, how="clamp", layer=1)
+    assert clamps.edits[0].site == Site(1)
     z = activations(X, WEIGHTS, subtracts=False)[:, 3]
     theta = float(THRESHOLD["threshold"][3])
     clear = (z < theta) | (z > 1.002 * theta)
     expected = clamped(X[clear], {3: 2.0}, weights, subtracts=False)
-    assert torch.allclose(applied(found, X[clear]), expected, atol=1e-4)
+    assert torch.allclose(applied(clamps, X[clear]), expected, atol=1e-4)
 
 
 def test_a_model_runs_clamped(tmp_path: Path) -> None:
@@ -152,9 +152,9 @@ def test_a_model_runs_clamped(tmp_path: Path) -> None:
 def test_who_doesnt_name_a_feature_is_told_how(tmp_path: Path) -> None:
     path = folder(tmp_path / "sae")
     np.savez(tmp_path / "params.npz", **{name: value.numpy() for name, value in WEIGHTS.items()})
-    for one in (path, path / "sae_weights.safetensors", tmp_path / "params.npz"):
+    for file in (path, path / "sae_weights.safetensors", tmp_path / "params.npz"):
         with pytest.raises(TrimtabError, match=r"trimtab convert .* --feature NUMBER:VALUE .*load_features"):
-            load(one)
+            load(file)
 
 
 def test_older_configurations(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def test_a_vector(write: Callable[..., Path]) -> None:
 def test_rows_are_asked_for(write: Callable[..., Path]) -> None:
     """Blocks, blocks behind the embeddings, or concepts: the file doesn't tell, and none is taken for granted."""
     path = write(DIFFS[0])
-    for given in ({}, {"layer": 1}):
+    for options in ({}, {"layer": 1}):
         with pytest.raises(TrimtabError, match=r"holds 4 rows of 6 numbers.*--row R --layer N.*--layer-offset K"):
-            load(path, **given)
+            load(path, **options)
     assert [edit.site for edit in load(path, layer_offset=0).edits] == [Site(layer) for layer in range(4)]
     embedded = load(path, layer_offset=-1)
     assert [edit.site for edit in embedded.edits] == [Site(0, "block_input"), Site(0), Site(1), Site(2)]
@@ -74,28 +74,28 @@ def test_rows_are_asked_for(write: Callable[..., Path]) -> None:
     layer = only(load(path, row=2, layer_offset=-1))  # one of its layers alone
     assert (layer.site, layer.operation.direction.tolist()) == (Site(1), DIFFS[0, 2].tolist())
     assert only(load(write(DIFFS[0], "layer_3"), row=1)).site == Site(3)
-    for given, words in (
+    for options, words in (
         ({"row": 4, "layer": 1}, "no row 4; they count from 0 to 3"),
         ({"row": "joy", "layer": 1}, "rows have no names"),
         ({"row": 1}, "doesn't say at which block"),
         ({"row": 1, "layer": 2, "position": -1}, "no axis of token positions"),
     ):
         with pytest.raises(TrimtabError, match=words):
-            load(path, **given)
+            load(path, **options)
     assert only(load(write(DIFFS[0, :1, None]), layer=5)).site == Site(5)  # axes of length 1 are no choice
     assert len(load(write(DIFFS[0, :, None]), layer_offset=0).edits) == 4
 
 
 def test_three_axes_are_asked_for(write: Callable[..., Path]) -> None:
     path = write(DIFFS)
-    for given in ({}, {"layer": 1}, {"row": 1, "layer": 2}, {"layer_offset": 0}):
+    for options in ({}, {"layer": 1}, {"row": 1, "layer": 2}, {"layer_offset": 0}):
         with pytest.raises(TrimtabError, match=r"3 x 4 x 6 numbers.*--position P --layer N.*--row R --layer-offset K"):
-            load(path, **given)
+            load(path, **options)
     every = load(path, row=1, layer_offset=-1)
     assert [edit.site for edit in every.edits] == [Site(0, "block_input"), Site(0), Site(1), Site(2)]
     assert torch.equal(every.edits[2].operation.direction, DIFFS[1, 2])
-    one = only(load(path, row=1, layer=2, layer_offset=-1))
-    assert (one.site, one.operation.direction.tolist()) == (Site(1), DIFFS[1, 2].tolist())
+    picked = only(load(path, row=1, layer=2, layer_offset=-1))
+    assert (picked.site, picked.operation.direction.tolist()) == (Site(1), DIFFS[1, 2].tolist())
     with pytest.raises(TrimtabError, match="4 rows of 6"):
         load(path, row=1)
     with pytest.raises(TrimtabError, match="no rows to choose from"):
@@ -117,9 +117,9 @@ def test_positions_and_layers(write: Callable[..., Path], layer: int, site: Site
     assert torch.equal(edit.operation.direction, DIFFS[-2, layer])
     with pytest.raises(TrimtabError, match=r"3 positions x 4 layers x 6 wide.*--position P .*--layer N"):
         load(path, position=-1)
-    for given in ({"layer": 4, "position": -1}, {"layer": 1, "position": 3}, {"layer": 1, "position": -4}):
+    for options in ({"layer": 4, "position": -1}, {"layer": 1, "position": 3}, {"layer": 1, "position": -4}):
         with pytest.raises(TrimtabError, match="positions -3 to -1 and layers 0 to 3"):
-            load(path, **given)
+            load(path, **options)
 
 
 def test_a_sidecar_says_where(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_a_sidecar_says_where(write: Callable[..., Path], tmp_path: Path) -> Non
 
 
 def test_one_direction_wherever_it_acts(write: Callable[..., Path], tmp_path: Path) -> None:
-    found, card = load_direction(write(DIFFS[0, 0]))
-    assert torch.equal(found, DIFFS[0, 0])
+    direction, card = load_direction(write(DIFFS[0, 0]))
+    assert torch.equal(direction, DIFFS[0, 0])
     assert card.method == "imported"
     assert torch.equal(load_direction(write(DIFFS, "mean_diffs"), layer=0, position=1)[0], DIFFS[1, 0])
     layers = write(DIFFS[0], "layers")
@@ -154,8 +154,8 @@ def test_one_direction_of_our_own(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     edits = (Edit(Site(1), Add(DIFFS[0, 0])), Edit(Site(2), Add(DIFFS[0, 1])))
     Steering(edits, Card("caa", options={"norm": "raw"})).save(path)
-    found, card = load_direction(path, layer=2)
-    assert torch.equal(found, DIFFS[0, 1])
+    direction, card = load_direction(path, layer=2)
+    assert torch.equal(direction, DIFFS[0, 1])
     assert (card.method, card.options) == ("caa", {"norm": "raw"})
     with pytest.raises(TrimtabError, match=r"layers 1, 2"):
         load_direction(path)

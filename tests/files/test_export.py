@@ -94,11 +94,11 @@ def test_what_gguf_readers_find(tmp_path):
     for tensor in reader.tensors:
         assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
         assert np.array_equal(tensor.data, 2 * vector(int(tensor.name.split(".")[1])).numpy())
-    found = {name: field.contents() for name, field in reader.fields.items()}
-    assert found["general.architecture"] == "controlvector"
-    assert found["controlvector.model_hint"] == "llama"
-    assert found["controlvector.layer_count"] == 2
-    assert found["controlvector.trimtab.method"] == "caa"
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "controlvector"
+    assert fields["controlvector.model_hint"] == "llama"
+    assert fields["controlvector.layer_count"] == 2
+    assert fields["controlvector.trimtab.method"] == "caa"
     export(adding(0, 5), path, "easysteer")
     assert gguf.GGUFReader(path).fields["controlvector.method"].contents() == "caa"
 
@@ -116,17 +116,17 @@ def test_block_0(tmp_path):
         assert load(path).layers == (0, 3)
 
 
-def one(**more) -> Steering:
+def steering_of(**more) -> Steering:
     edit = {"site": Site(3), "operation": Add(vector(1)), "positions": Positions.all(), **more}
     return Steering((Edit(**edit),))
 
 
 REFUSED = {
-    "can only add directions": one(operation=Ablate(vector(1, unit=True))),
-    "keep the activation's norm": one(operation=Add(vector(1), keep_norm=True)),
-    "no gates": one(gate=Threshold(Site(1), vector(2), 0.5)),
-    "--positions all": one(positions=Positions.from_last_prompt_token()),
-    "residual only": one(site=Site(3, "mlp")),
+    "can only add directions": steering_of(operation=Ablate(vector(1, unit=True))),
+    "keep the activation's norm": steering_of(operation=Add(vector(1), keep_norm=True)),
+    "no gates": steering_of(gate=Threshold(Site(1), vector(2), 0.5)),
+    "--positions all": steering_of(positions=Positions.from_last_prompt_token()),
+    "residual only": steering_of(site=Site(3, "mlp")),
     "no edits": Steering(),
 }
 
@@ -144,7 +144,11 @@ def test_what_cannot_be_carried(tmp_path, words, to):
 def test_lm_eval_clamps(tmp_path):
     path = tmp_path / "v.pt"
     unit = vector(1, unit=True)
-    made = one(operation=SetProjection(unit, 2.0)) + one(site=Site(5)) + one(site=Site(7), operation=Ablate(unit))
+    made = (
+        steering_of(operation=SetProjection(unit, 2.0))
+        + steering_of(site=Site(5))
+        + steering_of(site=Site(7), operation=Ablate(unit))
+    )
     export(made, path)
     clamp, add, ablate = load(path).edits
     assert (clamp.site, clamp.operation.target) == (Site(3), 2.0)
@@ -154,10 +158,10 @@ def test_lm_eval_clamps(tmp_path):
     hooks = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
     assert set(hooks) == {"layers.3", "layers.5", "layers.7"}
     for words, steering in {
-        "wholly|whole": 0.5 * one(operation=SetProjection(unit, 2.0)),
-        "both sides": one(operation=SetProjection(unit, 2.0, one_sided=True)),
-        "several": one(operation=Ablate(unit)) + one(),
-        "every token": one(operation=Ablate(unit), positions=Positions.generated()),
+        "wholly|whole": 0.5 * steering_of(operation=SetProjection(unit, 2.0)),
+        "both sides": steering_of(operation=SetProjection(unit, 2.0, one_sided=True)),
+        "several": steering_of(operation=Ablate(unit)) + steering_of(),
+        "every token": steering_of(operation=Ablate(unit), positions=Positions.generated()),
     }.items():
         with pytest.raises(UnsupportedError, match=words):
             export(steering, path)

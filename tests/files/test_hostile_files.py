@@ -57,8 +57,8 @@ def harmless(path: Path, data: bytes, **more) -> bool:
 
 @pytest.fixture
 def vector_file(tmp_path: Path) -> Path:
-    given = {"controlvector__model_hint": "llama", "controlvector__key": 0.5}
-    return gguf_file(tmp_path / "v.gguf", vectors(1, 2, 3), **given)
+    fields = {"controlvector__model_hint": "llama", "controlvector__key": 0.5}
+    return gguf_file(tmp_path / "v.gguf", vectors(1, 2, 3), **fields)
 
 
 def text(value: str | bytes) -> bytes:
@@ -358,6 +358,6 @@ def test_damage(tmp_path, vector_file, kind, count, seed):
 
 def test_what_is_left_is_exact(tmp_path):
     """The strictness costs nothing: an ordinary file's numbers arrive to the bit."""
-    given = vectors(*range(40))
-    for edit in load(gguf_file(tmp_path / "v.gguf", given)).edits:
-        assert np.array_equal(edit.operation.direction.numpy(), given[edit.site.layer])
+    published = vectors(*range(40))
+    for edit in load(gguf_file(tmp_path / "v.gguf", published)).edits:
+        assert np.array_equal(edit.operation.direction.numpy(), published[edit.site.layer])

@@ -93,9 +93,9 @@ def test_revisions(hub):
 
 
 def test_what_the_hub_refuses(hub):
-    def refused(words, call, *given, **more):
+    def refused(words, call, *arguments, **more):
         with pytest.raises(TrimtabError, match=words) as caught:
-            call(*given, **more)
+            call(*arguments, **more)
         assert "\n" not in str(caught.value)
 
     push_to_hub(steering(), "me/capitals", token=TOKEN, private=True)
@@ -144,9 +144,9 @@ def test_listing(hub, tmp_path):
     assert capitals.tags == ("activation-steering", "steering-vector", "instruct")
     assert capitals.modified == "2026-01-02"
     assert (lower.name, lower.models) == ("me/lower", ())
-    assert [one.name for one in list_steerings("me/low")] == ["me/lower"]
-    assert [one.name for one in list_steerings("me", limit=1)] == ["me/capitals"]
-    assert any("filter=trimtab" in asked for asked in hub.requests)
+    assert [listed_file.name for listed_file in list_steerings("me/low")] == ["me/lower"]
+    assert [listed_file.name for listed_file in list_steerings("me", limit=1)] == ["me/capitals"]
+    assert any("filter=trimtab" in request for request in hub.requests)
     with pytest.raises(TrimtabError, match="neither a folder nor a name"):
         list_steerings("me/a/b")
 
@@ -159,8 +159,8 @@ def test_folders(tmp_path):
     save_folder(steering(2.0), folder)
     assert from_pretrained(str(folder)) == steering(2.0)
     (folder.parent / "weights.safetensors").write_bytes(b"not a steering")
-    (found,) = list_steerings(folder.parent)
-    assert (found.name, found.models, found.tags) == (str(folder / FILE), ("org/Tiny-1B-Instruct",), ("instruct",))
+    (entry,) = list_steerings(folder.parent)
+    assert (entry.name, entry.models, entry.tags) == (str(folder / FILE), ("org/Tiny-1B-Instruct",), ("instruct",))
     with pytest.raises(TrimtabError, match="has no revisions"):
         from_pretrained(folder, revision="main")
     with pytest.raises(TrimtabError, match="there is no file"):
@@ -216,7 +216,7 @@ def test_the_command_line(hub, trimtab, tmp_path, monkeypatch):
     assert pushed.code == 0, pushed.err
     assert pushed.json["commit"].startswith(hub.address)
     listed = trimtab("list", "me", "--json")
-    assert [one["name"] for one in listed.json] == ["me/capitals"]
+    assert [entry["name"] for entry in listed.json] == ["me/capitals"]
     assert "me/capitals" in trimtab("list", "me").out
     assert "there are no steerings of you" in trimtab("list", "you").out
     Path("capitals.safetensors").unlink()
@@ -229,7 +229,7 @@ def test_the_command_line(hub, trimtab, tmp_path, monkeypatch):
     }
     assert load("capitals.safetensors") == steering()
     assert trimtab("pull", "me/capitals", "--out", "x.safetensors", "--revision", "main").code == 0
-    assert [Path(one["name"]).name for one in trimtab("list", tmp_path, "--json").json] == [
+    assert [Path(entry["name"]).name for entry in trimtab("list", tmp_path, "--json").json] == [
         "capitals.safetensors",
         "x.safetensors",
     ]

@@ -36,7 +36,7 @@ def write(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]
     return writing
 
 
-def found(steering: Steering) -> dict[Site, list[float]]:
+def directions_of(steering: Steering) -> dict[Site, list[float]]:
     assert all(type(edit.operation) is Add and edit.strength == 1 for edit in steering.edits)
     return {edit.site: edit.operation.direction.tolist() for edit in steering.edits}
 
@@ -58,21 +58,25 @@ def found(steering: Steering) -> dict[Site, list[float]]:
 )
 def test_names_of_layers(write: Callable[..., Path], name: str) -> None:
     path = write({name.format(layer): GIVEN[i] for i, layer in enumerate((3, 14))})
-    assert found(load(path)) == {Site(3): GIVEN[0].tolist(), Site(14): GIVEN[1].tolist()}
-    assert found(load(path, layer_offset=-1)) == {Site(2): GIVEN[0].tolist(), Site(13): GIVEN[1].tolist()}
+    assert directions_of(load(path)) == {Site(3): GIVEN[0].tolist(), Site(14): GIVEN[1].tolist()}
+    assert directions_of(load(path, layer_offset=-1)) == {Site(2): GIVEN[0].tolist(), Site(13): GIVEN[1].tolist()}
     assert torch.equal(load_direction(path, layer=14)[0], GIVEN[1])
-    for given, words in (({"layer": 3}, "names its layers itself"), ({"row": 1}, "no rows"), ({"position": 0}, "axis")):
+    for options, words in (
+        ({"layer": 3}, "names its layers itself"),
+        ({"row": 1}, "no rows"),
+        ({"position": 0}, "axis"),
+    ):
         with pytest.raises(TrimtabError, match=words):
-            load(path, **given)
+            load(path, **options)
 
 
 def test_one_layer_alone_is_where_its_name_says(write: Callable[..., Path]) -> None:
-    assert found(load(write({"layer_14": GIVEN[0]}))) == {Site(14): GIVEN[0].tolist()}
+    assert directions_of(load(write({"layer_14": GIVEN[0]}))) == {Site(14): GIVEN[0].tolist()}
 
 
 def test_before_a_block_is_behind_the_one_before(write: Callable[..., Path]) -> None:
     path = write({"blocks.0.hook_resid_pre": GIVEN[0], "blocks.3.hook_resid_pre": GIVEN[1]})
-    assert found(load(path)) == {Site(0, "block_input"): GIVEN[0].tolist(), Site(2): GIVEN[1].tolist()}
+    assert directions_of(load(path)) == {Site(0, "block_input"): GIVEN[0].tolist(), Site(2): GIVEN[1].tolist()}
     for names, words in (
         (["blocks.3.hook_mlp_out", "blocks.4.hook_mlp_out"], "no place in the residual stream"),
         (["blocks.3.hook_resid_pre", "blocks.2.hook_resid_post"], "two of its tensors are for one block"),
@@ -84,10 +88,10 @@ def test_before_a_block_is_behind_the_one_before(write: Callable[..., Path]) -> 
 def test_a_vector_and_its_layer(write: Callable[..., Path]) -> None:
     for key in ("layer", "layer_idx", "layer_index"):
         path = write({"vector": GIVEN[0], key: torch.tensor([14])})
-        assert found(load(path)) == {Site(14): GIVEN[0].tolist()}
-        assert found(load(path, layer=2)) == {Site(2): GIVEN[0].tolist()}  # who says so knows better
+        assert directions_of(load(path)) == {Site(14): GIVEN[0].tolist()}
+        assert directions_of(load(path, layer=2)) == {Site(2): GIVEN[0].tolist()}  # who says so knows better
     path = write({"direction": GIVEN[0]})
-    assert found(load(path, layer=5)) == {Site(5): GIVEN[0].tolist()}
+    assert directions_of(load(path, layer=5)) == {Site(5): GIVEN[0].tolist()}
     with pytest.raises(TrimtabError, match="--layer N"):
         load(path)
 
@@ -98,7 +102,7 @@ def test_a_layer_as_a_plain_number(tmp_path: Path) -> None:
     (tmp_path / "v.json").write_text(json.dumps({"vector": GIVEN[0].tolist(), "layer": 14, "model": "m"}))
     for path in tmp_path.iterdir():
         steering = load(path)
-        assert found(steering) == {Site(14): GIVEN[0].tolist()}
+        assert directions_of(steering) == {Site(14): GIVEN[0].tolist()}
         assert steering.card.options["model"] == "m"
     torch.save({"vector": GIVEN[0], "layer": 1.5}, tmp_path / "v.pt")
     with pytest.raises(TrimtabError, match="isn't the number of a block"):
@@ -113,7 +117,7 @@ def test_names_of_concepts_are_picked_by_name(write: Callable[..., Path]) -> Non
     with pytest.raises(TrimtabError, match=r"happy \[6\], sad \[6\].*trimtab convert .*--row NAME --layer N"):
         load(path)
     steering = load(path, row="sad", layer=3)
-    assert found(steering) == {Site(3): GIVEN[1].tolist()}
+    assert directions_of(steering) == {Site(3): GIVEN[1].tolist()}
     assert steering.card.options["row"] == "sad"
     with pytest.raises(TrimtabError, match="no tensor 'angry'; its tensors are happy"):
         load(path, row="angry", layer=3)
@@ -127,7 +131,7 @@ def test_rows_in_each_layer(write: Callable[..., Path]) -> None:
     path = write({"layer_1": GIVEN[:2], "layer_2": GIVEN[2:]})
     with pytest.raises(TrimtabError, match=r"'layer_1' has 2 rows; say --row R"):
         load(path)
-    assert found(load(path, row=1)) == {Site(1): GIVEN[1].tolist(), Site(2): GIVEN[3].tolist()}
+    assert directions_of(load(path, row=1)) == {Site(1): GIVEN[1].tolist(), Site(2): GIVEN[3].tolist()}
     with pytest.raises(TrimtabError, match="no row 2"):
         load(path, row=2)
 
@@ -135,7 +139,7 @@ def test_rows_in_each_layer(write: Callable[..., Path]) -> None:
 def test_lists_in_json(tmp_path: Path) -> None:
     path = tmp_path / "v.json"
     path.write_text(json.dumps(GIVEN[0].tolist()))
-    assert found(load(path, layer=2)) == {Site(2): GIVEN[0].tolist()}
+    assert directions_of(load(path, layer=2)) == {Site(2): GIVEN[0].tolist()}
     path.write_text(json.dumps(GIVEN.tolist()))
     assert len(load(path, layer_offset=0).edits) == 4
     path.write_text("[[1.0, 2.0], [1.0]]")
@@ -186,12 +190,12 @@ def test_neuronpedia(tmp_path: Path) -> None:
         return path
 
     steering = load(written())
-    assert found(steering) == {Site(20): GIVEN[0].tolist()}
+    assert directions_of(steering) == {Site(20): GIVEN[0].tolist()}
     about = {"modelId": "gemma-2-2b", "layer": "20-gemmascope-res-16k", "index": "1234"}
     about |= {"maxActApprox": 60.5, "vectorDefaultSteerStrength": 40}
     assert steering.card.options == {"format": "Neuronpedia", **about}
-    assert found(load(written(hookName="blocks.6.hook_resid_pre"))) == {Site(5): GIVEN[0].tolist()}
-    assert found(load(written(hookName=None), layer=4)) == {Site(4): GIVEN[0].tolist()}
+    assert directions_of(load(written(hookName="blocks.6.hook_resid_pre"))) == {Site(5): GIVEN[0].tolist()}
+    assert directions_of(load(written(hookName=None), layer=4)) == {Site(4): GIVEN[0].tolist()}
     for more, words in (
         ({"vector": []}, "without the feature's vector.*--feature INDEX"),
         ({"hookName": None}, "say --layer N"),

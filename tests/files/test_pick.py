@@ -58,10 +58,10 @@ def test_what_is_written_is_what_acts(file, tail, layers, strength):
     ],
 )
 def test_what_cant_be_meant_is_refused(file, tail, said):
-    with pytest.raises(TrimtabError) as told:
+    with pytest.raises(TrimtabError) as error:
         parse_pick(f"{file}{tail}")
-    assert str(told.value).startswith(f"--steer {file}{tail}: ")
-    assert said in str(told.value)
+    assert str(error.value).startswith(f"--steer {file}{tail}: ")
+    assert said in str(error.value)
 
 
 def test_layers_that_the_file_hasnt_are_said_with_those_it_has(file):

@@ -129,8 +129,8 @@ def test_tensor_names(tmp_path):
         (everything, {f"edit.{i}.direction" for i in range(7)}),
     ):
         save_steering(make(), tmp_path / "s.safetensors")
-        found = load_file(tmp_path / "s.safetensors")
-        assert {name for name in found if "gate" not in name} == names
+        tensors = load_file(tmp_path / "s.safetensors")
+        assert {name for name in tensors if "gate" not in name} == names
 
 
 @pytest.mark.slow
@@ -331,5 +331,7 @@ def test_files_keep_their_digests():
         HoldElements(u),
     ]
     newer = [ReadWrite(u[None], v[None], 1.0, low=0.0, keep_norm=0.5), RotateInPlane(u, v, 0.25)]
-    steerings = [Steering(tuple(Edit(Site(i), one) for i, one in enumerate(some))) for some in (older, newer)]
-    assert [steering_digest(one)[:16] for one in steerings] == ["674861301e4e6058", "59af4999706e9444"]
+    steerings = [
+        Steering(tuple(Edit(Site(i), operation) for i, operation in enumerate(some))) for some in (older, newer)
+    ]
+    assert [steering_digest(steering)[:16] for steering in steerings] == ["674861301e4e6058", "59af4999706e9444"]

@@ -17,12 +17,12 @@ def lm(request: pytest.FixtureRequest) -> LM:
 
 
 def pairs(lm: LM, count: int = 12) -> list[tuple[Text, Text]]:
-    found = []
+    made = []
     for i in range(count):
         head = lm.encode(prompt(i, 3 + (7 * i) % 19))
         sides = [[*head, *lm.encode(prompt(100 + 2 * i + s, 1 + (i + s) % 2))] for s in (0, 1)]
-        found.append((Text(sides[0], [len(sides[0]) - 1]), Text(sides[1], [len(sides[1]) - 1])))
-    return found
+        made.append((Text(sides[0], [len(sides[0]) - 1]), Text(sides[1], [len(sides[1]) - 1])))
+    return made
 
 
 def naive(lm: LM, texts: list[tuple[Text, Text]], layer: int) -> torch.Tensor:
@@ -138,11 +138,11 @@ def many_sets(lm: LM) -> dict[str, list[tuple[Text, Text]]]:
 def test_many_at_once_equal_each_alone(lm: LM) -> None:
     sets = many_sets(lm)
     for budget in (1, 60, 4096):
-        found = contrast_many(lm, sets, [0, 2], tokens_per_batch=budget)
+        contrasts = contrast_many(lm, sets, [0, 2], tokens_per_batch=budget)
         for name, texts in sets.items():
             alone = contrast(lm, texts, [0, 2])
             for layer in (0, 2):
-                mine, theirs = found[name][layer], alone[layer]
+                mine, theirs = contrasts[name][layer], alone[layer]
                 assert mine.count == theirs.count == len(texts)
                 assert torch.allclose(mine.difference, theirs.difference, atol=1e-5, rtol=1e-5)
                 assert mine.target() == pytest.approx(theirs.target(), rel=1e-4, abs=1e-4)

@@ -43,7 +43,7 @@ def start(rank: int = 0, seed: int = 0) -> Trained:
 
 def distance(_run: Forcing, trained: Trained, some: Sequence[Tensor]) -> Tensor:
     """Convex: the sum of squared distances of the vector from what each example would have."""
-    return torch.stack([(trained.parts[SITE].vector - one).square().sum() for one in some]).sum()
+    return torch.stack([(trained.parts[SITE].vector - target).square().sum() for target in some]).sum()
 
 
 def by(size: int) -> Callable[[Sequence[Any]], list[list[int]]]:
@@ -66,17 +66,17 @@ def descent(
 
 
 def test_it_reaches_the_optimum(run: Forcing) -> None:
-    found, course = descent(run, Descent(steps=300, rate=0.05, batch=7, max_dose=100))
-    assert torch.allclose(found.parts[SITE].vector, MEAN, atol=0.02)
+    trained, course = descent(run, Descent(steps=300, rate=0.05, batch=7, max_dose=100))
+    assert torch.allclose(trained.parts[SITE].vector, MEAN, atol=0.02)
     assert (course.steps, len(course.losses), course.interrupted) == (300, 300, False)
     assert course.losses[-1] < course.losses[0]
     assert math.isnan(course.first)
 
 
 def test_how_examples_are_grouped_doesnt_matter(run: Forcing) -> None:
-    found = [descent(run, Descent(steps=20, batch=5), size=size)[0].parts[SITE].vector for size in (1, 2, 7)]
-    assert torch.allclose(found[0], found[1], atol=1e-6)
-    assert torch.allclose(found[0], found[2], atol=1e-6)
+    vectors = [descent(run, Descent(steps=20, batch=5), size=size)[0].parts[SITE].vector for size in (1, 2, 7)]
+    assert torch.allclose(vectors[0], vectors[1], atol=1e-6)
+    assert torch.allclose(vectors[0], vectors[2], atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -87,13 +87,15 @@ def test_what_a_vector_does_to_a_model_is_found_again(lm: LM, rank: int, monkeyp
     texts = [Forced(tuple(lm.encode(prompt(i, 3 + i % 4))), tuple(lm.encode(prompt(50 + i, 5)))) for i in range(10)]
     with forcing(lm.model, lm.layout, [SITE]) as run:
         with torch.no_grad():
-            told = [likeliest(row) for row in run.logits(texts, {SITE: lambda x: planted.expand_as(x)})]
+            likeliest_tokens = [likeliest(row) for row in run.logits(texts, {SITE: lambda x: planted.expand_as(x)})]
 
         def loss(run: Forcing, trained: Trained, some: Sequence[int]) -> Tensor:
             rows = run.logits([texts[i] for i in some], trained.changes())
-            return torch.stack([divergence(row, told[i]).mean() for row, i in zip(rows, some, strict=True)]).sum()
+            return torch.stack(
+                [divergence(row, likeliest_tokens[i]).mean() for row, i in zip(rows, some, strict=True)]
+            ).sum()
 
-        found, course = descend(
+        learned, course = descend(
             run,
             start(rank),
             range(8),
@@ -106,7 +108,7 @@ def test_what_a_vector_does_to_a_model_is_found_again(lm: LM, rank: int, monkeyp
     assert course.best < course.first
     if rank == 0:  # with more to choose from, eight texts don't tell a vector from a map
         assert course.best < 0.1 * course.first
-        assert torch.cosine_similarity(found.parts[SITE].vector, planted.float(), dim=0) > 0.9
+        assert torch.cosine_similarity(learned.parts[SITE].vector, planted.float(), dim=0) > 0.9
     assert all(parameter.grad is None for parameter in lm.model.parameters())
 
 
@@ -137,33 +139,33 @@ def test_the_best_on_what_is_held_out_is_kept(run: Forcing) -> None:
 
 def test_with_slack_it_is_the_last_that_is_hardly_worse(run: Forcing) -> None:
     """The loss on what is held out falls, and rises again past 0.3 of the way."""
-    aside, told = [0.3 * MEAN], dict[int, float]()
+    aside, reported = [0.3 * MEAN], dict[int, float]()
     trained = start()
 
     def report(done: int, _total: int, _words: str) -> None:
-        told[done] = float(distance(run, trained.frozen(), aside))
+        reported[done] = float(distance(run, trained.frozen(), aside))
 
     for slack in (0.0, 0.5, 2.0):
-        told.clear()
+        reported.clear()
         trained = start()
         how = Descent(steps=200, rate=0.05, batch=7, every=1, max_dose=100, slack=slack)
-        found, course = descend(run, trained, TARGETS, aside, distance, how, groups=by(3), report=report)
-        lowest = min(told.values())
-        fine = [step for step, value in told.items() if value <= (1 + slack) * lowest and value < course.first]
+        chosen, course = descend(run, trained, TARGETS, aside, distance, how, groups=by(3), report=report)
+        lowest = min(reported.values())
+        fine = [step for step, value in reported.items() if value <= (1 + slack) * lowest and value < course.first]
         assert course.best_step == max(fine)
-        assert course.best == pytest.approx(told[max(fine)], rel=1e-4)
-        assert course.best == pytest.approx(float(distance(run, found, aside)), rel=1e-4)
+        assert course.best == pytest.approx(reported[max(fine)], rel=1e-4)
+        assert course.best == pytest.approx(float(distance(run, chosen, aside)), rel=1e-4)
         assert course.best < course.first
         assert course.steps == course.best_step + PATIENCE
 
 
 def test_what_comes_back_stays_as_it_is(run: Forcing) -> None:
     trained = start()
-    found, _ = descend(run, trained, TARGETS, [], distance, Descent(steps=3), groups=by(3))
+    result, _ = descend(run, trained, TARGETS, [], distance, Descent(steps=3), groups=by(3))
     with torch.no_grad():
         trained.parts[SITE].vector.zero_()
-    assert found.parts[SITE].vector.any()
-    assert not found.parts[SITE].vector.requires_grad
+    assert result.parts[SITE].vector.any()
+    assert not result.parts[SITE].vector.requires_grad
     assert all(tensor.grad is None for tensor in trained.tensors)
 
 
@@ -187,14 +189,14 @@ def test_patience_ends_it(run: Forcing) -> None:
 
 def test_an_interruption_gives_the_best_so_far(run: Forcing) -> None:
     how = Descent(steps=100, every=2)
-    found, course = descent(run, how, TARGETS, report=stop_at(5))
+    trained, course = descent(run, how, TARGETS, report=stop_at(5))
     assert (course.steps, course.interrupted, course.best_step) == (5, True, 4)
     other, four = descent(run, how, TARGETS, report=stop_at(4))
-    assert torch.equal(found.parts[SITE].vector, other.parts[SITE].vector)
+    assert torch.equal(trained.parts[SITE].vector, other.parts[SITE].vector)
     assert four.best == course.best
     alone, course = descent(run, how, report=stop_at(5))  # nothing is held out: as it is
     assert course.interrupted
-    assert not torch.equal(alone.parts[SITE].vector, found.parts[SITE].vector)
+    assert not torch.equal(alone.parts[SITE].vector, trained.parts[SITE].vector)
 
 
 @pytest.mark.parametrize("call", [1, 2, 9])
@@ -207,10 +209,10 @@ def test_an_interruption_in_the_middle_of_a_step(run: Forcing, call: int) -> Non
             raise KeyboardInterrupt
         return distance(run, trained, some)
 
-    found, course = descent(run, Descent(steps=50, every=1), [MEAN], loss=loss)
+    learned, course = descent(run, Descent(steps=50, every=1), [MEAN], loss=loss)
     assert course.interrupted
     assert course.steps < 5
-    assert bool(found.parts[SITE].vector.any()) == (course.best_step > 0)
+    assert bool(learned.parts[SITE].vector.any()) == (course.best_step > 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -256,15 +258,15 @@ def test_every_example_once_before_any_comes_again(run: Forcing, count: int, bat
 
 def test_the_same_seed_gives_the_same_bits(run: Forcing) -> None:
     how = Descent(steps=9, batch=2)
-    one, two = (descent(run, how, TARGETS[:2]) for _ in range(2))
+    first, second = (descent(run, how, TARGETS[:2]) for _ in range(2))
     other, _ = descent(run, Descent(steps=9, batch=2, seed=1), TARGETS[:2])
-    assert torch.equal(one[0].parts[SITE].vector, two[0].parts[SITE].vector)
-    assert one[1] == two[1]
-    assert not torch.equal(one[0].parts[SITE].vector, other.parts[SITE].vector)
+    assert torch.equal(first[0].parts[SITE].vector, second[0].parts[SITE].vector)
+    assert first[1] == second[1]
+    assert not torch.equal(first[0].parts[SITE].vector, other.parts[SITE].vector)
 
 
 def test_each_step_is_reported(run: Forcing) -> None:
-    told: list[tuple[int, int, str]] = []
-    descent(run, Descent(steps=4, every=3), TARGETS[:1], report=lambda *words: told.append(words))
-    assert [(done, total) for done, total, _ in told] == [(i, 4) for i in range(1, 5)]
-    assert all("loss " in words and "held out " in words for _, _, words in told)
+    reported: list[tuple[int, int, str]] = []
+    descent(run, Descent(steps=4, every=3), TARGETS[:1], report=lambda *words: reported.append(words))
+    assert [(done, total) for done, total, _ in reported] == [(i, 4) for i in range(1, 5)]
+    assert all("loss " in words and "held out " in words for _, _, words in reported)

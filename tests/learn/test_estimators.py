@@ -127,8 +127,8 @@ def test_sides_that_are_swapped_negate_it(name: str, seed: int, pairs: int) -> N
 @given(seed=st.integers(0, 10**6), pairs=st.integers(2, 20), factor=st.floats(1e-3, 1e3))
 def test_it_is_as_large_as_the_activations(name: str, seed: int, pairs: int, factor: float) -> None:
     plus, minus = sides(seed, pairs)
-    found = ALL[name](plus, minus)
-    assert torch.allclose(ALL[name](factor * plus, factor * minus), factor * found, rtol=1e-6, atol=1e-7 * factor)
+    direction = ALL[name](plus, minus)
+    assert torch.allclose(ALL[name](factor * plus, factor * minus), factor * direction, rtol=1e-6, atol=1e-7 * factor)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -155,9 +155,9 @@ def test_a_planted_direction_is_found_at_its_length(name: str) -> None:
     planted = tiny.direction(5).double()
     planted = 3 * planted / planted.norm()
     noise = torch.randn(2, 600, len(planted), generator=draw, dtype=torch.float64)
-    found = ALL[name](noise[0] + planted, noise[1])
-    assert float(torch.cosine_similarity(found, planted, dim=0)) > 0.95
-    assert float(found.norm()) == pytest.approx(3, rel=0.1)
+    direction = ALL[name](noise[0] + planted, noise[1])
+    assert float(torch.cosine_similarity(direction, planted, dim=0)) > 0.95
+    assert float(direction.norm()) == pytest.approx(3, rel=0.1)
 
 
 def test_one_odd_pair_moves_the_mean_and_not_the_median() -> None:
@@ -264,18 +264,18 @@ def test_the_mean_keeps_sums_and_others_keep_what_they_need(lm: LM) -> None:
     sums = contrast_many(lm, {"a": texts, "b": texts[:3]}, [1, 2])
     kept = contrast_many(lm, {"a": texts, "b": texts[:3]}, [1, 2], keep=PairMembers)
     for name, layer in (("a", 1), ("a", 2), ("b", 1), ("b", 2)):
-        one, all_of_it = sums[name][layer], kept[name][layer]
-        assert type(one) is PairMoments
-        assert one.count == all_of_it.count == sum(len(plus) for plus, _ in all_of_it.members)
-        assert torch.equal(one.difference, all_of_it.difference)
-        assert torch.allclose(one.difference, all_of_it.estimated(mean_difference), atol=1e-12)
+        summed, all_of_it = sums[name][layer], kept[name][layer]
+        assert type(summed) is PairMoments
+        assert summed.count == all_of_it.count == sum(len(plus) for plus, _ in all_of_it.members)
+        assert torch.equal(summed.difference, all_of_it.difference)
+        assert torch.allclose(summed.difference, all_of_it.estimated(mean_difference), atol=1e-12)
 
 
 def test_several_behaviours_have_the_estimator_each(lm: LM) -> None:
-    found = learn_behaviours(lm, {"a": PAIRS, "b": PAIRS[:4]}, 2, estimator="pca")
+    learned = learn_behaviours(lm, {"a": PAIRS, "b": PAIRS[:4]}, 2, estimator="pca")
     for name, pairs in (("a", PAIRS), ("b", PAIRS[:4])):
         expected = learn_caa(lm, pairs, 2, estimator="pca").edits[0].operation.direction
-        assert torch.allclose(found[name].edits[0].operation.direction, expected, atol=1e-5)
+        assert torch.allclose(learned[name].edits[0].operation.direction, expected, atol=1e-5)
 
 
 def test_repe_and_icv_take_one(lm: LM) -> None:

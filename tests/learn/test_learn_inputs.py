@@ -29,7 +29,7 @@ def lm() -> LM:
 
 def test_tuples_lists_and_dictionaries_are_pairs() -> None:
     texts = [Pair(positive, negative) for positive, negative in TEXTS]
-    answers = [Pair(positive, negative, asked, "answers") for asked, positive, negative in ANSWERS]
+    answers = [Pair(positive, negative, question, "answers") for question, positive, negative in ANSWERS]
     assert as_pairs(TEXTS) == as_pairs([list(pair) for pair in TEXTS]) == as_pairs(iter(texts)) == texts
     assert as_pairs(ANSWERS) == as_pairs(ROWS) == as_pairs([ANSWERS[0], ROWS[1], *answers[2:]]) == answers
     talk = [{"role": "user", "content": "Hi"}]
@@ -39,7 +39,7 @@ def test_tuples_lists_and_dictionaries_are_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("value", "why"),
     [
         ("pairs.jsonl", r"read a file by read_pairs\('pairs.jsonl'\)"),
         (Path("pairs.jsonl"), r"read a file by read_pairs\('pairs.jsonl'\)"),
@@ -56,9 +56,9 @@ def test_tuples_lists_and_dictionaries_are_pairs() -> None:
         ([{"good": "a", "bad": "b"}], r"pairs\[0\]: no pair: its keys are good, bad"),
     ],
 )
-def test_what_is_no_pair_says_why(given: Any, why: str) -> None:
+def test_what_is_no_pair_says_why(value: Any, why: str) -> None:
     with pytest.raises(TrimtabError, match=why):
-        as_pairs(given)
+        as_pairs(value)
 
 
 def test_a_table_says_how_its_rows_are_given() -> None:
@@ -95,14 +95,14 @@ def test_every_method_learns_the_same_from_tuples(lm: LM, name: str) -> None:
 @pytest.mark.parametrize("name", recipes())
 def test_every_method_wants_the_lm_and_not_its_model(lm: LM, name: str) -> None:
     recipe = recipes()[name]
-    given = {"pairs": [ANSWERS], "texts": [["w3 w4"]], "nothing": []}[recipe.takes]
+    inputs = {"pairs": [ANSWERS], "texts": [["w3 w4"]], "nothing": []}[recipe.takes]
     for wrong, why in (
         (lm.model, r"this is a model \(LlamaForCausalLM\): give lm where you gave lm.model"),
         ("gpt2", r"give LM.load\('gpt2'\)"),
         (object(), "got object: give LM.load"),
     ):
         with pytest.raises(TrimtabError, match=why):
-            getattr(trimtab, recipe.function.partition(":")[2])(wrong, *given)
+            getattr(trimtab, recipe.function.partition(":")[2])(wrong, *inputs)
 
 
 def test_an_engine_that_cannot_learn_like_this_says_so() -> None:
@@ -121,9 +121,9 @@ def test_layers_are_whole_numbers(lm: LM) -> None:
 
 
 def test_a_search_starts_from_tuples_too(lm: LM) -> None:
-    found = learn_operations(lm, TEXTS, [1, 2])
-    assert found == learn_operations(lm, as_pairs(TEXTS), [1, 2])
-    assert found["add"].card.data == digest(as_pairs(TEXTS))
+    learned = learn_operations(lm, TEXTS, [1, 2])
+    assert learned == learn_operations(lm, as_pairs(TEXTS), [1, 2])
+    assert learned["add"].card.data == digest(as_pairs(TEXTS))
 
 
 def test_methods_still_say_which_shapes_they_take(lm: LM) -> None:

@@ -57,11 +57,11 @@ def watched(lm: LM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], An
     calls: list[Any] = []
     generate = lm.generate
 
-    def asked(prompts: Any, steering: Any = None, **more: Any) -> Any:
+    def recorded(prompts: Any, steering: Any = None, **more: Any) -> Any:
         calls.append((prompts, steering, more))
         return generate(prompts, steering, **more)
 
-    monkeypatch.setattr(lm, "generate", asked)
+    monkeypatch.setattr(lm, "generate", recorded)
     return calls
 
 
@@ -74,62 +74,64 @@ def odd(_query: str, answer: str, _cut: bool) -> bool:
 
 
 def test_lessons_are_what_the_model_answers(lm: LM) -> None:
-    found = kept_by(anything, lm=lm)
-    for one in found.lessons:
-        assert one.instructed == tuple(lm.encode(TEACHER.ask(one.query, one.turn)))
-        assert one.plain == tuple(lm.encode(one.query))
-        (answer,) = lm.generate(TEACHER.ask(one.query, one.turn), max_new_tokens=TOKENS)
-        assert (one.answer, one.text) == (tuple(answer.token_ids), answer.text)
-        assert one.help is None
+    kept = kept_by(anything, lm=lm)
+    for lesson in kept.lessons:
+        assert lesson.instructed == tuple(lm.encode(TEACHER.ask(lesson.query, lesson.turn)))
+        assert lesson.plain == tuple(lm.encode(lesson.query))
+        (answer,) = lm.generate(TEACHER.ask(lesson.query, lesson.turn), max_new_tokens=TOKENS)
+        assert (lesson.answer, lesson.text) == (tuple(answer.token_ids), answer.text)
+        assert lesson.help is None
 
 
 def test_the_check_is_asked_of_every_answer_and_obeyed(lm: LM) -> None:
-    asked: list[tuple[str, str, bool]] = []
+    checked: list[tuple[str, str, bool]] = []
 
     def check(query: str, answer: str, cut: bool) -> bool:
-        asked.append((query, answer, cut))
+        checked.append((query, answer, cut))
         return odd(query, answer, cut)
 
-    found = kept_by(check, lm=lm)
-    assert found.lessons
-    assert all(odd(one.query, one.text, True) for one in found.lessons)
-    assert {(one.query, one.text, True) for one in found.lessons} < set(asked)  # no end of text: all are cut
-    assert sum(one.kept for one in found.tries) == sum(odd(*one) for one in asked)
+    kept = kept_by(check, lm=lm)
+    assert kept.lessons
+    assert all(odd(lesson.query, lesson.text, True) for lesson in kept.lessons)
+    assert {(lesson.query, lesson.text, True) for lesson in kept.lessons} < set(checked)  # no end of text: all are cut
+    assert sum(attempt.kept for attempt in kept.tries) == sum(odd(*call) for call in checked)
 
 
 def test_whether_the_limit_cut_an_answer_is_told(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = lm.generate(TEACHER.ask(QUERIES[0], 0), max_new_tokens=TOKENS)[0].token_ids[4]
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", int(ends))
-    told: list[tuple[str, bool]] = []
-    found = kept_by(lambda query, answer, cut: told.append((query, cut)) or True, lm=lm)
-    assert (QUERIES[0], False) in told
-    assert {cut for _, cut in told} == {True, False}
-    whole = [one for one in found.lessons if len(one.answer) < TOKENS]
-    assert all(one.answer[-1] == ends for one in whole)  # how an answer ends is learned, too
+    cuts: list[tuple[str, bool]] = []
+    kept = kept_by(lambda query, answer, cut: cuts.append((query, cut)) or True, lm=lm)
+    assert (QUERIES[0], False) in cuts
+    assert {cut for _, cut in cuts} == {True, False}
+    whole = [lesson for lesson in kept.lessons if len(lesson.answer) < TOKENS]
+    assert all(lesson.answer[-1] == ends for lesson in whole)  # how an answer ends is learned, too
 
 
 def test_at_most_two_a_query_and_each_but_once(lm: LM) -> None:
-    found = kept_by(anything, lm=lm)
-    counts = Counter(one.query for one in found.lessons)
+    kept = kept_by(anything, lm=lm)
+    counts = Counter(lesson.query for lesson in kept.lessons)
     assert max(counts.values()) <= PER_QUERY
-    assert len({(one.query, one.answer) for one in found.lessons}) == len(found.lessons)
-    assert [one.query for one in found.lessons] == sorted((one.query for one in found.lessons), key=QUERIES.index)
+    assert len({(lesson.query, lesson.answer) for lesson in kept.lessons}) == len(kept.lessons)
+    assert [lesson.query for lesson in kept.lessons] == sorted(
+        (lesson.query for lesson in kept.lessons), key=QUERIES.index
+    )
 
 
 def test_answers_that_turn_in_circles_or_are_empty_are_left_out(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    checked: list[str] = []
     generate = lm.generate
 
     def looping(prompts: Any, *args: Any, **more: Any) -> Any:
         answers = generate(prompts, *args, **more)
         texts = {0: "w5 " * TOKENS, 1: "  "}
-        return [replace(one, text=texts.get(i, one.text)) for i, one in enumerate(answers)]
+        return [replace(original, text=texts.get(i, original.text)) for i, original in enumerate(answers)]
 
     monkeypatch.setattr(lm, "generate", looping)
-    found = kept_by(lambda _q, answer, _c: asked.append(answer) or True, lm=lm)
-    assert not any("w5 w5 w5 w5" in answer or not answer.strip() for answer in asked)
-    assert all(repeated_share(one.text) <= module.REPEATED_LIMIT for one in found.lessons)
-    assert found.tries[0].kept <= len(QUERIES) - 2
+    kept = kept_by(lambda _q, answer, _c: checked.append(answer) or True, lm=lm)
+    assert not any("w5 w5 w5 w5" in answer or not answer.strip() for answer in checked)
+    assert all(repeated_share(lesson.text) <= module.REPEATED_LIMIT for lesson in kept.lessons)
+    assert kept.tries[0].kept <= len(QUERIES) - 2
 
 
 def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
@@ -141,26 +143,26 @@ def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
 
 
 def test_without_a_check_answers_are_kept_that_the_prompt_makes_likelier(lm: LM) -> None:
-    found = kept_by(None, lm=lm)
-    told = logprobs(lm, [Forced(one.instructed, one.answer) for one in found.lessons])
-    bare = logprobs(lm, [Forced(one.plain, one.answer) for one in found.lessons])
-    gains = [float((a - b).mean()) for a, b in zip(told, bare, strict=True)]
+    kept = kept_by(None, lm=lm)
+    likelihoods = logprobs(lm, [Forced(lesson.instructed, lesson.answer) for lesson in kept.lessons])
+    bare = logprobs(lm, [Forced(lesson.plain, lesson.answer) for lesson in kept.lessons])
+    gains = [float((a - b).mean()) for a, b in zip(likelihoods, bare, strict=True)]
     assert min(gains) >= MARGIN
     monkey = pytest.MonkeyPatch()
     monkey.setattr(module, "MARGIN", sorted(gains)[len(gains) // 2])
     try:
-        assert kept_by(None, lm=lm).tries[0].kept < found.tries[0].kept
+        assert kept_by(None, lm=lm).tries[0].kept < kept.tries[0].kept
     finally:
         monkey.undo()
 
 
 def test_log_probabilities_are_the_models_own(lm: LM) -> None:
     texts = [Forced(tuple(lm.encode(prompt(i, 1 + i))), tuple(lm.encode(prompt(40 + i, 4)))) for i in range(5)]
-    for text, found in zip(texts, logprobs(lm, texts), strict=True):
+    for text, result in zip(texts, logprobs(lm, texts), strict=True):
         with torch.no_grad():
             whole = lm.model(input_ids=torch.tensor([[*text.prompt, *text.answer]])).logits[0].log_softmax(-1)
         expected = [float(whole[len(text.prompt) - 1 + i, token]) for i, token in enumerate(text.answer)]
-        assert found.tolist() == pytest.approx(expected, abs=1e-4)
+        assert result.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 # ---- how often it is asked -----------------------------------------------------------------------------------
@@ -170,17 +172,17 @@ def test_phrasings_take_turns(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = watched(lm, monkeypatch)
     kept_by(anything, lm=lm)
     for (prompts, _, _), said in zip(calls, PHRASINGS, strict=False):
-        assert all(one.endswith(said) for one in prompts)
+        assert all(text.endswith(said) for text in prompts)
     assert len(calls) >= 2
 
 
 def test_what_was_asked_the_same_way_is_not_asked_again(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy answers to the same prompts are the same."""
     calls = watched(lm, monkeypatch)
-    found = kept_by(anything, Teacher(PHRASINGS[:1]), lm=lm)
+    kept = kept_by(anything, Teacher(PHRASINGS[:1]), lm=lm)
     assert len(calls) == 1
-    assert len(found.tries) == 1
-    assert len(found.lessons) == max(LEAST, round(0.75 * found.tries[0].kept))
+    assert len(kept.tries) == 1
+    assert len(kept.lessons) == max(LEAST, round(0.75 * kept.tries[0].kept))
 
 
 def test_queries_that_have_their_answers_are_not_asked_again(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,10 +192,10 @@ def test_queries_that_have_their_answers_are_not_asked_again(lm: LM, monkeypatch
 
 
 def test_progress_goes_on_to_the_end(lm: LM) -> None:
-    told: list[tuple[int, int]] = []
-    kept_by(anything, lm=lm, progress=lambda done, total: told.append((done, total)))
-    assert told == sorted(told)
-    assert told[-1][0] == told[-1][1] == 3 * len(QUERIES)
+    reported: list[tuple[int, int]] = []
+    kept_by(anything, lm=lm, progress=lambda done, total: reported.append((done, total)))
+    assert reported == sorted(reported)
+    assert reported[-1][0] == reported[-1][1] == 3 * len(QUERIES)
 
 
 def test_it_is_said_beside_the_system_message(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,10 +204,10 @@ def test_it_is_said_beside_the_system_message(lm: LM, monkeypatch: pytest.Monkey
         "chat_template",
         "{% for m in messages %}{% if m.role == 'system' %}w70{% else %}w71{% endif %} {{ m.content }} {% endfor %}w72",
     )
-    found = kept_by(anything, Teacher(system="w5 w6"), lm=lm)
-    for one in found.lessons:
-        assert lm.tokenizer.decode(one.instructed) == f"w70 w5 w6 w71 {one.query} w72"
-        assert lm.tokenizer.decode(one.plain) == f"w71 {one.query} w72"
+    kept = kept_by(anything, Teacher(system="w5 w6"), lm=lm)
+    for lesson in kept.lessons:
+        assert lm.tokenizer.decode(lesson.instructed) == f"w70 w5 w6 w71 {lesson.query} w72"
+        assert lm.tokenizer.decode(lesson.plain) == f"w71 {lesson.query} w72"
 
 
 # ---- the help ------------------------------------------------------------------------------------------------
@@ -223,21 +225,21 @@ def rarely(limit: int) -> Callable[[str, str, bool], bool]:
 
 
 def test_a_model_that_does_as_told_is_not_helped(lm: LM) -> None:
-    assert all(one.help == "" for one in kept_by(anything, lm=lm).tries)
+    assert all(attempt.help == "" for attempt in kept_by(anything, lm=lm).tries)
 
 
 def test_help_acts_on_the_opening_or_on_all_of_the_answer(lm: LM) -> None:
-    found = kept_by(rarely(16 + 5 * FEW), lm=lm)
-    assert [one.help for one in found.tries][:3] == ["", "said in other ways", "tried at several blocks"]
-    helped = [one for one in found.good if one.help is not None]
+    kept = kept_by(rarely(16 + 5 * FEW), lm=lm)
+    assert [attempt.help for attempt in kept.tries][:3] == ["", "said in other ways", "tried at several blocks"]
+    helped = [taught for taught in kept.good if taught.help is not None]
     counts = {Positions.opening(OPENING): OPENING, Positions.from_last_prompt_token(): TOKENS}
-    assert {edit.positions for one in helped if one.help for edit in one.help.edits} == set(counts)
-    for one in helped[::6]:
-        assert one.help is not None
-        (edit,) = one.help.edits
-        assert module.helped(one) == min(counts[edit.positions], len(one.answer))
-        (answer,) = lm.generate(TEACHER.ask(one.query, one.turn), one.help, max_new_tokens=TOKENS)
-        assert one.answer == tuple(answer.token_ids)
+    assert {edit.positions for taught in helped if taught.help for edit in taught.help.edits} == set(counts)
+    for lesson in helped[::6]:
+        assert lesson.help is not None
+        (edit,) = lesson.help.edits
+        assert module.helped(lesson) == min(counts[edit.positions], len(lesson.answer))
+        (answer,) = lm.generate(TEACHER.ask(lesson.query, lesson.turn), lesson.help, max_new_tokens=TOKENS)
+        assert lesson.answer == tuple(answer.token_ids)
 
 
 def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> None:
@@ -248,11 +250,11 @@ def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> 
         assert edit.strength in module.HELP_STRENGTHS
         total = torch.zeros(tiny.WIDTH, dtype=torch.float64)
         for query in QUERIES:
-            told, bare = (
+            instructed, bare = (
                 next(iter(lm.capture(text, [edit.site.layer])[0].values()))[0]
                 for text in (TEACHER.ask(query, 1), query)
             )
-            total += (told - bare).double()
+            total += (instructed - bare).double()
         assert torch.allclose(edit.operation.direction.double(), total / len(QUERIES), atol=1e-4)
 
 
@@ -262,12 +264,12 @@ def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> 
 def test_what_is_said_in_other_words_or_once_more_comes_before_help(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = watched(lm, monkeypatch)
     made = Making(lm, TEACHER, anything, TOKENS)
-    ways, tries, found = made.best_ways(QUERIES, [])
+    ways, tries, best = made.best_ways(QUERIES, [])
     assert [len(prompts) for prompts, _, _ in calls] == [5 * FEW]
-    assert [one.help for one in tries] == ["said in other ways"]
+    assert [attempt.help for attempt in tries] == ["said in other ways"]
     assert {way.turn for way in ways} < {1, 2, 3, 4, 5}  # the first is what failed
     assert all(way.help is None for way in ways)
-    assert tries[0].kept == len(found)
+    assert tries[0].kept == len(best)
 
 
 def test_where_words_are_not_enough_help_is_tried_with_the_best_of_them(
@@ -275,35 +277,37 @@ def test_where_words_are_not_enough_help_is_tried_with_the_best_of_them(
 ) -> None:
     calls = watched(lm, monkeypatch)
     ids = {tuple(lm.encode(TEACHER.ask(query, 5))) for query in QUERIES}
-    answers = {one.text for one in lm.generate([TEACHER.ask(query, 5) for query in QUERIES], max_new_tokens=TOKENS)}
+    answers = {
+        answer.text for answer in lm.generate([TEACHER.ask(query, 5) for query in QUERIES], max_new_tokens=TOKENS)
+    }
     calls.clear()
     check = lambda _query, answer, _cut: answer in answers and len(answer) % 3 == 0  # noqa: E731
-    ways, tries, found = Making(lm, TEACHER, check, TOKENS).best_ways(QUERIES, [])
-    assert {one.instructed for one in found if one.help is None} <= ids
-    assert [one.help for one in tries] == ["said in other ways", "tried at several blocks"]
+    ways, tries, best = Making(lm, TEACHER, check, TOKENS).best_ways(QUERIES, [])
+    assert {lesson.instructed for lesson in best if lesson.help is None} <= ids
+    assert [attempt.help for attempt in tries] == ["said in other ways", "tried at several blocks"]
     assert tries[0].asked == 5 * FEW
     assert 0 < tries[0].kept < FEW / 2
     prompts, helps, _ = calls[1]
     assert len(prompts) == 12 * FEW
     assert None not in helps
-    assert all(one.endswith(" ".join([PHRASINGS[2]] * 2)) for one in prompts)
+    assert all(text.endswith(" ".join([PHRASINGS[2]] * 2)) for text in prompts)
     assert len(ways) == 2
 
 
 def test_what_can_be_said_in_one_way_only_gets_help_at_once(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = watched(lm, monkeypatch)
-    found = kept_by(rarely(14), Teacher(text="w5 w6 w7"), lm=lm)
-    assert [one.help for one in found.tries][:2] == ["", "tried at several blocks"]
+    kept = kept_by(rarely(14), Teacher(text="w5 w6 w7"), lm=lm)
+    assert [attempt.help for attempt in kept.tries][:2] == ["", "tried at several blocks"]
     assert [len(prompts) for prompts, _, _ in calls][:2] == [16, 12 * FEW]
 
 
 def test_the_best_are_those_followed_often_whose_answers_say_most(lm: LM) -> None:
     made = Making(lm, TEACHER, odd, TOKENS)
-    ways, _, found = made.best_ways(QUERIES, [])
-    counts = Counter(one.way for one in found)
+    ways, _, best = made.best_ways(QUERIES, [])
+    counts = Counter(best_lesson.way for best_lesson in best)
     says: Counter[Way] = Counter()
-    for one, nats in zip(found, made.says(found), strict=True):
-        says[one.way] += nats  # type: ignore[assignment]
+    for lesson, nats in zip(best, made.says(best), strict=True):
+        says[lesson.way] += nats  # type: ignore[assignment]
     often = {way for way, _ in counts.most_common(SHORTLIST)}
     least = min(counts[way] for way in often)
     assert all(counts[way] >= least for way in ways)
@@ -316,7 +320,7 @@ def test_ways_are_tried_on_queries_that_have_no_answer_yet(lm: LM, monkeypatch: 
     good = made.answers([(query, Way(0)) for query in QUERIES[:12]])
     made.best_ways(QUERIES, good)
     prompts, _, _ = calls[1]
-    assert {one for one in prompts if any(one.startswith(f"{query} ") for query in QUERIES[:12])} == set()
+    assert {text for text in prompts if any(text.startswith(f"{query} ") for query in QUERIES[:12])} == set()
     assert len(prompts) == 5 * len(QUERIES[12:])
 
 
@@ -325,9 +329,9 @@ def test_where_one_way_is_not_enough_the_next_is_tried(lm: LM, monkeypatch: pyte
     with pytest.raises(TrimtabError):
         kept_by(lambda *_: False, lm=lm)
     assert [len(prompts) for prompts, _, _ in calls] == [16, 5 * FEW, 12 * FEW, 16, 16]
-    asked = [list(zip(prompts, helps, strict=True)) for prompts, helps, _ in calls]
-    assert not set(asked[3]) & set(asked[4])
-    assert not set(asked[0]) & set(asked[3])
+    rounds = [list(zip(prompts, helps, strict=True)) for prompts, helps, _ in calls]
+    assert not set(rounds[3]) & set(rounds[4])
+    assert not set(rounds[0]) & set(rounds[3])
 
 
 @pytest.mark.parametrize("operation", [Add(tiny.direction(1)), tiny.read_write(2, 3)])
@@ -336,11 +340,11 @@ def test_help_as_changes_is_help(lm: LM, operation: Any) -> None:
     help_ = 0.6 * Steering((Edit(Site(1), operation),))
     text = Forced(tuple(lm.encode(prompt(1, 5))), tuple(lm.encode(prompt(2, 4))))
     with forcing(lm.model, lm.layout, [Site(1)]) as run, torch.no_grad():
-        (found,) = run.logits([text], module.help_changes(help_))
+        (result,) = run.logits([text], module.help_changes(help_))
     with lm.steered(help_, prompt_lengths=[5]), torch.no_grad():
         ids = torch.tensor([[*text.prompt, *text.answer[:-1]]])
         expected = lm.model(input_ids=ids, use_cache=False).logits[0, 4:]
-    assert torch.allclose(found, expected, atol=1e-3)
+    assert torch.allclose(result, expected, atol=1e-3)
     assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5", help_)) == 2
     assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5")) == 0
 
@@ -351,38 +355,42 @@ def test_help_as_changes_is_help(lm: LM, operation: Any) -> None:
 def candidates(lm: LM) -> tuple[Any, list[Lesson]]:
     """Three answers a query, though not to every one."""
     made = Making(lm, TEACHER, anything, TOKENS)
-    lessons = [one for turn in range(3) for one in made.answers([(query, Way(turn)) for query in QUERIES[: 12 - turn]])]
-    return made, sorted(lessons, key=lambda one: QUERIES.index(one.query))
+    lessons = [
+        answer for turn in range(3) for answer in made.answers([(query, Way(turn)) for query in QUERIES[: 12 - turn]])
+    ]
+    return made, sorted(lessons, key=lambda answer: QUERIES.index(answer.query))
 
 
 @torch.no_grad()
-def naive_says(lm: LM, one: Lesson, other: str) -> float:
+def naive_says(lm: LM, lesson: Lesson, other: str) -> float:
     """How much likelier an answer is after its query than after another."""
-    found = []
-    for query in (one.query, other):
-        asked = lm.encode(TEACHER.ask(query, one.turn))
-        whole = lm.model(input_ids=torch.tensor([[*asked, *one.answer]])).logits[0].double().log_softmax(-1)
-        found.append(sum(float(whole[len(asked) - 1 + i, token]) for i, token in enumerate(one.answer)))
-    return found[0] - found[1]
+    likelihoods = []
+    for query in (lesson.query, other):
+        instructed = lm.encode(TEACHER.ask(query, lesson.turn))
+        whole = lm.model(input_ids=torch.tensor([[*instructed, *lesson.answer]])).logits[0].double().log_softmax(-1)
+        likelihoods.append(sum(float(whole[len(instructed) - 1 + i, token]) for i, token in enumerate(lesson.answer)))
+    return likelihoods[0] - likelihoods[1]
 
 
 def test_those_are_kept_that_say_most_about_their_queries(lm: LM) -> None:
     made, lessons = candidates(lm)
     kept = module._to_the_point(made, lessons)
-    queries = list(dict.fromkeys(one.query for one in lessons))
+    queries = list(dict.fromkeys(lesson.query for lesson in lessons))
     says = {
-        (one.query, one.turn): naive_says(lm, one, queries[(queries.index(one.query) + 1) % len(queries)])
-        for one in lessons
+        (lesson.query, lesson.turn): naive_says(lm, lesson, queries[(queries.index(lesson.query) + 1) % len(queries)])
+        for lesson in lessons
     }
     best = []
     for query in queries:
-        mine = sorted((one for one in lessons if one.query == query), key=lambda one: -says[one.query, one.turn])
+        mine = sorted(
+            (lesson for lesson in lessons if lesson.query == query), key=lambda lesson: -says[lesson.query, lesson.turn]
+        )
         best += mine[:PER_QUERY]
     count = max(LEAST, round(module.TO_THE_POINT * len(best)))
-    expected = sorted(best, key=lambda one: -says[one.query, one.turn])[:count]
+    expected = sorted(best, key=lambda lesson: -says[lesson.query, lesson.turn])[:count]
     assert len(kept) == count < len(best)
-    assert {(one.query, one.turn) for one in kept} == {(one.query, one.turn) for one in expected}
-    assert [one.query for one in kept] == sorted((one.query for one in kept), key=queries.index)
+    assert {(lesson.query, lesson.turn) for lesson in kept} == {(lesson.query, lesson.turn) for lesson in expected}
+    assert [lesson.query for lesson in kept] == sorted((lesson.query for lesson in kept), key=queries.index)
 
 
 def test_it_answers_the_same_again(lm: LM) -> None:

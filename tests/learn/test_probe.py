@@ -21,12 +21,12 @@ def lm() -> LM:
 
 def pairs(count: int) -> list[Pair]:
     """The positive sides have more of some words in them than the negative ones."""
-    found = []
+    made = []
     for n in range(count):
         numbers = [int(word[1:]) for word in prompt(n, 12).split()]
         sides = [" ".join(f"w{3 + i % 36 + at * 36}" for i in numbers) for at in (0, 1)]
-        found.append(Pair(positive=sides[0], negative=sides[1]))
-    return found
+        made.append(Pair(positive=sides[0], negative=sides[1]))
+    return made
 
 
 class TestProbe:
@@ -41,8 +41,8 @@ class TestProbe:
         assert monitor.threshold == pytest.approx(measured["threshold"], abs=1e-6)
 
     def test_the_figures_are_those_of_the_answers_held_out(self, lm: LM) -> None:
-        given = pairs(32)
-        probe = learn_probe(lm, given, [1], false_alarms=0.25)
+        examples = pairs(32)
+        probe = learn_probe(lm, examples, [1], false_alarms=0.25)
         monitor, measured = Monitor.of("m", probe), probe.card.measured
         held = list(range(1, 32, 2))[1::2]
         assert measured["held_out"] == len(held) == 8
@@ -50,7 +50,7 @@ class TestProbe:
         for side in ("positive", "negative"):
             count = 0
             for i in held:
-                ids = lm.encode(getattr(given[i], side), chat=False)
+                ids = lm.encode(getattr(examples[i], side), chat=False)
                 (batch,) = lm.read([[Text(ids, range(len(ids)))]], [monitor.site])
                 count += any(monitor.fires(float(v)) for v in monitor.values(batch.values[monitor.site][0][0]))
             beyond[side] = count / len(held)
@@ -64,12 +64,12 @@ class TestProbe:
         assert again.condition.measure == "probability"
 
     @pytest.mark.parametrize(
-        ("given", "message"),
+        ("options", "message"),
         [({"pairs": pairs(7)}, "8 pairs"), ({"false_alarms": 2}, "share from 0 to 1"), ({"layers": [9]}, "layer")],
     )
-    def test_refusals(self, lm: LM, given: dict[str, Any], message: str) -> None:
+    def test_refusals(self, lm: LM, options: dict[str, Any], message: str) -> None:
         with pytest.raises(TrimtabError, match=message):
-            learn_probe(lm, given.pop("pairs", pairs(12)), given.pop("layers", [1]), **given)
+            learn_probe(lm, options.pop("pairs", pairs(12)), options.pop("layers", [1]), **options)
 
 
 def test_the_command(trimtab: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -19,8 +19,8 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def applied(found: Fitted, x: Tensor) -> Tensor:
-    return (x.double() @ found.read.double().T) @ found.write.double() + found.vector.double()
+def applied(fitted: Fitted, x: Tensor) -> Tensor:
+    return (x.double() @ fitted.read.double().T) @ fitted.write.double() + fitted.vector.double()
 
 
 def naive(x: Tensor, delta: Tensor, rank: int, ridge: float) -> np.ndarray:
@@ -39,10 +39,10 @@ def naive(x: Tensor, delta: Tensor, rank: int, ridge: float) -> np.ndarray:
 @pytest.mark.parametrize("ridge", [1e-6, RIDGE, 5.0])
 def test_it_is_the_textbooks(rank: int, ridge: float) -> None:
     x, delta = 3 + random(0, TOKENS, WIDTH), random(1, TOKENS, WIDTH) + 0.5
-    found = reduced_rank(x, delta, rank, ridge)
-    assert torch.allclose(applied(found, x), torch.from_numpy(naive(x, delta, rank, ridge)), atol=1e-5)
-    assert found.read.shape == found.write.shape == (min(rank, WIDTH), WIDTH)
-    assert {found.read.dtype, found.write.dtype, found.vector.dtype} == {torch.float32}
+    fitted = reduced_rank(x, delta, rank, ridge)
+    assert torch.allclose(applied(fitted, x), torch.from_numpy(naive(x, delta, rank, ridge)), atol=1e-5)
+    assert fitted.read.shape == fitted.write.shape == (min(rank, WIDTH), WIDTH)
+    assert {fitted.read.dtype, fitted.write.dtype, fitted.vector.dtype} == {torch.float32}
 
 
 def test_a_planted_map_is_found() -> None:
@@ -50,24 +50,24 @@ def test_a_planted_map_is_found() -> None:
     planted = random(1, WIDTH, 3) @ random(2, 3, WIDTH)
     offset = random(3, WIDTH)
     delta = x @ planted + offset
-    found = reduced_rank(x, delta, 3, ridge=1e-10)
-    assert torch.allclose(found.read.double().T @ found.write.double(), planted, atol=1e-5)
-    assert torch.allclose(found.vector.double(), offset, atol=1e-4)
-    assert found.explained == pytest.approx(1.0, abs=1e-9)
+    fitted = reduced_rank(x, delta, 3, ridge=1e-10)
+    assert torch.allclose(fitted.read.double().T @ fitted.write.double(), planted, atol=1e-5)
+    assert torch.allclose(fitted.vector.double(), offset, atol=1e-4)
+    assert fitted.explained == pytest.approx(1.0, abs=1e-9)
     assert reduced_rank(x, delta, 2, ridge=1e-10).explained < 1 - 1e-3
 
 
 def test_rank_0_is_the_mean() -> None:
     x, delta = random(0, TOKENS, WIDTH), random(1, TOKENS, WIDTH) + 1
-    found = reduced_rank(x, delta, 0)
-    assert torch.equal(found.vector, delta.mean(0).float())
-    assert found.read.shape == (0, WIDTH)
-    assert found.explained == pytest.approx(float(len(x) * delta.mean(0).square().sum() / delta.square().sum()))
+    fitted = reduced_rank(x, delta, 0)
+    assert torch.equal(fitted.vector, delta.mean(0).float())
+    assert fitted.read.shape == (0, WIDTH)
+    assert fitted.explained == pytest.approx(float(len(x) * delta.mean(0).square().sum() / delta.square().sum()))
 
 
 def test_what_is_written_is_orthonormal() -> None:
-    found = reduced_rank(random(0, TOKENS, WIDTH), random(1, TOKENS, WIDTH), 4)
-    assert torch.allclose(found.write @ found.write.T, torch.eye(4), atol=1e-5)
+    fitted = reduced_rank(random(0, TOKENS, WIDTH), random(1, TOKENS, WIDTH), 4)
+    assert torch.allclose(fitted.write @ fitted.write.T, torch.eye(4), atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, TOKENS])
@@ -82,16 +82,16 @@ def test_what_is_explained_is_a_share_that_grows_with_the_rank(seed: int, tokens
 
 def test_activations_that_are_all_the_same_tell_the_mean_alone() -> None:
     x, delta = torch.ones(4, WIDTH), random(1, 4, WIDTH)
-    found = reduced_rank(x, delta, 3)
-    assert torch.allclose(applied(found, x), delta.mean(0).expand(4, WIDTH), atol=1e-6)
-    one = reduced_rank(x[:1], delta[:1], 3)
-    assert torch.allclose(applied(one, x[:1]), delta[:1], atol=1e-6)
+    fitted = reduced_rank(x, delta, 3)
+    assert torch.allclose(applied(fitted, x), delta.mean(0).expand(4, WIDTH), atol=1e-6)
+    of_a_single_token = reduced_rank(x[:1], delta[:1], 3)
+    assert torch.allclose(applied(of_a_single_token, x[:1]), delta[:1], atol=1e-6)
 
 
 def test_no_shift_at_all() -> None:
-    found = reduced_rank(random(0, TOKENS, WIDTH), torch.zeros(TOKENS, WIDTH), 2)
-    assert found.explained == 1.0
-    assert not applied(found, random(1, 3, WIDTH)).any()
+    fitted = reduced_rank(random(0, TOKENS, WIDTH), torch.zeros(TOKENS, WIDTH), 2)
+    assert fitted.explained == 1.0
+    assert not applied(fitted, random(1, 3, WIDTH)).any()
 
 
 def test_small_types_and_the_same_bytes() -> None:

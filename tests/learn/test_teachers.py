@@ -40,7 +40,7 @@ def test_a_system_message_goes_beside_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "asked"),
+    ("text", "prompt"),
     [
         ("A poem of the sea.", "A poem of the sea.\n\nWhy?"),
         ("A poem.\n\n", "A poem.\n\nWhy?"),
@@ -49,8 +49,8 @@ def test_a_system_message_goes_beside_the_prompt() -> None:
         ("Braces {} and {0} stay. {query}", "Braces {} and {0} stay. Why?"),
     ],
 )
-def test_a_text_stands_in_front_or_around(text: str, asked: str) -> None:
-    assert Teacher(text=text).ask("Why?", 0) == asked
+def test_a_text_stands_in_front_or_around(text: str, prompt: str) -> None:
+    assert Teacher(text=text).ask("Why?", 0) == prompt
 
 
 def test_a_query_is_never_taken_for_a_hole() -> None:
@@ -59,8 +59,8 @@ def test_a_query_is_never_taken_for_a_hole() -> None:
 
 
 def test_examples_are_earlier_turns() -> None:
-    asked = Teacher(examples=SHOT).ask("Why?", 0)
-    assert asked == [
+    messages = Teacher(examples=SHOT).ask("Why?", 0)
+    assert messages == [
         user(SHOT[0][0]),
         {"role": "assistant", "content": SHOT[0][1]},
         user(SHOT[1][0]),
@@ -71,14 +71,14 @@ def test_examples_are_earlier_turns() -> None:
 
 def test_all_at_once() -> None:
     teacher = Teacher((ONE,), system="Be brief.", text="A poem. {query}", examples=SHOT[:1])
-    asked = teacher.ask("Why?", 0)
-    assert isinstance(asked, list)
-    assert asked[-1] == user(f"A poem. Why? {ONE}")
-    assert [message["role"] for message in asked] == ["user", "assistant", "user"]
+    messages = teacher.ask("Why?", 0)
+    assert isinstance(messages, list)
+    assert messages[-1] == user(f"A poem. Why? {ONE}")
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
 
 
 @pytest.mark.parametrize(
-    "told",
+    "options",
     [
         {"instruction": ("",)},
         {"instruction": (ONE, " \n")},
@@ -89,9 +89,9 @@ def test_all_at_once() -> None:
         {"system": "Be brief.", "text": ""},
     ],
 )
-def test_what_is_said_is_not_empty(told: dict) -> None:
+def test_what_is_said_is_not_empty(options: dict) -> None:
     with pytest.raises(TrimtabError, match="is empty"):
-        Teacher(**told)
+        Teacher(**options)
 
 
 def test_something_is_said() -> None:

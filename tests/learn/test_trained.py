@@ -40,33 +40,33 @@ def started(rank: int, seed: int = 0) -> Trained:
 @pytest.mark.parametrize("factor", [1.0, 0.5, -2.0, 0.0])
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_a_change_is_what_its_operation_does(rank: int, factor: float) -> None:
-    one, x = part(rank), torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(9))
-    operation = one.operation()
+    changing, x = part(rank), torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(9))
+    operation = changing.operation()
     assert isinstance(operation, ReadWrite if rank else Add)
     if isinstance(operation, ReadWrite):
         assert operation.bias is not None
         expected = factor * ((x @ operation.read.T + operation.bias) @ operation.write)
     else:
         expected = factor * operation.direction.expand_as(x)
-    assert one.change(factor, x).shape == x.shape
-    assert torch.allclose(one.change(factor, x), expected, rtol=1e-5, atol=1e-5)
+    assert changing.change(factor, x).shape == x.shape
+    assert torch.allclose(changing.change(factor, x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_change_is_computed_in_float32(dtype: torch.dtype) -> None:
     x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
-    found = part(3).change(1.0, x)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, part(3).change(1.0, x.float()))
+    change = part(3).change(1.0, x)
+    assert change.dtype == torch.float32
+    assert torch.equal(change, part(3).change(1.0, x.float()))
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, -1.0])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_edits_steer_as_changes_change(lm: LM, rank: int, strength: float) -> None:
-    asked = prompt(3, 7)
+    question = prompt(3, 7)
     steering = strength * Steering(trained(rank).edits())
-    (answer,) = lm.generate(asked, steering, max_new_tokens=6, logprobs=True)
-    text = Forced(tuple(lm.encode(asked)), tuple(answer.token_ids))
+    (answer,) = lm.generate(question, steering, max_new_tokens=6, logprobs=True)
+    text = Forced(tuple(lm.encode(question)), tuple(answer.token_ids))
     with forcing(lm.model, lm.layout, [Site(0), Site(2)]) as run, torch.no_grad():
         (logits,) = run.logits([text], trained(rank).changes(strength))
         (bare,) = run.logits([text], {})
@@ -112,7 +112,7 @@ def test_the_cap_shortens_what_is_too_long_and_nothing_else() -> None:
     long.vector.mul_(3.0 * WIDTH**0.5 / long.vector.norm())
     short.vector.mul_(0.4 * WIDTH**0.5 / short.vector.norm())
     all_ = Trained({Site(0): long, Site(1): short, Site(2): Part(1.0, torch.zeros(WIDTH), long.read, long.write)})
-    before = {site: one.vector.clone() for site, one in all_.parts.items()}
+    before = {site: kept_part.vector.clone() for site, kept_part in all_.parts.items()}
     reads = long.read.clone()
     assert all_.doses() == pytest.approx({Site(0): 3.0, Site(1): 0.4, Site(2): 0.0}, rel=1e-5)
     all_.cap(0.5)
@@ -123,9 +123,11 @@ def test_the_cap_shortens_what_is_too_long_and_nothing_else() -> None:
 
 
 def test_a_dose_is_the_length_over_that_of_the_typical_activation() -> None:
-    one = part(0, scale=2.5)
+    changing = part(0, scale=2.5)
     x = 2.5 * torch.ones(1, WIDTH)  # the root mean square of its elements is the scale
-    assert Trained({Site(0): one}).doses()[Site(0)] == pytest.approx(float(one.change(1.0, x).norm() / x.norm()))
+    assert Trained({Site(0): changing}).doses()[Site(0)] == pytest.approx(
+        float(changing.change(1.0, x).norm() / x.norm())
+    )
 
 
 def test_copies_are_copies() -> None:

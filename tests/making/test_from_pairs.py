@@ -73,11 +73,11 @@ def pairs(kind: str, count: int = COUNT) -> list[Pair]:
 
 @pytest.mark.parametrize("kind", [kind for kind in ROWS if kind not in ("texts", "prompts")])
 def test_answers_stand_after_what_both_sides_have_in_common(lm: LM, kind: str) -> None:
-    given = pairs(kind)
-    made_from = material_from_pairs(lm, given, "mine", TOKENS, trains=True)
+    these_pairs = pairs(kind)
+    made_from = material_from_pairs(lm, these_pairs, "mine", TOKENS, trains=True)
     read = [made_from.learn(None), made_from.test(None)]
-    answers = [(a, b) for found in read for a, b in zip(found.positive, found.negative, strict=True)]
-    assert len(answers) == len(given)
+    answers = [(a, b) for contrast in read for a, b in zip(contrast.positive, contrast.negative, strict=True)]
+    assert len(answers) == len(these_pairs)
     by_question = {a.question: (a, b) for a, b in answers}
     systems = {"a system prompt each": ("w7 w8", "w20"), "one system prompt": ("w40", "w40")}.get(kind, (None, None))
     common = systems[0] if systems[0] == systems[1] else None
@@ -95,11 +95,11 @@ def test_answers_stand_after_what_both_sides_have_in_common(lm: LM, kind: str) -
 
 def test_a_bare_text_is_told_apart_after_its_first_token(lm: LM) -> None:
     made_from = material_from_pairs(lm, pairs("texts"), "mine", TOKENS, trains=True)
-    found = made_from.learn(None)
-    for one in found.positive:
-        assert [*one.own, *one.ids] == lm.encode(one.text, chat=False)
-        assert len(one.own) == 1
-        assert one.bare == one.own
+    learned = made_from.learn(None)
+    for example in learned.positive:
+        assert [*example.own, *example.ids] == lm.encode(example.text, chat=False)
+        assert len(example.own) == 1
+        assert example.bare == example.own
     assert made_from.trained is None
 
 
@@ -107,28 +107,28 @@ def test_prompts_are_answered_by_the_model(lm: LM, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(contrasts_module, "_told_apart", lambda _lm, answers: list(answers))
     made_from = material_from_pairs(lm, pairs("prompts"), "mine", TOKENS, trains=False)
     assert made_from.prompted
-    found = made_from.learn(None)
-    for one in found.positive[:4]:
-        assert one.own == tuple(lm.encode(f"{one.question} w7 w8"))
-        assert one.bare == one.other == tuple(lm.encode(one.question))
-        (said,) = lm.generate(f"{one.question} w7 w8", max_new_tokens=TOKENS)
-        assert one.ids == tuple(said.token_ids)
-    for one in found.negative[:4]:
-        assert one.own == one.bare == tuple(lm.encode(one.question))
+    learned = made_from.learn(None)
+    for example in learned.positive[:4]:
+        assert example.own == tuple(lm.encode(f"{example.question} w7 w8"))
+        assert example.bare == example.other == tuple(lm.encode(example.question))
+        (said,) = lm.generate(f"{example.question} w7 w8", max_new_tokens=TOKENS)
+        assert example.ids == tuple(said.token_ids)
+    for example in learned.negative[:4]:
+        assert example.own == example.bare == tuple(lm.encode(example.question))
 
 
 @pytest.mark.parametrize("count", [16, 24, 90, 700])
 def test_prompts_are_parted_and_none_is_in_two_parts(lm: LM, count: int) -> None:
-    given = [Pair(f"w7 {i}", f"w8 {i}", words(i, 6) + f" {i % count}", "answers") for i in range(count)]
-    made_from = material_from_pairs(lm, [*given, *given[:3]], "mine", TOKENS, trains=False)
+    many_pairs = [Pair(f"w7 {i}", f"w8 {i}", words(i, 6) + f" {i % count}", "answers") for i in range(count)]
+    made_from = material_from_pairs(lm, [*many_pairs, *many_pairs[:3]], "mine", TOKENS, trains=False)
     learn, test = made_from.learn(None), made_from.test(None)
     assert not set(learn.questions) & set(test.questions)
-    assert set(learn.questions) | set(test.questions) == {pair.prompt for pair in given}
+    assert set(learn.questions) | set(test.questions) == {pair.prompt for pair in many_pairs}
     assert made_from.aside < set(learn.questions)
     assert 2 <= len(made_from.aside) <= 40
     assert len(test.questions) == min(count // 2, 100)
     assert len(made_from.heard) == min(len(test.questions), 20)
-    again = material_from_pairs(lm, [*given, *given[:3]], "mine", TOKENS, trains=False)
+    again = material_from_pairs(lm, [*many_pairs, *many_pairs[:3]], "mine", TOKENS, trains=False)
     assert (again.aside, again.heard, again.data) == (made_from.aside, made_from.heard, made_from.data)
 
 
@@ -144,11 +144,11 @@ def test_spread_over() -> None:
 def test_a_gain_is_a_mean_difference_and_its_bootstrap_interval() -> None:
     values = np.random.default_rng(3).normal(size=(2, 9))
     before, after = (dict(zip("abcdefghi", row.tolist(), strict=True)) for row in values)
-    found = gain_of(before, after)
+    gain = gain_of(before, after)
     drawn = np.random.default_rng(0).integers(9, size=(RESAMPLES, 9))
     means = [float((values[1] - values[0])[some].mean()) for some in drawn]
-    assert found.estimate == pytest.approx(float((values[1] - values[0]).mean()))
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    assert gain.estimate == pytest.approx(float((values[1] - values[0]).mean()))
+    assert (gain.low, gain.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
     assert gain_of(before, before).high == 0
 
 
@@ -156,27 +156,27 @@ def test_a_gain_is_a_mean_difference_and_its_bootstrap_interval() -> None:
 def test_without_a_system_prompt_it_is_measured_in_nats_beside_random_directions(
     lm: LM, kind: str, tmp_path: Any
 ) -> None:
-    given = pairs(kind)
+    these_pairs = pairs(kind)
     stages: list[str] = []
     made = make_from_pairs(
-        lm, given, name="mine", tokens=TOKENS, stage=lambda what, done, total: stages.append(what) or None
+        lm, these_pairs, name="mine", tokens=TOKENS, stage=lambda what, done, total: stages.append(what) or None
     )
     assert list(dict.fromkeys(stages)) == ["learning", "measuring"]
     verdict = made.verdict
     assert verdict.share is None
-    asked = material_from_pairs(lm, given, "mine", TOKENS, trains=False).test(None)
+    test_answers = material_from_pairs(lm, these_pairs, "mine", TOKENS, trains=False).test(None)
     leads: list[list[float]] = [[], []]
     wanted: list[list[float]] = [[], []]
-    for mine, other in zip(asked.positive, asked.negative, strict=True):
+    for mine, other in zip(test_answers.positive, test_answers.negative, strict=True):
         for n, arm in enumerate((None, made.steering)):
-            both = [naive(lm, arm, one.bare, one.ids) for one in (mine, other)]
+            both = [naive(lm, arm, answer.bare, answer.ids) for answer in (mine, other)]
             leads[n].append(both[0] - both[1])
             wanted[n].append(both[0])
     assert verdict.effect == pytest.approx(float(np.mean(leads[1]) - np.mean(leads[0])), abs=1e-3)
     assert verdict.likelier == pytest.approx(float(np.mean(wanted[1]) - np.mean(wanted[0])), abs=1e-3)
-    base = effect(lm, None, asked)
+    base = effect(lm, None, test_answers)
     assert verdict.random[1] == pytest.approx(
-        gain_of(base.leads, effect(lm, random_like(made.steering, 1), asked).leads).estimate
+        gain_of(base.leads, effect(lm, random_like(made.steering, 1), test_answers).leads).estimate
     )
     assert verdict.effect > 0
     assert verdict.holds or kind == "texts"  # the answers begin with different words, which is easily learned
@@ -184,81 +184,87 @@ def test_without_a_system_prompt_it_is_measured_in_nats_beside_random_directions
     measured = made.steering.card.measured
     assert (measured["gain"], "share_of_prompt" in measured) == (pytest.approx(verdict.effect, abs=1e-4), False)
     assert made.steering.card.options["source"] == f"{COUNT} pairs"
-    assert all(one.prompted is None for one in made.examples)
+    assert all(example.prompted is None for example in made.examples)
     (said,) = lm.generate(made.examples[0].question, made.steering, max_new_tokens=TOKENS)
     assert made.examples[0].steered == said.text.strip()
     save(made.steering, tmp_path / "mine.safetensors")
     assert load(tmp_path / "mine.safetensors") == made.steering
-    assert make_from_pairs(lm, given, name="mine", tokens=TOKENS).steering == made.steering
+    assert make_from_pairs(lm, these_pairs, name="mine", tokens=TOKENS).steering == made.steering
 
 
 def test_with_a_system_prompt_each_it_is_a_share_of_theirs(lm: LM) -> None:
-    given = pairs("a system prompt each")
-    made_from = material_from_pairs(lm, given, "mine", TOKENS, trains=False)
-    asked = made_from.test(None)
-    base, told = effect(lm, None, asked), prompted(lm, asked)
-    if np.mean(list(told.leads.values())) <= np.mean(list(base.leads.values())):
+    these_pairs = pairs("a system prompt each")
+    made_from = material_from_pairs(lm, these_pairs, "mine", TOKENS, trains=False)
+    test_answers = made_from.test(None)
+    base, by_prompt = effect(lm, None, test_answers), prompted(lm, test_answers)
+    if np.mean(list(by_prompt.leads.values())) <= np.mean(list(base.leads.values())):
         with pytest.raises(TrimtabError, match="the system prompts themselves don't"):
-            make_from_pairs(lm, given, tokens=TOKENS, distill=False)
-        given = [Pair(p.negative, p.positive, p.prompt, "answers", p.negative_system, p.positive_system) for p in given]
-        asked = material_from_pairs(lm, given, "mine", TOKENS, trains=False).test(None)
-        base, told = effect(lm, None, asked), prompted(lm, asked)
-    made = make_from_pairs(lm, given, tokens=TOKENS, distill=False)
-    means = [np.mean(list(one.leads.values())) for one in (base, effect(lm, made.steering, asked), told)]
+            make_from_pairs(lm, these_pairs, tokens=TOKENS, distill=False)
+        these_pairs = [
+            Pair(p.negative, p.positive, p.prompt, "answers", p.negative_system, p.positive_system) for p in these_pairs
+        ]
+        test_answers = material_from_pairs(lm, these_pairs, "mine", TOKENS, trains=False).test(None)
+        base, by_prompt = effect(lm, None, test_answers), prompted(lm, test_answers)
+    made = make_from_pairs(lm, these_pairs, tokens=TOKENS, distill=False)
+    means = [
+        np.mean(list(result.leads.values())) for result in (base, effect(lm, made.steering, test_answers), by_prompt)
+    ]
     assert made.verdict.share == pytest.approx((means[1] - means[0]) / (means[2] - means[0]))
-    assert all(one.prompted is not None for one in made.examples)
+    assert all(example.prompted is not None for example in made.examples)
 
 
 def test_pairs_of_one_question_stay_together(lm: LM) -> None:
-    given = [Pair(f"w7 w{i + 10}", f"w8 w{i + 40}", words(i // 2), "answers") for i in range(2 * COUNT)]
-    found = material_from_pairs(lm, given, "mine", TOKENS, trains=False).learn(None)
-    vectors = dict(mean_differences(lm, "mine", found))
-    steering = next(one for name, one in vectors.items() if "at layer 1, strength 1" in name)
+    these_pairs = [Pair(f"w7 w{i + 10}", f"w8 w{i + 40}", words(i // 2), "answers") for i in range(2 * COUNT)]
+    learned = material_from_pairs(lm, these_pairs, "mine", TOKENS, trains=False).learn(None)
+    vectors = dict(mean_differences(lm, "mine", learned))
+    steering = next(vector for name, vector in vectors.items() if "at layer 1, strength 1" in name)
     total = torch.zeros(WIDTH, dtype=torch.float64)
-    for mine, other in zip(found.positive, found.negative, strict=True):
+    for mine, other in zip(learned.positive, learned.negative, strict=True):
         means = []
-        for one in (mine, other):
+        for answer in (mine, other):
             with torch.no_grad():
-                hidden = lm.model(input_ids=torch.tensor([[*one.own, *one.ids]]), output_hidden_states=True)
-            means.append(hidden.hidden_states[2][0][len(one.own) :].double().mean(0))
+                hidden = lm.model(input_ids=torch.tensor([[*answer.own, *answer.ids]]), output_hidden_states=True)
+            means.append(hidden.hidden_states[2][0][len(answer.own) :].double().mean(0))
         total += means[0] - means[1]
-    assert torch.allclose(steering.edits[0].operation.direction.double(), total / len(found.positive), atol=1e-3)
+    assert torch.allclose(steering.edits[0].operation.direction.double(), total / len(learned.positive), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["answers", "a system prompt each"])
 def test_at_all_tokens_block_0_is_left_alone_and_the_effect_is_that_of_all_tokens(lm: LM, kind: str) -> None:
-    given = pairs(kind)
+    these_pairs = pairs(kind)
     try:
-        made = make_from_pairs(lm, given, tokens=TOKENS, positions=Positions.all())
+        made = make_from_pairs(lm, these_pairs, tokens=TOKENS, positions=Positions.all())
     except TrimtabError:  # on a random model, these prompts may well bring the other answers about
-        given = [Pair(p.negative, p.positive, p.prompt, "answers", p.negative_system, p.positive_system) for p in given]
-        made = make_from_pairs(lm, given, tokens=TOKENS, positions=Positions.all())
-    assert all(0 not in one.steering.layers for one in made.candidates)
-    assert {edit.positions for one in made.candidates for edit in one.steering.edits} == {Positions.all()}
-    asked = material_from_pairs(lm, given, "mine", TOKENS, trains=False).test(None)
-    found = effect(lm, made.steering, asked)
-    one = asked.positive[0]
-    assert found.wanted[one.question] == pytest.approx(naive(lm, made.steering, one.bare, one.ids), abs=1e-3)
+        these_pairs = [
+            Pair(p.negative, p.positive, p.prompt, "answers", p.negative_system, p.positive_system) for p in these_pairs
+        ]
+        made = make_from_pairs(lm, these_pairs, tokens=TOKENS, positions=Positions.all())
+    assert all(0 not in candidate.steering.layers for candidate in made.candidates)
+    assert {edit.positions for candidate in made.candidates for edit in candidate.steering.edits} == {Positions.all()}
+    test_answers = material_from_pairs(lm, these_pairs, "mine", TOKENS, trains=False).test(None)
+    result = effect(lm, made.steering, test_answers)
+    first = test_answers.positive[0]
+    assert result.wanted[first.question] == pytest.approx(naive(lm, made.steering, first.bare, first.ids), abs=1e-3)
 
 
 def test_letters() -> None:
     from lettered import letters_lm
 
     lm = letters_lm(dtype=torch.float32)
-    given = [
+    letters = [
         Pair(*(("(A)", "(B)") if i % 2 else ("(B)", "(A)")), f"w{i + 3} w{i + 4} w7", "letters") for i in range(COUNT)
     ]
-    made = make_from_pairs(lm, given, tokens=TOKENS)
+    made = make_from_pairs(lm, letters, tokens=TOKENS)
     assert made.verdict.likelier is not None
-    assert any(one.name.startswith("by preference") for one in made.candidates)
-    assert made.examples[0].question not in {pair.prompt for pair in given}  # general questions are answered
+    assert any(candidate.name.startswith("by preference") for candidate in made.candidates)
+    assert made.examples[0].question not in {pair.prompt for pair in letters}  # general questions are answered
 
 
 # ---- what can't be -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("rows", "said"),
     [
         ([row(i) for i in range(15)], r"mine: 15 pairs with different prompts, and 16 are needed"),
         ([row(0)] * 40, r"mine: 1 pairs with different prompts"),
@@ -271,9 +277,9 @@ def test_letters() -> None:
         ([], "pairs"),
     ],
 )
-def test_what_cant_be_used_is_named(lm: LM, given: list[dict[str, Any]], said: str) -> None:
+def test_what_cant_be_used_is_named(lm: LM, rows: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(TrimtabError, match=said):
-        make_from_pairs(lm, given, name="mine", tokens=TOKENS)
+        make_from_pairs(lm, rows, name="mine", tokens=TOKENS)
 
 
 def test_other_positions_are_refused(lm: LM) -> None:
@@ -293,7 +299,7 @@ def test_other_positions_are_refused(lm: LM) -> None:
 def test_verdicts_without_a_system_prompt(changed: dict[str, Any], why: str) -> None:
     usual: dict[str, Any] = {
         "effect": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02), "p": 0.001, "questions": 20, "loops": 0.0,
-        "loops_before": 0.1, "perplexity": 1.2, "likelier": 0.4,
+        "loops_before": 0.1, "loops_p": 1.0, "perplexity": 1.2, "likelier": 0.4,
     }  # fmt: skip
     verdict = Verdict(**{**usual, **changed})
     assert (verdict.why_not == "") == verdict.holds == (not why)

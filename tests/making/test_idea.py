@@ -21,7 +21,7 @@ def test_a_trait_card_is_found_by_a_sentence() -> None:
 def test_without_cards_the_sentence_itself_is_told() -> None:
     idea = idea_from_sentence("talk like a pirate", cards=False)
     assert idea.source == "sentence"
-    assert all("talk like a pirate" in one.lower() for one in idea.positive)
+    assert all("talk like a pirate" in prompt.lower() for prompt in idea.positive)
     assert len(set(idea.positive)) == len(idea.positive)
     assert idea.negative == PLAIN
     assert set(idea.learn) <= set(queries("learn"))
@@ -39,15 +39,15 @@ def test_without_cards_the_sentence_itself_is_told() -> None:
 )
 def test_the_opposite_stands_after_not(said: str, wanted: str, other: str) -> None:
     idea = idea_from_sentence(said, cards=False)
-    assert all(wanted in one.lower() and other not in one.lower() for one in idea.positive)
-    assert all(other in one.lower() and wanted not in one.lower() for one in idea.negative)
+    assert all(wanted in prompt.lower() and other not in prompt.lower() for prompt in idea.positive)
+    assert all(other in prompt.lower() and wanted not in prompt.lower() for prompt in idea.negative)
 
 
 def test_a_persona_and_another() -> None:
     idea = idea_from_contrast(" a tired poet. ", "an office clerk")
     assert idea.name == "a tired poet"
-    assert all("a tired poet" in one for one in idea.positive)
-    assert all("an office clerk" in one for one in idea.negative)
+    assert all("a tired poet" in prompt for prompt in idea.positive)
+    assert all("an office clerk" in prompt for prompt in idea.negative)
     assert idea_from_contrast("a tired poet").negative == PLAIN
 
 

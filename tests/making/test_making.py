@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,6 +13,7 @@ from tiny import WIDTH, direction, prompt
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, load, make, save
 from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.decision import decide
 from trimtab.making import contrasts as contrasts_module
 from trimtab.making.candidates import FROM_LAST, candidates, distilled, distilling, mean_differences
 from trimtab.making.contrasts import Contrasts, check_enough, contrasts, hears_system, under
@@ -43,7 +45,7 @@ def lm() -> LM:
 
 
 @pytest.fixture(scope="module")
-def found(lm: LM) -> Contrasts:
+def both_sides(lm: LM) -> Contrasts:
     return contrasts(lm, IDEA, IDEA.learn, 2, TOKENS)
 
 
@@ -63,25 +65,25 @@ def naive(lm: LM, steering: Steering | None, prompt_ids: tuple[int, ...], answer
 # ---- answers for and against ---------------------------------------------------------------------------------
 
 
-def test_every_question_is_asked_under_prompts_of_both_sides(lm: LM, found: Contrasts) -> None:
-    assert found.asked == 2 * 2 * len(IDEA.learn)
+def test_every_question_is_asked_under_prompts_of_both_sides(lm: LM, both_sides: Contrasts) -> None:
+    assert both_sides.asked == 2 * 2 * len(IDEA.learn)
     for side, own, other in (
-        (found.positive, IDEA.positive, IDEA.negative),
-        (found.negative, IDEA.negative, IDEA.positive),
+        (both_sides.positive, IDEA.positive, IDEA.negative),
+        (both_sides.negative, IDEA.negative, IDEA.positive),
     ):
-        assert {one.question for one in side} <= set(IDEA.learn)
-        for one in side:
-            assert one.own in [tuple(lm.encode(one.question, system=system)) for system in own]
-            assert one.other in [tuple(lm.encode(one.question, system=system)) for system in other]
-            assert one.bare == tuple(lm.encode(one.question))
-            answers = [lm.generate(one.question, system=s, max_new_tokens=TOKENS)[0] for s in own]
-            assert one.ids in [tuple(answer.token_ids) for answer in answers]
+        assert {text.question for text in side} <= set(IDEA.learn)
+        for written in side:
+            assert written.own in [tuple(lm.encode(written.question, system=system)) for system in own]
+            assert written.other in [tuple(lm.encode(written.question, system=system)) for system in other]
+            assert written.bare == tuple(lm.encode(written.question))
+            answers = [lm.generate(written.question, system=s, max_new_tokens=TOKENS)[0] for s in own]
+            assert written.ids in [tuple(answer.token_ids) for answer in answers]
 
 
-def test_answers_count_that_are_likelier_under_their_own_prompt(lm: LM, found: Contrasts) -> None:
-    for one in [*found.positive, *found.negative]:
-        assert naive(lm, None, one.own, one.ids) > naive(lm, None, one.other, one.ids)
-    assert len(found.positive) + len(found.negative) <= found.asked
+def test_answers_count_that_are_likelier_under_their_own_prompt(lm: LM, both_sides: Contrasts) -> None:
+    for written in [*both_sides.positive, *both_sides.negative]:
+        assert naive(lm, None, written.own, written.ids) > naive(lm, None, written.other, written.ids)
+    assert len(both_sides.positive) + len(both_sides.negative) <= both_sides.asked
 
 
 def test_a_template_without_system_prompts_has_them_in_front(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,131 +92,136 @@ def test_a_template_without_system_prompts_has_them_in_front(lm: LM, monkeypatch
         monkeypatch.setattr(lm.tokenizer, "chat_template", deaf)
         assert not hears_system(lm)
         some = contrasts(lm, IDEA, IDEA.learn[:3], 1, TOKENS)
-        for one in some.positive:
-            told = [under(system, one.question, False) for system in IDEA.positive]
-            assert one.own in [tuple(lm.encode(text)) for text in told]
+        for written in some.positive:
+            prompts = [under(system, written.question, False) for system in IDEA.positive]
+            assert written.own in [tuple(lm.encode(text)) for text in prompts]
 
 
-def test_too_few_are_an_error_that_says_what_to_do(lm: LM, found: Contrasts) -> None:
-    check_enough(found, IDEA.name)
+def test_too_few_are_an_error_that_says_what_to_do(lm: LM, both_sides: Contrasts) -> None:
+    check_enough(both_sides, IDEA.name)
     with pytest.raises(
         TrimtabError, match=r"for and against 'odd' barely differ: of 64, \d+ and \d+ do, and 8 of each"
     ):
-        check_enough(found.on(IDEA.learn[:5]), IDEA.name)
+        check_enough(both_sides.on(IDEA.learn[:5]), IDEA.name)
 
 
 # ---- what is measured ----------------------------------------------------------------------------------------
 
 
-def test_effects_are_the_models_own_log_probabilities(lm: LM, found: Contrasts) -> None:
+def test_effects_are_the_models_own_log_probabilities(lm: LM, both_sides: Contrasts) -> None:
     steering = 0.7 * Steering(
         tuple(Edit(Site(at), Add(direction(at, 3.0)), Positions.from_last_prompt_token()) for at in (1, 2))
     )
     for arm in (None, steering, steering.at(Positions.all())):
-        mine = effect(lm, arm, found)
-        for question in found.questions[::4]:
+        mine = effect(lm, arm, both_sides)
+        for question in both_sides.questions[::4]:
             sides = [
-                [naive(lm, arm, one.bare, one.ids) for one in side if one.question == question]
-                for side in (found.positive, found.negative)
+                [naive(lm, arm, written.bare, written.ids) for written in side if written.question == question]
+                for side in (both_sides.positive, both_sides.negative)
             ]
             wanted, other = (sum(side) / len(side) for side in sides)
             assert mine.wanted[question] == pytest.approx(wanted, abs=1e-3)
             assert mine.leads[question] == pytest.approx(wanted - other, abs=1e-3)
-    told = prompted(lm, found)
-    (question, *_) = found.questions
-    wanted = [naive(lm, None, one.own, one.ids) for one in found.positive if one.question == question]
-    assert told.wanted[question] == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
+    by_prompt = prompted(lm, both_sides)
+    (question, *_) = both_sides.questions
+    wanted = [
+        naive(lm, None, written.own, written.ids) for written in both_sides.positive if written.question == question
+    ]
+    assert by_prompt.wanted[question] == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
 
 
-def test_the_share_is_0_of_nothing_and_1_of_the_prompt_itself(lm: LM, found: Contrasts) -> None:
-    base, told = effect(lm, None, found), prompted(lm, found)
-    nothing, all_ = share_of(base, base, told), share_of(base, told, told)
+def test_the_share_is_0_of_nothing_and_1_of_the_prompt_itself(lm: LM, both_sides: Contrasts) -> None:
+    base, by_prompt = effect(lm, None, both_sides), prompted(lm, both_sides)
+    nothing, all_ = share_of(base, base, by_prompt), share_of(base, by_prompt, by_prompt)
     assert (nothing.estimate, nothing.low, nothing.high) == (0, 0, 0)
     assert (all_.estimate, all_.low, all_.high) == pytest.approx((1, 1, 1))
 
 
-def test_a_prompt_without_an_effect_is_nothing_to_measure_by(lm: LM, found: Contrasts) -> None:
+def test_a_prompt_without_an_effect_is_nothing_to_measure_by(lm: LM, both_sides: Contrasts) -> None:
     """Two negative effects would give a share above 0."""
-    base, told = effect(lm, None, found), prompted(lm, found)
-    for less in (base, Effect(told.wanted, {question: base.leads[question] - 1 for question in base.leads})):
+    base, by_prompt = effect(lm, None, both_sides), prompted(lm, both_sides)
+    for less in (base, Effect(by_prompt.wanted, {question: base.leads[question] - 1 for question in base.leads})):
         with pytest.raises(TrimtabError, match="the system prompts themselves don't bring the model nearer"):
             share_of(base, less, less)
 
 
-def test_what_is_not_read_is_refused(lm: LM, found: Contrasts) -> None:
+def test_what_is_not_read_is_refused(lm: LM, both_sides: Contrasts) -> None:
     edit = Edit(Site(1), Add(direction(1, 3.0)), Positions.from_last_prompt_token())
     with pytest.raises(TrimtabError, match="from the last prompt token on"):
-        effect(lm, Steering((replace(edit, positions=Positions.generated()),)), found)
+        effect(lm, Steering((replace(edit, positions=Positions.generated()),)), both_sides)
     with pytest.raises(TrimtabError, match="from the last prompt token on"):
-        effect(lm, Steering((edit, replace(edit, site=Site(2), positions=Positions.all()))), found)
+        effect(lm, Steering((edit, replace(edit, site=Site(2), positions=Positions.all()))), both_sides)
     with pytest.raises(TrimtabError, match="without a gate"):
-        effect(lm, Steering((edit,)).when(Threshold(Site(1), direction(3, 2.0), 0.0)), found)
+        effect(lm, Steering((edit,)).when(Threshold(Site(1), direction(3, 2.0), 0.0)), both_sides)
     with pytest.raises(TrimtabError, match="one edit a site"):
-        effect(lm, Steering((edit, edit)), found)
+        effect(lm, Steering((edit, edit)), both_sides)
 
 
 # ---- what is chosen ------------------------------------------------------------------------------------------
 
 
-def test_mean_differences_are_those_of_the_answers_tokens(lm: LM, found: Contrasts) -> None:
-    named = dict(mean_differences(lm, IDEA.name, found))
-    steering = next(one for name, one in named.items() if "at layer 1" in name and "strength 2" in name)
+def test_mean_differences_are_those_of_the_answers_tokens(lm: LM, both_sides: Contrasts) -> None:
+    named = dict(mean_differences(lm, IDEA.name, both_sides))
+    steering = next(candidate for name, candidate in named.items() if "at layer 1" in name and "strength 2" in name)
     (edit,) = steering.edits
     assert edit.strength == 2
     assert edit.positions == Positions.from_last_prompt_token()
     total, count = torch.zeros(WIDTH, dtype=torch.float64), 0
-    for question in found.questions:
-        sides = [[one for one in side if one.question == question] for side in (found.positive, found.negative)]
+    for question in both_sides.questions:
+        sides = [
+            [item for item in side if item.question == question] for side in (both_sides.positive, both_sides.negative)
+        ]
         for mine, other in zip(*sides, strict=False):
             means = []
-            for one in (mine, other):
-                text = torch.tensor([[*one.own, *one.ids]])
+            for written in (mine, other):
+                text = torch.tensor([[*written.own, *written.ids]])
                 with torch.no_grad():
                     hidden = lm.model(input_ids=text, output_hidden_states=True).hidden_states[2][0]
-                means.append(hidden[len(one.own) :].double().mean(0))
+                means.append(hidden[len(written.own) :].double().mean(0))
             total += means[0] - means[1]
             count += 1
     assert torch.allclose(edit.operation.direction.double(), total / count, atol=1e-3)
     assert steering.card.measured["pairs"] == count
 
 
-def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: LM, found: Contrasts) -> None:
+def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: LM, both_sides: Contrasts) -> None:
     aside = IDEA.learn[::4]
     learned, held_out = (
-        found.on([one for one in IDEA.learn if one not in aside]),
-        found.on(aside),
+        both_sides.on([question for question in IDEA.learn if question not in aside]),
+        both_sides.on(aside),
     )
-    told: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
     ranked = candidates(
         lm,
         IDEA.name,
         learned,
         held_out,
         trained=distilling(lm, IDEA.name),
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: steps.append((done, total)),
     )
-    assert told[-1] == (len(ranked), len(ranked))
+    assert steps[-1] == (len(ranked), len(ranked))
     base = effect(lm, None, held_out).wanted
     least = sum(base.values()) / len(base)
-    helps = [one for one in ranked if one.likelihood > least]
+    helps = [better for better in ranked if better.likelihood > least]
     assert helps
     assert ranked[: len(helps)] == helps
     for some in (helps, ranked[len(helps) :]):
-        assert [one.lead for one in some] == sorted((one.lead for one in some), reverse=True)
-    for one in ranked[:2]:
-        found_again = effect(lm, one.steering, held_out)
-        assert one.likelihood == pytest.approx(sum(found_again.wanted.values()) / len(base))
-        assert one.lead == pytest.approx(sum(found_again.leads.values()) / len(base))
+        assert [candidate.lead for candidate in some] == sorted((candidate.lead for candidate in some), reverse=True)
+    for best in ranked[:2]:
+        found_again = effect(lm, best.steering, held_out)
+        assert best.likelihood == pytest.approx(sum(found_again.wanted.values()) / len(base))
+        assert best.lead == pytest.approx(sum(found_again.leads.values()) / len(base))
     assert not any(
-        one.name.startswith("distilled") for one in candidates(lm, IDEA.name, learned, held_out, trained=None)
+        candidate.name.startswith("distilled")
+        for candidate in candidates(lm, IDEA.name, learned, held_out, trained=None)
     )
 
 
-def test_distilling_makes_the_wanted_answers_likelier(lm: LM, found: Contrasts) -> None:
-    steering = distilled(lm, IDEA.name, found, FROM_LAST, 0)
-    before, after = (effect(lm, one, found).wanted for one in (None, steering))
+def test_distilling_makes_the_wanted_answers_likelier(lm: LM, both_sides: Contrasts) -> None:
+    steering = distilled(lm, IDEA.name, both_sides, FROM_LAST, 0)
+    before, after = (effect(lm, acting, both_sides).wanted for acting in (None, steering))
     assert sum(after.values()) > sum(before.values())
-    assert distilled(lm, IDEA.name, found, FROM_LAST, 0) == steering
+    assert distilled(lm, IDEA.name, both_sides, FROM_LAST, 0) == steering
 
 
 # ---- all of it -----------------------------------------------------------------------------------------------
@@ -238,14 +245,14 @@ def test_make(lm: LM, tmp_path: Any) -> None:
     (steered,) = lm.generate(made.examples[3].question, made.steering, max_new_tokens=TOKENS)
     assert (made.examples[3].unsteered, made.examples[3].steered) == (plain.text.strip(), steered.text.strip())
 
-    asked = contrasts(lm, IDEA, IDEA.test, 2, TOKENS)  # nothing was learned from these
-    base, told = effect(lm, None, asked), prompted(lm, asked)
-    share = share_of(base, effect(lm, made.steering, asked), told)
+    test_answers = contrasts(lm, IDEA, IDEA.test, 2, TOKENS)  # nothing was learned from these
+    base, by_prompt = effect(lm, None, test_answers), prompted(lm, test_answers)
+    share = share_of(base, effect(lm, made.steering, test_answers), by_prompt)
     assert made.verdict.share == pytest.approx(share.estimate)
     assert made.verdict.random[0] == pytest.approx(
-        share_of(base, effect(lm, random_like(made.steering, 0), asked), told).estimate
+        share_of(base, effect(lm, random_like(made.steering, 0), test_answers), by_prompt).estimate
     )
-    signs = [sum("w5 " in f"{one.steered} " for one in made.examples) / len(made.examples)]
+    signs = [sum("w5 " in f"{example.steered} " for example in made.examples) / len(made.examples)]
     assert made.verdict.signs[2] == pytest.approx(signs[0])
 
     save(made.steering, tmp_path / "odd.safetensors")
@@ -268,13 +275,18 @@ def test_no_answer_differs(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"p": 0.051}, "can't be told from luck, or from that of a random direction (p = 0.051)"),
         ({"p": 0.05}, ""),
         ({"effect": 0.05, "low": 0.02, "random": (0.0,)}, "less than 10%"),
-        ({"loops": 0.5}, "50% of its answers are repetitive"),
+        ({"loops": 0.45}, "45% of its answers are repetitive"),
+        (
+            {"loops": 0.25, "loops_p": 0.05},
+            "25% of its answers are repetitive, and 10% under the system prompt (p = 0.05)",
+        ),
+        ({"loops": 0.3, "loops_p": 0.06}, ""),
     ],
 )
 def test_verdicts(changed: dict[str, Any], why: str) -> None:
     usual: dict[str, Any] = {
         "effect": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02, -0.01), "p": 0.001, "questions": 20, "loops": 0.0,
-        "loops_before": 0.1, "perplexity": 1.2, "signs": (0.0, 1.0, 0.8),
+        "loops_before": 0.1, "loops_p": 1.0, "perplexity": 1.2, "signs": (0.0, 1.0, 0.8),
     }  # fmt: skip
     verdict = Verdict(**{**usual, **changed})
     assert verdict.holds == (not why)
@@ -283,3 +295,19 @@ def test_verdicts(changed: dict[str, Any], why: str) -> None:
     assert ("verdict: it works" in lines) == (not why)
     assert why in lines
     assert "random directions" in lines
+    assert ("caution" in lines) == (changed == {"loops": 0.3, "loops_p": 0.06})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "least", "most"),
+    [(0.1, 0.1, 0.0, 0.03), (0.55, 0.55, 0.0, 0.05), (0.1, 0.6, 0.9, 1.0), (0.3, 0.85, 0.93, 1.0)],
+)
+def test_how_often_repetition_alone_decides(before: float, after: float, least: float, most: float) -> None:
+    """Of steerings that repeat themselves no more than the prompt few are turned down; of those that do, most are."""
+    drawn, refused, runs = np.random.default_rng(0), 0, 400
+    for _ in range(runs):
+        mine, other = (drawn.random(20) < after).astype(float), (drawn.random(20) < before).astype(float)
+        more = decide(list(other), list(mine))
+        verdict = Verdict(0.7, 0.5, 0.9, (0.0,), 0.001, 20, more.after, more.before, more.p, 1.2)
+        refused += not verdict.holds
+    assert least <= refused / runs <= most

@@ -86,12 +86,12 @@ def test_the_difference_is_read_at_the_letter(lm: LM) -> None:
 
 
 def _read(lm: LM, ids: list[int], layer: int) -> torch.Tensor:
-    found: list[torch.Tensor] = []
-    handle = lm.layout.blocks[layer].register_forward_hook(lambda _m, _a, o: found.append(o[0, -1]))
+    rows: list[torch.Tensor] = []
+    handle = lm.layout.blocks[layer].register_forward_hook(lambda _m, _a, o: rows.append(o[0, -1]))
     with torch.no_grad():
         lm.model(input_ids=torch.tensor([ids]), use_cache=False)
     handle.remove()
-    return found[0]
+    return rows[0]
 
 
 def test_the_recipe(lm: LM) -> None:
@@ -245,9 +245,9 @@ def test_a_direction_that_is_planted_in_a_block_is_learned_there() -> None:
     finally:
         for handle in handles:
             handle.remove()
-    found = [float(torch.cosine_similarity(vector(steering, layer), planted, dim=0)) for layer in (0, 1)]
-    assert found[1] > 0.99
-    assert abs(found[0]) < 0.9  # before it is planted, it isn't there
+    cosines = [float(torch.cosine_similarity(vector(steering, layer), planted, dim=0)) for layer in (0, 1)]
+    assert cosines[1] > 0.99
+    assert abs(cosines[0]) < 0.9  # before it is planted, it isn't there
 
 
 # ---- what the letters put into it ----------------------------------------------------------------------------
@@ -276,8 +276,8 @@ def test_letters_add_their_own_direction_by_their_balance(bigram: LM, first: int
         expected = net * (embedding[lettered.A] - embedding[lettered.B])
         assert vector(learned, layer) == pytest.approx(expected.numpy(), abs=1e-6)
     assert learned.card.measured["letter_balance"] == {"A": net, "B": -net}
-    assert any("are unbalanced" in str(one.message) for one in said) == (net != 0)
-    assert all(one.category is PairsWarning for one in said)
+    assert any("are unbalanced" in str(warning.message) for warning in said) == (net != 0)
+    assert all(warning.category is PairsWarning for warning in said)
 
 
 def test_agreement_beyond_chance() -> None:
@@ -343,9 +343,9 @@ def test_the_letter_is_read_on_real_tokenizers(name: str, template: bool) -> Non
             continue
         for row in json.loads(path.read_text()):
             letter = row["answer_matching_behavior"].strip()[1]
-            asked = ask(tokenizer, row["question"], (letter,))
-            ids = asked.answered(letter)
-            assert tokenizer.decode([ids[len(asked.ids)]]) == letter
-            assert tokenizer.decode(ids[len(asked.prompt) :]) in (f"({letter})", f" ({letter})")
+            question = ask(tokenizer, row["question"], (letter,))
+            ids = question.answered(letter)
+            assert tokenizer.decode([ids[len(question.ids)]]) == letter
+            assert tokenizer.decode(ids[len(question.prompt) :]) in (f"({letter})", f" ({letter})")
             count += 1
     assert count > 3000

@@ -41,11 +41,11 @@ def lm(request: pytest.FixtureRequest) -> LM:
 
 def side(lm: LM, layer: int, which: str) -> list[Tensor]:
     """The answers' tokens `[tokens, width]` of one side."""
-    found = []
+    projections = []
     for pair in PAIRS:
         ids = lm.encode(f"{pair.prompt} {getattr(pair, which)}")
-        found.append(naive.activations(lm, ids, "residual", layer).double()[len(lm.encode(pair.prompt)) :])
-    return found
+        projections.append(naive.activations(lm, ids, "residual", layer).double()[len(lm.encode(pair.prompt)) :])
+    return projections
 
 
 def means(lm: LM, layer: int, which: str) -> Tensor:
@@ -119,12 +119,12 @@ def runs_as_written(lm: LM, steering: Steering, formulas: dict[int, Formula], pa
 
 def before_and_after(lm: LM, steering: Steering, layer: int) -> tuple[Tensor, Tensor]:
     """The activations `[tokens, width]` of some answers of both sides, unsteered and steered, each text alone."""
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    values: tuple[list[Tensor], list[Tensor]] = ([], [])
     for text in [f"{pair.prompt} {text}" for pair in PAIRS[:4] for text in (pair.positive, pair.negative)]:
-        found[0].append(lm.capture(text, [layer], Positions.all())[0][Site(layer)])
+        values[0].append(lm.capture(text, [layer], Positions.all())[0][Site(layer)])
         with lm.steered(steering):
-            found[1].append(lm.capture(text, [layer], Positions.all())[0][Site(layer)])
-    return torch.cat(found[0]), torch.cat(found[1])
+            values[1].append(lm.capture(text, [layer], Positions.all())[0][Site(layer)])
+    return torch.cat(values[0]), torch.cat(values[1])
 
 
 class TestCap:
@@ -144,10 +144,10 @@ class TestCap:
             low, share = math.floor(place), place % 1
             cap = ordered[low] + share * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
             assert edit.operation.target == pytest.approx(cap, abs=1e-4 * float(plus.norm(dim=-1).mean()))
-            told = steering.card.measured["caps"][str(edit.site.layer)]
+            caps = steering.card.measured["caps"][str(edit.site.layer)]
             for name, which in (("wanted", "positive"), ("other", "negative")):
                 along = torch.cat(side(lm, edit.site.layer, which)) @ edit.operation.direction.double()
-                assert told["moved"][name] == pytest.approx(
+                assert caps["moved"][name] == pytest.approx(
                     float((along < edit.operation.target).double().mean()), abs=1e-6
                 )
 
@@ -198,12 +198,12 @@ class TestCap:
         for quantile in (-0.1, 1.5, math.nan, True, "0.5"):
             with pytest.raises(TrimtabError, match=r"between 0 and 1.*25th percentile is 0\.25"):
                 learn_cap(lm, PAIRS, quantile=quantile)  # type: ignore[arg-type]
-        given: list[tuple[dict[str, Any], str]] = [
+        cases: list[tuple[dict[str, Any], str]] = [
             ({"over": "all"}, "no over 'all'; known: wanted, both"),
             ({"bound": "wall"}, "no bound 'wall'; known: floor, ceiling"),
             ({"layers": 9}, "layers 0 to 3"),
         ]
-        for options, words in given:
+        for options, words in cases:
             with pytest.raises(TrimtabError, match=words):
                 learn_cap(lm, PAIRS, **options)
         with pytest.raises(TrimtabError, match="got 1 pairs; give two or more"):
@@ -301,21 +301,21 @@ class TestStTP:
         steering = learn_sttp(lm, PAIRS)
         assert [(edit.site.layer, str(edit.positions)) for edit in steering.edits] == [(2, "all-but-first")]
         assert steering.card.options == {"layers": [2], "move": "target", "alpha": 1.0}
-        told = steering.card.measured["probes"]["2"]
-        assert 0 <= told["accuracy"] <= 1
-        assert told["moved"]["wanted"] < told["moved"]["other"]
+        probe = steering.card.measured["probes"]["2"]
+        assert 0 <= probe["accuracy"] <= 1
+        assert probe["moved"]["wanted"] < probe["moved"]["other"]
         assert learn_sttp(lm, PAIRS) == steering
 
     def test_bad_input(self) -> None:
         lm = tiny.tiny("llama")
-        given: list[tuple[dict[str, Any], str]] = [
+        cases: list[tuple[dict[str, Any], str]] = [
             ({"move": "away"}, "no move 'away'; known: target, mirror"),
             ({"alpha": -1.0}, "0 or more, got -1.*exchange the pairs' sides"),
             ({"alpha": math.nan}, "0 or more, got nan"),
             ({"move": "mirror", "alpha": 0.0}, "moves nothing; 0.5 moves tokens to the line"),
             ({"layers": [7]}, "layers 0 to 3"),
         ]
-        for options, words in given:
+        for options, words in cases:
             with pytest.raises(TrimtabError, match=words):
                 learn_sttp(lm, PAIRS, **options)
         with pytest.raises(TrimtabError, match="two pairs or more, got 1"):

@@ -51,22 +51,22 @@ def usual(lm: LM) -> Steering:
 
 
 def learn(lm: LM, **more: Any) -> Steering:
-    told = {} if {"teacher", "instruction", "system"} & set(more) else {"instruction": SAID}
-    return learn_distill(lm, **{"check": anything, **QUICK, **told, **more})
+    prompting = {} if {"teacher", "instruction", "system"} & set(more) else {"instruction": SAID}
+    return learn_distill(lm, **{"check": anything, **QUICK, **prompting, **more})
 
 
 @pytest.fixture
 def courses(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
     """What happened in each descent."""
-    found: list[Course] = []
+    recorded: list[Course] = []
 
     def watched(*arguments: Any, **more: Any) -> Any:
         trained, course = descend(*arguments, **more)
-        found.append(course)
+        recorded.append(course)
         return trained, course
 
     monkeypatch.setattr(module, "descend", watched)
-    return found
+    return recorded
 
 
 @torch.no_grad()
@@ -76,17 +76,19 @@ def divergence(
     """KL from the prompted model, in nats per token, over its own answers: in a loop, over the whole vocabulary."""
     total = []
     for query in QUERIES:
-        asked = lm.encode(teacher.ask(query, 0), system=teacher.system)
+        prompt_ids = lm.encode(teacher.ask(query, 0), system=teacher.system)
         (answer,) = lm.generate(teacher.ask(query, 0), system=teacher.system, max_new_tokens=QUICK["tokens"])
-        plain = asked if with_prompt else lm.encode(query)
-        target = lm.model(input_ids=torch.tensor([[*asked, *answer.token_ids[:-1]]])).logits[0, len(asked) - 1 :]
+        plain = prompt_ids if with_prompt else lm.encode(query)
+        target = lm.model(input_ids=torch.tensor([[*prompt_ids, *answer.token_ids[:-1]]])).logits[
+            0, len(prompt_ids) - 1 :
+        ]
         ids = torch.tensor([[*plain, *answer.token_ids[:-1]]])
         if steering is None:
-            found = lm.model(input_ids=ids).logits
+            logits = lm.model(input_ids=ids).logits
         else:
             with lm.steered(steering, prompt_lengths=[len(plain)]):
-                found = lm.model(input_ids=ids, use_cache=False).logits
-        p, q = (target.double() / temperature).log_softmax(-1), found[0, len(plain) - 1 :].double().log_softmax(-1)
+                logits = lm.model(input_ids=ids, use_cache=False).logits
+        p, q = (target.double() / temperature).log_softmax(-1), logits[0, len(plain) - 1 :].double().log_softmax(-1)
         total.append(float((p.exp() * (p - q)).sum(-1).mean()))
     return sum(total) / len(total)
 
@@ -119,7 +121,7 @@ def test_it_gets_nearer_and_again_to_the_same_bytes(fit: str, rank: int, tmp_pat
 
     teacher = Teacher((SAID,))
     temperature = 1.0 if fit == "closed" else TEMPERATURE
-    before, after = (divergence(lm, one, teacher, temperature=temperature) for one in (None, loaded))
+    before, after = (divergence(lm, acting, teacher, temperature=temperature) for acting in (None, loaded))
     assert after < (0.85 if fit == "gradient" else 0.97) * before
     assert len(courses) == (0 if fit == "closed" else 2)
     assert all(course.losses[-1] < 0.9 * course.losses[0] for course in courses)
@@ -178,16 +180,16 @@ def test_a_teacher_and_its_short_forms_are_the_same(lm: LM) -> None:
         ({"instruction": [SAID, "w9"]}, Teacher((SAID, "w9"))),
         ({"instruction": SAID, "system": "w5"}, Teacher((SAID,), system="w5")),
     ):
-        one, other = learn(lm, steps=1, **short), learn(lm, steps=1, teacher=teacher)
-        assert one == other
-        assert one.card == other.card
+        short_form, by_teacher = learn(lm, steps=1, **short), learn(lm, steps=1, teacher=teacher)
+        assert short_form == by_teacher
+        assert short_form.card == by_teacher.card
 
 
 def test_a_share_of_answers_is_learned_with_the_prompt(lm: LM) -> None:
     """With none of them the prompted model may go astray; with all of them it stays where it is."""
     teacher = Teacher((SAID,))
     never, always = (learn(lm, with_prompt=share, steps=8, rate=0.1) for share in (0.0, 1.0))
-    astray, stays = (divergence(lm, one, teacher, with_prompt=True) for one in (never, always))
+    astray, stays = (divergence(lm, acting, teacher, with_prompt=True) for acting in (never, always))
     assert stays < 0.2 * astray
     assert divergence(lm, never, teacher) < divergence(lm, always, teacher)
 
@@ -200,12 +202,14 @@ def test_the_dose_is_bounded(lm: LM) -> None:
 
 def test_the_model_is_as_it_was() -> None:
     lm = fresh()
-    weights = {name: one.clone() for name, one in lm.model.state_dict().items()}
+    weights = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
     answers = lm.generate(QUERIES[:3], max_new_tokens=5)
     learn(lm)
-    assert all(torch.equal(one, weights[name]) for name, one in lm.model.state_dict().items())
-    assert all(one.grad is None and one.requires_grad for one in lm.model.parameters())
-    assert [one.token_ids for one in lm.generate(QUERIES[:3], max_new_tokens=5)] == [one.token_ids for one in answers]
+    assert all(torch.equal(weight, weights[name]) for name, weight in lm.model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in lm.model.parameters())
+    assert [answer.token_ids for answer in lm.generate(QUERIES[:3], max_new_tokens=5)] == [
+        answer.token_ids for answer in answers
+    ]
 
 
 def test_other_seeds_and_other_prompts_are_other_steerings(lm: LM, usual: Steering) -> None:
@@ -232,14 +236,14 @@ def test_a_model_in_bfloat16(courses: list[Course]) -> None:
 @pytest.mark.parametrize("layers", [[0], [1, 3], None])
 def test_help_acts_where_nothing_is_learned(lm: LM, layers: list[int] | None) -> None:
     """The help has a layer of its own, which need not be one of those that are learned."""
-    asked: list[str] = []
+    texts: list[str] = []
 
     def later(query: str, _answer: str, _cut: bool) -> bool:
-        asked.append(query)
-        return len(asked) > len(QUERIES) + FEW
+        texts.append(query)
+        return len(texts) > len(QUERIES) + FEW
 
     steering = learn(lm, layers=layers, check=later)
-    tries = [one["help"] for one in steering.card.measured["tries"]]
+    tries = [attempt["help"] for attempt in steering.card.measured["tries"]]
     assert tries[:3] == ["", "said in other ways", "tried at several blocks"]
     assert [edit.site.layer for edit in steering.edits] == (layers or list(range(LAYERS)))
 
@@ -287,11 +291,11 @@ def test_an_interrupted_descent_is_kept(lm: LM, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fit", FITS)
 def test_progress_goes_on_and_words_say_how_it_stands(lm: LM, fit: str) -> None:
-    told: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
     said: list[str] = []
-    learn(lm, fit=fit, rank=2, steps=20, progress=lambda done, total: told.append((done, total)), say=said.append)
-    assert told == sorted(told)
-    assert told[-1][0] == told[-1][1]
+    learn(lm, fit=fit, rank=2, steps=20, progress=lambda done, total: steps.append((done, total)), say=said.append)
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
     assert "answers kept" in said[0]
     assert len(said) == (1 if fit == "closed" else 3)
 

@@ -28,24 +28,24 @@ def something(_query: str, answer: str, _cut: bool) -> bool:
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[str]:
+def questions() -> list[str]:
     return queries("learn", more=True)[:8]
 
 
 @pytest.fixture(scope="module")
-def lessons(lm: LM, asked: list[str]) -> tuple[Lesson, ...]:
+def lessons(lm: LM, questions: list[str]) -> tuple[Lesson, ...]:
     """The answers that are learned from: greedy ones, so that making them again gives the same."""
-    return own_answers(lm, TEACHER, asked, check=something, tokens=TOKENS).lessons
+    return own_answers(lm, TEACHER, questions, check=something, tokens=TOKENS).lessons
 
 
 @pytest.fixture(scope="module")
-def learned(lm: LM, asked: list[str]) -> Steering:
+def learned(lm: LM, questions: list[str]) -> Steering:
     middle = lm.layout.layers // 2
     return learn_distill(
         lm,
         [middle - 5, middle],
         teacher=TEACHER,
-        queries=asked,
+        queries=questions,
         check=something,
         tokens=TOKENS,
         steps=STEPS,
@@ -62,7 +62,7 @@ def distance(lm: LM, lessons: tuple[Lesson, ...], steering: Steering) -> float:
         changes[edit.site] = lambda x, vector=edit.operation.direction: vector.expand_as(x)  # type: ignore[misc]
     with forcing(lm.model, lm.layout, sorted(changes)) as run, torch.no_grad():
         targets = soft_targets(run, lessons)
-        rows = [run.logits([Forced(one.plain, one.answer)], changes)[0] for one in lessons]
+        rows = [run.logits([Forced(lesson.plain, lesson.answer)], changes)[0] for lesson in lessons]
         return sum(float(divergence(*both).mean()) for both in zip(rows, targets, strict=True)) / len(lessons)
 
 
@@ -76,5 +76,5 @@ def test_it_is_small_and_is_the_same_from_its_file(lm: LM, learned: Steering, tm
     save(learned, tmp_path / "capitals.safetensors")
     loaded = load(tmp_path / "capitals.safetensors")
     assert loaded == learned
-    both = [lm.generate("What is a river?", one, max_new_tokens=8)[0].token_ids for one in (loaded, learned)]
+    both = [lm.generate("What is a river?", steering, max_new_tokens=8)[0].token_ids for steering in (loaded, learned)]
     assert both[0] == both[1]

@@ -39,12 +39,12 @@ def boosted(scores: Tensor, bias: float, span: tuple[int, int]) -> Tensor:
 
 def multiplied(scores: Tensor, factor: float, span: range) -> Tensor:
     """Version 1, number by number: weights of the span times the factor, then each row divided by its sum."""
-    found = torch.empty_like(scores)
+    multiplied_scores = torch.empty_like(scores)
     for h, head in enumerate(scores.tolist()):
         for q, row in enumerate(head):
             weights = [math.exp(s) * (factor if c in span else 1.0) for c, s in enumerate(row)]
-            found[h, q] = torch.tensor([w / sum(weights) for w in weights], dtype=scores.dtype)
-    return found
+            multiplied_scores[h, q] = torch.tensor([w / sum(weights) for w in weights], dtype=scores.dtype)
+    return multiplied_scores
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -55,8 +55,8 @@ class TestFormula:
 
     def test_a_bias_of_ln_m_is_multiplying_weights_by_m(self, seed: int, factor: float) -> None:
         scores = self.scores(seed)
-        found = boosted(scores, math.log(factor), (3, 7))
-        torch.testing.assert_close(found, multiplied(scores, factor, range(3, 7)), rtol=1e-12, atol=1e-14)
+        weights = boosted(scores, math.log(factor), (3, 7))
+        torch.testing.assert_close(weights, multiplied(scores, factor, range(3, 7)), rtol=1e-12, atol=1e-14)
 
     def test_the_bounds_hold(self, seed: int, factor: float) -> None:
         scores, bias = self.scores(seed), math.log(factor)
@@ -82,13 +82,13 @@ def test_the_bound_is_reached() -> None:
 def in_loops(lm: LM, factor: float, span: set[int]) -> Iterator[None]:
     """Attention over one whole text in loops over heads and queries: weights of the span times the factor."""
 
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> tuple:
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple:
         heads, length = query.shape[1:3]
         repeat = heads // key.shape[1]
-        scale = given.get("scaling") or query.shape[-1] ** -0.5
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
         output = torch.zeros(1, length, heads, value.shape[-1], dtype=value.dtype)
         for q in range(length):
-            seen = range(max(0, q + 1 - (given.get("sliding_window") or length)), q + 1)
+            seen = range(max(0, q + 1 - (options.get("sliding_window") or length)), q + 1)
             for h in range(heads):
                 s = [float(key[0, h // repeat, c] @ query[0, h, q]) * scale for c in seen]
                 weights = [math.exp(x - max(s)) * (factor if c in span else 1) for c, x in zip(seen, s, strict=True)]
@@ -124,16 +124,16 @@ def columns(lm: LM, text: str, phrase: str) -> set[int]:
 def test_a_mixed_batch_is_each_prompt_alone_in_loops(family: str, tmp_path: Path) -> None:
     """At every layer and head, in the prompt and after it, over a cache, and from a file; and nothing at strength 0."""
     lm = tiny.tiny(family)
-    given = [instaboost(lm, text, phrase, bias=math.log(8)) for text, phrase in zip(PROMPTS, PHRASES, strict=True)]
-    save(given[1], tmp_path / "boost.safetensors")
-    rows: list[Steering | None] = [given[0], load(tmp_path / "boost.safetensors"), None]
+    steerings = [instaboost(lm, text, phrase, bias=math.log(8)) for text, phrase in zip(PROMPTS, PHRASES, strict=True)]
+    save(steerings[1], tmp_path / "boost.safetensors")
+    rows: list[Steering | None] = [steerings[0], load(tmp_path / "boost.safetensors"), None]
     answers = lm.generate(PROMPTS, rows, max_new_tokens=NEW, logprobs=True)
     plain = lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
     for i in (0, 1):
         assert list(answers[i].token_ids) == naive(lm, PROMPTS[i], 8.0, columns(lm, PROMPTS[i], PHRASES[i]))
         assert answers[i].logprobs != plain[i].logprobs
     assert answers[2].logprobs == plain[2].logprobs
-    nothing = lm.generate(PROMPTS, [0.0 * one for one in given], max_new_tokens=NEW, logprobs=True)
+    nothing = lm.generate(PROMPTS, [0.0 * steering for steering in steerings], max_new_tokens=NEW, logprobs=True)
     assert [a.logprobs for a in nothing] == [a.logprobs for a in plain]
 
 

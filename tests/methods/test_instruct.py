@@ -47,14 +47,14 @@ PAIRS = pairs_of("w70 w71", "w72")
 
 def read(lm: LM, text: str, layer: int) -> Tensor:
     """The last token's activation by a bare pass of the model: `[width]`."""
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
     handle = lm.layout.blocks[layer].register_forward_hook(
-        lambda _m, _a, o: found.append((o if isinstance(o, Tensor) else o[0])[0, -1])
+        lambda _m, _a, o: rows.append((o if isinstance(o, Tensor) else o[0])[0, -1])
     )
     with torch.no_grad():
         lm.model(input_ids=torch.tensor([lm.encode(text)]), use_cache=False)
     handle.remove()
-    return found[0].double()
+    return rows[0].double()
 
 
 def sides(lm: LM, pairs: Sequence[Pair], layer: int) -> tuple[Tensor, Tensor]:
@@ -98,9 +98,9 @@ class TestTheFormulas:
     def test_order_and_repetition_of_pairs_dont_matter(self, lm: LM) -> None:
         reference = learn_instruct(lm, PAIRS, 2).edits[0].operation
         for other in (PAIRS[::-1], PAIRS * 2, PAIRS[5:] + PAIRS[:5]):
-            found = learn_instruct(lm, other, 2).edits[0].operation
-            assert torch.allclose(found.direction, reference.direction, atol=1e-5)
-            assert found.target == pytest.approx(reference.target, rel=1e-4, abs=1e-4)
+            operation = learn_instruct(lm, other, 2).edits[0].operation
+            assert torch.allclose(operation.direction, reference.direction, atol=1e-5)
+            assert operation.target == pytest.approx(reference.target, rel=1e-4, abs=1e-4)
 
     def test_a_planted_direction_is_recovered(self, lm: LM) -> None:
         """A block that adds a direction after one word, long beside what the word itself does: it is what is found."""
@@ -164,7 +164,7 @@ SETS = {"a": PAIRS, "b": pairs_of("w75"), "c": pairs_of("w76 w77 w78", queries=Q
 class TestManyAtOnce:
     def test_equal_each_alone(self, lm: LM) -> None:
         moments = learn_many(lm, SETS, [1, 3])
-        assert {name: set(found) for name, found in moments.items()} == {name: {1, 3} for name in SETS}
+        assert {name: set(moment) for name, moment in moments.items()} == {name: {1, 3} for name in SETS}
         for operation in OPERATIONS:
             for name, steering in steerings_from(moments, operation=operation).items():
                 alone = learn_instruct(lm, SETS[name], [1, 3], operation=operation)
@@ -243,8 +243,10 @@ class TestWordsAndLengths:
 
     def test_other_words_other_vectors(self, lm: LM) -> None:
         # the sentence has to have the word as a token of its own
-        one, other = (learn_word(lm, f'" {w} "', 2, base=self.BASE).edits[0].operation for w in ("w70", "w30"))
-        assert torch.cosine_similarity(one.direction, other.direction, dim=0) < 0.999
+        operation, other_operation = (
+            learn_word(lm, f'" {w} "', 2, base=self.BASE).edits[0].operation for w in ("w70", "w30")
+        )
+        assert torch.cosine_similarity(operation.direction, other_operation.direction, dim=0) < 0.999
 
     def test_lengths(self, lm: LM) -> None:
         short = learn_length(lm, "concise", 2, base=self.BASE, weight=20.0)
@@ -283,8 +285,8 @@ class TestTransfer:
         assert answer.logprobs != plain.logprobs
         clamp = steering.edits[0].operation
         with lm_steered(bare, steering):
-            (found,) = bare.capture(QUERIES[0], [2], Positions.all_but_first())
-        landed = found[Site(2)].double() @ clamp.direction.double()
+            (activations,) = bare.capture(QUERIES[0], [2], Positions.all_but_first())
+        landed = activations[Site(2)].double() @ clamp.direction.double()
         assert torch.allclose(landed, torch.full_like(landed, clamp.target), atol=1e-4)
 
     def test_the_same_template_warns_of_nothing(self, tuned: LM, recwarn: pytest.WarningsRecorder) -> None:

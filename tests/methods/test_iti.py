@@ -53,7 +53,7 @@ def literal_probe(x: list[torch.Tensor], y: list[int]) -> tuple[torch.Tensor, to
 
 def literal_heads(lm: LM, direction: str, bank: list[str] | None) -> list[tuple[float, int, int, torch.Tensor, float]]:
     fitted, held = split(PAIRS)
-    found = []
+    heads = []
     for layer in range(LAYERS):
         sides = []
         for pair in PAIRS:
@@ -68,20 +68,20 @@ def literal_heads(lm: LM, direction: str, bank: list[str] | None) -> list[tuple[
             true, false = (torch.stack([side[m][h] for side in sides]) for m in (0, 1))
             u = true.mean(0) - false.mean(0) if direction == "mean" else w
             u = u / u.norm()
-            bank_of = [one[h] for one in others] or [side[m][h] for side in sides for m in (0, 1)]
+            bank_of = [activation[h] for activation in others] or [side[m][h] for side in sides for m in (0, 1)]
             p = [float(x @ u) for x in bank_of]
             mean = sum(p) / len(p)
             sigma = (sum((v - mean) ** 2 for v in p) / len(p)) ** 0.5
-            found.append((sum(right) / len(right), layer, h, u, sigma))
-    return sorted(found, key=lambda one: (-one[0], one[1], one[2]))
+            heads.append((sum(right) / len(right), layer, h, u, sigma))
+    return sorted(heads, key=lambda head: (-head[0], head[1], head[2]))
 
 
 @pytest.mark.parametrize(("direction", "bank"), [("mean", None), ("probe", BANK)])
 def test_heads_directions_and_deviations(lm: LM, direction: str, bank: list[str] | None) -> None:
     expected = literal_heads(lm, direction, bank)
-    found = rank_heads(lm, PAIRS, direction=direction, bank=bank)
-    assert [(h.layer, h.head) for h in found] == [(layer, head) for _, layer, head, _, _ in expected]
-    for mine, (accuracy, _, _, u, sigma) in zip(found, expected, strict=True):
+    ranked = rank_heads(lm, PAIRS, direction=direction, bank=bank)
+    assert [(h.layer, h.head) for h in ranked] == [(layer, head) for _, layer, head, _, _ in expected]
+    for mine, (accuracy, _, _, u, sigma) in zip(ranked, expected, strict=True):
         assert mine.accuracy == pytest.approx(accuracy)
         assert torch.allclose(mine.direction, u, atol=1e-3)
         assert mine.sigma == pytest.approx(sigma, rel=1e-3)
@@ -92,19 +92,19 @@ def test_answers_are_what_the_formula_gives(lm: LM, tmp_path: Path) -> None:
     learned = learn_iti(lm, PAIRS, heads=5, alpha=2.0)
     ranked = rank_heads(lm, PAIRS)[:5]
     push = torch.zeros(LAYERS, 4, ranked[0].direction.shape[0], dtype=torch.float64)
-    for one in ranked:
-        push[one.layer, one.head] = one.sigma * one.direction
+    for chosen in ranked:
+        push[chosen.layer, chosen.head] = chosen.sigma * chosen.direction
     for edit in learned.edits:
         assert (edit.site.kind, edit.strength, str(edit.positions)) == ("heads", 2.0, "from-last-prompt-token")
         assert torch.allclose(edit.operation.direction, push[edit.site.layer].flatten().float())
-    assert {edit.site.layer for edit in learned.edits} == {one.layer for one in ranked}
+    assert {edit.site.layer for edit in learned.edits} == {head.layer for head in ranked}
     save(learned, tmp_path / "s.safetensors")
     assert load(tmp_path / "s.safetensors") == learned
     steerings = [load(tmp_path / "s.safetensors"), None, -1.0 * learned]
     for way in ({}, {"use_cache": False}):
-        found = lm.generate(PROMPTS, steerings, max_new_tokens=4, logprobs=True, **way)  # type: ignore[arg-type]
-        for text, one, answer in zip(PROMPTS, steerings, found, strict=True):
-            tokens, logprobs = naive.generate(lm, text, one, 4)
+        answers = lm.generate(PROMPTS, steerings, max_new_tokens=4, logprobs=True, **way)  # type: ignore[arg-type]
+        for text, acting, answer in zip(PROMPTS, steerings, answers, strict=True):
+            tokens, logprobs = naive.generate(lm, text, acting, 4)
             assert list(answer.token_ids) == tokens
             assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
 

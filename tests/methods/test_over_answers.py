@@ -63,12 +63,12 @@ def same_answers(count: int = COUNT, **systems: str) -> list[Pair]:
 
 def vectors(steering: Steering) -> list[torch.Tensor]:
     """What each edit has learned."""
-    found = []
+    differences = []
     for edit in steering.edits:
         operation = edit.operation
         names = [name for name in ("direction", "scales", "mask", "write") if hasattr(operation, name)]
-        found.append(edit.strength * getattr(operation, names[0]).double().flatten())
-    return found
+        differences.append(edit.strength * getattr(operation, names[0]).double().flatten())
+    return differences
 
 
 # ---- caa, read over answers ----------------------------------------------------------------------------------
@@ -76,13 +76,13 @@ def vectors(steering: Steering) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def naive(lm: LM, ids: list[int], where: list[int], layer: int) -> torch.Tensor:
-    found: list[torch.Tensor] = []
-    handle = lm.layout.blocks[layer].register_forward_hook(lambda _m, _a, o: found.append(o[0]))
+    at_tokens: list[torch.Tensor] = []
+    handle = lm.layout.blocks[layer].register_forward_hook(lambda _m, _a, o: at_tokens.append(o[0]))
     lm.model(input_ids=torch.tensor([ids]), use_cache=False)
     handle.remove()
     total = torch.zeros(tiny.WIDTH, dtype=torch.float64)
     for p in where:
-        total += found[0][p]
+        total += at_tokens[0][p]
     return total / len(where)
 
 
@@ -110,18 +110,18 @@ def test_each_side_is_read_over_its_own_answer(lm: LM, read_at: str, where: Call
 
 def test_after_a_marker(lm: LM) -> None:
     marked = [Pair(f"w9 w80 {p.positive}", f"w80 {p.negative}", p.prompt, "answers") for p in answers()]
-    found = answer_texts(lm, marked, "after:w80")
-    for pair, texts in zip(answers(), found, strict=True):
+    marked_texts = answer_texts(lm, marked, "after:w80")
+    for pair, texts in zip(answers(), marked_texts, strict=True):
         for side, text in zip((pair.positive, pair.negative), texts, strict=True):
             assert lm.tokenizer.decode([text.ids[p] for p in text.positions]) == side
-    moments = contrast(lm, found, [1])
+    moments = contrast(lm, marked_texts, [1])
     (edit,) = learn_caa(lm, marked, 1, read_at=ReadAt("after", marker="w80")).edits
     assert torch.equal(edit.operation.direction, moments[1].difference.float())
 
 
 def test_the_card_says_where_and_the_default_is_as_it_was(lm: LM) -> None:
     learned = {at: learn_caa(lm, answers(), 1, read_at=at) for at in (None, "last", "answer", "first:2", "after:w")}
-    said = {at: one.card.options["read_at"] for at, one in learned.items() if at != "after:w"}
+    said = {at: learned_there.card.options["read_at"] for at, learned_there in learned.items() if at != "after:w"}
     assert said == {None: "last token", "last": "last token", "answer": "answer", "first:2": "first:2"}
     assert learned["last"] == learned[None]
     assert learned["last"].card == learned[None].card
@@ -192,8 +192,8 @@ def as_conversations(pair: Pair) -> Pair:
 
     def whole(system: str | None, answer: Any) -> list[dict[str, str]]:
         opening = [] if system is None else [{"role": "system", "content": system}]
-        asked = [{"role": "user", "content": str(pair.prompt)}, {"role": "assistant", "content": answer}]
-        return [*opening, *asked]
+        messages = [{"role": "user", "content": str(pair.prompt)}, {"role": "assistant", "content": answer}]
+        return [*opening, *messages]
 
     positive, negative = whole(pair.positive_system, pair.positive), whole(pair.negative_system, pair.negative)
     return Pair(positive, negative, "", "answers")  # type: ignore[arg-type]
@@ -271,8 +271,8 @@ def test_questions_with_messages_stay_together_when_heads_are_ranked() -> None:
 def test_a_lora_is_finetuned_under_the_system_prompt(lm: LM) -> None:
     pair = Pair("w8 w9", "w10", "w3", "answers", "w5 w6", "w7")
     for side, said, count in (("positive", "w70 w5 w6 w71 w3 w72 w8 w9", 2), ("negative", "w70 w7 w71 w3 w72 w10", 1)):
-        found = target(lm, pair, side)  # type: ignore[arg-type]
-        assert (lm.tokenizer.decode(found.ids), found.count) == (said, count)
+        ids_of_target = target(lm, pair, side)  # type: ignore[arg-type]
+        assert (lm.tokenizer.decode(ids_of_target.ids), ids_of_target.count) == (said, count)
     letters = target(lm, Pair("(A)", "(B)", "w3", "letters", "w5", "w5"), "negative")
     assert (lm.tokenizer.decode(letters.ids), letters.count) == ("w70 w5 w71 w3 w72 ( B", 1)
 

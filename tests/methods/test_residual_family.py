@@ -141,8 +141,8 @@ def test_icv(lm: LM, tmp_path: Path) -> None:
         v = (plus - minus).mean(0)
         assert torch.allclose(edit.operation.direction.double(), v / v.norm(), atol=1e-5)
     runs_as_written(lm, steering, tmp_path)
-    one = PAIRS[:1]
-    same = [learn_icv(lm, one, estimator=kind).edits for kind in ("mean", "pca")]  # type: ignore[arg-type]
+    single_pair = PAIRS[:1]
+    same = [learn_icv(lm, single_pair, estimator=kind).edits for kind in ("mean", "pca")]  # type: ignore[arg-type]
     for a, b in zip(*same, strict=True):
         assert torch.allclose(a.operation.direction, b.operation.direction, atol=1e-5)
 
@@ -171,13 +171,13 @@ def test_cast_looks_for_its_condition_below_the_behaviour(lm: LM, monkeypatch: p
     read: list[set[int]] = []
     pooled = cast.read_pooled
 
-    def noted(lm: LM, prompts: Any, readings: Any, **given: Any) -> Any:
+    def noted(lm: LM, prompts: Any, readings: Any, **keywords: Any) -> Any:
         read.append({reading.site.layer for reading in readings})
-        return pooled(lm, prompts, readings, **given)
+        return pooled(lm, prompts, readings, **keywords)
 
     monkeypatch.setattr(cast, "read_pooled", noted)
-    for layers, given, expected in (([3], {}, {0, 1, 2}), ([1, 3], {}, {0, 1}), ([3], {"condition_layer": 3}, {3})):
-        steering = learn_cast(lm, PAIRS, layers, when=ON, unless=OFF, **given)
+    for layers, options, expected in (([3], {}, {0, 1, 2}), ([1, 3], {}, {0, 1}), ([3], {"condition_layer": 3}, {3})):
+        steering = learn_cast(lm, PAIRS, layers, when=ON, unless=OFF, **options)
         (gate,) = {edit.gate for edit in steering.edits}
         assert {reading.site.layer for reading in gate.readings} <= expected
         assert read.pop() == expected
@@ -215,8 +215,8 @@ def test_the_papers_condition_is_blind_to_the_sign_and_ours_is_not() -> None:
         assert learned.measured["area"] <= 1
     x, c = torch.randn(32, dtype=torch.float64), tiny.direction(1)
     for measure, blind in (("cast", True), ("ratio", True), ("cosine", False), ("dot", False)):
-        one, other = (Threshold(Site(0), sign * c, 0.0, measure).value(x) for sign in (1, -1))
-        assert (one == pytest.approx(other)) == blind
+        along, against = (Threshold(Site(0), sign * c, 0.0, measure).value(x) for sign in (1, -1))
+        assert (along == pytest.approx(against)) == blind
 
 
 def test_hpr(lm: LM, tmp_path: Path) -> None:
@@ -325,8 +325,8 @@ def test_a_reader_far_from_the_mean_warns() -> None:
 
 def test_cast_at_blocks_inputs_as_released(lm: LM) -> None:
     """Both vectors are those of the block's output; they are checked and added one block earlier."""
-    given: dict[str, Any] = {"when": ON, "unless": OFF, "measure": "cast", "pool": "mean", "condition_layer": 1}
-    usual, theirs = (learn_cast(lm, PAIRS, [3], **given, at=place) for place in ("output", "input"))
+    options: dict[str, Any] = {"when": ON, "unless": OFF, "measure": "cast", "pool": "mean", "condition_layer": 1}
+    usual, theirs = (learn_cast(lm, PAIRS, [3], **options, at=place) for place in ("output", "input"))
     assert theirs.card.options["at"] == "input"
     (edit,), (own,) = theirs.edits, usual.edits
     assert (edit.site, edit.strength) == (Site(3, "block_input"), own.strength)
@@ -349,4 +349,4 @@ def test_cast_at_blocks_inputs_as_released(lm: LM) -> None:
         assert list(answer.token_ids) == tokens
         assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
     with pytest.raises(TrimtabError, match="output or input, got 'middle'"):
-        learn_cast(lm, PAIRS, [3], **given, at="middle")  # type: ignore[arg-type]
+        learn_cast(lm, PAIRS, [3], **options, at="middle")  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ def literal_mask(lm: LM, site: str, k: int, score: str) -> list[list[float]]:
             size = sum(v * v for v in part) ** 0.5
             scored.append(({"norm": size, "signed": mean, "absolute": abs(mean)}[score], layer, i))
     masks = [[0.0] * len(row) for row in values]
-    for _, layer, i in sorted(scored, key=lambda one: -one[0])[:k]:
+    for _, layer, i in sorted(scored, key=lambda entry: -entry[0])[:k]:
         masks[layer][i * unit : (i + 1) * unit] = [1.0] * unit
     return masks
 
@@ -84,17 +84,17 @@ def test_answers_are_what_the_formula_gives(lm: LM, site: str, tmp_path: Path) -
     assert load(tmp_path / "s.safetensors") == paper
     steerings = [load(tmp_path / "s.safetensors"), None, decode]
     for way in ({}, {"use_cache": False}):
-        found = lm.generate(PROMPTS, steerings, max_new_tokens=4, logprobs=True, **way)  # type: ignore[arg-type]
-        for text, one, answer in zip(PROMPTS, steerings, found, strict=True):
-            tokens, logprobs = naive.generate(lm, text, one, 4)
+        answers = lm.generate(PROMPTS, steerings, max_new_tokens=4, logprobs=True, **way)  # type: ignore[arg-type]
+        for text, acting, answer in zip(PROMPTS, steerings, answers, strict=True):
+            tokens, logprobs = naive.generate(lm, text, acting, 4)
             assert list(answer.token_ids) == tokens
             assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
 def test_delta_zero_is_nothing(lm: LM) -> None:
     plain = lm.generate(PROMPTS, None, max_new_tokens=4, logprobs=True)
-    found = lm.generate(PROMPTS, learn_sadi(lm, PAIRS, delta=0.0), max_new_tokens=4, logprobs=True)
-    assert [(a.token_ids, a.logprobs) for a in found] == [(a.token_ids, a.logprobs) for a in plain]
+    answers = lm.generate(PROMPTS, learn_sadi(lm, PAIRS, delta=0.0), max_new_tokens=4, logprobs=True)
+    assert [(a.token_ids, a.logprobs) for a in answers] == [(a.token_ids, a.logprobs) for a in plain]
 
 
 def test_a_head_scaled_is_its_part_of_the_output_added(lm: LM) -> None:
@@ -144,26 +144,26 @@ def test_frozen_is_the_released_codes(lm: LM, site: str, tmp_path: Path) -> None
     masks = literal_mask(lm, site, 5, "norm")
     plain = lm.generate(PROMPTS[1], max_new_tokens=3, logprobs=True)
     for way in ({}, {"use_cache": False}):
-        found = lm.generate(PROMPTS, [again, None, again], max_new_tokens=3, logprobs=True, **way)  # type: ignore[arg-type]
-        assert found[1].logprobs == pytest.approx(plain[0].logprobs, abs=1e-5)
+        answers = lm.generate(PROMPTS, [again, None, again], max_new_tokens=3, logprobs=True, **way)  # type: ignore[arg-type]
+        assert answers[1].logprobs == pytest.approx(plain[0].logprobs, abs=1e-5)
         for i in (0, 2):
             expected = literal_frozen(lm, site, masks, 1.5, PROMPTS[i])
-            assert found[i].token_ids[0] == int(expected.argmax())
-            assert found[i].logprobs[0] == pytest.approx(float(expected.max()), abs=1e-4)
+            assert answers[i].token_ids[0] == int(expected.argmax())
+            assert answers[i].logprobs[0] == pytest.approx(float(expected.max()), abs=1e-4)
             tokens, logprobs = naive.generate(lm, PROMPTS[i], frozen, 3)
-            assert list(found[i].token_ids) == tokens
-            assert found[i].logprobs == pytest.approx(logprobs, abs=1e-4)
+            assert list(answers[i].token_ids) == tokens
+            assert answers[i].logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
 def test_frozen_is_live_for_one_layer_and_not_for_several(lm: LM) -> None:
     for layers, same in (([2], True), (None, False)):
         ways = [learn_sadi(lm, PAIRS, layers, k=3, delta=3.0, mode=mode) for mode in ("live", "frozen")]
-        live, frozen = (lm.generate(PROMPTS, one, max_new_tokens=3, logprobs=True) for one in ways)
+        live, frozen = (lm.generate(PROMPTS, way, max_new_tokens=3, logprobs=True) for way in ways)
         for a, b in zip(live, frozen, strict=True):
             assert (a.logprobs == pytest.approx(b.logprobs, abs=1e-5)) == same
     nothing = learn_sadi(lm, PAIRS, k=3, delta=0.0, mode="frozen")
-    plain, none = (lm.generate(PROMPTS, one, max_new_tokens=3, logprobs=True) for one in (None, nothing))
-    assert [one.logprobs for one in plain] == [one.logprobs for one in none]
+    plain, none = (lm.generate(PROMPTS, steering, max_new_tokens=3, logprobs=True) for steering in (None, nothing))
+    assert [answer.logprobs for answer in plain] == [answer.logprobs for answer in none]
 
 
 def test_held_at_the_activation_function_the_other_half_still_reacts(lm: LM) -> None:
@@ -176,14 +176,16 @@ def test_held_at_the_activation_function_the_other_half_still_reacts(lm: LM) -> 
             for layer, operation in enumerate(edits)
         )
     )
-    one, other = (lm.generate(PROMPTS[0], s, max_new_tokens=1, logprobs=True)[0] for s in (held, same_masks))
+    change_held, change_elsewhere = (
+        lm.generate(PROMPTS[0], s, max_new_tokens=1, logprobs=True)[0] for s in (held, same_masks)
+    )
     gated = lm.name.removeprefix("tiny-") not in ("gpt2", "opt", "falcon", "gpt_neox")
-    assert (one.logprobs != pytest.approx(other.logprobs, abs=1e-6)) == gated
+    assert (change_held.logprobs != pytest.approx(change_elsewhere.logprobs, abs=1e-6)) == gated
     live = []
     for kind in ("act_fn", "neurons"):
         scaled = [
-            Edit(Site(layer, kind), ScaleElements(one.direction), Positions.last_prompt_token(), 3.0)
-            for layer, one in enumerate(edits)
+            Edit(Site(layer, kind), ScaleElements(edit.direction), Positions.last_prompt_token(), 3.0)
+            for layer, edit in enumerate(edits)
         ]
         live.append(lm.generate(PROMPTS[0], Steering(tuple(scaled)), max_new_tokens=3, logprobs=True)[0].logprobs)
     assert live[0] == pytest.approx(live[1], abs=1e-6)
@@ -198,8 +200,8 @@ def test_masks_are_nested_in_k_and_blind_to_order() -> None:
             assert bool((mask <= size[large][site]).all())
     turned = [Pair(p.negative, p.positive, p.prompt, p.shape) for p in PAIRS]
     for others in (PAIRS[::-1], PAIRS * 2, turned):
-        found = choose(lm, read_differences(lm, others), k=3)
-        assert {s: m.tolist() for s, m in found.items()} == {s: m.tolist() for s, m in size[3].items()}
+        masks = choose(lm, read_differences(lm, others), k=3)
+        assert {s: m.tolist() for s, m in masks.items()} == {s: m.tolist() for s, m in size[3].items()}
 
 
 def test_a_mask_for_another_operation() -> None:

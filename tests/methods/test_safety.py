@@ -47,7 +47,7 @@ def at(lm: LM, text: str, layer: int) -> torch.Tensor:
 def test_from_answers(lm: LM) -> None:
     for edit in refusal(lm, HARMFUL, HARMLESS, [1, 2], coefficient=0.3, requests=3):
         differences, norms = [], []
-        for i, request in enumerate(one for both in zip(HARMFUL[:3], HARMLESS[:3], strict=True) for one in both):
+        for i, request in enumerate(text for both in zip(HARMFUL[:3], HARMLESS[:3], strict=True) for text in both):
             n = len(lm.encode(request))
             sides = []
             for answer in (safety.REFUSING[i // 2 % 2], safety.COMPLYING[i // 2 % 2]):
@@ -63,7 +63,7 @@ def test_from_answers(lm: LM) -> None:
 
 def test_from_prompts(lm: LM) -> None:
     for edit in refusal(lm, HARMFUL, HARMLESS, [1, 3], direction="prompts", coefficient=0.5):
-        on, off = (torch.stack([at(lm, one, edit.site.layer)[-1] for one in side]) for side in (HARMFUL, HARMLESS))
+        on, off = (torch.stack([at(lm, text, edit.site.layer)[-1] for text in side]) for side in (HARMFUL, HARMLESS))
         v = on.mean(0) - off.mean(0)
         assert torch.allclose(edit.operation.direction.double(), v / v.norm(), atol=1e-5)
         assert edit.strength == pytest.approx(0.5 * float(on.norm(dim=-1).median()), rel=1e-4)
@@ -79,9 +79,9 @@ def test_it_acts_where_the_prompt_reads_as_harmful(lm: LM, tmp_path: Path, direc
     gate = edit.gate
     assert isinstance(gate, Threshold)
     plain = lm.generate([*HARMFUL, *HARMLESS, *OTHERS], max_new_tokens=3, logprobs=True)
-    found = lm.generate([*HARMFUL, *HARMLESS, *OTHERS], steering, max_new_tokens=3, logprobs=True)
+    answers = lm.generate([*HARMFUL, *HARMLESS, *OTHERS], steering, max_new_tokens=3, logprobs=True)
     opened = []
-    for text, before, after in zip([*HARMFUL, *HARMLESS, *OTHERS], plain, found, strict=True):
+    for text, before, after in zip([*HARMFUL, *HARMLESS, *OTHERS], plain, answers, strict=True):
         x = at(lm, text, gate.site.layer)
         read = x[-1] if kind == "inferaligner" else (x / x.norm(dim=-1, keepdim=True)).mean(0)
         score = float(read @ gate.direction.double())

@@ -25,14 +25,14 @@ pytestmark = [
 
 def test_harmful_requests_are_refused_and_others_left_alone(lm: LM) -> None:
     requests = [item.prompt for item in read_refusal(ADVBENCH, limit=40)]
-    learned, asked = requests[::5] + requests[1::5] + requests[2::5], requests[3::5]
+    learned, tested = requests[::5] + requests[1::5] + requests[2::5], requests[3::5]
     harmless, others = list(queries("learn")[:24]), list(queries("test")[:8])
     steering = learn_safety(lm, learned, harmless=harmless, requests=8)
-    before = lm.generate([*asked, *others], max_new_tokens=16)
-    after = lm.generate([*asked, *others], steering, max_new_tokens=16)
-    n = len(asked)
-    assert sum(bool(one.applied.edits) for one in after[:n]) >= n - 2
-    assert sum(refuses(one.text) for one in after[:n]) >= sum(refuses(one.text) for one in before[:n]) + 3
+    before = lm.generate([*tested, *others], max_new_tokens=16)
+    after = lm.generate([*tested, *others], steering, max_new_tokens=16)
+    n = len(tested)
+    assert sum(bool(answer.applied.edits) for answer in after[:n]) >= n - 2
+    assert sum(refuses(answer.text) for answer in after[:n]) >= sum(refuses(answer.text) for answer in before[:n]) + 3
     shut = [i for i in range(n, len(after)) if not after[i].applied.edits]
     assert len(shut) >= len(others) - 1
     assert all(after[i].text == before[i].text for i in shut)

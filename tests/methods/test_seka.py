@@ -34,10 +34,10 @@ def keys_at(lm: LM, ids: list[int], at: list[int], layer: int) -> np.ndarray:
 def naive(lm: LM, layer: int, positive: float, negative: float, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Each head's map, and how far its keys move, from texts that are put together here."""
     kinds: list[list[np.ndarray]] = [[], [], []]
-    for one in EXAMPLES:
-        texts = [f"\nContext: {one.context}"]
-        texts += [f"\nQuestion: {q}\nContext: {one.context}" for q in (one.relevant, one.irrelevant)]
-        spans = [lm.spans(text, one.phrase, chat=False)[0] for text in texts]
+    for example in EXAMPLES:
+        texts = [f"\nContext: {example.context}"]
+        texts += [f"\nQuestion: {q}\nContext: {example.context}" for q in (example.relevant, example.irrelevant)]
+        spans = [lm.spans(text, example.phrase, chat=False)[0] for text in texts]
         fill = lm.encode(".", chat=False)[-1]  # this tokenizer has no line breaks
         most = max(start for start, _ in spans)
         for kind, text, (start, stop) in zip(kinds, texts, spans, strict=True):

@@ -30,7 +30,7 @@ def lm(request: pytest.FixtureRequest) -> LM:
 def literal_cett(lm: LM, layer: int, eps: float) -> float:
     """The mean over calibration tokens but the first, neuron by neuron."""
     weight = output_weight(lm.layout, Site(layer, "neurons")).double()
-    found = []
+    effects = []
     for text in TEXTS:
         ids = lm.encode(text)
         neurons = naive.activations(lm, ids, "neurons", layer).double()
@@ -41,8 +41,8 @@ def literal_cett(lm: LM, layer: int, eps: float) -> float:
                 n = neurons[t, j] * weight[:, j]
                 if float(n.norm()) < eps:
                     lost += n
-            found.append(float(lost.norm() / output[t].norm()))
-    return sum(found) / len(found)
+            effects.append(float(lost.norm() / output[t].norm()))
+    return sum(effects) / len(effects)
 
 
 def test_thresholds_lose_what_they_may_and_hardly_less(lm: LM) -> None:
@@ -68,9 +68,9 @@ def test_answers_are_what_the_formula_gives(lm: LM, statistic: str, tmp_path: Pa
     steerings = [load(tmp_path / "s.safetensors"), None, learned.only([1, 2])]
     plain = lm.generate(PROMPTS, None, max_new_tokens=4, logprobs=True)
     for way in ({}, {"use_cache": False}, {"batch_size": 1}):
-        found = lm.generate(PROMPTS, steerings, max_new_tokens=4, logprobs=True, **way)  # type: ignore[arg-type]
-        for text, one, answer in zip(PROMPTS, steerings, found, strict=True):
-            tokens, logprobs = naive.generate(lm, text, one, 4)
+        answers = lm.generate(PROMPTS, steerings, max_new_tokens=4, logprobs=True, **way)  # type: ignore[arg-type]
+        for text, steering, answer in zip(PROMPTS, steerings, answers, strict=True):
+            tokens, logprobs = naive.generate(lm, text, steering, 4)
             assert list(answer.token_ids) == tokens
             assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
     steered = lm.generate(PROMPTS, learned, max_new_tokens=4, logprobs=True)
@@ -92,9 +92,9 @@ def test_nothing_lost_is_nothing_done(lm: LM) -> None:
     plain = lm.generate(PROMPTS, None, max_new_tokens=4, logprobs=True)
     size = naive.size_of(lm, "neurons")
     full = tuple(Edit(Site(layer, "neurons"), MaskNeurons(torch.zeros(size)), Positions.all()) for layer in range(4))
-    for one in (0 * learn_tda(lm, TEXTS), Steering(full)):
-        found = lm.generate(PROMPTS, one, max_new_tokens=4, logprobs=True)
-        assert [(a.token_ids, a.logprobs) for a in found] == [(a.token_ids, a.logprobs) for a in plain]
+    for nothing in (0 * learn_tda(lm, TEXTS), Steering(full)):
+        answers = lm.generate(PROMPTS, nothing, max_new_tokens=4, logprobs=True)
+        assert [(a.token_ids, a.logprobs) for a in answers] == [(a.token_ids, a.logprobs) for a in plain]
 
 
 def test_all_lost_leaves_the_bias() -> None:

@@ -35,25 +35,25 @@ def logits(lm: LM, change: Tensor | None = None) -> Tensor:
         lambda _m, _a, o: o if change is None else (o[0] + change, *o[1:]) if isinstance(o, tuple) else o + change
     )
     with torch.no_grad():
-        found = lm.model(input_ids=torch.tensor([lm.encode(ASKED)])).logits[0, -1].double()
+        last_logits = lm.model(input_ids=torch.tensor([lm.encode(ASKED)])).logits[0, -1].double()
     hook.remove()
-    return found - found.mean()
+    return last_logits - last_logits.mean()
 
 
 def test_rows_are_the_matrix_and_the_norms_gain(lm: LM, head: Unembedding) -> None:
     with torch.no_grad():
         lm.model.model.norm.weight.copy_(torch.linspace(0.5, 2, WIDTH))
         try:
-            found = unembedding(lm, BASE)
+            unembedded = unembedding(lm, BASE)
             matrix = lm.model.lm_head.weight
             naive = (matrix - matrix.mean(0)) * torch.linspace(0.5, 2, WIDTH)
         finally:
             lm.model.model.norm.weight.fill_(1.0)
-    assert torch.allclose(found.rows, naive.float(), atol=1e-5)
-    assert found.explained == pytest.approx(1, abs=1e-6)
-    last = lm.capture(ASKED, [found.site])[0][found.site][0].double()
-    told = torch.stack([head.read(token) @ last for token in range(len(head.rows))])
-    assert torch.allclose(told * head.typical / last.square().mean().sqrt(), logits(lm), atol=1e-5)
+    assert torch.allclose(unembedded.rows, naive.float(), atol=1e-5)
+    assert unembedded.explained == pytest.approx(1, abs=1e-6)
+    last = lm.capture(ASKED, [unembedded.site])[0][unembedded.site][0].double()
+    read_logits = torch.stack([head.read(token) @ last for token in range(len(head.rows))])
+    assert torch.allclose(read_logits * head.typical / last.square().mean().sqrt(), logits(lm), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
@@ -129,16 +129,16 @@ def test_a_word_of_several_tokens_is_pushed_one_after_the_other(head: Unembeddin
 
 
 def test_the_push_grows() -> None:
-    found = _steps(10, 22, 48)
-    assert [nats for _, nats in found] == [10, 12, 14, 16, 18, 20, 22]
-    spans = [where.resolve(5) for where, _ in found]
+    steps = _steps(10, 22, 48)
+    assert [nats for _, nats in steps] == [10, 12, 14, 16, 18, 20, 22]
+    spans = [where.resolve(5) for where, _ in steps]
     assert spans[0] == ((4, 12),)
     assert spans[-1] == ((52, None),)
     assert all(a[0][1] == b[0][0] for a, b in pairwise(spans))
 
 
 @pytest.mark.parametrize(
-    ("word", "given", "told"),
+    ("word", "options", "words"),
     [
         (" ", {}, "can't be empty"),
         ("two words", {}, "more than one word"),
@@ -146,9 +146,9 @@ def test_the_push_grows() -> None:
         ("w70", {"tokens": 0}, "one token or more"),
     ],
 )
-def test_bad_input(lm: LM, word: str, given: dict[str, Any], told: str) -> None:
-    with pytest.raises(TrimtabError, match=told):
-        learn_word_logit(lm, word, base=BASE, **given)
+def test_bad_input(lm: LM, word: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TrimtabError, match=words):
+        learn_word_logit(lm, word, base=BASE, **options)
 
 
 def test_logits_that_are_made_otherwise_are_refused() -> None:
@@ -160,6 +160,6 @@ def test_logits_that_are_made_otherwise_are_refused() -> None:
 
 def test_no_spelling_is_named_that_isnt_kept_out() -> None:
     """More than can be followed in one answer: the last are left out of the edits and of the card alike."""
-    one = Spelling(" a", (1,), ())
+    short = Spelling(" a", (1,), ())
     longer = [Spelling(f" b{i}", (2 + i, 9), (f"b{i}",)) for i in range(8)]
-    assert _followed([longer[0], one, *longer[1:]]) == [longer[0], one, *longer[1:6]]
+    assert _followed([longer[0], short, *longer[1:]]) == [longer[0], short, *longer[1:6]]

@@ -13,7 +13,7 @@ ASKED = "Why is the sky blue?"
 
 def test_words_come_and_go(lm: LM) -> None:
     steerings = [None, learn_word_logit(lm, "Tianjin"), learn_word_logit(lm, "light", exclude=True)]
-    bare, put_in, kept_out = (one.text for one in lm.generate([ASKED] * 3, steerings, max_new_tokens=56))
+    bare, put_in, kept_out = (answer.text for answer in lm.generate([ASKED] * 3, steerings, max_new_tokens=56))
     assert "Tianjin" not in bare
     assert put_in.count("Tianjin") == 1
     assert "light" in bare.split()

@@ -31,11 +31,11 @@ def adding(positions: Positions, layer: int = LAYER, scale: float = 2.0) -> Stee
 def forward(lm: LM, steering: Steering | None, ids: Sequence[int] | None = None) -> tuple[Tensor, list[Tensor]]:
     """The logits `[tokens, vocabulary]` of a whole text, and each block's output `[tokens, width]`."""
     ids = lm.encode(TEXT) if ids is None else ids
-    found: list[Tensor] = []
+    activations: list[Tensor] = []
     # Steering first: hooks run in their order, and these are to see what it made of the block's output.
     with lm.steered(steering or Steering(), prompt_lengths=[PROMPT]):
         handles = [
-            block.register_forward_hook(lambda _m, _a, o: found.append((o if isinstance(o, Tensor) else o[0])[0]))
+            block.register_forward_hook(lambda _m, _a, o: activations.append((o if isinstance(o, Tensor) else o[0])[0]))
             for block in lm.layout.blocks
         ]
         try:
@@ -43,15 +43,15 @@ def forward(lm: LM, steering: Steering | None, ids: Sequence[int] | None = None)
         finally:
             for handle in handles:
                 handle.remove()
-    return logits, found
+    return logits, activations
 
 
 def test_nowhere_and_strength_zero_are_nothing_to_the_bit(lm: LM) -> None:
     nowhere = [Positions(()), Positions.window(50, 60)]
     nothing = [*map(adding, nowhere), 0.0 * adding(Positions.all())]
     plain, _ = forward(lm, None)
-    for one in nothing:
-        logits, _ = forward(lm, one)
+    for steering in nothing:
+        logits, _ = forward(lm, steering)
         assert torch.equal(logits, plain)
     assert not torch.equal(forward(lm, adding(Positions.all()))[0], plain)
 

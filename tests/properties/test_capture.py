@@ -23,10 +23,10 @@ def lm(request: pytest.FixtureRequest) -> LM:
 @cache
 def alone(lm: LM, ids: tuple[int, ...]) -> dict[int, torch.Tensor]:
     """Every block's output for one unpadded text, through plain hooks: `{layer: [tokens, width]}`."""
-    found: dict[int, torch.Tensor] = {}
+    activations: dict[int, torch.Tensor] = {}
     handles = [
         block.register_forward_hook(
-            lambda _m, _a, o, layer=layer: found.update({layer: (o if isinstance(o, torch.Tensor) else o[0])[0]})
+            lambda _m, _a, o, layer=layer: activations.update({layer: (o if isinstance(o, torch.Tensor) else o[0])[0]})
         )
         for layer, block in enumerate(lm.layout.blocks)
     ]
@@ -34,7 +34,7 @@ def alone(lm: LM, ids: tuple[int, ...]) -> dict[int, torch.Tensor]:
         lm.model(input_ids=torch.tensor([list(ids)]), use_cache=False)
     for handle in handles:
         handle.remove()
-    return found
+    return activations
 
 
 def tolerance(lm: LM) -> float:
@@ -75,9 +75,9 @@ def test_a_shared_beginning_changes_nothing(lm: LM, budget: int) -> None:
 
 
 def test_the_last_block_is_read_before_the_final_norm(lm: LM) -> None:
-    (found,) = lm.capture(TEXTS[0], [LAYERS - 1], Positions.all())
+    (activations,) = lm.capture(TEXTS[0], [LAYERS - 1], Positions.all())
     expected = alone(lm, tuple(lm.encode(TEXTS[0])))[LAYERS - 1]
-    assert torch.allclose(found[Site(LAYERS - 1)], expected, atol=tolerance(lm), rtol=1e-4)
+    assert torch.allclose(activations[Site(LAYERS - 1)], expected, atol=tolerance(lm), rtol=1e-4)
 
 
 def test_nothing_beyond_the_deepest_site_runs(lm: LM) -> None:

@@ -87,12 +87,12 @@ class TestMeasures:
         """Which side of a threshold an activation is on, just below and just above what the formula gives."""
         x = torch.randn(20, tiny.WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         for bias in (0.0, -0.3) if measure == "probability" else (0.0,):
-            for one in x:
-                value = naive_measure(Threshold(Site(1), direction(3, 2.0), 0.0, measure, bias=bias), one)
+            for row in x:
+                value = naive_measure(Threshold(Site(1), direction(3, 2.0), 0.0, measure, bias=bias), row)
                 for threshold, opened in ((value - 1e-5, True), (value + 1e-5, False)):
                     gate = Threshold(Site(1), direction(3, 2.0), threshold, measure, bias=bias)
-                    assert gate.is_open({gate.reading: one}) is opened
-                    assert (~gate).is_open({gate.reading: one}) is not opened
+                    assert gate.is_open({gate.reading: row}) is opened
+                    assert (~gate).is_open({gate.reading: row}) is not opened
 
 
 @cache
@@ -232,15 +232,15 @@ class TestDecidedAtEachToken:
         lm = tiny.tiny("llama")
         for gate in (Threshold(Site(1), direction(3), 1e9), Threshold(Site(2), direction(3), 1e9, each_token=True)):
             gated = Steering((EDIT,)).when(gate)
-            found = lm.generate(PROMPTS, gated, max_new_tokens=NEW, rejection=Rejection(ladder="strength"))
+            gated_answers = lm.generate(PROMPTS, gated, max_new_tokens=NEW, rejection=Rejection(ladder="strength"))
             plain = lm.generate(PROMPTS, max_new_tokens=NEW)
-            assert [a.token_ids for a in found] == [a.token_ids for a in plain]
+            assert [a.token_ids for a in gated_answers] == [a.token_ids for a in plain]
         opened = Threshold(Site(2), direction(3), -1e9, each_token=True)
-        one = lm.generate(
+        ungated_answers = lm.generate(
             PROMPTS, Steering((EDIT,)).when(opened), max_new_tokens=NEW, rejection=Rejection(ladder="strength")
         )
         two = lm.generate(PROMPTS, Steering((EDIT,)), max_new_tokens=NEW, rejection=Rejection(ladder="strength"))
-        assert [a.token_ids for a in one] == [a.token_ids for a in two]
+        assert [a.token_ids for a in ungated_answers] == [a.token_ids for a in two]
 
 
 def test_files(tmp_path: Path) -> None:

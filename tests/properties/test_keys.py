@@ -58,8 +58,8 @@ def vector(size: int, seed: int) -> Tensor:
 
 
 def size_of(lm: LM) -> int:
-    (found,) = lm.capture(PROMPTS[0], [Site(0, "keys")], Positions.all())
-    return int(found[Site(0, "keys")].shape[-1])
+    (keys,) = lm.capture(PROMPTS[0], [Site(0, "keys")], Positions.all())
+    return int(keys[Site(0, "keys")].shape[-1])
 
 
 def mixed(lm: LM) -> list[Steering | None]:
@@ -93,7 +93,7 @@ def spelled_out(lm: LM, edits: Sequence[Edit], n: int) -> Iterator[list[Tensor]]
     modules, usual = attention_modules(lm.layout), compat.attention_name(lm.layout.decoder.config)
     seen: list[Tensor] = []
 
-    def attention(module: Any, query: Tensor, key: Tensor, *args: Any, **given: Any) -> Any:
+    def attention(module: Any, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
         layer = modules.index(module)
         flat = key[0].transpose(0, 1).flatten(1).double()  # [tokens, width]
         for edit in edits:
@@ -101,7 +101,7 @@ def spelled_out(lm: LM, edits: Sequence[Edit], n: int) -> Iterator[list[Tensor]]
                 flat = torch.stack([naive_key(edit, k) if holds(edit, t, n) else k for t, k in enumerate(flat)])
         seen.append(flat)
         edited = flat.to(key.dtype).view(len(flat), key.shape[1], -1).transpose(0, 1)[None]
-        return compat.attention_function(usual, module)(module, query, edited, *args, **given)
+        return compat.attention_function(usual, module)(module, query, edited, *args, **options)
 
     with registered(attention, compat.mask_function(usual)) as name:
         with compat.attending_with(configurations(lm.layout), name):
@@ -115,7 +115,7 @@ def holds(edit: Edit, t: int, n: int) -> bool:
 @torch.no_grad()
 def naive_generate(lm: LM, text: str, steering: Steering | None, count: int) -> tuple[list[int], list[float]]:
     ids, edits = lm.encode(text), steering.edits if steering else ()
-    n, found = len(ids), []
+    n, tokens = len(ids), []
     for _ in range(count):
         handles = [
             lm.layout.blocks[edit.site.layer].register_forward_hook(
@@ -133,8 +133,8 @@ def naive_generate(lm: LM, text: str, steering: Steering | None, count: int) -> 
         for handle in handles:
             handle.remove()
         ids.append(int(last.argmax()))
-        found.append(float(last.log_softmax(-1)[ids[-1]]))
-    return ids[n:], found
+        tokens.append(float(last.log_softmax(-1)[ids[-1]]))
+    return ids[n:], tokens
 
 
 def test_a_mixed_batch_equals_keys_recomputed(lm: LM) -> None:
@@ -142,14 +142,16 @@ def test_a_mixed_batch_equals_keys_recomputed(lm: LM) -> None:
     steerings, close = mixed(lm), CLOSE[lm.model.dtype]
     plain = lm.generate(PROMPTS, None, max_new_tokens=NEW, logprobs=True)
     for way in ({}, {"use_cache": False}, {"batch_size": 1}):
-        found = lm.generate(PROMPTS, steerings, max_new_tokens=NEW, logprobs=True, **way)
-        for text, one, answer in zip(PROMPTS, steerings, found, strict=True):
-            tokens, logprobs = naive_generate(lm, text, one, NEW)
+        answers = lm.generate(PROMPTS, steerings, max_new_tokens=NEW, logprobs=True, **way)
+        for text, acting, answer in zip(PROMPTS, steerings, answers, strict=True):
+            tokens, logprobs = naive_generate(lm, text, acting, NEW)
             assert list(answer.token_ids) == tokens
             assert answer.logprobs == pytest.approx(logprobs, abs=close)
         if not way:
-            assert (found[1].token_ids, found[1].logprobs) == (plain[1].token_ids, plain[1].logprobs)
-    again = lm.generate(PROMPTS, [0 * one if one else None for one in steerings], max_new_tokens=NEW, logprobs=True)
+            assert (answers[1].token_ids, answers[1].logprobs) == (plain[1].token_ids, plain[1].logprobs)
+    again = lm.generate(
+        PROMPTS, [0 * steering if steering else None for steering in steerings], max_new_tokens=NEW, logprobs=True
+    )
     assert [(a.token_ids, a.logprobs) for a in again] == [(a.token_ids, a.logprobs) for a in plain]
 
 
@@ -160,19 +162,19 @@ def test_scaled_keys_are_scaled_scores(lm: LM) -> None:
     scores = lm.generate(PROMPTS, steerings, max_new_tokens=NEW, logprobs=True)
     keys = lm.generate(PROMPTS, list(map(by_keys, steerings)), max_new_tokens=NEW, logprobs=True)
     plain = lm.generate(PROMPTS, None, max_new_tokens=NEW, logprobs=True)
-    for one, other, without in zip(scores, keys, plain, strict=True):
-        assert one.token_ids == other.token_ids
-        assert one.logprobs == pytest.approx(other.logprobs, abs=CLOSE[lm.model.dtype])
-        assert one.logprobs != pytest.approx(without.logprobs, abs=1e-3)
+    for score, other, without in zip(scores, keys, plain, strict=True):
+        assert score.token_ids == other.token_ids
+        assert score.logprobs == pytest.approx(other.logprobs, abs=CLOSE[lm.model.dtype])
+        assert score.logprobs != pytest.approx(without.logprobs, abs=1e-3)
 
 
 def test_what_is_read_is_what_attention_is_given(lm: LM) -> None:
     sites = [Site(layer, "keys") for layer in range(LAYERS)]
-    for text, found in zip(PROMPTS, lm.capture(PROMPTS, sites, Positions.all()), strict=True):
+    for text, captured in zip(PROMPTS, lm.capture(PROMPTS, sites, Positions.all()), strict=True):
         with torch.no_grad(), spelled_out(lm, (), 0) as keys:
             lm.model(input_ids=torch.tensor([lm.encode(text)]), use_cache=False)
         for site, expected in zip(sites, keys, strict=True):
-            assert torch.allclose(found[site].double(), expected, atol=CLOSE[lm.model.dtype])
+            assert torch.allclose(captured[site].double(), expected, atol=CLOSE[lm.model.dtype])
 
 
 class TestOneModel:
@@ -186,21 +188,21 @@ class TestOneModel:
         """A gate that reads a key, generation inside `steered`, and rows that join and leave."""
         (read,) = lm.capture(PROMPTS[1], [Site(1, "keys")])
         direction = read[Site(1, "keys")][-1]
-        one = emphasis(ScaleKeys(3.0), [(1, 3)], range(LAYERS))
-        shut = one.when(Threshold(Site(1, "keys"), direction, 1e9))
-        wide = one.when(Threshold(Site(1, "keys"), direction, -1e9))
-        expected = [lm.generate(PROMPTS[1], s, max_new_tokens=NEW)[0].token_ids for s in (None, one)]
-        found = lm.generate([PROMPTS[1]] * 2, [shut, wide], max_new_tokens=NEW)
-        assert [answer.token_ids for answer in found] == expected
+        emphasized = emphasis(ScaleKeys(3.0), [(1, 3)], range(LAYERS))
+        shut = emphasized.when(Threshold(Site(1, "keys"), direction, 1e9))
+        wide = emphasized.when(Threshold(Site(1, "keys"), direction, -1e9))
+        expected = [lm.generate(PROMPTS[1], s, max_new_tokens=NEW)[0].token_ids for s in (None, emphasized)]
+        answers = lm.generate([PROMPTS[1]] * 2, [shut, wide], max_new_tokens=NEW)
+        assert [answer.token_ids for answer in answers] == expected
         ids = torch.tensor([lm.encode(PROMPTS[1])])
-        with lm.steered(one):
+        with lm.steered(emphasized):
             output = lm.model.generate(ids, max_new_tokens=NEW, do_sample=False)
         assert tuple(output[0, ids.shape[1] :].tolist()) == expected[1]
 
     def test_files_and_arithmetic(self, lm: LM, tmp_path: Path) -> None:
-        for i, one in enumerate(filter(None, mixed(lm))):
-            save(one, tmp_path / f"{i}.safetensors")
-            assert load(tmp_path / f"{i}.safetensors") == one
+        for i, steering in enumerate(filter(None, mixed(lm))):
+            save(steering, tmp_path / f"{i}.safetensors")
+            assert load(tmp_path / f"{i}.safetensors") == steering
         twice = emphasis(ScaleKeys(2.0), [(0, 3)], [1])
         twice = twice + 2.0 * twice
         eight = emphasis(ScaleKeys(8.0), [(0, 3)], [1])

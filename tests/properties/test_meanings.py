@@ -56,9 +56,9 @@ def tolerance(lm: LM) -> float:
 
 
 @lru_cache(maxsize=32)
-def recomputed(lm: LM, text: str, one: Steering | None, count: int) -> tuple[list[int], list[float]]:
+def recomputed(lm: LM, text: str, acting: Steering | None, count: int) -> tuple[list[int], list[float]]:
     """What every way to decode is compared with."""
-    return naive_meanings.generate(lm, text, one, count)
+    return naive_meanings.generate(lm, text, acting, count)
 
 
 @cache
@@ -70,20 +70,20 @@ def at_all_layers(rule: Positions) -> tuple[Edit, ...]:
     return tuple(Edit(Site(layer), Add(direction(layer, 3.0)), rule) for layer in range(LAYERS))
 
 
-def check(lm: LM, text: str, one: Steering | None, answer: Any) -> None:
-    tokens, logprobs = recomputed(lm, text, one, len(answer.token_ids))
+def check(lm: LM, text: str, acting: Steering | None, answer: Any) -> None:
+    tokens, logprobs = recomputed(lm, text, acting, len(answer.token_ids))
     assert list(answer.token_ids) == tokens
     assert answer.logprobs == pytest.approx(logprobs, abs=tolerance(lm))
-    check_doses(lm, text, one, answer)
+    check_doses(lm, text, acting, answer)
 
 
-def check_doses(lm: LM, text: str, one: Steering | None, answer: Any) -> None:
+def check_doses(lm: LM, text: str, acting: Steering | None, answer: Any) -> None:
     """It counts the tokens at which it acted: all that are read, and the last one isn't."""
     n = len(lm.encode(text))
     ids = [*lm.encode(text), *answer.token_ids]
     holds = holding_in(lm, ids)
     for layer in (1, 2):
-        edits = [edit for edit in (one.edits if one else ()) if edit.site.layer == layer]
+        edits = [edit for edit in (acting.edits if acting else ()) if edit.site.layer == layer]
         count = sum(any(holds(edit, t, n) for edit in edits) for t in range(len(ids) - 1))
         assert sum(dose.tokens for dose in answer.applied.doses if dose.layer == layer) == count
 
@@ -93,17 +93,17 @@ ids = st.lists(st.integers(3, 86), min_size=1, max_size=30)
 
 
 class TestOfAText:
-    @given(prompt=ids, tokens=ids, one=texts, other=texts)
+    @given(prompt=ids, tokens=ids, marker=texts, other=texts)
     @settings(max_examples=300, deadline=None, derandomize=True)
     def test_it_is_what_looking_through_the_whole_text_finds(
-        self, prompt: list[int], tokens: list[int], one: str, other: str
+        self, prompt: list[int], tokens: list[int], marker: str, other: str
     ) -> None:
         tokenizer = TOKENIZER
-        meanings = [Meaning("after", (one,)), Meaning("at", (one,))]
-        meanings += [Meaning(kind, (one, other)) for kind in ("thinking", "answer")]
-        found = Follower(tokenizer, meanings, prompt).of(tokens)
+        meanings = [Meaning("after", (marker,)), Meaning("at", (marker,))]
+        meanings += [Meaning(kind, (marker, other)) for kind in ("thinking", "answer")]
+        states = Follower(tokenizer, meanings, prompt).of(tokens)
         before, began = "", tokenizer.decode(prompt)
-        for token, one_found in zip(tokens, found, strict=True):
+        for token, one_found in zip(tokens, states, strict=True):
             piece = tokenizer.decode([token])
             expected = {m for m in meanings if means(m, began, before, piece)}
             assert one_found.holding == expected
@@ -112,8 +112,8 @@ class TestOfAText:
     def test_a_character_of_several_tokens_is_known_with_its_last_byte(self) -> None:
         tokenizer = bytewise()
         text = "x→y→"
-        found = Follower(tokenizer, [Meaning("at", ("→",))], [0]).of(tokenizer.encode(text))
-        assert [bool(one.holding) for one in found] == [False, False, False, True, False, False, False, True]
+        states = Follower(tokenizer, [Meaning("at", ("→",))], [0]).of(tokenizer.encode(text))
+        assert [bool(state.holding) for state in states] == [False, False, False, True, False, False, False, True]
 
 
 TOKENIZER = naive_meanings.tokenizer()
@@ -138,8 +138,8 @@ class TestTheCacheIsExact:
         steerings = [steering(rule, seed) for seed, rule in enumerate(rules)]
         for way in ways:
             answers = lm.generate(PROMPTS, steerings, max_new_tokens=NEW, logprobs=True, **way)
-            for text, one, answer in zip(PROMPTS, steerings, answers, strict=True):
-                check(lm, text, one, answer)
+            for text, acting, answer in zip(PROMPTS, steerings, answers, strict=True):
+                check(lm, text, acting, answer)
 
     def test_rules_of_one_steering_turn_apart(self, lm: LM) -> None:
         """Several meanings, edits at one site, static rules among them, and neighbours that come and go."""
@@ -150,11 +150,11 @@ class TestTheCacheIsExact:
             steering(Positions.generated()),
         ]
         answers = lm.generate(PROMPTS, mixed, max_new_tokens=NEW, logprobs=True, batch_size=2)
-        for text, one, answer in zip(PROMPTS, mixed, answers, strict=True):
-            check(lm, text, one, answer)
+        for text, acting, answer in zip(PROMPTS, mixed, answers, strict=True):
+            check(lm, text, acting, answer)
 
     def test_thinking_and_answer_may_be_set_to_different_ends(self, lm: LM) -> None:
-        one = Steering(
+        acting = Steering(
             tuple(
                 Edit(Site(2), SetProjection(direction(1), target=target), rule)
                 for rule, target in ((THINKING, 3.0), (ANSWER, -3.0))
@@ -162,18 +162,18 @@ class TestTheCacheIsExact:
         )
         for way in ({}, by_transformers()):
             for text, answer in zip(
-                PROMPTS, lm.generate(PROMPTS, one, max_new_tokens=NEW, logprobs=True, **way), strict=True
+                PROMPTS, lm.generate(PROMPTS, acting, max_new_tokens=NEW, logprobs=True, **way), strict=True
             ):
-                check(lm, text, one, answer)
+                check(lm, text, acting, answer)
 
     def test_a_loop_of_ones_own_may_go_back(self, lm: LM) -> None:
-        one = steering(ANSWER) + steering(Positions.at("a"), 3)
+        acting = steering(ANSWER) + steering(Positions.at("a"), 3)
         text = PROMPTS[1]
         start = lm.encode(text)
-        (answer,) = lm.generate(text, one, max_new_tokens=6)
+        (answer,) = lm.generate(text, acting, max_new_tokens=6)
         fed = torch.tensor([[*start, *answer.token_ids]])
-        expected = tiny.naive_logits(lm, fed[0].tolist(), len(start), one.edits, holding_in(lm, fed[0].tolist()))
-        with lm.steered(one, prompt_lengths=[len(start)]), torch.no_grad():
+        expected = tiny.naive_logits(lm, fed[0].tolist(), len(start), acting.edits, holding_in(lm, fed[0].tolist()))
+        with lm.steered(acting, prompt_lengths=[len(start)]), torch.no_grad():
             whole = lm.model(input_ids=fed, use_cache=True)
             assert torch.allclose(whole.logits[0], expected, atol=tolerance(lm))
             cache, kept = whole.past_key_values, len(start) + 2
@@ -188,18 +188,18 @@ class TestTheCacheIsExact:
         ids = [*lm.encode(PROMPTS[1]), *TOKENIZER.encode("a<b>ab<a")]
         n = len(lm.encode(PROMPTS[1]))
         choices = [Choice(tuple(ids), n, tuple(range(90)))] * 2
-        for one, found in zip(rules, lm.next_logprobs(choices, rules), strict=True):
-            expected = tiny.naive_logits(lm, ids, n, one.edits, holding_in(lm, ids))[-1].log_softmax(-1)
-            assert torch.allclose(torch.tensor(found.logprobs, dtype=expected.dtype), expected, atol=tolerance(lm))
+        for acting, result in zip(rules, lm.next_logprobs(choices, rules), strict=True):
+            expected = tiny.naive_logits(lm, ids, n, acting.edits, holding_in(lm, ids))[-1].log_softmax(-1)
+            assert torch.allclose(torch.tensor(result.logprobs, dtype=expected.dtype), expected, atol=tolerance(lm))
 
 
 class TestWithGatesAndRejection:
     def test_gates_decide_as_ever(self, lm: LM) -> None:
         always, never = Threshold(Site(0), direction(1), -1e9), Threshold(Site(3), direction(1), 1e9)
-        for gate, one in ((always, steering(ANSWER)), (never, None)):
+        for gate, acting in ((always, steering(ANSWER)), (never, None)):
             answers = lm.generate(PROMPTS, steering(ANSWER).when(gate), max_new_tokens=NEW, logprobs=True)
             for text, answer in zip(PROMPTS, answers, strict=True):
-                check(lm, text, one, answer)
+                check(lm, text, acting, answer)
 
     @pytest.mark.parametrize("schedule", ["optimistic", "fused"])
     def test_rejection(self, lm: LM, schedule: str) -> None:

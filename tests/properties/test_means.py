@@ -29,15 +29,15 @@ def model(family: str, seed: int) -> LM:
 @torch.no_grad()
 def naive(lm: LM, text: Text, layer: int) -> list[float]:
     """One text alone, without a cache; the mean is taken number by number."""
-    found: list[torch.Tensor] = []
+    means: list[torch.Tensor] = []
     handle = lm.layout.blocks[layer].register_forward_hook(
-        lambda _m, _a, output: found.append((output if isinstance(output, torch.Tensor) else output[0])[0])
+        lambda _m, _a, output: means.append((output if isinstance(output, torch.Tensor) else output[0])[0])
     )
     try:
         lm.model(input_ids=torch.tensor([list(text.ids)]), use_cache=False)
     finally:
         handle.remove()
-    rows = found[0].double()
+    rows = means[0].double()
     return [sum(float(rows[p, i]) for p in text.positions) / len(text.positions) for i in range(rows.shape[1])]
 
 
@@ -48,10 +48,10 @@ def expected(lm: LM, pairs: list[tuple[Text, Text]], layer: int) -> PairMoments:
     return moments
 
 
-def agree(found: PairMoments, wanted: PairMoments) -> None:
-    assert found.count == wanted.count
+def agree(moments: PairMoments, wanted: PairMoments) -> None:
+    assert moments.count == wanted.count
     for name in ("positive", "negative", "units", "norms"):
-        assert torch.allclose(getattr(found, name), getattr(wanted, name), atol=1e-9, rtol=1e-9), name
+        assert torch.allclose(getattr(moments, name), getattr(wanted, name), atol=1e-9, rtol=1e-9), name
 
 
 @st.composite
@@ -59,7 +59,7 @@ def pairs(draw: st.DrawFn) -> list[tuple[Text, Text]]:
     """Answers of different length to prompts that are partly the same, each read at some of its tokens, or all."""
     words = st.integers(3, 80)
     opening = draw(st.lists(words, max_size=12))
-    found = []
+    made = []
     for _ in range(draw(st.integers(1, 5))):
         prompt = [*opening, *draw(st.lists(words, min_size=1, max_size=12))]
         sides = []
@@ -69,8 +69,8 @@ def pairs(draw: st.DrawFn) -> list[tuple[Text, Text]]:
             start = len(own) + len(prompt)
             where = draw(st.one_of(st.just(len(answer)), st.integers(1, len(answer))))
             sides.append(Text([*own, *prompt, *answer], range(start, start + where)))
-        found.append((sides[0], sides[1]))
-    return found
+        made.append((sides[0], sides[1]))
+    return made
 
 
 @pytest.mark.long_unless(lambda family: family == "llama")
@@ -79,11 +79,11 @@ def pairs(draw: st.DrawFn) -> list[tuple[Text, Text]]:
 @given(pairs(), st.integers(0, 2), st.sampled_from([1, 40, 4096]))
 def test_moments_of_means_equal_a_loop(family: str, texts: list[tuple[Text, Text]], seed: int, budget: int) -> None:
     lm = model(family, seed)
-    found = contrast(lm, texts, LAYERS, tokens_per_batch=budget)
+    moments = contrast(lm, texts, LAYERS, tokens_per_batch=budget)
     many = contrast_many(lm, {"all": texts, "first": texts[:1]}, LAYERS, tokens_per_batch=budget)
     for layer in LAYERS:
         wanted = expected(lm, texts, layer)
-        agree(found[layer], wanted)
+        agree(moments[layer], wanted)
         agree(many["all"][layer], wanted)
         agree(many["first"][layer], expected(lm, texts[:1], layer))
     pooled = read_each(lm, texts, [Site(2)], pooled=True)[Site(2)]
@@ -97,9 +97,9 @@ def test_one_position_is_read_as_it_is() -> None:
     """The mean of one is itself, to the bit: what was learned from last tokens is what it was."""
     lm = model("llama", 0)
     texts = [(Text([3, 4, 5], [2]), Text([3, 4, 6, 7], [3])), (Text([9, 8], [1]), Text([9, 7], [1]))]
-    found = contrast(lm, texts, [1])[1]
+    moments = contrast(lm, texts, [1])[1]
     read = read_each(lm, texts, [Site(1)])[Site(1)]
     raw = PairMoments(lm.layout.width)
     raw.add(*(torch.cat([pair[m] for pair in read]) for m in (0, 1)))
-    assert torch.equal(found.difference, raw.difference)
-    assert torch.equal(found.units, raw.units)
+    assert torch.equal(moments.difference, raw.difference)
+    assert torch.equal(moments.units, raw.units)

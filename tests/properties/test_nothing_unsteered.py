@@ -61,7 +61,7 @@ def ids_of(lm: LM, text: str) -> torch.Tensor:
 
 
 def generated(lm: LM, steering: Steering | None) -> Any:
-    return [lm.generate(one, steering, max_new_tokens=NEW)[0].token_ids for one in PROMPTS]
+    return [lm.generate(text, steering, max_new_tokens=NEW)[0].token_ids for text in PROMPTS]
 
 
 def in_one_batch(lm: LM, steering: Steering | None) -> Any:
@@ -69,20 +69,20 @@ def in_one_batch(lm: LM, steering: Steering | None) -> Any:
 
 
 def inside_steered(lm: LM, steering: Steering | None) -> Any:
-    found = []
-    for one in PROMPTS:
-        ids = ids_of(lm, one)
+    answers = []
+    for text in PROMPTS:
+        ids = ids_of(lm, text)
         with lm.steered(steering or 0.0 * ALL):
             out = lm.model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)
-        found.append(tuple(out[0, ids.shape[1] :].tolist()))
-    return found
+        answers.append(tuple(out[0, ids.shape[1] :].tolist()))
+    return answers
 
 
 def streamed(lm: LM, steering: Steering | None) -> Any:
     """As transformers' documentation streams: `generate` in a thread of its own."""
-    found = []
-    for one in PROMPTS:
-        ids, out = ids_of(lm, one), []
+    answers = []
+    for text in PROMPTS:
+        ids, out = ids_of(lm, text), []
 
         def work(ids: torch.Tensor = ids, out: list[Any] = out) -> None:
             try:
@@ -96,20 +96,20 @@ def streamed(lm: LM, steering: Steering | None) -> Any:
             thread.join()
         if isinstance(out[0], Exception):
             raise out[0]
-        found.append(tuple(out[0][0, ids.shape[1] :].tolist()))
-    return found
+        answers.append(tuple(out[0][0, ids.shape[1] :].tolist()))
+    return answers
 
 
 def stepped(lm: LM, steering: Steering | None) -> Any:
     batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
-    keys = [batch.insert(GenerationRequest(tuple(lm.encode(one)), steering, NEW, GREEDY)) for one in PROMPTS]
-    found: dict[int, list[int]] = {key: [] for key in keys}
+    keys = [batch.insert(GenerationRequest(tuple(lm.encode(text)), steering, NEW, GREEDY)) for text in PROMPTS]
+    tokens: dict[int, list[int]] = {key: [] for key in keys}
     while len(batch):
-        for told in batch.step():
-            if told.error is not None:
-                raise told.error
-            found[told.key].append(told.token)
-    return [tuple(found[key]) for key in keys]
+        for response in batch.step():
+            if response.error is not None:
+                raise response.error
+            tokens[response.key].append(response.token)
+    return [tuple(tokens[key]) for key in keys]
 
 
 def by_beams(lm: LM, steering: Steering | None) -> Any:
@@ -124,26 +124,26 @@ def by_transformers_alone(lm: LM, steering: Steering | None) -> Any:
 
 @torch.no_grad()
 def called(lm: LM, steering: Steering | None) -> Any:
-    found = []
-    for one in PROMPTS:
+    logits = []
+    for text in PROMPTS:
         with lm.steered(steering or 0.0 * ALL):
-            found.append(lm.model(ids_of(lm, one)).logits)
-    return found
+            logits.append(lm.model(ids_of(lm, text)).logits)
+    return logits
 
 
 def scored(lm: LM, steering: Steering | None) -> Any:
-    choices = [Choice(lm.encode(one), 3, [5, 7]) for one in PROMPTS]
-    return [found.logprobs for found in lm.next_logprobs(choices, steering)]
+    choices = [Choice(lm.encode(text), 3, [5, 7]) for text in PROMPTS]
+    return [result.logprobs for result in lm.next_logprobs(choices, steering)]
 
 
 def rejected(lm: LM, steering: Steering | None) -> Any:
     rejection = Rejection(beta=0.0, ladder="strength") if steering else None
-    return [lm.generate(one, steering, max_new_tokens=NEW, rejection=rejection)[0].token_ids for one in PROMPTS]
+    return [lm.generate(text, steering, max_new_tokens=NEW, rejection=rejection)[0].token_ids for text in PROMPTS]
 
 
 def captured(lm: LM, steering: Steering | None) -> Any:
     with lm.steered(steering or 0.0 * ALL):
-        return [found[Site(3)] for found in lm.capture(PROMPTS, [3], Positions.all())]
+        return [activations[Site(3)] for activations in lm.capture(PROMPTS, [3], Positions.all())]
 
 
 DECODING = {
@@ -160,12 +160,12 @@ RUNS = {**DECODING, **SINGLE_PASSES}
 ALL_RUNS = {**RUNS, "rejection": rejected, "capture in lm.steered": captured}
 
 
-def same(found: Any, wanted: Any) -> bool:
-    if isinstance(found, torch.Tensor):
-        return torch.allclose(found, wanted, atol=1e-6)
-    if isinstance(found, (list, tuple)):
-        return len(found) == len(wanted) and all(same(x, y) for x, y in zip(found, wanted, strict=True))
-    return bool(found == pytest.approx(wanted))
+def same(result: Any, wanted: Any) -> bool:
+    if isinstance(result, torch.Tensor):
+        return torch.allclose(result, wanted, atol=1e-6)
+    if isinstance(result, (list, tuple)):
+        return len(result) == len(wanted) and all(same(x, y) for x, y in zip(result, wanted, strict=True))
+    return bool(result == pytest.approx(wanted))
 
 
 # ---- models that people have -------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class TestOtherCaches:
     @cache
     def by_default(family: str) -> list[Any]:
         lm = tiny.tiny(family)
-        return [lm.generate(one, MIXED, max_new_tokens=NEW)[0] for one in PROMPTS]
+        return [lm.generate(text, MIXED, max_new_tokens=NEW)[0] for text in PROMPTS]
 
     @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
     @pytest.mark.parametrize("kind", ["static", "hybrid", "sliding_window"])
@@ -273,12 +273,12 @@ class TestOtherCaches:
             options = {"cache_implementation": kind}
         else:
             lm.model.generation_config.cache_implementation = kind
-        for found in (
-            [lm.generate(one, MIXED, max_new_tokens=NEW, **options)[0] for one in PROMPTS],
+        for answers in (
+            [lm.generate(text, MIXED, max_new_tokens=NEW, **options)[0] for text in PROMPTS],
             lm.generate(PROMPTS, MIXED, max_new_tokens=NEW, **options),
         ):
-            assert [x.token_ids for x in found] == [x.token_ids for x in wanted]
-            counted = [[dose.tokens for dose in x.applied.doses] for x in found]
+            assert [x.token_ids for x in answers] == [x.token_ids for x in wanted]
+            counted = [[dose.tokens for dose in x.applied.doses] for x in answers]
             assert counted == [[dose.tokens for dose in x.applied.doses] for x in wanted]
 
     def test_a_gate_read_deeper_than_its_edit(self, lm: LM) -> None:
@@ -312,10 +312,10 @@ class TestSharedModels:
         other = LM(lm.model, lm.tokenizer, name="tiny-llama")
         with lm.steered(ALL):
             (wanted,) = lm.capture(PROMPTS[0], [3])
-            (found,) = other.capture(PROMPTS[0], [3])
+            (activations,) = other.capture(PROMPTS[0], [3])
             with pytest.raises(TrimtabError, match="steered already"):
                 other.generate(PROMPTS[0], ALL, max_new_tokens=2)
-        assert torch.equal(found[Site(3)], wanted[Site(3)])
+        assert torch.equal(activations[Site(3)], wanted[Site(3)])
 
     def test_one_thread_captures_while_another_generates(self, lm: LM) -> None:
         other = LM(lm.model, lm.tokenizer, name="tiny-llama")
@@ -354,7 +354,7 @@ class TestSharedModels:
         ids = ids_of(lm, PROMPTS[0])
         wanted = lm.model(ids).logits
         steered, read = in_one_batch(lm, MIXED), lm.capture(PROMPTS[0], [1])
-        emphasized = [lm.generate(one, EMPHASIS, max_new_tokens=3)[0].token_ids for one in PROMPTS]
+        emphasized = [lm.generate(text, EMPHASIS, max_new_tokens=3)[0].token_ids for text in PROMPTS]
         differences: list[float] = []
         stop = threading.Event()
 
@@ -369,7 +369,7 @@ class TestSharedModels:
             for _ in range(10):
                 assert in_one_batch(lm, MIXED) == steered
                 assert torch.equal(lm.capture(PROMPTS[0], [1])[0][Site(1)], read[0][Site(1)])
-                assert [lm.generate(one, EMPHASIS, max_new_tokens=3)[0].token_ids for one in PROMPTS] == emphasized
+                assert [lm.generate(text, EMPHASIS, max_new_tokens=3)[0].token_ids for text in PROMPTS] == emphasized
         finally:
             stop.set()
             thread.join()
@@ -529,9 +529,9 @@ class TestCounts:
         answers = lm.generate(PROMPTS, ALL, max_new_tokens=20)
         end = answers[0].token_ids[3]
         lm.model.generation_config.eos_token_id = end
-        for found, text in zip(lm.generate(PROMPTS, ALL, max_new_tokens=20), PROMPTS, strict=True):
-            wanted = len(lm.encode(text)) + len(found.token_ids) - 1
-            assert [dose.tokens for dose in found.applied.doses] == [wanted]
+        for answer, text in zip(lm.generate(PROMPTS, ALL, max_new_tokens=20), PROMPTS, strict=True):
+            wanted = len(lm.encode(text)) + len(answer.token_ids) - 1
+            assert [dose.tokens for dose in answer.applied.doses] == [wanted]
 
 
 def test_a_seed_is_of_one_call(lm: LM) -> None:

@@ -146,8 +146,8 @@ def naive_loreft(lm: LM, rotation: Tensor, source: Tensor, bias: Tensor, pair: P
 
 def naive_adam(start: Sequence[Tensor], gradients: Callable[..., Any], how: Descent, after: Any = None) -> list[Tensor]:
     """The descent, written out: betas 0.9 and 0.98, a warm-up of 5 steps under half a cosine down to a tenth."""
-    now = [one.clone() for one in start]
-    first, second = ([torch.zeros_like(one) for one in now] for _ in range(2))
+    now = [parameter.clone() for parameter in start]
+    first, second = ([torch.zeros_like(parameter) for parameter in now] for _ in range(2))
     for step in range(how.steps):
         rate = how.rate * min(1.0, (step + 1) / 5) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / how.steps)))
         for i, g in enumerate(gradients(step, *now)):
@@ -163,15 +163,15 @@ def naive_adam(start: Sequence[Tensor], gradients: Callable[..., Any], how: Desc
 
 def scale_of(lm: LM, pairs: Sequence[Pair]) -> float:
     """The median root mean square of activations where positive answers are written."""
-    found: list[float] = []
+    norms: list[float] = []
     for pair in pairs:
         text, _ = naive_texts(lm, pair)
-        naive_logprob(lm, text, lambda h: found.append(float(h.detach().pow(2).mean().sqrt())) or torch.zeros_like(h))
+        naive_logprob(lm, text, lambda h: norms.append(float(h.detach().pow(2).mean().sqrt())) or torch.zeros_like(h))
     # the formula acts at the last answer token too, from which nothing is drawn
     kept, at = [], 0
     for pair in pairs:
         text, _ = naive_texts(lm, pair)
-        kept += found[at : at + len(text.answer)]
+        kept += norms[at : at + len(text.answer)]
         at += len(text.answer) + 1
     return float(torch.tensor(kept).median())
 
@@ -219,7 +219,9 @@ def test_lorefts_loss_and_gradient(lm: LM) -> None:
         loss = loreft_loss(run, trained, pairs, [1.0] * len(pairs))
         loss.backward()
     root = math.sqrt(WIDTH)
-    rotation, source = ((one.detach().double() / root).requires_grad_() for one in (part.rotation, part.source))
+    rotation, source = (
+        (parameter.detach().double() / root).requires_grad_() for parameter in (part.rotation, part.source)
+    )
     bias = (part.bias.detach().double() * 1.7 * root).requires_grad_()
     with weights_frozen(lm):
         wanted = torch.stack([naive_loreft(lm, rotation, source, bias, pair) for pair in FEW]).sum()
@@ -278,20 +280,20 @@ def test_loreft_is_learned_as_by_hand(llama: LM) -> None:
     scale, root = scale_of(lm, FEW), math.sqrt(WIDTH)
     first = orthonormal(torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))) * root
 
-    def gradients(step: int, *given: Tensor) -> list[Tensor]:
-        rotation, source, bias = (one.clone().requires_grad_() for one in given)
+    def gradients(step: int, *parameters: Tensor) -> list[Tensor]:
+        rotation, source, bias = (parameter.clone().requires_grad_() for parameter in parameters)
         losses = [naive_loreft(lm, rotation / root, source / root, scale * root * bias, pair) for pair in FEW]
         torch.stack(losses).mean().backward()
-        return [one.grad for one in (rotation, source, bias) if one.grad is not None]
+        return [parameter.grad for parameter in (rotation, source, bias) if parameter.grad is not None]
 
-    def project(given: list[Tensor]) -> list[Tensor]:
+    def project(parameters: list[Tensor]) -> list[Tensor]:
         """Gram and Schmidt."""
         rows: list[Tensor] = []
-        for row in given[0]:
+        for row in parameters[0]:
             for before in rows:
                 row = row - torch.dot(row, before) * before
             rows.append(row / row.norm())
-        return [root * torch.stack(rows), *given[1:]]
+        return [root * torch.stack(rows), *parameters[1:]]
 
     with weights_frozen(lm):
         begin = [first, first.clone(), torch.zeros(3, dtype=torch.float64)]
@@ -338,13 +340,13 @@ def test_what_runs_is_what_was_trained(lm: LM, name: str) -> None:
     learned = LEARNERS[name](lm, PAIRS, [1, 2], steps=10, rate=0.02)
     _, aside = hold_out(preferences(lm, PAIRS))
     (pair,) = aside
-    told = learned.card.measured["logprob_after"]
+    logprobs = learned.card.measured["logprob_after"]
     for side, text in (("positive", pair.positive), ("negative", pair.negative)):
         ids = [*text.prompt, *text.answer]
         logits = tiny.naive_logits(lm, ids, len(text.prompt), learned.edits).double().log_softmax(-1)
         at = len(text.prompt) - 1
         mean = sum(float(logits[at + i, token]) for i, token in enumerate(text.answer)) / len(text.answer)
-        assert told[side] == pytest.approx(mean, abs=2e-4)
+        assert logprobs[side] == pytest.approx(mean, abs=2e-4)
 
 
 def test_nulled_is_the_formula(llama: LM) -> None:
@@ -379,10 +381,10 @@ def test_the_same_seed_gives_the_same_bytes(llama: LM, name: str, tmp_path: Path
 def test_the_loss_falls_and_progress_ends(llama: LM, name: str) -> None:
     seen: list[tuple[int, int]] = []
     learned = LEARNERS[name](llama, FEW, LAYER, steps=20, rate=0.02, progress=lambda *now: seen.append(now))
-    told = learned.card.measured
-    assert told["loss_after"] < told["loss_before"]
-    assert told["logprob_after"]["positive"] > told["logprob_before"]["positive"]
-    assert (told["pairs"], told["held_out"], told["steps"]) == (4, 0, 20)
+    measured = learned.card.measured
+    assert measured["loss_after"] < measured["loss_before"]
+    assert measured["logprob_after"]["positive"] > measured["logprob_before"]["positive"]
+    assert (measured["pairs"], measured["held_out"], measured["steps"]) == (4, 0, 20)
     assert seen[-1] == (24, 24)
     assert seen == sorted(seen)
     assert (learned.card.method, learned.card.options["layers"]) == (name, [LAYER])
@@ -395,11 +397,11 @@ def test_an_interruption_keeps_the_best(llama: LM, name: str) -> None:
             raise KeyboardInterrupt
 
     kept = LEARNERS[name](llama, PAIRS, LAYER, steps=30, rate=0.02, held_out=PAIRS[:2], progress=stop)
-    told = kept.card.measured
-    assert told["interrupted"] is True
-    assert (told["steps"], told["pairs"], told["held_out"]) == (13, 9, 2)
-    assert told["best_step"] in (0, 10)
-    assert told["loss_after"] <= told["loss_before"]
+    measured = kept.card.measured
+    assert measured["interrupted"] is True
+    assert (measured["steps"], measured["pairs"], measured["held_out"]) == (13, 9, 2)
+    assert measured["best_step"] in (0, 10)
+    assert measured["loss_after"] <= measured["loss_before"]
     assert all(parameter.requires_grad for parameter in llama.model.parameters())  # the model is as it was
     whole = LEARNERS[name](llama, FEW, LAYER, steps=2, rate=0.02, held_out=PAIRS[:2])
     assert "interrupted" not in whole.card.measured
@@ -455,9 +457,9 @@ def test_system_prompts_and_messages(name: str) -> None:
         Pair("w11 w12", "w13", "w10", "answers", positive_system="w20 w21", negative_system="w22"),
         Pair(ends[0], ends[1], talk, "answers"),  # type: ignore[arg-type]
     ]
-    told, continued = preferences(lm, pairs)
-    assert told.positive == Forced((70, 20, 21, 71, 10, 72), (11, 12))
-    assert told.negative == Forced((70, 22, 71, 10, 72), (13,))
+    fresh, continued = preferences(lm, pairs)
+    assert fresh.positive == Forced((70, 20, 21, 71, 10, 72), (11, 12))
+    assert fresh.negative == Forced((70, 22, 71, 10, 72), (13,))
     assert continued.positive == Forced((71, 9, 8, 72, 7, 71, 6, 72), (5, 4))
     assert continued.negative == Forced((71, 9, 8, 72, 7, 71, 6, 72), (3,))
     learned = LEARNERS[name](lm, pairs, LAYER, steps=10, rate=0.02)

@@ -44,8 +44,8 @@ def at(layer: int, *operations: object, strength: float = 1.0, positions: Positi
 def read(lm: LM, steering: Steering | None, layer: int = 2) -> Tensor:
     """The activations of a prompt's every token: `[tokens, width]`."""
     with lm.steered(steering or Steering()):
-        (found,) = lm.capture(PROMPTS[1], [layer], ALL)
-    return found[Site(layer)]
+        (activations,) = lm.capture(PROMPTS[1], [layer], ALL)
+    return activations[Site(layer)]
 
 
 THREE = [clamp(1, 1.5), clamp(2, -3.0, near=1), clamp(3, 0.25, near=1)]
@@ -76,9 +76,9 @@ def test_applying_twice_is_applying_once(lm: LM) -> None:
 
 
 def test_order_does_not_matter(lm: LM) -> None:
-    found = [read(lm, at(2, *order)) for order in itertools.permutations(THREE)]
-    for other in found[1:]:
-        assert torch.allclose(found[0], other, atol=tolerance(lm))
+    orders = [read(lm, at(2, *order)) for order in itertools.permutations(THREE)]
+    for other in orders[1:]:
+        assert torch.allclose(orders[0], other, atol=tolerance(lm))
 
 
 def test_one_after_the_other_would_miss() -> None:
@@ -152,8 +152,8 @@ MIXED = [
 class TestMixedBatches:
     def test_equal_the_naive_reference_row_by_row(self, lm: LM) -> None:
         answers = lm.generate(PROMPTS, MIXED, max_new_tokens=NEW, logprobs=True)
-        for text, one, answer in zip(PROMPTS, MIXED, answers, strict=True):
-            tokens, logprobs = naive_generate(lm, text, one, NEW)
+        for text, acting, answer in zip(PROMPTS, MIXED, answers, strict=True):
+            tokens, logprobs = naive_generate(lm, text, acting, NEW)
             assert list(answer.token_ids) == tokens
             assert answer.logprobs == pytest.approx(logprobs, abs=2e-3 if lm.name == "tiny-gemma2" else 1e-4)
 
@@ -227,15 +227,15 @@ class TestWhatCannotBeMadeTrue:
         st.tuples(st.integers(0, 10**6), st.floats(-5, 5), st.floats(-2, 2), st.booleans()), min_size=1, max_size=5
     )
 )
-def test_any_number_of_any_kind(given: Sequence[tuple[int, float, float, bool]]) -> None:
+def test_any_number_of_any_kind(clamps: Sequence[tuple[int, float, float, bool]]) -> None:
     """The bank's rows, run on random activations, against least squares."""
-    unique = {seed: (target, strength or 1.0, sided) for seed, target, strength, sided in given}
+    unique = {seed: (target, strength or 1.0, sided) for seed, target, strength, sided in clamps}
     edits = tuple(
         Edit(Site(0), clamp(seed, target, one_sided=sided), ALL, strength)
         for seed, (target, strength, sided) in unique.items()
     )
     (stage,) = compile_plan([edits], [3], torch.float64).stages[Site(0)]
     x = torch.randn(7, tiny.WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = stage.kernel(x, {name: bank[1].expand(7, -1) for name, bank in stage.rows.items()})
+    moved = stage.kernel(x, {name: bank[1].expand(7, -1) for name, bank in stage.rows.items()})
     expected = torch.stack([naive_projections(edits, row) for row in x])
-    assert torch.allclose(found, expected, atol=1e-9)
+    assert torch.allclose(moved, expected, atol=1e-9)

@@ -135,8 +135,8 @@ class TestNothingMeansNothing:
     def test_output_is_bit_identical_to_transformers(self, lm: LM, plain: Any, nothing: Steering | None) -> None:
         texts = padded(lm)
         width = texts["input_ids"].shape[1]
-        given = {} if nothing is None else {"steering": nothing}
-        answers = lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True, **given)
+        options = {} if nothing is None else {"steering": nothing}
+        answers = lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True, **options)
         assert [list(a.token_ids) for a in answers] == plain.sequences[:, width:].tolist()
         if nothing is not None:
             with lm.steered(nothing):
@@ -194,8 +194,8 @@ class TestNeighboursDontMatter:
     def test_a_mixed_batch_equals_the_naive_reference_row_by_row(self, lm: LM) -> None:
         """No cache, a batch of one, explicit loops: the fast path gives the same tokens and log-probabilities."""
         answers = lm.generate(PROMPTS, MIXED, max_new_tokens=NEW, logprobs=True)
-        for text, one, answer in zip(PROMPTS, MIXED, answers, strict=True):
-            tokens, logprobs = naive_generate(lm, text, one, NEW)
+        for text, acting, answer in zip(PROMPTS, MIXED, answers, strict=True):
+            tokens, logprobs = naive_generate(lm, text, acting, NEW)
             assert list(answer.token_ids) == tokens
             assert answer.logprobs == pytest.approx(logprobs, abs=tolerance(lm))
 
@@ -223,8 +223,8 @@ class TestTheCacheIsExact:
         ways: list[dict[str, Any]] = [{}, {"use_cache": False}]
         ways += [{"prefill_chunk_size": 4}] if prefills_in_chunks(lm) else []
         runs = [lm.generate(texts, steerings, max_new_tokens=4, logprobs=True, **way) for way in ways]
-        for text, one, *answers in zip(texts, steerings, *runs, strict=True):
-            tokens, logprobs = naive_generate(lm, text, one, 4)
+        for text, acting, *answers in zip(texts, steerings, *runs, strict=True):
+            tokens, logprobs = naive_generate(lm, text, acting, 4)
             for answer in answers:
                 assert list(answer.token_ids) == tokens
                 assert answer.logprobs == pytest.approx(logprobs, abs=tolerance(lm))
@@ -293,11 +293,11 @@ class TestAnEditDoesWhatItsNameSays:
         )
         try:
             with lm.steered(steering((1, Add(direction(1, 2.0)), RULES[0]))):
-                (found,) = lm.capture(PROMPTS[0], [1], Positions.all())
+                (activations,) = lm.capture(PROMPTS[0], [1], Positions.all())
         finally:
             blank.remove()
-        expected = direction(1, 2.0).to(found[Site(1)].dtype).expand_as(found[Site(1)])
-        assert torch.allclose(found[Site(1)], expected, atol=1e-6)
+        expected = direction(1, 2.0).to(activations[Site(1)].dtype).expand_as(activations[Site(1)])
+        assert torch.allclose(activations[Site(1)], expected, atol=1e-6)
 
     def test_clamping_twice_is_clamping_once(self, lm: LM) -> None:
         clamp = (2, SetProjection(direction(2), target=1.5), RULES[0])

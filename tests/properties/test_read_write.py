@@ -53,8 +53,8 @@ NEW = 5
 U = direction(1)
 
 
-def numbers(*given: float) -> Tensor:
-    return torch.tensor(given, dtype=torch.float64)
+def numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def some(count: int = 9) -> Tensor:
@@ -128,27 +128,27 @@ def test_rank_0_is_nothing() -> None:
     st.lists(st.integers(0, 4), min_size=1, max_size=3 * FEW),
     st.booleans(),
 )
-def test_any_mix_of_maps_and_tokens(given: list[Any], tokens: list[int], kept: bool) -> None:
+def test_any_mix_of_maps_and_tokens(maps: list[Any], tokens: list[int], kept: bool) -> None:
     """Any number of maps of any ranks and bounds, each with any of a pass's tokens, against the loop."""
     bounds: list[dict[str, Any]] = [{}, {"low": 0.0}, {"high": 0.3}, {"low": -0.5, "high": 0.5}]
     edits = [
         Edit(Site(0), read_write(seed, rank, keep_norm=0.3 * kept, **bounds[i]), ALL, strength or 1.0)
-        for seed, rank, strength, i in given
+        for seed, rank, strength, i in maps
     ]
     requests = [*((edit,) for edit in edits), *[()] * (4 - len(edits))]
     plan = compile_plan(requests, [3] * 4, torch.float64)
     states = torch.tensor([min(t, len({*requests} - {()})) for t in tokens])
     x = some(len(tokens))
-    found = x
+    result = x
     for stage in plan.stages.get(Site(0), ()):
-        one = States.of(states, x.device)
-        found = apply(stage, stage.gather(one), stage.active[states], found)
+        map_states = States.of(states, x.device)
+        result = apply(stage, stage.gather(map_states), stage.active[states], result)
     by_state = list(dict.fromkeys(edit for (edit,) in (r for r in requests if r)))
     for t, state in enumerate(states.tolist()):
         if state == 0:
-            assert torch.equal(found[t].view(torch.long), x[t].view(torch.long))
+            assert torch.equal(result[t].view(torch.long), x[t].view(torch.long))
         else:
-            assert torch.allclose(found[t], naive_edit(by_state[state - 1], x[t]), atol=1e-9)
+            assert torch.allclose(result[t], naive_edit(by_state[state - 1], x[t]), atol=1e-9)
 
 
 def test_no_token_has_a_copy_of_a_map() -> None:
@@ -191,13 +191,13 @@ def test_numbers_that_the_dtype_cant_hold() -> None:
 
 
 def test_mixed_dtypes() -> None:
-    one = ReadWrite(V.float(), V, numbers(0.1, 0.2, 0.3, 0.4))
+    operation = ReadWrite(V.float(), V, numbers(0.1, 0.2, 0.3, 0.4))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = some().to(dtype)
-        expected = torch.stack([naive_edit(Edit(Site(0), one, ALL), row.double()) for row in x])
-        found = done(one, x)
-        assert found.dtype == dtype
-        assert torch.allclose(found.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        expected = torch.stack([naive_edit(Edit(Site(0), operation, ALL), row.double()) for row in x])
+        result = done(operation, x)
+        assert result.dtype == dtype
+        assert torch.allclose(result.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 # ---- in models ---------------------------------------------------------------------------------------------
@@ -228,8 +228,8 @@ class TestInAModel:
         runs = [lm.generate(PROMPTS, MIXED, max_new_tokens=NEW, logprobs=True, **way) for way in ways]
         plain = lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
         assert (runs[0][1].token_ids, runs[0][1].logprobs) == (plain[1].token_ids, plain[1].logprobs)
-        for i, (text, one) in enumerate(zip(PROMPTS, MIXED, strict=True)):
-            tokens, logprobs = naive_generate(lm, text, one, NEW)
+        for i, (text, acting) in enumerate(zip(PROMPTS, MIXED, strict=True)):
+            tokens, logprobs = naive_generate(lm, text, acting, NEW)
             for run in runs:
                 assert list(run[i].token_ids) == tokens
                 assert run[i].logprobs == pytest.approx(logprobs, abs=tolerance(lm))
@@ -240,17 +240,17 @@ class TestInAModel:
                 lm.generate(PROMPTS, [at(1, op), None] + [at(1, op)] * 3, max_new_tokens=NEW, logprobs=True)
                 for op in (general, special)
             ]
-            for one, other in zip(*answers, strict=True):
-                assert one.token_ids == other.token_ids
-                assert one.logprobs == pytest.approx(other.logprobs, abs=tolerance(lm))
+            for answer, other in zip(*answers, strict=True):
+                assert answer.token_ids == other.token_ids
+                assert answer.logprobs == pytest.approx(other.logprobs, abs=tolerance(lm))
 
     def test_nothing_is_nothing_to_the_bit(self, lm: LM) -> None:
         plain = [(a.token_ids, a.logprobs) for a in lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)]
         shut = at(1, read_write(1, 3)).when(Threshold(Site(0), U, 1e9))
         never = at(1, read_write(1, 3)).when(Threshold(Site(1), U, 1e9, each_token=True))
         for nothing in (0.0 * at(1, read_write(1, 3)), shut, never):
-            found = lm.generate(PROMPTS, nothing, max_new_tokens=NEW, logprobs=True)
-            assert [(a.token_ids, a.logprobs) for a in found] == plain
+            answers = lm.generate(PROMPTS, nothing, max_new_tokens=NEW, logprobs=True)
+            assert [(a.token_ids, a.logprobs) for a in answers] == plain
         beside = lm.generate(
             PROMPTS, [None, at(1, read_write(1, 3)), shut, never, None], max_new_tokens=NEW, logprobs=True
         )
@@ -273,22 +273,22 @@ class TestInAModel:
                 assert torch.equal(x[t], y[t])
 
     def test_next_logprobs_and_batches_that_are_stepped(self, lm: LM) -> None:
-        for text, one in zip(PROMPTS, MIXED, strict=True):
-            tokens, logprobs = naive_generate(lm, text, one, NEW)
+        for text, acting in zip(PROMPTS, MIXED, strict=True):
+            tokens, logprobs = naive_generate(lm, text, acting, NEW)
             ids = lm.encode(text)
-            (found,) = lm.next_logprobs([Choice(ids, len(ids), tokens[:1])], one)
-            assert found.logprobs == pytest.approx(logprobs[:1], abs=tolerance(lm))
+            (result,) = lm.next_logprobs([Choice(ids, len(ids), tokens[:1])], acting)
+            assert result.logprobs == pytest.approx(logprobs[:1], abs=tolerance(lm))
         said: dict[int, list[int]] = {}
         batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
-        for text, one in zip(PROMPTS, MIXED, strict=True):
-            batch.insert(GenerationRequest(tuple(lm.encode(text)), one, NEW))
-            for told in batch.step():  # each joins while the others are decoding
-                said.setdefault(told.key, []).append(told.token)
+        for text, acting in zip(PROMPTS, MIXED, strict=True):
+            batch.insert(GenerationRequest(tuple(lm.encode(text)), acting, NEW))
+            for response in batch.step():  # each joins while the others are decoding
+                said.setdefault(response.key, []).append(response.token)
         while len(batch):
-            for told in batch.step():
-                said.setdefault(told.key, []).append(told.token)
-        for key, (text, one) in enumerate(zip(PROMPTS, MIXED, strict=True), 1):
-            assert said[key] == naive_generate(lm, text, one, NEW)[0]
+            for response in batch.step():
+                said.setdefault(response.key, []).append(response.token)
+        for key, (text, acting) in enumerate(zip(PROMPTS, MIXED, strict=True), 1):
+            assert said[key] == naive_generate(lm, text, acting, NEW)[0]
 
     @pytest.mark.parametrize("schedule", ["optimistic", "fused"])
     def test_rejection(self, lm: LM, schedule: str) -> None:
@@ -298,8 +298,8 @@ class TestInAModel:
         never, always = (Rejection(beta, ladder="strength", schedule=schedule) for beta in (0.0, 1.0))
         others = [steering, None, 0.5 * steering]
         free = lm.generate(PROMPTS[:3], others, max_new_tokens=NEW, rejection=never)
-        for text, one, answer in zip(PROMPTS, others, free, strict=False):
-            assert answer.token_ids[0] == naive_generate(lm, text, one, 1)[0][0]
+        for text, acting, answer in zip(PROMPTS, others, free, strict=False):
+            assert answer.token_ids[0] == naive_generate(lm, text, acting, 1)[0][0]
         raw = lm.generate(PROMPTS[:3], max_new_tokens=NEW)
         same = lm.generate(PROMPTS[:3], others, max_new_tokens=NEW, rejection=always)
         assert [a.token_ids for a in same] == [a.token_ids for a in raw]
@@ -319,22 +319,22 @@ def test_gradients_pass_through() -> None:
 
 
 def test_as_plain_data() -> None:
-    one = read_write(1, 3, low=0.0)
-    assert one == read_write(1, 3, low=0.0) != read_write(1, 3)
-    assert one != read_write(1, 3, low=numbers(0.0, 0.0, 1.0))
+    operation = read_write(1, 3, low=0.0)
+    assert operation == read_write(1, 3, low=0.0) != read_write(1, 3)
+    assert operation != read_write(1, 3, low=numbers(0.0, 0.0, 1.0))
     assert read_write(1, 3) == read_write(1, 3, low=-torch.inf, high=numbers(*[torch.inf] * 3))
-    assert read_write(1, 3) != one
-    assert len({one, read_write(1, 3, low=0.0), read_write(1, 3), read_write(1, 3, keep_norm=0.5)}) == 3
-    assert (one.width, one.rank) == (WIDTH, 3)
-    assert repr(one).startswith(f"ReadWrite(width={WIDTH}, norm=")
-    assert "tensor" not in repr(one)
-    _ = one.map.to(torch.float32)
-    for other in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
-        assert other == one
+    assert read_write(1, 3) != operation
+    assert len({operation, read_write(1, 3, low=0.0), read_write(1, 3), read_write(1, 3, keep_norm=0.5)}) == 3
+    assert (operation.width, operation.rank) == (WIDTH, 3)
+    assert repr(operation).startswith(f"ReadWrite(width={WIDTH}, norm=")
+    assert "tensor" not in repr(operation)
+    _ = operation.map.to(torch.float32)
+    for other in (pickle.loads(pickle.dumps(operation)), copy.deepcopy(operation)):
+        assert other == operation
         assert "map" not in vars(other)
-    given = torch.ones(2, WIDTH)
-    mine = ReadWrite(given, given)
-    given.zero_()
+    vectors = torch.ones(2, WIDTH)
+    mine = ReadWrite(vectors, vectors)
+    vectors.zero_()
     assert float(mine.read.sum()) == 2 * WIDTH
 
 
@@ -342,7 +342,7 @@ A = torch.ones(2, 4)
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("arguments", "says"),
     [
         ({"read": torch.ones(4)}, r"read is a floating-point tensor of shape \[rank, width\], got torch.float32 of"),
         ({"read": [[1.0]]}, "got list"),
@@ -366,19 +366,19 @@ A = torch.ones(2, 4)
         ({"keep_norm": "yes"}, "keep_norm is"),
     ],
 )
-def test_what_cant_be_one(given: dict[str, Any], says: str) -> None:
+def test_what_cant_be_one(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(TrimtabError, match=says):
-        ReadWrite(**{"read": A, "write": A, **given})
+        ReadWrite(**{"read": A, "write": A, **arguments})
 
 
 def test_files(tmp_path: Path) -> None:
-    for i, one in enumerate([*MIXED, at(0, ReadWrite(torch.zeros(0, 8), torch.zeros(0, 8), keep_norm=0.25))]):
-        if one is None:
+    for i, steering in enumerate([*MIXED, at(0, ReadWrite(torch.zeros(0, 8), torch.zeros(0, 8), keep_norm=0.25))]):
+        if steering is None:
             continue
-        digest = save(one, tmp_path / f"{i}.safetensors")
+        digest = save(steering, tmp_path / f"{i}.safetensors")
         data = (tmp_path / f"{i}.safetensors").read_bytes()
         loaded = load(tmp_path / f"{i}.safetensors")
-        assert loaded == one
+        assert loaded == steering
         assert save(loaded, tmp_path / f"{i}.safetensors") == digest
         assert (tmp_path / f"{i}.safetensors").read_bytes() == data
     assert set(load_file(tmp_path / "0.safetensors")) == {
@@ -418,15 +418,15 @@ def test_hostile_files(case: str, tmp_path: Path) -> None:
 
 
 def test_what_cant_carry_it_says_so(tmp_path: Path) -> None:
-    one = at(1, read_write(1, 3))
+    steering = at(1, read_write(1, 3))
     for name in ("v.gguf", "v.pt"):
         with pytest.raises(UnsupportedError, match=r"can only add directions, and this steering has 1 \* read_write @"):
-            export(one, tmp_path / name)
-    check_supported(one, layers=4, widths={"residual": WIDTH})
+            export(steering, tmp_path / name)
+    check_supported(steering, layers=4, widths={"residual": WIDTH})
     with pytest.raises(UnsupportedError, match=r"1 \* read_write .* captured graphs, .* more than additions"):
-        check_supported(one, layers=4, widths={"residual": WIDTH}, capacity=ADDITIONS)
+        check_supported(steering, layers=4, widths={"residual": WIDTH}, capacity=ADDITIONS)
     with pytest.raises(TrimtabError, match="width is 32, this model's is 64"):
-        check_supported(one, layers=4, widths={"residual": 64})
+        check_supported(steering, layers=4, widths={"residual": 64})
     with pytest.raises(TrimtabError, match="width is 5, this model's is 32"):
         tiny.tiny("llama").generate(PROMPTS[0], at(1, ReadWrite(torch.ones(1, 5), torch.ones(1, 5))))
 
@@ -436,10 +436,10 @@ def test_a_random_control_keeps_lengths_and_angles() -> None:
     mean = some(1)[0]
     (edit,) = random_like(at(1, old), 3, {Site(1): mean}).edits
     new = edit.operation
-    both = [torch.cat([one.read, one.write]) for one in (old, new)]
-    assert torch.allclose(*(one @ one.T for one in both), atol=1e-12)
+    both = [torch.cat([operation.read, operation.write]) for operation in (old, new)]
+    assert torch.allclose(*(rows @ rows.T for rows in both), atol=1e-12)
     assert float((both[0] @ both[1].T).abs().max()) < 0.5
-    assert torch.allclose(*(one.read @ mean + one.bias for one in (old, new)), atol=1e-12)
+    assert torch.allclose(*(operation.read @ mean + operation.bias for operation in (old, new)), atol=1e-12)
     (edit,) = random_like(at(1, RotateInPlane(U, direction(2), 0.5)), 3).edits
     assert float(edit.operation.direction @ edit.operation.second) == pytest.approx(float(U @ direction(2)))
     assert abs(float(edit.operation.direction @ U)) < 0.5

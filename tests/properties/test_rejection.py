@@ -71,8 +71,8 @@ def residual(seed: int) -> Steering:
 @cache
 def reference(lm: LM, i: int, name: str | None, beta: float, **more: Any) -> tuple[list[int], list[int | None]]:
     """What the naive reference gives for prompt `i`; every schedule is compared with it."""
-    one = residual(3) if name == "residual" else None if name is None else steering(OPERATIONS[name], i)
-    return naive_rejection.generate(lm, PROMPTS[i], one.edits if one else (), beta, NEW, **more)
+    acting = residual(3) if name == "residual" else None if name is None else steering(OPERATIONS[name], i)
+    return naive_rejection.generate(lm, PROMPTS[i], acting.edits if acting else (), beta, NEW, **more)
 
 
 def tokens(answers: list[Any]) -> list[list[int]]:
@@ -96,14 +96,14 @@ class TestAgainstTheNaiveReference:
         """Different prompts, spans and ladders, an unsteered request, residual edits: left-padded in one batch."""
         beta = beta_of(lm)
         names = ("scaling", "scaling", None, "residual")
-        given = [steering(OPERATIONS["scaling"], 0), steering(OPERATIONS["scaling"], 1), None, residual(3)]
+        steerings = [steering(OPERATIONS["scaling"], 0), steering(OPERATIONS["scaling"], 1), None, residual(3)]
         ways = [
             Rejection(beta, schedule=schedule),
             Rejection(beta, 1, schedule=schedule, ranking="repo"),
             Rejection(beta, schedule=schedule),
             Rejection(beta, ladder="strength", schedule=schedule),
         ]
-        answers = lm.generate(PROMPTS, given, rejection=ways, max_new_tokens=NEW)
+        answers = lm.generate(PROMPTS, steerings, rejection=ways, max_new_tokens=NEW)
         for i, (name, way) in enumerate(zip(names, ways, strict=True)):
             more = {"min_layers": way.min_layers, "halve": way.ladder == "halve", "kind": str(way.ranking)}
             expected, accepted = reference(lm, i, name, beta, **more)
@@ -117,17 +117,19 @@ class TestAgainstTheNaiveReference:
     def test_every_operation_on_scores(self, lm: LM, name: str, schedule: str) -> None:
         beta = beta_of(lm)
         for i in (0, 1):
-            one = steering(OPERATIONS[name], i)
-            (answer,) = lm.generate(PROMPTS[i], one, rejection=Rejection(beta, schedule=schedule), max_new_tokens=NEW)
+            acting = steering(OPERATIONS[name], i)
+            (answer,) = lm.generate(
+                PROMPTS[i], acting, rejection=Rejection(beta, schedule=schedule), max_new_tokens=NEW
+            )
             expected, _ = reference(lm, i, name, beta)
             assert list(answer.token_ids) == expected
 
     @pytest.mark.parametrize("kind", ["paper", "repo"])
     def test_one_pass_ranks_the_layers_as_separate_passes_do(self, lm: LM, kind: str) -> None:
         for i in range(3):
-            one = steering(OPERATIONS["scaling"], i)
-            (answer,) = lm.generate(PROMPTS[i], one, rejection=Rejection(ranking=kind), max_new_tokens=1)
-            assert answer.trace.order == naive_rejection.ranking(lm, lm.encode(PROMPTS[i]), one.edits, kind)
+            acting = steering(OPERATIONS["scaling"], i)
+            (answer,) = lm.generate(PROMPTS[i], acting, rejection=Rejection(ranking=kind), max_new_tokens=1)
+            assert answer.trace.order == naive_rejection.ranking(lm, lm.encode(PROMPTS[i]), acting.edits, kind)
 
 
 class TestTheLoop:
@@ -152,38 +154,38 @@ class TestTheLoop:
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_alpha_one_changes_nothing(self, lm: LM, schedule: str) -> None:
         way = Rejection(beta_of(lm), schedule=schedule)
-        one = [steering(ScaleScores(1.0), i) for i in range(4)]
-        assert tokens(lm.generate(PROMPTS, one, rejection=way, max_new_tokens=NEW)) == tokens(
+        steerings = [steering(ScaleScores(1.0), i) for i in range(4)]
+        assert tokens(lm.generate(PROMPTS, steerings, rejection=way, max_new_tokens=NEW)) == tokens(
             lm.generate(PROMPTS, max_new_tokens=NEW)
         )
 
     @FEW_OPERATIONS
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_beta_one_is_the_raw_model(self, lm: LM, name: str) -> None:
-        one = [steering(OPERATIONS[name], i) for i in range(4)]
-        answers = lm.generate(PROMPTS, one, rejection=Rejection(1.0), max_new_tokens=NEW)
+        steerings = [steering(OPERATIONS[name], i) for i in range(4)]
+        answers = lm.generate(PROMPTS, steerings, rejection=Rejection(1.0), max_new_tokens=NEW)
         assert tokens(answers) == tokens(lm.generate(PROMPTS, max_new_tokens=NEW))
         assert not any(step.open for answer in answers for step in answer.trace.steps)
 
     @FEW_OPERATIONS
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_beta_zero_always_takes_the_strongest_rung(self, lm: LM, name: str) -> None:
-        one = [steering(OPERATIONS[name], i) for i in range(4)]
+        steerings = [steering(OPERATIONS[name], i) for i in range(4)]
         way = Rejection(0.0)
-        answers = lm.generate(PROMPTS, one, rejection=way, max_new_tokens=4)
+        answers = lm.generate(PROMPTS, steerings, rejection=way, max_new_tokens=4)
         assert all(step.open and step.rung == 0 for answer in answers for step in answer.trace.steps)
         for i in (0, 1):
             ids = lm.encode(PROMPTS[i])
             for _ in range(4):
-                ids.append(int(naive_rejection.row(lm, ids, len(lm.encode(PROMPTS[i])), one[i].edits).argmax()))
+                ids.append(int(naive_rejection.row(lm, ids, len(lm.encode(PROMPTS[i])), steerings[i].edits).argmax()))
             assert list(answers[i].token_ids) == ids[-4:]
 
     @FEW_OPERATIONS
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_every_token_is_plausible_and_an_exhausted_step_gives_the_raw_one(self, lm: LM, name: str) -> None:
         beta = beta_of(lm)
-        one = [steering(OPERATIONS[name], i) for i in range(4)]
-        for i, answer in enumerate(lm.generate(PROMPTS, one, rejection=Rejection(beta), max_new_tokens=NEW)):
+        steerings = [steering(OPERATIONS[name], i) for i in range(4)]
+        for i, answer in enumerate(lm.generate(PROMPTS, steerings, rejection=Rejection(beta), max_new_tokens=NEW)):
             ids = lm.encode(PROMPTS[i])
             raw = naive_rejection.raw_rows(lm, (*ids, *answer.token_ids), len(ids))
             for row, token, step in zip(raw, answer.token_ids, answer.trace.steps, strict=True):
@@ -194,12 +196,12 @@ class TestTheLoop:
                     assert token == int(p.argmax())
 
     def test_neighbours_and_order_do_not_matter(self, lm: LM) -> None:
-        one = [steering(ScaleScores(), 0), None, residual(5), steering(TargetMass(0.5), 3)]
+        steerings = [steering(ScaleScores(), 0), None, residual(5), steering(TargetMass(0.5), 3)]
         way = Rejection(beta_of(lm))
-        together = tokens(lm.generate(PROMPTS, one, rejection=way, max_new_tokens=NEW))
-        turned = tokens(lm.generate(PROMPTS[::-1], one[::-1], rejection=way, max_new_tokens=NEW))[::-1]
+        together = tokens(lm.generate(PROMPTS, steerings, rejection=way, max_new_tokens=NEW))
+        turned = tokens(lm.generate(PROMPTS[::-1], steerings[::-1], rejection=way, max_new_tokens=NEW))[::-1]
         alone = [
-            tokens(lm.generate(PROMPTS[i], one[i], rejection=way, max_new_tokens=NEW, batch_size=1))[0]
+            tokens(lm.generate(PROMPTS[i], steerings[i], rejection=way, max_new_tokens=NEW, batch_size=1))[0]
             for i in range(4)
         ]
         assert together == turned == alone
@@ -259,13 +261,13 @@ class TestRows:
             lm.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
             versions = compile_versions(lm.layout, [(0, edits)], [len(ids)], [0])
             token = Token(torch.tensor([ids[-1:]]), torch.tensor([[len(ids) - 1]]), None)
-            found = rows.run(token, cache, len(ids), versions, [0, None], [0, 0])
+            result = rows.run(token, cache, len(ids), versions, [0, None], [0, 0])
         bound = 5e-3 if lm.model.dtype == torch.float32 else 1e-4
         exact = {"llama", "qwen2", "mistral", "phi3", "gpt2", "opt", "gpt_neox"}
         if lm.name.removeprefix("tiny-") in exact:  # the others' norms or rotary embeddings compute in float32
             bound = 1e-5
-        torch.testing.assert_close(found[0], naive_rejection.row(lm, ids, len(ids), edits), rtol=bound, atol=bound)
-        torch.testing.assert_close(found[1], naive_rejection.row(lm, ids, len(ids), ()), rtol=bound, atol=bound)
+        torch.testing.assert_close(result[0], naive_rejection.row(lm, ids, len(ids), edits), rtol=bound, atol=bound)
+        torch.testing.assert_close(result[1], naive_rejection.row(lm, ids, len(ids), ()), rtol=bound, atol=bound)
 
 
 def test_a_model_without_the_interface_raises() -> None:

@@ -19,7 +19,7 @@ ADDED = Steering((Edit(Site(1), Add(direction(1, 2.0))),))
 @pytest.mark.filterwarnings("ignore::trimtab.methods.caa.PairsWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_runs_with_models_of_their_own_give_the_same_bytes(family: str, tmp_path: Path) -> None:
-    found = []
+    files = []
     for run in ("one", "two"):
         lm = tiny.tiny(family)
         save(learn_caa(lm, PAIRS, [1, 2]), tmp_path / f"{run}.safetensors")
@@ -27,7 +27,7 @@ def test_two_runs_with_models_of_their_own_give_the_same_bytes(family: str, tmp_
         rejecting = {"rejection": Rejection(ladder="strength", schedule="optimistic")}
         ways = [{}, sampled, *([] if family == "falcon" else [rejecting])]
         answers = [lm.generate(PROMPTS, ADDED, max_new_tokens=4, logprobs=True, **way) for way in ways]
-        found.append([[(one.token_ids, one.logprobs) for one in run] for run in answers])
+        files.append([[(answer.token_ids, answer.logprobs) for answer in run] for run in answers])
         assert answers[1][0].token_ids != answers[1][1].token_ids  # it did sample
-    assert found[0] == found[1]
+    assert files[0] == files[1]
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()

@@ -26,14 +26,14 @@ U = direction(2)
 def turned(x: Tensor, operation: Any, strength: float = 1.0) -> Tensor:
     """As engines run it; and as the operation's own kernel does, where that is another."""
     kernel, row = operation.call(strength)
-    found = kernel(x, {name: value.to(x.dtype) for name, value in row.items()})
+    result = kernel(x, {name: value.to(x.dtype) for name, value in row.items()})
     own = operation.kernel(x, {name: value.to(x.dtype) for name, value in operation.row(strength).items()})
     off = (x - (x @ operation.direction.to(x.dtype))[..., None] * operation.direction.to(x.dtype)).norm(dim=-1)
     plane = off > 1e-3 * x.norm(dim=-1)  # along the direction some kernels turn, and others leave it
     assert torch.allclose(
-        found[plane], own[plane], rtol=0, atol=400 * float(x[plane].norm()) * torch.finfo(x.dtype).eps
+        result[plane], own[plane], rtol=0, atol=400 * float(x[plane].norm()) * torch.finfo(x.dtype).eps
     )
-    return found
+    return result
 
 
 def published(x: Tensor, w: Tensor, gamma1: float) -> Tensor:
@@ -72,12 +72,12 @@ def at_angle(phi: float, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 3.0])
 def test_it_is_the_published_rotation(gamma: float) -> None:
     x = torch.randn(50, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = turned(x, Rotate(U, gamma))
+    rotated = turned(x, Rotate(U, gamma))
     expected = torch.stack([published(row, 5 * U, gamma) for row in x])
-    assert torch.allclose(found, expected, atol=1e-9)
+    assert torch.allclose(rotated, expected, atol=1e-9)
     below = x @ U < 0
     assert 0 < int(below.sum()) < 50
-    assert torch.equal(found[~below], x[~below])
+    assert torch.equal(rotated[~below], x[~below])
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -157,17 +157,17 @@ def test_in_a_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_all_is_on_the_right_side_nothing_changes() -> None:
     lm: LM = tiny.tiny("llama")
-    (found,) = lm.capture(PROMPTS[1], [1], Positions.all())
-    u = found[Site(1)].mean(0)
+    (activations,) = lm.capture(PROMPTS[1], [1], Positions.all())
+    u = activations[Site(1)].mean(0)
     u = u / u.norm()
-    if not bool((found[Site(1)] @ u > 0).all()):  # turn to where they all are
-        u = torch.linalg.pinv(found[Site(1)]) @ torch.ones(len(found[Site(1)]), dtype=u.dtype)
+    if not bool((activations[Site(1)] @ u > 0).all()):  # turn to where they all are
+        u = torch.linalg.pinv(activations[Site(1)]) @ torch.ones(len(activations[Site(1)]), dtype=u.dtype)
         u = u / u.norm()
-    assert bool((found[Site(1)] @ u > 0).all())
+    assert bool((activations[Site(1)] @ u > 0).all())
     steering = Steering((Edit(Site(1), RotatePredicted(u, network()), Positions.prompt()),))
-    (one,) = lm.generate(PROMPTS[1], steering, max_new_tokens=4, logprobs=True)
+    (answer,) = lm.generate(PROMPTS[1], steering, max_new_tokens=4, logprobs=True)
     (other,) = lm.generate(PROMPTS[1], max_new_tokens=4, logprobs=True)
-    assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
+    assert (answer.token_ids, answer.logprobs) == (other.token_ids, other.logprobs)
 
 
 def test_files(tmp_path: Path) -> None:
@@ -194,12 +194,12 @@ class TestInAFixedPlane:
     def test_it_is_the_matrix(self, angle: float | None, strength: float) -> None:
         x = 3 * torch.randn(50, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         operation = RotateInPlane(U, self.V, angle)
-        found = turned(x, operation, strength)
+        rotated = turned(x, operation, strength)
         expected = torch.stack([tiny.naive_turn(operation, row, strength) for row in x])
-        assert torch.allclose(found, expected, atol=1e-12)
-        assert torch.allclose(found.norm(dim=-1), x.norm(dim=-1))
+        assert torch.allclose(rotated, expected, atol=1e-12)
+        assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1))
         basis, _ = torch.linalg.qr(torch.stack([U, self.V]).T)
-        assert torch.allclose(*(z - z @ basis @ basis.T for z in (x, found)), atol=1e-12)
+        assert torch.allclose(*(z - z @ basis @ basis.T for z in (x, rotated)), atol=1e-12)
 
     def test_angles(self) -> None:
         between = math.acos(float(U @ self.V))
@@ -218,14 +218,14 @@ class TestInAFixedPlane:
 
     def test_in_a_model_and_in_files(self, tmp_path: Path) -> None:
         lm = tiny.tiny("llama")
-        one = Steering(
+        steering = Steering(
             (Edit(Site(1), RotateInPlane(U, self.V)), Edit(Site(2), RotateInPlane(U, self.V, 0.5, keep_norm=0.5)))
         )
-        rows = [one, None, 0.5 * one, one.at(Positions.all()), -1 * one]
+        rows = [steering, None, 0.5 * steering, steering.at(Positions.all()), -1 * steering]
         for text, row, answer in zip(PROMPTS, rows, lm.generate(PROMPTS, rows, max_new_tokens=5), strict=True):
             assert list(answer.token_ids) == tiny.naive_generate(lm, text, row, 5)[0]
-        save(one, tmp_path / "s.safetensors")
-        assert load(tmp_path / "s.safetensors") == one
+        save(steering, tmp_path / "s.safetensors")
+        assert load(tmp_path / "s.safetensors") == steering
 
     def test_bad_input(self) -> None:
         with pytest.raises(TrimtabError, match="span no plane"):

@@ -71,9 +71,9 @@ def sigmoid_routing(router: Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         groups = biased.split(size)
         best = torch.stack([group.topk(2).values.sum() for group in groups]).topk(router.topk_group).indices.tolist()
         open_to = [e for e in range(len(token)) if e // size in best]
-        found = sorted(open_to, key=lambda e: -float(biased[e]))[: router.top_k]
-        w = token[found]
-        experts.append(found)
+        chosen = sorted(open_to, key=lambda e: -float(biased[e]))[: router.top_k]
+        w = token[chosen]
+        experts.append(chosen)
         weights.append((w / w.sum() if router.norm_topk_prob else w) * router.routed_scaling_factor)
     return z, torch.stack(weights), torch.tensor(experts)
 
@@ -151,10 +151,10 @@ def test_edits_of_logits_are_those_of_the_textbook(kind: str) -> None:
         ),
     ]
     prompts = [*PROMPTS, PROMPTS[0]]
-    found = lm.generate(
+    answers = lm.generate(
         prompts, [steering for steering, _, _ in cases], max_new_tokens=NEW, logprobs=True, transfer=True, chat=False
     )
-    for prompt, answer, (_, change, start) in zip(prompts, found, cases, strict=True):
+    for prompt, answer, (_, change, start) in zip(prompts, answers, cases, strict=True):
         text = lm.encode(prompt, chat=False)
         first = start(len(text))
 
@@ -178,14 +178,16 @@ def test_logits_are_read_where_they_are_made_and_say_what_is_chosen(kind: str) -
     lm = model(kind)
     site = last_router(lm)
     router: Any = router_of(lm.layout, site.layer).module
-    given: list[Any] = []
-    handle = router.register_forward_hook(lambda _m, args, out: given.append((args[0], out)))
-    (found,) = lm.capture(PROMPTS[2], site, Positions.all(), chat=False)
+    routed: list[Any] = []
+    handle = router.register_forward_hook(lambda _m, args, out: routed.append((args[0], out)))
+    (activations,) = lm.capture(PROMPTS[2], site, Positions.all(), chat=False)
     plain(lm, lm.encode(PROMPTS[2], chat=False))
     handle.remove()
-    x, out = given[-1]
-    torch.testing.assert_close(found[site], logits_of(router, x.reshape(-1, x.shape[-1])).to(found[site].dtype))
-    chosen = chosen_experts(lm.layout, site.layer, found[site])
+    x, out = routed[-1]
+    torch.testing.assert_close(
+        activations[site], logits_of(router, x.reshape(-1, x.shape[-1])).to(activations[site].dtype)
+    )
+    chosen = chosen_experts(lm.layout, site.layer, activations[site])
     assert "forward" not in vars(router)
     assert chosen.sum(1).tolist() == [router.top_k] * len(chosen)
     if kind == "llama4_text":
@@ -202,8 +204,8 @@ def test_promoted_experts_are_chosen_and_demoted_ones_are_not(kind: str) -> None
     count = before[site].shape[-1]
     for up, down in ((0, 1), (2, 3), (3, 0)):
         steering = Steering((Edit(site, RouteExperts.of(count, (up,), (down,)), Positions.all()),))
-        for one, wanted, other in ((steering, up, down), (-steering, down, up)):
-            (after,) = lm.capture(PROMPTS[0], site, Positions.all(), chat=False, steering=one, transfer=True)
+        for acting, wanted, other in ((steering, up, down), (-steering, down, up)):
+            (after,) = lm.capture(PROMPTS[0], site, Positions.all(), chat=False, steering=acting, transfer=True)
             chosen = chosen_experts(lm.layout, site.layer, after[site])
             assert chosen[:, wanted].all()
             assert not chosen[:, other].any()
@@ -241,9 +243,9 @@ def test_rejection_and_next_tokens_and_files(tmp_path: Path) -> None:
     assert steered.applied.overall == 0  # logits don't add up in the residual stream
     assert len(kept.token_ids) == len(steered.token_ids)
     ids = lm.encode(PROMPTS[0], chat=False)
-    (one,) = lm.next_logprobs([Choice(tuple(ids), len(ids), (steered.token_ids[0],))], steering, transfer=True)
-    (told,) = lm.generate(PROMPTS[0], steering, logprobs=True, **{**options, "max_new_tokens": 1})
-    assert one.logprobs[0] == pytest.approx((told.logprobs or (0.0,))[0], abs=1e-6)
+    (next_token,) = lm.next_logprobs([Choice(tuple(ids), len(ids), (steered.token_ids[0],))], steering, transfer=True)
+    (generated,) = lm.generate(PROMPTS[0], steering, logprobs=True, **{**options, "max_new_tokens": 1})
+    assert next_token.logprobs[0] == pytest.approx((generated.logprobs or (0.0,))[0], abs=1e-6)
     steering.save(tmp_path / "s.safetensors")
     assert load(tmp_path / "s.safetensors") == steering
     with pytest.raises(UnsupportedError, match=r"router\[3\] is inside a block"):
@@ -272,7 +274,7 @@ def test_what_has_no_router_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("make", "words"),
     [
         (lambda: RouteExperts.of(4, (4,)), "experts 0 to 3"),
         (lambda: RouteExperts.of(4, (1,), (1,)), "promoted and demoted"),
@@ -280,9 +282,9 @@ def test_what_has_no_router_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
         (lambda: RouteExperts.of(4, (1,), margin=0.0), "above 0"),
     ],
 )
-def test_experts_that_cannot_be(given: Callable[[], Any], words: str) -> None:
+def test_experts_that_cannot_be(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(TrimtabError, match=words):
-        given()
+        make()
 
 
 @pytest.mark.parametrize("kind", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.long)])
@@ -327,8 +329,8 @@ def test_steermoe_counts_as_the_paper_does(kind: str) -> None:
     risk = {layer: rates(lm, layer, "positive") - rates(lm, layer, "negative") for layer in layers}
     learned = learn_steermoe(lm, PAIRS, promote=3, demote=2)
     every = [(float(risk[layer][e]), layer, e) for layer in layers for e in range(4)]
-    up = sorted(every, key=lambda one: (-one[0], one[1:]))[:3]
-    down = sorted(every, key=lambda one: (one[0], one[1:]))[:2]
+    up = sorted(every, key=lambda entry: (-entry[0], entry[1:]))[:3]
+    down = sorted(every, key=lambda entry: (entry[0], entry[1:]))[:2]
     got = {
         (edit.site.layer, e): sign
         for edit in learned.edits
@@ -336,9 +338,9 @@ def test_steermoe_counts_as_the_paper_does(kind: str) -> None:
         if sign
     }
     assert got == {(layer, e): 1.0 for _, layer, e in up} | {(layer, e): -1.0 for _, layer, e in down}
-    told = learned.card.measured["risk_difference"]
+    differences = learned.card.measured["risk_difference"]
     for difference, layer, e in (*up, *down):
-        assert told[f"{layer}.{e}"] == pytest.approx(difference, abs=1e-6)
+        assert differences[f"{layer}.{e}"] == pytest.approx(difference, abs=1e-6)
     assert learned.card.measured["tokens"] == [9, 7]
     answers = lm.generate(PROMPTS, [learned, None, -learned], max_new_tokens=2, chat=False)
     assert len(answers) == 3

@@ -31,16 +31,16 @@ def scores_of(lm: LM, alpha: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Te
     steering = emphasis(ScaleScores(alpha), [(end - 2, end)], range(tiny.LAYERS))
     (answer,) = lm.generate(text, steering, rejection=Rejection(), max_new_tokens=1)
     assert answer.trace is not None
-    (found,) = seen
-    return found, answer.trace.order
+    (scores,) = seen
+    return scores, answer.trace.order
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_scaling_by_one_disturbs_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = scores_of(tiny.tiny(family), 1.0, monkeypatch)
-    assert found.abs().max() < 1e-5
-    found, _ = scores_of(tiny.tiny(family), 20.0, monkeypatch)
-    assert found.abs().min() > 1e-5
+    scores, _ = scores_of(tiny.tiny(family), 1.0, monkeypatch)
+    assert scores.abs().max() < 1e-5
+    scores, _ = scores_of(tiny.tiny(family), 20.0, monkeypatch)
+    assert scores.abs().min() > 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,9 +56,9 @@ def test_a_layer_whose_attention_goes_nowhere_has_no_sensitivity(family: str, mo
     with torch.no_grad():
         for parameter in projections[0].parameters():
             parameter.zero_()
-    found, order = scores_of(lm, 20.0, monkeypatch)
-    assert abs(float(found[SILENT])) < 1e-5
+    scores, order = scores_of(lm, 20.0, monkeypatch)
+    assert abs(float(scores[SILENT])) < 1e-5
     others = [layer for layer in range(tiny.LAYERS) if layer != SILENT]
-    assert all(abs(float(found[layer])) > 1e-5 for layer in others)
+    assert all(abs(float(scores[layer])) > 1e-5 for layer in others)
     for layer in others:
-        assert (order.index(layer) < order.index(SILENT)) == (float(found[layer]) > float(found[SILENT]))
+        assert (order.index(layer) < order.index(SILENT)) == (float(scores[layer]) > float(scores[SILENT]))

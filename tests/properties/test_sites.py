@@ -46,8 +46,8 @@ def tolerance(lm: LM) -> float:
 
 
 def vector(size: int, seed: int, scale: float = 1.0) -> torch.Tensor:
-    found = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return scale * found / found.norm()
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * drawn / drawn.norm()
 
 
 def mask(size: int, seed: int) -> torch.Tensor:
@@ -84,12 +84,12 @@ def mixed(lm: LM) -> list[Steering | None]:
 class TestReading:
     def test_what_is_read_is_what_the_modules_have(self, lm: LM) -> None:
         sites = [Site(layer, kind) for layer in range(LAYERS) for kind in naive.kinds(family(lm))]
-        found = lm.capture(PROMPTS, sites, Positions.all())
-        for text, one in zip(PROMPTS, found, strict=True):
+        captured = lm.capture(PROMPTS, sites, Positions.all())
+        for text, activations in zip(PROMPTS, captured, strict=True):
             values = naive.activations_at(lm, lm.encode(text), [(site.kind, site.layer) for site in sites])
             for site, expected in zip(sites, values, strict=True):
-                assert one[site].shape == expected.shape
-                assert torch.allclose(one[site], expected, atol=tolerance(lm))
+                assert activations[site].shape == expected.shape
+                assert torch.allclose(activations[site], expected, atol=tolerance(lm))
 
     def test_heads_and_neurons_go_into_the_outputs(self, lm: LM) -> None:
         """The output of attention is the projection of the heads, that of the MLP the projection of the neurons."""
@@ -123,8 +123,8 @@ class TestSteering:
         steerings = mixed(lm)
         ways: list[dict[str, Any]] = [{}, {"use_cache": False}, {"batch_size": 1}]
         runs = [lm.generate(PROMPTS, steerings, max_new_tokens=NEW, logprobs=True, **way) for way in ways]
-        for i, (text, one) in enumerate(zip(PROMPTS, steerings, strict=True)):
-            tokens, logprobs = naive.generate(lm, text, one, NEW)
+        for i, (text, acting) in enumerate(zip(PROMPTS, steerings, strict=True)):
+            tokens, logprobs = naive.generate(lm, text, acting, NEW)
             for run in runs:
                 assert list(run[i].token_ids) == tokens
                 assert run[i].logprobs == pytest.approx(logprobs, abs=tolerance(lm))
@@ -136,19 +136,19 @@ class TestSteering:
         size = naive.size_of(lm, "heads")
         empty = Steering((Edit(Site(1, "heads"), ScaleElements(torch.zeros(size)), Positions.all()),))
         for others in ([0 * steerings[0]] * 4, [empty] * 4):  # type: ignore[operator]
-            found = lm.generate(PROMPTS, others, max_new_tokens=NEW, logprobs=True)
-            assert [(a.token_ids, a.logprobs) for a in found] == [(a.token_ids, a.logprobs) for a in plain]
+            answers = lm.generate(PROMPTS, others, max_new_tokens=NEW, logprobs=True)
+            assert [(a.token_ids, a.logprobs) for a in answers] == [(a.token_ids, a.logprobs) for a in plain]
         beside = lm.generate(PROMPTS, steerings, max_new_tokens=NEW, logprobs=True)[1]
         assert (beside.token_ids, beside.logprobs) == (plain[1].token_ids, plain[1].logprobs)
 
     def test_generate_inside_steered(self, lm: LM) -> None:
         steerings = mixed(lm)
-        for text, one in zip(PROMPTS, steerings, strict=True):
-            if one is None:
+        for text, acting in zip(PROMPTS, steerings, strict=True):
+            if acting is None:
                 continue
-            expected = lm.generate(text, one, max_new_tokens=NEW)[0].token_ids
+            expected = lm.generate(text, acting, max_new_tokens=NEW)[0].token_ids
             ids = torch.tensor([lm.encode(text)])
-            with lm.steered(one):
+            with lm.steered(acting):
                 output = lm.model.generate(ids, max_new_tokens=NEW, do_sample=False)
             assert tuple(output[0, ids.shape[1] :].tolist()) == expected
 
@@ -185,10 +185,10 @@ class TestSteering:
         assert dose.ratio == pytest.approx(float(expected), rel=1e-3)
 
     def test_files_and_back(self, lm: LM, tmp_path: Path) -> None:
-        for i, one in enumerate(mixed(lm)):
-            if one is not None:
-                save(one, tmp_path / f"{i}.safetensors")
-                assert load_file(tmp_path / f"{i}.safetensors") == one
+        for i, steering in enumerate(mixed(lm)):
+            if steering is not None:
+                save(steering, tmp_path / f"{i}.safetensors")
+                assert load_file(tmp_path / f"{i}.safetensors") == steering
 
     def test_a_width_that_is_not_the_sites(self, lm: LM) -> None:
         wrong = Steering((Edit(Site(1, "heads"), Add(torch.ones(5))),))

@@ -84,7 +84,7 @@ STEERINGS = {
 SCHEDULES = ("optimistic", "fused")
 CASES = {
     **{name: (steering, None) for name, steering in STEERINGS.items()},
-    **{f"emphasis, {one}": (EMPHASIS, Rejection(beta=0.05, schedule=one)) for one in SCHEDULES},
+    **{f"emphasis, {schedule}": (EMPHASIS, Rejection(beta=0.05, schedule=schedule)) for schedule in SCHEDULES},
     **{
         f"{name}, rejected": (STEERINGS[name], Rejection(beta=0.05, schedule="optimistic"))
         for name in ("bias", "mass", "add", "rotate_predicted", "rotate by an angle", "read_write", "keep_norm")
@@ -107,7 +107,7 @@ def halves() -> LM:
 
 @pytest.fixture(scope="module")
 def unsteered(whole: LM) -> list[tuple[int, ...]]:
-    return [one.token_ids for one in whole.generate(PROMPTS, max_new_tokens=NEW)]
+    return [answer.token_ids for answer in whole.generate(PROMPTS, max_new_tokens=NEW)]
 
 
 @pytest.mark.filterwarnings("ignore::trimtab.lm.DoseWarning")
@@ -115,13 +115,13 @@ def unsteered(whole: LM) -> list[tuple[int, ...]]:
 def test_the_same_answers(whole: LM, halves: LM, unsteered: list[tuple[int, ...]], name: str) -> None:
     steering, rejection = CASES[name]
     wanted = whole.generate(PROMPTS, steering, max_new_tokens=NEW, rejection=rejection)
-    assert [one.token_ids for one in wanted] != unsteered
+    assert [expected.token_ids for expected in wanted] != unsteered
     with pretending():
-        found = halves.generate(PROMPTS, steering, max_new_tokens=NEW, rejection=rejection)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.token_ids == other.token_ids
-        assert one.applied == other.applied
-        assert None in (one.trace, other.trace) or one.trace.steps == other.trace.steps  # type: ignore[union-attr]
+        answers = halves.generate(PROMPTS, steering, max_new_tokens=NEW, rejection=rejection)
+    for answer, other in zip(answers, wanted, strict=True):
+        assert answer.token_ids == other.token_ids
+        assert answer.applied == other.applied
+        assert None in (answer.trace, other.trace) or answer.trace.steps == other.trace.steps  # type: ignore[union-attr]
 
 
 def test_every_operation_is_among_them() -> None:
@@ -138,10 +138,10 @@ def test_rows_of_every_kind_in_one_batch(whole: LM, halves: LM) -> None:
     options: dict[str, Any] = {"max_new_tokens": 5, "batch_size": 8}
     wanted = whole.generate(prompts, steerings, **options)
     with pretending():
-        found = halves.generate(prompts, steerings, **options)
-    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
-    for one, other in zip(found, wanted, strict=True):
-        assert [(dose.layer, dose.tokens) for dose in one.applied.doses] == [
+        answers = halves.generate(prompts, steerings, **options)
+    assert [generated.token_ids for generated in answers] == [expected.token_ids for expected in wanted]
+    for answer, other in zip(answers, wanted, strict=True):
+        assert [(dose.layer, dose.tokens) for dose in answer.applied.doses] == [
             (dose.layer, dose.tokens) for dose in other.applied.doses
         ]
-        assert [dose.ratio for dose in one.applied.doses] == pytest.approx([d.ratio for d in other.applied.doses])
+        assert [dose.ratio for dose in answer.applied.doses] == pytest.approx([d.ratio for d in other.applied.doses])

@@ -162,9 +162,9 @@ def test_whatever_is_in_it_every_kind_is_whole_and_escapes_its_text() -> None:
         Sweep((row,), SweepRow(None, 0.0, 0.1, 0.0, 0.0, 2.0), (HOSTILE,)),
         Projections((HOSTILE, "b"), {1: (0.5, 0.1)}, {1: (5.0, 1.0)}),
     ]
-    for one in shown:
-        page = one._repr_html_()
-        assert HOSTILE in read(page), one
+    for result in shown:
+        page = result._repr_html_()
+        assert HOSTILE in read(page), result
         assert "<script" not in page
 
 

@@ -33,73 +33,73 @@ def pushes(*layers: int, strength: float = 1.0) -> Steering:
 
 
 def test_the_numbers_are_dot_products_and_cosines(lm: LM) -> None:
-    found = lm.project(TEXT, pushes())
+    projection = lm.project(TEXT, pushes())
     (read,) = lm.capture(TEXT, list(range(LAYERS)), Positions.all(), chat=False)
-    assert found.layers == tuple(range(LAYERS))
-    for layer in found.layers:
+    assert projection.layers == tuple(range(LAYERS))
+    for layer in projection.layers:
         x, v = read[Site(layer)], direction(layer)
-        assert found.projections[layer] == pytest.approx((x @ v).tolist())
-        assert found.cosines[layer] == pytest.approx((x @ v / x.norm(dim=-1)).tolist())
-    assert "".join(found.tokens) == TEXT
-    assert len(found.tokens) == 7
+        assert projection.projections[layer] == pytest.approx((x @ v).tolist())
+        assert projection.cosines[layer] == pytest.approx((x @ v / x.norm(dim=-1)).tolist())
+    assert "".join(projection.tokens) == TEXT
+    assert len(projection.tokens) == 7
 
 
 def test_they_are_those_that_inspect_shows(lm: LM) -> None:
-    one = token_cosines(lm, pushes(2), TEXT)
-    assert lm.project(TEXT, pushes(), 2).cosines == {2: pytest.approx(one[0].cosines)}
+    cosines = token_cosines(lm, pushes(2), TEXT)
+    assert lm.project(TEXT, pushes(), 2).cosines == {2: pytest.approx(cosines[0].cosines)}
     assert lm.project(TEXT, pushes(), [0, 3]).layers == (0, 3)
     turned = lm.project(TEXT, pushes(2, strength=-2.0)).cosines[2]
-    assert turned == pytest.approx([-cosine for cosine in one[0].cosines])
+    assert turned == pytest.approx([-cosine for cosine in cosines[0].cosines])
 
 
 def test_a_direction_is_read_where_it_acts(lm: LM) -> None:
     at = Site(1, "mlp")
-    found = lm.project(TEXT, Steering((Edit(at, Ablate(direction(5))),)))
+    projection = lm.project(TEXT, Steering((Edit(at, Ablate(direction(5))),)))
     (read,) = lm.capture(TEXT, [at], Positions.all(), chat=False)
-    assert found.projections[1] == pytest.approx((read[at] @ direction(5)).tolist())
+    assert projection.projections[1] == pytest.approx((read[at] @ direction(5)).tolist())
 
 
 def test_messages_are_rendered_and_an_answered_conversation_ends_there(lm: LM) -> None:
-    asked = [{"role": "user", "content": "w10 w11"}]
-    answered = [*asked, {"role": "assistant", "content": "w12"}]
-    assert encode_talk(lm.tokenizer, asked) == lm.encode(asked) == [0, 5, 10, 11, 0, 6]
+    question = [{"role": "user", "content": "w10 w11"}]
+    answered = [*question, {"role": "assistant", "content": "w12"}]
+    assert encode_talk(lm.tokenizer, question) == lm.encode(question) == [0, 5, 10, 11, 0, 6]
     assert encode_talk(lm.tokenizer, answered) == [0, 5, 10, 11, 0, 6, 12]
-    found = lm.project(answered, pushes(1))
-    assert [token.strip() for token in found.tokens] == ["<pad>", "w5", "w10", "w11", "<pad>", "w6", "w12"]
+    projection = lm.project(answered, pushes(1))
+    assert [token.strip() for token in projection.tokens] == ["<pad>", "w5", "w10", "w11", "<pad>", "w6", "w12"]
     with torch.no_grad():
         hidden = lm.model(input_ids=torch.tensor([[0, 5, 10, 11, 0, 6, 12]]), output_hidden_states=True).hidden_states
-    assert found.projections[1] == pytest.approx((hidden[2][0] @ direction(1)).tolist())
+    assert projection.projections[1] == pytest.approx((hidden[2][0] @ direction(1)).tolist())
 
 
 def test_a_notebook_shows_the_text_coloured_once_a_layer(lm: LM) -> None:
-    found = lm.project(TEXT, pushes(), [1, 2])
-    page = found._repr_html_()
+    projection = lm.project(TEXT, pushes(), [1, 2])
+    page = projection._repr_html_()
     assert re.findall(r">layer (\d)<", page) == ["1", "2"]
     titles = re.findall(r'title="([+-][\d.]+)">([^<]*)</span>', page)
     assert titles == [
         (f"{cosine:+.3f}", html.escape(token))
         for layer in (1, 2)
-        for token, cosine in zip(found.tokens, found.cosines[layer], strict=True)
+        for token, cosine in zip(projection.tokens, projection.cosines[layer], strict=True)
     ]
     assert not re.search(r"<script|<style|<img|href|class=", page)
 
 
 def test_a_table_for_pandas(lm: LM) -> None:
     pytest.importorskip("pandas")
-    found = lm.project(TEXT, pushes(), [1, 2])
-    table = found.to_pandas()
+    projection = lm.project(TEXT, pushes(), [1, 2])
+    table = projection.to_pandas()
     assert list(table.columns) == ["position", "token", "layer", "cosine", "projection"]
     assert len(table) == 14
-    assert tuple(table[table.layer == 2].cosine) == found.cosines[2]
+    assert tuple(table[table.layer == 2].cosine) == projection.cosines[2]
 
 
 def test_a_picture(lm: LM) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'trimtab[plot]'")
     from matplotlib import pyplot
 
-    one = lm.project(TEXT, pushes(1))
-    axes = one.plot()
-    assert [bar.get_height() for bar in axes.patches] == pytest.approx(list(one.cosines[1]))
+    projection = lm.project(TEXT, pushes(1))
+    axes = projection.plot()
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx(list(projection.cosines[1]))
     mine = pyplot.figure().subplots()
     both = lm.project(TEXT, pushes(), [1, 2])
     assert both.plot(mine) is mine

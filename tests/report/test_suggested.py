@@ -34,9 +34,13 @@ def test_it_is_the_strength_of_a_mild_dose_over_all_layers():
 
 
 def test_what_was_found_with_its_strength_keeps_it():
-    for one in (planted(9.0, method="distill"), planted(9.0, tuning={"chosen": {}}), planted(9.0, method="word-logit")):
-        assert suggested_strength(one) == 1
-        assert named_with_strength(FILE, one) == "s.safetensors"
+    for steering in (
+        planted(9.0, method="distill"),
+        planted(9.0, tuning={"chosen": {}}),
+        planted(9.0, method="word-logit"),
+    ):
+        assert suggested_strength(steering) == 1
+        assert named_with_strength(FILE, steering) == "s.safetensors"
 
 
 @pytest.mark.parametrize(("length", "strength"), [(2.1, 1), (1.9, 1), (1.5, 1.3), (2.5, 0.8)])
@@ -48,17 +52,19 @@ def test_what_isnt_known_isnt_said():
     nothing = Steering()
     foreign = Steering((Edit(Site(0), Add(torch.ones(2))),))
     removes = Steering((Edit(Site(0), Ablate(torch.tensor([0.0, 1.0]))),), planted(1.0).card)
-    for one in (nothing, foreign, removes, 0.0 * planted(1.0), planted(1.0) + planted(1.0)):
-        assert suggested_strength(one) is None
-        assert named_with_strength(FILE, one) == "s.safetensors"
+    for steering in (nothing, foreign, removes, 0.0 * planted(1.0), planted(1.0) + planted(1.0)):
+        assert suggested_strength(steering) is None
+        assert named_with_strength(FILE, steering) == "s.safetensors"
 
 
 def test_a_learned_file_has_about_that_dose_where_it_was_learned():
     lm = tiny("llama")
     pairs = [Pair(prompt(seed, 9), prompt(50 + seed, 9), "", "prompts") for seed in range(6)]
     learned = learn_instruct(lm, pairs, [1, 2], operation="add")
-    found = lm.generate([str(pair.positive) for pair in pairs], suggested_strength(learned) * learned, max_new_tokens=1)
-    assert sum(one.applied.overall for one in found) / 6 == pytest.approx(MILD, rel=0.3)
+    steered = lm.generate(
+        [str(pair.positive) for pair in pairs], suggested_strength(learned) * learned, max_new_tokens=1
+    )
+    assert sum(answer.applied.overall for answer in steered) / 6 == pytest.approx(MILD, rel=0.3)
     answers = [Pair(prompt(seed, 4), prompt(50 + seed, 4), prompt(90 + seed, 5), "answers") for seed in range(12)]
     with pytest.warns(UserWarning, match="barely agree"):
         assert 0 < suggested_strength(learn_caa(lm, answers, [1, 2])) < 10

@@ -37,7 +37,7 @@ def vectors(seed: int, layers: range = range(LAYERS), strength: float = 1.0) -> 
     return Steering(tuple(Edit(Site(i), Add(direction(seed + i, 3.0)), strength=strength) for i in layers))
 
 
-def one(cosines: list[float], layer: int = 0) -> TokenCosines:
+def cosines_of(cosines: list[float], layer: int = 0) -> TokenCosines:
     return TokenCosines(layer, tuple(f" t{i}" for i in range(len(cosines))), tuple(cosines))
 
 
@@ -46,8 +46,8 @@ def one(cosines: list[float], layer: int = 0) -> TokenCosines:
 
 def test_cosines_are_those_of_each_token_alone(lm: LM) -> None:
     text = prompt(1, 7)
-    found = token_cosines(lm, vectors(1), text)
-    assert [each.layer for each in found] == list(range(LAYERS))
+    cosines = token_cosines(lm, vectors(1), text)
+    assert [each.layer for each in cosines] == list(range(LAYERS))
     read: list[torch.Tensor] = []
     for block in lm.layout.blocks:
         block.register_forward_hook(lambda _m, _a, o: read.append(o[0]))
@@ -55,7 +55,7 @@ def test_cosines_are_those_of_each_token_alone(lm: LM) -> None:
         lm.model(input_ids=torch.tensor([lm.encode(text)]), use_cache=False)
     for block in lm.layout.blocks:
         block._forward_hooks.clear()
-    for each in found:
+    for each in cosines:
         x, v = read[each.layer], direction(1 + each.layer)
         expected = [float(torch.dot(x[t], v) / (x[t].norm() * v.norm())) for t in range(7)]
         assert list(each.cosines) == pytest.approx(expected, abs=1e-9)
@@ -88,13 +88,13 @@ def test_what_cant_be_read(lm: LM) -> None:
 
 
 def test_the_first_token_does_not_set_the_scale() -> None:
-    assert reach([one([0.9, -0.2, 0.1]), one([0.9, 0.05, 0.3])]) == 0.3
-    assert reach([one([0.9])]) == 0.9
-    assert reach([one([0.9, 0.0])]) > 0
+    assert reach([cosines_of([0.9, -0.2, 0.1]), cosines_of([0.9, 0.05, 0.3])]) == 0.3
+    assert reach([cosines_of([0.9])]) == 0.9
+    assert reach([cosines_of([0.9, 0.0])]) > 0
 
 
 def test_the_terminal_has_the_text_and_the_signs_colours() -> None:
-    text = coloured_cosines(one([0.0, 0.4, -0.4, 0.2]), 0.4)
+    text = coloured_cosines(cosines_of([0.0, 0.4, -0.4, 0.2]), 0.4)
     assert text.plain == " t0 t1 t2 t3"
     colours = [span.style.bgcolor.triplet for span in text.spans]  # type: ignore[union-attr]
     assert colours[0] == (255, 255, 255)
@@ -104,8 +104,8 @@ def test_the_terminal_has_the_text_and_the_signs_colours() -> None:
 
 
 def test_the_page_has_the_text_escaped_and_nothing_from_elsewhere() -> None:
-    found = [TokenCosines(2, ("a", " <b>", ' "c"\n', "", "d"), (0.1, 0.2, -0.2, 0.0, 0.1))]
-    page = tokens_page(found, "<title> & more")
+    rows = [TokenCosines(2, ("a", " <b>", ' "c"\n', "", "d"), (0.1, 0.2, -0.2, 0.0, 0.1))]
+    page = tokens_page(rows, "<title> & more")
     shown = re.search(r'<p class="text">(.*)</p>', page, re.DOTALL)
     assert shown is not None
     assert html.unescape(re.sub(r"<[^>]*>", "", shown[1])) == 'a <b> "c"\nd'
@@ -117,8 +117,8 @@ def test_the_page_has_the_text_escaped_and_nothing_from_elsewhere() -> None:
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize("tokens", [1, 36, 80])
 def test_pictures_of_any_length(layers: int, tokens: int) -> None:
-    found = [one([0.5, *(i % 7 / 20 - 0.15 for i in range(tokens - 1))], layer) for layer in range(layers)]
-    assert draw_tokens(found, "cosine with $x and more").startswith(PNG)
+    rows = [cosines_of([0.5, *(i % 7 / 20 - 0.15 for i in range(tokens - 1))], layer) for layer in range(layers)]
+    assert draw_tokens(rows, "cosine with $x and more").startswith(PNG)
 
 
 # ---- similarity ----------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def test_a_shut_gate_everywhere_and_many_answers(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("given", [[], [answer(traced=False)], [answer()]], ids=["none", "no trace", "no token"])
-def test_nothing_to_draw(given: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("answers", [[], [answer(traced=False)], [answer()]], ids=["none", "no trace", "no token"])
+def test_nothing_to_draw(answers: list[Any], tmp_path: Path) -> None:
     with pytest.raises(TrimtabError, match="nothing to draw"):
-        plot_traces(given, tmp_path / "a.png")
+        plot_traces(answers, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()

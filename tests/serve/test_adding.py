@@ -29,16 +29,16 @@ KIND = {"Content-Type": "application/octet-stream"}
 V = torch.randn(32, generator=torch.Generator().manual_seed(0))
 
 
-def secret(name: str, **given: Any) -> Key:
-    return Key(name, hashlib.sha256(name.encode()).digest(), **given)
+def secret(name: str, **options: Any) -> Key:
+    return Key(name, hashlib.sha256(name.encode()).digest(), **options)
 
 
 def bearer(name: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {name}"}
 
 
-def one(direction: torch.Tensor = V, **given: Any) -> Edit:
-    return Edit(Site(1), Add(direction), Positions.all(), **given)
+def addition(direction: torch.Tensor = V, **options: Any) -> Edit:
+    return Edit(Site(1), Add(direction), Positions.all(), **options)
 
 
 def condition(number: int) -> Threshold:
@@ -53,17 +53,17 @@ def nested(depth: int) -> Any:
 
 
 TOO_MUCH: list[tuple[str, Callable[[], Steering], str]] = [
-    ("edits", lambda: Steering((one(),) * (bounds.EDITS + 1)), "257 edits"),
-    ("depth", lambda: Steering((one(gate=nested(bounds.DEPTH + 2)),)), "nested"),
-    ("parts", lambda: Steering((one(gate=AnyOf((condition(0),) * 65)),)), "65 parts"),
+    ("edits", lambda: Steering((addition(),) * (bounds.EDITS + 1)), "257 edits"),
+    ("depth", lambda: Steering((addition(gate=nested(bounds.DEPTH + 2)),)), "nested"),
+    ("parts", lambda: Steering((addition(gate=AnyOf((condition(0),) * 65)),)), "65 parts"),
     (
         "tests",
-        lambda: Steering(tuple(one(gate=AllOf(tuple(condition(9 * i + j) for j in range(9)))) for i in range(9))),
+        lambda: Steering(tuple(addition(gate=AllOf(tuple(condition(9 * i + j) for j in range(9)))) for i in range(9))),
         "64",
     ),
-    ("norm", lambda: Steering((one(torch.full((32,), 1e30)),)), "vector of length"),
-    ("strength", lambda: Steering((one(strength=1e9),)), "vector of length"),
-    ("product", lambda: Steering((one(1e4 * V, strength=1e3),)), "vector of length"),
+    ("norm", lambda: Steering((addition(torch.full((32,), 1e30)),)), "vector of length"),
+    ("strength", lambda: Steering((addition(strength=1e9),)), "vector of length"),
+    ("product", lambda: Steering((addition(1e4 * V, strength=1e3),)), "vector of length"),
 ]
 
 
@@ -76,13 +76,13 @@ def client(make_service: Callable[..., Any], client_of: Callable[..., Any], tmp_
         secret("dan"),
     )
     service = make_service(policy=Policy(keys), audit=Audit(tmp_path / "a.jsonl"), upload=True, learn=True)
-    found = client_of(service)
-    found.service = service
-    return found
+    opened = client_of(service)
+    opened.service = service
+    return opened
 
 
 def put(client: Any, who: str, name: str, steering: Steering | bytes | None = None) -> Any:
-    data = steering if isinstance(steering, bytes) else steering_to_bytes(steering or Steering((one(),)))
+    data = steering if isinstance(steering, bytes) else steering_to_bytes(steering or Steering((addition(),)))
     return client.put(f"/v1/steerings/{name}", content=data, headers={**KIND, **bearer(who)})
 
 
@@ -101,31 +101,34 @@ class TestBounds:
     ) -> None:
         with pytest.raises(Refusal, match=words):
             check_bounds(make())
-        found = put(client, "ann", "mine", make())
-        assert (found.status_code, found.json()["error"]["code"]) == (400, "too_large"), found.text
+        response = put(client, "ann", "mine", make())
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "too_large"), response.text
         assert "mine" not in names(client, "ann")
 
     def test_what_is_just_enough_is(self) -> None:
-        check_bounds(Steering((one(),) * bounds.EDITS))
-        check_bounds(Steering((one(gate=nested(bounds.DEPTH)),)))
-        check_bounds(Steering(tuple(one(gate=condition(1)) for _ in range(100))))  # the same condition, read once
+        check_bounds(Steering((addition(),) * bounds.EDITS))
+        check_bounds(Steering((addition(gate=nested(bounds.DEPTH)),)))
+        check_bounds(Steering(tuple(addition(gate=condition(1)) for _ in range(100))))  # the same condition, read once
 
     @pytest.mark.parametrize("depth", [100, 600, 20_000])
     def test_files_nested_as_no_gate_can_be(self, client: Any, depth: int) -> None:
         inner = '{"not":' * depth + "{}" + "}" * depth
         header = json.dumps({"__metadata__": {"trimtab": f'{{"format":1,"edits":[{inner}],"digest":""}}'}}).encode()
-        found = put(client, "ann", "deep", len(header).to_bytes(8, "little") + header)
-        assert found.status_code == 400, found.text
-        assert "nested" in found.json()["error"]["message"]
+        response = put(client, "ann", "deep", len(header).to_bytes(8, "little") + header)
+        assert response.status_code == 400, response.text
+        assert "nested" in response.json()["error"]["message"]
 
     def test_a_header_that_is_too_long(self) -> None:
         header = b'{"__metadata__":{"trimtab":"' + b"x" * bounds.HEADER + b'"}}'
         with pytest.raises(Refusal, match="its header has"):
             check_file(len(header).to_bytes(8, "little") + header)
-        check_file(steering_to_bytes(Steering((one(),) * 200)))
+        check_file(steering_to_bytes(Steering((addition(),) * 200)))
 
     def test_memory(self, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert size_of(Steering((one(), one()))) == 2 * 32 * 4 or size_of(Steering((one(), one()))) == 32 * 4
+        assert (
+            size_of(Steering((addition(), addition()))) == 2 * 32 * 4
+            or size_of(Steering((addition(), addition()))) == 32 * 4
+        )
         monkeypatch.setattr(library, "MOST_BYTES", 300)
         assert put(client, "ann", "a").status_code == put(client, "ben", "b").status_code == 201
         assert "MiB at most" in put(client, "ann", "c").json()["error"]["message"]
@@ -148,7 +151,7 @@ class TestOwners:
 
     def test_names_tell_nothing_of_what_is_hidden(self, client: Any) -> None:
         """A key that knows s0 alone brings an s1 of its own, as it would bring any other name, and uses it."""
-        own, other = Steering((one(50 * V),)), Steering((one(-50 * V),))
+        own, other = Steering((addition(50 * V),)), Steering((addition(-50 * V),))
         assert put(client, "ann", "x", own).status_code == put(client, "ben", "x", other).status_code == 201
         assert put(client, "eve", "s1", own).status_code == put(client, "eve", "new", own).status_code == 201
         assert names(client, "eve") == ["new", "s0", "s1"]
@@ -173,8 +176,8 @@ class TestOwners:
         assert gone.json() == {"id": "mine", "object": "steering.deleted", "deleted": True}
         assert ask(client, "ann", "mine").status_code == 404
         assert put(client, "ann", "mine").status_code == 201
-        found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-        events = [(each["event"], each["key"]) for each in found if each["event"] in ("added", "removed")]
+        entries = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+        events = [(each["event"], each["key"]) for each in entries if each["event"] in ("added", "removed")]
         assert events == [("added", "ann"), ("removed", "ann"), ("added", "ann")]
 
     def test_what_cannot_be_written_down_is_not_added(self, client: Any) -> None:

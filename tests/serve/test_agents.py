@@ -51,28 +51,28 @@ def client(server: Any) -> Any:
 
 
 def test_chat_with_tools_and_back(client: Any) -> None:
-    asked = {**PLAIN, "tools": [WEATHER], "parallel_tool_calls": False, "max_tokens": 60}
-    found = client.chat.completions.create(messages=QUESTION, tool_choice="required", **asked)
-    (call,) = found.choices[0].message.tool_calls
-    assert found.choices[0].finish_reason == "tool_calls"
+    body = {**PLAIN, "tools": [WEATHER], "parallel_tool_calls": False, "max_tokens": 60}
+    completion = client.chat.completions.create(messages=QUESTION, tool_choice="required", **body)
+    (call,) = completion.choices[0].message.tool_calls
+    assert completion.choices[0].finish_reason == "tool_calls"
     assert json.loads(call.function.arguments)["city"] == "Lyon"
-    pieces = list(client.chat.completions.create(messages=QUESTION, tool_choice="required", stream=True, **asked))
-    calls = [one for piece in pieces if piece.choices for one in piece.choices[0].delta.tool_calls or ()]
+    pieces = list(client.chat.completions.create(messages=QUESTION, tool_choice="required", stream=True, **body))
+    calls = [delta for piece in pieces if piece.choices for delta in piece.choices[0].delta.tool_calls or ()]
     assert calls[0].function.name == "get_weather"
-    assert "".join(one.function.arguments for one in calls) == call.function.arguments
+    assert "".join(made.function.arguments for made in calls) == call.function.arguments
     assert len(calls) > 3
     answer = {"role": "tool", "tool_call_id": call.id, "content": "It snows."}
-    talk = [*QUESTION, found.choices[0].message.model_dump(), answer]
-    after = client.chat.completions.create(messages=talk, **{**asked, "max_tokens": 20})
+    talk = [*QUESTION, completion.choices[0].message.model_dump(), answer]
+    after = client.chat.completions.create(messages=talk, **{**body, "max_tokens": 20})
     assert after.choices[0].message.content
 
 
 def test_formats_and_steering(client: Any) -> None:
     """JSON under a push that unmakes the text; the client parses it."""
     ask = [{"role": "user", "content": "Describe Lyon."}]
-    asked = {**PLAIN, "messages": ask, "response_format": City, "max_tokens": 100}
-    found = client.chat.completions.parse(**asked)
-    assert found.choices[0].message.parsed.name == "Lyon"
+    body = {**PLAIN, "messages": ask, "response_format": City, "max_tokens": 100}
+    completion = client.chat.completions.parse(**body)
+    assert completion.choices[0].message.parsed.name == "Lyon"
     hard = {"steering": [{"name": "push", "strength": 2}], "response_format": {"type": "json_object"}}
     pushed = client.chat.completions.create(**PLAIN, messages=ask, max_tokens=100, extra_body=hard)
     assert pushed.choices[0].finish_reason in ("stop", "length")
@@ -83,8 +83,8 @@ def test_formats_and_steering(client: Any) -> None:
 
 
 def test_responses(client: Any) -> None:
-    found = client.responses.parse(**PLAIN, input="Describe Lyon.", text_format=City, max_output_tokens=100)
-    assert found.output_parsed.name == "Lyon"
+    response = client.responses.parse(**PLAIN, input="Describe Lyon.", text_format=City, max_output_tokens=100)
+    assert response.output_parsed.name == "Lyon"
     with client.responses.stream(**PLAIN, input="Say hello.", max_output_tokens=40) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
         assert stream.get_final_response().output_text == text
@@ -120,9 +120,9 @@ def test_agents_call_tools(server: Any, agents: Any, kind: str) -> None:
                 pass
             return ran
 
-    found = asyncio.run(run())
+    result = asyncio.run(run())
     assert called == ["Lyon"]
-    assert found.final_output == "It snows in Lyon."
+    assert result.final_output == "It snows in Lyon."
 
 
 def test_agents_with_a_format(server: Any, agents: Any) -> None:

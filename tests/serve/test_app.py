@@ -68,8 +68,8 @@ class TestPolicy(Asks):
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
 
     def test_a_key_has_its_steerings_and_its_range(self, client: Any) -> None:
-        found = client.get("/v1/steerings", headers=bearer("alice")).json()["data"]
-        assert [(one["name"], one["always"], one["strength"]) for one in found] == [
+        listed = client.get("/v1/steerings", headers=bearer("alice")).json()["data"]
+        assert [(entry["name"], entry["always"], entry["strength"]) for entry in listed] == [
             ("s0", False, [0, 2]),
             ("s7", True, [0, 2]),
         ]
@@ -84,10 +84,10 @@ class TestPolicy(Asks):
     def test_what_is_always_on_stays_on(self, client: Any, tiny_lm: Any, steerings: Path) -> None:
         from trimtab import load
 
-        told = self.ask(client, "bob").json()
-        assert told["trimtab"]["steering"][0]["name"] == "s7"
+        body = self.ask(client, "bob").json()
+        assert body["trimtab"]["steering"][0]["name"] == "s7"
         (answer,) = tiny_lm.generate(ASK, load(steerings / "s7.safetensors"), max_new_tokens=5)
-        assert told["choices"][0]["message"]["content"] == answer.text
+        assert body["choices"][0]["message"]["content"] == answer.text
         for way in (
             {"steering": [{"name": "s7", "strength": -1}]},
             {"steering": [{"name": "s0"}], "rejection": True},
@@ -101,11 +101,11 @@ class TestPolicy(Asks):
     def test_strengths_of_one_steering_add_up(self, client: Any) -> None:
         """However often it is named, at whatever layers, and one way doesn't make room for the other."""
 
-        def named(who: str, *given: tuple[float, int | None]) -> int:
-            found = self.ask(client, who, steering=[{"name": "s0", "strength": s, "layer": at} for s, at in given])
-            if found.status_code == 403:
-                assert "add up to" in found.json()["error"]["message"]
-            return int(found.status_code)
+        def named(who: str, *amounts: tuple[float, int | None]) -> int:
+            response = self.ask(client, who, steering=[{"name": "s0", "strength": s, "layer": at} for s, at in amounts])
+            if response.status_code == 403:
+                assert "add up to" in response.json()["error"]["message"]
+            return int(response.status_code)
 
         assert named("alice", (1, None), (1, None)) == 200
         assert named("alice", *[(2, None)] * 16) == 403
@@ -134,9 +134,9 @@ class TestPolicy(Asks):
             assert put.status_code == status, put.text
         refused = self.ask(client, "bob", steering=[{"name": "same", "strength": -1}])
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "always_on")
-        found = self.ask(client, "bob", steering=[{"name": "near", "strength": -1}]).json()["trimtab"]
-        assert 0 < found["steering"][1]["taken_off"] < 1
-        assert found["steering"][0]["taken_off"] is None
+        applied = self.ask(client, "bob", steering=[{"name": "near", "strength": -1}]).json()["trimtab"]
+        assert 0 < applied["steering"][1]["taken_off"] < 1
+        assert applied["steering"][0]["taken_off"] is None
         assert self.ask(client, "bob", steering=[{"name": "s3"}]).status_code == 403  # it keeps norms
 
     def test_every_request_is_written_down(self, client: Any) -> None:
@@ -145,12 +145,12 @@ class TestPolicy(Asks):
         self.ask(client, "bob", steering=[{"name": "s99"}])
         assert client.get("/v1/models").status_code == 401
         begun, first, begun_too, second, refused, unknown = [
-            json.loads(one) for one in self.log.read_text().splitlines()
+            json.loads(line) for line in self.log.read_text().splitlines()
         ]
         assert (begun["event"], first["event"], begun_too["event"]) == ("begun", "ended", "begun")
         assert (begun["request"], begun["steering"], begun["key"]) == (first["request"], first["steering"], "alice")
         assert (first["key"], first["user"], first["outcome"]) == ("alice", "u1", "done")
-        assert [(one["name"], one["always"]) for one in first["steering"]] == [("s7", True), ("s0", False)]
+        assert [(entry["name"], entry["always"]) for entry in first["steering"]] == [("s7", True), ("s0", False)]
         assert begun["prompt"][0]["content"] == ASK[0]["content"]
         assert "prompt" not in first
         assert (second["key"], second["outcome"], second["tokens"]) == ("bob", "done", [5])
@@ -176,26 +176,26 @@ class TestAdding(Asks):
             assert put("bob", name, data).status_code in (400, 404, 405), name
         made = put("bob", "mine", data)
         assert (made.status_code, made.json()["source"]) == (201, "uploaded")
-        one, two = (self.ask(client, "bob", steering=[{"name": name}]).json() for name in ("mine", "s0"))
-        assert one["choices"] == two["choices"]
+        uploaded, original = (self.ask(client, "bob", steering=[{"name": name}]).json() for name in ("mine", "s0"))
+        assert uploaded["choices"] == original["choices"]
         pairs = [{"prompt": f"{ask}?", "positive": "yes yes", "negative": "no no"} for ask in ("What", "Why", "Who")]
-        asked = {"name": "learned", "method": "caa", "pairs": pairs, "layers": [1]}
-        assert client.post("/v1/steerings", json=asked, headers=bearer("alice")).status_code == 403
-        learned = client.post("/v1/steerings", json=asked, headers=bearer("bob"))
+        body = {"name": "learned", "method": "caa", "pairs": pairs, "layers": [1]}
+        assert client.post("/v1/steerings", json=body, headers=bearer("alice")).status_code == 403
+        learned = client.post("/v1/steerings", json=body, headers=bearer("bob"))
         assert (learned.status_code, learned.json()["layers"]) == (201, [1])
         assert self.ask(client, "bob", steering=[{"name": "learned", "strength": 2}]).status_code == 200
         talk = [{**pair, "prompt": [{"role": "user", "content": "Why?"}], "system": "Be kind."} for pair in pairs]
-        spoken = client.post("/v1/steerings", json={**asked, "name": "y", "pairs": talk}, headers=bearer("bob"))
+        spoken = client.post("/v1/steerings", json={**body, "name": "y", "pairs": talk}, headers=bearer("bob"))
         assert spoken.status_code == 201
         assert spoken.json()["digest"] != learned.json()["digest"]
         parts = [{**pairs[0], "prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]}]
-        refused = client.post("/v1/steerings", json={**asked, "name": "z", "pairs": parts}, headers=bearer("bob"))
+        refused = client.post("/v1/steerings", json={**body, "name": "z", "pairs": parts}, headers=bearer("bob"))
         assert refused.status_code in (400, 422)
         assert (
-            client.post("/v1/steerings", json={**asked, "name": "x", "pairs": [{}]}, headers=bearer("bob")).status_code
+            client.post("/v1/steerings", json={**body, "name": "x", "pairs": [{}]}, headers=bearer("bob")).status_code
             == 400
         )
-        assert [one["name"] for one in client.get("/v1/steerings", headers=bearer("bob")).json()["data"]].count(
+        assert [entry["name"] for entry in client.get("/v1/steerings", headers=bearer("bob")).json()["data"]].count(
             "mine"
         ) == 1
         assert "mine" not in client.get("/v1/steerings", headers=bearer("alice")).text
@@ -225,8 +225,8 @@ class TestLimits:
         client = client_of(make_service(policy=Policy(max_dose=1.0)))
         mild, wild = ({**BODY, "steering": [{"name": "s0", "strength": s}]} for s in (0.01, 100))
         assert client.post(PATH, json=mild).status_code == 200
-        one = client.post(PATH, json={**BODY, "steering": [{"name": "s0", "strength": 0.1}]}).json()
-        (each,) = one["trimtab"]["answers"]
+        answer = client.post(PATH, json={**BODY, "steering": [{"name": "s0", "strength": 0.1}]}).json()
+        (each,) = answer["trimtab"]["answers"]
         assert each["total_dose"] == each["dose"] == sum(d["ratio"] for d in each["doses"])
         many = [{"name": "s0", "strength": 0.1 * 0.8 / each["dose"], "layer": layer} for layer in (0, 1, 2)]
         assert client.post(PATH, json={**BODY, "steering": many[:1]}).status_code == 200
@@ -240,9 +240,9 @@ class TestLimits:
         self, make_service: Callable[..., Any], client_of: Callable[..., Any]
     ) -> None:
         """Of a character that several tokens make each has its part, which no text could say."""
-        asked = {**BODY, "temperature": 2, "seed": 5, "n": 4, "max_tokens": 30, "logprobs": True, "top_logprobs": 0}
+        body = {**BODY, "temperature": 2, "seed": 5, "n": 4, "max_tokens": 30, "logprobs": True, "top_logprobs": 0}
         parts = 0
-        for choice in client_of(make_service()).post(PATH, json=asked).json()["choices"]:
+        for choice in client_of(make_service()).post(PATH, json=body).json()["choices"]:
             tokens = choice["logprobs"]["content"]
             written = [token for token in tokens if not token["token"].startswith("<|")]  # special ones are no text
             together = bytes(byte for token in written for byte in token["bytes"] or [])
@@ -257,9 +257,9 @@ class TestLimits:
         client = client_of(make_service(limits={"rejecting_tokens": 60}))
         steered = {**BODY, "steering": [{"name": "s0"}]}
         for wish in (True, {"beta": 0.3}, {"ladder": "strength"}):
-            found = client.post(PATH, json={**steered, "rejection": wish})
-            assert found.status_code == 200, found.text
-            assert found.json()["trimtab"]["answers"][0]["rejection"]["tokens"] == 5
+            response = client.post(PATH, json={**steered, "rejection": wish})
+            assert response.status_code == 200, response.text
+            assert response.json()["trimtab"]["answers"][0]["rejection"]["tokens"] == 5
         assert client.post(PATH, json={**steered, "rejection": {"ladder": "halve"}}).status_code == 400
         long = {**steered, "messages": [{"role": "user", "content": "blue " * 70}]}
         refused = client.post(PATH, json={**long, "rejection": True})
@@ -322,14 +322,14 @@ class TestMalformed:
         for i in range(1000):
             where = "/v1/completions" if i % 5 == 0 else "/v1/responses" if i % 5 == 1 else PATH
             content = self.fuzzed(chance, "responses" in where)
-            found = client.post(where, content=content, headers={"Content-Type": "application/json"})
-            assert found.status_code < 500, (content, found.text)
-            if found.status_code >= 400:
+            response = client.post(where, content=content, headers={"Content-Type": "application/json"})
+            assert response.status_code < 500, (content, response.text)
+            if response.status_code >= 400:
                 refused += 1
-                error = found.json()["error"]
+                error = response.json()["error"]
                 assert error["message"]
                 assert error["type"]
-                assert "Traceback" not in found.text
+                assert "Traceback" not in response.text
         assert refused > 750  # some of them make sense by chance
         assert client.post(PATH, json=BODY).status_code == 200
         assert service.scheduler.running == service.scheduler.queued == 0
@@ -370,6 +370,6 @@ def test_nothing_of_a_refused_body_is_kept(make_service: Callable[..., Any], cli
     gc.disable()
     try:
         assert client.post("/v1/chat/completions", content=sent).status_code == 400
-        assert not [one for one in gc.get_objects() if type(one) is list and len(one) == 4321]
+        assert not [item for item in gc.get_objects() if type(item) is list and len(item) == 4321]
     finally:
         gc.enable()

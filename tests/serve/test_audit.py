@@ -72,9 +72,9 @@ class TestLines:
         assert log.check()
         log.write({"n": 3})
         log.close()
-        found = lines(tmp_path / "a.jsonl")
-        assert [one["n"] for one in found if "n" in one] == [1, 3]
-        assert [one["event"] for one in found if "event" in one] == ["resumed"]
+        entries = lines(tmp_path / "a.jsonl")
+        assert [entry["n"] for entry in entries if "n" in entry] == [1, 3]
+        assert [entry["event"] for entry in entries if "event" in entry] == ["resumed"]
 
     def test_a_cut_last_line_is_kept_as_a_line(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jsonl"
@@ -82,15 +82,15 @@ class TestLines:
         log = Audit(path)
         log.write({"n": 3})
         log.close()
-        one, mended, three = lines(path)
-        assert (one["n"], three["n"]) == (1, 3)
+        first, mended, third = lines(path)
+        assert (first["n"], third["n"]) == (1, 3)
         assert (mended["event"], mended["fragment"]) == ("mended", '{"n":2,"text":"caf\\xc3')
 
     def test_what_is_no_number_in_json(self, tmp_path: Path) -> None:
         log = Audit(tmp_path / "a.jsonl")
         log.write({"doses": [math.inf, -math.inf, math.nan, 0.5], "in": {"x": math.inf}})
-        (one,) = lines(tmp_path / "a.jsonl")
-        assert (one["doses"], one["in"]) == (["inf", "-inf", "nan", 0.5], {"x": "inf"})
+        (entry,) = lines(tmp_path / "a.jsonl")
+        assert (entry["doses"], entry["in"]) == (["inf", "-inf", "nan", 0.5], {"x": "inf"})
 
     def test_threads_write_whole_lines(self, tmp_path: Path) -> None:
         log = Audit(tmp_path / "a.jsonl")
@@ -102,7 +102,7 @@ class TestLines:
             thread.start()
         for thread in threads:
             thread.join()
-        assert sorted(one["i"] for one in lines(tmp_path / "a.jsonl")) == sorted(list(range(8)) * 20)
+        assert sorted(entry["i"] for entry in lines(tmp_path / "a.jsonl")) == sorted(list(range(8)) * 20)
 
     def test_two_servers_have_two_files(self, tmp_path: Path) -> None:
         first = Audit(tmp_path / "a.jsonl")
@@ -132,7 +132,7 @@ class TestLines:
         )
         ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.jsonl")], check=False)
         assert ran.returncode == -9
-        assert [one["i"] for one in lines(tmp_path / "a.jsonl")] == list(range(50))
+        assert [entry["i"] for entry in lines(tmp_path / "a.jsonl")] == list(range(50))
 
 
 @pytest.fixture
@@ -151,9 +151,9 @@ class TestTheDoor:
         before = lines(log)
         with full_disk(log, 30):
             for _ in range(2):
-                found = client.post(PATH, json=body)
-                assert (found.status_code, found.json()["error"]["code"]) == (503, "unaudited")
-                assert found.headers["Retry-After"]
+                response = client.post(PATH, json=body)
+                assert (response.status_code, response.json()["error"]["code"]) == (503, "unaudited")
+                assert response.headers["Retry-After"]
             assert service.scheduler.running == service.scheduler.queued == 0
             assert client.get("/readyz").json() == {"status": "unaudited"}
             assert client.get("/readyz").status_code == 503
@@ -162,7 +162,7 @@ class TestTheDoor:
         assert lines(log) == before
         assert client.get("/readyz").status_code == 200
         assert client.post(PATH, json=body).status_code == 200
-        assert [one["event"] for one in lines(log)] == ["begun", "ended", "resumed", "begun", "ended"]
+        assert [entry["event"] for entry in lines(log)] == ["begun", "ended", "resumed", "begun", "ended"]
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_disk_that_fills_up_during_an_answer(self, served: Any, stream: bool) -> None:
@@ -179,17 +179,17 @@ class TestTheDoor:
                 write(entry, prompt)
 
         service.audit.write = fails_at_the_end
-        found = client.post(PATH, json={**BODY, "stream": stream})
+        response = client.post(PATH, json={**BODY, "stream": stream})
         if stream:
-            assert "unaudited" in found.text.split("data: ")[-2]
+            assert "unaudited" in response.text.split("data: ")[-2]
         else:
-            assert (found.status_code, found.json()["error"]["code"]) == (503, "unaudited")
-        assert [one["event"] for one in lines(log)] == ["begun"]
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "unaudited")
+        assert [entry["event"] for entry in lines(log)] == ["begun"]
 
     def test_the_beginning_is_there_before_the_first_token(self, served: Any) -> None:
         client, _, log = served
-        with client.stream("POST", PATH, json={**BODY, "stream": True, "max_tokens": 20}) as found:
-            for line in found.iter_lines():
+        with client.stream("POST", PATH, json={**BODY, "stream": True, "max_tokens": 20}) as response:
+            for line in response.iter_lines():
                 if line.startswith("data: {"):
                     assert lines(log)[0]["event"] == "begun"
                     break
@@ -204,11 +204,11 @@ class TestCutAnswers:
         log = tmp_path / "a.jsonl"
         service = make_service(audit=Audit(log))
         service.scheduler.start()
-        asked = CompletionRequest.model_validate(
+        wanted = CompletionRequest.model_validate(
             {**BODY, "max_tokens": 60, "steering": [{"name": "s0"}], "n": 2, "prompt": ["The sea", "Why"]}
         )
-        prepared = service.prepare(ANYBODY, asked)
-        record = Record(service, {"request": "r", "key": "k", "route": PATH}, asked, prepared, "id")
+        prepared = service.prepare(ANYBODY, wanted)
+        record = Record(service, {"request": "r", "key": "k", "route": PATH}, wanted, prepared, "id")
         come = threading.Semaphore(0)
         for i, task in enumerate(prepared.tasks):
             task.deliver = record.heard(i, lambda _event: come.release())
@@ -241,7 +241,7 @@ class TestCutAnswers:
         wild = Steering((Edit(Site(3), Add(torch.full((32,), 3e37)), Positions.all()),))
         service.library._loaded[None, "wild"] = Loaded("wild", wild, "0" * 64, "file")  # nobody may bring it
         for stream in (False, True):
-            found = client.post(PATH, json={**BODY, "steering": [{"name": "wild"}], "stream": stream})
-            assert found.status_code == 400 or "error" in found.text, found.text
-            assert "lower the strength" in found.text
+            response = client.post(PATH, json={**BODY, "steering": [{"name": "wild"}], "stream": stream})
+            assert response.status_code == 400 or "error" in response.text, response.text
+            assert "lower the strength" in response.text
         assert client.post(PATH, json=BODY).status_code == 200

@@ -413,5 +413,5 @@ class TestKeys:
 
 def metric(server: Any, name: str) -> float:
     text = httpx.get(f"{server.url}/metrics", timeout=60).text
-    found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
-    return float(found[1]) if found else 0.0
+    match = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+    return float(match[1]) if match else 0.0

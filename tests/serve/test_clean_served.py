@@ -31,9 +31,9 @@ class TestCleanCache:
         for name in ("s0", "s1", "s3"):
             steered = load(steerings / f"{name}.safetensors")
             (wanted,) = tiny_lm.generate(ASK, steered, clean_cache=True, max_new_tokens=5)
-            found = client.post(PATH, json={**BODY, "steering": [{"name": name}], "clean_cache": True})
-            assert text_of(found) == wanted.text
-            assert found.json()["trimtab"]["answers"][0]["edits"] == list(wanted.applied.edits)
+            response = client.post(PATH, json={**BODY, "steering": [{"name": name}], "clean_cache": True})
+            assert text_of(response) == wanted.text
+            assert response.json()["trimtab"]["answers"][0]["edits"] == list(wanted.applied.edits)
 
     def test_the_server_s_default(
         self, make_service: Callable[..., Any], client_of: Callable[..., Any], tiny_lm: Any, steerings: Path
@@ -42,10 +42,10 @@ class TestCleanCache:
 
         client = client_of(make_service(clean_cache=True))
         steered = load(steerings / "s0.safetensors")
-        for asked in (None, True, False):
-            (wanted,) = tiny_lm.generate(ASK, steered, clean_cache=asked is not False, max_new_tokens=5)
-            found = client.post(PATH, json={**BODY, "steering": [{"name": "s0"}], "clean_cache": asked})
-            assert text_of(found) == wanted.text
+        for wish in (None, True, False):
+            (wanted,) = tiny_lm.generate(ASK, steered, clean_cache=wish is not False, max_new_tokens=5)
+            response = client.post(PATH, json={**BODY, "steering": [{"name": "s0"}], "clean_cache": wish})
+            assert text_of(response) == wanted.text
 
     @pytest.mark.parametrize("clean", [True, False])
     def test_what_is_always_on_acts_as_the_server_has_it(
@@ -53,6 +53,6 @@ class TestCleanCache:
     ) -> None:
         keys = (Key("bob", hashlib.sha256(b"bob").digest()),)
         client = client_of(make_service(policy=Policy(keys, (("s7", 1.0),)), clean_cache=clean))
-        given = {"headers": {"Authorization": "Bearer bob"}}
-        assert client.post(PATH, json={**BODY, "clean_cache": clean}, **given).status_code == 200
-        assert client.post(PATH, json={**BODY, "clean_cache": not clean}, **given).status_code == 403
+        options = {"headers": {"Authorization": "Bearer bob"}}
+        assert client.post(PATH, json={**BODY, "clean_cache": clean}, **options).status_code == 200
+        assert client.post(PATH, json={**BODY, "clean_cache": not clean}, **options).status_code == 403

@@ -37,7 +37,7 @@ def page(make_service: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         client = TestClient(guard, base_url="http://localhost", raise_server_exceptions=False)
         client.__enter__()
         opened.append(client)
-        names = {one.name: number for number, one in guard.page.blocks.fns.items() if one.fn is not None}
+        names = {function.name: number for number, function in guard.page.blocks.fns.items() if function.fn is not None}
         return client, guard.page, names
 
     yield make
@@ -45,25 +45,25 @@ def page(make_service: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         client.__exit__(None, None, None)
 
 
-def asked(names: dict[str, int], session: str = "abc", text: str = "Why?", secret: str = "") -> dict[str, Any]:
+def copying(names: dict[str, int], session: str = "abc", text: str = "Why?", secret: str = "") -> dict[str, Any]:
     """What the page asks for to show the request."""
     return {"data": [secret, text, None, *PANEL], "fn_index": names["copied"], "session_hash": session}
 
 
 def answers(client: Any, session: str) -> list[dict[str, Any]]:
-    with client.stream("GET", f"{DATA}?session_hash={session}") as found:
-        return [json.loads(line[5:]) for line in found.iter_lines() if line.startswith("data:")]
+    with client.stream("GET", f"{DATA}?session_hash={session}") as response:
+        return [json.loads(line[5:]) for line in response.iter_lines() if line.startswith("data:")]
 
 
 def test_the_page_and_what_is_no_page(page: Callable[..., Any]) -> None:
     """One page for all of it: making one takes a second."""
     client, mine, names = page()
-    found = client.post(JOIN, json=asked(names))
-    assert found.status_code == 200, found.text
-    done = next(one for one in answers(client, "abc") if one["msg"] == "process_completed")
+    response = client.post(JOIN, json=copying(names))
+    assert response.status_code == 200, response.text
+    done = next(answer for answer in answers(client, "abc") if answer["msg"] == "process_completed")
     assert "curl http://localhost/v1/chat/completions" in done["output"]["data"][0]
     assert mine.sessions.unread == []
-    good = asked(names)
+    good = copying(names)
     for body in (
         b"", b"[]", b"null", b"{", b"[" * 10_000, b"\xff", json.dumps({**good, "fn_index": 9999}), "{\"data\": NaN}",
         *(json.dumps({**good, "fn_index": number}) for number in (-1, None, True, "1", 1.0, 10**30)),
@@ -80,13 +80,13 @@ def test_the_page_and_what_is_no_page(page: Callable[..., Any]) -> None:
     ask = {**theirs, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
     preflight = client.options(JOIN, headers=ask)
     assert preflight.status_code == 403
-    for found in (preflight, client.get("/config", headers={"Origin": "http://localhost"}), client.get("/")):
-        assert not [name for name in found.headers if name.startswith("access-control")], found.headers
-    assert client.post(JOIN, json=asked(names, "own"), headers={"Origin": "http://localhost"}).status_code == 200
+    for response in (preflight, client.get("/config", headers={"Origin": "http://localhost"}), client.get("/")):
+        assert not [name for name in response.headers if name.startswith("access-control")], response.headers
+    assert client.post(JOIN, json=copying(names, "own"), headers={"Origin": "http://localhost"}).status_code == 200
 
     # too long a text isn't sent back and forth
-    assert client.post(JOIN, json=asked(names, "long", "x" * 40_000)).status_code == 200
-    done = next(one for one in answers(client, "long") if one["msg"] == "process_completed")
+    assert client.post(JOIN, json=copying(names, "long", "x" * 40_000)).status_code == 200
+    done = next(answer for answer in answers(client, "long") if answer["msg"] == "process_completed")
     assert "32,000 characters" in done["output"]["data"][0]
 
 
@@ -95,9 +95,9 @@ def test_unread_answers_are_few_and_expire(page: Callable[..., Any], monkeypatch
     monkeypatch.setattr(door, "EVENTS", 3)
     monkeypatch.setattr(Sessions, "sweep", lambda _self: asyncio.sleep(3600))
     client, mine, names = page()
-    statuses = [client.post(JOIN, json=asked(names, f"s{i}")).status_code for i in range(8)]
+    statuses = [client.post(JOIN, json=copying(names, f"s{i}")).status_code for i in range(8)]
     assert statuses == [200] * 5 + [429] * 3
-    again = [client.post(JOIN, json=asked(names, "s0")).status_code for _ in range(4)]
+    again = [client.post(JOIN, json=copying(names, "s0")).status_code for _ in range(4)]
     assert again == [200] * 2 + [429] * 2
     assert len(mine.sessions.unread) == 5
     queue = mine.blocks._queue
@@ -108,19 +108,19 @@ def test_unread_answers_are_few_and_expire(page: Callable[..., Any], monkeypatch
     assert mine.sessions.unread == []
     assert not queue.pending_event_ids_session
     assert not any(name in queue.pending_messages_per_session for name in ("s0", "s1", "s4"))
-    assert client.post(JOIN, json=asked(names, "new")).status_code == 200
+    assert client.post(JOIN, json=copying(names, "new")).status_code == 200
 
 
 def test_with_keys_strangers_have_small_requests_and_no_answers(page: Callable[..., Any]) -> None:
     client, _, names = page(Policy((Key("ann", hashlib.sha256(b"ann").digest()),)))
-    big = asked(names, text="x" * (SMALL + 1))
+    big = copying(names, text="x" * (SMALL + 1))
     assert client.post(JOIN, json=big).status_code == 413
     assert client.post(JOIN, json=big, headers={"Authorization": "Bearer eve"}).status_code == 413
     assert client.post(JOIN, json=big, headers={"Authorization": "Bearer ann"}).status_code == 200
     for secret, words in (("", "type your API key first"), ("eve", "isn't known"), ("ann", "curl")):
         session = f"k{secret}"
-        assert client.post(JOIN, json=asked(names, session, secret=secret)).status_code == 200
-        done = next(one for one in answers(client, session) if one["msg"] == "process_completed")
+        assert client.post(JOIN, json=copying(names, session, secret=secret)).status_code == 200
+        done = next(answer for answer in answers(client, session) if answer["msg"] == "process_completed")
         assert words in done["output"]["data"][0]
 
 

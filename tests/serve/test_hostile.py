@@ -44,9 +44,9 @@ class Live:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def connect(self, **given: int) -> socket.socket:
+    def connect(self, **options: int) -> socket.socket:
         made = socket.socket()
-        for option, value in given.items():
+        for option, value in options.items():
             made.setsockopt(socket.SOL_SOCKET, getattr(socket, option), value)
         made.settimeout(PATIENCE)
         made.connect(("127.0.0.1", self.port))
@@ -67,23 +67,23 @@ def live(make_service: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[
 
     started: list[Live] = []
 
-    def start(policy: Policy = KEYS, most: int = 40, **given: Any) -> Live:
+    def start(policy: Policy = KEYS, most: int = 40, **options: Any) -> Live:
         log = tmp_path / "a.jsonl"
-        service = make_service(policy=policy, audit=Audit(log), upload=True, learn=True, **given)
+        service = make_service(policy=policy, audit=Audit(log), upload=True, learn=True, **options)
         guard, bound = make_app(service, local=True), bind("127.0.0.1", 0)
         server = make_server(guard, service.scheduler, grace=5, connections=most)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-        found = Live(service, guard, server, bound.getsockname()[1], log, thread)
-        started.append(found)
+        begun = Live(service, guard, server, bound.getsockname()[1], log, thread)
+        started.append(begun)
         thread.start()
         until(lambda: server.started)
-        return found
+        return begun
 
     yield start
-    for one in started:
-        one.server.should_exit = True
-        one.thread.join(PATIENCE)
-        assert not one.thread.is_alive()
+    for running in started:
+        running.server.should_exit = True
+        running.thread.join(PATIENCE)
+        assert not running.thread.is_alive()
 
 
 def until(there: Callable[[], Any]) -> None:
@@ -113,16 +113,16 @@ class TestStrangers:
         ("method", "path"), [("POST", PATH), ("PUT", "/v1/steerings/x"), ("PUT", "/"), ("POST", "/x")]
     )
     def test_nothing_of_theirs_is_read(self, live: Callable[..., Live], method: str, path: str) -> None:
-        one = live()
+        server = live()
         for size in (10, 1 << 30):
-            with one.connect() as raw:
-                raw.sendall(head(method, path, one.port, size))  # and not a byte of it
+            with server.connect() as raw:
+                raw.sendall(head(method, path, server.port, size))  # and not a byte of it
                 assert status(raw) == 401
-        assert one.guard.bodies.held == 0
+        assert server.guard.bodies.held == 0
 
     def test_with_a_key_a_body_has_its_routes_limit(self, live: Callable[..., Live]) -> None:
-        one = live()
-        limits = one.service.limits
+        server = live()
+        limits = server.service.limits
         for method, path, most in (
             ("POST", PATH, limits.body),
             ("PUT", "/v1/steerings/x", limits.upload),
@@ -131,42 +131,42 @@ class TestStrangers:
             ("GET", "/v1/models", bodies.SMALL),
             ("POST", "/healthz", bodies.SMALL),
         ):
-            with one.connect() as raw:
-                raw.sendall(head(method, path, one.port, most + 1, **KEY))
+            with server.connect() as raw:
+                raw.sendall(head(method, path, server.port, most + 1, **KEY))
                 assert status(raw) == 413, path
-        assert one.guard.bodies.held == 0
+        assert server.guard.bodies.held == 0
 
     def test_bodies_hold_so_much_together(self, live: Callable[..., Live]) -> None:
-        one = live(limits={"held": 300_000})
+        server = live(limits={"held": 300_000})
         with ExitStack() as stack:
             for _ in range(2):
-                raw = stack.enter_context(one.connect())
-                raw.sendall(head("POST", PATH, one.port, 200_000, **KEY) + b" " * 140_000)
-            until(lambda: one.guard.bodies.held == 280_000)
-            found = httpx.post(f"{one.url}{PATH}", content=b" " * 50_000, headers=KEY, timeout=PATIENCE)
-            assert (found.status_code, found.headers["Retry-After"]) == (429, "1")
-            assert one.ask().status_code == 200
-        until(lambda: one.guard.bodies.held == 0)
+                raw = stack.enter_context(server.connect())
+                raw.sendall(head("POST", PATH, server.port, 200_000, **KEY) + b" " * 140_000)
+            until(lambda: server.guard.bodies.held == 280_000)
+            response = httpx.post(f"{server.url}{PATH}", content=b" " * 50_000, headers=KEY, timeout=PATIENCE)
+            assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
+            assert server.ask().status_code == 200
+        until(lambda: server.guard.bodies.held == 0)
 
     def test_their_lines_in_the_log_are_few(self, live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("trimtab.serve.guard.STRANGERS", 0.3)
-        one = live()
-        with httpx.Client(base_url=one.url, timeout=PATIENCE) as client:
+        server = live()
+        with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
             for _ in range(20):
                 assert client.get("/v1/models").status_code == 401
-        found = one.lines()
-        assert 3 <= len(found) < 20
-        assert {(line["event"], line["status"], line["key"]) for line in found} == {("refused", 401, None)}
-        one.guard._strangers._room = 2.0
-        assert httpx.get(f"{one.url}/v1/models", timeout=PATIENCE).status_code == 401
-        assert one.lines()[-1]["left_out"] > 0
+        entries = server.lines()
+        assert 3 <= len(entries) < 20
+        assert {(line["event"], line["status"], line["key"]) for line in entries} == {("refused", 401, None)}
+        server.guard._strangers._room = 2.0
+        assert httpx.get(f"{server.url}/v1/models", timeout=PATIENCE).status_code == 401
+        assert server.lines()[-1]["left_out"] > 0
 
 
 class TestSlow:
     def test_a_head_has_its_time(self, live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
-        one = live()
-        with one.connect() as silent, one.connect() as half, one.connect() as again:
+        server = live()
+        with server.connect() as silent, server.connect() as half, server.connect() as again:
             half.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: ")
             again.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert status(again) == 200
@@ -177,43 +177,43 @@ class TestSlow:
                     rest += piece
                 assert b"HTTP/1.1 408 " in rest
                 assert b"took longer" in rest
-        assert one.ask().status_code == 200
+        assert server.ask().status_code == 200
 
     def test_a_connection_is_kept_until_another_needs_its_place(
         self, live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Clients that keep theirs for a few seconds, as they do, are never faster than the server in closing it."""
         monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
-        one = live(most=2)
+        server = live(most=2)
         asks = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        refused = head("POST", PATH, one.port, 100) + b" " * 60  # without a key: answered before its body has come
+        refused = head("POST", PATH, server.port, 100) + b" " * 60  # without a key: answered before its body has come
 
-        def told(raw: socket.socket, sent: bytes) -> int:
+        def status_of(raw: socket.socket, sent: bytes) -> int:
             raw.sendall(sent)
             got = b""
             while not got.endswith(b"}"):
                 got += raw.recv(4096) or b"}"
             return int(got.split()[1])
 
-        with one.connect() as first, one.connect() as second:
-            assert told(second, refused) == 401
+        with server.connect() as first, server.connect() as second:
+            assert status_of(second, refused) == 401
             second.sendall(b" " * 40)
-            assert told(first, asks) == 200
+            assert status_of(first, asks) == 200
             time.sleep(0.5)  # longer than a head that has begun may take
-            assert [told(raw, asks) for raw in (first, second)] == [200, 200]
-            with one.connect() as more:
+            assert [status_of(raw, asks) for raw in (first, second)] == [200, 200]
+            with server.connect() as more:
                 assert status(more) == 503
             monkeypatch.setattr(connections, "IDLE_SECONDS", 0.0)
-            with one.connect() as more:
-                assert told(more, asks) == 200
+            with server.connect() as more:
+                assert status_of(more, asks) == 200
             assert first.recv(4096) == b""  # which was asked nothing for longest
-            assert told(second, asks) == 200
+            assert status_of(second, asks) == 200
 
     def test_a_body_has_its_time(self, live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bodies, "SECONDS", 0.3)
-        one = live()
-        with one.connect() as raw:
-            raw.sendall(head("POST", PATH, one.port, 100, **KEY) + b"{")
+        server = live()
+        with server.connect() as raw:
+            raw.sendall(head("POST", PATH, server.port, 100, **KEY) + b"{")
             assert status(raw) == 408
 
     def test_a_head_that_came_is_no_longer_waited_for(
@@ -221,16 +221,16 @@ class TestSlow:
     ) -> None:
         """An answer may take longer than a head."""
         monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
-        one = live()
-        step = one.service.scheduler._batch.step
-        one.service.scheduler._batch.step = lambda: (time.sleep(0.15), step())[1]
-        assert one.ask(max_tokens=6).json()["usage"]["completion_tokens"] == 6
+        server = live()
+        step = server.service.scheduler._batch.step
+        server.service.scheduler._batch.step = lambda: (time.sleep(0.15), step())[1]
+        assert server.ask(max_tokens=6).json()["usage"]["completion_tokens"] == 6
 
     def test_who_takes_nothing_of_the_answer_is_gone(
         self, live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(connections, "READ_SECONDS", 0.3)
-        one = live(limits={"max_tokens": 100})
+        server = live(limits={"max_tokens": 100})
         ask = {
             "model": "trimtab",
             "messages": [{"role": "user", "content": "Why?"}],
@@ -240,34 +240,34 @@ class TestSlow:
         }
         data = json.dumps({**ask, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
         kind = {"Content-Type": "application/json"}
-        with one.connect(SO_RCVBUF=1024) as raw:
-            raw.sendall(head("POST", "/v1/chat/completions", one.port, len(data), **KEY, **kind) + data)
-            until(lambda: [line["event"] for line in one.lines()] == ["begun", "ended"])
-        last = one.lines()[-1]
+        with server.connect(SO_RCVBUF=1024) as raw:
+            raw.sendall(head("POST", "/v1/chat/completions", server.port, len(data), **KEY, **kind) + data)
+            until(lambda: [line["event"] for line in server.lines()] == ["begun", "ended"])
+        last = server.lines()[-1]
         assert last["outcome"] in ("cancelled", "done")
         assert sum(last["tokens"]) > 0
-        until(lambda: not one.server.server_state.connections)
+        until(lambda: not server.server.server_state.connections)
 
 
 class TestMany:
     def test_more_connections_than_there_may_be(self, live: Callable[..., Live]) -> None:
-        one = live(most=8)
+        server = live(most=8)
         with ExitStack() as stack:
             for _ in range(8):
-                stack.enter_context(one.connect())
-            until(lambda: len(one.server.server_state.connections) == 8)
+                stack.enter_context(server.connect())
+            until(lambda: len(server.server.server_state.connections) == 8)
             for _ in range(20):
-                with one.connect() as raw:
+                with server.connect() as raw:
                     assert status(raw) == 503
-        until(lambda: not one.server.server_state.connections)
-        assert one.ask().status_code == 200
+        until(lambda: not server.server.server_state.connections)
+        assert server.ask().status_code == 200
 
     def test_files_that_may_be_open(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import resource
 
         was = resource.getrlimit(resource.RLIMIT_NOFILE)
-        asked: list[Any] = []
-        monkeypatch.setattr(resource, "setrlimit", lambda _what, limits: asked.append(limits))
+        opened: list[Any] = []
+        monkeypatch.setattr(resource, "setrlimit", lambda _what, limits: opened.append(limits))
         for soft, hard, wanted, room in (
             (1024, 4096, 512, 512),
             (256, 4096, 512, 512),
@@ -276,7 +276,7 @@ class TestMany:
         ):
             monkeypatch.setattr(resource, "getrlimit", lambda _what, soft=soft, hard=hard: (soft, hard))
             assert connections.room_for(wanted) == room
-        assert asked[0] == (512 + connections.SPARE, 4096)
+        assert opened[0] == (512 + connections.SPARE, 4096)
         monkeypatch.undo()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == was
 
@@ -312,7 +312,7 @@ FIELDS = [
 class TestNoise:
     def test_whatever_comes_the_server_goes_on(self, live: Callable[..., Live]) -> None:
         """Bytes that are no HTTP, and requests that are, of any head and body: nothing is the server's own fault."""
-        one = live(policy=Policy())
+        server = live(policy=Policy())
         lines = st.sampled_from(
             [b"POST /v1/completions", b"GET /", b"PUT /v1/steerings/x", b"DELETE /v1/steerings/s0", b"X"]
         )
@@ -326,7 +326,7 @@ class TestNoise:
         @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(data=whole | st.binary(max_size=200))
         def check(data: bytes) -> None:
-            with one.connect() as raw:
+            with server.connect() as raw:
                 raw.sendall(data)
                 raw.shutdown(socket.SHUT_WR)
                 got = b""
@@ -336,9 +336,9 @@ class TestNoise:
                     assert int(got.split()[1]) < 500, (data, got)
 
         check()
-        assert httpx.post(f"{one.url}{PATH}", json=BODY, timeout=PATIENCE).status_code == 200
-        until(lambda: one.guard.bodies.held == 0)  # which it is a moment after the answer was sent
-        until(lambda: one.service.scheduler.running == one.service.scheduler.queued == 0)
+        assert httpx.post(f"{server.url}{PATH}", json=BODY, timeout=PATIENCE).status_code == 200
+        until(lambda: server.guard.bodies.held == 0)  # which it is a moment after the answer was sent
+        until(lambda: server.service.scheduler.running == server.service.scheduler.queued == 0)
 
 
 def answer(raw: socket.socket) -> bytes:
@@ -353,42 +353,42 @@ class TestHeads:
     """What heads say of themselves that a proxy and this server could read in two ways, or that asks for no answer."""
 
     def test_two_lengths_are_refused_and_end_the_connection(self, live: Callable[..., Live]) -> None:
-        one = live(policy=Policy())
+        server = live(policy=Policy())
         inner = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"  # smuggled, for whoever reads the other length
-        with one.connect() as raw:
-            raw.sendall(head("POST", PATH, one.port, 3, **{"Transfer-Encoding": "chunked"}) + b"0\r\n\r\n" + inner)
+        with server.connect() as raw:
+            raw.sendall(head("POST", PATH, server.port, 3, **{"Transfer-Encoding": "chunked"}) + b"0\r\n\r\n" + inner)
             got = answer(raw)
         assert got.count(b"HTTP/1.1 ") == 1
         assert got.startswith(b"HTTP/1.1 400")
         assert b"Content-Length or Transfer-Encoding" in got
 
     def test_head_is_get_without_a_body(self, live: Callable[..., Live]) -> None:
-        one = live(policy=Policy())
+        server = live(policy=Policy())
         for path in ("/healthz", "/readyz", "/v1/models"):
-            got, whole = httpx.head(one.url + path, timeout=PATIENCE), httpx.get(one.url + path, timeout=PATIENCE)
+            got, whole = httpx.head(server.url + path, timeout=PATIENCE), httpx.get(server.url + path, timeout=PATIENCE)
             assert (got.status_code, got.content) == (200, b"")
             assert got.headers["content-length"] == str(len(whole.content))
-        assert httpx.head(one.url + PATH, timeout=PATIENCE).status_code == 405
+        assert httpx.head(server.url + PATH, timeout=PATIENCE).status_code == 405
 
     def test_what_isnt_http_is_told_so_and_fills_no_log(
         self, live: Callable[..., Live], caplog: pytest.LogCaptureFixture
     ) -> None:
-        one = live()
+        server = live()
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50)  # of TLS
         upgrade = "GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: {}upgrade\r\nUpgrade: {}\r\n\r\n"
         with caplog.at_level("WARNING"):
             for data in (hello, b"GET /healthz HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", *[hello] * 60):
-                with one.connect() as raw:
+                with server.connect() as raw:
                     raw.sendall(data)
                     error = json.loads(answer(raw).rpartition(b"\r\n\r\n")[2])["error"]
                     assert error["type"] == "invalid_request_error" or error["code"] == "invalid_api_key"
             for to in ("websocket", "h2c"):
-                with one.connect() as raw:
+                with server.connect() as raw:
                     raw.sendall(upgrade.format("", to).encode())
                     assert status(raw) == 200
-            with one.connect() as raw:  # refused before its body, which then is none
+            with server.connect() as raw:  # refused before its body, which then is none
                 raw.sendall(
-                    head("POST", PATH, one.port, 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+                    head("POST", PATH, server.port, 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
                 )
                 assert status(raw) == 401
                 raw.sendall(b"-5\r\nhello\r\n")
@@ -421,12 +421,12 @@ def test_what_a_signal_asks_for_is_done_one_at_a_time_and_once_more() -> None:
 
 
 def test_shutting_down_waits_for_no_half_request(live: Callable[..., Live]) -> None:
-    one = live()
-    with one.connect() as half, one.connect() as started:
+    server = live()
+    with server.connect() as half, server.connect() as started:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: ")
-        started.sendall(head("POST", PATH, one.port, 100, **KEY) + b"{")
-        until(lambda: one.guard.bodies.held == 1)
-        one.server.handle_exit(15, None)
+        started.sendall(head("POST", PATH, server.port, 100, **KEY) + b"{")
+        until(lambda: server.guard.bodies.held == 1)
+        server.server.handle_exit(15, None)
         assert status(started) == 503
-        one.thread.join(PATIENCE)
-        assert not one.thread.is_alive()
+        server.thread.join(PATIENCE)
+        assert not server.thread.is_alive()

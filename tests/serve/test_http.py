@@ -42,35 +42,38 @@ def named(steerings: Path, name: str, strength: float = 1.0) -> Any:
 
 def metric(server: Any, name: str) -> float:
     text = httpx.get(f"{server.url}/metrics", timeout=60).text
-    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-    return float(found[1]) if found else 0.0
+    match = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return float(match[1]) if match else 0.0
 
 
 class TestChat:
     @pytest.mark.smoke
     def test_an_answer_and_what_was_applied(self, client: Any, tiny_lm: Any, steerings: Path) -> None:
-        asked = {"steering": [{"name": "s0", "strength": 1.5}, {"name": "s2"}]}
-        found = client.chat.completions.create(
-            model="trimtab", messages=ASK, max_tokens=20, temperature=0, extra_body=asked
+        extra = {"steering": [{"name": "s0", "strength": 1.5}, {"name": "s2"}]}
+        completion = client.chat.completions.create(
+            model="trimtab", messages=ASK, max_tokens=20, temperature=0, extra_body=extra
         )
         total = named(steerings, "s0", 1.5) + named(steerings, "s2")
         (answer,) = tiny_lm.generate(ASK, total, max_new_tokens=20)
         (plain,) = tiny_lm.generate(ASK, max_new_tokens=20)
-        assert found.choices[0].message.content == answer.text != plain.text
-        assert found.choices[0].finish_reason == answer.finish_reason
-        usage = found.usage
+        assert completion.choices[0].message.content == answer.text != plain.text
+        assert completion.choices[0].finish_reason == answer.finish_reason
+        usage = completion.usage
         assert (usage.prompt_tokens, usage.completion_tokens) == (answer.prompt_tokens, len(answer.token_ids))
-        told = found.model_extra["trimtab"]
-        assert [(one["name"], one["strength"]) for one in told["steering"]] == [("s0", 1.5), ("s2", 1.0)]
-        assert all(re.fullmatch("[0-9a-f]{64}", one["digest"]) for one in told["steering"])
-        assert told["answers"][0]["edits"] == list(answer.applied.edits)
-        assert told["answers"][0]["dose"] == pytest.approx(answer.applied.dose, rel=0.1)
+        applied = completion.model_extra["trimtab"]
+        assert [(steering["name"], steering["strength"]) for steering in applied["steering"]] == [
+            ("s0", 1.5),
+            ("s2", 1.0),
+        ]
+        assert all(re.fullmatch("[0-9a-f]{64}", steering["digest"]) for steering in applied["steering"])
+        assert applied["answers"][0]["edits"] == list(answer.applied.edits)
+        assert applied["answers"][0]["dose"] == pytest.approx(answer.applied.dose, rel=0.1)
 
     def test_a_stream_is_the_same_answer(self, client: Any) -> None:
-        given: dict[str, Any] = {"model": "trimtab", "messages": ASK, "max_tokens": 20, "temperature": 0}
-        given["extra_body"] = {"steering": [{"name": "s1"}]}
-        whole = client.chat.completions.create(**given)
-        chunks = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **given))
+        options: dict[str, Any] = {"model": "trimtab", "messages": ASK, "max_tokens": 20, "temperature": 0}
+        options["extra_body"] = {"steering": [{"name": "s1"}]}
+        whole = client.chat.completions.create(**options)
+        chunks = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options))
         texts = [c.choices[0].delta.content or "" for c in chunks if c.choices]
         assert "".join(texts) == whole.choices[0].message.content
         assert sum(bool(text) for text in texts) > 3
@@ -79,27 +82,27 @@ class TestChat:
         assert chunks[-1].model_extra["trimtab"]["steering"] == whole.model_extra["trimtab"]["steering"]
 
     def test_logprobs_n_seed_and_stop(self, client: Any, tiny_lm: Any) -> None:
-        given: dict[str, Any] = {"model": "trimtab", "messages": ASK, "max_tokens": 10, "n": 3, "seed": 5}
-        one, two = (client.chat.completions.create(**given) for _ in range(2))
-        texts = [choice.message.content for choice in one.choices]
-        assert texts == [choice.message.content for choice in two.choices]
+        options: dict[str, Any] = {"model": "trimtab", "messages": ASK, "max_tokens": 10, "n": 3, "seed": 5}
+        first, second = (client.chat.completions.create(**options) for _ in range(2))
+        texts = [choice.message.content for choice in first.choices]
+        assert texts == [choice.message.content for choice in second.choices]
         assert len(set(texts)) > 1
         (alone,) = tiny_lm.generate(ASK, max_new_tokens=10, do_sample=True, temperature=1.0, top_k=0, seed=6)
         assert texts[1] == alone.text
-        found = client.chat.completions.create(
+        completion = client.chat.completions.create(
             model="trimtab", messages=ASK, max_tokens=6, temperature=0, logprobs=True, top_logprobs=2
         )
         (answer,) = tiny_lm.generate(ASK, max_new_tokens=6, logprobs=True)
-        content = found.choices[0].logprobs.content
-        assert [told.logprob for told in content] == pytest.approx(answer.logprobs, abs=1e-3)
-        assert all(told.top_logprobs[0].token == told.token and len(told.top_logprobs) == 2 for told in content)
+        content = completion.choices[0].logprobs.content
+        assert [token.logprob for token in content] == pytest.approx(answer.logprobs, abs=1e-3)
+        assert all(token.top_logprobs[0].token == token.token and len(token.top_logprobs) == 2 for token in content)
         stop = answer.text[2:4]
         cut = client.chat.completions.create(model="trimtab", messages=ASK, max_tokens=6, temperature=0, stop=stop)
         assert cut.choices[0].message.content == answer.text[: answer.text.index(stop)]
         assert cut.choices[0].finish_reason == "stop"
 
     def test_emphasis_and_rejection(self, client: Any, tiny_lm: Any) -> None:
-        found = client.chat.completions.create(
+        completion = client.chat.completions.create(
             model="trimtab",
             messages=ASK,
             max_tokens=8,
@@ -111,17 +114,17 @@ class TestChat:
         (answer,) = tiny_lm.generate(
             [ASK], emphasize=["Write in capitals!"], rejection=Rejection(0.3), max_new_tokens=8
         )
-        assert found.choices[0].message.content == answer.text
-        told = found.model_extra["trimtab"]
-        assert told["emphasized_tokens"] > 0
-        counts = told["answers"][0]["rejection"]
+        assert completion.choices[0].message.content == answer.text
+        applied = completion.model_extra["trimtab"]
+        assert applied["emphasized_tokens"] > 0
+        counts = applied["answers"][0]["rejection"]
         assert counts["tokens"] == len(answer.trace.steps)
         assert counts["open"] == sum(step.open for step in answer.trace.steps)
         assert counts["changed"] == sum(step.replaced is not None for step in answer.trace.steps)
 
     def test_completions(self, client: Any, tiny_lm: Any) -> None:
         texts = ["The sea is", "A question"]
-        found = client.completions.create(
+        completion = client.completions.create(
             model="trimtab",
             prompt=texts,
             max_tokens=7,
@@ -129,15 +132,15 @@ class TestChat:
             logprobs=2,
             extra_body={"steering": [{"name": "s3"}]},
         )
-        assert [choice.index for choice in found.choices] == [0, 1]
+        assert [choice.index for choice in completion.choices] == [0, 1]
         plain = client.completions.create(model="trimtab", prompt=texts, max_tokens=7, temperature=0)
         answers = tiny_lm.generate(texts, chat=False, max_new_tokens=7)
         assert [choice.text for choice in plain.choices] == [answer.text for answer in answers]
         ids = [tiny_lm.encode(text, chat=False) for text in texts]
         by_ids = client.completions.create(model="trimtab", prompt=ids, max_tokens=7, temperature=0)
         assert [choice.text for choice in by_ids.choices] == [choice.text for choice in plain.choices]
-        logprobs = found.choices[0].logprobs
-        assert "".join(logprobs.tokens) == found.choices[0].text
+        logprobs = completion.choices[0].logprobs
+        assert "".join(logprobs.tokens) == completion.choices[0].text
         assert logprobs.text_offset == [len("".join(logprobs.tokens[:i])) for i in range(len(logprobs.tokens))]
         streamed = client.completions.create(model="trimtab", prompt=texts, max_tokens=7, temperature=0, stream=True)
         pieces = ["", ""]
@@ -150,7 +153,7 @@ class TestChat:
         (model,) = client.models.list().data
         assert client.models.retrieve(model.id) == model
         listed = httpx.get(f"{server.url}/v1/steerings", timeout=60).json()["data"]
-        assert [one["name"] for one in listed] == NAMES
+        assert [entry["name"] for entry in listed] == NAMES
         assert listed[0]["card"]["model"]["family"] == "llama"
 
     def test_errors_have_their_types(self, client: Any) -> None:
@@ -168,28 +171,28 @@ class TestChat:
 
 def test_many_clients_get_what_they_get_alone(server: Any, tiny_lm: Any, steerings: Path) -> None:
     """32 at once, 8 steerings and none, prompts of all lengths: the same text as alone, and none lost."""
-    asked = []
+    jobs = []
     for i in range(32):
         name = None if i % 9 == 8 else NAMES[i % 9 % 8]
-        asked.append(([{"role": "user", "content": f"The sea {'is blue ' * (i % 7)}?"}], name, 10 + i))
+        jobs.append(([{"role": "user", "content": f"The sea {'is blue ' * (i % 7)}?"}], name, 10 + i))
 
-    def ask(one: Any) -> str:
-        messages, name, count = one
+    def ask(job: Any) -> str:
+        messages, name, count = job
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-            found = client.chat.completions.create(
+            completion = client.chat.completions.create(
                 model="trimtab",
                 messages=messages,
                 max_tokens=count,
                 temperature=0,
                 extra_body={} if name is None else {"steering": [{"name": name}]},
             )
-        return found.choices[0].message.content
+        return completion.choices[0].message.content
 
     with ThreadPoolExecutor(32) as pool:
-        found = list(pool.map(ask, asked))
-    for text, (messages, name, count) in zip(found, asked, strict=True):
-        one = None if name is None else named(steerings, name)
-        (alone,) = tiny_lm.generate(messages, one, max_new_tokens=count)
+        texts = list(pool.map(ask, jobs))
+    for text, (messages, name, count) in zip(texts, jobs, strict=True):
+        steering = None if name is None else named(steerings, name)
+        (alone,) = tiny_lm.generate(messages, steering, max_new_tokens=count)
         assert text == alone.text
 
 
@@ -230,10 +233,10 @@ def test_a_full_queue_says_when_to_come_back(start: Callable[..., Any]) -> None:
         return httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
 
     with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(ask, range(12)))
-    statuses = [response.status_code for response in found]
+        responses = list(pool.map(ask, range(12)))
+    statuses = [response.status_code for response in responses]
     assert set(statuses) == {200, 429}
-    for response in found:
+    for response in responses:
         if response.status_code == 429:
             assert int(response.headers["Retry-After"]) >= 1
             assert response.json()["error"]["code"] == "queue_full"
@@ -245,14 +248,14 @@ def test_a_full_queue_says_when_to_come_back(start: Callable[..., Any]) -> None:
 def test_a_signal_under_load_loses_no_accepted_request(start: Callable[..., Any], tiny_lm: Any) -> None:
     server = start("--rows", "2", "--queue", "100", "--max-tokens", "100")
     body = {"model": "trimtab", "prompt": long_prompt(tiny_lm, 100), "max_tokens": 100, "temperature": 0}
-    found: list[Any] = []
+    responses: list[Any] = []
 
     def ask(number: int) -> None:
         try:
             response = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": number % 2 == 0}, timeout=120)
-            found.append((response.status_code, response.text))
+            responses.append((response.status_code, response.text))
         except httpx.TransportError:  # it came too late to be accepted
-            found.append(("refused", ""))
+            responses.append(("refused", ""))
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(14)]
     for thread in threads:
@@ -265,10 +268,10 @@ def test_a_signal_under_load_loses_no_accepted_request(start: Callable[..., Any]
     for thread in threads:
         thread.join(120)
     assert server.process.wait(60) == 0, server.log.read_text()
-    assert len(found) == 14
-    done = [text for status, text in found if status == 200]
+    assert len(responses) == 14
+    done = [text for status, text in responses if status == 200]
     assert len(done) >= accepted
-    assert {status for status, _ in found} <= {200, 503, "refused"}
+    assert {status for status, _ in responses} <= {200, 503, "refused"}
     for text in done:
         assert ("[DONE]" in text and '"finish_reason":"' in text) if "data:" in text else json.loads(text)["choices"]
 
@@ -280,8 +283,8 @@ def test_keys_limits_and_the_audit_log_of_a_server_that_was_killed(
     log = tmp_path / "audit.jsonl"
     server = start("--audit", str(log), "--audit-sync")
     body = {"model": "trimtab", "prompt": long_prompt(tiny_lm, 100), "max_tokens": 100, "stream": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as found:
-        next(found.iter_lines())
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+        next(response.iter_lines())
         server.process.kill()
         server.process.wait()
     assert json.loads(log.read_text().splitlines()[0])["event"] == "begun"
@@ -295,7 +298,7 @@ def test_keys_limits_and_the_audit_log_of_a_server_that_was_killed(
     )
     assert server.stop() == 0
     *_, refused, begun, line = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [one["event"] for one in (refused, begun, line)] == ["refused", "begun", "ended"]
+    assert [entry["event"] for entry in (refused, begun, line)] == ["refused", "begun", "ended"]
     assert (refused["status"], refused["key"], begun["request"]) == (401, None, line["request"])
     assert (line["key"], line["outcome"], line["steering"][0]["name"]) == ("default", "done", "s0")
     assert line["steering"][0]["strength"] == 2
@@ -310,12 +313,12 @@ def test_a_server_that_is_killed_twice_has_written_down_whom_it_answered(
     body = {"model": "trimtab", "prompt": long_prompt(tiny_lm, 100), "max_tokens": 100, "stream": True}
     for _ in range(2):
         server = start("--audit", str(log), "--audit-sync")
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as found:
-            next(found.iter_lines())
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+            next(response.iter_lines())
             server.process.kill()
             server.process.wait()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [one["event"] for one in lines].count("begun") == 2
+    assert [entry["event"] for entry in lines].count("begun") == 2
 
 
 @pytest.mark.long
@@ -347,11 +350,11 @@ class TestDocument:
         from schemathesis.specs.openapi import checks
 
         schema = schemathesis.openapi.from_url(f"{open_server.url}/openapi.json")
-        asked = {"messages": ASK} if "chat" in path else {"prompt": "The sea"}
-        body = {"model": "trimtab", "stream": True, "max_tokens": 3, **asked}
+        question = {"messages": ASK} if "chat" in path else {"prompt": "The sea"}
+        body = {"model": "trimtab", "stream": True, "max_tokens": 3, **question}
         case = schema[path]["POST"].Case(body=body, media_type="application/json")
-        found = case.call_and_validate(checks=[checks.content_type_conformance, checks.response_schema_conformance])
-        assert found.headers["content-type"][0].startswith("text/event-stream")
+        response = case.call_and_validate(checks=[checks.content_type_conformance, checks.response_schema_conformance])
+        assert response.headers["content-type"][0].startswith("text/event-stream")
 
     @pytest.mark.parametrize("valid", [True, False], ids=["valid", "invalid"])
     def test_the_server_does_what_its_document_says(self, open_server: Any, valid: bool) -> None:
@@ -370,7 +373,7 @@ class TestDocument:
         wanted += [] if valid else [checks.negative_data_rejection]
         mode = schemathesis.GenerationMode.POSITIVE if valid else schemathesis.GenerationMode.NEGATIVE
         tested = 0
-        for operation in (found.ok() for found in schema.get_all_operations()):
+        for operation in (result.ok() for result in schema.get_all_operations()):
             if not valid and not operation.body and operation.method.upper() == "GET":
                 continue  # there is nothing about it that could be wrong
 
@@ -379,12 +382,16 @@ class TestDocument:
             def check(case: Any) -> None:
                 if valid and isinstance(case.body, dict) and "model" in case.body:
                     case.body["model"] = "trimtab"
-                found = case.call()
+                response = case.call()
                 # a body that is too large is refused unread, and without keys nobody needs a header that names one
-                wrong = {str(where.value) for where, one in case.meta.components.items() if one.mode.is_negative}
-                excused = found.status_code == 413 or wrong == {"header"}
-                some = [one for one in wanted if not (excused and one is checks.negative_data_rejection)]
-                case.validate_response(found, checks=some)
+                wrong = {str(where.value) for where, part in case.meta.components.items() if part.mode.is_negative}
+                excused = response.status_code == 413 or wrong == {"header"}
+                some = [
+                    conformance
+                    for conformance in wanted
+                    if not (excused and conformance is checks.negative_data_rejection)
+                ]
+                case.validate_response(response, checks=some)
 
             check()
             tested += 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pictured import asked, image, pictured
+from pictured import image, image_prompt, pictured
 
 from trimtab import LM, Add, Card, Edit, Positions, Site, Steering, load, save
 
@@ -64,16 +64,16 @@ def client(sees: LM, tmp_path: Path, client_of: Callable[..., Any]) -> Iterator[
 
 @pytest.mark.filterwarnings("ignore::trimtab.DoseWarning")
 def test_answers_are_those_of_generate(client: Any, sees: LM, tmp_path: Path) -> None:
-    prompt = asked("w10 w11", image(1), "w12")
+    prompt = image_prompt("w10 w11", image(1), "w12")
     steering = [{"name": "push", "strength": 2}]
     push = 2 * load(tmp_path / "steerings" / "push.safetensors")
     plain, pushed = sees.generate([prompt] * 2, [None, push], max_new_tokens=4)
     for more, expected in (({}, plain), ({"steering": steering}, pushed)):
         answered = client.post(CHATS, json=body("w10 w11", url(), "w12", **more))
         assert answered.status_code == 200, answered.text
-        told = answered.json()
-        assert told["choices"][0]["message"]["content"] == expected.text
-        assert told["usage"]["prompt_tokens"] == expected.prompt_tokens == len(sees.encode_with_images(prompt)[0])
+        document = answered.json()
+        assert document["choices"][0]["message"]["content"] == expected.text
+        assert document["usage"]["prompt_tokens"] == expected.prompt_tokens == len(sees.encode_with_images(prompt)[0])
     item = {
         "role": "user",
         "content": [

@@ -50,13 +50,13 @@ def serving(roomy_lm: LM, tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """A service on that model, without a steering at first."""
     made = []
 
-    def make(**given: Any) -> Service:
+    def make(**options: Any) -> Service:
         metrics = Metrics()
         scheduler = Scheduler(roomy_lm, rows=8, waiting=16, finished=metrics.finished)
         audit = Audit(tmp_path / "audit.jsonl", prompts=True)
-        limits = Limits(**{"max_tokens": 64, **given.pop("limits", {})})
-        policy = given.pop("policy", Policy())
-        service = Service(roomy_lm, Library(roomy_lm), scheduler, policy, audit, metrics, limits, learn=True, **given)
+        limits = Limits(**{"max_tokens": 64, **options.pop("limits", {})})
+        policy = options.pop("policy", Policy())
+        service = Service(roomy_lm, Library(roomy_lm), scheduler, policy, audit, metrics, limits, learn=True, **options)
         scheduler.start()
         made.append(service)
         return service
@@ -87,25 +87,25 @@ class TestMaking:
         self, serving: Callable[..., Any], client_of: Callable[..., Any], tmp_path: Path
     ) -> None:
         client = client_of(serving())
-        found = client.post(PATH, json={**ASKED, "distill": True})
-        assert found.status_code == 201, found.text
-        told = found.json()
-        assert (told["name"], told["added"], told["idea"]) == ("loud", True, "shout, not whisper")
-        assert told["source"] == "sentence"
-        assert told["chosen"].startswith(("mean difference", "distilled"))
-        assert told["verdict"]["questions"] == len(wish_of(MakeRequest(**ASKED)).test) == 8
-        assert told["verdict"]["holds"] == (not told["verdict"]["why_not"])
-        assert told["verdict"]["lines"][0].startswith("verdict: ")
-        assert len(told["examples"]) == 4
-        assert client.get("/v1/steerings/loud").json() == told["steering"]
-        assert told["steering"]["source"] == "made"
-        measured = told["steering"]["card"]["measured"]
-        assert measured["share_of_prompt"] == told["verdict"]["share_of_prompt"]
-        example = told["examples"][0]
+        response = client.post(PATH, json={**ASKED, "distill": True})
+        assert response.status_code == 201, response.text
+        made = response.json()
+        assert (made["name"], made["added"], made["idea"]) == ("loud", True, "shout, not whisper")
+        assert made["source"] == "sentence"
+        assert made["chosen"].startswith(("mean difference", "distilled"))
+        assert made["verdict"]["questions"] == len(wish_of(MakeRequest(**ASKED)).test) == 8
+        assert made["verdict"]["holds"] == (not made["verdict"]["why_not"])
+        assert made["verdict"]["lines"][0].startswith("verdict: ")
+        assert len(made["examples"]) == 4
+        assert client.get("/v1/steerings/loud").json() == made["steering"]
+        assert made["steering"]["source"] == "made"
+        measured = made["steering"]["card"]["measured"]
+        assert measured["share_of_prompt"] == made["verdict"]["share_of_prompt"]
+        example = made["examples"][0]
         for name, said in ((None, "unsteered"), ("loud", "steered")):
-            asked = {**CHAT, "messages": [{"role": "user", "content": example["question"]}], "max_tokens": 8}
-            asked["steering"] = [{"name": name}] if name else []
-            answer = client.post("/v1/chat/completions", json=asked).json()
+            body = {**CHAT, "messages": [{"role": "user", "content": example["question"]}], "max_tokens": 8}
+            body["steering"] = [{"name": name}] if name else []
+            answer = client.post("/v1/chat/completions", json=body).json()
             assert answer["choices"][0]["message"]["content"].strip() == example[said]
         lines = audited(tmp_path)
         assert (lines[0]["added"], lines[0]["source"]) == ("loud", "made")
@@ -122,11 +122,11 @@ class TestMaking:
     ) -> None:
         monkeypatch.setattr(verdict, "LEAST_SHARE", 1e9)
         client = client_of(serving())
-        asked = {**ASKED, "idea": None, "like": "a parrot", "unlike": "a mouse", "keep": False, "stream": True}
-        found = client.post(PATH, json=asked)
-        assert found.status_code == 200
-        assert found.headers["content-type"].startswith("text/event-stream")
-        *steps, last = events(found.text)
+        body = {**ASKED, "idea": None, "like": "a parrot", "unlike": "a mouse", "keep": False, "stream": True}
+        response = client.post(PATH, json=body)
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *steps, last = events(response.text)
         assert (steps[0]["stage"], steps[0]["number"]) == ("waiting for the model", 0)
         assert list(dict.fromkeys(step["stage"] for step in steps[1:])) == list(STAGES)
         assert all(step["stage"] == STAGES[step["number"] - 1] for step in steps[1:])
@@ -150,29 +150,29 @@ class TestMaking:
             {"prompt": f"What is {i}?", "positive": f"w7 w8 w{i + 9}", "negative": f"w20 w21 w{i + 9}"}
             for i in range(16)
         ]
-        asked = {"name": "mine", "pairs": pairs, "tokens": 8, "distill": False, "keep": True}
-        told = client.post(PATH, json=asked)
-        assert told.status_code == 201, told.text
-        verdict = told.json()["verdict"]
+        body = {"name": "mine", "pairs": pairs, "tokens": 8, "distill": False, "keep": True}
+        response = client.post(PATH, json=body)
+        assert response.status_code == 201, response.text
+        verdict = response.json()["verdict"]
         assert (verdict["share_of_prompt"], verdict["loops_prompted"], verdict["questions"]) == (None, None, 8)
-        assert verdict["gain"] == told.json()["steering"]["card"]["measured"]["gain"]
-        assert told.json()["source"] == "16 pairs"
-        assert told.json()["examples"][0]["prompted"] is None
+        assert verdict["gain"] == response.json()["steering"]["card"]["measured"]["gain"]
+        assert response.json()["source"] == "16 pairs"
+        assert response.json()["examples"][0]["prompted"] is None
         line = audited(tmp_path)[1]
         assert (line["gain"], line["prompt"]) == (pytest.approx(verdict["gain"], abs=1e-4), {"pairs": 16})
-        assert client.post(PATH, json={**asked, "name": "x", "questions": 16}).status_code == 400
-        assert client.post(PATH, json={**asked, "name": "x", "idea": "shout"}).status_code == 400
+        assert client.post(PATH, json={**body, "name": "x", "questions": 16}).status_code == 400
+        assert client.post(PATH, json={**body, "name": "x", "idea": "shout"}).status_code == 400
         alike = [{**pair, "negative": pair["positive"]} for pair in pairs]
-        assert "the same" in client.post(PATH, json={**asked, "name": "x", "pairs": alike}).json()["error"]["message"]
+        assert "the same" in client.post(PATH, json={**body, "name": "x", "pairs": alike}).json()["error"]["message"]
 
     def test_answers_that_hardly_differ(
         self, serving: Callable[..., Any], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(contrasts, "_told_apart", lambda _lm, _answers: [])
         client = client_of(serving())
-        found = client.post(PATH, json=ASKED)
-        assert found.status_code == 400
-        assert "barely differ" in found.json()["error"]["message"]
+        response = client.post(PATH, json=ASKED)
+        assert response.status_code == 400
+        assert "barely differ" in response.json()["error"]["message"]
         *_, last = events(client.post(PATH, json={**ASKED, "stream": True}).text)
         assert "barely differ" in last["error"]["message"]
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
@@ -180,7 +180,7 @@ class TestMaking:
 
 class TestRequests:
     @pytest.mark.parametrize(
-        ("given", "words"),
+        ("changes", "words"),
         [
             ({"idea": None}, "describe what you want"),
             ({"like": "a parrot"}, "describe what you want"),
@@ -197,12 +197,12 @@ class TestRequests:
         ],
     )
     def test_what_makes_no_sense_runs_nothing(
-        self, serving: Callable[..., Any], client_of: Callable[..., Any], given: dict[str, Any], words: str
+        self, serving: Callable[..., Any], client_of: Callable[..., Any], changes: dict[str, Any], words: str
     ) -> None:
         service = serving(limits={"max_tokens": 32})
-        found = client_of(service).post(PATH, json={**ASKED, **given})
-        assert found.status_code == 400
-        assert words in found.json()["error"]["message"]
+        response = client_of(service).post(PATH, json={**ASKED, **changes})
+        assert response.status_code == 400
+        assert words in response.json()["error"]["message"]
         assert service.making.acquire(blocking=False)
 
     def test_it_is_off_unless_learning_is_on(
@@ -220,10 +220,10 @@ class TestRequests:
         service = serving()
         client = client_of(service)
         with service.making:
-            found = client.post(PATH, json=ASKED)
-        assert found.status_code == 429
-        assert int(found.headers["Retry-After"]) > 0
-        assert "another steering is being made" in found.json()["error"]["message"]
+            response = client.post(PATH, json=ASKED)
+        assert response.status_code == 429
+        assert int(response.headers["Retry-After"]) > 0
+        assert "another steering is being made" in response.json()["error"]["message"]
         assert client.post(PATH, json=ASKED).status_code == 201
 
 
@@ -238,9 +238,9 @@ class TestPolicy:
     def test_answers_that_the_policy_would_hold_back_are_not_shown(
         self, serving: Callable[..., Any], client_of: Callable[..., Any], policy: Policy
     ) -> None:
-        told = client_of(serving(policy=policy)).post(PATH, json=ASKED).json()
-        assert told["added"]
-        assert told["examples"] == []
+        made = client_of(serving(policy=policy)).post(PATH, json=ASKED).json()
+        assert made["added"]
+        assert made["examples"] == []
 
     def test_nor_answers_without_what_is_always_on(
         self, serving: Callable[..., Any], client_of: Callable[..., Any], roomy_lm: LM
@@ -275,8 +275,8 @@ class TestEnds:
             while service.making.locked():
                 await asyncio.sleep(0.01)
             # what comes next has the model as it was
-            found = [step async for step in making(service, ANYBODY, WHO, MakeRequest(**ASKED))]
-            return line, found[-1]
+            later = [step async for step in making(service, ANYBODY, WHO, MakeRequest(**ASKED))]
+            return line, later[-1]
 
         line, last = asyncio.run(run())
         assert line["outcome"] == "cancelled"
@@ -316,9 +316,9 @@ class TestEnds:
         client = client_of(serving())
         with monkeypatch.context() as broke:
             broke.setattr(contrasts, "_told_apart", broken)
-            found = client.post(PATH, json=ASKED)
-        assert found.status_code == 500
-        assert "secret" not in found.text
+            response = client.post(PATH, json=ASKED)
+        assert response.status_code == 500
+        assert "secret" not in response.text
         assert audited(tmp_path)[0]["outcome"] == "failed"
         with monkeypatch.context() as broke:
             broke.setattr(contrasts, "_told_apart", broken)
@@ -337,11 +337,11 @@ class TestPage:
         pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
         from trimtab.serve.playground.page import make_blocks
 
-        (create,) = {one.fn for one in make_blocks(service).fns.values() if one.name == "create"}
+        (create,) = {function.fn for function in make_blocks(service).fns.values() if function.name == "create"}
         assert create is not None
 
-        async def steps(*given: Any) -> list[Any]:
-            return [step async for step in create("", *given)]
+        async def steps(*inputs: Any) -> list[Any]:
+            return [step async for step in create("", *inputs)]
 
         return lambda sentence, name, keep=True, like="", unlike="": asyncio.run(
             steps(sentence, like, unlike, name, keep)
@@ -355,7 +355,7 @@ class TestPage:
         plain = make_part.making_of
         small = {key: ASKED[key] for key in ("questions", "tokens", "distill")}
         monkeypatch.setattr(
-            make_part, "making_of", lambda *given, **more: plain(*given, **more).model_copy(update=small)
+            make_part, "making_of", lambda *arguments, **more: plain(*arguments, **more).model_copy(update=small)
         )
 
     def test_stages_then_the_verdict_answers_and_the_file(self, serving: Callable[..., Any], tmp_path: Path) -> None:
@@ -366,8 +366,8 @@ class TestPage:
         shown = [step[0] for step in steps]
         assert "waiting for the model" in shown[0]
         for number, stage in enumerate(STAGES, 1):
-            assert any(f"{number} of 4: {stage}" in one for one in shown)
-        shares = [float(re.findall(r'value="([0-9.]+)"', one)[0]) for one in shown]
+            assert any(f"{number} of 4: {stage}" in html for html in shown)
+        shares = [float(re.findall(r'value="([0-9.]+)"', html)[0]) for html in shown]
         assert shares == sorted(shares)
         assert shares[-1] == 1
         page, trouble, learned = last
@@ -378,7 +378,7 @@ class TestPage:
         (tmp_path / "loud.safetensors").write_bytes(base64.b64decode(data))
         loaded = service.library.get("loud")
         assert load(tmp_path / "loud.safetensors") == loaded.steering
-        assert [(one["route"], one.get("outcome")) for one in audited(tmp_path)] == [("/", None), ("/", "added")]
+        assert [(entry["route"], entry.get("outcome")) for entry in audited(tmp_path)] == [("/", None), ("/", "added")]
 
     def test_a_persona_and_its_opposite(self, serving: Callable[..., Any]) -> None:
         service = serving()

@@ -36,8 +36,8 @@ with tempfile.NamedTemporaryFile() as told:
 def test_threads_share_few_arenas() -> None:
     counts = {}
     for how in ("few", "many"):
-        found = subprocess.run([sys.executable, "-c", ARENAS, how], capture_output=True, text=True, check=True)
-        counts[how] = int(found.stdout)
+        process = subprocess.run([sys.executable, "-c", ARENAS, how], capture_output=True, text=True, check=True)
+        counts[how] = int(process.stdout)
     if not counts["many"]:
         pytest.skip("this C library has no arenas")
     assert counts["few"] <= 2 < counts["many"]

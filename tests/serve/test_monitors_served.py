@@ -26,7 +26,7 @@ def monitors(tiny_lm: Any, steerings: Path) -> Any:
     return read_monitors(tiny_lm, [f"a={steerings}/s0.safetensors", f"b={steerings}/s1.safetensors@1"])
 
 
-def asked(client: Any, **more: Any) -> Any:
+def answer_of(client: Any, **more: Any) -> Any:
     response = client.post(PATH, json={**BODY, **more})
     assert response.status_code == 200, response.text
     return response.json()
@@ -38,31 +38,36 @@ class TestValues:
     ) -> None:
         client = client_of(make_service(monitors=monitors))
         (wanted,) = tiny_lm.generate(ASK, max_new_tokens=6, monitors=list(monitors.values()))
-        told = asked(client, monitors=["a", {"name": "b", "threshold": 1e6}])["trimtab"]["answers"][0]["monitors"]
-        assert [(one["name"], one["action"], one["fired"]) for one in told] == [("a", "log", None), ("b", "log", None)]
-        for one in told:
-            assert one["values"] == pytest.approx(wanted.monitors[one["name"]].values, rel=1e-4, abs=1e-5)
-        assert asked(client)["trimtab"]["answers"][0]["monitors"] == []
+        readings = answer_of(client, monitors=["a", {"name": "b", "threshold": 1e6}])["trimtab"]["answers"][0][
+            "monitors"
+        ]
+        assert [(monitor["name"], monitor["action"], monitor["fired"]) for monitor in readings] == [
+            ("a", "log", None),
+            ("b", "log", None),
+        ]
+        for reading in readings:
+            assert reading["values"] == pytest.approx(wanted.monitors[reading["name"]].values, rel=1e-4, abs=1e-5)
+        assert answer_of(client)["trimtab"]["answers"][0]["monitors"] == []
 
     def test_in_a_stream_each_chunk_has_those_of_its_tokens(
         self, make_service: Callable[..., Any], client_of: Callable[..., Any], monitors: Any
     ) -> None:
         client = client_of(make_service(monitors=monitors))
-        whole = asked(client, monitors=["a", "b"])["trimtab"]["answers"][0]["monitors"]
+        whole = answer_of(client, monitors=["a", "b"])["trimtab"]["answers"][0]["monitors"]
         for path, body in ((PATH, BODY), ("/v1/completions", None)):
-            given = body or {"model": "trimtab", "prompt": "The sea", "max_tokens": 6, "temperature": 0}
-            response = client.post(path, json={**given, "monitors": ["a", "b"], "stream": True})
+            fields = body or {"model": "trimtab", "prompt": "The sea", "max_tokens": 6, "temperature": 0}
+            response = client.post(path, json={**fields, "monitors": ["a", "b"], "stream": True})
             chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
             pieces = [chunk["trimtab"]["monitors"] for chunk in chunks if chunk.get("choices") and "trimtab" in chunk]
             last = chunks[-1]["trimtab"]["answers"][0]["monitors"]
-            for one in last if body is None else whole:
-                assert [value for piece in pieces for value in piece[one["name"]]] == one["values"]
+            for reading in last if body is None else whole:
+                assert [value for piece in pieces for value in piece[reading["name"]]] == reading["values"]
 
     def test_metrics_and_the_list(
         self, make_service: Callable[..., Any], client_of: Callable[..., Any], monitors: Any
     ) -> None:
         client = client_of(make_service(monitors=monitors))
-        asked(client, monitors=["a", {"name": "b", "threshold": -1e6}])
+        answer_of(client, monitors=["a", {"name": "b", "threshold": -1e6}])
         text = ""
         for _ in range(200):  # they are counted when the answer has gone
             text = client.get("/metrics").text
@@ -72,7 +77,7 @@ class TestValues:
         assert 'trimtab_monitor_projection_count{monitor="a"} 6.0' in text
         assert 'trimtab_monitor_fired_total{action="log",monitor="b"} 1.0' in text
         listed = client.get("/v1/monitors").json()["data"]
-        assert [(one["name"], one["site"], one["always"]) for one in listed] == [
+        assert [(monitor["name"], monitor["site"], monitor["always"]) for monitor in listed] == [
             ("a", "residual[0]", False),
             ("b", "residual[1]", False),
         ]
@@ -81,17 +86,17 @@ class TestValues:
 class TestActions:
     def test_stop(self, make_service: Callable[..., Any], client_of: Callable[..., Any], monitors: Any) -> None:
         client = client_of(make_service(monitors=monitors))
-        whole = asked(client, monitors=["a"])
+        whole = answer_of(client, monitors=["a"])
         values = whole["trimtab"]["answers"][0]["monitors"][0]["values"]
         at = max(range(1, 6), key=lambda i: values[i] - max(values[:i]))
         line = (values[at] + max(values[:at])) / 2 if values[at] > max(values[:at]) else max(values) - 1e-6
         fires = next(i for i, value in enumerate(values) if value > line)
         choice = {"name": "a", "threshold": line, "action": "stop"}
-        found = asked(client, monitors=[choice])
-        assert found["choices"][0]["finish_reason"] == "content_filter"
-        assert found["usage"]["completion_tokens"] == fires
-        assert found["trimtab"]["answers"][0]["monitors"][0]["fired"] == fires
-        assert whole["choices"][0]["message"]["content"].startswith(found["choices"][0]["message"]["content"])
+        answer = answer_of(client, monitors=[choice])
+        assert answer["choices"][0]["finish_reason"] == "content_filter"
+        assert answer["usage"]["completion_tokens"] == fires
+        assert answer["trimtab"]["answers"][0]["monitors"][0]["fired"] == fires
+        assert whole["choices"][0]["message"]["content"].startswith(answer["choices"][0]["message"]["content"])
         response = client.post(PATH, json={**BODY, "monitors": [choice], "stream": True})
         assert '"finish_reason":"content_filter"' in response.text
 
@@ -110,12 +115,12 @@ class TestActions:
         client = client_of(make_service(monitors=monitors))
         towards = load(steerings / "s4.safetensors")
         choice = {"name": "a", "threshold": -1e6, "action": "steer", "steering": {"name": "s4", "strength": 2}}
-        told = asked(client, monitors=[choice])
+        reading_answer = answer_of(client, monitors=[choice])
         steer = replace(monitors["a"], threshold=-1e6, action="steer", steering=2 * towards)
         (wanted,) = tiny_lm.generate(ASK, max_new_tokens=6, monitors=steer)
-        assert told["choices"][0]["message"]["content"] == wanted.text
-        assert told["trimtab"]["answers"][0]["edits"] == list(wanted.applied.edits)
-        assert told["trimtab"]["answers"][0]["total_dose"] > 0
+        assert reading_answer["choices"][0]["message"]["content"] == wanted.text
+        assert reading_answer["trimtab"]["answers"][0]["edits"] == list(wanted.applied.edits)
+        assert reading_answer["trimtab"]["answers"][0]["total_dose"] > 0
 
 
 class TestPolicy:
@@ -132,9 +137,11 @@ class TestPolicy:
         return client.post(PATH, json={**BODY, **more}, headers={"Authorization": "Bearer bob"})
 
     def test_what_is_always_on_reads_every_answer(self, client: Any) -> None:
-        told = self.ask(client).json()["trimtab"]["answers"][0]
-        assert [(one["name"], one["action"], one["fired"]) for one in told["monitors"]] == [("a", "steer", 0)]
-        assert told["edits"]
+        answer = self.ask(client).json()["trimtab"]["answers"][0]
+        assert [(monitor["name"], monitor["action"], monitor["fired"]) for monitor in answer["monitors"]] == [
+            ("a", "steer", 0)
+        ]
+        assert answer["edits"]
         ended = [json.loads(line) for line in self.log.read_text().splitlines() if '"ended"' in line]
         assert ended[-1]["fired"] == [{"a": 0}]
         assert self.ask(client, monitors=["a"]).status_code == 200
@@ -167,7 +174,9 @@ class TestPolicy:
         path = tmp_path / "policy.json"
         path.write_text('{"monitors": [{"name": "a", "threshold": 0.5, "action": "stop"}]}')
         service = make_service(policy=read_policy(path), monitors=monitors)
-        assert [(one.name, one.threshold, one.action) for one in service.always_watching] == [("a", 0.5, "stop")]
+        assert [(monitor.name, monitor.threshold, monitor.action) for monitor in service.always_watching] == [
+            ("a", 0.5, "stop")
+        ]
         for bad in ('{"name": "nothing"}', '{"name": "a", "action": "stop"}', '{"name": "a", "action": "steer"}'):
             path.write_text(f'{{"monitors": [{bad}]}}')
             with pytest.raises(TrimtabError):

@@ -84,9 +84,9 @@ class TestAccessLog:
     def test_neither_prompts_nor_keys_are_in_it(self, make_service: Any, client_of: Any, tmp_path: Path) -> None:
         log = tmp_path / "access.jsonl"
         client = client_of(make_service(access=AccessLog(log)))
-        asked = {"model": "trimtab", "messages": [{"role": "user", "content": "w5 w6"}], "max_tokens": 2}
+        body = {"model": "trimtab", "messages": [{"role": "user", "content": "w5 w6"}], "max_tokens": 2}
         assert (
-            client.post("/v1/chat/completions", json=asked, headers={"Authorization": "Bearer sk-x"}).status_code == 200
+            client.post("/v1/chat/completions", json=body, headers={"Authorization": "Bearer sk-x"}).status_code == 200
         )
         assert "w5" not in log.read_text()
         assert "sk-x" not in log.read_text()
@@ -114,9 +114,9 @@ def test_a_span_for_each_request_without_its_text(make_service: Any) -> None:
     sent, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(sent))
     parent = f"00-{7:032x}-{9:016x}-01"
-    asked = {"model": "trimtab", "messages": [{"role": "user", "content": "w5 w6"}], "max_tokens": 3, "stream": True}
+    body = {"model": "trimtab", "messages": [{"role": "user", "content": "w5 w6"}], "max_tokens": 3, "stream": True}
     with TestClient(make_app(make_service(), provider=provider)) as client:
-        got = client.post("/v1/chat/completions", json=asked, headers={"traceparent": parent})
+        got = client.post("/v1/chat/completions", json=body, headers={"traceparent": parent})
         client.get("/healthz")
         client.get("/v1/steerings/nothing")
         first, second = sent.get_finished_spans()
@@ -136,7 +136,7 @@ def test_sighup_reads_the_folder_again_and_reopens_the_log(
     server = start("--access-log", str(log), known=mine)
 
     def names() -> list[str]:
-        return [one["name"] for one in httpx.get(f"{server.url}/v1/steerings").json()["data"]]
+        return [steering["name"] for steering in httpx.get(f"{server.url}/v1/steerings").json()["data"]]
 
     def after(sign: str, where: Path = server.log) -> str:
         for _ in range(300):

@@ -27,20 +27,20 @@ def violations(page: Any) -> list[str]:
     """What axe finds, in light and dark, wide and narrow."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = []
+    violated = []
     for dark in (False, True):
         page.evaluate("dark => document.body.classList.toggle('dark', dark)", dark)
         for width in (1280, 390):
             page.set_viewport_size({"width": width, "height": 900})
             page.wait_for_function("width => innerWidth == width", arg=width)
             page.wait_for_timeout(200)  # colours change over a while
-            for one in Axe().run(page).response["violations"]:
-                if one["impact"] in BAD:
-                    nodes = [node["html"][:120] for node in one["nodes"][:3]]
-                    found.append(f"{'dark' if dark else 'light'}, {width}: {one['id']}: {nodes}")
+            for violation in Axe().run(page).response["violations"]:
+                if violation["impact"] in BAD:
+                    nodes = [node["html"][:120] for node in violation["nodes"][:3]]
+                    violated.append(f"{'dark' if dark else 'light'}, {width}: {violation['id']}: {nodes}")
     page.evaluate("document.body.classList.remove('dark')")
     page.set_viewport_size({"width": 1280, "height": 900})
-    return found
+    return violated
 
 
 @pytest.mark.long
@@ -75,8 +75,8 @@ def test_a_first_visit_by_keyboard_and_ear(start: Callable[..., Any], open_page:
 
     # said once, when it is whole
     page.wait_for_function("document.querySelectorAll('#tt-teller p').length == 2")
-    told = page.locator("#tt-teller p").all_inner_texts()
-    assert [line.partition(":")[0] for line in told] == ["Unsteered", "Steered s0 × 1"]
+    spoken = page.locator("#tt-teller p").all_inner_texts()
+    assert [line.partition(":")[0] for line in spoken] == ["Unsteered", "Steered s0 × 1"]
     assert page.get_attribute("#tt-teller", "aria-live") == "polite"
     for name in ("Emphasize a part", "Hold steering back", "Length, temperature", "The request, to copy"):
         page.get_by_role("button", name=name).click()

@@ -63,9 +63,9 @@ def test_nothing_in_an_answer_is_markup_or_leads_elsewhere(text: str) -> None:
 
 def test_examples_are_of_what_may_be_chosen() -> None:
     packaged = sorted(OWN)
-    assert [one.steering for one in examples(packaged)] == list(OWN)
+    assert [example.steering for example in examples(packaged)] == list(OWN)
     assert first(packaged) == "bullets"
-    assert {one.steering for one in examples(["mine", "other"])} == {"mine"}
+    assert {example.steering for example in examples(["mine", "other"])} == {"mine"}
     assert len(examples(["mine"])) == len(examples(packaged)) == SHOWN
     assert examples([]) == []
     assert first([]) is None

@@ -59,12 +59,14 @@ def service(make_service: Callable[..., Any]) -> Any:
     return made
 
 
-def ask(service: Any, *given: tuple[Chosen, bool], key: Key = ANYBODY, text: str = TEXT) -> list[Side]:
+def ask(service: Any, *sides: tuple[Chosen, bool], key: Key = ANYBODY, text: str = TEXT) -> list[Side]:
     """The answers to the same text, chosen so, steered or not."""
 
     async def run() -> list[Side]:
-        asked = [request(service, one, prompt_of(service, one, [], text), steered=steered) for one, steered in given]
-        asking = Asking(service, key, asked)
+        requests = [
+            request(service, choice, prompt_of(service, choice, [], text), steered=steered) for choice, steered in sides
+        ]
+        asking = Asking(service, key, requests)
         async for _ in asking.run():
             pass
         return asking.sides
@@ -76,10 +78,10 @@ class TestChoices:
     def test_the_panel_in_its_order(self) -> None:
         strengths, layers = [1.5, -2, 0, 0], [AS_LEARNED, 3, AS_LEARNED, AS_LEARNED]
         rest = ["wide\n\n wide \nblue", "always", 0.25, " Be brief. ", 20.0, 0.5, 7]
-        found = chosen([["s0", "s2"], *strengths, *layers, *rest])
-        assert found.steering == (("s0", 1.5, AS_LEARNED), ("s2", -2.0, 3))
-        assert (found.phrases, found.system, found.max_tokens, found.seed) == (("wide", "blue"), "Be brief.", 20, 7)
-        assert found.fields == {
+        choice = chosen([["s0", "s2"], *strengths, *layers, *rest])
+        assert choice.steering == (("s0", 1.5, AS_LEARNED), ("s2", -2.0, 3))
+        assert (choice.phrases, choice.system, choice.max_tokens, choice.seed) == (("wide", "blue"), "Be brief.", 20, 7)
+        assert choice.fields == {
             "steering": [{"name": "s0", "strength": 1.5}, {"name": "s2", "strength": -2.0, "layer": 3}],
             "emphasize": ["wide", "blue"],
             "rejection": {"beta": 0.25},
@@ -115,8 +117,8 @@ class TestAnswers:
     def test_both_sides_are_what_the_library_gives(self, service: Any, tiny_lm: Any, steerings: Path) -> None:
         from trimtab import load
 
-        given = Chosen((("s0", 1.5, AS_LEARNED), ("s2", 1.0, AS_LEARNED)), max_tokens=12)
-        plain, steered = ask(service, (given, False), (given, True))
+        choice = Chosen((("s0", 1.5, AS_LEARNED), ("s2", 1.0, AS_LEARNED)), max_tokens=12)
+        plain, steered = ask(service, (choice, False), (choice, True))
         total = 1.5 * load(steerings / "s0.safetensors") + load(steerings / "s2.safetensors")
         prompt = [{"role": "user", "content": TEXT}]
         (a,), (b,) = tiny_lm.generate(prompt, max_new_tokens=12), tiny_lm.generate(prompt, total, max_new_tokens=12)
@@ -125,7 +127,7 @@ class TestAnswers:
         assert steered.ids == b.token_ids
         assert steered.done is not None
         assert steered.done.applied.dose == pytest.approx(b.applied.dose, rel=0.1)
-        assert [(one.name, one.strength) for one in steered.steerings] == [("s0", 1.5), ("s2", 1.0)]
+        assert [(steering.name, steering.strength) for steering in steered.steerings] == [("s0", 1.5), ("s2", 1.0)]
         assert plain.steerings == ()
 
     def test_at_another_layer(self, service: Any, tiny_lm: Any, steerings: Path) -> None:
@@ -157,19 +159,19 @@ class TestAnswers:
         self, service: Any, tiny_lm: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(tiny_lm.tokenizer, "chat_template", None)
-        given = Chosen(phrases=("wide",), rejection=REJECTIONS[2], max_tokens=6)
-        asked = request(service, given, prompt_of(service, given, [{"role": "user", "content": "Who?"}], TEXT))
-        assert as_curl(asked, "http://x", keys=False).startswith("curl http://x/v1/completions ")
-        plain, steered = ask(service, (given, False), (given, True))
+        choice = Chosen(phrases=("wide",), rejection=REJECTIONS[2], max_tokens=6)
+        chat = request(service, choice, prompt_of(service, choice, [{"role": "user", "content": "Who?"}], TEXT))
+        assert as_curl(chat, "http://x", keys=False).startswith("curl http://x/v1/completions ")
+        plain, steered = ask(service, (choice, False), (choice, True))
         (a,) = tiny_lm.generate(TEXT, max_new_tokens=6)
         (b,) = tiny_lm.generate([TEXT], emphasize=["wide"], rejection=False, max_new_tokens=6)
         assert (plain.ids, steered.ids) == (a.token_ids, b.token_ids)
 
     def test_they_go_on_from_their_own_words(self, service: Any) -> None:
         talk = Talk()
-        given = Chosen((("s0", 3.0, AS_LEARNED),), system="Be kind.", max_tokens=6)
-        talk.turns.append(Turn("Why?", (), *ask(service, (given, False), (given, True), text="Why?")))
-        plain, steered = (prompt_of(service, given, talk.said(steered=s), "Who?") for s in (False, True))
+        choice = Chosen((("s0", 3.0, AS_LEARNED),), system="Be kind.", max_tokens=6)
+        talk.turns.append(Turn("Why?", (), *ask(service, (choice, False), (choice, True), text="Why?")))
+        plain, steered = (prompt_of(service, choice, talk.said(steered=s), "Who?") for s in (False, True))
         assert [m["role"] for m in plain] == ["system", "user", "assistant", "user"]
         assert plain[2]["content"] == talk.turns[0].plain.text != talk.turns[0].steered.text == steered[2]["content"]
 
@@ -179,11 +181,13 @@ class TestAnswers:
         log = tmp_path / "audit.jsonl"
         service = make_service(audit=Audit(log))
         service.scheduler.start()
-        given = Chosen((("s0", 1.0, AS_LEARNED),), max_tokens=64)
+        choice = Chosen((("s0", 1.0, AS_LEARNED),), max_tokens=64)
 
         async def run() -> Asking:
-            asked = [request(service, given, prompt_of(service, given, [], TEXT), steered=s) for s in (False, True)]
-            asking = Asking(service, ANYBODY, asked)
+            requests = [
+                request(service, choice, prompt_of(service, choice, [], TEXT), steered=s) for s in (False, True)
+            ]
+            asking = Asking(service, ANYBODY, requests)
             async for sides in asking.run():
                 if len(sides[1].ids) > 2:
                     asking.stop()
@@ -199,11 +203,11 @@ class TestAnswers:
         while len(log.read_text().splitlines()) < 4 and time.monotonic() < until:
             time.sleep(0.01)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        assert [one["event"] for one in lines] == ["begun"] * 2 + ["ended"] * 2
+        assert [line["event"] for line in lines] == ["begun"] * 2 + ["ended"] * 2
         lines = lines[2:]
-        assert all(one["tokens"][0] > 2 for one in lines)
-        assert [(one["key"], one["route"], one["outcome"]) for one in lines] == [("anybody", "/", "cancelled")] * 2
-        assert [one["name"] for one in lines[1]["steering"]] == ["s0"]
+        assert all(line["tokens"][0] > 2 for line in lines)
+        assert [(line["key"], line["route"], line["outcome"]) for line in lines] == [("anybody", "/", "cancelled")] * 2
+        assert [steering["name"] for steering in lines[1]["steering"]] == ["s0"]
         assert lines[0]["steering"] == []
         assert "prompt" not in lines[0]
 
@@ -229,7 +233,7 @@ class TestPolicy:
     def test_a_key_has_its_steerings_and_its_range(self, guarded: Any) -> None:
         alice = caller(guarded, "alice")
         (side,) = ask(guarded, (Chosen((("s0", 2.0, AS_LEARNED),), max_tokens=4), True), key=alice)
-        assert [(one.name, one.always) for one in side.steerings] == [("s7", True), ("s0", False)]
+        assert [(steering.name, steering.always) for steering in side.steerings] == [("s7", True), ("s0", False)]
         for name, strength, words in (("s1", 1.0, "no such steering"), ("s0", 2.5, "between 0 and 2")):
             with pytest.raises(Refusal, match=words):
                 ask(guarded, (Chosen(((name, strength, AS_LEARNED),)), True), key=alice)
@@ -242,10 +246,10 @@ class TestPolicy:
             ask(guarded, (Chosen(phrases=("sea",), max_tokens=4), True), key=caller(guarded, "bob"))
 
     def test_learning_is_for_keys_that_may_add(self, guarded: Any) -> None:
-        asked = lesson_of("mine", "caa", "\n".join(map(json.dumps, PAIRS)), "1")
+        lesson = lesson_of("mine", "caa", "\n".join(map(json.dumps, PAIRS)), "1")
         with pytest.raises(Refusal, match="may not add"):
-            study(guarded, caller(guarded, "alice"), asked)
-        assert study(guarded, caller(guarded, "bob"), asked)[-1].loaded.name == "mine"
+            study(guarded, caller(guarded, "alice"), lesson)
+        assert study(guarded, caller(guarded, "bob"), lesson)[-1].loaded.name == "mine"
 
     def test_nothing_on_the_page_answers_without_a_key(self, guarded: Any) -> None:
         pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
@@ -253,7 +257,7 @@ class TestPolicy:
 
         panel = [["s0"], *[1.0] * SLOTS, *[AS_LEARNED] * SLOTS, "", REJECTIONS[2], 0.5, "", 8, 0.0, 0]
         talk = Talk([Turn(TEXT)])
-        asked = {
+        inputs = {
             "speak": (TEXT, talk, "nothing", *panel),
             "again": (1, talk, "nothing", True, *panel),
             "copied": (None, TEXT, talk, *panel),
@@ -266,19 +270,21 @@ class TestPolicy:
             "arrive": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
             "admit": ("mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
         }
-        asked["pick"] = ([], *panel[1 : 2 * SLOTS + 1])
+        inputs["pick"] = ([], *panel[1 : 2 * SLOTS + 1])
         harmless = {"halt", "forget", "append", "<lambda>"}
-        functions = {one.name: one.fn for one in make_blocks(guarded).fns.values() if one.fn is not None}
-        assert set(functions) == set(asked) | harmless
+        functions = {
+            function.name: function.fn for function in make_blocks(guarded).fns.values() if function.fn is not None
+        }
+        assert set(functions) == set(inputs) | harmless
 
-        async def told(name: str) -> Any:
-            found = functions[name]("eve", *asked[name])
-            if hasattr(found, "__aiter__"):
-                return [step async for step in found][-1]
-            return await found if asyncio.iscoroutine(found) else found
+        async def answer_to(name: str) -> Any:
+            outcome = functions[name]("eve", *inputs[name])
+            if hasattr(outcome, "__aiter__"):
+                return [step async for step in outcome][-1]
+            return await outcome if asyncio.iscoroutine(outcome) else outcome
 
-        for name in asked:
-            assert "API key isn't known" in html.unescape("".join(map(str, asyncio.run(told(name))))), name
+        for name in inputs:
+            assert "API key isn't known" in html.unescape("".join(map(str, asyncio.run(answer_to(name))))), name
         assert guarded.scheduler.steps == 0
         assert guarded.library.get("mine") is None
 
@@ -288,7 +294,7 @@ class TestMoves:
         pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
         from trimtab.serve.playground.page import make_blocks
 
-        again = next(one.fn for one in make_blocks(service).fns.values() if one.name == "again")
+        again = next(function.fn for function in make_blocks(service).fns.values() if function.name == "again")
         assert again is not None
 
         def move(talk: Talk, number: int, strength: float) -> Any:
@@ -296,16 +302,16 @@ class TestMoves:
             return again("", number, talk, "nothing", True, ["s0"], *[strength] * SLOTS, *[AS_LEARNED] * SLOTS, *rest)
 
         async def answered(talk: Talk, *moves: tuple[int, float]) -> None:
-            async def one(number: int, strength: float) -> None:
+            async def moved(number: int, strength: float) -> None:
                 async for _ in move(talk, number, strength):
                     pass
 
-            await asyncio.gather(*(one(*given) for given in moves))
+            await asyncio.gather(*(moved(*arguments) for arguments in moves))
 
         for order in permutations([(1, 0.6), (2, 0.5), (3, 0.4)]):
             talk = Talk([Turn(TEXT)])
             asyncio.run(answered(talk, *order))
-            assert [one.strength for one in talk.turns[-1].steered.steerings] == [0.4], order
+            assert [steering.strength for steering in talk.turns[-1].steered.steerings] == [0.4], order
             assert talk.number == 1, order  # and the others weren't asked
             before = talk.turns[-1].steered
             asyncio.run(answered(talk, (2, 0.5)))  # long after it
@@ -324,8 +330,8 @@ class TestEmphasis:
         assert "tt-missing" in shown
 
     def test_an_answer_with_a_trace_is_coloured_by_it(self, service: Any) -> None:
-        given = Chosen((("s0", 2.0, AS_LEARNED),), ("wide and blue",), max_tokens=10)
-        plain, steered = ask(service, (given, False), (given, True))
+        choice = Chosen((("s0", 2.0, AS_LEARNED),), ("wide and blue",), max_tokens=10)
+        plain, steered = ask(service, (choice, False), (choice, True))
         assert plain.done is not None
         assert plain.done.trace is None
         assert steered.done is not None
@@ -346,9 +352,9 @@ class TestEmphasis:
         assert "No answer here" in key_of([plain], REJECTION, 1.0)
 
     def test_a_phrase_that_is_missing_asks_nothing(self, service: Any) -> None:
-        given = Chosen(phrases=("purple",), max_tokens=4)
+        choice = Chosen(phrases=("purple",), max_tokens=4)
         with pytest.raises(Refusal, match="isn't in the prompt"):
-            ask(service, (given, False), (given, True))
+            ask(service, (choice, False), (choice, True))
         assert service.scheduler.running == service.scheduler.queued == 0
 
 
@@ -361,24 +367,24 @@ class TestColours:
         (side,) = ask(service, (Chosen((("s1", 1.0, AS_LEARNED),), max_tokens=6), True))
         (colour,) = [value for _, value in offered(service, ANYBODY) if value.startswith("s1@")]
         asyncio.run(read(service, ANYBODY, [side], colour))
-        found = side.cosines[colour]
+        cosines = side.cosines[colour]
         with torch.no_grad():
             hidden = tiny_lm.model(torch.tensor([[*side.prompt, *side.ids]]), output_hidden_states=True).hidden_states
         direction = load(steerings / "s1.safetensors").edits[0].operation.direction
-        expected = torch.cosine_similarity(hidden[found.layer + 1][0, len(side.prompt) :], direction[None], dim=-1)
-        assert found.cosines == pytest.approx(expected.tolist(), abs=1e-5)
-        assert "".join(found.pieces) == side.text
+        expected = torch.cosine_similarity(hidden[cosines.layer + 1][0, len(side.prompt) :], direction[None], dim=-1)
+        assert cosines.cosines == pytest.approx(expected.tolist(), abs=1e-5)
+        assert "".join(cosines.pieces) == side.text
         full = full_of([side], colour)
-        assert coloured(service, side, colour, full).count("<span") == sum(bool(piece) for piece in found.pieces)
+        assert coloured(service, side, colour, full).count("<span") == sum(bool(piece) for piece in cosines.pieces)
         assert f"{full:+.2f}" in key_of([side], colour, full)
 
 
 class TestSweep:
     def test_a_grid_is_row_by_row(self, service: Any) -> None:
         sweep = sweep_of("s0", "-1, 0 2", "1; 2")
-        asked = sweep.requests(service, Chosen(max_tokens=4), TEXT)
-        found = [[(one.layer, one.strength) for one in each.steering] for each in asked]
-        assert found == [[(1, -1)], [], [(1, 2)], [(2, -1)], [], [(2, 2)]]
+        requests = sweep.requests(service, Chosen(max_tokens=4), TEXT)
+        points = [[(edit.layer, edit.strength) for edit in each.steering] for each in requests]
+        assert points == [[(1, -1)], [], [(1, 2)], [(2, -1)], [], [(2, 2)]]
         assert sweep.rows() == ["layer 1", "layer 2"]
         assert sweep_of("s0", "1", "").rows() == [""]
 
@@ -405,9 +411,9 @@ class TestSweep:
         assert whole_numbers("") == ()
 
 
-def study(service: Any, key: Key, asked: Any) -> list[Any]:
+def study(service: Any, key: Key, lesson: Any) -> list[Any]:
     async def run() -> list[Any]:
-        return [step async for step in learn(service, key, asked)]
+        return [step async for step in learn(service, key, lesson)]
 
     return asyncio.run(run())
 
@@ -470,8 +476,8 @@ class TestLearning:
     def test_messages_and_system_prompts_are_learned_from(self, service: Any) -> None:
         talk = [{"role": "user", "content": "Why?"}]
         rows = [{"system": "Be kind.", "prompt": talk, "positive": "yes yes", "negative": "no", "id": 7, "seen": None}]
-        asked = lesson_of("spoken", METHODS[0], "\n".join(map(json.dumps, rows)), "1")
-        lesson = study(service, ANYBODY, asked)[-1]
+        study_request = lesson_of("spoken", METHODS[0], "\n".join(map(json.dumps, rows)), "1")
+        lesson = study(service, ANYBODY, study_request)[-1]
         assert lesson.loaded.steering.card.data == digest(pairs_from_rows(rows))
         with pytest.raises(TrimtabError, match="bare texts have none"):
             lesson_of("x", METHODS[0], '{"positive": "a", "negative": "b", "system": "Be kind."}', "")
@@ -486,36 +492,36 @@ class TestLearning:
 class TestSnippets:
     TRICKY = 'It\'s "quoted" $HOME `id` \\ {{x}} ${y}\nand 💥'
 
-    def asked(self, service: Any) -> Any:
-        given = Chosen((("s0", 1.5, 2),), ("quoted",), max_tokens=9)
-        return request(service, given, prompt_of(service, given, [], self.TRICKY))
+    def tricky_request(self, service: Any) -> Any:
+        choice = Chosen((("s0", 1.5, 2),), ("quoted",), max_tokens=9)
+        return request(service, choice, prompt_of(service, choice, [], self.TRICKY))
 
     def test_curl_is_the_request(self, service: Any) -> None:
-        asked = self.asked(service)
-        words = shlex.split(as_curl(asked, "http://localhost:8000", keys=True).replace("\\\n", " "))
+        chat = self.tricky_request(service)
+        words = shlex.split(as_curl(chat, "http://localhost:8000", keys=True).replace("\\\n", " "))
         assert words[:2] == ["curl", "http://localhost:8000/v1/chat/completions"]
         assert "Authorization: Bearer $TRIMTAB_API_KEY" in words
         body = json.loads(words[words.index("-d") + 1])
-        assert ChatRequest.model_validate(body) == asked
+        assert ChatRequest.model_validate(body) == chat
         assert body["messages"][0]["content"] == self.TRICKY
-        assert "Authorization" not in as_curl(asked, "http://localhost:8000", keys=False)
+        assert "Authorization" not in as_curl(chat, "http://localhost:8000", keys=False)
 
     def test_python_is_the_request(self, service: Any) -> None:
-        asked = self.asked(service)
-        tree = ast.parse(as_python(asked, "http://localhost:8000", keys=False))
+        chat = self.tricky_request(service)
+        tree = ast.parse(as_python(chat, "http://localhost:8000", keys=False))
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.keywords]
         (call,) = [node for node in calls if any(keyword.arg == "messages" for keyword in node.keywords)]
-        given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        assert given.pop("extra_body") | given == body_of(asked)
-        assert "TRIMTAB_API_KEY" in as_python(asked, "http://localhost:8000", keys=True)
+        arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        assert arguments.pop("extra_body") | arguments == body_of(chat)
+        assert "TRIMTAB_API_KEY" in as_python(chat, "http://localhost:8000", keys=True)
 
 
 class TestShown:
     NASTY = "<script>alert(1)</script>"
 
     def test_nothing_that_was_written_is_markup(self, service: Any) -> None:
-        given = Chosen((("s0", 1.0, AS_LEARNED),), max_tokens=4)
-        plain, steered = ask(service, (given, False), (given, True), text=self.NASTY)
+        choice = Chosen((("s0", 1.0, AS_LEARNED),), max_tokens=4)
+        plain, steered = ask(service, (choice, False), (choice, True), text=self.NASTY)
         plain.collected.text = steered.error = self.NASTY
         page = show.talk(service, Talk([Turn(self.NASTY, (self.NASTY,), plain, steered)]))
         page += show.error(self.NASTY) + show.note(self.NASTY) + show.grid([(self.NASTY, [(self.NASTY, plain)])])

@@ -47,9 +47,9 @@ class TestPolicy:
         assert (alice.steerings, alice.add, bob.steerings, bob.add) == (frozenset({"json"}), False, None, True)
         assert policy.always == (("safety", 1.5),)
 
-    @pytest.mark.parametrize("given", [None, "", "A", "a ", "aa", "\udcff", "b" * 10_000])
-    def test_a_wrong_key_is_nobodys(self, tmp_path: Path, given: str | None) -> None:
-        assert read_policy(write(tmp_path / "p.json", GOOD)).caller(given) is None
+    @pytest.mark.parametrize("secret", [None, "", "A", "a ", "aa", "\udcff", "b" * 10_000])
+    def test_a_wrong_key_is_nobodys(self, tmp_path: Path, secret: str | None) -> None:
+        assert read_policy(write(tmp_path / "p.json", GOOD)).caller(secret) is None
 
     def test_without_keys_anybody_may_ask(self) -> None:
         assert Policy().caller(None) is ANYBODY
@@ -80,14 +80,14 @@ class TestPolicy:
     @pytest.mark.parametrize("nothing", ["", "\n", " ", "\r\n"])
     def test_the_digest_of_nothing_is_no_key(self, tmp_path: Path, nothing: str) -> None:
         """It is what `printf %s "$KEY" | sha256sum` says where KEY isn't set."""
-        given = {"keys": [{"name": "a", "sha256": digest("a")}, {"name": "empty", "sha256": digest(nothing)}]}
+        document = {"keys": [{"name": "a", "sha256": digest("a")}, {"name": "empty", "sha256": digest(nothing)}]}
         with pytest.raises(TrimtabError, match=r"digest of no key at all for 'empty'.*variable"):
-            read_policy(write(tmp_path / "p.json", given))
+            read_policy(write(tmp_path / "p.json", document))
 
-    @pytest.mark.parametrize("given", [None, "", " ", "\t"])
-    def test_whoever_gives_no_key_is_nobody_whatever_the_keys_are(self, given: str | None) -> None:
+    @pytest.mark.parametrize("secret", [None, "", " ", "\t"])
+    def test_whoever_gives_no_key_is_nobody_whatever_the_keys_are(self, secret: str | None) -> None:
         keys = tuple(Key(f"k{i}", hashlib.sha256(text.encode()).digest()) for i, text in enumerate(("", " ", "\t")))
-        assert Policy(keys).caller(given) is None
+        assert Policy(keys).caller(secret) is None
 
     def test_a_file_that_isnt_there(self, tmp_path: Path) -> None:
         with pytest.raises(TrimtabError, match="can't read the policy"):

@@ -22,22 +22,22 @@ def clients(make_service: Callable[..., Any], client_of: Callable[..., Any]) -> 
     """A client of a server that keeps what it has read, for two keys, and one that keeps nothing."""
 
     def make(shared: bool = False) -> tuple[Any, Any]:
-        found = []
+        services = []
         for prefixes in (Prefixes(5000, shared=shared), None):
             keys = tuple(Key(name, hashlib.sha256(name.encode()).digest()) for name in ("alice", "bob"))
             service = make_service(policy=Policy(keys))
             scheduler = Scheduler(service.lm, rows=8, finished=service.metrics.finished, prefixes=prefixes)
             object.__setattr__(service, "scheduler", scheduler)
-            found.append(client_of(service))
-        return found[0], found[1]
+            services.append(client_of(service))
+        return services[0], services[1]
 
     return make
 
 
 def ask(client: Any, prompt: str, who: str = "alice", **more: Any) -> tuple[str, int]:
     """The answer's text, and how many of the prompt's tokens were taken over."""
-    given = {**BODY, "prompt": prompt, **more}
-    response = client.post(PATH, json=given, headers={"Authorization": f"Bearer {who}"})
+    body = {**BODY, "prompt": prompt, **more}
+    response = client.post(PATH, json=body, headers={"Authorization": f"Bearer {who}"})
     assert response.status_code == 200, response.text
     usage = response.json()["usage"]
     return response.json()["choices"][0]["text"], usage["prompt_tokens_details"]["cached_tokens"]
@@ -80,8 +80,8 @@ def test_unless_that_is_allowed_and_it_is_unsteered(clients: Callable[..., Any])
 def test_answers_to_one_prompt_count_it_once(clients: Callable[..., Any]) -> None:
     keeping, _ = clients()
     ask(keeping, TEXT)
-    given = {**BODY, "prompt": [f"{TEXT} More", f"{TEXT} Other"], "n": 2, "temperature": 1, "seed": 1}
-    usage = keeping.post(PATH, json=given, headers={"Authorization": "Bearer alice"}).json()["usage"]
-    one = ask(keeping, f"{TEXT} More")[1]
+    body = {**BODY, "prompt": [f"{TEXT} More", f"{TEXT} Other"], "n": 2, "temperature": 1, "seed": 1}
+    usage = keeping.post(PATH, json=body, headers={"Authorization": "Bearer alice"}).json()["usage"]
+    text = ask(keeping, f"{TEXT} More")[1]
     assert usage["prompt_tokens_details"]["cached_tokens"] <= usage["prompt_tokens"]
-    assert usage["prompt_tokens_details"]["cached_tokens"] <= 2 * one
+    assert usage["prompt_tokens_details"]["cached_tokens"] <= 2 * text

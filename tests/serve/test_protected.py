@@ -28,13 +28,13 @@ def edit(operation: object, layer: int = 1, kind: str = "residual") -> Edit:
     return Edit(Site(layer, kind), operation, Positions.all(), 1.7)
 
 
-def naively(one: Edit, x: torch.Tensor) -> torch.Tensor:
+def naively(push: Edit, x: torch.Tensor) -> torch.Tensor:
     """What the edit's docstring says, in float64."""
-    operation, v = one.operation, one.operation.direction.double()
+    operation, v = push.operation, push.operation.direction.double()
     if isinstance(operation, Add):
-        return x + one.strength * v
+        return x + push.strength * v
     target = operation.target if isinstance(operation, SetProjection) else 0.0
-    return x + one.strength * (target - x @ v)[:, None] * v
+    return x + push.strength * (target - x @ v)[:, None] * v
 
 
 ALWAYS = [
@@ -46,36 +46,36 @@ OPERATIONS += [Ablate(vector(7)), Add(vector(1) + vector(8)), Ablate(unit(vector
 
 
 class TestProperties:
-    @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: type(one).__name__)
+    @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: type(operation).__name__)
     @pytest.mark.parametrize("layer", [0, 1, 3])
     @pytest.mark.parametrize("kind", ["residual", "block_input"])
     def test_the_streams_projection_on_what_is_always_on_stays(self, operation: object, layer: int, kind: str) -> None:
         held = protected(ALWAYS)
-        found, lost = apart(held, Steering((edit(operation, layer, kind),)))
+        left, lost = apart(held, Steering((edit(operation, layer, kind),)))
         x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        (one,) = found.edits
-        y = naively(one, x)
+        (moved,) = left.edits
+        y = naively(moved, x)
         for seed in (1, 2, 3):
             v = vector(seed).double()
             assert torch.allclose(x @ v, y @ v, atol=1e-5), seed
         assert 0 < lost < 1
         assert not torch.allclose(x, y, atol=0.1)  # and it still acts
-        assert (one.site, one.positions, one.strength) == (Site(layer, kind), Positions.all(), 1.7)
+        assert (moved.site, moved.positions, moved.strength) == (Site(layer, kind), Positions.all(), 1.7)
 
     def test_it_is_the_nearest_such_push(self) -> None:
         v, held = vector(4, 2.0), protected(ALWAYS)
-        found, lost = apart(held, Steering((edit(Add(v)),)))
+        left, lost = apart(held, Steering((edit(Add(v)),)))
         three = torch.stack([vector(seed).double() for seed in (1, 2, 3)])
         along = three.T @ torch.linalg.solve(three @ three.T, three @ v.double())
-        assert torch.allclose(found.edits[0].operation.direction.double(), v.double() - along, atol=1e-6)
+        assert torch.allclose(left.edits[0].operation.direction.double(), v.double() - along, atol=1e-6)
         assert lost == pytest.approx(float(along.norm() / v.double().norm()))
 
     def test_what_has_nothing_along_it_is_the_same_object(self) -> None:
         held = protected([("safety", Steering((edit(Add(torch.eye(WIDTH)[0])),)))])
         mine = Steering((edit(Add(torch.eye(WIDTH)[1])), edit(Ablate(torch.eye(WIDTH)[2]))))
-        found, lost = apart(held, mine)
+        left, lost = apart(held, mine)
         assert lost == 0
-        assert all(a is b for a, b in zip(found.edits, mine.edits, strict=True))
+        assert all(a is b for a, b in zip(left.edits, mine.edits, strict=True))
 
     def test_without_anything_that_is_always_on_nothing_changes(self) -> None:
         mine = ALWAYS[0][1]

@@ -40,8 +40,8 @@ def client_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
         return made[name]
 
     yield client
-    for one in made.values():
-        one.__exit__(None, None, None)
+    for opened in made.values():
+        opened.__exit__(None, None, None)
 
 
 def mine(client: Any) -> Any:
@@ -57,29 +57,29 @@ def checked(response: Any) -> Any:
 def test_it_answers_as_the_chat_does(client_for: Callable[[str], Any]) -> None:
     client = client_for("hermes")
     pushed = {"steering": [{"name": "push", "strength": 3}]}
-    found = checked(mine(client).responses.create(**ASK, instructions="Be brief.", extra_body=pushed))
+    response = checked(mine(client).responses.create(**ASK, instructions="Be brief.", extra_body=pushed))
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The sea?"}]
-    asked = {"model": "trimtab", "messages": talk, "max_tokens": 20, "temperature": 0, **pushed}
-    chat = client.post("/v1/chat/completions", json=asked).json()
-    assert found.output_text == chat["choices"][0]["message"]["content"]
-    assert found.status == ("incomplete" if chat["choices"][0]["finish_reason"] == "length" else "completed")
-    assert found.usage.input_tokens == chat["usage"]["prompt_tokens"]
-    assert found.usage.output_tokens == chat["usage"]["completion_tokens"]
-    assert found.usage.output_tokens_details.reasoning_tokens == 0
-    told = found.model_extra["trimtab"]
-    assert told["steering"] == chat["trimtab"]["steering"]
-    assert found.instructions == "Be brief."
+    body = {"model": "trimtab", "messages": talk, "max_tokens": 20, "temperature": 0, **pushed}
+    chat = client.post("/v1/chat/completions", json=body).json()
+    assert response.output_text == chat["choices"][0]["message"]["content"]
+    assert response.status == ("incomplete" if chat["choices"][0]["finish_reason"] == "length" else "completed")
+    assert response.usage.input_tokens == chat["usage"]["prompt_tokens"]
+    assert response.usage.output_tokens == chat["usage"]["completion_tokens"]
+    assert response.usage.output_tokens_details.reasoning_tokens == 0
+    applied = response.model_extra["trimtab"]
+    assert applied["steering"] == chat["trimtab"]["steering"]
+    assert response.instructions == "Be brief."
 
 
 def test_a_call_and_its_output(client_for: Callable[[str], Any]) -> None:
     client = mine(client_for("hermes"))
-    found = checked(client.responses.create(**CALL))
-    (call,) = found.output
-    assert (call.type, call.name, found.status) == ("function_call", "note", "completed")
+    response = checked(client.responses.create(**CALL))
+    (call,) = response.output
+    assert (call.type, call.name, response.status) == ("function_call", "note", "completed")
     assert json.loads(call.arguments).keys() == {"text"}
     again = [
         {"role": "user", "content": "The sea?"},
-        *[item.model_dump() for item in found.output],
+        *[item.model_dump() for item in response.output],
         {"type": "function_call_output", "call_id": call.call_id, "output": "done"},
     ]
     after = checked(client.responses.create(**{**ASK, "input": again}, tools=[NOTE], tool_choice="none"))
@@ -93,14 +93,14 @@ def test_a_call_and_its_output(client_for: Callable[[str], Any]) -> None:
 def test_a_format(client_for: Callable[[str], Any]) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
     format = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
-    asked = {**ASK, "max_output_tokens": 80, "text": {"format": format}}
-    found = checked(mine(client_for("hermes")).responses.create(**asked))
-    assert json.loads(found.output_text)["n"] in (1, 2)
-    assert found.text.format.schema_ == schema
+    body = {**ASK, "max_output_tokens": 80, "text": {"format": format}}
+    response = checked(mine(client_for("hermes")).responses.create(**body))
+    assert json.loads(response.output_text)["n"] in (1, 2)
+    assert response.text.format.schema_ == schema
 
 
 @pytest.mark.parametrize(
-    ("name", "asked"),
+    ("name", "body"),
     [
         ("hermes", ASK),
         ("hermes", CALL),
@@ -109,11 +109,11 @@ def test_a_format(client_for: Callable[[str], Any]) -> None:
         ("hermes", {**CALL, "max_output_tokens": 45}),
     ],
 )
-def test_events_in_order(client_for: Callable[[str], Any], name: str, asked: dict[str, Any]) -> None:
+def test_events_in_order(client_for: Callable[[str], Any], name: str, body: dict[str, Any]) -> None:
     """Each item and part is opened, told, and closed with all that was told; the last event is the whole response."""
     client = mine(client_for(name))
-    whole = client.responses.create(**asked)
-    events = list(client.responses.create(**asked, stream=True))
+    whole = client.responses.create(**body)
+    events = list(client.responses.create(**body, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type for event in events]
     assert kinds[:2] == ["response.created", "response.in_progress"]
@@ -143,22 +143,22 @@ def test_events_in_order(client_for: Callable[[str], Any], name: str, asked: dic
             elif event.type.endswith("arguments.done"):
                 assert event.arguments == texts[-1]
     assert open_item is None
-    for one, other in zip(last.output, whole.output, strict=True):
-        assert one.type == other.type
-        assert one.status == other.status
-        said = one.arguments if one.type == "function_call" else one.content[0].text
-        assert said == (other.arguments if one.type == "function_call" else other.content[0].text)
+    for item, whole_item in zip(last.output, whole.output, strict=True):
+        assert item.type == whole_item.type
+        assert item.status == whole_item.status
+        said = item.arguments if item.type == "function_call" else item.content[0].text
+        assert said == (whole_item.arguments if item.type == "function_call" else whole_item.content[0].text)
     assert last.usage == whole.usage
 
 
 def test_thinking_is_an_item(client_for: Callable[[str], Any]) -> None:
     client = mine(client_for("thinking"))
-    found = checked(client.responses.create(**ASK, extra_body={"chat_template_kwargs": {"open": True}}))
-    assert [item.type for item in found.output] == ["reasoning"]
-    assert found.usage.output_tokens_details.reasoning_tokens == 20
+    response = checked(client.responses.create(**ASK, extra_body={"chat_template_kwargs": {"open": True}}))
+    assert [item.type for item in response.output] == ["reasoning"]
+    assert response.usage.output_tokens_details.reasoning_tokens == 20
     again = [
         {"role": "user", "content": "Hi"},
-        *[item.model_dump() for item in found.output],
+        *[item.model_dump() for item in response.output],
         {"role": "assistant", "content": "Blue."},
         {"role": "user", "content": "Why?"},
     ]
@@ -166,17 +166,17 @@ def test_thinking_is_an_item(client_for: Callable[[str], Any]) -> None:
     from trimtab.serve.schema_responses import ResponsesRequest
     from trimtab.serve.sieve import sieved
 
-    asked = json.loads(sieved(json.dumps({"model": "trimtab", "input": again}).encode()))
-    messages = as_chat(ResponsesRequest.model_validate(asked)).messages
+    body = json.loads(sieved(json.dumps({"model": "trimtab", "input": again}).encode()))
+    messages = as_chat(ResponsesRequest.model_validate(body)).messages
     assert [message.role for message in messages] == ["user", "assistant", "user"]
-    assert messages[1].reasoning_content == found.output[0].content[0].text
+    assert messages[1].reasoning_content == response.output[0].content[0].text
     assert messages[1].content == "Blue."
     assert client.responses.create(**{**ASK, "input": again}).output_text
 
 
 def text_of(logprobs: Any) -> str:
     """What tokens say together; some are parts of a character."""
-    return b"".join(bytes(one.bytes) for one in logprobs).decode("utf-8", "replace")
+    return b"".join(bytes(logprob.bytes) for logprob in logprobs).decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize(
@@ -193,27 +193,27 @@ def test_logprobs_are_those_of_the_text(
 ) -> None:
     """They are the chat's, token for token, make up the text, and stand in the deltas that they belong to."""
     client = client_for(name)
-    asked = {**ASK, "include": ["message.output_text.logprobs"], "top_logprobs": 3, **more}
-    found = checked(mine(client).responses.create(**asked))
-    assert [item.type for item in found.output] == parts
-    events = list(mine(client).responses.create(**asked, stream=True))
+    fields = {**ASK, "include": ["message.output_text.logprobs"], "top_logprobs": 3, **more}
+    response = checked(mine(client).responses.create(**fields))
+    assert [item.type for item in response.output] == parts
+    events = list(mine(client).responses.create(**fields, stream=True))
     deltas = [event for event in events if event.type == "response.output_text.delta"]
     if parts != ["message"]:
         assert not deltas
-        assert "logprobs" not in found.output[0].model_dump_json()
+        assert "logprobs" not in response.output[0].model_dump_json()
         return
-    told = found.output[0].content[0].logprobs
-    assert text_of(told) == found.output_text
+    logprobs = response.output[0].content[0].logprobs
+    assert text_of(logprobs) == response.output_text
     body = {"model": "trimtab", "messages": [{"role": "user", "content": ASK["input"]}], "temperature": 0}
     body |= {"max_tokens": ASK["max_output_tokens"], "logprobs": True, "top_logprobs": 3}
     chat = client.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]["content"]
-    assert [one.model_dump() for one in told] == chat[: len(told)]
-    assert all(len(one.top_logprobs) == 3 for one in told)
-    assert [one.token for event in deltas for one in event.logprobs] == [one.token for one in told]
+    assert [logprob.model_dump() for logprob in logprobs] == chat[: len(logprobs)]
+    assert all(len(logprob.top_logprobs) == 3 for logprob in logprobs)
+    assert [logprob.token for event in deltas for logprob in event.logprobs] == [logprob.token for logprob in logprobs]
     assert all(text_of(event.logprobs) == event.delta for event in deltas)
     (done,) = (event for event in events if event.type == "response.output_text.done")
-    assert [one.token for one in done.logprobs] == [one.token for one in told]
-    again = [{"role": "user", "content": "Hi"}, *[item.model_dump() for item in found.output]]
+    assert [logprob.token for logprob in done.logprobs] == [logprob.token for logprob in logprobs]
+    again = [{"role": "user", "content": "Hi"}, *[item.model_dump() for item in response.output]]
     assert mine(client).responses.create(**{**ASK, "input": [*again, {"role": "user", "content": "Why?"}]}).output_text
 
 
@@ -226,14 +226,14 @@ def test_logprobs_of_words_after_thinking(client_for: Callable[[str], Any]) -> N
     tokenizer = client_for("thinking").service.lm.tokenizer
     reading, tokens = Parts(Marks(thinking=("<think>", "</think>"), begun=True)), TextTokens(tokenizer)
     ids = [*tokenizer.encode("Hmm.</think>\n\nThe sea is <b", add_special_tokens=False), tokenizer.eos_token_id]
-    said, told = "", []
+    said, logprobs = "", []
     for i, id in enumerate(ids):
         last = i == len(ids) - 1
         parts = reading.finish() if last else reading.add(tokenizer.decode([id]))
         said += "".join(part.text for part in parts if isinstance(part, Words))
-        told += tokens.take(parts, [TokenTold(id, -1.0)])
+        logprobs += tokens.take(parts, [TokenTold(id, -1.0)])
     assert said == "The sea is <b"
-    assert "".join(one.token for one in told) == said
+    assert "".join(logprob.token for logprob in logprobs) == said
 
 
 NOTHING: list[dict[str, Any]] = [
@@ -247,10 +247,10 @@ NOTHING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("more", NOTHING, ids=lambda more: next(iter(more)))
 def test_fields_that_ask_for_nothing(client_for: Callable[[str], Any], more: dict[str, Any]) -> None:
     client = client_for("hermes")
-    found = client.post(PATH, json={**ASK, **more})
-    assert found.status_code == 200, found.text
+    response = client.post(PATH, json={**ASK, **more})
+    assert response.status_code == 200, response.text
     plain = client.post(PATH, json=ASK).json()
-    assert found.json()["output"][0]["content"] == plain["output"][0]["content"]
+    assert response.json()["output"][0]["content"] == plain["output"][0]["content"]
 
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
@@ -284,8 +284,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("more", "words", "param"), WRONG, ids=[next(iter(more)) for more, _, _ in WRONG])
 def test_what_is_refused(client_for: Callable[[str], Any], more: dict[str, Any], words: str, param: str) -> None:
-    found = client_for("hermes").post(PATH, json={**ASK, **more})
-    assert found.status_code in (400, 404), found.text
-    error = found.json()["error"]
+    response = client_for("hermes").post(PATH, json={**ASK, **more})
+    assert response.status_code in (400, 404), response.text
+    error = response.json()["error"]
     assert words in error["message"]
     assert error["param"].startswith(param)

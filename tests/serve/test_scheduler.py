@@ -38,7 +38,7 @@ class Heard:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        return tuple(told.id for event in self.events if isinstance(event, Piece) for told in event.tokens)
+        return tuple(token.id for event in self.events if isinstance(event, Piece) for token in event.tokens)
 
     @property
     def end(self) -> Event:
@@ -48,15 +48,15 @@ class Heard:
 
 @pytest.fixture
 def scheduler(make_service: Callable[..., Any]) -> Scheduler:
-    found: Scheduler = make_service().scheduler
-    found.start()
-    return found
+    working: Scheduler = make_service().scheduler
+    working.start()
+    return working
 
 
-def task(scheduler: Scheduler, prompt: str = PROMPT, **given: Any) -> tuple[Task, Heard]:
+def task(scheduler: Scheduler, prompt: str = PROMPT, **options: Any) -> tuple[Task, Heard]:
     heard = Heard()
     ids = tuple(scheduler.lm.encode(prompt))
-    return Task(ids, heard, **{"max_new_tokens": 12, **given}), heard
+    return Task(ids, heard, **{"max_new_tokens": 12, **options}), heard
 
 
 def steering(scheduler: Scheduler, number: int) -> Any:
@@ -81,12 +81,12 @@ def slowed(scheduler: Scheduler, seconds: float = 0.02) -> None:
 
 def test_everybody_gets_what_they_get_alone(scheduler: Scheduler) -> None:
     made = [task(scheduler, f"{PROMPT} {'blue ' * i}", steering=steering(scheduler, i)) for i in range(12)]
-    for one, _ in made:
-        scheduler.submit([one])
-    for i, (one, heard) in enumerate(made):
+    for job, _ in made:
+        scheduler.submit([job])
+    for i, (job, heard) in enumerate(made):
         end = heard.end
         assert isinstance(end, Done)
-        (answer,) = scheduler.lm.generate(f"{PROMPT} {'blue ' * i}", one.steering, max_new_tokens=12)
+        (answer,) = scheduler.lm.generate(f"{PROMPT} {'blue ' * i}", job.steering, max_new_tokens=12)
         assert (heard.ids, heard.text, end.tokens) == (answer.token_ids, answer.text, len(answer.token_ids))
         assert end.applied.edits == answer.applied.edits
 
@@ -94,8 +94,8 @@ def test_everybody_gets_what_they_get_alone(scheduler: Scheduler) -> None:
 def test_a_stop_text_ends_an_answer(scheduler: Scheduler) -> None:
     (answer,) = scheduler.lm.generate(PROMPT, max_new_tokens=12)
     stop = answer.text[3:6]
-    one, heard = task(scheduler, stop=(stop,))
-    scheduler.submit([one])
+    job, heard = task(scheduler, stop=(stop,))
+    scheduler.submit([job])
     end = heard.end
     assert isinstance(end, Done)
     assert (end.finish, heard.text) == ("stop", answer.text[: answer.text.index(stop)])
@@ -105,12 +105,12 @@ def test_a_stop_text_ends_an_answer(scheduler: Scheduler) -> None:
 
 def test_a_task_that_is_cancelled_leaves_before_the_next_step(scheduler: Scheduler) -> None:
     slowed(scheduler)
-    one, heard = task(scheduler, max_new_tokens=60)
+    job, heard = task(scheduler, max_new_tokens=60)
     other, beside = task(scheduler, max_new_tokens=60, steering=steering(scheduler, 1))
-    scheduler.submit([one, other])
+    scheduler.submit([job, other])
     assert heard.begun.wait(60)
     at = scheduler.steps
-    scheduler.cancel([one])
+    scheduler.cancel([job])
     end = heard.end
     assert isinstance(end, Failed)
     assert end.kind == "cancelled"
@@ -122,7 +122,7 @@ def test_a_task_that_is_cancelled_leaves_before_the_next_step(scheduler: Schedul
 def test_a_full_queue_accepts_nothing(make_service: Callable[..., Any]) -> None:
     scheduler = make_service(rows=2, waiting=3).scheduler
     made = [task(scheduler) for _ in range(5)]
-    scheduler.submit([one for one, _ in made])
+    scheduler.submit([job for job, _ in made])
     with pytest.raises(Full) as full:
         scheduler.submit([task(scheduler)[0]])
     assert 1 <= full.value.seconds <= 60
@@ -136,8 +136,8 @@ def test_a_full_queue_accepts_nothing(make_service: Callable[..., Any]) -> None:
 
 def test_a_task_has_its_time(scheduler: Scheduler) -> None:
     slowed(scheduler, 0.05)
-    one, heard = task(scheduler, max_new_tokens=60, seconds=0.3)
-    scheduler.submit([one])
+    job, heard = task(scheduler, max_new_tokens=60, seconds=0.3)
+    scheduler.submit([job])
     end = heard.end
     assert isinstance(end, Failed)
     assert end.kind == "timeout"
@@ -190,37 +190,37 @@ def test_a_dose_above_the_cap_ends_an_answer(scheduler: Scheduler) -> None:
 
 
 class TestRejection:
-    def emphasized(self, scheduler: Scheduler, **given: Any) -> tuple[Task, Heard]:
+    def emphasized(self, scheduler: Scheduler, **options: Any) -> tuple[Task, Heard]:
         spans = [(2, 5)]
         towards = emphasis(ScaleScores(), spans, range(scheduler.lm.layout.layers), "directer")
-        return task(scheduler, steering=towards, rejection=Rejection(), **given)
+        return task(scheduler, steering=towards, rejection=Rejection(), **options)
 
     def test_answers_are_those_of_lm_generate(self, scheduler: Scheduler) -> None:
-        one, heard = self.emphasized(scheduler)
+        job, heard = self.emphasized(scheduler)
         more, beside = self.emphasized(scheduler, prompt=PROMPT + " blue", max_new_tokens=5)
-        scheduler.submit([one, more])
-        for (asked, told), prompt, count in (((one, heard), PROMPT, 12), ((more, beside), PROMPT + " blue", 5)):
-            end = told.end
+        scheduler.submit([job, more])
+        for (each_job, listener), prompt, count in (((job, heard), PROMPT, 12), ((more, beside), PROMPT + " blue", 5)):
+            end = listener.end
             assert isinstance(end, Done)
             (answer,) = scheduler.lm.generate(
                 prompt,
-                asked.steering,
-                rejection=asked.rejection,
+                each_job.steering,
+                rejection=each_job.rejection,
                 max_new_tokens=count,  # type: ignore[arg-type]
             )
-            assert told.ids == answer.token_ids
+            assert listener.ids == answer.token_ids
             assert answer.trace is not None
             assert end.trace is not None
             assert end.trace.steps == answer.trace.steps
 
     def test_the_batch_goes_on_beside_it(self, scheduler: Scheduler) -> None:
         order: list[str] = []
-        one, heard = self.emphasized(scheduler, max_new_tokens=20)
+        job, heard = self.emphasized(scheduler, max_new_tokens=20)
         plain, beside = task(scheduler, max_new_tokens=20, steering=steering(scheduler, 3))
-        for name, this in (("apart", one), ("batch", plain)):
+        for name, this in (("apart", job), ("batch", plain)):
             inner = this.deliver
             this.deliver = lambda event, inner=inner, name=name: (order.append(name), inner(event))  # type: ignore
-        scheduler.submit([one, plain])
+        scheduler.submit([job, plain])
         assert isinstance(heard.end, Done)
         assert isinstance(beside.end, Done)
         switches = sum(a != b for a, b in pairwise(order))
@@ -230,11 +230,11 @@ class TestRejection:
 
     def test_it_can_be_cancelled(self, scheduler: Scheduler) -> None:
         slowed(scheduler)
-        one, heard = self.emphasized(scheduler, max_new_tokens=60)
+        job, heard = self.emphasized(scheduler, max_new_tokens=60)
         _, beside = pair = task(scheduler, max_new_tokens=60)
-        scheduler.submit([one, pair[0]])
+        scheduler.submit([job, pair[0]])
         assert heard.begun.wait(60)
-        scheduler.cancel([one])
+        scheduler.cancel([job])
         end = heard.end
         assert isinstance(end, Failed)
         assert end.kind == "cancelled"
@@ -245,7 +245,7 @@ class TestTheEnd:
     def test_what_was_accepted_is_finished(self, scheduler: Scheduler) -> None:
         slowed(scheduler)
         made = [task(scheduler) for _ in range(20)]
-        scheduler.submit([one for one, _ in made])
+        scheduler.submit([job for job, _ in made])
         scheduler.drain(60)
         with pytest.raises(Draining):
             scheduler.submit([task(scheduler)[0]])
@@ -256,7 +256,7 @@ class TestTheEnd:
     def test_what_takes_too_long_is_told_so(self, scheduler: Scheduler) -> None:
         slowed(scheduler, 0.05)
         made = [task(scheduler, max_new_tokens=60) for _ in range(12)]
-        scheduler.submit([one for one, _ in made])
+        scheduler.submit([job for job, _ in made])
         scheduler.drain(0.3)
         ends = [heard.end for _, heard in made]
         assert all(isinstance(end, (Done, Failed)) for end in ends)
@@ -274,8 +274,8 @@ class TestTheEnd:
             return step()
 
         scheduler._batch.step = breaks  # type: ignore[method-assign]
-        one, heard = task(scheduler)
-        scheduler.submit([one])
+        job, heard = task(scheduler)
+        scheduler.submit([job])
         end = heard.end
         assert isinstance(end, Failed)
         assert (end.kind, "memory" in end.message) == ("server", False)
@@ -285,8 +285,8 @@ class TestTheEnd:
 
     def test_other_work_is_done_between_steps(self, scheduler: Scheduler) -> None:
         slowed(scheduler)
-        one, heard = task(scheduler, max_new_tokens=30)
-        scheduler.submit([one])
+        job, heard = task(scheduler, max_new_tokens=30)
+        scheduler.submit([job])
         assert scheduler.run(lambda: scheduler.lm.capture(PROMPT, [1])).result(60)[0]
         with pytest.raises(ZeroDivisionError):
             scheduler.run(lambda: 1 / 0).result(60)

@@ -27,8 +27,8 @@ def ask(
 
 def said(response: Any) -> tuple[str, int]:
     assert response.status_code == 200, response.text
-    found = response.json()
-    return found["choices"][0]["message"]["content"], found["usage"]["prompt_tokens"]
+    answer = response.json()
+    return answer["choices"][0]["message"]["content"], answer["usage"]["prompt_tokens"]
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -42,22 +42,22 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_a_begun_answer(ask: Any, tiny_lm: Any, steerings: Any, way: str) -> None:
     from trimtab import Rejection, load
 
-    given: dict[str, Any] = {"max_new_tokens": 5}
+    options: dict[str, Any] = {"max_new_tokens": 5}
     if way == "emphasized":
-        given |= {"emphasize": "It is", "rejection": False}
+        options |= {"emphasize": "It is", "rejection": False}
     else:
-        given |= {
+        options |= {
             "steering": load(steerings / "s0.safetensors"),
             "rejection": way == "rejecting" and Rejection(ladder="strength"),
         }
-    (goes_on,) = tiny_lm.generate([USER, BEGUN], **given)
-    (anew,) = tiny_lm.generate([USER, BEGUN], template={"continue_final_message": False}, **given)
-    asked = WAYS[way]
-    assert said(ask([USER, BEGUN], continue_final_message=True, **asked)) == (goes_on.text, goes_on.prompt_tokens)
+    (goes_on,) = tiny_lm.generate([USER, BEGUN], **options)
+    (anew,) = tiny_lm.generate([USER, BEGUN], template={"continue_final_message": False}, **options)
+    messages = WAYS[way]
+    assert said(ask([USER, BEGUN], continue_final_message=True, **messages)) == (goes_on.text, goes_on.prompt_tokens)
     both = {"continue_final_message": True, "add_generation_prompt": False}
-    assert said(ask([USER, BEGUN], **both, **asked)) == (goes_on.text, goes_on.prompt_tokens)
+    assert said(ask([USER, BEGUN], **both, **messages)) == (goes_on.text, goes_on.prompt_tokens)
     for more in ({}, {"continue_final_message": False}, {"add_generation_prompt": True}):
-        assert said(ask([USER, BEGUN], **more, **asked)) == (anew.text, anew.prompt_tokens)
+        assert said(ask([USER, BEGUN], **more, **messages)) == (anew.text, anew.prompt_tokens)
     assert anew.prompt_tokens > goes_on.prompt_tokens
 
 

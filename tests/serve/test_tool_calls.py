@@ -51,15 +51,15 @@ def client_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
         return made[name]
 
     yield client
-    for one in made.values():
-        one.__exit__(None, None, None)
+    for opened in made.values():
+        opened.__exit__(None, None, None)
 
 
 def ask(client: Any, **more: Any) -> Any:
     body = {"model": "trimtab", "messages": ASK, "max_tokens": 160, "temperature": 0, **more}
-    found = client.post(CHATS, json=body)
-    assert found.status_code == 200, found.text
-    return found.json()
+    response = client.post(CHATS, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 def streamed(client: Any, **more: Any) -> tuple[dict[str, Any], str]:
@@ -109,9 +109,9 @@ class TestCalls:
         plain: dict[str, Any] = {}
         pushed, sampled = {**PUSHED, "rejection": name == "hermes"}, {"temperature": 1.5, "seed": 3}
         for more in (plain, pushed) if choice == "required" else (sampled,):
-            asked = {"tools": [WEATHER, STRICT], "tool_choice": choice, "parallel_tool_calls": False, **more}
-            found = ask(client, **asked)
-            message, finish = found["choices"][0]["message"], found["choices"][0]["finish_reason"]
+            body = {"tools": [WEATHER, STRICT], "tool_choice": choice, "parallel_tool_calls": False, **more}
+            answer = ask(client, **body)
+            message, finish = answer["choices"][0]["message"], answer["choices"][0]["finish_reason"]
             assert finish == "tool_calls"
             assert message["content"] is None
             (call,) = message["tool_calls"]
@@ -119,54 +119,54 @@ class TestCalls:
             if choice != "required":
                 assert call["function"]["name"] == "get_weather"
             if "seed" in more or name in ("hermes", "mistral"):
-                told, why = streamed(client, **asked)
-                assert told["calls"] == [call["function"]]
-                assert (told["content"], why) == ("", "tool_calls")
+                streamed_message, why = streamed(client, **body)
+                assert streamed_message["calls"] == [call["function"]]
+                assert (streamed_message["content"], why) == ("", "tool_calls")
 
     @pytest.mark.parametrize("name", ["hermes", "mistral", "mistral, with [ARGS]"])
     def test_several_calls_and_samples(self, client_for: Callable[[str], Any], name: str) -> None:
-        asked = {"tools": [WEATHER, STRICT], "tool_choice": "required", "temperature": 1, "seed": 1, "n": 5}
-        found = ask(client_for(name), **asked)
-        for choice in found["choices"]:
+        body = {"tools": [WEATHER, STRICT], "tool_choice": "required", "temperature": 1, "seed": 1, "n": 5}
+        answer = ask(client_for(name), **body)
+        for choice in answer["choices"]:
             calls = choice["message"]["tool_calls"]
             for call in calls if choice["finish_reason"] == "tool_calls" else calls[:-1]:
                 check_call(call)
-        every = [call["id"] for choice in found["choices"] for call in choice["message"]["tool_calls"]]
+        every = [call["id"] for choice in answer["choices"] for call in choice["message"]["tool_calls"]]
         assert len(set(every)) == len(every)
 
     @pytest.mark.parametrize("name", KNOWN)
     def test_calls_that_may_be(self, client_for: Callable[[str], Any], name: str) -> None:
         client = client_for(name)
         for choice in ("auto", None, "none"):
-            found = ask(client, tools=TOOLS, tool_choice=choice, max_tokens=20)
-            message = found["choices"][0]["message"]
+            answer = ask(client, tools=TOOLS, tool_choice=choice, max_tokens=20)
+            message = answer["choices"][0]["message"]
             assert message.get("tool_calls") is None
             assert message["content"]
-            told, why = streamed(client, tools=TOOLS, tool_choice=choice, max_tokens=20)
-            assert (told["content"], why) == (message["content"], found["choices"][0]["finish_reason"])
+            streamed_message, why = streamed(client, tools=TOOLS, tool_choice=choice, max_tokens=20)
+            assert (streamed_message["content"], why) == (message["content"], answer["choices"][0]["finish_reason"])
         without = ask(client, max_tokens=20)
-        assert found["usage"] == without["usage"]  # with "none" they aren't shown
+        assert answer["usage"] == without["usage"]  # with "none" they aren't shown
 
     @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(name=st.sampled_from(["hermes", "mistral", "llama"]), how=st.fixed_dictionaries(ANYHOW))
     def test_calls_at_any_strength(self, client_for: Callable[[str], Any], name: str, how: dict[str, Any]) -> None:
-        asked = {"tools": [WEATHER, STRICT], "tool_choice": "required", "parallel_tool_calls": False}
-        (choice,) = ask(client_for(name), **asked, **anyhow(**how))["choices"]
+        body = {"tools": [WEATHER, STRICT], "tool_choice": "required", "parallel_tool_calls": False}
+        (choice,) = ask(client_for(name), **body, **anyhow(**how))["choices"]
         assert choice["finish_reason"] == "tool_calls"
         (call,) = choice["message"]["tool_calls"]
         check_call(call)
 
     def test_a_cut_off_call(self, client_for: Callable[[str], Any]) -> None:
-        asked = {"tools": [STRICT], "tool_choice": "required"}
+        body = {"tools": [STRICT], "tool_choice": "required"}
         for name in ("hermes", "llama"):
             for most in (3, 42, 50):
-                found = ask(client_for(name), **asked, max_tokens=most)["choices"][0]
-                assert found["finish_reason"] == "length"
-                told, why = streamed(client_for(name), **asked, max_tokens=most)
+                choice = ask(client_for(name), **body, max_tokens=most)["choices"][0]
+                assert choice["finish_reason"] == "length"
+                message, why = streamed(client_for(name), **body, max_tokens=most)
                 assert why == "length"
-                calls = found["message"].get("tool_calls") or []
-                assert told["calls"] == [call["function"] for call in calls]
-                assert told["content"] == (found["message"]["content"] or "")
+                calls = choice["message"].get("tool_calls") or []
+                assert message["calls"] == [call["function"] for call in calls]
+                assert message["content"] == (choice["message"]["content"] or "")
 
     @pytest.mark.parametrize("name", KNOWN)
     def test_what_was_called_is_shown_to_the_model(self, client_for: Callable[[str], Any], name: str) -> None:
@@ -177,14 +177,14 @@ class TestCalls:
             {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "It snows."}]},
         ]
         served = client_for(name).service
-        asked = ChatRequest.model_validate({"model": "trimtab", "messages": talk, "tools": TOOLS})
-        prepared = served.prepare(served.policy.caller(None), asked)
+        request = ChatRequest.model_validate({"model": "trimtab", "messages": talk, "tools": TOOLS})
+        prepared = served.prepare(served.policy.caller(None), request)
         prompt = served.lm.tokenizer.decode(prepared.tasks[0].ids)
         for text in ("It snows.", "get_weather", "Oslo", "stop-it", "The weather in a city."):
             assert text in prompt or name == "thinking"
         talk[1] |= {"content": None, "refusal": None, "audio": None}  # as clients send it back
-        told = ask(client_for(name), messages=talk, tools=TOOLS, max_tokens=5)
-        assert told["usage"]["prompt_tokens"] == len(prepared.tasks[0].ids)
+        answer = ask(client_for(name), messages=talk, tools=TOOLS, max_tokens=5)
+        assert answer["usage"]["prompt_tokens"] == len(prepared.tasks[0].ids)
         assert ask(client_for(name), messages=talk, max_tokens=5)
 
 
@@ -202,64 +202,64 @@ class TestFormats:
             "required": ["name", "mood", "n"],
             "additionalProperties": False,
         }
-        found = ask(
+        body = ask(
             client_for("hermes"),
             response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
             **anyhow(**how),
         )
-        (choice,) = found["choices"]
+        (choice,) = body["choices"]
         assert choice["finish_reason"] == "stop"
         answer = json.loads(choice["message"]["content"])
         assert answer.keys() == {"name", "mood", "n"}
         assert len(answer["name"]) <= 5
         assert answer["mood"] in ("calm", None)
-        assert all(one in range(10) for one in answer["n"])
+        assert all(number in range(10) for number in answer["n"])
         assert len(answer["n"]) <= 2
 
     def test_objects_and_streams(self, client_for: Callable[[str], Any]) -> None:
-        asked = {"response_format": {"type": "json_object"}, "temperature": 1, "seed": 4, "max_tokens": 60}
-        found = ask(client_for("no tools"), **asked)["choices"][0]
-        assert found["message"]["content"].startswith("{")
-        if found["finish_reason"] == "stop":
-            assert isinstance(json.loads(found["message"]["content"]), dict)
-        told, why = streamed(client_for("no tools"), **asked)
-        assert (told["content"], why) == (found["message"]["content"], found["finish_reason"])
+        body = {"response_format": {"type": "json_object"}, "temperature": 1, "seed": 4, "max_tokens": 60}
+        choice = ask(client_for("no tools"), **body)["choices"][0]
+        assert choice["message"]["content"].startswith("{")
+        if choice["finish_reason"] == "stop":
+            assert isinstance(json.loads(choice["message"]["content"]), dict)
+        message, why = streamed(client_for("no tools"), **body)
+        assert (message["content"], why) == (choice["message"]["content"], choice["finish_reason"])
 
     def test_with_tools_it_is_a_call_or_the_format(self, client_for: Callable[[str], Any]) -> None:
         format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 7}}}
         for name in KNOWN:
-            asked = {"tools": [WEATHER], "response_format": format, "parallel_tool_calls": False}
-            found = ask(client_for(name), **asked)["choices"][0]
-            if name == "thinking" and found["finish_reason"] == "length":
+            body = {"tools": [WEATHER], "response_format": format, "parallel_tool_calls": False}
+            choice = ask(client_for(name), **body)["choices"][0]
+            if name == "thinking" and choice["finish_reason"] == "length":
                 continue  # it is still thinking
-            if found["finish_reason"] == "tool_calls":
-                check_call(found["message"]["tool_calls"][0])
+            if choice["finish_reason"] == "tool_calls":
+                check_call(choice["message"]["tool_calls"][0])
             else:
-                assert found["message"]["content"] == "7"
+                assert choice["message"]["content"] == "7"
 
     def test_what_isnt_held_to_is_told(self, client_for: Callable[[str], Any]) -> None:
         schema = {"type": "array", "uniqueItems": True, "maxItems": 1, "items": {"const": 1}}
-        for strict, told in ((False, ["the schema 'x': Unimplemented keys: [\"uniqueItems\"]"]), (None, None)):
-            given = {"name": "x", "schema": schema, **({} if strict is None else {"strict": strict})}
-            format = {"type": "json_schema", "json_schema": given}
+        for strict, unheld in ((False, ["the schema 'x': Unimplemented keys: [\"uniqueItems\"]"]), (None, None)):
+            named_schema = {"name": "x", "schema": schema, **({} if strict is None else {"strict": strict})}
+            format = {"type": "json_schema", "json_schema": named_schema}
             body = {"messages": ASK, "model": "trimtab", "response_format": format}
-            found = client_for("no tools").post(CHATS, json=body)
-            if told is None:
-                assert found.status_code == 400
-                assert "no grammar can hold to uniqueItems" in found.json()["error"]["message"]
-                assert found.json()["error"]["param"] == "response_format.json_schema.schema"
+            response = client_for("no tools").post(CHATS, json=body)
+            if unheld is None:
+                assert response.status_code == 400
+                assert "no grammar can hold to uniqueItems" in response.json()["error"]["message"]
+                assert response.json()["error"]["param"] == "response_format.json_schema.schema"
             else:
-                assert found.json()["trimtab"]["unheld"] == told
+                assert response.json()["trimtab"]["unheld"] == unheld
 
 
 def test_thinking_is_kept_apart(client_for: Callable[[str], Any]) -> None:
     client = client_for("thinking")
-    asked = {"chat_template_kwargs": {"open": True}, "max_tokens": 15}
-    message = ask(client, **asked)["choices"][0]["message"]
+    body = {"chat_template_kwargs": {"open": True}, "max_tokens": 15}
+    message = ask(client, **body)["choices"][0]["message"]
     assert message["reasoning_content"]
     assert message["content"] == ""
-    told, _ = streamed(client, **asked)
-    assert (told["reasoning_content"], told["content"]) == (message["reasoning_content"], "")
+    streamed_message, _ = streamed(client, **body)
+    assert (streamed_message["reasoning_content"], streamed_message["content"]) == (message["reasoning_content"], "")
     plain = ask(client, max_tokens=15)["choices"][0]["message"]
     assert "reasoning_content" not in plain
     served = client.service
@@ -282,13 +282,13 @@ def test_neighbours_dont_matter(client_for: Callable[[str], Any]) -> None:
     alone = [ask(client, **way) for way in ways]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda i: ask(client, **ways[i % 4]), range(12)))
-    for i, found in enumerate(together):
-        one, other = (answer["choices"][0] for answer in (found, alone[i % 4]))
-        for choice in (one, other):
+    for i, body in enumerate(together):
+        choice_here, choice_alone = (answer["choices"][0] for answer in (body, alone[i % 4]))
+        for choice in (choice_here, choice_alone):
             for call in choice["message"].get("tool_calls", ()):
                 call.pop("id", None)
-        assert one["message"] == other["message"]
-        assert one["finish_reason"] == other["finish_reason"]
+        assert choice_here["message"] == choice_alone["message"]
+        assert choice_here["finish_reason"] == choice_alone["finish_reason"]
 
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
@@ -341,18 +341,18 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("more", "words", "param"), WRONG, ids=[words[:30] for _, words, _ in WRONG])
 def test_what_is_refused(client_for: Callable[[str], Any], more: dict[str, Any], words: str, param: str) -> None:
-    found = client_for("hermes").post(CHATS, json={"model": "trimtab", "messages": ASK, **more})
-    assert found.status_code == 400
-    error = found.json()["error"]
+    response = client_for("hermes").post(CHATS, json={"model": "trimtab", "messages": ASK, **more})
+    assert response.status_code == 400
+    error = response.json()["error"]
     assert words in error["message"]
     assert error["param"] == param
 
 
 def test_an_unknown_form_is_refused(client_for: Callable[[str], Any]) -> None:
     body = {"model": "trimtab", "messages": ASK, "max_tokens": 3}
-    found = client_for("unknown").post(CHATS, json={**body, "tools": [BARE]})
-    assert found.status_code == 400
-    assert "form that isn't known" in found.json()["error"]["message"]
+    response = client_for("unknown").post(CHATS, json={**body, "tools": [BARE]})
+    assert response.status_code == 400
+    assert "form that isn't known" in response.json()["error"]["message"]
     assert client_for("unknown").post(CHATS, json={**body, "tools": [BARE], "tool_choice": "none"}).status_code == 200
 
 
@@ -361,8 +361,8 @@ class TestPositions:
 
     def prepared(self, client: Any, **more: Any) -> Any:
         served = client.service
-        asked = ChatRequest.model_validate({"model": "trimtab", "messages": ASK, **more})
-        return served.prepare(served.policy.caller(None), asked)
+        request = ChatRequest.model_validate({"model": "trimtab", "messages": ASK, **more})
+        return served.prepare(served.policy.caller(None), request)
 
     def positions(self, client: Any, **more: Any) -> list[str]:
         (task,) = self.prepared(client, **more).tasks
@@ -372,17 +372,17 @@ class TestPositions:
         push, own = {"name": "push", "strength": 20}, "from-last-prompt-token"
         for name, mark in (("hermes", "<tool_call>"), ("mistral", "[TOOL_CALLS]"), ("no tools", "<tool_call>")):
             client = client_for(name)
-            (found,) = self.positions(client, steering=[push], tools=TOOLS)
-            assert "outside-tools" in found
-            assert mark in found
+            (position,) = self.positions(client, steering=[push], tools=TOOLS)
+            assert "outside-tools" in position
+            assert mark in position
             assert self.positions(client, steering=[push]) == [own]
             assert self.positions(client, steering=[push], tools=TOOLS, tool_choice="none") == [own]
             for rule in ("all", "generated", "answer"):
-                asked = [{**push, "positions": rule}]
-                assert self.positions(client, steering=asked, tools=TOOLS) == [rule]
+                push_rule = [{**push, "positions": rule}]
+                assert self.positions(client, steering=push_rule, tools=TOOLS) == [rule]
         begun = Positions.outside_tools(('{"name": "', ""))  # nothing opens a call in Llama's form but the call itself
-        found = self.positions(client_for("llama"), steering=[push], tools=TOOLS)
-        assert found == [f"{own} & ({Positions.prompt() | begun})"]
+        position = self.positions(client_for("llama"), steering=[push], tools=TOOLS)
+        assert position == [f"{own} & ({Positions.prompt() | begun})"]
         must: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required"}
         assert self.positions(client_for("llama"), steering=[push], **must) == [f"{own} & prompt"]
 
@@ -391,12 +391,12 @@ class TestPositions:
         push = {"name": "push", "strength": 9}
         format = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": JSON}}}
         ways = [{}, {"positions": "last-prompt-token"}, {"positions": "from-last-prompt-token"}]
-        found = [ask(client_for("hermes"), steering=[{**push, **way}], **format) for way in ways]
-        plain, prompt, everywhere = (one["choices"][0]["message"]["content"] for one in found)
+        answers = [ask(client_for("hermes"), steering=[{**push, **way}], **format) for way in ways]
+        plain, prompt, everywhere = (answer["choices"][0]["message"]["content"] for answer in answers)
         assert plain == prompt
         assert plain != everywhere
-        assert [one["trimtab"]["steering"][0]["unsteered"] for one in found] == ["answer", None, None]
-        assert [one["trimtab"]["answers"][0]["doses"][0]["tokens"] > 1 for one in found] == [False, False, True]
+        assert [answer["trimtab"]["steering"][0]["unsteered"] for answer in answers] == ["answer", None, None]
+        assert [answer["trimtab"]["answers"][0]["doses"][0]["tokens"] > 1 for answer in answers] == [False, False, True]
         (thinks,) = self.positions(client_for("thinking"), steering=[push], **format)
         assert "thinking:<think>:</think>" in thinks
         nowhere = {"steering": [{**push, "positions": "generated & prompt"}]}
@@ -405,21 +405,21 @@ class TestPositions:
     def test_calls_are_those_of_the_prompt_alone(self, client_for: Callable[[str], Any]) -> None:
         """What is generated in a call isn't pushed: from its beginning on it is as if only the prompt had been."""
         client = client_for("hermes")
-        asked = {"tools": [STRICT], "tool_choice": "required", "parallel_tool_calls": False}
+        body = {"tools": [STRICT], "tool_choice": "required", "parallel_tool_calls": False}
         ways: list[dict[str, Any]] = [
             {"steering": [{"name": "push", "strength": 8}]},
             {"steering": [{"name": "push", "strength": 8, "positions": "last-prompt-token"}]},
             {"steering": [{"name": "push", "strength": 8, "positions": "from-last-prompt-token"}]},
         ]
         # the marker's first tokens are pushed, which have no choice; the rest then differs by the cache alone
-        outside, prompt, everywhere = (ask(client, **asked, **way)["choices"][0]["message"] for way in ways)
+        outside, prompt, everywhere = (ask(client, **body, **way)["choices"][0]["message"] for way in ways)
         for message in (outside, prompt, everywhere):
             check_call(message["tool_calls"][0])
-        doses = [ask(client, **asked, **way)["trimtab"]["answers"][0]["doses"][0]["tokens"] for way in ways]
+        doses = [ask(client, **body, **way)["trimtab"]["answers"][0]["doses"][0]["tokens"] for way in ways]
         assert doses[1] < doses[0] < doses[2]
 
     def test_a_rule_that_isnt_one(self, client_for: Callable[[str], Any]) -> None:
         body = {"model": "trimtab", "messages": ASK, "steering": [{"name": "push", "positions": "nowhere-at-all"}]}
-        found = client_for("hermes").post(CHATS, json=body)
-        assert found.status_code == 400
-        assert found.json()["error"]["param"] == "steering.0.positions"
+        response = client_for("hermes").post(CHATS, json=body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "steering.0.positions"

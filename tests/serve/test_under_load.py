@@ -68,16 +68,18 @@ def body_of(chance: random.Random, **more: Any) -> dict[str, Any]:
 
 
 def streaming(seen: Seen, chance: random.Random) -> None:
-    with httpx.stream("POST", seen.url + TEXTS, json=body_of(chance, stream=True), headers=KEY, timeout=120) as found:
+    with httpx.stream(
+        "POST", seen.url + TEXTS, json=body_of(chance, stream=True), headers=KEY, timeout=120
+    ) as response:
         last, at = "", time.monotonic()
-        for line in found.iter_lines() if found.status_code == 200 else ():
+        for line in response.iter_lines() if response.status_code == 200 else ():
             if line:
                 now = time.monotonic()
                 with seen.lock:
                     seen.gaps.append(now - at)
                 last, at = line, now
-        seen.note("stream", found.status_code)
-        if found.status_code == 200:
+        seen.note("stream", response.status_code)
+        if response.status_code == 200:
             with seen.lock:
                 seen.streams["whole" if last == "data: [DONE]" else f"ended with {last[:80]!r}"] += 1
 
@@ -85,23 +87,25 @@ def streaming(seen: Seen, chance: random.Random) -> None:
 def whole(seen: Seen, chance: random.Random) -> None:
     rejection = chance.random() < 0.1
     body = body_of(chance, **({"rejection": {"ladder": "strength"}, "n": 1} if rejection else {}))
-    found = httpx.post(seen.url + TEXTS, json=body, headers=KEY, timeout=120)
-    seen.note("whole", found.status_code, found.text)
+    response = httpx.post(seen.url + TEXTS, json=body, headers=KEY, timeout=120)
+    seen.note("whole", response.status_code, response.text)
 
 
 def wrong(seen: Seen, chance: random.Random) -> None:
     path, body = HOSTILE[chance.choice(sorted(HOSTILE))]
     data = json.dumps(body).encode()[: chance.choice([1 << 20, 5000])]
-    found = httpx.post(seen.url + path, content=data, headers={**KEY, "Content-Type": "application/json"}, timeout=120)
-    seen.note("wrong", found.status_code, found.text)
+    response = httpx.post(
+        seen.url + path, content=data, headers={**KEY, "Content-Type": "application/json"}, timeout=120
+    )
+    seen.note("wrong", response.status_code, response.text)
 
 
 def strange(seen: Seen, chance: random.Random) -> None:
     path = chance.choice([TEXTS, "/v1/steerings/x", "/metrics", "/x", "/"])
-    found = httpx.request(
+    response = httpx.request(
         chance.choice(["GET", "POST", "PUT", "DELETE"]), seen.url + path, content=b"x" * 3000, timeout=120
     )
-    seen.note("strange", found.status_code, found.text)
+    seen.note("strange", response.status_code, response.text)
 
 
 def noise(seen: Seen, chance: random.Random) -> None:
@@ -137,25 +141,25 @@ def bringing(data: bytes) -> Callable[[Seen, random.Random], None]:
         if chance.random() < 0.5:
             sent[chance.randrange(len(sent))] ^= 1 << chance.randrange(8)
         kind = {**KEY, "Content-Type": "application/octet-stream"}
-        found = httpx.put(f"{seen.url}/v1/steerings/{name}", content=bytes(sent), headers=kind, timeout=120)
-        seen.note("bring", found.status_code, found.text)
-        if found.status_code == 201:
+        response = httpx.put(f"{seen.url}/v1/steerings/{name}", content=bytes(sent), headers=kind, timeout=120)
+        seen.note("bring", response.status_code, response.text)
+        if response.status_code == 201:
             body = body_of(chance, steering=[{"name": name}], n=1)
-            found = httpx.post(seen.url + TEXTS, json=body, headers=KEY, timeout=120)
-            seen.note("use", found.status_code, found.text)
-        found = httpx.delete(f"{seen.url}/v1/steerings/{name}", headers=KEY, timeout=120)
-        seen.note("delete", found.status_code, found.text)
+            response = httpx.post(seen.url + TEXTS, json=body, headers=KEY, timeout=120)
+            seen.note("use", response.status_code, response.text)
+        response = httpx.delete(f"{seen.url}/v1/steerings/{name}", headers=KEY, timeout=120)
+        seen.note("delete", response.status_code, response.text)
 
     return bring
 
 
-def forever(seen: Seen, one: Callable[[Seen, random.Random], None], seed: int) -> None:
+def forever(seen: Seen, client: Callable[[Seen, random.Random], None], seed: int) -> None:
     chance = random.Random(seed)
     while not seen.stop.is_set():
         try:
-            one(seen, chance)
+            client(seen, chance)
         except httpx.TransportError as error:
-            seen.note(f"{one.__name__} {type(error).__name__}", 0)
+            seen.note(f"{client.__name__} {type(error).__name__}", 0)
         except OSError:
             time.sleep(0.1)
 
@@ -177,7 +181,7 @@ def test_a_long_load(
     seen = Seen(server.url)
     brings = bringing((steerings / "s0.safetensors").read_bytes())
     kinds = [streaming] * 4 + [whole] * 2 + [wrong, strange, noise, noise, noise, leaving, brings]
-    threads = [threading.Thread(target=forever, args=(seen, one, i)) for i, one in enumerate(kinds)]
+    threads = [threading.Thread(target=forever, args=(seen, kind, i)) for i, kind in enumerate(kinds)]
     for thread in threads:
         thread.start()
     held: list[tuple[float, int, float]] = []

@@ -41,15 +41,15 @@ def client(tiny_lm: Any, steerings: Any) -> Any:
     service = Service(
         tiny_lm, library, Scheduler(tiny_lm), Policy(), Audit(), Metrics(), limits, upload=True, learn=True
     )
-    with TestClient(make_app(service), raise_server_exceptions=False) as found:
-        yield found
+    with TestClient(make_app(service), raise_server_exceptions=False) as opened:
+        yield opened
 
 
 def refused(client: Any, path: str, body: Any) -> str:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    found = client.post(path, content=data, headers=KIND)
-    assert found.status_code == 400, found.text
-    return str(found.json()["error"]["message"])
+    response = client.post(path, content=data, headers=KIND)
+    assert response.status_code == 400, response.text
+    return str(response.json()["error"]["message"])
 
 
 MANY = 100_000
@@ -138,8 +138,8 @@ class TestShapes:
     @settings(max_examples=300, deadline=None, derandomize=True)
     def test_bytes_are_read_or_refused(self, data: bytes) -> None:
         with suppress(Refusal):
-            found = sieved(data)
-            assert found == data == b"" or json.loads(found) is not Ellipsis
+            body = sieved(data)
+            assert body == data == b"" or json.loads(body) is not Ellipsis
 
 
 WORDS: list[tuple[str, dict[str, Any], str]] = [
@@ -198,9 +198,9 @@ class TestWords:
 
     @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/moderations", "/nothing"])
     def test_routes_that_are_not_there(self, client: Any, path: str) -> None:
-        found = client.post(path, json={"model": "trimtab", "input": "x"})
-        assert found.status_code == 404
-        assert "/v1/chat/completions" in found.json()["error"]["message"]
+        response = client.post(path, json={"model": "trimtab", "input": "x"})
+        assert response.status_code == 404
+        assert "/v1/chat/completions" in response.json()["error"]["message"]
 
     def test_what_is_sent_as_something_else(self, client: Any) -> None:
         """As curl sends it unless told, and the other way round."""
@@ -223,8 +223,8 @@ class TestWords:
         assert "has half a character, \\ud800" in sent.json()["error"]["message"]
 
     def test_names_of_uploads(self, client: Any) -> None:
-        found = client.put("/v1/steerings/-x", content=b"x", headers={"Content-Type": "application/octet-stream"})
-        assert found.json()["error"]["message"].startswith("name: a steering's name has letters, digits")
+        response = client.put("/v1/steerings/-x", content=b"x", headers={"Content-Type": "application/octet-stream"})
+        assert response.json()["error"]["message"].startswith("name: a steering's name has letters, digits")
 
 
 NOTHING: list[dict[str, Any]] = [
@@ -242,9 +242,9 @@ class TestNothing:
     @pytest.mark.parametrize("more", NOTHING, ids=lambda more: next(iter(more)))
     def test_fields_that_ask_for_nothing(self, client: Any, more: dict[str, Any]) -> None:
         plain = client.post(CHATS, json=CHAT).json()["choices"]
-        found = client.post(CHATS, json={**CHAT, **more})
-        assert found.status_code == 200, found.text
-        assert found.json()["choices"] == plain
+        response = client.post(CHATS, json={**CHAT, **more})
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"] == plain
 
     def test_an_answer_of_openais_sent_back(self, client: Any) -> None:
         """As `message.model_dump()` of OpenAI's client has it, and as other servers' answers do."""
@@ -254,23 +254,25 @@ class TestNothing:
         }  # fmt: skip
         plain = {"role": "assistant", "content": "Blue."}
         texts = []
-        for one in (answer, plain, {**answer, "tool_calls": [], "reasoning_content": ""}):
-            found = client.post(CHATS, json={**CHAT, "messages": [*ASK, one, *ASK]})
-            assert found.status_code == 200, found.text
-            texts.append((found.json()["choices"][0]["message"]["content"], found.json()["usage"]["prompt_tokens"]))
+        for message in (answer, plain, {**answer, "tool_calls": [], "reasoning_content": ""}):
+            response = client.post(CHATS, json={**CHAT, "messages": [*ASK, message, *ASK]})
+            assert response.status_code == 200, response.text
+            texts.append(
+                (response.json()["choices"][0]["message"]["content"], response.json()["usage"]["prompt_tokens"])
+            )
         assert len(set(texts)) == 1
 
     def test_an_assistant_that_said_nothing(self, client: Any) -> None:
         ways = [{"role": "assistant", "content": None}, {"role": "assistant", "content": ""}, {"role": "assistant"}]
-        found = [client.post(CHATS, json={**CHAT, "messages": [*ASK, way, *ASK]}).json()["choices"] for way in ways]
-        assert found[0] == found[1] == found[2]
+        choices = [client.post(CHATS, json={**CHAT, "messages": [*ASK, way, *ASK]}).json()["choices"] for way in ways]
+        assert choices[0] == choices[1] == choices[2]
 
     def test_openais_client_as_it_is(self, client: Any) -> None:
         openai = pytest.importorskip("openai")
         mine = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client, max_retries=0)
-        found = mine.chat.completions.create(**CHAT)
+        completion = mine.chat.completions.create(**CHAT)
         again = mine.chat.completions.create(
-            **{**CHAT, "messages": [*ASK, found.choices[0].message.model_dump(), *ASK]}
+            **{**CHAT, "messages": [*ASK, completion.choices[0].message.model_dump(), *ASK]}
         )
         assert again.choices[0].message.content is not None
 

@@ -40,8 +40,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def events(text: str) -> list[Any]:
     """The data of a stream's events."""
-    found = [part.partition("data: ")[2] for part in text.split("\n\n") if "data: " in part]
-    return [one if one == "[DONE]" else json.loads(one) for one in found]
+    parts = [part.partition("data: ")[2] for part in text.split("\n\n") if "data: " in part]
+    return [part if part == "[DONE]" else json.loads(part) for part in parts]
 
 
 @pytest.fixture
@@ -64,10 +64,10 @@ class TestClosed:
         """Should a route that generates be taken for one that doesn't, it gets an error and no token."""
         client, log = closed
         monkeypatch.setitem(module.PASSED, "POST", UNKNOWN)
-        found = client.post(UNKNOWN[0], json=ASK, headers=KEY)
-        assert (found.status_code, client.app.state.engine.received) == (400, [])
-        assert "this route isn't one that it knows" in found.text
-        assert [one["event"] for one in lines(log)] == ["refused"]
+        response = client.post(UNKNOWN[0], json=ASK, headers=KEY)
+        assert (response.status_code, client.app.state.engine.received) == (400, [])
+        assert "this route isn't one that it knows" in response.text
+        assert [entry["event"] for entry in lines(log)] == ["refused"]
 
     def test_nothing_is_read_of_who_has_no_key(self, closed: Any) -> None:
         client, _ = closed
@@ -115,9 +115,9 @@ class TestClosed:
     )
     def test_what_cant_be_had(self, closed: Any, more: dict[str, Any], words: str) -> None:
         client, log = closed
-        found = client.post(CHAT, json={**ASK, **more}, headers=KEY)
-        assert found.status_code in (400, 403)
-        assert words in found.json()["error"]["message"]
+        response = client.post(CHAT, json={**ASK, **more}, headers=KEY)
+        assert response.status_code in (400, 403)
+        assert words in response.json()["error"]["message"]
         assert client.app.state.engine.received == []
         assert lines(log)[-1]["event"] == "refused"
 
@@ -130,30 +130,30 @@ class TestAnswers:
         class Looking(list):
             """What the engine was given; and what stood in the log by then."""
 
-            def append(self, given: Any) -> None:
-                super().append([one["event"] for one in lines(log)])
+            def append(self, request: Any) -> None:
+                super().append([entry["event"] for entry in lines(log)])
 
         client.app.state.engine.received = Looking()
         assert client.post(CHAT, json={**STEERED, "stream": stream}, headers=KEY).status_code == 200
         assert client.app.state.engine.received == [["begun"]]
-        assert [one["event"] for one in lines(log)] == ["begun", "ended"]
+        assert [entry["event"] for entry in lines(log)] == ["begun", "ended"]
 
     def test_a_stream_tells_it_last(self, closed: Any) -> None:
         client, log = closed
         whole = client.post(CHAT, json=STEERED, headers=KEY).json()
-        told = events(client.post(CHAT, json={**STEERED, "stream": True}, headers=KEY).text)
-        assert told[-1] == "[DONE]"
-        assert told[-2]["trimtab"] == whole["trimtab"]
-        assert (told[-2]["choices"], told[-2]["id"]) == ([], told[0]["id"])
+        chunks = events(client.post(CHAT, json={**STEERED, "stream": True}, headers=KEY).text)
+        assert chunks[-1] == "[DONE]"
+        assert chunks[-2]["trimtab"] == whole["trimtab"]
+        assert (chunks[-2]["choices"], chunks[-2]["id"]) == ([], chunks[0]["id"])
         assert (
-            "".join(one["choices"][0]["delta"].get("content", "") for one in told[:-2])
+            "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-2])
             == (whole["choices"][0]["message"]["content"])
         )
-        always, asked = whole["trimtab"]["steering"]
-        assert (always["name"], always["always"], asked["name"], asked["strength"]) == ("s7", True, "s0", 0.5)
+        always, wanted = whole["trimtab"]["steering"]
+        assert (always["name"], always["always"], wanted["name"], wanted["strength"]) == ("s7", True, "s0", 0.5)
         (each,) = whole["trimtab"]["answers"]
         assert (len(each["edits"]), each["dose"], each["doses"]) == (2, None, [])
-        first, second = (one for one in lines(log) if one["event"] == "ended")
+        first, second = (entry for entry in lines(log) if entry["event"] == "ended")
         assert first["tokens"] == second["tokens"] == [5]
         assert first["prompt_tokens"] == second["prompt_tokens"]
         assert first["request"] in whole["id"]
@@ -161,20 +161,20 @@ class TestAnswers:
     def test_the_responses_api(self, closed: Any) -> None:
         """Its first event comes before the engine has the request, and is held back until it has."""
         client, log = closed
-        asked = {"model": "trimtab", "input": "Why?", "stream": True}
-        told = events(client.post(RESPONSES, json=asked, headers=KEY).text)
-        assert [one["type"] for one in told] == ["response.created", "response.completed"]
-        assert told[-1]["response"]["trimtab"]["steering"][0]["name"] == "s7"
-        assert [one["event"] for one in lines(log)] == ["begun", "ended"]
+        body = {"model": "trimtab", "input": "Why?", "stream": True}
+        events_sent = events(client.post(RESPONSES, json=body, headers=KEY).text)
+        assert [event["type"] for event in events_sent] == ["response.created", "response.completed"]
+        assert events_sent[-1]["response"]["trimtab"]["steering"][0]["name"] == "s7"
+        assert [entry["event"] for entry in lines(log)] == ["begun", "ended"]
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_an_error_before_the_first_token_has_its_status(self, closed: Any, stream: bool) -> None:
         client, log = closed
-        asked = {**ASK, "stream": stream, "steering": [{"name": "s0", "layer": 99}]}
-        assert client.post(CHAT, json=asked, headers=KEY).status_code == 400
+        body = {**ASK, "stream": stream, "steering": [{"name": "s0", "layer": 99}]}
+        assert client.post(CHAT, json=body, headers=KEY).status_code == 400
         client.app.state.engine.generate = _broken
         assert client.post(CHAT, json={**ASK, "stream": stream}, headers=KEY).status_code == 500
-        assert [(one["event"], one["status"]) for one in lines(log)] == [("refused", 400), ("refused", 500)]
+        assert [(entry["event"], entry["status"]) for entry in lines(log)] == [("refused", 400), ("refused", 500)]
         assert lines(log)[-1]["error"] == "it is broken"
 
     @pytest.mark.parametrize("stream", [False, True])
@@ -182,17 +182,17 @@ class TestAnswers:
         client = door_of({"max_dose": 0.2}, tmp_path, audit=str(tmp_path / "a.jsonl"))
         assert client.post(CHAT, json={**STEERED, "stream": stream}).status_code == 200
         wild = {**ASK, "steering": [{"name": "s0", "strength": 50}], "stream": stream}
-        found = client.post(CHAT, json=wild)
-        assert (found.status_code, found.json()["error"]["code"]) == (400, "dose_too_high")
-        assert found.json()["error"]["message"].startswith("the doses of all sites add up to")
-        assert [one.get("outcome") for one in lines(tmp_path / "a.jsonl")][1::2] == ["done", "dose_too_high"]
+        response = client.post(CHAT, json=wild)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "dose_too_high")
+        assert response.json()["error"]["message"].startswith("the doses of all sites add up to")
+        assert [entry.get("outcome") for entry in lines(tmp_path / "a.jsonl")][1::2] == ["done", "dose_too_high"]
 
     def test_a_dose_above_the_cap_after_some_tokens(self, door_of: Callable[..., Any], tmp_path: Path) -> None:
         client = door_of({"max_dose": 0.2}, tmp_path, audit=str(tmp_path / "a.jsonl"))
         client.app.state.engine.late = True
-        found = client.post(CHAT, json={**ASK, "steering": [{"name": "s0", "strength": 50}], "stream": True})
-        *said, error, done = events(found.text)
-        assert (found.status_code, len(said), done) == (200, 6, "[DONE]")
+        response = client.post(CHAT, json={**ASK, "steering": [{"name": "s0", "strength": 50}], "stream": True})
+        *said, error, done = events(response.text)
+        assert (response.status_code, len(said), done) == (200, 6, "[DONE]")
         assert error["error"]["code"] == "dose_too_high"
         _, ended = lines(tmp_path / "a.jsonl")
         assert (ended["outcome"], ended["tokens"]) == ("dose_too_high", [5])
@@ -216,12 +216,12 @@ class TestAnswers:
         assert answer.status_code == 200, answer.text
         if stream:
             *chunks, last, _ = events(answer.text)
-            text, told = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks), last["trimtab"]
+            text, report = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks), last["trimtab"]
         else:
-            text, told = answer.json()["choices"][0]["message"]["content"], answer.json()["trimtab"]
+            text, report = answer.json()["choices"][0]["message"]["content"], answer.json()["trimtab"]
         assert text == right.text
-        assert told["emphasized_tokens"] == count
-        (applied,) = told["answers"]
+        assert report["emphasized_tokens"] == count
+        (applied,) = report["answers"]
         assert applied["edits"][-4:] == [str(edit) for edit in heeded.edits]
         (pushed,) = (dose for dose in right.applied.doses if dose.kind == "residual")
         assert applied["doses"] == [asdict(pushed)]
@@ -237,8 +237,8 @@ class TestAnswers:
         client, _ = closed
         monkeypatch.setattr(Audit, "_append", _full)
         for _ in range(2):
-            found = client.post(CHAT, json={**ASK, "stream": stream}, headers=KEY)
-            assert (found.status_code, found.json()["error"]["code"]) == (503, "unaudited")
+            response = client.post(CHAT, json={**ASK, "stream": stream}, headers=KEY)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "unaudited")
         assert client.app.state.engine.received == []
         assert client.get("/readyz").status_code == 503
         assert client.get("/healthz").status_code == 200
@@ -266,15 +266,18 @@ class TestAnswers:
         headers = [(b"host", b"x"), (b"authorization", b"Bearer ann")]
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
         asyncio.run(door(scope, receive, send))
-        assert [(one["event"], one.get("outcome")) for one in lines(log)] == [("begun", None), ("ended", "cancelled")]
+        assert [(entry["event"], entry.get("outcome")) for entry in lines(log)] == [
+            ("begun", None),
+            ("ended", "cancelled"),
+        ]
         assert sent == []
         assert TICKET.get() is None
 
     def test_an_answer_of_which_the_engine_knows_nothing(self, closed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         client, _ = closed
         monkeypatch.setattr(module, "GENERATE", (*ANSWERING, "/tokenize"))
-        found = client.post("/tokenize", json=ASK, headers=KEY)
-        assert (found.status_code, found.json()["error"]["code"]) == (500, "unsteered")
+        response = client.post("/tokenize", json=ASK, headers=KEY)
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "unsteered")
 
 
 def _full(_self: Audit, _data: bytes) -> None:
@@ -284,7 +287,7 @@ def _full(_self: Audit, _data: bytes) -> None:
     raise unaudited()
 
 
-async def _broken(*_given: Any, **_more: Any) -> Any:
+async def _broken(*_arguments: Any, **_more: Any) -> Any:
     from serve.pretend_vllm import Broken
 
     raise Broken("it is broken")
@@ -312,9 +315,9 @@ class TestOpen:
         assert client.put("/trimtab/steerings/new", content=data, headers=KEY).status_code == 401
         assert client.delete("/trimtab/steerings/new", headers=admin).status_code == 200
         for method in ("PUT", "DELETE"):
-            found = client.request(method, "/trimtab/steerings/s7", content=data, headers=admin)
-            assert (found.status_code, "is always on" in found.text) == (400, True)
-        assert [(one["event"], one.get("added") or one.get("removed")) for one in lines(log)] == [
+            response = client.request(method, "/trimtab/steerings/s7", content=data, headers=admin)
+            assert (response.status_code, "is always on" in response.text) == (400, True)
+        assert [(entry["event"], entry.get("added") or entry.get("removed")) for entry in lines(log)] == [
             ("added", "new"),
             ("removed", "new"),
         ]
@@ -348,8 +351,8 @@ class TestBeforeItStarts:
         async def receive() -> Any:
             return {"type": "lifespan.startup"}
 
-        def start(**given: Any) -> str:
-            made = Door(client.app, DoorSettings(**given), Door.__init__.__defaults__[1])
+        def start(**options: Any) -> str:
+            made = Door(client.app, DoorSettings(**options), Door.__init__.__defaults__[1])
             asyncio.run(made({"type": "lifespan", "app": client.app}, receive, send))
             return str(failed[-1]["message"])
 
@@ -364,6 +367,6 @@ class TestBeforeItStarts:
 
 def test_what_vllm_is_given() -> None:
     body = {**STEERED, "vllm_xargs": {"other": 1}, "rejection": False, "logit_bias": {"5": 1.0}}
-    asked = read(json.dumps(body).encode(), closed=True)
-    assert json.loads(asked.body) == {**ASK, "vllm_xargs": {"other": 1}, "logit_bias": {"5": 1.0}}
-    assert [(one.name, one.strength) for one in asked.steering] == [("s0", 0.5)]
+    request = read(json.dumps(body).encode(), closed=True)
+    assert json.loads(request.body) == {**ASK, "vllm_xargs": {"other": 1}, "logit_bias": {"5": 1.0}}
+    assert [(steering.name, steering.strength) for steering in request.steering] == [("s0", 0.5)]

@@ -42,21 +42,21 @@ def test_the_direction_is_a_unit_vector_that_points_where_it_steers() -> None:
 
 
 def test_the_cosine_layer_by_layer() -> None:
-    one, other = adds({1: X, 2: X + Y, 4: Z}), adds({2: 5 * X, 4: -Z, 6: Y})
-    assert one.cosine(other) == pytest.approx({2: 0.5**0.5, 4: -1.0})
-    assert one.cosine(-1 * one) == pytest.approx(dict.fromkeys((1, 2, 4), -1.0))
+    first, second = adds({1: X, 2: X + Y, 4: Z}), adds({2: 5 * X, 4: -Z, 6: Y})
+    assert first.cosine(second) == pytest.approx({2: 0.5**0.5, 4: -1.0})
+    assert first.cosine(-1 * first) == pytest.approx(dict.fromkeys((1, 2, 4), -1.0))
 
 
 def test_what_two_steerings_do_not_share_is_named() -> None:
-    one = adds({1: X, 2: Y})
+    first = adds({1: X, 2: Y})
     with pytest.raises(TrimtabError, match="share no layer: the one acts at 1, 2, the other at 3;"):
-        one.cosine(adds({3: X}))
+        first.cosine(adds({3: X}))
     with pytest.raises(TrimtabError, match="at layer 2 these steerings share no width: 3 and 4"):
-        one.cosine(adds({2: torch.ones(4)}))
+        first.cosine(adds({2: torch.ones(4)}))
     with pytest.raises(TrimtabError, match=r"share no site: the one acts at residual\[2\], the other at mlp\[2\]"):
-        one.cosine(Steering((Edit(Site(2, "mlp"), Add(X)),)))
+        first.cosine(Steering((Edit(Site(2, "mlp"), Add(X)),)))
     with pytest.raises(TrimtabError, match="with another steering, got Tensor"):
-        one.cosine(X)  # type: ignore[arg-type]
+        first.cosine(X)  # type: ignore[arg-type]
 
 
 def test_attention_has_no_direction() -> None:

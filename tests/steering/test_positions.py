@@ -60,9 +60,9 @@ def test_they_are_sets_of_tokens(positions: Positions, n: int) -> None:
     reached = set()
     for held in (frozenset(some) for k in range(len(meanings) + 1) for some in combinations(meanings, k)):
         spans = positions.resolve(n, held)
-        found = {t for t in range(16) if any(a <= t and (b is None or t < b) for a, b in spans)}
-        assert found == {t for t in range(16) if naive(positions, t, n, held)}
-        reached |= found
+        tokens = {t for t in range(16) if any(a <= t and (b is None or t < b) for a, b in spans)}
+        assert tokens == {t for t in range(16) if naive(positions, t, n, held)}
+        reached |= tokens
     assert reached == {t for t in range(16) if any(a <= t and (b is None or t < b) for a, b in positions.reach(n))}
     if meanings:
         with pytest.raises(TrimtabError, match="depend on what is generated"):

@@ -18,12 +18,12 @@ from trimtab.steering.rotations import weight_count
 U = torch.eye(8)[0]
 
 
-def one(layer: int = 1, strength: float = 1.0, **more: object) -> Steering:
+def adding(layer: int = 1, strength: float = 1.0, **more: object) -> Steering:
     return Steering((Edit(Site(layer), Add(2 * U, **more), strength=strength),), Card(method=f"test{layer}"))  # type: ignore[arg-type]
 
 
 def test_arithmetic() -> None:
-    s, t = one(1), one(2)
+    s, t = adding(1), adding(2)
     assert (2.0 * s).edits[0].strength == 2.0
     assert s * 2 == 2 * s
     assert -s == -1 * s
@@ -40,14 +40,14 @@ def test_arithmetic() -> None:
 
 
 def test_equality_and_hash_are_by_value() -> None:
-    assert one() == one()
-    assert hash(one()) == hash(one())
-    assert one() != one(keep_norm=True)
+    assert adding() == adding()
+    assert hash(adding()) == hash(adding())
+    assert adding() != adding(keep_norm=True)
     assert Add(U) != Ablate(U)
     assert Add(U) != Add(U.double())
-    assert len({one(), one(), one(2)}) == 2
-    assert one() == Steering(one().edits, Card(method="another"))
-    assert pickle.loads(pickle.dumps(one())) == one()
+    assert len({adding(), adding(), adding(2)}) == 2
+    assert adding() == Steering(adding().edits, Card(method="another"))
+    assert pickle.loads(pickle.dumps(adding())) == adding()
 
 
 def wide() -> list[Any]:
@@ -85,21 +85,21 @@ def test_tensors_are_hashed_once(made: Any) -> None:
 
 
 def test_plain_data_cannot_be_changed() -> None:
-    given = 2 * U
-    operation = Add(given)
-    given.zero_()
+    vector = 2 * U
+    operation = Add(vector)
+    vector.zero_()
     assert operation.direction.norm() == 2
     with pytest.raises(FrozenInstanceError):
-        one().edits = ()  # type: ignore[misc]
+        adding().edits = ()  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, "2", None, True])
 def test_a_strength_is_a_finite_number(strength: object) -> None:
     with pytest.raises(TrimtabError, match="finite number"):
-        one(strength=strength)  # type: ignore[arg-type]
+        adding(strength=strength)  # type: ignore[arg-type]
     if isinstance(strength, float):
         with pytest.raises(TrimtabError, match="finite number"):
-            strength * one()
+            strength * adding()
 
 
 @pytest.mark.parametrize("bad", [torch.full((8,), math.nan), torch.full((8,), math.inf)])
@@ -129,8 +129,8 @@ def test_projections_need_unit_directions() -> None:
 
 
 def test_selecting() -> None:
-    s = one(1) + one(3)
-    assert s.only([3]) == one(3)
+    s = adding(1) + adding(3)
+    assert s.only([3]) == adding(3)
     with pytest.raises(TrimtabError, match="nothing at layer 2; it has layers 1, 3"):
         s.only([2])
     assert {edit.positions for edit in s.at(Positions.all()).edits} == {Positions.all()}
@@ -147,7 +147,7 @@ def test_gates_combine() -> None:
     assert (high & ~facing).is_open(readings)
     assert (high & ~facing).sites == {Site(0)}
     assert (Always() & high) == high
-    assert one().when(high).when(facing).edits[0].gate == high & facing
+    assert adding().when(high).when(facing).edits[0].gate == high & facing
     assert Threshold(Site(0), U, 1.0) == high != Threshold(Site(0), U, 2.0)
     assert str(high & ~facing) == "(dot at residual[0] > 1) and (not (cosine at residual[0] > 0.9))"
     for bad in (math.nan, math.inf, "1", None):
@@ -252,7 +252,7 @@ def test_sites() -> None:
 
 
 def test_repr_is_readable() -> None:
-    text = repr(0.5 * one())
+    text = repr(0.5 * adding())
     assert "0.5 * add @ residual[1] from-last-prompt-token" in text
-    assert "tensor" not in repr(one().edits[0].operation)
-    assert "5 more" in repr(sum([one(i) for i in range(6)]))
+    assert "tensor" not in repr(adding().edits[0].operation)
+    assert "5 more" in repr(sum([adding(i) for i in range(6)]))

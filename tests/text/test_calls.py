@@ -45,14 +45,14 @@ def accepts(tokenizer: Any, rules: str | None, text: str) -> bool:
     """Whether a text and its end are what the grammar allows."""
     assert rules is not None
     grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
-    one = grammars.matcher(lark_grammar(rules))
+    matcher = grammars.matcher(lark_grammar(rules))
     try:
         for token in tokenizer.encode(text, add_special_tokens=False):
-            if one.done:
+            if matcher.done:
                 return False
-            one.take(token)
-        if not one.done:
-            one.take(tokenizer.eos_token_id)
+            matcher.take(token)
+        if not matcher.done:
+            matcher.take(tokenizer.eos_token_id)
     except TrimtabError:
         return False
     return True
@@ -60,8 +60,8 @@ def accepts(tokenizer: Any, rules: str | None, text: str) -> bool:
 
 def rules(tokenizer: Any, **how: bool) -> str | None:
     tools = [Tool(name, check_schema(SCHEMA).text) for name in ("f", "g-2")]
-    found = call_rules(form_of(tokenizer), tools, special_tokens(tokenizer), **how)
-    return found and f"start: calls\n{found}"
+    grammar = call_rules(form_of(tokenizer), tools, special_tokens(tokenizer), **how)
+    return grammar and f"start: calls\n{grammar}"
 
 
 def test_forms_are_known_by_their_templates(named: tuple[str, Any]) -> None:
@@ -80,38 +80,38 @@ def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
 def test_calls_that_have_to_be(named: tuple[str, Any]) -> None:
     name, tokenizer = named
     form = FORMS[name]
-    one, two = written(form, [CALL]), written(form, [CALL, ("g-2", '{\n "n": -7\n}')])
+    single, both = written(form, [CALL]), written(form, [CALL, ("g-2", '{\n "n": -7\n}')])
     for several in (False, True):
-        asked = rules(tokenizer, several=several, free=False)
-        assert accepts(tokenizer, asked, one)
-        assert accepts(tokenizer, asked, two) == (several and form.many != "one")
+        grammar = rules(tokenizer, several=several, free=False)
+        assert accepts(tokenizer, grammar, single)
+        assert accepts(tokenizer, grammar, both) == (several and form.many != "one")
         for wrong in (
             "",
             "Hello",
-            f"x{one}",
-            f"{one}x",
-            one.replace("1", '"1"'),
-            one.replace("f", "h", 1) if not form.before else one.replace('"f"', '"h"'),
-            one[:-1],
+            f"x{single}",
+            f"{single}x",
+            single.replace("1", '"1"'),
+            single.replace("f", "h", 1) if not form.before else single.replace('"f"', '"h"'),
+            single[:-1],
         ):
-            assert not accepts(tokenizer, asked, wrong), wrong
+            assert not accepts(tokenizer, grammar, wrong), wrong
 
 
 def test_calls_that_may_be(named: tuple[str, Any]) -> None:
     name, tokenizer = named
     form = FORMS[name]
-    one = written(form, [CALL])
+    single = written(form, [CALL])
     for several in (False, True):
-        asked = rules(tokenizer, several=several, free=True)
+        grammar = rules(tokenizer, several=several, free=True)
         if form.alone:
-            assert asked is None
+            assert grammar is None
             continue
-        for text in ("", "Hello, <tool {}\n[TOOL", one, f"Let me look.\n\n{one}"):
-            assert accepts(tokenizer, asked, text), text
-        assert not accepts(tokenizer, asked, one.replace("1", '"1"'))
-        assert not accepts(tokenizer, asked, f"Hello {form.opens}")
+        for text in ("", "Hello, <tool {}\n[TOOL", single, f"Let me look.\n\n{single}"):
+            assert accepts(tokenizer, grammar, text), text
+        assert not accepts(tokenizer, grammar, single.replace("1", '"1"'))
+        assert not accepts(tokenizer, grammar, f"Hello {form.opens}")
         if form.many == "each":
-            assert accepts(tokenizer, asked, f"{one}{one} and words") == several
+            assert accepts(tokenizer, grammar, f"{single}{single} and words") == several
 
 
 @pytest.mark.parametrize("marks", [("<think>", "</think>"), ("[TOOL_CALLS]", "[ARGS]")])
@@ -121,12 +121,12 @@ def test_thinking_comes_before(tmp_path: Path, marks: tuple[str, str]) -> None:
     opens, closes = marks
     for begun in (False, True):
         start = thinking_rules(opens, closes, special_tokens(tokenizer), begun=begun, then="answer")
-        asked = f"{start}\nanswer: %json {json.dumps({'const': 'x'})}"
+        grammar = f"{start}\nanswer: %json {json.dumps({'const': 'x'})}"
         thought = f"{'' if begun else opens}\nHm </thin, a {{b}}\n{closes}"
-        assert accepts(tokenizer, asked, f'{thought}\n\n"x"')
-        assert accepts(tokenizer, asked, '"x"') == (not begun)
-        assert not accepts(tokenizer, asked, f"{thought}\n\nx")
-        assert not accepts(tokenizer, asked, f"{thought}")
+        assert accepts(tokenizer, grammar, f'{thought}\n\n"x"')
+        assert accepts(tokenizer, grammar, '"x"') == (not begun)
+        assert not accepts(tokenizer, grammar, f"{thought}\n\nx")
+        assert not accepts(tokenizer, grammar, f"{thought}")
 
 
 def test_where_thinking_begins(tmp_path: Path) -> None:
@@ -148,17 +148,17 @@ def test_tools_in_a_system_message() -> None:
         {"role": "assistant", "content": "So.", "tool_calls": [call]},
         {"role": "tool", "content": "3", "tool_call_id": "1"},
     ]
-    found = described(talk, [tool])
+    messages = described(talk, [tool])
     text = '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'
-    assert [one["role"] for one in found] == ["system", "user", "assistant", "user", "assistant", "user"]
-    assert json.dumps(tool) in found[0]["content"]
-    assert found[2]["content"] == f"{text}\n{text}"
-    assert found[3]["content"] == "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
-    assert found[4]["content"] == f"So.\n{text}"
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert json.dumps(tool) in messages[0]["content"]
+    assert messages[2]["content"] == f"{text}\n{text}"
+    assert messages[3]["content"] == "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
+    assert messages[4]["content"] == f"So.\n{text}"
     named = described([{"role": "system", "content": "Be brief."}, *talk], [tool])
-    assert named[0]["content"] == f"Be brief.\n\n{found[0]['content']}"
-    assert [one["content"] for one in described(talk, [])] == [one["content"] for one in found[1:]]
-    assert all(one.keys() == {"role", "content"} for one in found)
+    assert named[0]["content"] == f"Be brief.\n\n{messages[0]['content']}"
+    assert [message["content"] for message in described(talk, [])] == [message["content"] for message in messages[1:]]
+    assert all(message.keys() == {"role", "content"} for message in messages)
 
 
 def test_templates_are_all_tried() -> None:

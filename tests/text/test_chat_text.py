@@ -54,8 +54,8 @@ def token() -> Any:
     return tokenizer()
 
 
-def text(token: Any, *arguments: Any, **given: Any) -> str:
-    return str(token.decode(encode(token, *arguments, **given)))
+def text(token: Any, *arguments: Any, **options: Any) -> str:
+    return str(token.decode(encode(token, *arguments, **options)))
 
 
 # ---- begun answers -----------------------------------------------------------------------------------------------
@@ -95,9 +95,9 @@ def test_what_can_not_be_continued(token: Any) -> None:
         (tokenizer("{{ messages[0].content }}"), [USER, BEGUN], {}, "last message open"),
         (strict, [USER, BEGUN], {}, "last message open: users only"),
     ]
-    for one, messages, template, said in cases:
+    for model, messages, template, said in cases:
         with pytest.raises(TrimtabError, match=re.escape(said)):
-            encode(one, messages, template=template)
+            encode(model, messages, template=template)
 
 
 def test_a_pair_whose_answer_is_begun(token: Any) -> None:
@@ -161,9 +161,9 @@ def test_keywords_among_the_options_of_generation(models_: tuple[LM, LM]) -> Non
 
 
 def test_keywords_on_the_command_line() -> None:
-    given = ["enable_thinking=false", "tone=a=b", "n=3", "date=2026-11-29", "Yes=TRUE"]
+    keywords = ["enable_thinking=false", "tone=a=b", "n=3", "date=2026-11-29", "Yes=TRUE"]
     expected = {"enable_thinking": False, "tone": "a=b", "n": 3, "date": "2026-11-29", "Yes": True}
-    assert parse_keywords(given) == expected
+    assert parse_keywords(keywords) == expected
     assert parse_keywords(None) == {}
     for wrong, said in [(["thinking"], "write KEYWORD=VALUE"), (["=1"], "KEYWORD"), (["a=1", "a=2"], "'a' twice")]:
         with pytest.raises(TrimtabError, match=said):
@@ -192,9 +192,9 @@ def test_a_model_goes_on_where_the_text_does(models_: tuple[LM, LM]) -> None:
     assert answer.token_ids == by_hand.token_ids
     (other,) = lm.generate([USER, BEGUN], steering, max_new_tokens=6, template={"continue_final_message": False})
     assert other.prompt_tokens > answer.prompt_tokens == len(lm.encode([USER, BEGUN]))
-    for given in ({}, {"template": {"tone": "?"}}):
-        (read,) = lm.capture([USER, BEGUN], [1], Positions.all(), **given)
-        assert len(read[Site(1)]) == len(lm.encode([USER, BEGUN], **given))
+    for keywords in ({}, {"template": {"tone": "?"}}):
+        (read,) = lm.capture([USER, BEGUN], [1], Positions.all(), **keywords)
+        assert len(read[Site(1)]) == len(lm.encode([USER, BEGUN], **keywords))
     thought = lm.generate("Hi", max_new_tokens=3, template={"enable_thinking": False})
     assert thought == off.generate("Hi", max_new_tokens=3) != lm.generate("Hi", max_new_tokens=3)
     assert lm.spans("Hi", "think", template={"enable_thinking": False}) == off.spans("Hi", "think")
@@ -204,8 +204,8 @@ def test_a_model_goes_on_where_the_text_does(models_: tuple[LM, LM]) -> None:
 def test_what_is_learned_is_read_with_the_keywords(models_: tuple[LM, LM]) -> None:
     lm, off = models_
     pairs = [Pair("Yes", "No", f"Is it {word}?", "answers") for word in ("so", "late")]
-    one, other = learn_caa(lm, pairs, [1]), learn_caa(off, pairs, [1])
-    assert not torch.equal(one.edits[0].operation.direction, other.edits[0].operation.direction)  # type: ignore[attr-defined]
+    on, without = learn_caa(lm, pairs, [1]), learn_caa(off, pairs, [1])
+    assert not torch.equal(on.edits[0].operation.direction, without.edits[0].operation.direction)  # type: ignore[attr-defined]
 
 
 # ---- strings that are rendered already ---------------------------------------------------------------------------

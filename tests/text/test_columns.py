@@ -28,10 +28,10 @@ def test_the_prompt_by_its_other_names(name: str) -> None:
     assert pair == Pair("Fine.", "Go.", value, "answers")
 
 
-@pytest.mark.parametrize(("one", "other"), [("chosen", "rejected"), ("matching", "not_matching")])
-def test_the_sides_by_their_other_names(one: str, other: str) -> None:
-    assert pairs_from_rows([{"question": "How are you?", one: "Fine.", other: "Go."}]) == [ANSWER]
-    assert pairs_from_rows([{one: "Fine.", other: "Go."}]) == [Pair("Fine.", "Go.")]
+@pytest.mark.parametrize(("positive", "negative"), [("chosen", "rejected"), ("matching", "not_matching")])
+def test_the_sides_by_their_other_names(positive: str, negative: str) -> None:
+    assert pairs_from_rows([{"question": "How are you?", positive: "Fine.", negative: "Go."}]) == [ANSWER]
+    assert pairs_from_rows([{positive: "Fine.", negative: "Go."}]) == [Pair("Fine.", "Go.")]
 
 
 def test_preferences_whose_messages_repeat_the_prompt() -> None:

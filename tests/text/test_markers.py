@@ -54,19 +54,22 @@ def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
     made.chat_template = template
     if template:
-        made.add_special_tokens({"additional_special_tokens": [one for one in SPECIAL if one in template]})
+        made.add_special_tokens({"additional_special_tokens": [special for special in SPECIAL if special in template]})
     return made
 
 
-def said(given: Any, messages: list[dict[str, str]], answer: str, *rules: Positions, **keywords: Any) -> list[str]:
+def said(pretrained: Any, messages: list[dict[str, str]], answer: str, *rules: Positions, **keywords: Any) -> list[str]:
     """Of the answer the text at each of these positions."""
-    text = given.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **keywords)
-    prompt, tokens = given.encode(text, add_special_tokens=False), given.encode(answer, add_special_tokens=False)
+    text = pretrained.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **keywords)
+    prompt, tokens = (
+        pretrained.encode(text, add_special_tokens=False),
+        pretrained.encode(answer, add_special_tokens=False),
+    )
     meanings = [next(iter(rule.meanings)) for rule in rules]
-    followed = Follower(given, meanings, prompt).of(tokens)
-    decoded = [given.decode([token]) for token in tokens]
+    followed = Follower(pretrained, meanings, prompt).of(tokens)
+    decoded = [pretrained.decode([token]) for token in tokens]
     return [
-        "".join(text for text, one in zip(decoded, followed, strict=True) if meaning in one.holding)
+        "".join(text for text, state in zip(decoded, followed, strict=True) if meaning in state.holding)
         for meaning in meanings
     ]
 
@@ -89,16 +92,20 @@ def test_thinking_that_the_template_has_ended() -> None:
 
 
 def test_thinking_that_the_template_has_begun_and_earlier_turns() -> None:
-    given = tokenizer(DEEPSEEK)
+    deepseek = tokenizer(DEEPSEEK)
     talk = [*ASK, {"role": "assistant", "content": "<think>so"}, *ASK]
-    assert said(given, talk, "Hm.</think>Yes.", *PARTS[:2], Positions.after("Hm")) == ["Hm.", "Yes.", ".</think>Yes."]
-    assert said(given, talk, "</think>so", Positions.after("so"), Positions.at("so")) == ["", "o"]
+    assert said(deepseek, talk, "Hm.</think>Yes.", *PARTS[:2], Positions.after("Hm")) == [
+        "Hm.",
+        "Yes.",
+        ".</think>Yes.",
+    ]
+    assert said(deepseek, talk, "</think>so", Positions.after("so"), Positions.at("so")) == ["", "o"]
 
 
 def test_calls_to_the_end_of_the_answer() -> None:
-    given = tokenizer(MISTRAL)
-    assert answer_header(given) == "[/INST]"
-    assert said(given, ASK, "Yes.[TOOL_CALLS][{}]</s>So", PARTS[2]) == ["Yes.[TOOL_CALLSSo"]
+    mistral = tokenizer(MISTRAL)
+    assert answer_header(mistral) == "[/INST]"
+    assert said(mistral, ASK, "Yes.[TOOL_CALLS][{}]</s>So", PARTS[2]) == ["Yes.[TOOL_CALLSSo"]
 
 
 def test_channels() -> None:
@@ -114,23 +121,23 @@ def test_channels() -> None:
 
 
 def test_a_begun_answer_counts_as_text_before() -> None:
-    given = tokenizer(QWEN)
+    qwen = tokenizer(QWEN)
     text = "<|im_start|>user\nstop<|im_end|>\n<|im_start|>assistant\nI st"
     (meaning,) = Positions.after("stop").meanings
-    followed = Follower(given, [meaning], given.encode(text)).of(given.encode("op it"))
-    assert [bool(one.holding) for one in followed] == [False, False, True, True, True]
+    followed = Follower(qwen, [meaning], qwen.encode(text)).of(qwen.encode("op it"))
+    assert [bool(state.holding) for state in followed] == [False, False, True, True, True]
 
 
 def test_plain_text_has_no_answer_yet() -> None:
-    given = tokenizer(None)
+    plain = tokenizer(None)
     rules = [Positions.after("so"), Positions.thinking("<t>", "</t>")]
     meanings = [next(iter(rule.meanings)) for rule in rules]
-    followed = Follower(given, meanings, given.encode("so <t> so")).of(given.encode("a"))
-    assert [one.holding for one in followed] == [{meanings[1]}]
+    followed = Follower(plain, meanings, plain.encode("so <t> so")).of(plain.encode("a"))
+    assert [state.holding for state in followed] == [{meanings[1]}]
 
 
 def test_what_a_model_hasnt_is_refused_by_name() -> None:
-    given = tokenizer(None)
+    plain = tokenizer(None)
     for rule, words in ((PARTS[0], "markers of thinking"), (PARTS[2], "markers of tool calls")):
         with pytest.raises(TrimtabError, match=words):
-            machine_of(given, next(iter(rule.meanings)))
+            machine_of(plain, next(iter(rule.meanings)))

@@ -70,8 +70,8 @@ def test_what_is_parsed(text: str, expected: ReadAt) -> None:
 
 @given(st.text(min_size=1), st.integers(min_value=1))
 def test_what_is_written_is_read_back(marker: str, count: int) -> None:
-    for one in (ReadAt("after", marker=marker), ReadAt("first", count=count), EVERY, LAST):
-        assert ReadAt.parse(str(one)) == one
+    for rule in (ReadAt("after", marker=marker), ReadAt("first", count=count), EVERY, LAST):
+        assert ReadAt.parse(str(rule)) == rule
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_white_space_at_the_markers_end_may_belong_to_the_next_word(trims: bool)
 
 def test_a_marker_that_is_a_token_of_its_own_and_the_first_of_several() -> None:
     tokenizer = byte_level(added="</think>")
-    found = pieces(tokenizer, encoded(tokenizer, "It is</think>so. </think> no"), ReadAt("after", marker="</think>"))
-    assert "".join(found) == "so. </think> no"
+    parts = pieces(tokenizer, encoded(tokenizer, "It is</think>so. </think> no"), ReadAt("after", marker="</think>"))
+    assert "".join(parts) == "so. </think> no"
 
 
 PARTS = st.lists(st.sampled_from([*"abs<>.é", " ", "\n", " yes", "so", "Answer: ", "</think>"]), max_size=9).map(
@@ -228,9 +228,12 @@ def test_each_side_is_rendered_under_its_own_system_prompt() -> None:
     tokenizer = words()
     tokenizer.chat_template = KEEPS
     pair = Pair("w5 w6", "w5 w6", "w3", "answers", positive_system="w1", negative_system="w2")
-    assert [tokenizer.decode(one.ids) for one in encode_sides(tokenizer, pair)] == ["w1 w3 w0 w5 w6", "w2 w3 w0 w5 w6"]
+    assert [tokenizer.decode(side.ids) for side in encode_sides(tokenizer, pair)] == [
+        "w1 w3 w0 w5 w6",
+        "w2 w3 w0 w5 w6",
+    ]
     talk = Pair((("user", "w4"), ("assistant", "w5")), "w6", "w3", "answers")
-    assert [tokenizer.decode(one.ids) for one in encode_sides(tokenizer, talk)] == ["w3 w4 w0 w5", "w3 w0 w6"]
+    assert [tokenizer.decode(side.ids) for side in encode_sides(tokenizer, talk)] == ["w3 w4 w0 w5", "w3 w0 w6"]
 
 
 def test_a_template_that_leaves_system_prompts_out_is_an_error() -> None:

@@ -42,10 +42,10 @@ def said(parts: list[Part]) -> tuple[str, str, list[tuple[str, str]]]:
 
 
 def read(marks: Marks, text: str, cuts: list[int]) -> tuple[str, str, list[tuple[str, str]]]:
-    one = Parts(marks)
+    reading = Parts(marks)
     places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    parts = [part for a, b in itertools.pairwise(places) for part in one.add(text[a:b])]
-    return said(parts + one.finish())
+    parts = [part for a, b in itertools.pairwise(places) for part in reading.add(text[a:b])]
+    return said(parts + reading.finish())
 
 
 CUTS = st.lists(st.integers(0, 10_000), max_size=30)
@@ -71,16 +71,16 @@ def test_what_was_written_is_read(
 ) -> None:
     if form.alone:
         calls, words = calls[:1], ""
-    asked = [(name, json.dumps(arguments, indent=1 if spaced else None)) for name, arguments in calls]
-    text = (words + "\n" if words else "") + written(form, asked)
+    written_calls = [(name, json.dumps(arguments, indent=1 if spaced else None)) for name, arguments in calls]
+    text = (words + "\n" if words else "") + written(form, written_calls)
     if thought is not None:
         text = f"<think>\n{thought}\n</think>\n\n{text}"
     for strict in (True, False):
         marks = Marks(THINK, False, form, NAMES, strict)
-        assert read(marks, text, cuts) == (thought or "", words, asked)
+        assert read(marks, text, cuts) == (thought or "", words, written_calls)
     if thought is not None:  # the prompt has opened it
         begun = text.removeprefix("<think>\n")
-        assert read(Marks(THINK, True, form, NAMES, True), begun, cuts) == (thought, words, asked)
+        assert read(Marks(THINK, True, form, NAMES, True), begun, cuts) == (thought, words, written_calls)
 
 
 @settings(max_examples=100, deadline=None)
@@ -124,9 +124,9 @@ def test_a_call_that_is_cut_off() -> None:
 
 
 def test_arguments_come_as_they_are_written() -> None:
-    one = Parts(Marks(calls=HERMES, tools=NAMES, strict=True))
+    parts = Parts(Marks(calls=HERMES, tools=NAMES, strict=True))
     text = written(HERMES, [("f", '{"a": "bcd"}')])
-    pieces = [part for letter in text for part in one.add(letter)]
+    pieces = [part for letter in text for part in parts.add(letter)]
     assert sum(isinstance(part, CallArguments) for part in pieces) == len('{"a": "bcd"}')
     assert len({part.id for part in pieces if isinstance(part, CallBegun)}) == 1
 

@@ -34,19 +34,19 @@ TEMPLATE = {
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    found = model(tmp_path_factory.mktemp("template"), "unknown").tokenizer
-    assert not has_response_template(found)
-    found.response_template = TEMPLATE
-    if not has_response_template(found):
+    templated = model(tmp_path_factory.mktemp("template"), "unknown").tokenizer
+    assert not has_response_template(templated)
+    templated.response_template = TEMPLATE
+    if not has_response_template(templated):
         pytest.skip("this version of transformers has no response templates")
-    return found
+    return templated
 
 
 def read(tokenizer: Any, prompt: str, text: str, cuts: list[int]) -> Any:
-    one = TemplateParts(tokenizer, tokenizer.encode(prompt, add_special_tokens=False))
+    reading = TemplateParts(tokenizer, tokenizer.encode(prompt, add_special_tokens=False))
     places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    parts: list[Part] = [part for a, b in pairwise(places) for part in one.add(text[a:b])]
-    return said(parts + one.finish())
+    parts: list[Part] = [part for a, b in pairwise(places) for part in reading.add(text[a:b])]
+    return said(parts + reading.finish())
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -61,8 +61,13 @@ def test_parts_however_the_text_is_cut(tokenizer: Any, cuts: list[int], begun: b
 
 
 def test_a_call_that_isnt_json_is_text_from_there_on(tokenizer: Any) -> None:
-    one = TemplateParts(tokenizer, [])
-    parts = [*one.add("Well. "), *one.add("<call:f>{not JSON</call>"), *one.add(" and so on"), *one.finish()]
+    reading = TemplateParts(tokenizer, [])
+    parts = [
+        *reading.add("Well. "),
+        *reading.add("<call:f>{not JSON</call>"),
+        *reading.add(" and so on"),
+        *reading.finish(),
+    ]
     _, words, calls = said(parts)
     assert not calls
     assert words.startswith("Well.")
@@ -78,14 +83,14 @@ def test_the_server_reads_by_it(tokenizer: Any, tmp_path: Path) -> None:
     from trimtab.serve.schema import ChatRequest
     from trimtab.serve.tools import shaped
 
-    def asked(**more: Any) -> Any:
+    def chat(**more: Any) -> Any:
         body = {"model": "trimtab", "messages": [{"role": "user", "content": "x"}], **more}
         return shaped(tokenizer, ChatRequest.model_validate(body), tokenizer.encode("x<|assistant|>"))
 
-    for shape in (asked(), asked(tools=[BARE])):
+    for shape in (chat(), chat(tools=[BARE])):
         reading = shape.reading()
         assert isinstance(reading, TemplateParts)
         assert shape.grammar is None
     with pytest.raises(Refusal, match="form that isn't known"):
-        asked(tools=[BARE], tool_choice="required")
-    assert asked(response_format={"type": "json_object"}).grammar is not None
+        chat(tools=[BARE], tool_choice="required")
+    assert chat(response_format={"type": "json_object"}).grammar is not None

@@ -35,12 +35,12 @@ def tokenizer() -> Any:
     return made
 
 
-def covered(tokenizer: Any, prompt: Any, span: tuple[int, int], **given: Any) -> str:
-    return tokenizer.decode(render(tokenizer, prompt, **given).ids[slice(*span)])
+def covered(tokenizer: Any, prompt: Any, span: tuple[int, int], **options: Any) -> str:
+    return tokenizer.decode(render(tokenizer, prompt, **options).ids[slice(*span)])
 
 
-def characters(tokenizer: Any, prompt: Any, span: tuple[int, int], **given: Any) -> tuple[int, int]:
-    offsets = render(tokenizer, prompt, **given).offsets
+def characters(tokenizer: Any, prompt: Any, span: tuple[int, int], **options: Any) -> tuple[int, int]:
+    offsets = render(tokenizer, prompt, **options).offsets
     return offsets[span[0]][0], offsets[span[1] - 1][1]
 
 

@@ -42,14 +42,14 @@ def test_the_first_stop_text_ends_it(text: str, stop: list[str]) -> None:
     shown = ""
     expected = text
     for end in range(len(text) + 1):
-        if places := [text[:end].find(one) for one in stop if one in text[:end]]:
+        if places := [text[:end].find(ending) for ending in stop if ending in text[:end]]:
             expected = text[: min(places)]
             break
     for piece in pieces:
         shown += piece
         assert expected.startswith(shown)
     assert shown == expected
-    assert unfolding.stopped == (expected != text or any(one in text for one in stop))
+    assert unfolding.stopped == (expected != text or any(ending in text for ending in stop))
 
 
 def test_a_character_is_shown_when_it_is_whole() -> None:

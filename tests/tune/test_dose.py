@@ -38,7 +38,7 @@ def lm():
 
 def steering(lm, *operations, layers=(1,), positions=None, strength=1.0):
     where = Positions.from_last_prompt_token() if positions is None else positions
-    edits = [Edit(Site(layer), one, where, strength) for layer in layers for one in operations]
+    edits = [Edit(Site(layer), operation, where, strength) for layer in layers for operation in operations]
     return Steering(tuple(edits), Card("planted", model=lm.identity))
 
 
@@ -62,24 +62,26 @@ OPERATIONS = {
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 @pytest.mark.parametrize("layers", [(1,), (0, 1, 2, 3)], ids=["one", "all"])
 def test_the_dose_is_what_was_asked_for(lm, operation, layers):
-    given = steering(lm, operation, layers=layers)
-    found = at_dose(lm, given, 0.2, PROMPTS)
-    assert found.dose == pytest.approx(0.2, rel=0.02)
-    assert found.steering == found.factor * given
-    answers = lm.generate(PROMPTS, found.steering, max_new_tokens=8)
-    assert sum(one.applied.overall for one in answers) / 3 == pytest.approx(found.dose)
+    learned = steering(lm, operation, layers=layers)
+    dosed = at_dose(lm, learned, 0.2, PROMPTS)
+    assert dosed.dose == pytest.approx(0.2, rel=0.02)
+    assert dosed.steering == dosed.factor * learned
+    answers = lm.generate(PROMPTS, dosed.steering, max_new_tokens=8)
+    assert sum(answer.applied.overall for answer in answers) / 3 == pytest.approx(dosed.dose)
 
 
 def test_the_other_way_stays_the_other_way(lm):
-    given = steering(lm, Add(unit()), strength=-2.0)
-    found = at_dose(lm, given, 0.3, PROMPTS[0])
-    assert found.factor > 0
-    assert found.steering.edits[0].strength < 0
+    learned = steering(lm, Add(unit()), strength=-2.0)
+    dosed = at_dose(lm, learned, 0.3, PROMPTS[0])
+    assert dosed.factor > 0
+    assert dosed.steering.edits[0].strength < 0
 
 
 def test_additions_take_a_few_looks(lm, monkeypatch):
     looks, original = [], lm.generate
-    monkeypatch.setattr(lm, "generate", lambda *given, **options: looks.append(1) or original(*given, **options))
+    monkeypatch.setattr(
+        lm, "generate", lambda *arguments, **options: looks.append(1) or original(*arguments, **options)
+    )
     at_dose(lm, steering(lm, Add(unit())), 0.2, PROMPTS)
     assert len(looks) <= 4
 
@@ -92,9 +94,9 @@ def test_additions_take_a_few_looks(lm, monkeypatch):
     ],
 )
 def test_what_has_no_such_strength_is_refused_by_name(lm, operation, kind, name):
-    given = Steering((Edit(Site(1, kind), operation),))
+    acting = Steering((Edit(Site(1, kind), operation),))
     with pytest.raises(UnsupportedError, match=f"{name}.*give a strength"):
-        at_dose(lm, given, 0.2, PROMPTS)
+        at_dose(lm, acting, 0.2, PROMPTS)
 
 
 @pytest.mark.parametrize("dose", [0, -0.1, math.nan, math.inf, True, "0.2"])
@@ -105,9 +107,9 @@ def test_a_dose_is_a_positive_number(lm, dose):
 
 def test_what_doesnt_act_has_no_dose(lm):
     shut = steering(lm, Add(unit())).when(Threshold(Site(0), unit(), 1e9))
-    for given in (shut, 0.0 * steering(lm, Add(unit()))):
+    for acting in (shut, 0.0 * steering(lm, Add(unit()))):
         with pytest.raises(TrimtabError, match="nothing is steered on these prompts"):
-            at_dose(lm, given, 0.2, PROMPTS)
+            at_dose(lm, acting, 0.2, PROMPTS)
 
 
 def test_a_dose_that_cant_be_had_names_the_nearest(lm):

@@ -26,6 +26,6 @@ def test_so_few_prompts_that_even_winning_all_proves_nothing():
     ],
 )
 def test_so_few_tokens_that_the_first_round_ends_early(budget, pays):
-    told = too_poor(8, [Rung(6, 4), Rung(12, 2)], 4, 10, budget)
-    assert told is None if pays is None else f"may pay for {pays} of the 6 prompts" in told
-    assert told is None or "give 620" in told
+    message = too_poor(8, [Rung(6, 4), Rung(12, 2)], 4, 10, budget)
+    assert message is None if pays is None else f"may pay for {pays} of the 6 prompts" in message
+    assert message is None or "give 620" in message

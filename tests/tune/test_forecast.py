@@ -33,7 +33,7 @@ from trimtab.tune.forecast import (
 
 def naive(values):
     """Agreement, d' and AUC by plain loops: each half along the mean difference of the other."""
-    found = []
+    rows = []
     for half in (0, 1):
         mine = [v for i, v in enumerate(values) if i // 2 % 2 == half]
         other = [v for i, v in enumerate(values) if i // 2 % 2 != half]
@@ -43,8 +43,8 @@ def naive(values):
         gap = np.mean(up) - np.mean(down)
         spread = math.sqrt((np.var(up, ddof=1) + np.var(down, ddof=1)) / 2)
         above = np.mean([(a > b) + (a == b) / 2 for a in up for b in down])
-        found.append((np.mean([a > b for a, b in zip(up, down, strict=True)]), gap / spread, above))
-    return np.mean(found, axis=0)
+        rows.append((np.mean([a > b for a, b in zip(up, down, strict=True)]), gap / spread, above))
+    return np.mean(rows, axis=0)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -73,16 +73,16 @@ def test_the_curve_is_that_of_the_divergence():
     lm = tiny("llama")
     pairs = [Pair(prompt(n, 5), prompt(50 + n, 5), prompt(90 + n, 4), "answers") for n in range(12)]
     steering = learn_caa(lm, pairs, [2])
-    asked = [prompt(200 + n, 5) for n in range(3)]
-    base = reference(lm, asked, tokens=16)
-    found = predictors(lm, pairs, steering, asked)
-    assert found == predictors(lm, pairs, steering, asked, base=base)
+    prompts = [prompt(200 + n, 5) for n in range(3)]
+    base = reference(lm, prompts, tokens=16)
+    predicted = predictors(lm, pairs, steering, prompts)
+    assert predicted == predictors(lm, pairs, steering, prompts, base=base)
     factor = next(f for f in (2.0**n for n in range(-8, 9)) if divergence(lm, f * steering, base).p95 > 1)
     slope = math.log2(divergence(lm, factor * steering, base).p95 / divergence(lm, factor / 2 * steering, base).p95)
-    assert found.bend == pytest.approx(slope, abs=1.0)
-    assert math.isfinite(found.reach)
+    assert predicted.bend == pytest.approx(slope, abs=1.0)
+    assert math.isfinite(predicted.reach)
     with pytest.raises(TrimtabError, match="8 are needed"):
-        predictors(lm, pairs[:7], steering, asked)
+        predictors(lm, pairs[:7], steering, prompts)
 
 
 # ---- the fit ---------------------------------------------------------------------------------------------------
@@ -90,32 +90,32 @@ def test_the_curve_is_that_of_the_divergence():
 
 def cases(count=40, seed=0, strength=3.0):
     draw = random.Random(seed)
-    found = []
+    made = []
     for n in range(count):
         features = tuple(draw.gauss(0, 1) for _ in range(4))
-        found.append(Case(f"task {n // 2}", features, draw.random() < 1 / (1 + math.exp(-strength * features[0]))))
-    return found
+        made.append(Case(f"task {n // 2}", features, draw.random() < 1 / (1 + math.exp(-strength * features[0]))))
+    return made
 
 
 def test_the_fit_is_where_the_penalised_likelihood_is_highest():
     some = cases()
-    found = fit(some, penalty=1.0)
+    fitted = fit(some, penalty=1.0)
 
     def loss(weights, intercept):
         total = sum(w * w for w in weights) / 2
         for case in some:
-            p = chance_of(case.features, {**found, "weights": weights, "intercept": intercept})
+            p = chance_of(case.features, {**fitted, "weights": weights, "intercept": intercept})
             total -= math.log(p if case.worked else 1 - p)
         return total
 
-    best = loss(found["weights"], found["intercept"])
+    best = loss(fitted["weights"], fitted["intercept"])
     for n in range(4):
         for step in (-0.05, 0.05):
-            moved = list(found["weights"])
+            moved = list(fitted["weights"])
             moved[n] += step
-            assert loss(moved, found["intercept"]) > best
-    assert loss(found["weights"], found["intercept"] + 0.05) > best
-    assert loss(found["weights"], found["intercept"] - 0.05) > best
+            assert loss(moved, fitted["intercept"]) > best
+    assert loss(fitted["weights"], fitted["intercept"] + 0.05) > best
+    assert loss(fitted["weights"], fitted["intercept"] - 0.05) > best
 
 
 def test_a_task_is_foretold_without_itself():
@@ -150,9 +150,9 @@ def test_the_words_hang_on_the_chance():
 
 @pytest.mark.parametrize(("results", "worked", "auc"), [(30, 12, 0.69), (30, 4, 0.9), (30, 26, 0.9), (8, 4, 0.9)])
 def test_of_a_fit_that_has_not_shown_its_worth_nothing_is_said(results, worked, auc):
-    found = Forecast(0.99, Predictors(0.9, 1.0, 0.8, 0.5, 1.9), results, worked, auc)
-    assert found.verdict == "can't say"
-    assert "too small to be trusted" in str(found)
+    unproven = Forecast(0.99, Predictors(0.9, 1.0, 0.8, 0.5, 1.9), results, worked, auc)
+    assert unproven.verdict == "can't say"
+    assert "too small to be trusted" in str(unproven)
 
 
 def test_a_fit_of_ones_own_is_used():

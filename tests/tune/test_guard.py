@@ -51,8 +51,8 @@ def test_within_the_limits_nothing_is_said(answers):
 
 
 def test_several_limits_are_all_named():
-    found = Guard().broken([replace(GOOD, perplexity=1.0, repeated=0.9, cut=True)] * 8, PLAIN)
-    assert [reason.split(":")[0] for reason in found] == [
+    reasons = Guard().broken([replace(GOOD, perplexity=1.0, repeated=0.9, cut=True)] * 8, PLAIN)
+    assert [reason.split(":")[0] for reason in reasons] == [
         "perplexity too low",
         "repeated four-grams",
         "answers cut off",

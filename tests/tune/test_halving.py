@@ -24,11 +24,11 @@ class Table:
     """Scores by candidate and item, and what has been asked of them."""
 
     def __init__(self, scores, doses=None, broken=()):
-        self.scores, self.broken, self.asked = scores, set(broken), []
+        self.scores, self.broken, self.scored = scores, set(broken), []
         self.doses = doses or [0.0] * len(scores)
 
     def __call__(self, candidates, items):
-        self.asked += [(c, i) for c in candidates for i in items]
+        self.scored += [(c, i) for c in candidates for i in items]
         return [[(self.scores[c][i], self.doses[c], c in self.broken) for i in items] for c in candidates]
 
     def run(self, rungs=None, **options):
@@ -48,23 +48,23 @@ tables = st.integers(1, 12).flatmap(
 def test_what_holds_of_every_search(scores, rows, data):
     broken = data.draw(st.sets(st.integers(1, len(scores) - 1)))
     table = Table(scores, broken=broken)
-    found = table.run(rows=rows)
+    result = table.run(rows=rows)
     items = len(scores[0])
-    assert len(table.asked) == len(set(table.asked))  # nothing is asked twice
-    assert len(table.asked) == rows_of(len(scores) - 1, ladder(len(scores) - 1, items))
-    assert len(found.results[0]) == items  # "don't steer" is never eliminated
-    for c, results in enumerate(found.results):  # items are nested
-        assert sorted(i for who, i in table.asked if who == c) == list(range(len(results)))
-    assert found.best not in broken
-    if found.best:
-        best = mean(scores[found.best])
-        assert len(found.results[found.best]) == items
+    assert len(table.scored) == len(set(table.scored))  # nothing is asked twice
+    assert len(table.scored) == rows_of(len(scores) - 1, ladder(len(scores) - 1, items))
+    assert len(result.results[0]) == items  # "don't steer" is never eliminated
+    for c, results in enumerate(result.results):  # items are nested
+        assert sorted(i for who, i in table.scored if who == c) == list(range(len(results)))
+    assert result.best not in broken
+    if result.best:
+        best = mean(scores[result.best])
+        assert len(result.results[result.best]) == items
         assert math.isnan(mean(scores[0])) or best > mean(scores[0])
-        for c, results in enumerate(found.results):
+        for c, results in enumerate(result.results):
             if c and c not in broken and len(results) == items:
                 assert math.isnan(mean(scores[c])) or best >= mean(scores[c])
-    assert not found.interrupted
-    assert not found.exhausted
+    assert not result.interrupted
+    assert not result.exhausted
 
 
 @settings(max_examples=50, deadline=None)
@@ -80,7 +80,7 @@ def test_the_best_is_found_among_many():
     scores = [[0.2] * 16] + [[c / 40] * 16 for c in range(30)]
     table = Table(scores)
     assert table.run().best == 30
-    assert len(table.asked) < 0.65 * 31 * 16
+    assert len(table.scored) < 0.65 * 31 * 16
 
 
 def test_all_zero_is_not_to_steer():
@@ -104,9 +104,9 @@ def test_no_number_is_never_chosen():
 
 
 def test_a_broken_guard_is_never_chosen_and_its_reason_is_kept():
-    found = Table([[0.0] * 4, [1.0] * 4, [0.5] * 4], broken=[1]).run()
-    assert found.best == 2
-    assert found.standings[1].broken == ("broken",)
+    result = Table([[0.0] * 4, [1.0] * 4, [0.5] * 4], broken=[1]).run()
+    assert result.best == 2
+    assert result.standings[1].broken == ("broken",)
     assert Table([[0.0] * 4, [1.0] * 4], broken=[1]).run().best == 0
 
 
@@ -115,27 +115,27 @@ def test_a_guard_that_broke_by_bad_luck_can_mend():
         return Standing(mean(steered), broken=("early",) if len(steered) < 4 and mean(steered) == 1 else ())
 
     rungs = [Rung(2, 2), Rung(4, 1)]
-    found = halve(2, rungs, lambda cs, items: [[float(c == 1)] * len(items) for c in cs], forgiving)
-    assert found.best == 1
+    result = halve(2, rungs, lambda cs, items: [[float(c == 1)] * len(items) for c in cs], forgiving)
+    assert result.best == 1
 
 
 def test_the_budget_ends_it_with_the_same_items_for_all():
     table = Table([[0.0] * 8, [1.0] * 8, [0.5] * 8])
-    found = table.run(rungs=[Rung(8, 1)], rows=6, afford=lambda rows: len(table.asked) + rows <= 13)
-    assert found.exhausted
-    assert [len(results) for results in found.results] == [4, 4, 4]
-    assert found.best == 1
+    result = table.run(rungs=[Rung(8, 1)], rows=6, afford=lambda rows: len(table.scored) + rows <= 13)
+    assert result.exhausted
+    assert [len(results) for results in result.results] == [4, 4, 4]
+    assert result.best == 1
 
 
 def test_a_budget_for_part_of_a_step_is_used():
     table = Table([[0.0] * 8, [1.0] * 8])
-    found = table.run(rungs=[Rung(8, 1)], rows=64, afford=lambda rows: len(table.asked) + rows <= 6)
-    assert [len(results) for results in found.results] == [3, 3]
+    result = table.run(rungs=[Rung(8, 1)], rows=64, afford=lambda rows: len(table.scored) + rows <= 6)
+    assert [len(results) for results in result.results] == [3, 3]
 
 
 def test_a_budget_for_nothing_is_not_to_steer():
-    found = Table([[0.0] * 8, [1.0] * 8]).run(afford=lambda _: False)
-    assert (found.best, found.exhausted, found.standings) == (0, True, (None, None))
+    result = Table([[0.0] * 8, [1.0] * 8]).run(afford=lambda _: False)
+    assert (result.best, result.exhausted, result.standings) == (0, True, (None, None))
 
 
 @pytest.mark.parametrize("after", range(4))
@@ -149,10 +149,10 @@ def test_an_interruption_keeps_the_best_so_far(after):
         calls.append(items)
         return table(candidates, items)
 
-    found = halve(1, ladder(1, 8), evaluate, judged, rows=4)
-    assert found.interrupted
-    assert found.best == (1 if after else 0)
-    assert {len(results) for results in found.results} == {2 * after}
+    result = halve(1, ladder(1, 8), evaluate, judged, rows=4)
+    assert result.interrupted
+    assert result.best == (1 if after else 0)
+    assert {len(results) for results in result.results} == {2 * after}
 
 
 def test_malformed_calls_are_refused():

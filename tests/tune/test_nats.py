@@ -40,28 +40,28 @@ def unit(seed=0):
 @pytest.mark.parametrize("nats", [0.05, 0.25, 1.0])
 @pytest.mark.parametrize("strength", [0.001, 1.0, 300.0, -1.0])
 def test_the_divergence_is_what_was_asked_for(lm, base, nats, strength):
-    given = steering(lm, Add(unit()), strength)
-    found = at_nats(lm, given, nats, base)
-    assert found.divergence.p95 == pytest.approx(nats, rel=0.02)
-    assert found.steering == found.factor * given
-    assert divergence(lm, found.steering, PROMPTS, tokens=4) == found.divergence
-    assert found.monotone
+    learned = steering(lm, Add(unit()), strength)
+    dosed = at_nats(lm, learned, nats, base)
+    assert dosed.divergence.p95 == pytest.approx(nats, rel=0.02)
+    assert dosed.steering == dosed.factor * learned
+    assert divergence(lm, dosed.steering, PROMPTS, tokens=4) == dosed.divergence
+    assert dosed.monotone
 
 
 def test_what_is_not_monotone_is_said_and_the_weakest_strength_taken(lm, base, monkeypatch):
     """A divergence that rises to 1.5 at strength 1, falls to 0.1 at 4, and rises again."""
 
-    def humped(_lm, one, _base, **_):
-        s = one.edits[0].strength
+    def humped(_lm, acting, _base, **_):
+        s = acting.edits[0].strength
         return Divergence(((1.5 * s if s <= 1 else max(0.1, 1.5 - 0.5 * s) if s <= 4 else s / 4,),))
 
     monkeypatch.setattr(module, "divergence", humped)
-    given = steering(lm, Add(unit()))
-    assert at_nats(lm, given, 1.2, base).factor == pytest.approx(0.8, rel=0.02)
+    learned = steering(lm, Add(unit()))
+    assert at_nats(lm, learned, 1.2, base).factor == pytest.approx(0.8, rel=0.02)
     with pytest.warns(NotMonotoneWarning, match="the weakest strength that was seen"):
-        found = at_nats(lm, 4 * given, 1.9, base)
-    assert not found.monotone
-    assert found.divergence.p95 == pytest.approx(1.9, rel=0.02)
+        dosed = at_nats(lm, 4 * learned, 1.9, base)
+    assert not dosed.monotone
+    assert dosed.divergence.p95 == pytest.approx(1.9, rel=0.02)
 
 
 def test_a_divergence_that_cannot_be_had_says_how_far_it_goes(lm, base):
@@ -78,5 +78,5 @@ def test_a_divergence_is_a_positive_number(lm, base, nats):
 
 @pytest.mark.parametrize("operation", [SetProjection(unit(), 5.0), Rotate(unit(), 0.4)])
 def test_other_operations_have_such_strengths_too(lm, base, operation):
-    found = at_nats(lm, steering(lm, operation), 0.02, base)
-    assert found.divergence.p95 == pytest.approx(0.02, rel=0.02)
+    dosed = at_nats(lm, steering(lm, operation), 0.02, base)
+    assert dosed.divergence.p95 == pytest.approx(0.02, rel=0.02)

@@ -38,42 +38,42 @@ def says_it(_i, answer, _cut):
 
 
 def tuned(lm, check=says_it, **options):
-    given = {"guard": None, "max_new_tokens": 4, "batch_size": 16, **options}
-    return tune(lm, grid({"add": towards(lm)}, (0.5, 1.0)), PROMPTS, check, **given)
+    settings = {"guard": None, "max_new_tokens": 4, "batch_size": 16, **options}
+    return tune(lm, grid({"add": towards(lm)}, (0.5, 1.0)), PROMPTS, check, **settings)
 
 
 def test_it_finds_the_layer_that_works_at_the_smaller_strength():
-    found = tuned(lm_with())
-    assert found.setting == Setting(3, 0.5, "from-last-prompt-token", "add")
-    assert found.steering.edits[0].strength == 0.5
-    assert found.steering.layers == (3,)
-    assert found.held_out.items == len(found.split.held_out) == 8
-    assert found.held_out.steered == 1
-    assert found.held_out.difference.estimate == pytest.approx(1 - found.held_out.unsteered)
-    assert (found.interrupted, found.exhausted) == (False, False)
-    assert found.table[0].setting is None
-    assert len(found.table) == 5
-    best = next(row for row in found.table if row.setting == found.setting)
-    assert (best.items, best.score) == (len(found.split.search), 1)
-    assert best.unsteered == found.table[0].score
-    assert best.dose > max(row.dose for row in found.table if row.setting and row.setting.layer == 1)
+    result = tuned(lm_with())
+    assert result.setting == Setting(3, 0.5, "from-last-prompt-token", "add")
+    assert result.steering.edits[0].strength == 0.5
+    assert result.steering.layers == (3,)
+    assert result.held_out.items == len(result.split.held_out) == 8
+    assert result.held_out.steered == 1
+    assert result.held_out.difference.estimate == pytest.approx(1 - result.held_out.unsteered)
+    assert (result.interrupted, result.exhausted) == (False, False)
+    assert result.table[0].setting is None
+    assert len(result.table) == 5
+    best = next(row for row in result.table if row.setting == result.setting)
+    assert (best.items, best.score) == (len(result.split.search), 1)
+    assert best.unsteered == result.table[0].score
+    assert best.dose > max(row.dose for row in result.table if row.setting and row.setting.layer == 1)
 
 
 def test_nothing_is_generated_twice(monkeypatch):
     lm = lm_with()
-    asked, original = [], lm.generate
+    calls, original = [], lm.generate
 
     def generate(prompts, steering, **options):
-        asked.extend(zip(prompts, steering, strict=True))
+        calls.extend(zip(prompts, steering, strict=True))
         return original(prompts, steering, **options)
 
     monkeypatch.setattr(lm, "generate", generate)
     seen = []
-    found = tuned(lm, progress=lambda done, total: seen.append((done, total)))
-    assert len(set(asked)) == len(asked) == found.answers == seen[-1][0] == seen[-1][1]
-    assert len(asked) == rows_of(4, ladder(4, 12)) + 2 * 8
+    result = tuned(lm, progress=lambda done, total: seen.append((done, total)))
+    assert len(set(calls)) == len(calls) == result.answers == seen[-1][0] == seen[-1][1]
+    assert len(calls) == rows_of(4, ladder(4, 12)) + 2 * 8
     assert seen == sorted(seen)
-    assert found.tokens == 4 * len(asked)
+    assert result.tokens == 4 * len(calls)
 
 
 def test_the_check_sees_its_own_prompt():
@@ -95,26 +95,26 @@ def test_the_check_sees_its_own_prompt():
     "check", [lambda *_: 0.0, lambda *_: True, lambda *_: math.nan, lambda i, *_: i / 20], ids=["0", "1", "nan", "same"]
 )
 def test_what_changes_nothing_is_not_to_steer(check):
-    found = tuned(lm_with(), check)
-    assert (found.steering, found.setting, found.held_out) == (None, None, None)
-    assert "no candidate scored above not steering" in found.reason
+    result = tuned(lm_with(), check)
+    assert (result.steering, result.setting, result.held_out) == (None, None, None)
+    assert "no candidate scored above not steering" in result.reason
 
 
 def test_an_answer_that_is_broken_to_comply_is_not_chosen():
-    found = tuned(lm_with(), guard=Guard())
-    assert found.steering is None
-    assert "broke the guard" in found.reason
-    rows = {row.setting.layer: row.broken for row in found.table if row.setting}
+    result = tuned(lm_with(), guard=Guard())
+    assert result.steering is None
+    assert "broke the guard" in result.reason
+    rows = {row.setting.layer: row.broken for row in result.table if row.setting}
     assert any("perplexity" in reason or "repeated" in reason for reason in rows[3])
     assert rows[1] == ()
 
 
 def test_luck_on_the_prompts_searched_on_is_not_enough():
     searched = set(split_by_query(PROMPTS, held_out=0.4).search)
-    found = tuned(lm_with(), lambda i, answer, cut: i in searched and says_it(i, answer, cut))
-    assert found.steering is None
-    assert found.held_out.difference.estimate == 0
-    assert "can't be told from luck: 0.00 instead of 0.00 on 8 held-out prompts (0 better, 0 worse" in found.reason
+    result = tuned(lm_with(), lambda i, answer, cut: i in searched and says_it(i, answer, cut))
+    assert result.steering is None
+    assert result.held_out.difference.estimate == 0
+    assert "can't be told from luck: 0.00 instead of 0.00 on 8 held-out prompts (0 better, 0 worse" in result.reason
 
 
 def test_the_margin_is_what_must_be_exceeded():
@@ -125,16 +125,16 @@ def test_the_margin_is_what_must_be_exceeded():
 
 
 def test_nothing_held_out_is_said():
-    found = tuned(lm_with(), held_out=0)
-    assert found.held_out is None
-    assert found.setting.layer == 3
-    assert "nothing was held out" in found.reason
+    result = tuned(lm_with(), held_out=0)
+    assert result.held_out is None
+    assert result.setting.layer == 3
+    assert "nothing was held out" in result.reason
 
 
 def test_groups_stay_together():
     groups = [i // 4 for i in range(20)]
-    found = tuned(lm_with(), groups=groups)
-    assert {groups[i] for i in found.split.search}.isdisjoint({groups[i] for i in found.split.held_out})
+    result = tuned(lm_with(), groups=groups)
+    assert {groups[i] for i in result.split.search}.isdisjoint({groups[i] for i in result.split.held_out})
 
 
 @pytest.mark.parametrize("after", [0, 10, 40, 60])
@@ -146,16 +146,16 @@ def test_an_interruption_keeps_the_best_so_far(after):
             raise KeyboardInterrupt
         return says_it(i, answer, cut)
 
-    found = tuned(lm_with(), check, batch_size=5, rungs=[Rung(4, 4), Rung(12, 4)])
-    assert found.interrupted
-    assert found.held_out is None
+    result = tuned(lm_with(), check, batch_size=5, rungs=[Rung(4, 4), Rung(12, 4)])
+    assert result.interrupted
+    assert result.held_out is None
     if after == 0:
-        assert found.steering is None
-        assert "nothing was tried: interrupted" in found.reason
+        assert result.steering is None
+        assert "nothing was tried: interrupted" in result.reason
     else:
-        assert found.setting.layer == 3
-        assert "interrupted before it was confirmed" in found.reason
-        assert found.steering.card.measured["tuning"]["cut_short"] is True
+        assert result.setting.layer == 3
+        assert "interrupted before it was confirmed" in result.reason
+        assert result.steering.card.measured["tuning"]["cut_short"] is True
 
 
 def test_an_interruption_in_the_last_word_keeps_the_choice():
@@ -166,20 +166,20 @@ def test_an_interruption_in_the_last_word_keeps_the_choice():
         if done > total - 8:
             raise KeyboardInterrupt
 
-    found = tuned(lm, progress=interrupt)
-    assert found.interrupted
-    assert found.setting.layer == 3
-    assert found.held_out is None
+    result = tuned(lm, progress=interrupt)
+    assert result.interrupted
+    assert result.setting.layer == 3
+    assert result.held_out is None
 
 
 def test_budgets_are_kept():
     lm = lm_with()
     whole = tuned(lm).tokens
-    found = tuned(lm, budget_tokens=whole - 1, batch_size=5)
-    assert found.tokens < whole
-    assert found.exhausted
-    assert found.setting.layer == 3
-    assert found.held_out.items == 8
+    result = tuned(lm, budget_tokens=whole - 1, batch_size=5)
+    assert result.tokens < whole
+    assert result.exhausted
+    assert result.setting.layer == 3
+    assert result.held_out.items == 8
     assert not tuned(lm, budget_tokens=whole).exhausted
     with pytest.raises(TrimtabError, match=r"a budget of 83 tokens .* 84 at 4 an answer"):
         tuned(lm, budget_tokens=83)
@@ -232,8 +232,8 @@ def test_a_grid_has_every_combination():
         Steering(tuple(Edit(Site(layer), operation, Positions.all()) for layer in (1, 2)))
         for operation in (Add(direction(0, 3.0)), SetProjection(direction(1), 2.0))
     )
-    found = grid({"add": add, "project": project}, {"add": [1, 2], "project": [0.5]})
-    assert [str(one.setting) for one in found] == [
+    candidates = grid({"add": add, "project": project}, {"add": [1, 2], "project": [0.5]})
+    assert [str(entry.setting) for entry in candidates] == [
         "add at block 1, strength 1, all",
         "add at block 2, strength 1, all",
         "add at block 1, strength 2, all",
@@ -241,24 +241,24 @@ def test_a_grid_has_every_combination():
         "project at block 1, strength 0.5, all",
         "project at block 2, strength 0.5, all",
     ]
-    for one in found:
-        (edit,) = one.steering.edits
-        assert (edit.site.layer, edit.strength) == (one.setting.layer, one.setting.strength)
+    for candidate in candidates:
+        (edit,) = candidate.steering.edits
+        assert (edit.site.layer, edit.strength) == (candidate.setting.layer, candidate.setting.strength)
     moved = grid({"add": add}, [1], [Positions.generated(), Positions.all_but_first()])
-    assert [one.setting.positions for one in moved] == ["generated"] * 2 + ["all-but-first"] * 2
-    assert {str(edit.positions) for one in moved for edit in one.steering.edits} == {"generated", "all-but-first"}
+    assert [entry.setting.positions for entry in moved] == ["generated"] * 2 + ["all-but-first"] * 2
+    assert {str(edit.positions) for entry in moved for edit in entry.steering.edits} == {"generated", "all-but-first"}
 
 
 def test_a_grid_of_nothing_is_refused():
     add = Steering((Edit(Site(1), Add(direction(0))),))
-    for given, said in (
+    for arguments, said in (
         (({},), "nothing to try"),
         (({"add": add}, []), "nothing to try"),
         (({"add": add}, [0.0]), "leave it out"),
         (({"add": add}, [math.nan]), "finite number"),
     ):
         with pytest.raises(TrimtabError, match=said):
-            grid(*given)
+            grid(*arguments)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 12, 30, 32, 80])
@@ -296,17 +296,17 @@ def test_letters_are_scored_by_their_probability():
     pairs = [Pair(*sides[i % 4], prompt(i, 4 + i % 3), "letters") for i in range(64)]
     head = lm.model.get_output_embeddings().weight.detach()
     good = Steering((Edit(Site(3), Add(5 * (head[81] - head[82]))), Edit(Site(1), Add(1e-3 * direction(1)))))
-    found = tune_letters(lm, grid({"add": good}, [1.0]), pairs, held_out=0.5, margin=0.0)
-    assert found.setting.layer == 3
+    result = tune_letters(lm, grid({"add": good}, [1.0]), pairs, held_out=0.5, margin=0.0)
+    assert result.setting.layer == 3
 
-    ids = [[*lm.encode(f"Input: {pairs[i].prompt}\nResponse:"), 80] for i in found.split.held_out]
+    ids = [[*lm.encode(f"Input: {pairs[i].prompt}\nResponse:"), 80] for i in result.split.held_out]
     shares = []
-    for i, row in zip(found.split.held_out, ids, strict=True):
+    for i, row in zip(result.split.held_out, ids, strict=True):
         with torch.no_grad():
             logits = lm.model(input_ids=torch.tensor([row])).logits[0, -1]
         a, b = logits[[81, 82]].softmax(-1).tolist()
         shares.append(a if pairs[i].positive == "(A)" else b)
-    assert found.held_out.unsteered == pytest.approx(sum(shares) / len(shares))
+    assert result.held_out.unsteered == pytest.approx(sum(shares) / len(shares))
 
 
 def test_letters_need_letters():
@@ -316,12 +316,15 @@ def test_letters_need_letters():
 
 
 def test_each_round_is_told():
-    told = []
-    found = tuned(lm_with(), rungs=[Rung(3, 2), Rung(12, 1)], on_round=told.append)
-    assert [(one.number, one.of, one.candidates, one.items) for one in told] == [(1, 2, 4, 3), (2, 2, 2, 12)]
-    best = next(row for row in found.table if row.setting == found.setting)
-    assert (told[-1].best, told[-1].score, told[-1].unsteered) == (found.setting, best.score, best.unsteered)
-    assert str(told[-1]).startswith("round 2 of 2: 2 candidates on 12 prompts; best so far 1.00, unsteered ")
-    tuned(lm_with(), lambda *_: 0.0, rungs=[Rung(3, 2)], on_round=told.append)
-    assert told[-1].best is None
-    assert "none beats unsteered 0.00" in str(told[-1])
+    rounds = []
+    result = tuned(lm_with(), rungs=[Rung(3, 2), Rung(12, 1)], on_round=rounds.append)
+    assert [(round_.number, round_.of, round_.candidates, round_.items) for round_ in rounds] == [
+        (1, 2, 4, 3),
+        (2, 2, 2, 12),
+    ]
+    best = next(row for row in result.table if row.setting == result.setting)
+    assert (rounds[-1].best, rounds[-1].score, rounds[-1].unsteered) == (result.setting, best.score, best.unsteered)
+    assert str(rounds[-1]).startswith("round 2 of 2: 2 candidates on 12 prompts; best so far 1.00, unsteered ")
+    tuned(lm_with(), lambda *_: 0.0, rungs=[Rung(3, 2)], on_round=rounds.append)
+    assert rounds[-1].best is None
+    assert "none beats unsteered 0.00" in str(rounds[-1])

@@ -51,8 +51,8 @@ def test_each_row_is_what_its_steering_does_alone(lm: LM, swept: Sweep) -> None:
         read = fluencies(lm, PROMPTS, alone)
         assert row.passed == pytest.approx(mean(check(answer.text) for answer in alone))
         assert row.dose == pytest.approx(mean(answer.applied.dose for answer in alone))
-        assert row.repeated == pytest.approx(mean(one.repeated for one in read))
-        assert row.perplexity == pytest.approx(sorted(one.perplexity for one in read)[1])
+        assert row.repeated == pytest.approx(mean(answer.repeated for answer in read))
+        assert row.perplexity == pytest.approx(sorted(answer.perplexity for answer in read)[1])
     assert (swept.unsteered.layer, swept.unsteered.strength, swept.unsteered.dose) == (None, 0.0, 0.0)
     assert len({answer.token_ids for row in swept.rows for answer in row.answers}) > len(PROMPTS)
 
@@ -64,16 +64,16 @@ def _nothing() -> Any:
 
 
 def test_all_rows_share_batches(lm: LM) -> None:
-    told: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
     lm.sweep(
         pushes(),
         strengths=1,
         prompts=PROMPTS,
         max_new_tokens=2,
         batch_size=8,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: steps.append((done, total)),
     )
-    assert told == [(8, 15), (15, 15)]
+    assert steps == [(8, 15), (15, 15)]
 
 
 def test_defaults_are_all_layers_and_the_packages_queries(lm: LM) -> None:
@@ -118,13 +118,13 @@ def test_where_nothing_is_better_the_reason_is_said() -> None:
 
 
 def test_the_guard_names_what_breaks(lm: LM) -> None:
-    given: dict[str, Any] = {"layers": 2, "strengths": [9.0], "prompts": PROMPTS, "max_new_tokens": NEW}
-    hard = lm.sweep(pushes(), **given, guard=Guard(perplexity=1.0, certainty=None))
+    options: dict[str, Any] = {"layers": 2, "strengths": [9.0], "prompts": PROMPTS, "max_new_tokens": NEW}
+    hard = lm.sweep(pushes(), **options, guard=Guard(perplexity=1.0, certainty=None))
     assert hard.rows[0].perplexity is not None
     assert hard.unsteered.perplexity is not None
     assert bool(hard.rows[0].broken) == (hard.rows[0].perplexity > hard.unsteered.perplexity)
     assert hard.rows[0].broken[0].startswith("perplexity too high")
-    assert lm.sweep(pushes(), **given, guard=None).rows[0].broken == ()
+    assert lm.sweep(pushes(), **options, guard=None).rows[0].broken == ()
 
 
 def test_a_table_for_pandas(swept: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +164,9 @@ def test_a_picture(swept: Sweep) -> None:
     assert [r.passed for r in swept.rows[:2]] == [by_label["layer 3"].get_ydata()[i] for i in (2, 0)]
     assert list(by_label["layer 1"].get_xdata()) == [-2.5, 0.0, 1.0]
     assert axes.get_ylabel() == "share that passes"
-    one = Sweep(tuple(r for r in swept.rows if r.strength == 1), swept.unsteered, swept.prompts)
+    part = Sweep(tuple(r for r in swept.rows if r.strength == 1), swept.unsteered, swept.prompts)
     mine = pyplot.figure().subplots()
-    assert one.plot(mine) is mine
+    assert part.plot(mine) is mine
     assert mine.get_xlabel() == "layer"
     assert list(mine.lines[0].get_xdata()) == [1, 3]
     pyplot.close("all")

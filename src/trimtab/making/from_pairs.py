@@ -79,7 +79,7 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
     aside = spread_over(learn[HELD_OUT // 2 :: HELD_OUT], MOST_HELD_OUT)
     shape, prompted = pairs[0].shape, all(case.prompted for case in cases)
     writes = shape == "prompts"
-    read = partial(_written, lm, cases, tokens) if writes else partial(_given, lm, cases)
+    read = partial(_written, lm, cases, tokens) if writes else partial(_from_answers, lm, cases)
     return Material(
         name=name,
         source=f"{len(pairs)} pairs",
@@ -140,7 +140,7 @@ def _prompt(side: Side) -> Prompt:
 # ---- answers that are there, and answers that are written --------------------------------------------------
 
 
-def _given(lm: LM, cases: Sequence[Case], questions: frozenset[str], progress: Progress | None) -> Contrasts:
+def _from_answers(lm: LM, cases: Sequence[Case], questions: frozenset[str], progress: Progress | None) -> Contrasts:
     """The pairs' own answers."""
     positive, negative = [], []
     for number, case in enumerate(cases, 1):

@@ -106,8 +106,8 @@ def idea_from_sentence(sentence: str, *, cards: bool = True) -> Idea:
         return idea_from_trait(trait)
     match = _OPPOSITE.match(said)
     wanted = match["idea"].strip(" ,;") if match else said
-    negative = _told(_like(match["other"].strip(" ,;"), wanted)) if match else PLAIN
-    return Idea(said, _told(wanted), negative, *_general(), source="sentence")
+    negative = _prompts_for(_like(match["other"].strip(" ,;"), wanted)) if match else PLAIN
+    return Idea(said, _prompts_for(wanted), negative, *_general(), source="sentence")
 
 
 def idea_from_contrast(like: str, unlike: str | None = None) -> Idea:
@@ -138,7 +138,7 @@ def with_questions(idea: Idea, questions: Sequence[str]) -> Idea:
     return replace(idea, learn=tuple(questions[::2]), test=tuple(questions[1::2]))
 
 
-def _told(wanted: str) -> tuple[str, ...]:
+def _prompts_for(wanted: str) -> tuple[str, ...]:
     wanted = wanted if _VERB.match(wanted) else f"be {wanted}" if len(wanted.split()) < 4 else wanted
     return tuple(template.format(idea=wanted, Idea=wanted[0].upper() + wanted[1:]) for template in FOR)
 

@@ -87,7 +87,8 @@ def judged(
     arms = _answers(lm, made_from.heard, steering, tokens)
     step()
     before = "told" if "told" in arms else "plain"
-    loops = {name: _share([_loops(answer) for answer in answers]) for name, answers in arms.items()}
+    looping = {name: [float(_loops(answer)) for answer in answers] for name, answers in arms.items()}
+    more_loops = decide(looping[before], looping["steered"])
     shows = WordCheck(made_from.signs)
     verdict = Verdict(
         interval.estimate,
@@ -96,8 +97,9 @@ def judged(
         tuple(random),
         max(chances),
         len(test_answers.questions),
-        loops["steered"],
-        loops[before],
+        more_loops.after,
+        more_loops.before,
+        more_loops.p,
         _perplexity(lm, made_from.heard, arms["steered"]) / _perplexity(lm, made_from.heard, arms[before]),
         tuple(_share([shows(answer.text) for answer in answers]) for answers in arms.values())
         if made_from.signs

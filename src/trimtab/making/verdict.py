@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from trimtab.evaluate.decision import BETTER, LUCK, verdict_of
+from trimtab.evaluate.decision import BETTER, LUCK, WORSE, verdict_of
 
 LEAST_SHARE = 0.1
 """Less of the system prompt's effect than this isn't worth a file."""
-MORE_LOOPS = 0.15
-"""A steering under which so many more answers go in circles than without it breaks the model."""
+MORE_LOOPS = 0.3
+"""A steering under which so many more answers go in circles than without it breaks the model, however few they are."""
+DOUBTFUL = 0.15
+"""So many more are worth a word, where luck may explain them."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Verdict:
             model and against each random direction.
         questions: How many were asked.
         loops: The share of its answers that go in circles; `loops_before` that of the answers it is compared with.
+        loops_p: How often luck alone makes so many more of them go in circles (exact paired test, by question).
         perplexity: The median of its answers under the unsteered model, over that of the answers it is compared with.
         signs: The share of answers with one of the idea's words: unsteered, under the system prompt, steered. Empty
             where the idea has no such words.
@@ -47,6 +50,7 @@ class Verdict:
     questions: int
     loops: float
     loops_before: float
+    loops_p: float
     perplexity: float
     signs: tuple[float, ...] = ()
     likelier: float | None = None
@@ -70,9 +74,22 @@ class Verdict:
             return f"it has less than {LEAST_SHARE:.0%} of the system prompt's effect"
         if self.likelier is not None and self.likelier <= 0:
             return "it makes the unwanted answers unlikelier, and the wanted ones no likelier"
-        if self.loops > self.loops_before + MORE_LOOPS:
-            return f"{self.loops:.0%} of its answers are repetitive, and {self.loops_before:.0%} {self._before}"
+        if self.loops > self.loops_before + MORE_LOOPS or verdict_of(1.0, self.loops_p) == WORSE:
+            return (
+                f"{self.loops:.0%} of its answers are repetitive, and {self.loops_before:.0%} {self._before}"
+                f" (p = {self.loops_p:.2g})"
+            )
         return ""
+
+    @property
+    def caution(self) -> str:
+        """What to look at where it holds; empty where there is nothing."""
+        if not self.holds or self.loops <= self.loops_before + DOUBTFUL:
+            return ""
+        return (
+            f"read some answers before you use it: more of them are repetitive than {self._before}, though that"
+            f" {LUCK} (p = {self.loops_p:.2g})"
+        )
 
     def lines(self) -> list[str]:
         """The verdict in words."""
@@ -91,7 +108,7 @@ class Verdict:
             plain, *by_prompt, mine = self.signs
             prompted = f"under the system prompt {by_prompt[0]:.0%}, " if by_prompt else ""
             said.append(f"its words appear in {mine:.0%} of answers ({prompted}unsteered {plain:.0%})")
-        return said
+        return [*said, f"caution: {self.caution}"] if self.caution else said
 
     def as_measured(self) -> dict[str, Any]:
         if self.likelier is None:
@@ -105,6 +122,7 @@ class Verdict:
             "p": float(f"{self.p:.3g}"),
             "questions": self.questions,
             "loops": round(self.loops, 4),
+            "loops_p": float(f"{self.loops_p:.3g}"),
             f"loops_{'unsteered' if self.share is None else 'prompted'}": round(self.loops_before, 4),
             "perplexity_ratio": round(self.perplexity, 4) if isfinite(self.perplexity) else None,
             **({"signs": [round(value, 4) for value in self.signs]} if self.signs else {}),

@@ -91,7 +91,7 @@ def _route(operation: Schema, schemas: Schema) -> str:
     for kind, content in operation.get("requestBody", {}).get("content", {}).items():
         parts.append(f"<p>Takes <code>{kind}</code>: {_type(content.get('schema', {}), linked=True)}.</p>")
     rows = "".join(
-        f"<tr><th scope='row'>{status}</th><td>{_given(response)}</td>"
+        f"<tr><th scope='row'>{status}</th><td>{_content_of(response)}</td>"
         f"<td>{_words(response.get('description', ''))}</td></tr>"
         for status, response in sorted(operation["responses"].items())
     )
@@ -99,7 +99,7 @@ def _route(operation: Schema, schemas: Schema) -> str:
     return f"{''.join(parts)}{_taken(operation, schemas, linked=True)}{_table(head, rows)}"
 
 
-def _given(response: Schema) -> str:
+def _content_of(response: Schema) -> str:
     kinds = [
         _type(content["schema"], linked=True) if "$ref" in content.get("schema", {}) else f"<code>{kind}</code>"
         for kind, content in response.get("content", {}).items()

@@ -137,6 +137,9 @@ class VerdictTold(Out):
     )
     questions: int
     loops: float = Field(description="The share of answers that are repetitive.")
+    loops_p: float = Field(
+        description="How often luck alone makes so many more answers repetitive (exact paired test)."
+    )
     loops_prompted: float | None = Field(None, description="The same under the system prompt.")
     loops_unsteered: float | None = Field(None, description="The same without steering, where there is no such prompt.")
     perplexity_ratio: float | None

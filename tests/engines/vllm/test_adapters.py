@@ -66,11 +66,11 @@ def wanted(folder: Path) -> dict[tuple[bool, bool], list[Said]]:
         answers = plain.generate(ASKED, steering, **options)
         return [(list(a.token_ids), list(a.logprobs or ())) for a in answers]
 
-    found = {(False, steered): says(STEERING if steered else None) for steered in (False, True)}
+    outcomes = {(False, steered): says(STEERING if steered else None) for steered in (False, True)}
     with torch.no_grad():
         for name, change in changes.items():
             plain.model.get_parameter(name).add_(change)
-    return found | {(True, steered): says(STEERING if steered else None) for steered in (False, True)}
+    return outcomes | {(True, steered): says(STEERING if steered else None) for steered in (False, True)}
 
 
 @pytest.fixture(scope="module")

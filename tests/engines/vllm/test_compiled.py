@@ -54,10 +54,10 @@ rows = [(list(a.token_ids), list(a.logprobs)) for a in answers]
 print(json.dumps(dict(ids=ids, rows=rows, changed=sum(a != b for a, b in zip(answers, steered)))))
 lm.close()
 """
-    told = json.loads(run(tmp_path, body).strip().splitlines()[-1])
-    assert told["changed"] == len(PROMPTS)
-    assert [(tokens, logprobs) for tokens, logprobs in told["rows"]] == without_plugin(
-        options, told["ids"], NEW, tmp_path
+    printed = json.loads(run(tmp_path, body).strip().splitlines()[-1])
+    assert printed["changed"] == len(PROMPTS)
+    assert [(tokens, logprobs) for tokens, logprobs in printed["rows"]] == without_plugin(
+        options, printed["ids"], NEW, tmp_path
     )
 
 

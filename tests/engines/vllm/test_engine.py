@@ -172,8 +172,8 @@ class TestTheSameAsTransformers:
         rows = [Steering((Edit(Site(12), Add(direction(i, 9.0)), rules[i % 4]),)) for i in range(8)]
         expected = tokens(lm.generate(PROMPTS[:8], rows, max_new_tokens=20))
         for _ in range(2):
-            found = tokens(vllm.generate(PROMPTS[:8], rows, max_new_tokens=20))
-            assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 7  # one may part at a near-tie
+            answers = tokens(vllm.generate(PROMPTS[:8], rows, max_new_tokens=20))
+            assert sum(a == b for a, b in zip(answers, expected, strict=True)) >= 7  # one may part at a near-tie
         plain = tokens(lm.generate(PROMPTS[:8], max_new_tokens=20))
         assert sum(a != b for a, b in zip(plain, expected, strict=True)) >= 4
         assert_nothing_is_left(vllm)
@@ -190,12 +190,12 @@ class TestPrefixCache:
 
     @pytest.fixture(scope="class")
     def alone(self, vllm: Any) -> dict[str, tuple[int, ...]]:
-        found = {}
+        answers = {}
         for name, steering in (("none", None), ("prompt", self.PROMPT_SIDE), ("decode", self.DECODE_ONLY)):
             forget(vllm)
-            found[name] = vllm.generate(LONG, steering, max_new_tokens=NEW)[0].token_ids
-        assert len(set(found.values())) == 3
-        return found
+            answers[name] = vllm.generate(LONG, steering, max_new_tokens=NEW)[0].token_ids
+        assert len(set(answers.values())) == 3
+        return answers
 
     def cached(self, vllm: Any) -> float:
         return metric(vllm, "vllm:prefix_cache_hits")
@@ -207,9 +207,10 @@ class TestPrefixCache:
         order = [steering, None] if first == "steered" else [None, steering]
         forget(vllm)
         before = self.cached(vllm)
-        for one in order:
+        for acting in order:
             assert (
-                vllm.generate(LONG, one, max_new_tokens=NEW)[0].token_ids == alone["none" if one is None else steered]
+                vllm.generate(LONG, acting, max_new_tokens=NEW)[0].token_ids
+                == alone["none" if acting is None else steered]
             )
         shared = self.cached(vllm) - before
         assert shared >= 96 if steered == "decode" else shared == 0
@@ -426,8 +427,8 @@ class TestNames:
         vllm.register("sea", steering)
         ids = {"prompt_token_ids": vllm.encode(PROMPTS[0])}
 
-        def ask(asked: Any) -> tuple[int, ...]:
-            params = SamplingParams(temperature=0, max_tokens=NEW, extra_args={"steering": asked})
+        def ask(steerings: Any) -> tuple[int, ...]:
+            params = SamplingParams(temperature=0, max_tokens=NEW, extra_args={"steering": steerings})
             return tuple(vllm.llm.generate(ids, params, use_tqdm=False)[0].outputs[0].token_ids)
 
         assert ask('[{"name": "sea", "strength": 2}]') == wanted

@@ -32,10 +32,10 @@ ALL = replace(KERNELS["all"], rank=8, steps=3)
 
 
 def fused(capacity: Capacity, dtype: torch.dtype) -> Rig:
-    one = static_rig(capacity, slots=80, maps=80, dtype=dtype, captured=256)
-    assert one.counts is not None
-    one.fused = Fused(one.bank, one.maps, one.counts, one.kept)
-    return one
+    fused_rig = static_rig(capacity, slots=80, maps=80, dtype=dtype, captured=256)
+    assert fused_rig.counts is not None
+    fused_rig.fused = Fused(fused_rig.bank, fused_rig.maps, fused_rig.counts, fused_rig.kept)
+    return fused_rig
 
 
 @pytest.mark.parametrize(
@@ -43,53 +43,53 @@ def fused(capacity: Capacity, dtype: torch.dtype) -> Rig:
 )
 def test_a_mix_is_what_torchs_operators_make_of_it(dtype: torch.dtype, pair: bool) -> None:
     """Tokens on which nothing acts, or on which there are additions alone, to the bit."""
-    one, other, given = fused(ALL, dtype), static_rig(ALL, 80, 80, 256, dtype), mixes(4, 10)
-    for each in (one, other):
-        for i, what in enumerate(given):
+    fused_rig, plain_rig, steerings = fused(ALL, dtype), static_rig(ALL, 80, 80, 256, dtype), mixes(4, 10)
+    for each in (fused_rig, plain_rig):
+        for i, what in enumerate(steerings):
             start(each, str(i), what, 3)
         each.begin(Chunks([*map(str, range(10)), "none"], [1] * 11, [1] * 11))
     generator = torch.Generator().manual_seed(1)
     for layer in range(LAYERS):
         x, residual = torch.randn(2, 12, WIDTH, generator=generator).to(dtype)
-        found, wanted = x.clone(), x.clone()
-        one.apply(Site(layer), found, residual if pair else None)
-        other.apply(Site(layer), wanted, residual if pair else None)
+        result, wanted = x.clone(), x.clone()
+        fused_rig.apply(Site(layer), result, residual if pair else None)
+        plain_rig.apply(Site(layer), wanted, residual if pair else None)
         near = {torch.float32: 2e-5, torch.bfloat16: 0.02}[dtype]
-        torch.testing.assert_close(found, wanted, rtol=near, atol=near)
-        assert torch.equal(found[10:], x[10:])
-        assert other.maps is not None
-        plain = other.maps.index[:12] == 0
-        assert torch.equal(found[plain], wanted[plain])
-        kept = one.kept[Site(layer)], other.kept[Site(layer)]
+        torch.testing.assert_close(result, wanted, rtol=near, atol=near)
+        assert torch.equal(result[10:], x[10:])
+        assert plain_rig.maps is not None
+        plain = plain_rig.maps.index[:12] == 0
+        assert torch.equal(result[plain], wanted[plain])
+        kept = fused_rig.kept[Site(layer)], plain_rig.kept[Site(layer)]
         torch.testing.assert_close(*kept, rtol=near, atol=near)
-    assert one.counts is not None
-    assert other.counts is not None
-    assert torch.equal(one.counts._all, other.counts._all)
+    assert fused_rig.counts is not None
+    assert plain_rig.counts is not None
+    assert torch.equal(fused_rig.counts._all, plain_rig.counts._all)
 
 
 def test_nothing_leaks() -> None:
     """A shut gate, negative zeros and infinities; and NaN stays where it is."""
-    one = fused(replace(ALL, reads=False), torch.float32)
+    fused_rig = fused(replace(ALL, reads=False), torch.float32)
     shut = Threshold(Site(1), direction(70), 1e9, each_token=True)
-    start(one, "a", steering((1, Add(direction(1)), RULES[0])).when(shut), 3)
-    start(one, "b", steering((1, read_write(2, 8), RULES[0])), 3)
-    start(one, "c", steering((1, Ablate(direction(3)), RULES[0])), 3)
-    one.begin(Chunks(["a", "b", "c"], [0, 0, 0], [2, 2, 1]))
+    start(fused_rig, "a", steering((1, Add(direction(1)), RULES[0])).when(shut), 3)
+    start(fused_rig, "b", steering((1, read_write(2, 8), RULES[0])), 3)
+    start(fused_rig, "c", steering((1, Ablate(direction(3)), RULES[0])), 3)
+    fused_rig.begin(Chunks(["a", "b", "c"], [0, 0, 0], [2, 2, 1]))
     x = torch.randn(6, WIDTH)
     x[0, 0], x[1, :2], x[2], x[5] = -0.0, torch.tensor([1e30, -1e30]), torch.nan, -0.0
-    found = x.clone()
-    one.apply(Site(1), found, None)
-    assert torch.equal(found.view(torch.int32)[[0, 1, 5]], x.view(torch.int32)[[0, 1, 5]])
-    assert bool(found[3:5].isfinite().all())
-    assert not torch.equal(found[3], x[3])
-    assert not torch.equal(found[4], x[4])
+    result = x.clone()
+    fused_rig.apply(Site(1), result, None)
+    assert torch.equal(result.view(torch.int32)[[0, 1, 5]], x.view(torch.int32)[[0, 1, 5]])
+    assert bool(result[3:5].isfinite().all())
+    assert not torch.equal(result[3], x[3])
+    assert not torch.equal(result[4], x[4])
 
 
 @pytest.mark.parametrize("kernel", ["additions", "projections", "all"])
 def test_an_engine_looks_whether_it_does_the_same(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it is used, on the device; and it isn't where it doesn't."""
-    one = static_rig(KERNELS[kernel], slots=6, maps=5, dtype=torch.bfloat16, captured=16)
-    check_fused(one)
+    tried_rig = static_rig(KERNELS[kernel], slots=6, maps=5, dtype=torch.bfloat16, captured=16)
+    check_fused(tried_rig)
     act = Fused.act
 
     def wrong(self: Fused, site: Site, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
@@ -98,15 +98,15 @@ def test_an_engine_looks_whether_it_does_the_same(kernel: str, monkeypatch: pyte
 
     monkeypatch.setattr(Fused, "act", wrong)
     with pytest.raises(TrimtabError, match=r"at residual\[\d\] it differs from torch's operators"):
-        check_fused(one)
+        check_fused(tried_rig)
     monkeypatch.setattr(Fused, "act", lambda *_: None)
     with pytest.raises(TrimtabError, match="it differs"):
-        check_fused(one)
-    worker._fuse(one)
-    assert one.fused is None
+        check_fused(tried_rig)
+    worker._fuse(tried_rig)
+    assert tried_rig.fused is None
     monkeypatch.setattr(Fused, "act", act)
-    worker._fuse(one)
-    assert one.fused is not None
+    worker._fuse(tried_rig)
+    assert tried_rig.fused is not None
 
 
 @pytest.mark.slow

@@ -54,9 +54,9 @@ WIDTHS = {"residual": WIDTH, "heads": HEADS, "neurons": NEURONS, "attention": WI
 class RowParallelLinear(nn.Linear):
     """As vLLM's: a worker has a part of the input."""
 
-    def __init__(self, given: int, workers: int = 1) -> None:
-        super().__init__(given // workers, WIDTH, bias=False, dtype=torch.float64)
-        self.input_size, self.input_size_per_partition = given, given // workers
+    def __init__(self, inputs: int, workers: int = 1) -> None:
+        super().__init__(inputs // workers, WIDTH, bias=False, dtype=torch.float64)
+        self.input_size, self.input_size_per_partition = inputs, inputs // workers
 
 
 class Attention(nn.Module):
@@ -128,10 +128,10 @@ def steered(block: nn.Module, static: bool) -> Rig:
     device = torch.device("cpu")
     bank = Bank((0, 1), WIDTH, 8, 64, torch.float64, device)
     maps = Maps(ALL, sites, 8, 64, torch.float64, device) if static else None
-    one = Rig(sites, torch.float64, device, bank, static, ALL, maps)
-    operator.RIGS.append(one)
+    worker = Rig(sites, torch.float64, device, bank, static, ALL, maps)
+    operator.RIGS.append(worker)
     attach(places, len(operator.RIGS) - 1)
-    return one
+    return worker
 
 
 class TestActing:
@@ -145,34 +145,34 @@ class TestActing:
         edit = replace(edits(kind)[number], positions=Positions.span(0, 3))
         x = torch.randn(5, WIDTH, dtype=torch.float64)
         plain, wanted = block(x), self.naive(block, x, edit)
-        one = steered(block, static)
-        start(one, "a", Steering((edit,)), 5)
-        program = one.programs["a"]
-        one.programs["a"] = replace(program, reading=Reading("r", (Site(1, kind),), (1, 4)))
+        worker = steered(block, static)
+        start(worker, "a", Steering((edit,)), 5)
+        program = worker.programs["a"]
+        worker.programs["a"] = replace(program, reading=Reading("r", (Site(1, kind),), (1, 4)))
         with torch.no_grad():
             if static:
-                given = torch.zeros_like(x)
+                buffer = torch.zeros_like(x)
                 with Recorded() as graph:
-                    found = block(given)
-            one.expect({"a": 5})
-            one.begin(Chunks(["a"], [0], [5]))
+                    outcome = block(buffer)
+            worker.expect({"a": 5})
+            worker.begin(Chunks(["a"], [0], [5]))
             if static:
-                given.copy_(x)
+                buffer.copy_(x)
                 graph.replay()
-                one.end()
-                read = one.take("r")[Site(1, kind)]
+                worker.end()
+                read = worker.take("r")[Site(1, kind)]
                 torch.testing.assert_close(read, wanted[1][[1, 4]])
                 return
-            found = block(x)
-            receipt = one.end()
+            outcome = block(x)
+            receipt = worker.end()
         assert receipt is not None
         assert receipt.settle() == {}
-        torch.testing.assert_close(sum(found), sum(wanted[0]))
-        assert torch.equal(sum(found)[3:], sum(plain)[3:])
+        torch.testing.assert_close(sum(outcome), sum(wanted[0]))
+        assert torch.equal(sum(outcome)[3:], sum(plain)[3:])
         changed = not torch.equal(sum(wanted[0])[:3], sum(plain)[:3])  # a gate may be shut at all three
-        assert torch.equal(sum(found)[:3], sum(plain)[:3]) != changed
+        assert torch.equal(sum(outcome)[:3], sum(plain)[:3]) != changed
         assert changed or number == 2
-        torch.testing.assert_close(one.take("r")[Site(1, kind)], wanted[1][[1, 4]])
+        torch.testing.assert_close(worker.take("r")[Site(1, kind)], wanted[1][[1, 4]])
 
     def naive(self, block: Any, x: torch.Tensor, edit: Edit) -> tuple[Any, torch.Tensor]:
         """The block's outcome, and what stands at the site, with the edit's formula in hooks that loop over tokens."""
@@ -197,9 +197,9 @@ class TestActing:
             assert part is not None
             handle = part.register_forward_hook(lambda _m, _a, output: changed(output))
         with torch.no_grad():
-            found = block(x)
+            outcome = block(x)
         handle.remove()
-        return found, seen[0]
+        return outcome, seen[0]
 
     def formula(self, edit: Edit, x: torch.Tensor) -> torch.Tensor:
         if isinstance(edit.operation, ScaleElements):
@@ -208,14 +208,14 @@ class TestActing:
 
     def test_a_site_that_isnt_run_is_a_fault(self) -> None:
         block = Block()
-        one = steered(block, False)
-        start(one, "a", Steering((edits("heads")[0],)), 5)
+        worker = steered(block, False)
+        start(worker, "a", Steering((edits("heads")[0],)), 5)
         block.self_attn.o_proj._forward_pre_hooks.clear()
-        one.expect({"a": 5})
-        one.begin(Chunks(["a"], [0], [5]))
+        worker.expect({"a": 5})
+        worker.begin(Chunks(["a"], [0], [5]))
         with torch.no_grad():
             block(torch.randn(5, WIDTH, dtype=torch.float64))
-        receipt = one.end()
+        receipt = worker.end()
         assert receipt is not None
         assert "at heads[1] the steering was to run once" in receipt.settle()["a"]
 
@@ -234,9 +234,9 @@ class TestFinding:
 
     def test_keys_of_its_own_and_alike(self) -> None:
         block: Any = Block()
-        found = find_places({3: block}, WIDTH, ("keys",), key_heads=6)
-        assert list(found) == [Site(3, "keys"), Site(3)]
-        assert (found[Site(3, "keys")].width, found[Site(3, "keys")].whole) == (KEYS, 2 * KEYS)
+        places = find_places({3: block}, WIDTH, ("keys",), key_heads=6)
+        assert list(places) == [Site(3, "keys"), Site(3)]
+        assert (places[Site(3, "keys")].width, places[Site(3, "keys")].whole) == (KEYS, 2 * KEYS)
         other: Any = Block()
         other.self_attn.attn.num_kv_heads = 1
         with pytest.raises(UnsupportedError, match="of several widths \\(8, 24\\)"):
@@ -260,21 +260,21 @@ class TestFinding:
 class TestAdmission:
     def test_sites_that_the_engine_wasnt_started_with_are_refused(self) -> None:
         for kind in INSIDE:
-            given = Steering((edits(kind)[0],))
-            check_supported(given, layers=2, widths=WIDTHS)
+            steering = Steering((edits(kind)[0],))
+            check_supported(steering, layers=2, widths=WIDTHS)
             with pytest.raises(UnsupportedError, match=f"inside a block; start the engine with TRIMTAB_SITES={kind}"):
-                check_supported(given, layers=2, widths={"residual": WIDTH})
+                check_supported(steering, layers=2, widths={"residual": WIDTH})
         with pytest.raises(TrimtabError, match=r"width is 32, this model's is 48 at heads\[1\]"):
             check_supported(Steering((Edit(Site(1, "heads"), Add(direction(1))),)), layers=2, widths=WIDTHS)
 
     def test_what_takes_a_whole_activation_isnt_split(self) -> None:
         for number, fine in enumerate((True, True, False, False, False)):
-            given = Steering((edits("heads")[number],))
+            steering = Steering((edits("heads")[number],))
             if fine:
-                check_supported(given, layers=2, widths=WIDTHS, split={"heads"})
+                check_supported(steering, layers=2, widths=WIDTHS, split={"heads"})
                 continue
             with pytest.raises(UnsupportedError, match="heads are split over tensor-parallel workers"):
-                check_supported(given, layers=2, widths=WIDTHS, split={"heads"})
+                check_supported(steering, layers=2, widths=WIDTHS, split={"heads"})
         check_supported(Steering(tuple(edits("mlp"))), layers=2, widths=WIDTHS, split={"heads", "neurons"})
 
 
@@ -289,11 +289,11 @@ def test_each_worker_does_its_part() -> None:
             assert sites[Site(1, "heads")] == HEADS // 2
             bank = Bank((1,), WIDTH, 8, 64, torch.float64, torch.device("cpu"))
             shard = Shard({"heads": HEADS, "neurons": NEURONS}, 2, rank)
-            one = Rig(sites, torch.float64, torch.device("cpu"), bank, shard=shard)
-            start(one, "a", Steering((edit,)), 5)
-            one.begin(Chunks(["a"], [0], [5]))
+            worker = Rig(sites, torch.float64, torch.device("cpu"), bank, shard=shard)
+            start(worker, "a", Steering((edit,)), 5)
+            worker.begin(Chunks(["a"], [0], [5]))
             parts.append(x.chunk(2, -1)[rank].clone())
-            one.apply(Site(1, "heads"), parts[-1], None)
+            worker.apply(Site(1, "heads"), parts[-1], None)
         vector = edit.operation.direction
         wanted = x + vector if isinstance(edit.operation, Add) else x * (1 + vector)
         torch.testing.assert_close(torch.cat(parts, -1), wanted)
@@ -317,13 +317,13 @@ class TestEmphasis:
 
     def test_it_is_admitted_and_sent_as_keys(self) -> None:
         link = Link(8, 4, WIDTH, True, capacity=Capacity(scales=True), maps=4, inside={"keys": KEYS})
-        asked = emphasis(ScaleScores(4.0), [(1, 3), (5, 6)], range(4))
-        sent = send(link, 0.5 * asked)
+        emphasized = emphasis(ScaleScores(4.0), [(1, 3), (5, 6)], range(4))
+        sent = send(link, 0.5 * emphasized)
         assert next(sent)[0] == "trimtab_put"
         with pytest.raises(StopIteration) as done:
             next(sent)
         part = done.value.value
-        assert link.sent[part.digest] == by_keys(asked)
+        assert link.sent[part.digest] == by_keys(emphasized)
         placed = link.place(Wire((part,)), 9)
         assert [(span.start, span.stop, span.banked, span.mapped) for span in placed.spans] == [
             (1, 3, False, True),
@@ -331,9 +331,9 @@ class TestEmphasis:
         ]
         assert [block_keys(placed, start, start + 4) != [] for start in (0, 4, 8)] == [True, True, False]
         with pytest.raises(UnsupportedError, match="scaled elements"):
-            Link(8, 4, WIDTH, True, capacity=Capacity(rank=4), inside={"keys": KEYS}).check(asked)
+            Link(8, 4, WIDTH, True, capacity=Capacity(rank=4), inside={"keys": KEYS}).check(emphasized)
         with pytest.raises(UnsupportedError, match="TRIMTAB_SITES=keys"):
-            Link(8, 4, WIDTH, False).check(asked)
+            Link(8, 4, WIDTH, False).check(emphasized)
 
     def test_what_it_cant_be_is_refused_by_name(self) -> None:
         for operation, name in ((BiasScores(1.0), "bias_scores"), (TargetMass(0.2), "target_mass")):
@@ -358,23 +358,23 @@ class TestEmphasis:
                 factor = edit.operation.alpha**edit.strength if isinstance(edit.operation, ScaleKeys) else None
                 wanted = wanted * factor if factor else torch.stack([TestActing().formula(edit, t) for t in wanted])
             z = torch.clamp(x @ form.read.T + form.bias, form.low, form.high) if len(form.read) else None
-            found = x * form.factor if form.factor is not None else x
-            found = found if z is None else found + z @ form.write
-            torch.testing.assert_close(found if form.vector is None else found + form.vector, wanted)
+            folded = x * form.factor if form.factor is not None else x
+            folded = folded if z is None else folded + z @ form.write
+            torch.testing.assert_close(folded if form.vector is None else folded + form.vector, wanted)
 
     def test_room_for_scaling_alone_is_enough(self) -> None:
         """In banks that hold no rows of a map, as an engine has them that starts with emphasis."""
         site, device = Site(1, "keys"), torch.device("cpu")
-        asked = emphasis(ScaleKeys(4.0), [(1, 3)], [1])
-        capacity = capacity_for(asked)
+        emphasized = emphasis(ScaleKeys(4.0), [(1, 3)], [1])
+        capacity = capacity_for(emphasized)
         assert capacity == Capacity(scales=True, layers=(1,))
         maps = Maps(capacity, {site: KEYS}, 3, 64, torch.float64, device)
         bank = Bank((1,), WIDTH, 3, 64, torch.float64, device)
-        one = Rig({site: KEYS, Site(1): WIDTH}, torch.float64, device, bank, True, capacity, maps)
-        start(one, "a", 0.5 * asked, 5)
-        one.begin(Chunks(["a"], [0], [5]))
+        worker = Rig({site: KEYS, Site(1): WIDTH}, torch.float64, device, bank, True, capacity, maps)
+        start(worker, "a", 0.5 * emphasized, 5)
+        worker.begin(Chunks(["a"], [0], [5]))
         x = torch.randn(5, KEYS, dtype=torch.float64)
-        found = x.clone()
-        one.apply(site, found, None)
-        torch.testing.assert_close(found[1:3], 2 * x[1:3])
-        assert torch.equal(found[[0, 3, 4]], x[[0, 3, 4]])
+        result = x.clone()
+        worker.apply(site, result, None)
+        torch.testing.assert_close(result[1:3], 2 * x[1:3])
+        assert torch.equal(result[[0, 3, 4]], x[[0, 3, 4]])

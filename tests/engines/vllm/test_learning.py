@@ -88,17 +88,20 @@ def same_directions(ours: Steering, theirs: Steering) -> None:
 
 def by_group(read: Iterator[Batch]) -> dict[Any, list[torch.Tensor]]:
     """The members' activations by the group's number and the site."""
-    found = {}
+    by_site = {}
     for batch in read:
         for site, groups in batch.values.items():
-            found |= {(g, site): members for g, members in zip(batch.groups, groups, strict=True)}
-    return found
+            by_site |= {(g, site): members for g, members in zip(batch.groups, groups, strict=True)}
+    return by_site
 
 
 class TestReading:
     def test_every_text_at_every_site_and_position(self, vllm: Any, small: LM) -> None:
         ids = [vllm.encode(prompt) for prompt in (*PROMPTS[:5], LONG)]
-        groups = [[Text(one, sorted({0, len(one) // 2, len(one) - 2})), Text(one, [3])] for one in ids]
+        groups = [
+            [Text(token_ids, sorted({0, len(token_ids) // 2, len(token_ids) - 2})), Text(token_ids, [3])]
+            for token_ids in ids
+        ]
         sites = [Site(0), Site(2), Site(3)]
         for budget in (1, 4096):
             ours, theirs = (by_group(lm.read(groups, sites, tokens_per_batch=budget)) for lm in (vllm, small))
@@ -230,11 +233,11 @@ class TestScoring:
     def test_a_or_b(self, vllm: Any, small: LM) -> None:
         items = [ABItem(str(i), pair.prompt, "A", "B") for i, pair in enumerate(LETTERS)]  # type: ignore[arg-type]
         arms = {"plain": None, "steered": self.STEERINGS[1], "system": None}
-        found = []
+        answers = []
         for lm in (vllm, small):
             requests = requests_of(lm, items, arms, {"system": "Say yes."})
-            found.append(score_ab(lm, requests, items))
-        for mine, other in zip(*found, strict=True):
+            answers.append(score_ab(lm, requests, items))
+        for mine, other in zip(*answers, strict=True):
             assert (mine.arm, mine.item, mine.edits) == (other.arm, other.item, other.edits)
             assert mine.scores["matching"] == pytest.approx(other.scores["matching"], abs=2e-3)
             assert math.isnan(mine.dose) == (mine.arm == "steered")  # it isn't measured, and isn't told as none
@@ -284,14 +287,14 @@ class TestCommands:
 
     @pytest.fixture(autouse=True)
     def loaded(self, vllm: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        asked: list[str] = []
+        names: list[str] = []
 
         def load(_name: Any, *, engine: str, **_: Any) -> Any:
-            asked.append(engine)
+            names.append(engine)
             return vllm
 
         monkeypatch.setattr(LM, "load", load)
-        return asked
+        return names
 
     @pytest.fixture
     def learned(self, trimtab: Callable[..., Any], tmp_path: Path) -> Path:

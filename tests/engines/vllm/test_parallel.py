@@ -53,16 +53,16 @@ SAID = ("unsteered [True, True]", "steered [True, True]", "the same model True",
 
 def test_stages(tmp_path: Path) -> None:
     """Compiled: on a CPU, vLLM makes what a stage receives its input in only when it warms up a compiled model."""
-    given = "READ, PARALLEL = [0, 1, 3], {'pipeline_parallel_size': 2, 'enforce_eager': False}"
-    out = run(tmp_path, f"NAME = {small_model(tmp_path / 'model')!r}\n{given}{COMPARED}")
+    settings = "READ, PARALLEL = [0, 1, 3], {'pipeline_parallel_size': 2, 'enforce_eager': False}"
+    out = run(tmp_path, f"NAME = {small_model(tmp_path / 'model')!r}\n{settings}{COMPARED}")
     assert "here [[0, 1], [2, 3]]" in out
     assert all(line in out for line in SAID), out
 
 
 def test_halves(tmp_path: Path) -> None:
-    given = "READ, PARALLEL = [0, 1, 3], {'tensor_parallel_size': 2}"
+    settings = "READ, PARALLEL = [0, 1, 3], {'tensor_parallel_size': 2}"
     out = run(
-        tmp_path, f"NAME = {small_model(tmp_path / 'model')!r}\n{given}{SPLIT}{COMPARED}", TRIMTAB_SITES="heads,mlp"
+        tmp_path, f"NAME = {small_model(tmp_path / 'model')!r}\n{settings}{SPLIT}{COMPARED}", TRIMTAB_SITES="heads,mlp"
     )
     assert f"here {[list(range(4))] * 2}" in out
     assert "refused heads are split" in out

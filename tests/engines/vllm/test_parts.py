@@ -67,9 +67,9 @@ RULES = [
 ]
 
 
-def placed(given: Steering, prompt_length: int, static: bool = False) -> tuple[Wire, Steering]:
+def placed(acting: Steering, prompt_length: int, static: bool = False) -> tuple[Wire, Steering]:
     """The wire of a steering for a prompt of this length, and its content."""
-    digest, content, strengths = content_of(given)
+    digest, content, strengths = content_of(acting)
     part = Wire.from_plain({"parts": [[digest, list(strengths)]], "reading": None, "prompt_length": 0, "spans": []})
     segments = compile_program(identified(part.parts[0], content), prompt_length)
     wire = part.placed(segments, prompt_length, static=static)
@@ -83,10 +83,10 @@ def rig(slots: int = 8, static: bool = False, dtype: torch.dtype = torch.float64
     return Rig({Site(layer): WIDTH for layer in range(LAYERS)}, dtype, device, bank, static)
 
 
-def start(one: Rig, request: str, given: Steering, prompt_length: int) -> None:
-    wire, content = placed(given, prompt_length)
-    one.steerings[wire.parts[0].digest] = content
-    one.start(request, wire)
+def start(worker: Rig, request: str, acting: Steering, prompt_length: int) -> None:
+    wire, content = placed(acting, prompt_length)
+    worker.steerings[wire.parts[0].digest] = content
+    worker.start(request, wire)
 
 
 class TestPrograms:
@@ -103,10 +103,10 @@ class TestPrograms:
         assert [next_border(segments, p) for p in (0, 5, 7, 10)] == [4, 6, 9, None]
 
     def test_a_key_tells_content_and_strength(self) -> None:
-        one = steering((1, Add(direction(1)), RULES[0]))
-        keys = [placed(s, 4)[0].spans[0].key for s in (one, 2.0 * one, 1.0 * one, one.at(RULES[3]))]
+        pushed = steering((1, Add(direction(1)), RULES[0]))
+        keys = [placed(s, 4)[0].spans[0].key for s in (pushed, 2.0 * pushed, 1.0 * pushed, pushed.at(RULES[3]))]
         assert keys[0] == keys[2] != keys[1]
-        assert content_of(one)[0] == content_of(2.0 * one)[0]
+        assert content_of(pushed)[0] == content_of(2.0 * pushed)[0]
 
     def test_what_only_stages_needs_no_slot(self) -> None:
         assert placed(steering((1, Ablate(direction(1)), RULES[0])), 4)[0].slots == frozenset()
@@ -181,8 +181,8 @@ class Sent:
 FAILURE = Failure("failed", "error", SimpleNamespace, Sent)
 
 
-def request(name: str, given: Steering | None, static: bool = False) -> Any:
-    extra = {RESOLVED: placed(given, 4, static)[0].to_plain()} if given else None
+def request(name: str, acting: Steering | None, static: bool = False) -> Any:
+    extra = {RESOLVED: placed(acting, 4, static)[0].to_plain()} if acting else None
     params = SimpleNamespace(extra_args=extra)
     return SimpleNamespace(request_id=name, sampling_params=params, client_index=0)
 
@@ -195,9 +195,9 @@ class TestWaiting:
         return kind(slots=2)
 
     def test_requests_wait_for_a_slot_in_order(self, scheduler: Any) -> None:
-        one, other = (steering((1, Add(direction(i)), RULES[0])) for i in (1, 2))
-        for name, given in (("a", one), ("b", one), ("c", other), ("d", one), ("e", None)):
-            scheduler.add_request(request(name, given))
+        first, second = (steering((1, Add(direction(i)), RULES[0])) for i in (1, 2))
+        for name, acting in (("a", first), ("b", first), ("c", second), ("d", first), ("e", None)):
+            scheduler.add_request(request(name, acting))
         assert list(scheduler.requests) == ["a", "b", "e"]  # d could run, but c has waited longer
         scheduler._free_request(scheduler.requests["a"])
         assert "c" not in scheduler.requests
@@ -210,8 +210,8 @@ class TestWaiting:
         """Where captured graphs are replayed; there are fewer of these, and additions don't wait for them."""
         scheduler.vllm_config.additional_config["trimtab"] |= {"slots": 9, "maps": 2}
         mapped = [steering((1, Ablate(direction(i)), RULES[0])) for i in (1, 2)]
-        for name, given in (("a", mapped[0]), ("b", steering((1, Add(direction(3)), RULES[0]))), ("c", mapped[1])):
-            scheduler.add_request(request(name, given, static=True))
+        for name, acting in (("a", mapped[0]), ("b", steering((1, Add(direction(3)), RULES[0]))), ("c", mapped[1])):
+            scheduler.add_request(request(name, acting, static=True))
         assert list(scheduler.requests) == ["a", "b"]
         scheduler._free_request(scheduler.requests["a"])
         assert list(scheduler.requests) == ["b", "c"]
@@ -219,9 +219,9 @@ class TestWaiting:
         assert list(scheduler.requests) == ["b", "c", "d"]
 
     def test_who_gives_up_waits_no_more(self, scheduler: Any) -> None:
-        one, other = (steering((1, Add(direction(i)), RULES[0])) for i in (1, 2))
-        for name, given in (("a", one), ("b", other), ("c", other)):
-            scheduler.add_request(request(name, given))
+        first, second = (steering((1, Add(direction(i)), RULES[0])) for i in (1, 2))
+        for name, acting in (("a", first), ("b", second), ("c", second)):
+            scheduler.add_request(request(name, acting))
         scheduler.finish_requests("b", None)
         scheduler.finish_requests(["a"], None)
         assert list(scheduler.requests) == ["c"]
@@ -277,77 +277,79 @@ class TestRig:
     @pytest.mark.parametrize("chunk", [1, 3, 12])
     @pytest.mark.parametrize("pair", [False, True])
     def test_a_mixed_batch_is_the_textbook_formula_token_by_token(self, chunk: int, pair: bool) -> None:
-        one = rig(slots=20)
-        given = {"a": steering(*self.EDITS), "b": None, "c": 0.5 * steering(*self.EDITS[3:5], *self.OTHER)}
-        for name, what in given.items():
+        worker = rig(slots=20)
+        steerings = {"a": steering(*self.EDITS), "b": None, "c": 0.5 * steering(*self.EDITS[3:5], *self.OTHER)}
+        for name, what in steerings.items():
             if what is not None:
-                start(one, name, what, 5)
+                start(worker, name, what, 5)
         seed = torch.Generator().manual_seed(chunk)
         for first in range(0, 12, chunk):
-            one.begin(Chunks(list(given), [first] * 3, [chunk] * 3))
+            worker.begin(Chunks(list(steerings), [first] * 3, [chunk] * 3))
             for layer in range(LAYERS):
                 x = torch.randn(3 * chunk + 2, WIDTH, generator=seed, dtype=torch.float64)  # two rows of padding
                 residual = torch.randn(x.shape, generator=seed, dtype=torch.float64) if pair else None
                 hidden = x.clone()
-                one.apply(Site(layer), hidden, residual)
+                worker.apply(Site(layer), hidden, residual)
                 stream, new = (x, hidden) if residual is None else (x + residual, hidden + residual)
                 for row in range(len(x)):
                     name, t = ("abc"[row // chunk], first + row % chunk) if row < 3 * chunk else ("b", 0)
-                    edits = [e for e in (given[name].edits if given[name] else ()) if e.site.layer == layer]
+                    edits = [e for e in (steerings[name].edits if steerings[name] else ()) if e.site.layer == layer]
                     holding = [e for e in edits if naive_holds(e, t, 5)]
                     if holding:
                         torch.testing.assert_close(new[row], naive_together(holding, stream[row]), rtol=1e-9, atol=1e-9)
                     else:
                         assert torch.equal(hidden[row], x[row])
-            one.end()
-        one.finish(list(given))
-        assert one.bank.slots.used == 0
-        assert not one.programs
+            worker.end()
+        worker.finish(list(steerings))
+        assert worker.bank.slots.used == 0
+        assert not worker.programs
 
     def test_captured_graphs_read_the_index(self) -> None:
         """Python doesn't run then: what was written to the buffers before the step is all that counts."""
-        one = rig(static=True)
-        start(one, "a", steering((1, Add(direction(1)), RULES[2])), 3)
-        one.begin(Chunks(["b", "a"], [7, 2], [2, 3]))
+        worker = rig(static=True)
+        start(worker, "a", steering((1, Add(direction(1)), RULES[2])), 3)
+        worker.begin(Chunks(["b", "a"], [7, 2], [2, 3]))
         x = torch.zeros(8, WIDTH, dtype=torch.float64)
-        one.apply(Site(1), x, None)
+        worker.apply(Site(1), x, None)
         assert x.norm(dim=-1).gt(0).tolist() == [False, False, False, True, True, False, False, False]
-        one.finish(["a"])
-        one.begin(Chunks(["b"], [9], [1]))
+        worker.finish(["a"])
+        worker.begin(Chunks(["b"], [9], [1]))
         y = torch.zeros(8, WIDTH, dtype=torch.float64)
-        one.apply(Site(1), y, None)
+        worker.apply(Site(1), y, None)
         assert not y.any()
 
     def test_steady_decoding_notices_borders_and_changes_of_the_batch(self) -> None:
-        one = rig()
-        start(one, "a", steering((1, Add(direction(1)), Positions.window(2, 4))), 3)
+        worker = rig()
+        start(worker, "a", steering((1, Add(direction(1)), Positions.window(2, 4))), 3)
         seen = []
         for first in range(3, 10):
-            one.begin(Chunks(["a"], [first], [1]))
+            worker.begin(Chunks(["a"], [first], [1]))
             x = torch.zeros(1, WIDTH, dtype=torch.float64)
-            one.apply(Site(1), x, None)
+            worker.apply(Site(1), x, None)
             seen.append(bool(x.any()))
         assert seen == [False, False, True, True, False, False, False]
-        start(one, "b", steering((1, Add(direction(1)), RULES[0])), 1)
-        one.begin(Chunks(["a", "b"], [10, 1], [1, 1]))
+        start(worker, "b", steering((1, Add(direction(1)), RULES[0])), 1)
+        worker.begin(Chunks(["a", "b"], [10, 1], [1, 1]))
         x = torch.zeros(2, WIDTH, dtype=torch.float64)
-        one.apply(Site(1), x, None)
+        worker.apply(Site(1), x, None)
         assert x.norm(dim=-1).gt(0).tolist() == [False, True]
 
     def test_readings_gather_over_chunks_what_the_steering_made(self) -> None:
-        one = rig()
+        worker = rig()
         wire, content = placed(steering((1, Add(direction(1)), RULES[0])), 6)
-        one.steerings[wire.parts[0].digest] = content
-        one.start("a", Wire(wire.parts, Reading("r", (Site(1), Site(2)), (1, 4)), 6, wire.spans))
+        worker.steerings[wire.parts[0].digest] = content
+        worker.start("a", Wire(wire.parts, Reading("r", (Site(1), Site(2)), (1, 4)), 6, wire.spans))
         for first in (0, 3):
-            one.begin(Chunks(["b", "a"], [0, first], [1, 3]))
+            worker.begin(Chunks(["b", "a"], [0, first], [1, 3]))
             for layer in (1, 2):
-                one.apply(Site(layer), torch.full((4, WIDTH), float(first), dtype=torch.float64), torch.ones(4, WIDTH))
-            one.end()
-        found = one.take("r")
-        assert torch.equal(found[Site(2)][:, 0], torch.tensor([1.0, 4.0], dtype=torch.float64))
-        torch.testing.assert_close(found[Site(1)][1], 4 + direction(1))
-        assert one.take("r") == {}
+                worker.apply(
+                    Site(layer), torch.full((4, WIDTH), float(first), dtype=torch.float64), torch.ones(4, WIDTH)
+                )
+            worker.end()
+        readings = worker.take("r")
+        assert torch.equal(readings[Site(2)][:, 0], torch.tensor([1.0, 4.0], dtype=torch.float64))
+        torch.testing.assert_close(readings[Site(1)][1], 4 + direction(1))
+        assert worker.take("r") == {}
 
     def test_a_request_for_what_was_never_sent_is_an_error(self) -> None:
         with pytest.raises(TrimtabError, match="wasn't given"):
@@ -373,8 +375,8 @@ class Recorded(TorchDispatchMode):
             return made.get(id(x), x)
 
         for func, args, kwargs, out in self.calls:
-            given, named = tree_map(current, (args, kwargs))
-            now = func(*given, **named)
+            arguments, named = tree_map(current, (args, kwargs))
+            now = func(*arguments, **named)
             if not any(out is a for a in args):
                 made |= {id(old): new for old, new in zip(tree_leaves(out), tree_leaves(now), strict=True)}
 
@@ -416,8 +418,8 @@ class Runner:
     comes as one that has yet to be waited for.
     """
 
-    def __init__(self, one: Rig, second: bool = False, later: bool = False) -> None:
-        self.rig, self.later = one, later
+    def __init__(self, worker: Rig, second: bool = False, later: bool = False) -> None:
+        self.rig, self.later = worker, later
         self.without: set[int] = set()
         self.twice: set[int] = set()
         self.rows: int | None = None
@@ -470,11 +472,11 @@ class TestCounting:
 
     def arrive(self, scheduler: Any, runner: Runner) -> dict[str, tuple[Any, int]]:
         """Two requests with a prompt of four tokens, one of them steered."""
-        for name, given in (("a", self.GIVEN), ("b", None)):
-            scheduler.add_request(request(name, given))
+        for name, acting in (("a", self.GIVEN), ("b", None)):
+            scheduler.add_request(request(name, acting))
         digest, content, _ = content_of(self.GIVEN)
         runner.rig.steerings[digest] = content
-        return {name: (one.sampling_params, 0) for name, one in scheduler.requests.items()}
+        return {name: (waiting.sampling_params, 0) for name, waiting in scheduler.requests.items()}
 
     def step(self, scheduler: Any, runner: Runner, scheduled: Step) -> dict[str, Any]:
         """What is sent of each request after a step: a token, or the reason for its end."""
@@ -482,7 +484,10 @@ class TestCounting:
         output = runner.sample_tokens(None)
         output = output.get_output() if runner.later else output
         (sent,) = scheduler.update_from_output(scheduled, output).values()
-        return {one.request_id: getattr(one, "stop_reason", None) or one.new_token_ids[0] for one in sent.outputs}
+        return {
+            sent_output.request_id: getattr(sent_output, "stop_reason", None) or sent_output.new_token_ids[0]
+            for sent_output in sent.outputs
+        }
 
     def test_right_runs_are_left_alone(self, scheduler: Any, runner: Runner) -> None:
         new = self.arrive(scheduler, runner)
@@ -562,7 +567,7 @@ class TestCounting:
         output = runner.sample_tokens(None)
         output = output.get_output() if runner.later else output
         (sent,) = scheduler.update_from_output(scheduled, output).values()
-        assert [one.request_id for one in sent.outputs] == ["b"]
+        assert [sent_output.request_id for sent_output in sent.outputs] == ["b"]
 
     def test_a_worker_that_nobody_hears_raises(self) -> None:
         """The scheduler gets one worker's output; any other has nobody to send its receipt to."""
@@ -575,12 +580,12 @@ class TestCounting:
             runner.execute_model(Step({"a": 1}, a=4))
 
     def test_a_reading_that_isnt_read(self) -> None:
-        one = rig()
-        one.start("r", Wire(reading=Reading("r", (Site(1), Site(2)), (1, 4)), prompt_length=6))
-        one.expect({"r": 6})
-        one.begin(Chunks(["r"], [0], [6]))
-        one.apply(Site(1), torch.zeros(6, WIDTH, dtype=torch.float64), None)
-        receipt = one.end()
+        worker = rig()
+        worker.start("r", Wire(reading=Reading("r", (Site(1), Site(2)), (1, 4)), prompt_length=6))
+        worker.expect({"r": 6})
+        worker.begin(Chunks(["r"], [0], [6]))
+        worker.apply(Site(1), torch.zeros(6, WIDTH, dtype=torch.float64), None)
+        receipt = worker.end()
         assert receipt is not None
         assert "behind block 2" in receipt.settle()["r"]
 
@@ -589,20 +594,20 @@ class TestCounting:
         device = torch.device("cpu")
         here = (0, 1)
         sites = {Site(layer): WIDTH for layer in here}
-        one = Rig(sites, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
+        worker = Rig(sites, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
         wire, content = placed(steering(*((layer, edit, RULES[0]) for layer in (1, 3) for edit in self.BOTH)), 6)
-        one.steerings[wire.parts[0].digest] = content
-        one.start("a", Wire(wire.parts, Reading("r", (Site(0), Site(3)), (1, 4)), 6, wire.spans))
+        worker.steerings[wire.parts[0].digest] = content
+        worker.start("a", Wire(wire.parts, Reading("r", (Site(0), Site(3)), (1, 4)), 6, wire.spans))
         for missing in (None, 1):
-            one.expect({"a": 6})
-            one.begin(Chunks(["a"], [0], [6]))
+            worker.expect({"a": 6})
+            worker.begin(Chunks(["a"], [0], [6]))
             for layer in here:
                 if layer != missing:
-                    one.apply(Site(layer), torch.zeros(6, WIDTH, dtype=torch.float64), None)
-            receipt = one.end()
+                    worker.apply(Site(layer), torch.zeros(6, WIDTH, dtype=torch.float64), None)
+            receipt = worker.end()
             assert receipt is not None
             assert list(receipt.settle()) == ([] if missing is None else ["a"])
-        assert list(one.take("r")) == [Site(0)]
+        assert list(worker.take("r")) == [Site(0)]
 
     BOTH = (Add(direction(1)), SetProjection(direction(2), 1.0))
 
@@ -611,8 +616,8 @@ class TestCounting:
         patch_engines(kind, asynchronous, Names(), failure=KeyError)
 
         def output(reason: str | None, said: str | None = None) -> Any:
-            one = SimpleNamespace(finish_reason=reason, stop_reason=said)
-            return SimpleNamespace(finished=reason is not None, outputs=[one])
+            completion = SimpleNamespace(finish_reason=reason, stop_reason=said)
+            return SimpleNamespace(finished=reason is not None, outputs=[completion])
 
         engine = kind({})
         for _ in range(2):  # the engine goes on
@@ -625,9 +630,9 @@ class TestCounting:
         assert len([engine.step(), engine.step()]) == 2
 
         async def ask() -> None:
-            one = asynchronous({})
-            one.outputs = [[output(None)], [output("error", "trimtab: not steered")]]
-            async for _ in one.generate():
+            streaming = asynchronous({})
+            streaming.outputs = [[output(None)], [output("error", "trimtab: not steered")]]
+            async for _ in streaming.generate():
                 pass
 
         with pytest.raises(KeyError, match="trimtab: not steered"):
@@ -637,50 +642,50 @@ class TestCounting:
 class TestCountingInGraphs:
     """Where captured graphs are replayed, Python doesn't run: they count by themselves."""
 
-    def captured(self, one: Rig, layers: range = range(LAYERS)) -> tuple[Recorded, torch.Tensor]:
+    def captured(self, worker: Rig, layers: range = range(LAYERS)) -> tuple[Recorded, torch.Tensor]:
         x = torch.zeros(8, WIDTH, dtype=torch.float64)
         with Recorded() as graph:
             for layer in layers:
-                one.apply(Site(layer), x, None)
+                worker.apply(Site(layer), x, None)
         return graph, x
 
-    def replayed(self, one: Rig, graph: Recorded, first: int) -> dict[str, str]:
-        one.expect({"a": 1})
-        one.begin(Chunks(["b", "a"], [first, first], [1, 1]))
+    def replayed(self, worker: Rig, graph: Recorded, first: int) -> dict[str, str]:
+        worker.expect({"a": 1})
+        worker.begin(Chunks(["b", "a"], [first, first], [1, 1]))
         graph.replay()
-        receipt = one.end()
+        receipt = worker.end()
         assert receipt is not None
         return receipt.settle()
 
     def test_replays_are_counted_and_steer(self) -> None:
-        one = rig(static=True)
-        graph, x = self.captured(one)
-        start(one, "a", steering((1, Add(direction(1)), RULES[2]), (3, Add(direction(2)), RULES[0])), 3)
+        worker = rig(static=True)
+        graph, x = self.captured(worker)
+        start(worker, "a", steering((1, Add(direction(1)), RULES[2]), (3, Add(direction(2)), RULES[0])), 3)
         for first in range(3, 8):
             x.zero_()
-            assert self.replayed(one, graph, first) == {}
+            assert self.replayed(worker, graph, first) == {}
             assert x.norm(dim=-1).gt(0).tolist() == [False, True, *[False] * 6]
             graph.replay()  # vLLM's own, between
 
     @pytest.mark.parametrize("layers", [range(3), range(1, 4)])
     def test_a_graph_that_lacks_a_block_is_noticed(self, layers: range) -> None:
-        one = rig(static=True)
-        whole, _ = self.captured(one)
-        part, _ = self.captured(one, layers)
-        start(one, "a", steering((0, Add(direction(1)), RULES[0]), (3, Add(direction(2)), RULES[0])), 3)
-        assert self.replayed(one, whole, 3) == {}
+        worker = rig(static=True)
+        whole, _ = self.captured(worker)
+        part, _ = self.captured(worker, layers)
+        start(worker, "a", steering((0, Add(direction(1)), RULES[0]), (3, Add(direction(2)), RULES[0])), 3)
+        assert self.replayed(worker, whole, 3) == {}
         (missing,) = set(range(LAYERS)) - set(layers)
-        assert f"behind block {missing} the steering was to run once" in self.replayed(one, part, 4)["a"]
-        assert self.replayed(one, whole, 5) == {}
+        assert f"behind block {missing} the steering was to run once" in self.replayed(worker, part, 4)["a"]
+        assert self.replayed(worker, whole, 5) == {}
 
     def test_a_replay_that_doesnt_happen_or_happens_twice(self) -> None:
-        one = rig(static=True)
-        graph, _ = self.captured(one)
-        start(one, "a", steering((1, Add(direction(1)), RULES[0])), 3)
+        worker = rig(static=True)
+        graph, _ = self.captured(worker)
+        start(worker, "a", steering((1, Add(direction(1)), RULES[0])), 3)
         nothing = Recorded()
-        assert "wasn't run" in self.replayed(one, nothing, 3)["a"]
+        assert "wasn't run" in self.replayed(worker, nothing, 3)["a"]
         nothing.calls = graph.calls * 2
-        assert "ran 2 times, on 16 tokens" in self.replayed(one, nothing, 4)["a"]
+        assert "ran 2 times, on 16 tokens" in self.replayed(worker, nothing, 4)["a"]
 
 
 class Engine:
@@ -754,10 +759,10 @@ class TestFrontEnd:
         names.register("shout", steering((1, Add(direction(1)), RULES[0])))
         return names
 
-    def ask(self, engine: Engine, asked: Any, names: Names) -> Any:
+    def ask(self, engine: Engine, options: Any, names: Names) -> Any:
         kind = type("Patched", (Engine,), {})
         patch_engines(kind, type("Async", (Engine,), {}), names)
-        return kind.add_request(engine, "1", "hi", SimpleNamespace(extra_args={"steering": asked, "other": 1}))
+        return kind.add_request(engine, "1", "hi", SimpleNamespace(extra_args={"steering": options, "other": 1}))
 
     def test_a_request_is_resolved_and_its_content_sent_once(self, names: Names) -> None:
         engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None]})
@@ -777,7 +782,11 @@ class TestFrontEnd:
         engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None]})
         checked: list[Steering] = []
         check = Link.check
-        monkeypatch.setattr(Link, "check", lambda link, one: (checked.append(one), check(link, one))[1])
+        monkeypatch.setattr(
+            Link,
+            "check",
+            lambda link, checked_steering: (checked.append(checked_steering), check(link, checked_steering))[1],
+        )
 
         def digest() -> str:
             (part,) = parts_of(self.ask(engine, [{"name": "shout"}], names))
@@ -811,19 +820,19 @@ class TestFrontEnd:
         keys = []
         for text in ("a sea so wide", "the wide and the wide"):
             prompt = {"type": "token", "prompt": text, "prompt_token_ids": Words()(text)["input_ids"]}
-            asked = {"emphasize": ["wide"], "steering": [{"name": "shout"}]}
-            params = kind.add_request(engine, "1", prompt, SimpleNamespace(extra_args=asked))
+            body = {"emphasize": ["wide"], "steering": [{"name": "shout"}]}
+            params = kind.add_request(engine, "1", prompt, SimpleNamespace(extra_args=body))
             assert set(params.extra_args) == {RESOLVED}
             (_, part), link = parts_of(params), engine._trimtab_link
             spans = [(i, i + 1) for i, word in enumerate(text.split()) if word == "wide"]
             assert list(part.spans) == spans
             edits = identified(part, link.sent[part.digest])
-            assert [one.edit for one in edits] == list(by_keys(emphasized.towards(spans, LAYERS)).edits)
+            assert [edit.edit for edit in edits] == list(by_keys(emphasized.towards(spans, LAYERS)).edits)
             placed = link.place(wire_of(params), len(text.split()))
             keys.append([span.key for span in placed.spans if span.start == spans[0][0]])
             assert Wire.from_plain(placed.to_plain()) == placed
             with pytest.raises(UnsupportedError, match="TRIMTAB_SITES=keys"):
-                kind.add_request(other, "1", prompt, SimpleNamespace(extra_args=asked))
+                kind.add_request(other, "1", prompt, SimpleNamespace(extra_args=body))
         assert keys[0] == keys[1]
         assert [method for method, _ in engine.calls] == ["trimtab_hello", "trimtab_put", "trimtab_put"]
         assert content_of(by_keys(content))[0] == part.digest
@@ -857,7 +866,7 @@ class TestFrontEnd:
             link_from(hellos, Engine({}, workers).vllm_config)
 
     @pytest.mark.parametrize(
-        ("asked", "why"),
+        ("wish", "why"),
         [
             ("[{", "isn't JSON"),
             ("loud", "no steering 'loud'; registered: shout"),
@@ -867,14 +876,14 @@ class TestFrontEnd:
             (7, "is a list such as"),
         ],
     )
-    def test_requests_that_arent_understood(self, asked: Any, why: str, names: Names) -> None:
+    def test_requests_that_arent_understood(self, wish: Any, why: str, names: Names) -> None:
         with pytest.raises(TrimtabError, match=why):
-            parse(asked, names)
+            parse(wish, names)
 
     def test_several_add_up(self, names: Names) -> None:
-        asked = [{"name": "shout", "strength": -1, "positions": "generated"}, {"name": "shout"}]
+        wishes = [{"name": "shout", "strength": -1, "positions": "generated"}, {"name": "shout"}]
         shout = names["shout"]
-        assert parse(asked, names) == (-shout).at(Positions.generated()) + shout
+        assert parse(wishes, names) == (-shout).at(Positions.generated()) + shout
 
     def test_one_learned_on_another_model_is_refused(self, names: Names) -> None:
         """Of the same shape, too: what tells is the fingerprint of the weights."""
@@ -948,25 +957,25 @@ class TestRequests:
         return Request
 
     def test_steering_as_a_field_of_its_own(self, kind: type) -> None:
-        asked = [{"name": "shout", "strength": 2.0}]
-        assert kind(steering=asked).to_sampling_params().extra_args == {"steering": asked}
-        assert kind({"other": 1}, steering=asked).to_sampling_params().extra_args == {"other": 1, "steering": asked}
+        wishes = [{"name": "shout", "strength": 2.0}]
+        assert kind(steering=wishes).to_sampling_params().extra_args == {"steering": wishes}
+        assert kind({"other": 1}, steering=wishes).to_sampling_params().extra_args == {"other": 1, "steering": wishes}
         assert kind({"steering": "shout"}).to_sampling_params().extra_args == {"steering": "shout"}
         assert kind(steering=[], emphasize=[], rejection=False).to_sampling_params().extra_args is None
         assert kind().to_beam_search_params() == "beams"
 
     def test_what_would_be_dropped_is_refused(self, kind: type) -> None:
-        asked = [{"name": "shout"}]
+        wishes = [{"name": "shout"}]
         for fields, why in (
             ({"emphasize": ["in capitals"]}, "ask for rejection: false"),
             ({"emphasize": [{"text": 1}], "rejection": False}, "emphasize takes phrases"),
             ({"emphasize": [], "xargs": {"emphasize": 5}, "rejection": False}, "a list of 1 to 16 phrases"),
-            ({"rejection": True, "steering": asked}, "rejection needs more than one row"),
-            ({"xargs": {"steering": "shout"}, "steering": asked}, "give it once"),
+            ({"rejection": True, "steering": wishes}, "rejection needs more than one row"),
+            ({"xargs": {"steering": "shout"}, "steering": wishes}, "give it once"),
         ):
             with pytest.raises(TrimtabError, match=why):
                 kind(**fields).to_sampling_params()
-        for fields in ({"steering": asked}, {"xargs": {"steering": "shout"}}):
+        for fields in ({"steering": wishes}, {"xargs": {"steering": "shout"}}):
             with pytest.raises(UnsupportedError, match="beam search"):
                 kind(**fields).to_beam_search_params()
 
@@ -1035,33 +1044,33 @@ class TestWorkers:
         """What adds needs the first of a pair alone; shown the second, the compiler has to keep it."""
         seen: list[Any] = []
         sites = [Site(5), Site(6)]
-        shown = SimpleNamespace(apply=lambda *given: seen.append(given), numbered=sites)
+        shown = SimpleNamespace(apply=lambda *arguments: seen.append(arguments), numbered=sites)
         monkeypatch.setattr(operator, "RIGS", [shown])
-        one, two = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
+        hidden, residual = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
         block, plain = torch.nn.Identity(), torch.nn.Identity()
         attach({Site(5): Place(block, WIDTH), Site(6): Place(plain, WIDTH)}, 0, adds_only=sites[: int(adds_only)])
-        assert block((one, two)) == (one, two)
-        plain(one)
+        assert block((hidden, residual)) == (hidden, residual)
+        plain(hidden)
         assert [site for site, _, _ in seen] == sites
-        assert seen[0][1].equal(one)
-        assert seen[0][2] is None if adds_only else seen[0][2].equal(two)
-        assert seen[1][1].equal(one)
+        assert seen[0][1].equal(hidden)
+        assert seen[0][2] is None if adds_only else seen[0][2].equal(residual)
+        assert seen[1][1].equal(hidden)
         assert seen[1][2] is None
         with pytest.raises(UnsupportedError, match="neither a tensor nor a pair"):
-            block((one, two, one))
+            block((hidden, residual, hidden))
 
     def test_engines_that_cant_be_steered_say_why(self) -> None:
         """All reasons, each from the setting that it is about, and none for an ordinary engine."""
 
-        def config(**given: Any) -> Any:
+        def config(**changes: Any) -> Any:
             part = {"model_config": SimpleNamespace(runner_type="generate", is_encoder_decoder=False)}
             part |= {"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False))}
             part |= {"parallel_config": SimpleNamespace(enable_dbo=False, prefill_context_parallel_size=1)}
-            return SimpleNamespace(**part | {"speculative_config": None, "kv_transfer_config": None} | given)
+            return SimpleNamespace(**part | {"speculative_config": None, "kv_transfer_config": None} | changes)
 
         assert unsupported(config()) == []
         parallel = SimpleNamespace(enable_dbo=True, prefill_context_parallel_size=2)
-        for given, why in (
+        for options, why in (
             ({"speculative_config": object()}, ["speculative decoding"]),
             ({"kv_transfer_config": object()}, ["KV connector"]),
             ({"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, ["sequence"]),
@@ -1069,9 +1078,9 @@ class TestWorkers:
             ({"parallel_config": parallel}, ["DBO", "prefill context"]),
             ({"model_config": SimpleNamespace(runner_type="pooling", is_encoder_decoder=True)}, ["embeds", "encoder"]),
         ):
-            found = unsupported(config(**given))
-            assert len(found) == len(why)
-            assert all(word in reason for word, reason in zip(why, found, strict=True))
+            reasons = unsupported(config(**options))
+            assert len(reasons) == len(why)
+            assert all(word in reason for word, reason in zip(why, reasons, strict=True))
 
     def test_a_model_runner_that_nobody_knows_isnt_steered(self) -> None:
         listened = {"execute_model": 0, "sample_tokens": 0, "get_model": 0}
@@ -1100,9 +1109,9 @@ class TestPlaces:
         ],
     )
     def test_methods(self, file: str, name: str, methods: set[str]) -> None:
-        (found,) = (node for node in self.tree(file).body if isinstance(node, ast.ClassDef) and node.name == name)
+        (class_node,) = (node for node in self.tree(file).body if isinstance(node, ast.ClassDef) and node.name == name)
         assert methods <= {
-            part.name for part in found.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))
+            part.name for part in class_node.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))
         }
 
     def test_steps_are_prepared_and_run_where_the_plugin_listens(self) -> None:
@@ -1171,8 +1180,8 @@ class TestAround:
             settings_from_environment()
 
     def test_a_steering_as_bytes(self) -> None:
-        given = steering((1, Add(direction(1)), RULES[0]), (2, Ablate(direction(2)), RULES[1]))
-        assert steering_from_bytes(steering_to_bytes(given), "it") == given
+        original = steering((1, Add(direction(1)), RULES[0]), (2, Ablate(direction(2)), RULES[1]))
+        assert steering_from_bytes(steering_to_bytes(original), "it") == original
         with pytest.raises(TrimtabError, match="it isn't a safetensors file"):
             steering_from_bytes(b"{}", "it")
 

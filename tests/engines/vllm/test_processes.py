@@ -21,8 +21,8 @@ def run(tmp_path: Path, body: str, **environment: str) -> str:
     script = tmp_path / "script.py"
     script.write_text(PRELUDE + "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in body.splitlines()))
     here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    given = {**os.environ, "PYTHONPATH": here, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
-    done = subprocess.run([sys.executable, str(script)], env=given, capture_output=True, text=True, timeout=900)
+    variables = {**os.environ, "PYTHONPATH": here, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
+    done = subprocess.run([sys.executable, str(script)], env=variables, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-12000:]
     return done.stdout
 

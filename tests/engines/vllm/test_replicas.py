@@ -270,10 +270,10 @@ class TestReplicatedLM:
         assert said[-1][0] == 11
         assert [done for done, _ in said] == sorted({done for done, _ in said})
         assert lm._replicas.lost == 1
-        choices = [Choice(one.ids, len(one.ids), (5, 6)) for one in requests]
+        choices = [Choice(wanted.ids, len(wanted.ids), (5, 6)) for wanted in requests]
         for mine, other in zip(lm.next_logprobs(choices, edited), alone.next_logprobs(choices, edited), strict=True):
             assert mine.logprobs == pytest.approx(other.logprobs)
-        texts = [(one.ids, [5, 6, 7]) for one in requests]
+        texts = [(wanted.ids, [5, 6, 7]) for wanted in requests]
         assert lm.answer_nlls(texts) == pytest.approx(alone.answer_nlls(texts))
 
     @pytest.mark.filterwarnings("ignore::trimtab.methods.caa.PairsWarning")
@@ -303,8 +303,8 @@ class TestReplicatedLM:
         lm.unregister("shout")
 
 
-def same(one: Steering, other: Steering) -> bool:
-    return all(a.operation.direction.equal(b.operation.direction) for a, b in zip(one.edits, other.edits, strict=True))
+def same(left: Steering, right: Steering) -> bool:
+    return all(a.operation.direction.equal(b.operation.direction) for a, b in zip(left.edits, right.edits, strict=True))
 
 
 class TestOnRay:

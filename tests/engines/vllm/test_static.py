@@ -99,10 +99,10 @@ def test_its_passes_run_the_operators_of_graphs(vllm: Any) -> None:
 )
 def test_activations_are_those_of_transformers(vllm: Any, lm: LM, name: str, where: Positions) -> None:
     """Behind the steered block and behind later ones; at tokens that aren't steered nothing has changed there."""
-    one = steering(name, where) + Steering((Edit(Site(10), Add(direction(7, 3.0)), Positions.span(6, 12)),))
+    both = steering(name, where) + Steering((Edit(Site(10), Add(direction(7, 3.0)), Positions.span(6, 12)),))
     sites, everywhere = [Site(9), Site(10), Site(14)], Positions.prompt()
-    ours = vllm.capture(PROMPTS[5], sites, everywhere, steering=one)[0]
-    with lm.steered(one):
+    ours = vllm.capture(PROMPTS[5], sites, everywhere, steering=both)[0]
+    with lm.steered(both):
         theirs = lm.capture(PROMPTS[5], sites, everywhere)[0]
     for site in sites:
         torch.testing.assert_close(ours[site], theirs[site], rtol=2e-4, atol=2e-3)
@@ -124,8 +124,8 @@ def test_sites_inside_of_blocks_are_those_of_transformers(vllm: Any, lm: LM, kin
     with lm.steered(Steering(edits)):
         theirs = lm.capture(PROMPTS[5], sites, everywhere)[0]
     plain = lm.capture(PROMPTS[5], [Site(10)], everywhere)[0][Site(10)]
-    for one in sites:
-        torch.testing.assert_close(ours[one], theirs[one], rtol=5e-4, atol=2e-3)
+    for inner_site in sites:
+        torch.testing.assert_close(ours[inner_site], theirs[inner_site], rtol=5e-4, atol=2e-3)
     assert not torch.allclose(ours[Site(10)], plain, rtol=5e-4, atol=2e-3)
 
 
@@ -134,7 +134,7 @@ def test_scores_are_scaled_by_keys(vllm: Any, lm: LM) -> None:
     heeded = emphasis(ScaleScores(1.4), [(24, 30), (40, 44)], range(8, 20))
     prompts, rows = [LONG, LONG, f"{LONG} The end.", f"{LONG} The end."], [None, heeded, heeded, None]
     options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "logprobs": True}
-    theirs = lm.generate(prompts, [one and by_keys(one) for one in rows], **options)
+    theirs = lm.generate(prompts, [row and by_keys(row) for row in rows], **options)
     forget(vllm)
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
         ours = vllm.generate([prompts[i] for i in order], [rows[i] for i in order], **options)

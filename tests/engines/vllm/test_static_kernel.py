@@ -98,13 +98,13 @@ def in_python(slots: int = 40, dtype: torch.dtype = torch.float64) -> Rig:
 class Graph:
     """The operators behind all blocks, captured for passes of so many tokens; and replayed, which runs no Python."""
 
-    def __init__(self, one: Rig, tokens: int, pair: bool = True) -> None:
+    def __init__(self, worker: Rig, tokens: int, pair: bool = True) -> None:
         shape = (LAYERS, tokens, WIDTH)
-        self.hidden = torch.zeros(shape, dtype=one.dtype)
-        self.residual = torch.zeros(shape, dtype=one.dtype) if pair else None
+        self.hidden = torch.zeros(shape, dtype=worker.dtype)
+        self.residual = torch.zeros(shape, dtype=worker.dtype) if pair else None
         with Recorded() as self.graph:
             for layer in range(LAYERS):
-                one.apply(Site(layer), self.hidden[layer], None if self.residual is None else self.residual[layer])
+                worker.apply(Site(layer), self.hidden[layer], None if self.residual is None else self.residual[layer])
 
     def replay(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         self.hidden.copy_(hidden)
@@ -114,19 +114,19 @@ class Graph:
         return self.hidden.clone()
 
 
-def edits_of(given: Steering | None, layer: int, t: int, prompt: int) -> list[Edit]:
-    return [e for e in (given.edits if given else ()) if e.site.layer == layer and naive_holds(e, t, prompt)]
+def edits_of(acting: Steering | None, layer: int, t: int, prompt: int) -> list[Edit]:
+    return [e for e in (acting.edits if acting else ()) if e.site.layer == layer and naive_holds(e, t, prompt)]
 
 
 class TestForms:
     """Of each operation, and of several in a row, the folded form is the formula."""
 
-    def value(self, given: Steering, x: torch.Tensor) -> torch.Tensor:
-        one = static_rig()
-        start(one, "a", given, 1)
-        one.begin(Chunks(["a"], [0], [len(x)]))
+    def value(self, acting: Steering, x: torch.Tensor) -> torch.Tensor:
+        worker = static_rig()
+        start(worker, "a", acting, 1)
+        worker.begin(Chunks(["a"], [0], [len(x)]))
         new = x.clone()
-        one.apply(Site(1), new, None)
+        worker.apply(Site(1), new, None)
         return new
 
     @pytest.mark.parametrize("strength", [1.0, 0.4, -1.5])
@@ -135,17 +135,17 @@ class TestForms:
     def test_it_is_what_python_does(self, operation: Any, strength: float, gate: Gate | None) -> None:
         if isinstance(operation, Rotate) and strength != 1:
             return  # a reflection in part isn't linear
-        given = strength * Steering((Edit(Site(1), operation, Positions.all()),))
-        given = given if gate is None else given.when(gate)
+        acting = strength * Steering((Edit(Site(1), operation, Positions.all()),))
+        acting = acting if gate is None else acting.when(gate)
         x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         plain, wanted = in_python(), x.clone()
-        start(plain, "a", given, 1)
+        start(plain, "a", acting, 1)
         plain.begin(Chunks(["a"], [0], [7]))
         plain.apply(Site(1), wanted, None)
-        found = self.value(given, x)
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+        result = self.value(acting, x)
+        torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-9)
         stays = (wanted == x).all(-1)
-        assert torch.equal(found[stays], x[stays])
+        assert torch.equal(result[stays], x[stays])
         if gate is not None:
             assert 0 < int(stays.sum()) < 7
 
@@ -154,11 +154,11 @@ class TestForms:
         chosen = random.Random(seed)
         several = [o for o in OPERATIONS if not o.keep_norm or chosen.random() < 0.2]
         picked = [(1, chosen.choice(several), RULES[0]) for _ in range(chosen.randint(2, 4))]
-        given = chosen.choice([1.0, 0.5]) * steering(*picked)
-        given = Steering(tuple(e for e in given.edits if not isinstance(e.operation, Rotate) or e.strength == 1))
-        state = State("", given.edits)
+        acting = chosen.choice([1.0, 0.5]) * steering(*picked)
+        acting = Steering(tuple(e for e in acting.edits if not isinstance(e.operation, Rotate) or e.strength == 1))
+        state = State("", acting.edits)
         try:
-            capacity_for(given)
+            capacity_for(acting)
             slots = state.slots.get(Site(1), [])
         except TrimtabError:
             return  # clamps of one direction to two ends
@@ -173,11 +173,11 @@ class TestForms:
         capacity = replace(ALL, rank=24, steps=4)
         plain, fixed = in_python(), static_rig(capacity)
         new = []
-        for one in (plain, fixed):
-            start(one, "a", given, 1)
-            one.begin(Chunks(["a"], [0], [5]))
+        for worker in (plain, fixed):
+            start(worker, "a", acting, 1)
+            worker.begin(Chunks(["a"], [0], [5]))
             new.append(x.clone())
-            one.apply(Site(1), new[-1], None)
+            worker.apply(Site(1), new[-1], None)
         torch.testing.assert_close(new[1], new[0], rtol=1e-8, atol=1e-8)
 
     def test_what_folds_is_one_form(self) -> None:
@@ -198,7 +198,7 @@ class TestForms:
 def mixes(seed: int, count: int) -> list[Steering]:
     """Different steerings, each of one or a few edits at a few layers and positions."""
     chosen = random.Random(seed)
-    found = []
+    made = []
     for number in range(count):
         edits = []
         for _ in range(chosen.randint(1, 3)):
@@ -210,8 +210,8 @@ def mixes(seed: int, count: int) -> list[Steering]:
             layer = 1 if gated else chosen.randrange(LAYERS)
             edit = Edit(Site(layer), operation, where, 1.0)
             edits.append(replace(edit, gate=chosen.choice(GATES)) if gated else edit)
-        found.append(Steering(tuple(edits)))
-    return found
+        made.append(Steering(tuple(edits)))
+    return made
 
 
 class TestReplays:
@@ -224,26 +224,26 @@ class TestReplays:
         graph = Graph(fixed, tokens, pair)
         seed = torch.Generator().manual_seed(tokens)
         chosen = random.Random(maps)
-        given, alive, at = mixes(1, 70), {}, {}
-        waiting = list(range(len(given)))
+        steerings, alive, at = mixes(1, 70), {}, {}
+        waiting = list(range(len(steerings)))
         prompt = 3
         for _step in range(24):
             for name in [name for name in alive if chosen.random() < 0.15]:
-                for one in (fixed, plain):
-                    one.finish([name])
+                for worker in (fixed, plain):
+                    worker.finish([name])
                 del alive[name], at[name]
             while waiting and len(alive) < 32:
                 number = waiting.pop()
-                alive[str(number)] = given[number] if number % 5 else None
+                alive[str(number)] = steerings[number] if number % 5 else None
                 at[str(number)] = 0
-                for one in (fixed, plain):
+                for worker in (fixed, plain):
                     if alive[str(number)] is not None:
-                        start(one, str(number), given[number], prompt)
+                        start(worker, str(number), steerings[number], prompt)
             for name in alive:
                 if chosen.random() < 0.05:  # preempted: it starts again
                     at[name] = 0
-                    for one in (fixed, plain):
-                        one.resume([name])
+                    for worker in (fixed, plain):
+                        worker.resume([name])
             here = [name for name in alive if chosen.random() < 0.9]
             chunk = {name: min(prompt - at[name], 2) if at[name] < prompt else 1 for name in here}
             while sum(chunk.values()) > tokens:
@@ -253,17 +253,17 @@ class TestReplays:
             chunks = Chunks(here, [at[name] for name in here], [chunk[name] for name in here])
             hidden = torch.randn(LAYERS, tokens, WIDTH, generator=seed, dtype=torch.float64)
             residual = torch.randn(hidden.shape, generator=seed, dtype=torch.float64) if pair else None
-            for one in (fixed, plain):
-                one.expect(dict.fromkeys(here, 1))
-                one.begin(chunks)
-            found = graph.replay(hidden, residual)
+            for worker in (fixed, plain):
+                worker.expect(dict.fromkeys(here, 1))
+                worker.begin(chunks)
+            result = graph.replay(hidden, residual)
             receipt = fixed.end()
             assert receipt is None or receipt.settle() == {}
             wanted = hidden.clone()
             for layer in range(LAYERS):
                 plain.apply(Site(layer), wanted[layer], None if residual is None else residual[layer])
             plain.end()
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-9)
             row = 0
             for name in here:
                 for t in range(at[name], at[name] + chunk[name]):
@@ -272,13 +272,13 @@ class TestReplays:
                         if all(
                             type(e.operation) is Add and not e.operation.keep_norm and not e.gate.sites for e in edits
                         ):
-                            assert torch.equal(found[layer, row], wanted[layer, row])  # nothing, or additions
+                            assert torch.equal(result[layer, row], wanted[layer, row])  # nothing, or additions
                     row += 1
                 at[name] += chunk[name]
-            assert torch.equal(found[:, row:], hidden[:, row:])
+            assert torch.equal(result[:, row:], hidden[:, row:])
         assert not waiting
-        for one in (fixed, plain):
-            one.finish(list(alive))
+        for worker in (fixed, plain):
+            worker.finish(list(alive))
         assert fixed.bank.slots.used == fixed.maps.slots.used == 0
 
     @pytest.mark.parametrize("chunk", [1, 3, 12])
@@ -292,24 +292,24 @@ class TestReplays:
             (0, read_write(1, 3, low=0.0), RULES[0]),
             (3, read_write(2, 5, keep_norm=0.5), RULES[3]),
         ]
-        one = static_rig()
-        given = {"a": steering(*edits), "b": None, "c": 0.5 * steering(*edits[3:])}
-        for name, what in given.items():
+        worker = static_rig()
+        steerings = {"a": steering(*edits), "b": None, "c": 0.5 * steering(*edits[3:])}
+        for name, what in steerings.items():
             if what is not None:
-                start(one, name, what, 5)
-        graph, seed = Graph(one, 3 * chunk + 2), torch.Generator().manual_seed(chunk)
+                start(worker, name, what, 5)
+        graph, seed = Graph(worker, 3 * chunk + 2), torch.Generator().manual_seed(chunk)
         for first in range(0, 12, chunk):
-            one.begin(Chunks(list(given), [first] * 3, [chunk] * 3))
+            worker.begin(Chunks(list(steerings), [first] * 3, [chunk] * 3))
             hidden, residual = torch.randn(2, LAYERS, 3 * chunk + 2, WIDTH, generator=seed, dtype=torch.float64)
             new = graph.replay(hidden, residual)
-            one.end()
+            worker.end()
             for row in range(3 * chunk):
                 name, t = "abc"[row // chunk], first + row % chunk
                 for layer in range(LAYERS):
-                    holding, x = edits_of(given[name], layer, t, 5), hidden[layer, row] + residual[layer, row]
+                    holding, x = edits_of(steerings[name], layer, t, 5), hidden[layer, row] + residual[layer, row]
                     if holding:
-                        found = new[layer, row] + residual[layer, row]
-                        torch.testing.assert_close(found, naive_together(holding, x), rtol=1e-9, atol=1e-9)
+                        result = new[layer, row] + residual[layer, row]
+                        torch.testing.assert_close(result, naive_together(holding, x), rtol=1e-9, atol=1e-9)
                     else:
                         assert torch.equal(new[layer, row], hidden[layer, row])
 
@@ -327,36 +327,36 @@ class TestReplays:
         assert all(
             "aten" in str(n.target) or "getitem" in str(n.target) for n in traced.graph.nodes if n.op == "call_function"
         )
-        for number, given in enumerate(mixes(2, 12)):
-            for one in (fixed, plain):
-                start(one, str(number), given, 3)
-                one.begin(Chunks([str(number)], [0], [6]))
+        for number, acting in enumerate(mixes(2, 12)):
+            for worker in (fixed, plain):
+                start(worker, str(number), acting, 3)
+                worker.begin(Chunks([str(number)], [0], [6]))
             wanted = hidden.clone()
             plain.apply(Site(1), wanted, residual)
             torch.testing.assert_close(traced(hidden, residual), wanted, rtol=1e-9, atol=1e-9)
-            for one in (fixed, plain):
-                one.end()
-                one.finish([str(number)])
+            for worker in (fixed, plain):
+                worker.end()
+                worker.finish([str(number)])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_in_the_models_dtype(self, dtype: torch.dtype) -> None:
         """To the bit where there are additions alone; else within what the dtype rounds."""
         fixed, plain = static_rig(dtype=dtype, slots=80, maps=80), in_python(80, dtype)
-        graph, given = Graph(fixed, 40), mixes(3, 20)
-        for i, what in enumerate(given):
-            for one in (fixed, plain):
-                start(one, str(i), what, 3)
-        names = [str(i) for i in range(len(given))]
+        graph, steerings = Graph(fixed, 40), mixes(3, 20)
+        for i, what in enumerate(steerings):
+            for worker in (fixed, plain):
+                start(worker, str(i), what, 3)
+        names = [str(i) for i in range(len(steerings))]
         hidden, residual = torch.randn(2, LAYERS, 40, WIDTH).to(dtype)
-        for one in (fixed, plain):
-            one.begin(Chunks(names, [0] * 20, [2] * 20))
-        found, wanted = graph.replay(hidden, residual), hidden.clone()
+        for worker in (fixed, plain):
+            worker.begin(Chunks(names, [0] * 20, [2] * 20))
+        result, wanted = graph.replay(hidden, residual), hidden.clone()
         for layer in range(LAYERS):
             plain.apply(Site(layer), wanted[layer], residual[layer])
-            adds = {i for i, what in enumerate(given) if layer not in _staged(what)}
+            adds = {i for i, what in enumerate(steerings) if layer not in _staged(what)}
             rows = [2 * i + k for i in adds for k in (0, 1)]
-            assert torch.equal(found[layer, rows], wanted[layer, rows])
-        stream = (found.float() + residual.float(), wanted.float() + residual.float())
+            assert torch.equal(result[layer, rows], wanted[layer, rows])
+        stream = (result.float() + residual.float(), wanted.float() + residual.float())
         near = 2e-4 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(*stream, rtol=near, atol=near)
 
@@ -367,51 +367,51 @@ class TestReplays:
         count = tokens // 2
         names = ["a", "b"] if count < 20 else ["a", "b", "c"]
         for name, rank in zip(names, (64, 30, 1), strict=False):
-            for one in (fixed, plain):
-                start(one, name, steering((1, read_write(rank, rank, low=-0.5, high=2.0), RULES[0])), 3)
+            for worker in (fixed, plain):
+                start(worker, name, steering((1, read_write(rank, rank, low=-0.5, high=2.0), RULES[0])), 3)
         graph = Graph(fixed, tokens)
         hidden, residual = torch.randn(2, LAYERS, tokens, WIDTH, dtype=torch.float64)
         wanted = hidden.clone()
-        for one in (fixed, plain):
-            one.begin(Chunks(names, [0] * len(names), [tokens // len(names)] * len(names)))
+        for worker in (fixed, plain):
+            worker.begin(Chunks(names, [0] * len(names), [tokens // len(names)] * len(names)))
         plain.apply(Site(1), wanted[1], residual[1])
         torch.testing.assert_close(graph.replay(hidden, residual), wanted, rtol=1e-9, atol=1e-9)
 
 
-def _staged(given: Steering) -> set[int]:
-    return {site.layer for site in State("", given.edits).staged}
+def _staged(acting: Steering) -> set[int]:
+    return {site.layer for site in State("", acting.edits).staged}
 
 
 class TestNothingLeaks:
     def test_a_shut_gate_and_another_slots_numbers_leave_an_activation_to_the_bit(self) -> None:
         """Negative zeros, infinities and NaN stay as they are; and what is NaN in one token is nothing to others."""
         for maps in (4, 200):  # all tokens by all maps, and each its own
-            one = static_rig(maps=maps)
+            worker = static_rig(maps=maps)
             shut = Threshold(Site(1), direction(70), 1e9, each_token=True)
-            start(one, "a", steering((1, Add(direction(1)), RULES[0])).when(shut), 3)
-            start(one, "b", steering((1, read_write(2, 8, scale=1e30), RULES[0])), 3)
-            graph = Graph(one, 6, pair=False)
-            one.begin(Chunks(["a", "b", "c"], [0, 0, 0], [2, 2, 1]))
+            start(worker, "a", steering((1, Add(direction(1)), RULES[0])).when(shut), 3)
+            start(worker, "b", steering((1, read_write(2, 8, scale=1e30), RULES[0])), 3)
+            graph = Graph(worker, 6, pair=False)
+            worker.begin(Chunks(["a", "b", "c"], [0, 0, 0], [2, 2, 1]))
             x = torch.randn(LAYERS, 6, WIDTH, dtype=torch.float64)
             x[1, 0, 0], x[1, 1, :2] = -0.0, torch.tensor([torch.inf, -torch.inf])
             x[1, 2], x[1, 4, 3], x[1, 5] = torch.nan, torch.nan, -0.0
-            found = graph.replay(x, None)
-            same = found.view(torch.int64) == x.view(torch.int64)
+            result = graph.replay(x, None)
+            same = result.view(torch.int64) == x.view(torch.int64)
             assert bool(same[:, [0, 1, 4, 5]].all())
-            assert bool(found[1, 3].isfinite().all())
-            assert not torch.equal(found[1, 3], x[1, 3])
+            assert bool(result[1, 3].isfinite().all())
+            assert not torch.equal(result[1, 3], x[1, 3])
 
     def test_another_mix_leaves_a_token_as_it_is(self) -> None:
-        one = static_rig()
+        worker = static_rig()
         mine = steering((1, SetProjection(direction(2), 1.5), RULES[0]), (2, Add(direction(3)), RULES[0]))
-        start(one, "a", mine, 3)
-        graph = Graph(one, 4)
+        start(worker, "a", mine, 3)
+        graph = Graph(worker, 4)
         x, residual = torch.randn(2, LAYERS, 4, WIDTH, dtype=torch.float64)
-        one.begin(Chunks(["a"], [0], [1]))
+        worker.begin(Chunks(["a"], [0], [1]))
         alone = graph.replay(x, residual)
         for i, other in enumerate(mixes(5, 3)):
-            start(one, str(i), other, 3)
-        one.begin(Chunks(["a", "0", "1", "2"], [1, 0, 0, 0], [1, 1, 1, 1]))
+            start(worker, str(i), other, 3)
+        worker.begin(Chunks(["a", "0", "1", "2"], [1, 0, 0, 0], [1, 1, 1, 1]))
         assert torch.equal(graph.replay(x, residual)[:, 0], alone[:, 0])
 
 
@@ -421,68 +421,68 @@ class TestReading:
         fixed, plain = static_rig(), in_python()
         wire, content = placed(steering((1, Ablate(direction(1)), RULES[0])), 6)
         graph, seed = Graph(fixed, 5), torch.Generator().manual_seed(0)
-        for one in (fixed, plain):
-            one.steerings[wire.parts[0].digest] = content
-            one.start("a", Wire(wire.parts, Reading("r", (Site(1), Site(2)), (1, 4)), 6, wire.spans))
+        for worker in (fixed, plain):
+            worker.steerings[wire.parts[0].digest] = content
+            worker.start("a", Wire(wire.parts, Reading("r", (Site(1), Site(2)), (1, 4)), 6, wire.spans))
         for first in (0, 3):
             hidden, residual = torch.randn(2, LAYERS, 5, WIDTH, generator=seed, dtype=torch.float64)
-            for one in (fixed, plain):
-                one.begin(Chunks(["b", "a"], [0, first], [1, 3]))
+            for worker in (fixed, plain):
+                worker.begin(Chunks(["b", "a"], [0, first], [1, 3]))
             graph.replay(hidden, residual)
             wanted = hidden.clone()
             for layer in range(LAYERS):
                 plain.apply(Site(layer), wanted[layer], residual[layer])
-            for one in (fixed, plain):
-                receipt = one.end()
+            for worker in (fixed, plain):
+                receipt = worker.end()
                 assert receipt is not None
                 assert receipt.settle() == {}
-        found, theirs = fixed.take("r"), plain.take("r")
+        readings, theirs = fixed.take("r"), plain.take("r")
         for layer in (1, 2):
-            torch.testing.assert_close(found[Site(layer)], theirs[Site(layer)], rtol=1e-9, atol=1e-9)
-        assert found[Site(1)].shape == (2, WIDTH)
+            torch.testing.assert_close(readings[Site(layer)], theirs[Site(layer)], rtol=1e-9, atol=1e-9)
+        assert readings[Site(1)].shape == (2, WIDTH)
 
     def test_graphs_that_keep_nothing_are_not_read(self) -> None:
-        one = static_rig(KERNELS["projections"])
+        worker = static_rig(KERNELS["projections"])
         with pytest.raises(TrimtabError, match="captured graphs don't keep"):
-            one.start("a", Wire((), Reading("r", (Site(1),), (0,)), 2))
+            worker.start("a", Wire((), Reading("r", (Site(1),), (0,)), 2))
 
 
 class TestLongPasses:
     """A pass of more tokens than are captured runs in Python, with whatever is there, and is counted so."""
 
     def test_it_is_steered_and_counted_in_python(self) -> None:
-        one, plain = static_rig(captured=4), in_python()
-        given = steering((1, Ablate(direction(1)), RULES[0]), (2, Add(direction(2)), RULES[0]))
-        for each in (one, plain):
-            start(each, "a", given, 9)
-        graph = Graph(one, 4)
+        worker, plain = static_rig(captured=4), in_python()
+        acting = steering((1, Ablate(direction(1)), RULES[0]), (2, Add(direction(2)), RULES[0]))
+        for each in (worker, plain):
+            start(each, "a", acting, 9)
+        graph = Graph(worker, 4)
         for first, count in ((0, 9), (9, 1), (10, 1)):
             x, residual = torch.randn(2, LAYERS, max(count, 4), WIDTH, dtype=torch.float64)
-            for each in (one, plain):
+            for each in (worker, plain):
                 each.expect({"a": count})
                 each.begin(Chunks(["a"], [first], [count]))
-            found, wanted = x.clone(), x.clone()
+            result, wanted = x.clone(), x.clone()
             for layer in range(LAYERS):
                 plain.apply(Site(layer), wanted[layer], residual[layer])
                 if count > 4:
-                    one.apply(Site(layer), found[layer], residual[layer])
+                    worker.apply(Site(layer), result[layer], residual[layer])
             if count <= 4:
-                found = graph.replay(x, residual)
-            for each in (one, plain):
+                result = graph.replay(x, residual)
+            for each in (worker, plain):
                 receipt = each.end()
                 assert receipt is not None
                 assert receipt.settle() == {}
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-            assert not torch.equal(found, x)
+            torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-9)
+            assert not torch.equal(result, x)
 
     def test_a_replay_in_its_place_is_noticed(self) -> None:
-        one = static_rig(captured=4)
-        start(one, "a", steering((1, Add(direction(1)), RULES[0])), 9)
-        graph = Graph(one, 4)
-        one.expect({"a": 9})
-        one.begin(Chunks(["a"], [0], [9]))
+        worker = static_rig(captured=4)
+        start(worker, "a", steering((1, Add(direction(1)), RULES[0])), 9)
+        graph = Graph(worker, 4)
+        worker.expect({"a": 9})
+        worker.begin(Chunks(["a"], [0], [9]))
         graph.graph.replay()
-        receipt = one.end()
+        receipt = worker.end()
         assert receipt is not None
         assert "behind block 1" in receipt.settle()["a"]
 
@@ -519,19 +519,19 @@ class TestCapacity:
         check_supported(Steering((edit,)), layers=LAYERS, widths={"residual": WIDTH})
 
     def test_edits_that_act_together_are_looked_at_together(self) -> None:
-        given = steering((1, read_write(1, 3, low=0.0), RULES[0]), (1, read_write(2, 3), RULES[0]))
-        state = State("two", given.edits)
+        acting = steering((1, read_write(1, 3, low=0.0), RULES[0]), (1, read_write(2, 3), RULES[0]))
+        state = State("two", acting.edits)
         with pytest.raises(UnsupportedError, match="2 steps that don't fold, more than 1"):
             check_fits(state, replace(KERNELS["all"], rank=8))
-        check_fits(state, capacity_for(given))
+        check_fits(state, capacity_for(acting))
         with pytest.raises(UnsupportedError, match="2 steps"):
-            start(static_rig(KERNELS["all"]), "a", given, 3)
+            start(static_rig(KERNELS["all"]), "a", acting, 3)
 
     @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: type(o).__name__)
     def test_what_a_steering_needs_is_enough_for_it(self, operation: Any) -> None:
-        given = steering((1, operation, RULES[0]), (3, Add(direction(1)), RULES[0]))
-        capacity = capacity_for(given)
-        check_supported(given, layers=LAYERS, widths={"residual": WIDTH}, capacity=capacity)
+        acting = steering((1, operation, RULES[0]), (3, Add(direction(1)), RULES[0]))
+        capacity = capacity_for(acting)
+        check_supported(acting, layers=LAYERS, widths={"residual": WIDTH}, capacity=capacity)
         plain = isinstance(operation, Add) and not operation.keep_norm
         assert capacity == Capacity() if plain else capacity.layers == (1,)
         assert Capacity.from_plain(capacity.to_plain()) == capacity
@@ -540,8 +540,8 @@ class TestCapacity:
     def test_the_environment_says_how_much(self) -> None:
         assert capacity_from({}) is None
         assert capacity_from({"TRIMTAB_KERNEL": "projections"}) == Capacity(rank=4)
-        found = capacity_from({"TRIMTAB_RANK": "64", "TRIMTAB_LAYERS": "1-2,5", "TRIMTAB_STEPS": "2"})
-        assert found == replace(KERNELS["all"], rank=64, steps=2, layers=(1, 2, 5))
+        capacity = capacity_from({"TRIMTAB_RANK": "64", "TRIMTAB_LAYERS": "1-2,5", "TRIMTAB_STEPS": "2"})
+        assert capacity == replace(KERNELS["all"], rank=64, steps=2, layers=(1, 2, 5))
         for name, value in (("KERNEL", "some"), ("RANK", "0"), ("STEPS", "x"), ("LAYERS", "3-1"), ("LAYERS", "a")):
             with pytest.raises(TrimtabError, match=f"TRIMTAB_{name}"):
                 capacity_from({f"TRIMTAB_{name}": value})
@@ -572,48 +572,48 @@ class Launches(TorchDispatchMode):
     ids=["additions", "projections", "and scales", "all"],
 )
 def test_launches_behind_a_block(capacity: Capacity, most: int) -> None:
-    one = static_rig(capacity, dtype=torch.bfloat16, maps=200)
+    worker = static_rig(capacity, dtype=torch.bfloat16, maps=200)
     hidden, residual = torch.zeros(2, 8, WIDTH, dtype=torch.bfloat16)
     with Launches() as counted:
-        one.apply(Site(1), hidden, residual)
+        worker.apply(Site(1), hidden, residual)
     assert counted.counts.total() <= most, counted.counts
 
 
 def test_copies_to_a_gpu_and_waits_for_it() -> None:
     """Steady decoding copies nothing; another batch copies an index or two, a new state what it adds or its maps."""
     with pretending() as counts:
-        one = static_rig(KERNELS["projections"], dtype=torch.float32, device=GPUS[0])
+        worker = static_rig(KERNELS["projections"], dtype=torch.float32, device=GPUS[0])
         added = steering(*((layer, Add(direction(layer)), RULES[0]) for layer in range(LAYERS)))
         counts.clear()
-        start(one, "a", added, 4)
+        start(worker, "a", added, 4)
         assert counts.totals[1:] == (0, 1)  # waits, and copies: the vectors of all layers at once
         counts.clear()
-        start(one, "b", steering((1, Ablate(direction(5)), RULES[0])), 4)
+        start(worker, "b", steering((1, Ablate(direction(5)), RULES[0])), 4)
         assert counts.totals[1:] == (0, 2)  # a map, and the numbers of all layers
         for first, copies in ((4, 2), (5, 0), (6, 0)):
             counts.clear()
-            one.begin(Chunks(["a", "b", "c"], [first] * 3, [1] * 3))
+            worker.begin(Chunks(["a", "b", "c"], [first] * 3, [1] * 3))
             x = on_gpu(torch.zeros(8, WIDTH))
             for layer in range(LAYERS):
-                one.apply(Site(layer), x, None)
+                worker.apply(Site(layer), x, None)
             assert counts.totals[1:] == (0, copies)
-        one.finish(["b"])
+        worker.finish(["b"])
         counts.clear()
-        one.begin(Chunks(["a", "c"], [7, 7], [1, 1]))
+        worker.begin(Chunks(["a", "c"], [7, 7], [1, 1]))
         assert counts.totals[1:] == (0, 2)  # what stood in the maps' index is taken away
-        one.finish(["a"])
+        worker.finish(["a"])
         counts.clear()
-        one.begin(Chunks(["c"], [8], [1]))
+        worker.begin(Chunks(["c"], [8], [1]))
         assert counts.totals[1:] == (0, 1)
 
 
 def test_alike_blocks_are_compiled_once() -> None:
     """Which block it stands behind is an input of the operator's, not a constant of the graph."""
-    one = static_rig()
+    worker = static_rig()
     blocks = {Site(layer): Place(Block(), WIDTH) for layer in range(3)}
     from trimtab.engines.vllm import operator
 
-    operator.RIGS.append(one)
+    operator.RIGS.append(worker)
     try:
         attach(blocks, len(operator.RIGS) - 1)
         seen: list[str] = []
@@ -629,9 +629,9 @@ def test_alike_blocks_are_compiled_once() -> None:
         assert len(seen) == 3
         assert "trimtab.steer" in seen[0]
         assert len({text.replace("\n", "") for text in seen}) == 1
-        assert sorted(one._seen) == [Site(layer) for layer in range(3)]
+        assert sorted(worker._seen) == [Site(layer) for layer in range(3)]
     finally:
-        operator.RIGS.remove(one)
+        operator.RIGS.remove(worker)
 
 
 class Block(torch.nn.Module):

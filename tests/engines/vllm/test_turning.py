@@ -39,31 +39,31 @@ PROMPTS = {"a": "ab<a", "b": "b>b", "c": "az<>b>"}
 def make_rig() -> Rig:
     device = torch.device("cpu")
     bank = Bank(range(LAYERS), WIDTH, 24, 64, torch.float64, device)
-    one = Rig({Site(layer): WIDTH for layer in range(LAYERS)}, torch.float64, device, bank)
-    one.tokenizer = lambda: TOKENIZER
-    return one
+    worker = Rig({Site(layer): WIDTH for layer in range(LAYERS)}, torch.float64, device, bank)
+    worker.tokenizer = lambda: TOKENIZER
+    return worker
 
 
-def placed(given: Steering, prompt_length: int) -> tuple[Wire, Steering]:
-    digest, content, strengths = content_of(given)
+def placed(acting: Steering, prompt_length: int) -> tuple[Wire, Steering]:
+    digest, content, strengths = content_of(acting)
     plain = {"parts": [[digest, list(strengths)]], "reading": None, "prompt_length": 0, "spans": []}
     part = Wire.from_plain(plain)
     return part.placed(reserved(identified(part.parts[0], content), prompt_length), prompt_length), content
 
 
-def start(one: Rig, name: str, ids: list[int], more: list[int] = []) -> None:  # noqa: B006
+def start(worker: Rig, name: str, ids: list[int], more: list[int] = []) -> None:  # noqa: B006
     wire, content = placed(GIVEN[name], len(ids))
-    one.steerings[wire.parts[0].digest] = content
-    one.start(name, wire, [*ids, *more])
+    worker.steerings[wire.parts[0].digest] = content
+    worker.start(name, wire, [*ids, *more])
 
 
-def check_pass(one: Rig, texts: dict[str, list[int]], prompts: dict[str, int], chunks: Chunks) -> None:
+def check_pass(worker: Rig, texts: dict[str, list[int]], prompts: dict[str, int], chunks: Chunks) -> None:
     """Each token of a pass is steered as the whole text so far says."""
-    one.begin(chunks)
+    worker.begin(chunks)
     for layer in range(LAYERS):
         x = torch.randn(sum(chunks.counts), WIDTH, dtype=torch.float64)
         hidden = x.clone()
-        one.apply(Site(layer), hidden, None)
+        worker.apply(Site(layer), hidden, None)
         row = 0
         for name, first, count in zip(*chunks, strict=True):
             holds = holding_in(SimpleNamespace(tokenizer=TOKENIZER), texts[name])
@@ -72,68 +72,68 @@ def check_pass(one: Rig, texts: dict[str, list[int]], prompts: dict[str, int], c
                 expected = naive_together(here, x[row]) if here else x[row]
                 torch.testing.assert_close(hidden[row], expected, rtol=1e-9, atol=1e-9)
                 row += 1
-    assert not one.end().plain()[1]
+    assert not worker.end().plain()[1]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_mixed_batch_with_preemption_is_the_textbook_formula_token_by_token(seed: int) -> None:
     torch.manual_seed(seed)
-    one = make_rig()
+    worker = make_rig()
     texts = {name: TOKENIZER.encode(prompt) for name, prompt in PROMPTS.items()}
     prompts = {name: len(ids) for name, ids in texts.items()}
     for name, ids in texts.items():
-        start(one, name, ids)
+        start(worker, name, ids)
     names = list(texts)
-    check_pass(one, texts, prompts, Chunks(names, [0] * 3, [prompts[name] for name in names]))
+    check_pass(worker, texts, prompts, Chunks(names, [0] * 3, [prompts[name] for name in names]))
     for step in range(12):
         new = torch.randint(3, 87, (3,)).tolist()
         for name, token in zip(names, new, strict=True):
             texts[name].append(token)
-        one.sampled(names, [[token] for token in new])
+        worker.sampled(names, [[token] for token in new])
         if step == 6:  # all is computed anew, in chunks
-            one.resume(names)
+            worker.resume(names)
             for first in range(0, len(texts["a"]) - 1, 4):
                 counts = [min(4, len(texts[name]) - 1 - first) for name in names]
                 alive = [i for i, count in enumerate(counts) if count > 0]
                 chunks = Chunks([names[i] for i in alive], [first] * len(alive), [counts[i] for i in alive])
-                check_pass(one, texts, prompts, chunks)
-        check_pass(one, texts, prompts, Chunks(names, [len(texts[name]) - 1 for name in names], [1] * 3))
-    one.finish(names)
-    assert one.bank.slots.used == 0
+                check_pass(worker, texts, prompts, chunks)
+        check_pass(worker, texts, prompts, Chunks(names, [len(texts[name]) - 1 for name in names], [1] * 3))
+    worker.finish(names)
+    assert worker.bank.slots.used == 0
 
 
 def test_a_begun_answer_is_read() -> None:
-    one, ids = make_rig(), TOKENIZER.encode(PROMPTS["a"])
+    worker, ids = make_rig(), TOKENIZER.encode(PROMPTS["a"])
     more = TOKENIZER.encode("a<ab>b")
-    start(one, "a", ids, more)
+    start(worker, "a", ids, more)
     whole = [*ids, *more]
-    check_pass(one, {"a": whole}, {"a": len(ids)}, Chunks(["a"], [0], [len(whole)]))
+    check_pass(worker, {"a": whole}, {"a": len(ids)}, Chunks(["a"], [0], [len(whole)]))
 
 
 def test_a_token_that_wasnt_told_ends_the_request() -> None:
-    one, ids = make_rig(), TOKENIZER.encode(PROMPTS["a"])
-    start(one, "a", ids)
-    start(one, "b", ids)
-    one.expect({"a": 1, "b": 1})
-    one.begin(Chunks(["a", "b"], [len(ids), len(ids)], [1, 1]))
+    worker, ids = make_rig(), TOKENIZER.encode(PROMPTS["a"])
+    start(worker, "a", ids)
+    start(worker, "b", ids)
+    worker.expect({"a": 1, "b": 1})
+    worker.begin(Chunks(["a", "b"], [len(ids), len(ids)], [1, 1]))
     for layer in range(LAYERS):
-        one.apply(Site(layer), torch.zeros(2, WIDTH, dtype=torch.float64), None)
-    _, faults, _ = one.end().plain()
+        worker.apply(Site(layer), torch.zeros(2, WIDTH, dtype=torch.float64), None)
+    _, faults, _ = worker.end().plain()
     assert list(faults) == ["a"]
     assert "before the plugin knew what it is" in faults["a"]
 
 
 def test_a_worker_without_the_tokens() -> None:
-    one, ids = make_rig(), TOKENIZER.encode(PROMPTS["a"])
+    worker, ids = make_rig(), TOKENIZER.encode(PROMPTS["a"])
     wire, content = placed(GIVEN["a"], len(ids))
-    one.steerings[wire.parts[0].digest] = content
+    worker.steerings[wire.parts[0].digest] = content
     with pytest.raises(TrimtabError, match="need the request's tokens"):
-        one.start("a", wire)
+        worker.start("a", wire)
 
 
 def test_blocks_are_keyed_by_all_that_may_act() -> None:
-    def keys(given: Steering, n: int, start: int, stop: int) -> Any:
-        return block_keys(placed(given, n)[0], start, stop)
+    def keys(acting: Steering, n: int, start: int, stop: int) -> Any:
+        return block_keys(placed(acting, n)[0], start, stop)
 
     swapped = GIVEN["a"].at(ANSWER)
     assert keys(GIVEN["c"], 8, 0, 8) == []  # of the prompt's nothing is changed

@@ -34,57 +34,57 @@ ADDED = (
 )
 
 
-def capped(one: Rig, request: str, given: Steering, cap: float | None) -> None:
-    wire, content = placed(given, 5)
-    one.steerings[wire.parts[0].digest] = content
-    one.start(request, replace(wire, cap=cap))
+def capped(worker: Rig, request: str, acting: Steering, cap: float | None) -> None:
+    wire, content = placed(acting, 5)
+    worker.steerings[wire.parts[0].digest] = content
+    worker.start(request, replace(wire, cap=cap))
 
 
-def passes(one: Rig, given: Steering, others: list[str], chunk: int, pair: bool) -> tuple[list[float], list[Any]]:
+def passes(worker: Rig, acting: Steering, others: list[str], chunk: int, pair: bool) -> tuple[list[float], list[Any]]:
     """The total dose after each pass by the definition, and what the rig finds wrong."""
     seed = torch.Generator().manual_seed(chunk)
     ratios: dict[int, list[float]] = {}
-    totals, found = [], []
+    totals, receipts = [], []
     for first in range(0, 12, chunk):
         names = [*others, "a"]
-        one.begin(Chunks(names, [first] * len(names), [chunk] * len(names)))
+        worker.begin(Chunks(names, [first] * len(names), [chunk] * len(names)))
         for layer in range(LAYERS):
             x, residual = torch.randn(2, len(names) * chunk, WIDTH, generator=seed, dtype=torch.float64)
             stream = x + residual if pair else x
-            one.apply(Site(layer), x.clone(), residual if pair else None)
+            worker.apply(Site(layer), x.clone(), residual if pair else None)
             for t in range(chunk):
                 row = stream[len(others) * chunk + t]
-                holding = [e for e in given.edits if e.site.layer == layer and naive_holds(e, first + t, 5)]
+                holding = [e for e in acting.edits if e.site.layer == layer and naive_holds(e, first + t, 5)]
                 if holding:
                     moved = (naive_together(holding, row) - row).norm() / row.norm()
                     ratios.setdefault(layer, []).append(float(moved))
-        receipt = one.end()
+        receipt = worker.end()
         totals.append(sum(sum(each) / len(each) for each in ratios.values()))
-        found.append(({}, {}) if receipt is None else receipt.plain()[1:])
-    return totals, found
+        receipts.append(({}, {}) if receipt is None else receipt.plain()[1:])
+    return totals, receipts
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize(("static", "pair"), [(False, False), (False, True), (True, False), (True, True)])
 def test_a_request_ends_in_the_pass_that_takes_it_above_its_cap(static: bool, pair: bool, chunk: int) -> None:
-    given = steering(*(ADDED if static else test_parts.TestRig.EDITS))
+    acting = steering(*(ADDED if static else test_parts.TestRig.EDITS))
     cap = float("inf")
     for _ in range(2):
-        one = rig(20, static) if not static else reading_rig()
-        capped(one, "a", given, cap)
-        capped(one, "b", 3.0 * given, None)
-        totals, found = passes(one, given, ["b", "c"], chunk, pair)
+        worker = rig(20, static) if not static else reading_rig()
+        capped(worker, "a", acting, cap)
+        capped(worker, "b", 3.0 * acting, None)
+        totals, receipts = passes(worker, acting, ["b", "c"], chunk, pair)
         over = [total > cap for total in totals]
-        assert [set(faults) for faults, _ in found] == [{"a"} if each else set() for each in over]
-        assert all(faults["a"].startswith(DOSE) for faults, _ in found if faults)
-        assert all(set(doses) <= {"a"} for _, doses in found)
-        sent = [doses["a"] for _, doses in found if doses]
-        assert [dose[0] for dose in sent[-1]] == sorted({edit.site.layer for edit in given.edits})
+        assert [set(faults) for faults, _ in receipts] == [{"a"} if each else set() for each in over]
+        assert all(faults["a"].startswith(DOSE) for faults, _ in receipts if faults)
+        assert all(set(doses) <= {"a"} for _, doses in receipts)
+        sent = [doses["a"] for _, doses in receipts if doses]
+        assert [dose[0] for dose in sent[-1]] == sorted({edit.site.layer for edit in acting.edits})
         assert sum(dose[2] for dose in sent[-1]) == pytest.approx(totals[-1], rel=1e-5)
         cap = sorted(totals)[len(totals) // 2] * (1 - 1e-5)  # the second time some are above it
     assert any(over)
-    one.finish(["a", "b"])
-    assert not one.doses.caps
+    worker.finish(["a", "b"])
+    assert not worker.doses.caps
 
 
 def reading_rig() -> Rig:
@@ -94,11 +94,11 @@ def reading_rig() -> Rig:
 
 
 def test_only_the_worker_that_is_heard_measures() -> None:
-    one = rig()
-    one.doses.heard = False
-    capped(one, "a", 1e6 * steering(*ADDED), 1e-9)
-    _, found = passes(one, 1e6 * steering(*ADDED), [], 4, False)
-    assert found == [({}, {})] * len(found)
+    worker = rig()
+    worker.doses.heard = False
+    capped(worker, "a", 1e6 * steering(*ADDED), 1e-9)
+    _, receipts = passes(worker, 1e6 * steering(*ADDED), [], 4, False)
+    assert receipts == [({}, {})] * len(receipts)
 
 
 def test_scaled_keys_push_nothing() -> None:
@@ -161,8 +161,8 @@ def test_a_ticket_hears_of_doses() -> None:
     processor.add_request(SimpleNamespace(request_id="1_2", external="1_2"), SimpleNamespace(external_req_id="y"), 1)
     TICKET.reset(token)
     processor.add_request(SimpleNamespace(request_id="3", external="z"))
-    told = {DOSES: [[2, "mlp", 0.5, 3]]}
-    outputs = [SimpleNamespace(request_id=name, kv_transfer_params=dict(told)) for name in ("1", "1_2", "3", "gone")]
+    doses = {DOSES: [[2, "mlp", 0.5, 3]]}
+    outputs = [SimpleNamespace(request_id=name, kv_transfer_params=dict(doses)) for name in ("1", "1_2", "3", "gone")]
     assert processor.process_outputs(outputs) == [None] * 4
     assert ticket.doses == dict.fromkeys([("x", 0), ("y", 1)], (Dose(2, 0.5, 3, "mlp"),))
     assert ticket.applied(("y", 1)) == Applied((), (Dose(2, 0.5, 3, "mlp"),))

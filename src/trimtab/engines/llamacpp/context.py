@@ -92,7 +92,7 @@ class Context:
         params.type_k = params.type_v = CACHES[cache]
         params.flash_attn_type = 0  # one way of attention, whatever the length
         params.no_perf = 1
-        self._callback = EvalCallback(self._asked)  # kept for as long as llama.cpp may call it
+        self._callback = EvalCallback(self._wants)  # kept for as long as llama.cpp may call it
         params.cb_eval = c.cast(self._callback, c.c_void_p)
         self.batch: int = min(int(params.n_batch), self.size)
         self.pointer = self.library.llama_init_from_model(weights.pointer, params)
@@ -191,7 +191,7 @@ class Context:
         finally:
             self._seen = {}
 
-    def _asked(self, pointer: int, asks: bool, _data: object) -> bool:
+    def _wants(self, pointer: int, asks: bool, _data: object) -> bool:
         """llama.cpp asks of each result whether it is wanted, and then hands it over."""
         self._node += asks
         if not (self._seen or self._unchecked) and self._node != self._watched:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ KNOWN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropou
 BY_ROW = ("position_bias", "sinks", "s_aux")
 """What of it may differ from row to row."""
 _numbers = itertools.count()
+
+# Both are asked for at each token, and take a walk through all modules. A module that is replaced later isn't called by
+# this name, or isn't known here, and then what steers scores raises at the end of the pass.
+_attentions: WeakKeyDictionary[nn.Module, dict[str, tuple[nn.Module | None, ...]]] = WeakKeyDictionary()
+_configurations: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -85,7 +91,10 @@ def attention_modules(layout: Layout) -> tuple[nn.Module | None, ...]:
     Raises:
         UnsupportedError: A block has several, and which one attends to the text isn't declared.
     """
-    return tuple(_attention_in(layout, block) for block in layout.blocks)
+    known = _attentions.setdefault(layout.decoder, {})
+    if layout.path not in known:
+        known[layout.path] = tuple(_attention_in(layout, block) for block in layout.blocks)
+    return known[layout.path]
 
 
 def _attention_in(layout: Layout, block: nn.Module) -> nn.Module | None:
@@ -121,8 +130,10 @@ def registered(attention: Attention, mask: Callable[..., Any]) -> Iterator[str]:
 
 def configurations(layout: Layout) -> list[Any]:
     """The configurations that the decoder's modules read their attention's name from, each once."""
-    configs = [m.config for m in layout.decoder.modules() if hasattr(m, "config")]
-    return list({id(config): config for config in configs}.values())
+    if layout.decoder not in _configurations:
+        configs = [m.config for m in layout.decoder.modules() if hasattr(m, "config")]
+        _configurations[layout.decoder] = list({id(config): config for config in configs}.values())
+    return _configurations[layout.decoder]
 
 
 @contextmanager
@@ -177,7 +188,9 @@ def steered_scores(
         raise UnsupportedError(f"attention scores can't be steered under {usual}; load the model with sdpa or eager")
     modules = attention_modules(layout)
     owner = get_ident()
-    layer: int | None = None  # the block that is running: some blocks share one attention
+    own_layer = {module: i for i, module in enumerate(modules) if module is not None}
+    shared = len(own_layer) < sum(module is not None for module in modules)
+    layer: int | None = None  # where some blocks share one attention: the block that is running
     called: set[int] = set()  # the layers that have called this attention in the pass that is running
     passes = 0
     running = False
@@ -191,9 +204,10 @@ def steered_scores(
         if get_ident() == owner and not running and any(module is modules[i] for i in layers):
             raise TrimtabError("the model ran past trimtab's hooks, which tell its tokens' positions to its attention")
         steered = None
-        if get_ident() == owner and layer is not None and modules[layer] is module:
-            steered = layers.get(layer)
-            called.add(layer)
+        here = layer if shared else own_layer.get(module)
+        if get_ident() == owner and here is not None and modules[here] is module:
+            steered = layers.get(here)
+            called.add(here)
         rows: Tensor | None = None
         if steered is not None:
             place = id(steered), count, query.device
@@ -209,9 +223,9 @@ def steered_scores(
         if steered is None or rows is None or not len(rows):
             return output, weights
         inputs = (query[rows], key[rows], value[rows], _rows_of(mask, rows))
-        here = {name: _rows_of(tensor, rows) if name in BY_ROW else tensor for name, tensor in kwargs.items()}
+        by_row = {name: _rows_of(tensor, rows) if name in BY_ROW else tensor for name, tensor in kwargs.items()}
         output = output.clone()
-        output[rows] = _steered_attention(module, *inputs, steered, columns(), own, here)
+        output[rows] = _steered_attention(module, *inputs, steered, columns(), own, by_row)
         return output, None
 
     def begin(*_: Any) -> None:
@@ -243,7 +257,7 @@ def steered_scores(
         layout.decoder.register_forward_hook(end),
         ExitStack() as hooks,
     ):
-        for i, block in enumerate(layout.blocks):
+        for i, block in enumerate(layout.blocks if shared else ()):
             hooks.enter_context(block.register_forward_pre_hook(partial(enter, i)))
         yield
     if not passes:

@@ -71,9 +71,9 @@ class ChunkedPrefill:
         self.taken_over = 0  # tokens at its beginning that weren't read here
         self._kept: dict[Site, list[Tensor]] = {}
         self._session = Session(model, layout, lambda *_: [activation_edits(self.edits)])
-        self._asked = sorted(wanted(steering), key=str)
+        self._wanted = sorted(wanted(steering), key=str)
         self._open = {edit.site for edit in acting(steering) if waits_for_prompt(edit)}
-        self._looking = bool(self._asked or self._open)
+        self._looking = bool(self._wanted or self._open)
         if not self._looking:
             self._decide({})
             self._session.expect([len(self.ids)])
@@ -122,8 +122,8 @@ class ChunkedPrefill:
     def _places(self) -> dict[Site, list[int]]:
         """The positions that are kept of each site, in order."""
         length = len(self.ids)
-        by_gates = tokens_of(self._asked, length)
-        return {reading.site: by_gates for reading in self._asked} | {site: list(range(length)) for site in self._open}
+        by_gates = tokens_of(self._wanted, length)
+        return {reading.site: by_gates for reading in self._wanted} | {site: list(range(length)) for site in self._open}
 
     @contextmanager
     def _looking_at(self, start: int) -> Iterator[None]:

@@ -426,7 +426,12 @@ def attends_elsewhere(module: nn.Module) -> bool:
 def attention_parameters(module: nn.Module) -> frozenset[str]:
     """The parameters of the attention that stands in the module's own file, which its other attentions stand for."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return frozenset() if eager is None else frozenset(inspect.signature(eager).parameters)
+    return frozenset() if eager is None else _named(eager)
+
+
+@lru_cache
+def _named(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def sdpa_attention() -> Callable[..., Any]:

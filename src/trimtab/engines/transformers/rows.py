@@ -34,6 +34,7 @@ from trimtab.engines.transformers.attention import (
 )
 from trimtab.engines.transformers.compat import DynamicCache, sdpa_mask
 from trimtab.engines.transformers.drafts import Drafts, entries
+from trimtab.engines.transformers.hooks import Hooks
 from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
@@ -213,17 +214,24 @@ class Rows:
         self._own = compat.attention_name(layout.decoder.config)
         self._owner: int | None = None
         self._versions: Versions | None = None
+        self._hooked: tuple[Site, ...] = ()
+        self._hooks: Hooks | None = None  # at these sites
         self.tensor = KeptNumbers()
 
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
         """Hooks at the sites that some version edits, and our attention known to transformers."""
         self._owner = get_ident()
-        with registered(self._attend, self._mask) as self._name, ExitStack() as hooks:
-            hooks.callback(setattr, self, "_run", None)
-            for site in sites:
-                hooks.callback(attach(place(self.layout, site), partial(self._edit, site)).remove)
-            yield
+        if self._hooks is None or self._hooked != tuple(sites):
+            self._hooked = tuple(sites)
+            self._hooks = Hooks(
+                [partial(attach, place(self.layout, site), partial(self._edit, site)) for site in sites]
+            )
+        with registered(self._attend, self._mask) as self._name, self._hooks.open():
+            try:
+                yield
+            finally:
+                self._run = None
 
     def run(
         self,

@@ -12,7 +12,7 @@ each standing for those since the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
@@ -25,11 +25,12 @@ from trimtab.engines.answer import Dose
 from trimtab.engines.folding import Prepared, States, apply_all, apply_to
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.following import Texts
+from trimtab.engines.transformers.hooks import Attach, Hooks
 from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, activity, compile_plan
 from trimtab.engines.transformers.positions import Pass, count_pads, count_steered, last_column, read_pass, states_of
-from trimtab.engines.transformers.steered_pass import SteeredPass, norm, norm_into
+from trimtab.engines.transformers.steered_pass import Steady, SteeredPass, norm, norm_into
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 
@@ -88,6 +89,9 @@ class Session:
         self._owner: int | None = None  # the thread whose passes are steered; `None`: any
         self._places: dict[Site, Place] = {}
         self._hooked: list[Site] = []  # the sites that have a hook
+        self._hooks: Hooks | None = None  # those, with the decoder's
+        self._nothing: list[Steady | None] = []  # as many as there are hooks
+        self._steady_edits: list[Steady | None] = []  # what each of them does in this pass, where that is all
         self._called: list[int] = []  # how often each of their hooks was called in this pass
         self._deciding = False
         self._kept = 0  # how many columns, the last ones, logits are wanted of
@@ -167,6 +171,7 @@ class Session:
         if torch.compiler.is_compiling():
             raise UnsupportedError("a forward that is being compiled or exported can't be steered")
         self.ran = True
+        self._steady_edits = self._nothing
         arguments = compat.bound(decoder, args, kwargs)
         resumed = self._fresh and self._resumed
         forward_pass = read_pass(decoder, arguments, self._outer_mask, self._reached)
@@ -180,6 +185,8 @@ class Session:
         self._called = [0] * len(self._hooked)
         self._measures = forward_pass.length > 1 or step.passes % STRIDE == 0
         step.passes += 1
+        if step.steady and not self._measures and not torch.is_grad_enabled():
+            self._steady_edits = step.steady
         if self._measures:
             self._live = self._still_live(
                 forward_pass.ids if forward_pass.ids is not None else self._outer_ids, forward_pass.past
@@ -324,6 +331,9 @@ class Session:
         if self._measures:
             norm_into(lengths, x)
         lasting = step.index.shape[1] == 1 and not step.first and lengths.device == x.device
+        if lasting and not own and x is activations:
+            step.steady = step.steady or list(self._nothing)
+            step.steady[self._hooked.index(site)] = x.shape, prepared
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
             if lasting:
@@ -379,6 +389,7 @@ class Session:
         if self._foreign() or forward_pass is None:
             return
         self._outer_mask, self._outer_seen, self._pass = None, False, None
+        self._steady_edits = self._nothing
         self._reached = forward_pass.stop
         if self._deciding or step is None:
             return
@@ -448,23 +459,50 @@ class Session:
 
         Passes of other threads are left alone, unless `any_thread`.
         """
-        places = [(site, self._place(site)) for site in sites]
         self._owner = None if any_thread else get_ident()
-        self._hooked = list(sites)
-        with ExitStack() as hooks:
-            if places:
-                if self.model is not self.layout.decoder:
-                    hooks.enter_context(self.model.register_forward_pre_hook(self.outside, with_kwargs=True))
-                hooks.enter_context(self.layout.decoder.register_forward_pre_hook(self.before, with_kwargs=True))
-                hooks.enter_context(self.layout.decoder.register_forward_hook(self.finish))
-            for i, (site, where) in enumerate(places):
-                hooks.callback(attach(where, partial(self._at_site, i, site)).remove)
+        if self._hooks is None or self._hooked != list(sites):
+            self._hooks = self._hooks_at(sites)
+        with self._hooks.open():
             yield
+
+    def _hooks_at(self, sites: Sequence[Site]) -> Hooks:
+        """Hooks on the decoder and at these sites, which are those that count from now on."""
+        places = [(site, self._place(site)) for site in sites]
+        self._hooked = list(sites)
+        self._steady_edits = self._nothing = [None] * len(places)
+        if self._step is not None:
+            self._step.steady = []
+        decoder = self.layout.decoder
+        around: list[Attach] = []
+        if places:
+            if self.model is not decoder:
+                around.append(lambda: self.model.register_forward_pre_hook(self.outside, with_kwargs=True))
+            around.append(lambda: decoder.register_forward_pre_hook(self.before, with_kwargs=True))
+            around.append(lambda: decoder.register_forward_hook(self.finish))
+        here = [partial(attach, where, self._hook(i, site)) for i, (site, where) in enumerate(places)]
+        return Hooks([*around, *here])
 
     def _place(self, site: Site) -> Place:
         if site not in self._places:
             self._places[site] = place(self.layout, site)
         return self._places[site]
+
+    def _hook(self, number: int, site: Site) -> Callable[[Tensor], Tensor | None]:
+        """A site's hook: count the call, and edit. What goes on from token to token is done here, at once."""
+
+        def hook(activations: Tensor) -> Tensor | None:
+            steady = self._steady_edits[number]
+            if steady is None or steady[0] != activations.shape or self._owner not in (None, get_ident()):
+                return self._at_site(number, site, activations)
+            self._called[number] += 1
+            for stage, rows, active in steady[1]:
+                if stage.only_adds:
+                    activations += rows["vector"]
+                else:
+                    apply_to(stage, rows, active, activations)
+            return None
+
+        return hook
 
     def _at_site(self, number: int, site: Site, activations: Tensor) -> Tensor | None:
         """A site's hook: count the call, and edit."""

@@ -10,6 +10,9 @@ from torch import Tensor
 from trimtab.engines.folding import Prepared, States
 from trimtab.steering import Site
 
+Steady = tuple[torch.Size, Prepared]
+"""What is done in place to activations of this shape, at each token alike."""
+
 
 @dataclass
 class SteeredPass:
@@ -28,6 +31,8 @@ class SteeredPass:
     adds: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # sites that only scale, likewise: the factors, and where the norms of activations and edits go
     scales: dict[Site, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    # by hook, what is done in a pass of one token that isn't measured; `None` where that isn't known yet
+    steady: list[Steady | None] = field(default_factory=list)
     steered: Tensor | None = None  # [sites, rows, tokens], what `present` says token by token
     passes: int = 0  # how many passes in a row had these states
 

@@ -63,7 +63,7 @@ class Maps:
         self._vectors = [torch.zeros(capacity.steps, vectors, slots, width, **made) for width in sites.values()]
         self._numbers = torch.zeros(*shape, self._size, **made)
         self._numbers[..., -TAIL] = torch.inf
-        self._one = torch.ones((), **made)
+        self._unit = torch.ones((), **made)
         self._nothing = torch.full((), -0.0, **made)
 
     @property
@@ -155,7 +155,7 @@ class Maps:
         if capacity.gates:  # x.v or its size, against a threshold, which may be in norms of x
             value, least = z[:, rows:], threshold
             if length is not None:
-                least = threshold * torch.lerp(self._one, length, by_norm)
+                least = threshold * torch.lerp(self._unit, length, by_norm)
             acts = (torch.maximum(value, value * mirror) > least) != negated
             z = z[:, :rows]
         else:
