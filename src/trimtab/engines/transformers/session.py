@@ -498,6 +498,8 @@ class Session:
             for stage, rows, active in steady[1]:
                 if stage.only_adds:
                     activations += rows["vector"]
+                elif stage.in_place:
+                    activations *= rows["factor"]
                 else:
                     apply_to(stage, rows, active, activations)
             return None
