@@ -12,8 +12,8 @@ VLLM_TESTS ?= parts fused engine static learning serve
 VLLM_ALL := parts fused engine static learning adapters compiled parallel processes serve ray emphasis_families second_runner
 OLDEST_TESTS := tests/properties $(patsubst %,tests/engines/test_%.py,arguments compat decode images load prefixes transformers)
 
-.PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-oldest test-oldest-all \
-  test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site api wheel clean
+.PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-newest-torch \
+  test-oldest test-oldest-all test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site api wheel clean
 
 # Environments are made from the locks in requirements/, and kept until a lock changes.
 setup:
@@ -42,7 +42,7 @@ test: setup browser
 
 # At night: the long forms as well.
 test-all: setup browser
-	@$(BIN)/python tools/parts.py test-newest-all test-vllm-all lint types test-oldest-all test-vllm-oldest
+	@$(BIN)/python tools/parts.py test-newest-all test-vllm-all lint types test-oldest-all test-newest-torch test-vllm-oldest
 
 test-newest: setup peers
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not long" --durations=80 --durations-min=2
@@ -60,6 +60,12 @@ test-oldest: setup
 test-oldest-all: setup
 	@PYTHONPATH= $(ENVIRONMENT) oldest-transformers build/oldest-transformers
 	$(PYTEST) -n $(WORKERS) tests/properties tests/engines tests/learn tests/methods -m "not slow"
+
+# The newest torch, which is what pip installs for users, laid over the same environment.
+test-newest-torch: export PYTHONPATH = $(CURDIR)/build/newest-torch
+test-newest-torch: setup
+	@PYTHONPATH= $(ENVIRONMENT) newest-torch build/newest-torch
+	$(PYTEST) -n $(WORKERS) tests/properties tests/engines tests/learn tests/methods -m "not slow and not long"
 
 # vLLM pins its own torch and transformers, so it stands in an environment of its own. One engine at a time.
 test-vllm: setup

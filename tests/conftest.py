@@ -46,6 +46,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let go of it: triton counts what is left of its objects when Python ends, and prints a page about leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def lm() -> Any:
     """The default model in float32. Tests that use it are marked `real`."""

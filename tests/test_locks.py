@@ -99,6 +99,9 @@ def test_every_range_of_a_dependency_has_an_end() -> None:
 def test_torch_is_in_its_range_and_in_no_lock() -> None:
     (pin,) = re.findall(r"(?m)^torch==(\S+)", (ROOT / "constraints-cpu.txt").read_text())
     assert pin in requirement_of("torch").specifier
+    (newest,) = re.findall(r"(?m)^torch==(\S+)", (ROOT / "requirements/newest-torch.txt").read_text())
+    assert newest in requirement_of("torch").specifier
+    assert Version(newest) >= Version(pin)
     for lock in LOCKS:
         unlocked = r"(?m)^(?:torch|torchvision|(?:nvidia|cuda)-\S+)=="
         assert not re.findall(unlocked, lock.read_text()), lock

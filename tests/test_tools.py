@@ -99,6 +99,17 @@ class TestEnvironments:
         installed.make("peers", tmp_path / "peers")
         assert len(installed.commands) == 1
 
+    def test_torch_comes_without_hashes_and_with_what_it_needs(
+        self, installed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(installed, "pip", lambda *_, **__: 1)  # PyTorch's own index can't be reached
+        (tmp_path / "requirements/newest-torch.txt").write_text("torch==2")
+        for _ in range(2):
+            installed.make("newest-torch", tmp_path / "peers")
+        (arguments,) = installed.commands
+        assert {"--target", tmp_path / "peers", tmp_path / "requirements/newest-torch.txt"} <= set(arguments)
+        assert not {"--no-deps", "--require-hashes"} & set(arguments)
+
     def test_a_changed_lock_makes_it_anew(self, installed: Any, tmp_path: Path) -> None:
         installed.make("peers", tmp_path / "peers")
         (tmp_path / "peers/old").write_text("")

@@ -35,6 +35,7 @@ class Recipe:
     lock: str | None = None  # None: the newest versions that there are, whatever pyproject.toml allows
     overlay: bool = False  # a folder to lay over the main environment, not an environment of its own
     gpu: bool = False  # whether it takes a CUDA build of torch where there is a GPU
+    torch: bool = False  # whether its lock names torch alone: without hashes, which differ between builds
     python: tuple[int, int] = (3, 10)
 
 
@@ -42,6 +43,7 @@ RECIPES = {
     "main": Recipe("requirements/dev.lock", gpu=True),
     "peers": Recipe("requirements/peers.lock", overlay=True),
     "oldest-transformers": Recipe("requirements/oldest-transformers.lock", overlay=True),
+    "newest-torch": Recipe("requirements/newest-torch.txt", overlay=True, gpu=True, torch=True),
     "vllm": Recipe("requirements/vllm.lock", python=(3, 11)),
     "vllm-oldest": Recipe("requirements/vllm-oldest.lock"),
     "upgraded": Recipe(gpu=True),
@@ -72,10 +74,9 @@ def install(python: Path, *arguments: str | Path) -> None:
         sys.exit(f"pip could not install into {python.parents[1]}")
 
 
-def install_torch(python: Path, gpu: bool) -> None:
+def install_torch(python: Path, gpu: bool, *wanted: str | Path) -> None:
     """Install torch, which is in no lock. On a CPU its small build will do: from PyTorch's own index, or from wherever
     pip is set up to look."""
-    wanted = ("-r", ROOT / TORCH)
     flags = ("-qq", "--no-compile", "--retries", "0", "--index-url", CPU_TORCH)
     if gpu or pip(python, "install", *flags, *wanted, quiet=True):
         install(python, *wanted)
@@ -112,8 +113,11 @@ def make(name: str, path: Path) -> None:
     if recipe.overlay:
         path.mkdir(parents=True, exist_ok=True)
         mark.write_text("unfinished")
-        there = ("--upgrade", "--target", path)
-        install(Path(sys.executable), "--no-deps", "--require-hashes", *there, "-r", ROOT / str(recipe.lock))
+        there = ("--upgrade", "--target", path, "-r", ROOT / str(recipe.lock))
+        if recipe.torch:
+            install_torch(Path(sys.executable), gpu, *there)
+        else:
+            install(Path(sys.executable), "--no-deps", "--require-hashes", *there)
     else:
         print(f"installing into {path}: a few minutes the first time", flush=True)
         if not python.exists():
@@ -121,7 +125,7 @@ def make(name: str, path: Path) -> None:
             subprocess.run([itself, "-m", "venv", path], check=True)
         mark.write_text("unfinished")
         locked = ("--no-deps", "--require-hashes", "--no-build-isolation", "-r")
-        install_torch(python, gpu)
+        install_torch(python, gpu, "-r", ROOT / TORCH)
         install(python, *locked, ROOT / BUILD)
         if recipe.lock is None:
             install_upgraded(python)
