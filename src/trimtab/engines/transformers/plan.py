@@ -100,12 +100,14 @@ def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[
     stages: dict[Site, tuple[Stage, ...]] = {}
     touches: dict[Site, frozenset[int]] = {}
     programs_in_order = list(programs)
-    acting = {
-        state: tuple(edit for edit in programs_in_order[program] if edit.positions in rules)
-        for (program, rules), state in states.items()
-    }
+    acting: dict[int, dict[Site, list[Edit]]] = {}
+    for (program, rules), state in states.items():
+        by_site = acting[state] = {}
+        for edit in programs_in_order[program]:
+            if edit.positions in rules:
+                by_site.setdefault(edit.site, []).append(edit)
     for site in sorted({edit.site for edits in programs for edit in edits}):
-        slots = {state: slots_at(edits, site) for state, edits in acting.items()}
+        slots = {state: slots_at(tuple(here.get(site, ())), site) for state, here in acting.items()}
         stages[site] = tuple(stages_of(slots, dtype))
         touches[site] = frozenset(
             state for stage in stages[site] for state in stage.active.nonzero().flatten().tolist()
