@@ -31,12 +31,16 @@ MINUTES = Target(10, at_least=False)
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one trait: the verdict as a card has it, what was chosen, and how long it took."""
+    """What came of one trait: the verdict as a card has it, what was chosen, and how long it took.
+
+    `cpu_minutes` counts all threads, so that other work on the machine doesn't change it much.
+    """
 
     trait: str
     verdict: dict[str, Any]
     chosen: str
     minutes: float
+    cpu_minutes: float
 
 
 def run(model: str | None, names: Sequence[str] | None, folder: Path, dtype: str, seed: int) -> Report:
@@ -57,6 +61,7 @@ def run(model: str | None, names: Sequence[str] | None, folder: Path, dtype: str
             for arm, share in zip(("unsteered", "prompted", "steered"), signs, strict=True):
                 results.append(Result(case, f"answers with its words, {arm}", share, ""))
         results.append(Result(case, "making", row.minutes, "min", target=MINUTES))
+        results.append(Result(case, "making, on the processor", row.cpu_minutes, "min"))
     holds = [bool(row.verdict.get("holds")) for row in rows]
     reached = [h and row.verdict["share_of_prompt"] >= REACHED for h, row in zip(holds, rows, strict=True)]
     results.append(Result("all", "traits that hold", sum(holds) / len(rows), ""))
@@ -72,15 +77,18 @@ def _row(lm: LM, name: str, folder: Path, seed: int) -> Row:
     path = folder / f"{name}-{seed}.json"
     if path.is_file():
         return Row(**json.loads(path.read_text()))
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), time.process_time()
+
+    def minutes() -> tuple[float, float]:
+        return (time.perf_counter() - started) / 60, (time.process_time() - spent) / 60
+
     try:
         made = make(lm, idea_from_trait(traits()[name]), seed=seed)
     except TrimtabError as error:
-        row = Row(name, {"holds": False, "why_not": str(error)}, "", (time.perf_counter() - started) / 60)
+        row = Row(name, {"holds": False, "why_not": str(error)}, "", *minutes())
     else:
-        minutes = (time.perf_counter() - started) / 60
+        row = Row(name, made.verdict.as_measured(), made.name, *minutes())
         save_steering(made.steering, folder / f"{name}-{seed}.safetensors")
-        row = Row(name, made.verdict.as_measured(), made.name, minutes)
         examples = [
             [example.question, example.unsteered, example.prompted, example.steered] for example in made.examples
         ]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
+import tiny
 import torch
+from tiny import direction, prompt
 from torch import nn
 
+from trimtab import Add, Edit, ScaleScores, Site, Steering, TrimtabError
+from trimtab.engines.transformers.batch_row import GenerationRequest
+from trimtab.engines.transformers.decode import GenerationBatch
 from trimtab.engines.transformers.hooks import Hooks
+from trimtab.steering import emphasis
 
 
 class Twice(nn.Module):
@@ -72,3 +81,32 @@ def test_what_is_more_than_a_hook_is_attached_each_time() -> None:
         with hooks.open():
             assert module(torch.ones(1)).item() == 1
     assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_table_that_was_replaced_between_two_tokens_is_an_error(steps: int) -> None:
+    lm = tiny.tiny("llama")
+    batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout, ends=[])
+    steering = Steering(tuple(Edit(Site(layer), Add(direction(layer))) for layer in range(2)))
+    batch.insert(GenerationRequest(tuple(lm.encode(prompt(1, 6))), steering, 12))
+    for _ in range(1 + steps):
+        batch.step()
+    block: Any = lm.layout.blocks[1]
+    block._forward_hooks = type(block._forward_hooks)()
+    with pytest.raises(TrimtabError, match=r"residual\[1\].* didn't run"):
+        batch.step()
+
+
+def test_an_attention_that_was_replaced_is_steered_in_its_stead() -> None:
+    lm = tiny.tiny("llama")
+    towards = emphasis(ScaleScores(3.0), [(1, 3)], range(2))
+
+    def logprobs(steering: Steering | None) -> Any:
+        (answer,) = lm.generate(prompt(1, 6), steering, max_new_tokens=4, logprobs=True)
+        return answer.logprobs
+
+    before = logprobs(towards)
+    assert before != logprobs(None)
+    block: Any = lm.layout.blocks[1]
+    block.self_attn = copy.deepcopy(block.self_attn)  # with a configuration of its own
+    assert logprobs(towards) == before

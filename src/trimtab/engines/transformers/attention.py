@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -38,10 +39,23 @@ BY_ROW = ("position_bias", "sinks", "s_aux")
 """What of it may differ from row to row."""
 _numbers = itertools.count()
 
-# Both are asked for at each token, and take a walk through all modules. A module that is replaced later isn't called by
-# this name, or isn't known here, and then what steers scores raises at the end of the pass.
-_attentions: WeakKeyDictionary[nn.Module, dict[str, tuple[nn.Module | None, ...]]] = WeakKeyDictionary()
-_configurations: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Attentions:
+    """What a walk through all modules has shown: each block's attention, its name there, and all configurations."""
+
+    modules: tuple[nn.Module | None, ...]
+    names: tuple[str, ...]
+    configurations: list[Any]
+
+    def hold(self, blocks: Sequence[nn.Module]) -> bool:
+        """Whether these attentions still are where they were."""
+        places = zip(blocks, self.modules, self.names, strict=True)
+        return all(module is None or _module_at(block, name) is module for block, module, name in places)
+
+
+_known: WeakKeyDictionary[nn.Module, dict[str, _Attentions]] = WeakKeyDictionary()
+"""By decoder and path: this is asked at each token."""
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -91,13 +105,30 @@ def attention_modules(layout: Layout) -> tuple[nn.Module | None, ...]:
     Raises:
         UnsupportedError: A block has several, and which one attends to the text isn't declared.
     """
-    known = _attentions.setdefault(layout.decoder, {})
-    if layout.path not in known:
-        known[layout.path] = tuple(_attention_in(layout, block) for block in layout.blocks)
-    return known[layout.path]
+    return _attentions(layout).modules
 
 
-def _attention_in(layout: Layout, block: nn.Module) -> nn.Module | None:
+def _attentions(layout: Layout) -> _Attentions:
+    by_path = _known.setdefault(layout.decoder, {})
+    if layout.path not in by_path or not by_path[layout.path].hold(layout.blocks):
+        each = [_attention_in(layout, block) for block in layout.blocks]
+        configs = [m.config for m in layout.decoder.modules() if hasattr(m, "config")]
+        by_path[layout.path] = _Attentions(
+            tuple(module for _, module in each),
+            tuple(name for name, _ in each),
+            list({id(config): config for config in configs}.values()),
+        )
+    return by_path[layout.path]
+
+
+def _module_at(block: nn.Module, name: str) -> nn.Module | None:
+    module: Any = block
+    for part in name.split(".") if name else ():
+        module = getattr(module, part, None)
+    return module
+
+
+def _attention_in(layout: Layout, block: nn.Module) -> tuple[str, nn.Module | None]:
     candidates = {
         name: m
         for name, m in block.named_modules()
@@ -112,7 +143,7 @@ def _attention_in(layout: Layout, block: nn.Module) -> nn.Module | None:
             f"{type(layout.decoder).__name__} has several attentions in a block ({', '.join(candidates)}), and doesn't"
             " declare which of them attends to the text"
         )
-    return next(iter(candidates.values()), None)
+    return next(iter(candidates.items()), ("", None))
 
 
 def head_count(layout: Layout) -> int:
@@ -130,10 +161,7 @@ def registered(attention: Attention, mask: Callable[..., Any]) -> Iterator[str]:
 
 def configurations(layout: Layout) -> list[Any]:
     """The configurations that the decoder's modules read their attention's name from, each once."""
-    if layout.decoder not in _configurations:
-        configs = [m.config for m in layout.decoder.modules() if hasattr(m, "config")]
-        _configurations[layout.decoder] = list({id(config): config for config in configs}.values())
-    return _configurations[layout.decoder]
+    return _attentions(layout).configurations
 
 
 @contextmanager
