@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,9 @@ from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
 from trimtab.steering.low_rank import LowRank, LowRanks
 from trimtab.steering.meanings import Meaning
 from trimtab.steering.operations import NEUTRAL, TOGETHER, WRITING, Kernel, Rows, add, with_norm_of
+
+KEPT = 512
+"""So many slots' vectors are kept once they are compiled, with their edits."""
 
 Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
 Active = Tensor | bool | None
@@ -38,7 +42,15 @@ class States:
         return cls(numbers.to(device), numbers)
 
     def to(self, device: torch.device) -> States:
-        return States(self.index.to(device), self.known)
+        return self if self.index.device == device else States(self.index.to(device), self.known)
+
+    @cached_property
+    def common(self) -> int | None:
+        """The one state that all of these tokens are in, if there is one."""
+        if not self.known.numel():
+            return None
+        low, high = self.known.aminmax()
+        return int(low) if int(low) == int(high) else None
 
     def __getitem__(self, which: slice) -> States:
         return States(self.index[which], self.known[which])
@@ -79,8 +91,12 @@ class Stage:
         }
 
     def prepare(self, states: States, dtype: torch.dtype) -> tuple[Rows, Active]:
-        """What `apply` wants of tokens in these states, with activations of this dtype; no device is waited for."""
-        rows = self.gather(states)
+        """What `apply` wants of tokens in these states, with activations of this dtype; no device is waited for.
+
+        What acts in place on all tokens alike is one row, which stands for them all.
+        """
+        common = states.common if self.in_place else None
+        rows = self.gather(states) if common is None else self._row(common, states.index.device)
         if self.only_adds:
             return {"vector": rows["vector"].to(dtype)}, None
         if self.in_place:
@@ -88,6 +104,11 @@ class Stage:
         if self.active.device == states.known.device and bool(self.active[states.known].all()):
             return rows, True
         return rows, self.to(states.index.device).active[states.index]
+
+    def _row(self, state: int, device: torch.device) -> Rows:
+        """What this state's tokens have in place, `[size]`."""
+        banks = self.to(device).rows
+        return {name: bank[state] for name, bank in banks.items() if isinstance(bank, Tensor)}
 
     @property
     def only_adds(self) -> bool:
@@ -107,8 +128,11 @@ def check_together(steering: Steering) -> None:
     """Raises `TrimtabError` for edits that always act together and can't; what depends on a prompt comes later."""
     possible = tuple(e for e in steering.edits if e.strength != 0 and not isinstance(e.operation, ScoreOperation))
     possible = tuple(e for e in possible if not hasattr(e.operation, "settled"))
-    for site in sorted({edit.site for edit in possible}):
-        for slot in slots_at(possible, site):
+    by_site: dict[Site, list[Edit]] = {}
+    for edit in possible:
+        by_site.setdefault(edit.site, []).append(edit)
+    for site in sorted(by_site):
+        for slot in slots_at(tuple(by_site[site]), site):
             alike: dict[tuple, list[Edit]] = {}
             for edit in slot:
                 alike.setdefault((edit.positions, edit.gate), []).append(edit)
@@ -163,7 +187,7 @@ def call_of(edits: Sequence[Edit]) -> tuple[Kernel, Rows]:
     together = TOGETHER.get(kernel)
     if together is None:
         return edits[0].operation.call(edits[0].strength)
-    return kernel, together([edit.operation.row(edit.strength) for edit in edits], [str(edit) for edit in edits])
+    return kernel, together([edit.operation.row(edit.strength) for edit in edits], edits)
 
 
 def as_rows(row: Rows, dtype: torch.dtype, edits: Sequence[Edit]) -> Rows:
@@ -209,10 +233,20 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
 
 
 def compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
-    """One slot's kernel, the share of the norm that is kept, and its parameters, for activations of this dtype."""
+    """One slot's kernel, the share of the norm that is kept, and its parameters, for activations of this dtype.
+
+    Vectors that were added or multiplied by lately are kept (`KEPT`), each request's prompt and answer need the same.
+    """
+    return (_kept if slot[0].operation.kernel in NEUTRAL else _compiled)(slot, dtype)
+
+
+def _compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
     kernel, row = call_of(slot)
     keep_norm = slot[0].operation.keep_norm
     return kernel, keep_norm, as_rows(row, compute_dtype(kernel, keep_norm, dtype), slot)
+
+
+_kept = lru_cache(KEPT)(_compiled)
 
 
 def compute_dtype(kernel: Kernel, keep_norm: float, dtype: torch.dtype) -> torch.dtype:

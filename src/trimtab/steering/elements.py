@@ -22,7 +22,7 @@ def scale(x: Tensor, rows: Rows) -> Tensor:
     return x * rows["factor"]
 
 
-def multiply_up(rows: Sequence[Rows], _names: Sequence[str]) -> Rows:
+def multiply_up(rows: Sequence[Rows], _names: Sequence[object]) -> Rows:
     """The factors of several rows as one."""
     if len(rows) == 1:
         return rows[0]

@@ -24,11 +24,13 @@ def scale_all(x: Tensor, rows: Rows) -> Tensor:
     return x * rows["factor"]
 
 
-def multiply_all(rows: Sequence[Rows], names: Sequence[str]) -> Rows:
+def multiply_all(rows: Sequence[Rows], names: Sequence[object]) -> Rows:
     """The factors of several rows as one. Raises `TrimtabError` where that leaves what a float32 holds."""
     made = multiply_up(rows, names)
     if not 0 < float(made["factor"]) < 1e30:
-        raise TrimtabError(f"{' + '.join(names)}: they scale keys by {float(made['factor']):g}; lower their strengths")
+        raise TrimtabError(
+            f"{' + '.join(map(str, names))}: they scale keys by {float(made['factor']):g}; lower their strengths"
+        )
     return made
 
 

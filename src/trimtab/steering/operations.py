@@ -24,7 +24,7 @@ from trimtab.steering.projections import Rows, set_projections, solve_projection
 from trimtab.steering.tensors import as_direction, as_share, as_unit, same
 
 Kernel = Callable[..., Tensor]
-Together = Callable[[Sequence[Rows], Sequence[str]], Rows]
+Together = Callable[[Sequence[Rows], Sequence[object]], Rows]
 
 
 def add(x: Tensor, rows: Rows) -> Tensor:
@@ -32,7 +32,7 @@ def add(x: Tensor, rows: Rows) -> Tensor:
     return x + rows["vector"]
 
 
-def add_up(rows: Sequence[Rows], _names: Sequence[str]) -> Rows:
+def add_up(rows: Sequence[Rows], _names: Sequence[object]) -> Rows:
     """The additions of several rows as one."""
     if len(rows) == 1:
         return rows[0]
@@ -242,7 +242,8 @@ def _projection(direction: Tensor, target: float, share: float, floor: float) ->
 TOGETHER: dict[Kernel, Together] = {add: add_up, set_projections: solve_projections}
 """How the rows of neighbours that share a kernel, and keep no norm, become the rows of one call of it.
 
-The names are those of the edits, for errors. A kernel without an entry takes one operation's row at a time."""
+The names are the edits, or what stands for them, for errors. A kernel without an entry takes one operation's
+row at a time."""
 
 WRITING: WeakSet[Kernel] = WeakSet([set_projections])
 """Kernels that take `out`, where they then put what comes of them; it may be the activations themselves."""

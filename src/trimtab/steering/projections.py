@@ -55,7 +55,7 @@ def set_projections(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     return new
 
 
-def solve_projections(rows: Sequence[Rows], names: Sequence[str]) -> dict[str, Tensor]:
+def solve_projections(rows: Sequence[Rows], names: Sequence[object]) -> dict[str, Tensor]:
     """The rows of `set_projections` for operations that act together.
 
     Theirs are `direction` `[width]`, `target`, `share` and `floor` `[1]`; `names` are for errors. One that asks for
@@ -80,7 +80,7 @@ def solve_projections(rows: Sequence[Rows], names: Sequence[str]) -> dict[str, T
     return solved
 
 
-def _apart(rows: Sequence[Rows], names: Sequence[str]) -> list[int]:
+def _apart(rows: Sequence[Rows], names: Sequence[object]) -> list[int]:
     """Which of them say something that none before them says."""
     kept: list[int] = []
     for i, row in enumerate(rows):
@@ -115,12 +115,14 @@ def _end(row: Rows) -> float:
     return float(row["target"])
 
 
-def _check_independent(gram: Tensor, names: Sequence[str]) -> None:
+def _check_independent(gram: Tensor, names: Sequence[object]) -> None:
     scale = gram.diagonal().rsqrt()
     values, vectors = torch.linalg.eigh(gram * scale[:, None] * scale)
     if float(values[0]) < DEPENDENT:
         weight = vectors[:, 0].abs()
-        which = [name for name, share in zip(names, weight.tolist(), strict=True) if share > 0.1 * float(weight.max())]
+        which = [
+            str(name) for name, share in zip(names, weight.tolist(), strict=True) if share > 0.1 * float(weight.max())
+        ]
         raise TrimtabError(
             f"one of these edits' directions is (nearly) a sum of the others', so that their projections can't be set"
             f" apart: {'; '.join(which)}; leave one out, or put them at different layers or positions"

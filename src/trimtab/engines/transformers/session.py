@@ -88,7 +88,7 @@ class Session:
         self._dtype = stream_dtype(layout)
         self._owner: int | None = None  # the thread whose passes are steered; `None`: any
         self._places: dict[Site, Place] = {}
-        self._hooked: list[Site] = []  # the sites that have a hook
+        self._hooked: dict[Site, int] = {}  # the sites that have a hook, and its number
         self._hooks: Hooks | None = None  # those, with the decoder's
         self._nothing: list[Steady | None] = []  # as many as there are hooks
         self._steady_edits: list[Steady | None] = []  # what each of them does in this pass, where that is all
@@ -243,7 +243,7 @@ class Session:
                 self._deciding = False
             self.plan = compile_plan(edits, lengths, self._dtype)
             self.sites: list[Site] = sorted(self.plan.stages)
-            if unknown := sorted(set(self.sites) - set(self._hooked)):
+            if unknown := sorted(set(self.sites) - self._hooked.keys()):
                 raise TrimtabError(f"there is no hook at {unknown[0]}, where this steering acts")
             self._row = {site: i for i, site in enumerate(self.sites)}
             self._sums = torch.zeros(2, len(self.sites), len(lengths), device=forward_pass.device)
@@ -333,7 +333,7 @@ class Session:
         lasting = step.index.shape[1] == 1 and not step.first and lengths.device == x.device
         if lasting and not own and x is activations:
             step.steady = step.steady or list(self._nothing)
-            step.steady[self._hooked.index(site)] = x.shape, prepared
+            step.steady[self._hooked[site]] = x.shape, prepared
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
             if lasting:
@@ -460,7 +460,7 @@ class Session:
         Passes of other threads are left alone, unless `any_thread`.
         """
         self._owner = None if any_thread else get_ident()
-        if self._hooks is None or self._hooked != list(sites):
+        if self._hooks is None or list(self._hooked) != list(sites):
             self._hooks = self._hooks_at(sites)
         with self._hooks.open():
             yield
@@ -468,7 +468,7 @@ class Session:
     def _hooks_at(self, sites: Sequence[Site]) -> Hooks:
         """Hooks on the decoder and at these sites, which are those that count from now on."""
         places = [(site, self._place(site)) for site in sites]
-        self._hooked = list(sites)
+        self._hooked = {site: i for i, site in enumerate(sites)}
         self._steady_edits = self._nothing = [None] * len(places)
         if self._step is not None:
             self._step.steady = []

@@ -1,0 +1,44 @@
+"""Edits folded into rows: what all tokens share is one row, and vectors are compiled once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import direction
+
+from trimtab import Add, Edit, ScaleElements, Site
+from trimtab.engines.folding import States, apply, compiled, slots_at, stages_of
+from trimtab.steering.operations import Operation
+
+SITE = Site(1)
+
+
+def edit(operation: Operation, strength: float = 1.0) -> Edit:
+    return Edit(SITE, operation, strength=strength)
+
+
+@pytest.mark.parametrize(
+    "operation", [Add(direction(1)), ScaleElements(direction(2).exp()), Add(direction(3), keep_norm=1.0)]
+)
+@pytest.mark.parametrize("numbers", [[[1, 1, 1], [1, 1, 1]], [[0, 0, 0], [0, 0, 0]], [[2, 1, 1], [1, 0, 2]], [[], []]])
+def test_each_token_gets_the_row_of_its_state(operation: Operation, numbers: list[list[int]]) -> None:
+    slots = {state: slots_at((edit(operation, strength),), SITE) for state, strength in ((1, 0.5), (2, -1.5))}
+    (stage,) = stages_of(slots, torch.float32)
+    at = torch.tensor(numbers, dtype=torch.long)
+    x = torch.randn(*at.shape, len(direction(1)), generator=torch.Generator().manual_seed(4))
+    together = apply(stage, *stage.prepare(States.of(at, x.device), x.dtype), x)
+    for row, states in enumerate(numbers):
+        for token, state in enumerate(states):
+            here = States.of(torch.tensor([[state]]), x.device)
+            each = stage.gather(here), None if stage.in_place else stage.active[here.index]
+            assert torch.equal(together[row, token], apply(stage, *each, x[row, token][None, None])[0, 0])
+            assert (state == 0) == torch.equal(together[row, token], x[row, token])
+
+
+def test_equal_vectors_are_compiled_once_and_others_are_not_taken_for_them() -> None:
+    first = compiled((edit(Add(direction(1)), 2.0),), torch.float32)[2]["vector"]
+    assert compiled((edit(Add(direction(1).clone()), 2.0),), torch.float32)[2]["vector"] is first
+    assert torch.equal(first, 2 * direction(1).float())
+    others = (edit(Add(direction(1)), 3.0),), (edit(Add(direction(2)), 2.0),)
+    assert all(not torch.equal(compiled(slot, torch.float32)[2]["vector"], first) for slot in others)
+    assert compiled((edit(Add(direction(1)), 2.0),), torch.bfloat16)[2]["vector"].dtype == torch.bfloat16
