@@ -172,7 +172,7 @@ def _columns(said: Mapping[str, str]) -> Table:
 @contextmanager
 def _making() -> Iterator[tuple[Stage, Callable[[str], None]]]:
     """A bar on stderr; where that is no terminal, a line when something else begins."""
-    with progress_bar("answering", quiet=False) as progress:
+    with progress_bar("answering", quiet=False, lines=False) as progress:
         yield stages(progress, quiet=False), lambda words: note(words, quiet=progress is not None)
 
 

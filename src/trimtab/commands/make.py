@@ -158,7 +158,7 @@ def make(
     lm = loader.load(quiet=json)
     said = f"{wanted.name}: from {source_of(wanted)}" if wanted else f"{from_}: {len(pairs)} pairs"
     note(said, quiet=json)
-    with progress_bar("answering", quiet=json) as progress:
+    with progress_bar("answering", quiet=json, lines=False) as progress:
         how: dict[str, Any] = {
             "tokens": tokens,
             "distill": distill,

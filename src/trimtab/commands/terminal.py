@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+EVERY = 30.0
+"""Seconds between two lines of how far something has come, where there is no terminal."""
 
 
 def say(message: str) -> None:
@@ -65,13 +69,32 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class _Lines:
+    """In place of a bar, for a log: a line for each new label, and how far it has come every `EVERY` seconds."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.told = label, time.monotonic()
+
+    def __call__(self, done: int | None = None, total: int | None = None, *, label: str | None = None) -> None:
+        if label is not None and label != self.label:
+            self.label, self.told = label, time.monotonic()
+            note(label, quiet=False)
+        elif done is not None and total is not None and done < total and time.monotonic() >= self.told + EVERY:
+            self.told = time.monotonic()
+            note(f"{self.label}: {done} of {total}", quiet=False)
+
+
 @contextmanager
-def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[..., None] | None]:
+def progress_bar(label: str, *, quiet: bool, lines: bool = True) -> Iterator[Callable[..., None] | None]:
     """A bar with the time left, on stderr: yields `update(done, total)`; `update(label=…)` gives it another label.
 
-    Where stderr is no terminal, and with `quiet`, there is none and `None` is yielded.
+    Where stderr is no terminal, there are lines now and then. With `quiet`, and there without `lines`, `None` is
+    yielded.
     """
-    if quiet or not sys.stderr.isatty():
+    if not quiet and not sys.stderr.isatty():
+        yield _Lines(label) if lines else None
+        return
+    if quiet:
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def card_rows(card: Card) -> list[tuple[str, str]]:
     for name, value in card.options.items():
         rows.append((name.replace("_", " "), _value(value)))
     for name, value in card.measured.items():
-        if name not in ("pairs", "agreement", "activation_norm"):
-            rows.append((name.replace("_", " "), _tuning(value) if name == "tuning" else _value(value)))
+        if name not in ("pairs", "agreement", "activation_norm") and (name, value) not in card.options.items():
+            rows.append((name.replace("_", " "), IN_WORDS.get(name, _value)(value)))
     rows += measured_rows(card)
     if card.versions:
         rows.append(("versions", ", ".join(f"{name} {number}" for name, number in card.versions.items())))
@@ -69,6 +69,19 @@ def _tuning(value: Any) -> str:
         )
     except (KeyError, TypeError, ValueError):  # a card may hold anything under that name
         return _value(value)
+
+
+def _tries(value: Any) -> str:
+    """The ways in which compliant answers were asked for, and how many there were."""
+    try:
+        each = [(f"{turn['help']}: " if turn["help"] else "", turn["kept"], turn["asked"]) for turn in value]
+        return "; ".join(f"{way}{kept} of {asked} kept" for way, kept, asked in each)
+    except (KeyError, TypeError):  # a card may hold anything under that name
+        return _value(value)
+
+
+IN_WORDS: Mapping[str, Callable[[Any], str]] = {"tuning": _tuning, "tries": _tries}
+"""How what was measured is told, where it isn't shown as it is."""
 
 
 def _value(value: Any) -> str:
