@@ -25,9 +25,8 @@ GROUPS = {
 }
 """The parts of the reference, by where the public names live."""
 
-INHERITING = ("LM",)
-"""What has most of its methods from a class that isn't public by itself."""
-INHERITED = "    options:\n      inherited_members: true\n"
+LEADING = {"LM": ("load", "generate", "stream", "steered", "check", "read", "project", "sweep", "next_logprobs")}
+"""What has most of its methods from a class that isn't public by itself, and those that a reader looks for first."""
 
 OUTSIDE = re.compile(r"\]\((?:\.\./)+((?!\.\.)[^)#\s]+)(#[^)\s]*)?\)")
 MARKUP = re.compile(r"\[/?(?:bold|dim|italic)\]")
@@ -109,10 +108,22 @@ def api_page() -> str:
         parts.append(f"## {title}\n")
         # what a reader looks for comes first
         for name in sorted(names, key=lambda name: (name.endswith("Warning"), name.lower(), name)):
-            parts.append(f"::: {_defined(*public[name])}\n{INHERITED if name in INHERITING else ''}")
+            parts.append(f"::: {_defined(*public[name])}\n{_members(*public[name]) if name in LEADING else ''}")
     if missing := sorted(set(public) - placed):
         raise LookupError(f"the site's reference has no part for {', '.join(missing)}")
     return "\n".join(parts)
+
+
+def _members(home: str, name: str) -> str:
+    """All of a class's public members, its own and those of the classes below it, the `LEADING` ones first."""
+    from importlib import import_module
+
+    kind = getattr(import_module(home), name)
+    own = [member for base in kind.__mro__[:-1] for member in vars(base) if not member.startswith("_")]
+    if unknown := set(LEADING[name]) - set(own):
+        raise LookupError(f"{name} has no {', '.join(sorted(unknown))}")
+    listed = "".join(f"        - {member}\n" for member in dict.fromkeys((*LEADING[name], *own)))
+    return f"    options:\n      inherited_members: true\n      group_by_category: false\n      members:\n{listed}"
 
 
 def _defined(home: str, name: str) -> str:
