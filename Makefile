@@ -84,7 +84,8 @@ test-vllm-oldest: setup
 	$(VLLM)-oldest/bin/python -m pytest -p no:xdist -m "not slow" tests/engines/vllm/test_parts.py
 	$(VLLM)-oldest/bin/python -m pytest -p no:xdist -m smoke tests/engines/vllm/test_engine.py
 
-# Everything at its newest, beyond what pyproject.toml allows: what the next release of a dependency will break.
+# All but torch at its newest, beyond what pyproject.toml allows: what the next release of a dependency will break.
+# Torch has a test of its own (test-newest-torch).
 test-upgraded: setup browser
 	@$(ENVIRONMENT) upgraded build/upgraded
 	build/upgraded/bin/python tools/upgraded.py differences
