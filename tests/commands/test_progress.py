@@ -24,11 +24,11 @@ def test_a_log_has_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capfd: p
         progress(4, 4)
     out, err = capfd.readouterr()
     lines = [
-        "answering: 30 of 100",
-        "answering: 60 of 100",
-        "answering: 90 of 100",
+        "answering (30 of 100)",
+        "answering (60 of 100)",
+        "answering (90 of 100)",
         "step 1 of 4",
-        "step 1 of 4: 2 of 4",
+        "step 1 of 4 (2 of 4)",
     ]
     assert (out, err.splitlines()) == ("", lines)
 

@@ -81,7 +81,7 @@ class _Lines:
             note(label, quiet=False)
         elif done is not None and total is not None and done < total and time.monotonic() >= self.told + EVERY:
             self.told = time.monotonic()
-            note(f"{self.label}: {done} of {total}", quiet=False)
+            note(f"{self.label} ({done} of {total})", quiet=False)
 
 
 @contextmanager
