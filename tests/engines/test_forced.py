@@ -67,6 +67,7 @@ def text(seed: int, prompt_length: int, answered: int) -> Forced:
 
 
 TEXTS = [text(i, *lengths) for i, lengths in enumerate([(9, 4), (1, 6), (14, 1), (3, 9), (8, 8)])]
+TEXTS += [Forced(TEXTS[i].prompt, text(9 + i, 1, length).answer) for i, length in ((0, 7), (1, 2))]  # as prompts above
 
 
 def adding(seed: int, dose: float = 2.0) -> Change:
@@ -210,9 +211,9 @@ def test_passes_hold_all_in_order_and_no_more_than_they_may(lm: LM, monkeypatch:
     groups = passes(lm.model, TEXTS)
     assert [i for group in groups for i in group] == list(range(len(TEXTS)))
     assert all(len(g) == 1 or max(len(TEXTS[i].answer) for i in g) * len(g) <= 12 for g in groups)
-    assert groups == [[0, 1], [2], [3], [4]]
+    assert groups == [[0, 1], [2], [3], [4], [5], [6]]
     monkeypatch.setattr(module, "LOGITS_PER_PASS", 1)
-    assert passes(lm.model, TEXTS) == [[0], [1], [2], [3], [4]]
+    assert passes(lm.model, TEXTS) == [[i] for i in range(len(TEXTS))]
     assert passes(lm.model, []) == []
 
 

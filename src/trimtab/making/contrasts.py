@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Answer:
     """An answer, and the prompts that it was written under; `own` and `other` hold the system prompt for it and against
-    it, `bare` none. All are token ids."""
+    it, `bare` none. All are token ids. `logprobs`, where the model wrote it, are those of its tokens under `own`."""
 
     question: str
     own: tuple[int, ...]
@@ -35,6 +35,7 @@ class Answer:
     bare: tuple[int, ...]
     ids: tuple[int, ...]
     text: str
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,14 @@ def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None 
         tokens: The maximum length of an answer, in tokens.
         progress: Called with how many answers are made, and how many there will be.
     """
-    answers = lm.generate([row.own for row in rows], max_new_tokens=tokens, batch_size=BATCH, progress=progress)
+    prompts = [row.own for row in rows]
+    answers = lm.generate(prompts, max_new_tokens=tokens, batch_size=BATCH, logprobs=True, progress=progress)
     sides: dict[bool, list[Answer]] = {True: [], False: []}
     for row, answer in zip(rows, answers, strict=True):
         if answer.text.strip() and repeated_share(answer.text) <= REPEATED_LIMIT:
             own, other, bare = (tuple(lm.encode(prompt)) for prompt in (row.own, row.other, row.bare))
-            sides[row.wanted].append(Answer(row.question, own, other, bare, tuple(answer.token_ids), answer.text))
+            made = Answer(row.question, own, other, bare, tuple(answer.token_ids), answer.text, answer.logprobs)
+            sides[row.wanted].append(made)
     kept = {wanted: _told_apart(lm, answers) for wanted, answers in sides.items()}
     return Contrasts(tuple(kept[True]), tuple(kept[False]), len(rows))
 
@@ -162,6 +165,10 @@ def under(system: str, question: str, heard: bool) -> Prompt:
 
 
 def _told_apart(lm: LM, answers: Sequence[Answer]) -> list[Answer]:
-    own = logprobs(lm, [Forced(answer.own, answer.ids) for answer in answers])
+    """Those that are more likely under their own prompt than under the other one."""
     other = logprobs(lm, [Forced(answer.other, answer.ids) for answer in answers])
-    return [answer for answer, a, b in zip(answers, own, other, strict=True) if float((a - b).sum()) > 0]
+    return [
+        answer
+        for answer, there in zip(answers, other, strict=True)
+        if answer.logprobs is not None and sum(answer.logprobs) > float(there.double().sum())
+    ]

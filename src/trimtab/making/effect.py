@@ -46,9 +46,8 @@ def effect(lm: LM, steering: Steering | None, contrasts: Contrasts) -> Effect:
         TrimtabError: A steering with other positions, a gate, or two edits at one site, which aren't read here.
     """
     _check_read(steering)
-    return _effect(
-        contrasts, *(_likelihoods(lm, steering, side, "bare") for side in (contrasts.positive, contrasts.negative))
-    )
+    answers = [*contrasts.positive, *contrasts.negative]
+    return _effect(contrasts, _likelihoods(lm, steering, [Forced(answer.bare, answer.ids) for answer in answers]))
 
 
 def prompted(lm: LM, contrasts: Contrasts) -> Effect:
@@ -56,8 +55,9 @@ def prompted(lm: LM, contrasts: Contrasts) -> Effect:
 
     The others' answers are read under the prompt for the idea, too.
     """
-    positive = _likelihoods(lm, None, contrasts.positive, "own")
-    return _effect(contrasts, positive, _likelihoods(lm, None, contrasts.negative, "other"))
+    texts = [Forced(answer.own, answer.ids) for answer in contrasts.positive]
+    texts += [Forced(answer.other, answer.ids) for answer in contrasts.negative]
+    return _effect(contrasts, _likelihoods(lm, None, texts))
 
 
 def share_of(unsteered: Effect, steered: Effect, by_prompt: Effect, seed: int = 0) -> Interval:
@@ -100,10 +100,11 @@ def _check_read(steering: Steering | None) -> None:
         raise TrimtabError("effects are read of one edit a site; add up what acts at the same one")
 
 
-def _effect(contrasts: Contrasts, positive: Sequence[float], negative: Sequence[float]) -> Effect:
-    wanted, unwanted = (
-        _by_question(*pair) for pair in ((contrasts.positive, positive), (contrasts.negative, negative))
-    )
+def _effect(contrasts: Contrasts, values: Sequence[float]) -> Effect:
+    """From the values of the positive answers, and then of the negative ones."""
+    count = len(contrasts.positive)
+    wanted = _by_question(contrasts.positive, values[:count])
+    unwanted = _by_question(contrasts.negative, values[count:])
     questions = contrasts.questions
     return Effect(
         {question: wanted[question] for question in questions},
@@ -120,20 +121,22 @@ def _by_question(answers: Sequence[Answer], values: Sequence[float]) -> dict[str
 
 
 @torch.no_grad()
-def _likelihoods(lm: LM, steering: Steering | None, answers: Sequence[Answer], prompt: str) -> list[float]:
-    """The mean log-probability of each answer's tokens after one of its prompts."""
-    prompts: list[tuple[int, ...]] = [getattr(each, prompt) for each in answers]
-    if steering is not None and steering.edits[0].positions == Positions.all():
-        # a forced pass changes what comes from the last prompt token on: here that is the first token of all
-        texts = [Forced(own[:1], (*own[1:], *each.ids)) for own, each in zip(prompts, answers, strict=True)]
-    else:
-        texts = [Forced(own, each.ids) for own, each in zip(prompts, answers, strict=True)]
+def _likelihoods(lm: LM, steering: Steering | None, texts: Sequence[Forced]) -> list[float]:
+    """The mean log-probability of each answer's tokens."""
     changes = {} if steering is None else help_changes(steering)
-    likelihoods: list[float] = []
-    with forcing(lm.model, lm.layout, list(changes)) as run, torch.no_grad():
-        for numbers in passes(lm.model, texts):
-            logits = run.logits([texts[i] for i in numbers], changes)
-            for answer, row in zip([answers[i] for i in numbers], logits, strict=True):
-                ids = torch.tensor(answer.ids, device=row.device)[:, None]
-                likelihoods.append(float(row[-len(answer.ids) :].log_softmax(-1).gather(-1, ids).mean()))
+    everywhere = steering is not None and steering.edits[0].positions == Positions.all()
+    order = sorted(range(len(texts)), key=lambda i: texts[i].prompt)  # those with the same prompt share it
+    likelihoods = [0.0] * len(texts)
+    # a forced pass changes what comes from the last prompt token on: everywhere, that is the first token of all
+    forced = [_from_first(texts[i]) if everywhere else texts[i] for i in order]
+    with forcing(lm.model, lm.layout, list(changes)) as run:
+        for numbers in passes(lm.model, forced):
+            for n, row in zip(numbers, run.logits([forced[n] for n in numbers], changes), strict=True):
+                answer = texts[order[n]].answer
+                ids = torch.tensor(answer, device=row.device)[:, None]
+                likelihoods[order[n]] = float(row[-len(answer) :].log_softmax(-1).gather(-1, ids).mean())
     return likelihoods
+
+
+def _from_first(text: Forced) -> Forced:
+    return Forced(text.prompt[:1], (*text.prompt[1:], *text.answer))

@@ -1,8 +1,8 @@
 """Teacher-forced passes that can be differentiated: prompts, and the answers that are fed after them.
 
 What is learned acts from the last prompt token on. So the prompt before it runs once, without a graph, into a cache of
-keys and values, and a graph is kept for the last prompt token and the answer alone. Models whose cache holds anything
-else run each text whole and by itself.
+keys and values (texts with the same prompt share it), and a graph is kept for the last prompt token and the answer
+alone. Models whose cache holds anything else run each text whole and by itself.
 """
 
 from __future__ import annotations
@@ -131,10 +131,15 @@ class Forcing:
         mask = torch.zeros(len(texts), 0, dtype=torch.long, device=device)
         if longest:
             # a row whose prompt is one token has nothing before it: one pad, which nobody attends to
-            ids, mask = padded([text.prompt[:-1] for text in texts], left=True, device=device)
+            distinct = {prompt: n for n, prompt in enumerate(dict.fromkeys(text.prompt[:-1] for text in texts))}
+            ids, mask = padded([list(prompt) for prompt in distinct], left=True, device=device)
             self._answering = None
             with torch.no_grad():
                 self.layout.decoder(**inputs_of(self.layout.decoder, ids, mask, cache))
+            if len(distinct) < len(texts):
+                rows = torch.tensor([distinct[text.prompt[:-1]] for text in texts], device=device)
+                cache.batch_select_indices(rows)
+                mask = mask[rows]
         fed = [[text.prompt[-1], *text.answer[:-1]] for text in texts]
         ids, new = padded(fed, left=False, device=device)
         # numbers rather than a mask: a mask would wait for the device at every site
