@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import direction, prompt, tiny
 
@@ -15,7 +17,7 @@ from trimtab.bench.learning import inputs_for
 from trimtab.bench.measures import by_answers
 from trimtab.bench.page import write_page
 from trimtab.bench.plan import Plan, Speed, within
-from trimtab.bench.results import ranked
+from trimtab.bench.results import RELIABLE, SPLITS, _agreement, _more_items, _rank, ranked
 from trimtab.bench.store import Store, canonical
 from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -244,6 +246,28 @@ def test_ranks_are_those_of_a_naive_count(values):
     for value, rank in zip(values, ranked(values), strict=True):
         lower, same = sum(v < value for v in values), values.count(value)
         assert rank == lower + (same - 1) / 2
+
+
+def agreement_of(items, noise, seed):
+    """Of nine methods, each a step better than the one before."""
+    generator = np.random.default_rng(seed)
+    halves = [({}, {}) for _ in range(SPLITS)]
+    scores = {n: n + noise * generator.standard_normal(items) for n in range(9)}
+    by_method = {f"method {n}": {"runs": [{"nats": 1.0, "scores": list(s)}]} for n, s in scores.items()}
+    _rank("task", {"scores": [0.0] * items}, [str(i) for i in range(items)], by_method, halves, {})
+    return _agreement(halves)
+
+
+def test_so_many_more_items_as_the_verdict_says_make_the_order_reliable():
+    assert agreement_of(8, 0.0, 0) == 1
+    assert _more_items(1.0) == ""
+    few = float(np.mean([agreement_of(8, 7.0, seed) for seed in range(16)]))
+    times = float(re.search(r"about ([\d.]+) times", _more_items(few))[1])
+    more = float(np.mean([agreement_of(round(8 * times), 7.0, seed) for seed in range(16)]))
+    assert few < 0.8
+    assert times > 2
+    assert abs(more - RELIABLE) < 0.04
+    assert "chance" in _more_items(-0.1)
 
 
 def test_a_budget_is_met_by_fewer_items():

@@ -109,8 +109,8 @@ class Standing:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run. `agreement` is Spearman's rank correlation of the methods' places between two halves of the
-    items."""
+    """A whole run. `agreement` is Spearman's rank correlation of the methods' places between two halves of the items,
+    the mean over `SPLITS` ways to halve them."""
 
     about: Mapping[str, Any]
     tasks: tuple[TaskResults, ...]
@@ -160,7 +160,8 @@ class Results:
         if self.agreement is not None:
             said.append(
                 f"the methods' ranks on two halves of the items correlate by {self.agreement:.2f} (Spearman): "
-                + ("take the order seriously" if self.agreement >= 0.8 else "take no place for sure; give more --items")
+                + ("take the order seriously" if self.agreement >= 0.8 else "take no place for sure")
+                + _more_items(self.agreement)
             )
         return said
 
@@ -190,7 +191,7 @@ def results_of(folder: str | Path) -> Results:
     head = json.loads((folder / HEAD).read_bytes())
     store = Store(folder, head)
     tasks, left_out = [], dict(head["left_out"])
-    halves: list[dict[tuple[str, str], float]] = [{}, {}]
+    halves: list[Halves] = [({}, {}) for _ in range(SPLITS)]
     places: dict[str, list[float]] = {}
     for name in head["tasks"]:
         if not store.done("cells", name, "task"):
@@ -223,7 +224,7 @@ def _task(
     name: str,
     about: Mapping[str, Any],
     by_method: Mapping[str, Mapping[str, Any]],
-    halves: list[dict[tuple[str, str], float]],
+    halves: Sequence[Halves],
     places: dict[str, list[float]],
 ) -> TaskResults:
     plain, groups = _read(store, name, PLAIN), about["groups"]
@@ -326,12 +327,11 @@ def _rank(
     plain: Mapping[str, Any],
     groups: Sequence[str],
     by_method: Mapping[str, Mapping[str, Any]],
-    halves: list[dict[tuple[str, str], float]],
+    halves: Sequence[Halves],
     places: dict[str, list[float]],
 ) -> None:
     """Put the methods' places at each divergence of this task where those of other tasks are, in all and by halves."""
     order = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-    members = [[i for i, group in enumerate(groups) if order[group] % 2 == half] for half in (0, 1)]
     everything = list(range(len(groups)))
     at: dict[float, dict[str, Sequence[float]]] = {}
     for method, stored in by_method.items():
@@ -343,10 +343,13 @@ def _rank(
             continue
         for method, place in _places(of, plain["scores"], everything).items():
             places.setdefault(method, []).append(place)
-        for half, some in enumerate(members):
-            if some:
-                for method, place in _places(of, plain["scores"], some).items():
-                    halves[half][method, f"{task} {nats:g}"] = place
+        for split, both in enumerate(halves):
+            drawn = np.random.default_rng(split).permutation(len(order))
+            for n, half in enumerate(both):
+                some = [i for i, group in enumerate(groups) if drawn[order[group]] % 2 == n]
+                if some:
+                    for method, place in _places(of, plain["scores"], some).items():
+                        half[method, f"{task} {nats:g}"] = place
 
 
 def _places(of: Mapping[str, Sequence[float]], plain: Sequence[float], some: Sequence[int]) -> dict[str, float]:
@@ -366,8 +369,21 @@ RANKED = 5
 """From so many methods on an order is compared with another: of fewer, the same one comes about by chance too often."""
 
 
-def _agreement(halves: Sequence[Mapping[tuple[str, str], float]]) -> float | None:
-    """Spearman's correlation of the methods' mean places between the halves; `None` for too few methods."""
+SPLITS = 20
+"""So many ways to halve the items are tried: one of them may be lucky."""
+Halves = tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]
+"""By method, and task and divergence: its place, on one half of the items and on the other."""
+RELIABLE = 0.9
+
+
+def _agreement(halves: Sequence[Halves]) -> float | None:
+    """Spearman's correlation of the methods' mean places between the halves, over all splits; `None` for too few
+    methods."""
+    each = [correlation for both in halves if (correlation := _correlation(*both)) is not None]
+    return round(mean(each), 6) if each else None
+
+
+def _correlation(*halves: Mapping[tuple[str, str], float]) -> float | None:
     both = sorted({method for method, _ in halves[0]} & {method for method, _ in halves[1]})
     if len(both) < RANKED:
         return None
@@ -375,7 +391,17 @@ def _agreement(halves: Sequence[Mapping[tuple[str, str], float]]) -> float | Non
     a, b = (np.array(ranked(side)) for side in sides)
     if a.std() == 0 or b.std() == 0:
         return None
-    return round(float(np.corrcoef(a, b)[0, 1]), 6)
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _more_items(agreement: float) -> str:
+    """How many more items would let halves agree by `RELIABLE`, by Spearman and Brown's formula."""
+    if agreement >= RELIABLE:
+        return ""
+    if agreement <= 0:
+        return "; there is nothing in it but chance"
+    times = RELIABLE * (1 - agreement) / (agreement * (1 - RELIABLE))
+    return f"; {RELIABLE:g} takes about {times:.2g} times as many --items (Spearman and Brown)"
 
 
 def _standings(tasks: Sequence[TaskResults], places: Mapping[str, Sequence[float]]) -> tuple[Standing, ...]:
