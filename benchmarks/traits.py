@@ -93,6 +93,8 @@ def _row(lm: LM, name: str, folder: Path, seed: int) -> Row:
             [example.question, example.unsteered, example.prompted, example.steered] for example in made.examples
         ]
         (folder / f"{name}-{seed}-answers.json").write_text(json.dumps(examples, indent=1))
+        tried = [[candidate.name, candidate.lead, candidate.likelihood] for candidate in made.candidates]
+        (folder / f"{name}-{seed}-candidates.json").write_text(json.dumps(tried, indent=1))
     print(f"{name}: {row.verdict} ({row.chosen}, {row.minutes:.1f} min)", flush=True)
     path.write_text(json.dumps(row.__dict__))
     return row
