@@ -6,7 +6,7 @@ An engine asks at which stretches of tokens which edits act (`sweep`), what a re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -22,7 +22,7 @@ from trimtab.steering.meanings import Meaning
 from trimtab.steering.operations import NEUTRAL, TOGETHER, WRITING, Kernel, Rows, add, with_norm_of
 
 KEPT = 512
-"""So many slots' vectors are kept once they are compiled, with their edits."""
+"""Of so many slots the vectors are kept once they are compiled, with their edits."""
 
 Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
 Active = Tensor | bool | None
@@ -219,6 +219,13 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
 
     Raises `TrimtabError` for numbers that the dtype can't hold.
     """
+    every = [slot for row_slots in slots.values() for slot in row_slots]
+    if len(every) == 1 and _is_small(every[0]):
+        return list(_kept_stages(tuple((state, tuple(row_slots)) for state, row_slots in slots.items()), dtype))
+    return _stages_of(slots, dtype)
+
+
+def _stages_of(slots: Mapping[int, Sequence[Slot]], dtype: torch.dtype) -> list[Stage]:
     stages = []
     for step in range(max(map(len, slots.values()), default=0)):  # a rule may hold nowhere
         groups: dict[tuple[Kernel, float], dict[int, Rows]] = {}
@@ -235,9 +242,14 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
 def compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
     """One slot's kernel, the share of the norm that is kept, and its parameters, for activations of this dtype.
 
-    Vectors that were added or multiplied by lately are kept (`KEPT`), each request's prompt and answer need the same.
+    Vectors that were added or multiplied by lately are kept (`KEPT`): each request's prompt and answer need the same.
     """
-    return (_kept if slot[0].operation.kernel in NEUTRAL else _compiled)(slot, dtype)
+    return (_kept if _is_small(slot) else _compiled)(slot, dtype)
+
+
+def _is_small(slot: Slot) -> bool:
+    """Whether its parameters are a vector, and no map."""
+    return slot[0].operation.kernel in NEUTRAL
 
 
 def _compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
@@ -247,6 +259,12 @@ def _compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
 
 
 _kept = lru_cache(KEPT)(_compiled)
+
+
+@lru_cache(KEPT)
+def _kept_stages(slots: tuple[tuple[int, tuple[Slot, ...]], ...], dtype: torch.dtype) -> tuple[Stage, ...]:
+    """Those of one vector, which stay on the devices where they were."""
+    return tuple(_stages_of(dict(slots), dtype))
 
 
 def compute_dtype(kernel: Kernel, keep_norm: float, dtype: torch.dtype) -> torch.dtype:
