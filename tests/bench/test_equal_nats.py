@@ -16,7 +16,7 @@ from trimtab.bench import Settings, bench, plan, results_of
 from trimtab.bench.learning import inputs_for
 from trimtab.bench.measures import by_answers
 from trimtab.bench.page import write_page
-from trimtab.bench.plan import Plan, Speed, within
+from trimtab.bench.plan import Plan, Speed, only, within
 from trimtab.bench.results import RELIABLE, SPLITS, _agreement, _more_items, _rank, ranked
 from trimtab.bench.store import Store, canonical
 from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
@@ -277,6 +277,21 @@ def test_a_budget_is_met_by_fewer_items():
     assert within(whole, Speed(10, 100), seconds * 0.999).settings.items == 8
     with pytest.raises(TrimtabError, match="fewer --methods or --tasks"):
         within(whole, Speed(10, 100), 1.0)
+
+
+def test_a_budget_too_small_for_all_tasks_keeps_one_of_each_kind_and_says_which_it_left_out():
+    (outline,) = planned().outlines
+    kinds = [("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("b2", "b"), ("c1", "c")]
+    whole = replace(planned(), outlines=tuple(replace(outline, name=name, kind=kind) for name, kind in kinds))
+    speed, seconds = Speed(10, 100), Speed(10, 100).seconds(planned().cost())  # of one task
+    for share, kept in ((6.01, "a1 a2 a3 b1 b2 c1"), (5.01, "a1 a2 b1 b2 c1"), (4.5, "a1 b1 b2 c1"), (3.5, "a1 b1 c1")):
+        smaller = within(whole, speed, share * seconds)
+        assert [outline.name for outline in smaller.outlines] == kept.split()
+        assert [name for name, _ in smaller.left_out] == [name for name, _ in kinds if name not in kept.split()]
+        assert smaller.settings.items == ITEMS
+    assert within(whole, speed, 2.9 * seconds).settings.items == 8
+    again = only(whole, ["a1", "c1"], 9)
+    assert ([outline.name for outline in again.outlines], again.settings.items) == (["a1", "c1"], 9)
 
 
 def test_every_method_of_the_registry_says_what_it_learns_from_or_why_not():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 NATS = (0.25, 1.0, 4.0)
 ITEMS = (64, 48, 32, 24, 16, 12, 8)
 """What a budget chooses from."""
+ENOUGH = 12
+"""Before a task has fewer items than these, whole tasks are left out."""
+OVER = "it was left out so that the rest fits the budget"
 DOSES = 10
 """So many divergences are measured to find the strengths of one method, about."""
 DOSE = 6 * 60.0
@@ -263,20 +267,47 @@ def speed_of(lm: LM, answering: LanguageModel | None = None) -> Speed:
 
 
 def within(made: Plan, speed: Speed, budget: float) -> Plan:
-    """The plan with as many items as fit into so many seconds.
+    """The plan with as many items, and then as many tasks of each kind, as fit into so many seconds.
 
     Raises:
         TrimtabError: Not even the fewest fit; it says what they take.
     """
-    for items in [made.settings.items, *(count for count in ITEMS if count < made.settings.items)]:
-        smaller = replace(made, settings=replace(made.settings, items=items))
+    counts = [made.settings.items, *(count for count in ITEMS if count < made.settings.items)]
+    enough = [items for items in counts if items >= ENOUGH] or counts[:1]
+    tasks = _fewer(made.outlines)
+    for names, items in [
+        *((names, items) for names in tasks for items in enough),
+        *((tasks[-1], items) for items in counts[len(enough) :]),
+    ]:
+        smaller = only(made, names, items)
         if speed.seconds(smaller.cost()) <= budget:
             return smaller
     needed = speed.seconds(smaller.cost())
     raise TrimtabError(
-        f"even with {smaller.settings.items} items a task this takes about {duration(needed)}, and the budget is"
-        f" {duration(budget)}: give more time, or fewer --methods or --tasks"
+        f"even with {smaller.settings.items} items of {len(smaller.outlines)} tasks this takes about"
+        f" {duration(needed)}, and the budget is {duration(budget)}: give more time, or fewer --methods or --tasks"
     )
+
+
+def only(made: Plan, names: Collection[str], items: int) -> Plan:
+    """The plan with these of its tasks, and so many items; it says that a budget left the others out."""
+    kept = tuple(outline for outline in made.outlines if outline.name in names)
+    without = tuple((outline.name, OVER) for outline in made.outlines if outline.name not in names)
+    settings = replace(made.settings, items=items)
+    return replace(made, settings=settings, outlines=kept, left_out=(*made.left_out, *without))
+
+
+def _fewer(outlines: Sequence[Outline]) -> list[list[str]]:
+    """Fewer and fewer of these tasks, all at first, one of each kind at last: the most frequent kind loses one."""
+    left = list(outlines)
+    each = [[outline.name for outline in left]]
+    while True:
+        count = Counter(outline.kind for outline in left)
+        kind, most = max(count.items(), key=lambda entry: entry[1])
+        if most == 1:
+            return each
+        left.remove([outline for outline in left if outline.kind == kind][-1])
+        each.append([outline.name for outline in left])
 
 
 def duration(seconds: float) -> str:

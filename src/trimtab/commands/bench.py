@@ -64,7 +64,7 @@ def bench(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Roughly how long it may take: 2h, 25min. The number of items is reduced to fit.", metavar="TIME"
+            help="Roughly how long it may take: 2h, 25min. Items, and then tasks, are left out to fit.", metavar="TIME"
         ),
     ] = None,
     data: Annotated[
@@ -118,7 +118,7 @@ def bench(
     from trimtab.bench import Settings, plan
     from trimtab.bench import bench as run
     from trimtab.bench.page import write_page
-    from trimtab.bench.plan import speed_of, within
+    from trimtab.bench.plan import only, speed_of, within
 
     doses = tuple(numbers_of(nats, "--nats", "0.25,1,4"))
     settings = Settings(_names(methods), _names(tasks), doses, items, pairs, tokens, seed, data, lora, thorough)
@@ -134,10 +134,8 @@ def bench(
         answering = same.load(quiet=json, engine=answers, replicas=replicas)
     speed = speed_of(lm, answering)
     if seconds is not None:
-        before = _items_before(out)
-        made = (
-            within(made, speed, seconds) if before is None else replace(made, settings=replace(settings, items=before))
-        )
+        before = _chosen_before(out)
+        made = within(made, speed, seconds) if before is None else only(made, *before)
     if dry_run:
         _tell(made, speed, json)
         return
@@ -237,13 +235,14 @@ def _outlook(made: Plan, speed: Speed, out: Path) -> str:
     return f"{made.cells} cells{before}, about {left}; Ctrl-C stops, the same command goes on"
 
 
-def _items_before(out: Path) -> int | None:
-    """The items of the run that is in the folder, so that a budget doesn't choose anew."""
+def _chosen_before(out: Path) -> tuple[list[str], int] | None:
+    """The tasks and the number of items of the run that is in the folder, so that a budget doesn't choose anew."""
     path = out / "run.json"
     if not path.is_file():
         return None
     try:
-        return int(json_module.loads(path.read_bytes())["settings"]["items"])
+        head = json_module.loads(path.read_bytes())
+        return [str(name) for name in head["tasks"]], int(head["settings"]["items"])
     except (ValueError, KeyError, TypeError):
         raise TrimtabError(f"{path} is damaged; name another folder") from None
 
