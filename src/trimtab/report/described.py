@@ -75,7 +75,7 @@ def _tries(value: Any) -> str:
     """The ways in which compliant answers were asked for, and how many there were."""
     try:
         each = [(f"{turn['help']}: " if turn["help"] else "", turn["kept"], turn["asked"]) for turn in value]
-        return "; ".join(f"{way}{kept} of {asked} kept" for way, kept, asked in each)
+        return "; ".join(f"{way}{kept} of {count} kept" for way, kept, count in each)
     except (KeyError, TypeError):  # a card may hold anything under that name
         return _value(value)
 
