@@ -287,7 +287,7 @@ def test_a_failure_is_one_line_and_exit_1(trimtab, monkeypatch):
 def test_ctrl_c_while_learning(model, tmp_path):
     out = tmp_path / "s.safetensors"
     pairs = tmp_path / "pairs.jsonl"
-    rows = [{"positive": f"a {i}" + " sea" * 60, "negative": f"b {i}" + " sea" * 60} for i in range(1500)]
+    rows = [{"positive": f"a {i}" + " sea" * 60, "negative": f"b {i}" + " sea" * 60} for i in range(300)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out.write_bytes(b"old")
     ready = tmp_path / "ready"
@@ -297,7 +297,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tes
 def slow(*given, progress=None, **rest):
     def told(done, total):
         pathlib.Path({str(ready)!r}).touch()
-        time.sleep(0.2)
+        time.sleep(1)
     return c.contrast_many(*given, progress=told, **rest)
 m.contrast_many = slow
 sys.exit(trimtab.commands.main(sys.argv[1:]))

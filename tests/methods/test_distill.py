@@ -223,7 +223,7 @@ def test_other_seeds_and_other_prompts_are_other_steerings(lm: LM, usual: Steeri
 def test_a_model_in_bfloat16(courses: list[Course]) -> None:
     """What is learned is float32 all the same."""
     lm = fresh(torch.bfloat16)
-    steering = learn(lm, steps=20, with_prompt=0.0)
+    steering = learn(lm, steps=10, with_prompt=0.0)
     assert {edit.operation.write.dtype for edit in steering.edits} == {torch.float32}
     assert courses[0].losses[-1] < 0.8 * courses[0].losses[0]
     closed = learn(lm, fit="closed", rank=4)
@@ -233,7 +233,7 @@ def test_a_model_in_bfloat16(courses: list[Course]) -> None:
 # ---- answers that are hard to get ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", [[0], [1, 3], None])
+@pytest.mark.parametrize("layers", [pytest.param([0], marks=pytest.mark.long), [1, 3], None])
 def test_help_acts_where_nothing_is_learned(lm: LM, layers: list[int] | None) -> None:
     """The help has a layer of its own, which need not be one of those that are learned."""
     texts: list[str] = []
