@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.commands.prompts import COLUMNS, CONTEXT
+from trimtab.commands.prompts import COLUMNS
+from trimtab.text.columns import CONTEXTS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "prompts.md").read_text()
 
@@ -21,5 +22,5 @@ def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_column_is_there() -> None:
-    for name in (*COLUMNS, CONTEXT, "system"):
+    for name in (*COLUMNS, *sorted(CONTEXTS), "system"):
         assert f"`{name}`" in PAGE, name

@@ -130,7 +130,7 @@ PROMPTS = {
     "other keys": ("p.jsonl", '{"ask": "a"}\n', [":1", "it has 'ask'", "--column"]),
     "two keys": ("p.jsonl", '{"question": "a", "instruction": "b"}\n', [":1", "could each", "--column question"]),
     "a context": ("p.json", '[{"question": "a", "context": "b"}]', ["item 1", "'question' and 'context' could each"]),
-    "no header": ("p.csv", "What is rain?\nIs it, so?\n", [":2", "1 columns expected"]),
+    "no header": ("p.csv", "What is rain?\nIs it, so?\n", [":2", "1 column expected"]),
     "header of others": ("p.csv", "ask,id\nWhat?,1\n", [":2", "no prompt", "'ask', 'id'"]),
     "an empty cell": ("p.csv", "prompt,id\n,1\n", [":2", "empty"]),
     "not JSON": ("p.json", "[", ["not JSON"]),

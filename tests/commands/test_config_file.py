@@ -41,7 +41,7 @@ def run(tmp_path: Path):
 def test_every_kind_of_option(run: Any) -> None:
     seen = run('max-tokens = 7\nupload = true\npage = false\nmonitor = ["a", "b"]\nfolder = "x/y"\n')
     assert seen == {"max_tokens": 7, "upload": True, "page": False, "monitor": ["a", "b"], "folder": Path("x/y")}
-    assert run("max_tokens = 8\n")["max_tokens"] == 8
+    assert run("\ufeffmax_tokens = 8\n")["max_tokens"] == 8
 
 
 def test_typed_goes_before_the_environment_and_that_before_the_file(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +58,8 @@ def test_typed_goes_before_the_environment_and_that_before_the_file(run: Any, mo
         ("max-token = 7", "do you mean max_tokens"),
         ("config = 'other.toml'", "there is no option 'config'"),
         ("[max-tokens]\nmost = 7", "is a table"),
+        ("[serve]\nmax-tokens = 7", "serve is a table"),
+        ("max-tokens = 7\nmax_tokens = 8", "max-tokens is there twice"),
         ("monitor = 'a'", "monitor is a list"),
         ("max-tokens = [1]", "max_tokens is one value"),
         ("max-tokens = ", "isn't TOML"),
@@ -72,6 +74,9 @@ def test_a_file_that_isnt_there(trimtab: Any, tmp_path: Path) -> None:
     ran = trimtab("serve", "--config", tmp_path / "none.toml")
     assert ran.code == 2
     assert "none.toml" in ran.err
+    (tmp_path / "latin.toml").write_bytes(b"host = '\xe9'")
+    ran = trimtab("serve", "--config", tmp_path / "latin.toml")
+    assert (ran.code, "is not UTF-8 text" in ran.err) == (2, True)
 
 
 def test_a_value_of_the_wrong_type_says_which(trimtab: Any, tmp_path: Path) -> None:

@@ -31,7 +31,12 @@ def test_an_answer_by_a_schema(ask: Any, steering: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "isn't JSON"), ('{"type": "strin"}', "Invalid type: strin"), (None, "can't be read"), ("[]", "an object")],
+    [
+        ("{", "isn't JSON"),
+        ('{"type": "strin"}', "Invalid type: strin"),
+        (None, "there is no file"),
+        ("[]", "an object"),
+    ],
 )
 def test_a_file_that_is_none(ask: Any, tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:

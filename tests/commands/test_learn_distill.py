@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trimtab import TrimtabError, load
-from trimtab.text.pairs import read_examples
+from trimtab.text.examples import read_examples
 
 QUERIES = [f"What is the number {i}?" for i in range(10)]
 

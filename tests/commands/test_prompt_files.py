@@ -12,6 +12,7 @@ from commands.conftest import save_model
 
 from trimtab import LM
 from trimtab.commands.prompts import gather_prompts
+from trimtab.errors import TrimtabError
 
 USER, BEGUN = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The sea"}
 SYSTEM = {"role": "system", "content": "Be."}
@@ -39,6 +40,11 @@ FILES: dict[str, tuple[str, Any, list[Any]]] = {
         {"system": "Be.", "messages": [USER, BEGUN]},
         [[SYSTEM, USER, BEGUN]],
     ),
+    "a system prompt by its other name": ("p.jsonl", {"system_prompt": "Be.", "Question": "Who?"}, [[SYSTEM, USER]]),
+    "ShareGPT": ("p.jsonl", {"conversations": [{"from": "human", "value": "Who?"}]}, [[USER]]),
+    "text parts": ("p.json", [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}], [[USER]]),
+    "messages as JSON": ("p.csv", 'messages\n"[{""role"": ""user"", ""content"": ""Who?""}]"\n', [[USER]]),
+    "choices that the prompt has": ("p.jsonl", {"question": "a or b?", "choices": ["a", "b"]}, ["a or b?"]),
     "nothing but a prompt counts": ("p.jsonl", {"prompt": "Why?", "label": "x", "category": "y"}, ["Why?"]),
 }
 
@@ -52,6 +58,23 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> No
     if name in ("p.txt", "p.jsonl") and text.lstrip()[0] in "[{":
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         assert gather_prompts([], "-") == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"question": "Which?", "choices": ["a", "b"]}, "'question' and 'choices' could each belong"),
+        ({"prompt": "What is this?", "image": "cat.png"}, "'prompt' and 'image' could"),
+        ({"messages": [USER], "tools": [{"type": "function"}]}, "'messages' and 'tools' could"),
+        ({"prompt": "Who?", "system": "Be.", "system_prompt": "Be!"}, "'system' and 'system_prompt' are two"),
+        ({"prompt": "nan"}, "p.jsonl:1: the prompt is NaN"),
+        ({"prompt": "\u200b"}, "p.jsonl:1: the prompt is empty"),
+    ],
+)
+def test_nothing_that_belongs_to_a_prompt_is_dropped(tmp_path: Path, row: dict[str, Any], says: str) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    with pytest.raises(TrimtabError, match=says):
+        gather_prompts([], str(tmp_path / "p.jsonl"))
 
 
 def test_a_named_column(tmp_path: Path) -> None:
@@ -89,6 +112,8 @@ def test_begun_answers_and_keywords(trimtab: Any, thinker: Path, tmp_path: Path)
         expected = lm.generate([[USER, BEGUN], [USER]], max_new_tokens=6, template=template)
         assert [row["text"] for row in ran.json["answers"]] == [answer.text for answer in expected]
         assert [row["prompt_tokens"] for row in ran.json["answers"]] == [answer.prompt_tokens for answer in expected]
+    noted = trimtab(*[argument for argument in arguments if argument != "--json"])
+    assert "1 of 2 prompts end with an answer, which is continued" in noted.err
     assert lm.tokenizer.decode(lm.encode([USER, BEGUN])).endswith("<|assistant|>The sea")
 
 

@@ -173,7 +173,7 @@ def test_two_option_sets_have_categories(tmp_path: Path) -> None:
     [
         ("[", "not JSON"),
         ("[]", "at least one"),
-        ("{}", "a list of questions"),
+        ("{}", "a list of objects"),
         ("[3]", "item 1: an object with question"),
         (json.dumps([row("yes")]), "no bracketed letter"),
         (json.dumps([row("(A)", "(A)")]), r"both answers are \(A\)"),

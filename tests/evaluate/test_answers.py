@@ -108,7 +108,7 @@ from test_answers import requests_of, score, run
 def slow(request, generation):
     time.sleep(0.03)
     return score(request, generation)
-run({out!r}, requests=asked(16), score=slow)
+run({out!r}, requests=requests_of(16), score=slow)
 """
 
 

@@ -48,6 +48,18 @@ def file(path, *rows):
     return path
 
 
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def test_tables_and_lists_hold_the_same_items(tmp_path):
+    (expected,) = read_ifeval(file(tmp_path / "items.jsonl", COMMA))
+    assert read_ifeval(file(tmp_path / "items.json", json.dumps([COMMA]))) == [expected]
+    table = 'prompt,instruction_id_list,kwargs\nName a fruit.,"[""punctuation:no_comma""]",[{}]'
+    assert read_ifeval(file(tmp_path / "items.csv", table)) == [expected]
+    with pytest.raises(TrimtabError, match=r"items.jsonl:1: 'system_prompt' isn't asked"):
+        read_ifeval(file(tmp_path / "items.jsonl", {**COMMA, "system_prompt": "Be brief."}))
+
+
 # ---- verdicts ----------------------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ def test_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.json", "{}", "a list of requests"),
+        ("a.json", "{}", "a list of objects"),
         ("a.json", "[", "JSON"),
         ("a.json", "[]", "no requests"),
         ("a.json", '[{"text": 1}]', "item 1: a row with goal"),

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab import Add, Site, Steering, TrimtabError, load
+from trimtab.files.foreign import FormatWarning
 from trimtab.files.load import load_direction
 
 WIDTH = 6
@@ -142,6 +143,12 @@ def test_lists_in_json(tmp_path: Path) -> None:
     assert directions_of(load(path, layer=2)) == {Site(2): GIVEN[0].tolist()}
     path.write_text(json.dumps(GIVEN.tolist()))
     assert len(load(path, layer_offset=0).edits) == 4
+    path.write_text("\ufeff" + json.dumps({"vector": GIVEN[0].tolist(), "layer": 2, "strength": 3}))
+    with pytest.warns(FormatWarning, match=r"strength of 3 isn't applied.*--strength 3"):
+        assert directions_of(load(path)) == {Site(2): GIVEN[0].tolist()}
+    path.write_text(json.dumps({"2": [0.0, 0.0]}))
+    with pytest.warns(FormatWarning, match="all zero, and steer nothing"):
+        load(path)
     path.write_text("[[1.0, 2.0], [1.0]]")
     with pytest.raises(TrimtabError, match="different lengths"):
         load(path, layer_offset=0)

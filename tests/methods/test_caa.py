@@ -349,3 +349,11 @@ def test_the_letter_is_read_on_real_tokenizers(name: str, template: bool) -> Non
             assert tokenizer.decode(ids[len(question.prompt) :]) in (f"({letter})", f" ({letter})")
             count += 1
     assert count > 3000
+
+
+def test_a_text_that_is_too_long_is_named_by_its_pair(lm: LM) -> None:
+    pairs = [Pair("a", "b", "q", "answers"), Pair("c", "d" * 999, "q", "answers")]
+    with pytest.raises(TrimtabError, match="pair 2, negative: the text has 1000 tokens, the model's context is"):
+        learn_caa(lm, pairs, [1])
+    with pytest.raises(TrimtabError, match="pair 1: the question has"):
+        learn_caa(lm, [Pair("(A)", "(B)", "q" * 999, "letters")], [1])

@@ -227,6 +227,9 @@ def test_a_rendered_string_is_noticed(token: Any) -> None:
     other.chat_template = TEMPLATE  # it may be set at any time
     with pytest.warns(TemplateWarning):
         encode(other, MADE)
+    pair = Pair("Yes<|im_end|>", "No", "Hi", "answers")
+    with pytest.warns(TemplateWarning, match=r"the answer holds '<\|im_end\|>'.*take them out"):
+        encode_sides(token, pair)
     picky = tokenizer(
         "{% if messages[0].role == 'user' %}{{ raise_exception('no') }}{% endif %}{{ messages[1].content }}"
     )

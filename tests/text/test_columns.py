@@ -40,9 +40,10 @@ def test_preferences_whose_messages_repeat_the_prompt() -> None:
     assert expected[0].prompt == ""
     assert pairs_from_rows([{"prompt": "How are you?", **row}]) == expected
     assert pairs_from_rows([{"prompt": [USER], **row}]) == expected
-    assert (
-        pairs_from_rows([{"prompt": "Hello", **row}])[0].prompt == "Hello"
-    )  # this one isn't repeated: it comes before
+    later = {side: [{"role": "user", "content": "Hi"}, REPLY, *row[side]] for side in row}
+    assert pairs_from_rows([{"prompt": " How are you?\n", **later}]) == pairs_from_rows([later])
+    with pytest.raises(TrimtabError, match="'user' speaks first in the messages of the positive side"):
+        pairs_from_rows([{"prompt": "Hello", **row}])
 
 
 def test_an_empty_column_doesn_t_compete_for_the_prompt() -> None:
@@ -92,11 +93,20 @@ def test_a_column_that_is_in_no_row() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{"anchor": "Rain."}, {"context": ["a"]}, {"system_prompt": "Be kind."}, {"": "What?"}, {"extra": {"a": 1}}],
+    [
+        {"anchor": "Rain."},
+        {"context": ["a"]},
+        {"": "What?"},
+        {"extra": {"a": 1}},
+        {"metadata": {"Prompt": "Who?"}},
+        {"winner": "a"},
+    ],
 )
 def test_what_may_matter_is_never_dropped(more: dict[str, Any]) -> None:
     (name,) = more
-    with pytest.raises(TrimtabError, match=f"nothing is read of {name!r}, and it may matter.*--keys.*--ignore"):
+    with pytest.raises(
+        TrimtabError, match=f"nothing is read of {name!r}, and it may matter.*(--keys|a column of its own).*--ignore"
+    ):
         pairs_from_rows([{"prompt": "How are you?", **SIDES, **more}])
     assert pairs_from_rows([{"prompt": "How are you?", **SIDES, **more}], ignore=[name]) == [ANSWER]
 
@@ -113,6 +123,7 @@ def test_what_may_matter_is_never_dropped(more: dict[str, Any]) -> None:
         {"note": float("nan")},
         {"note": " "},
         {"note": []},
+        {"embedding": [0.5, 1]},
         {"prompt_id": "a1"},
         {"Source": "here"},
         {"category": "greetings"},
@@ -235,7 +246,8 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_pasted_text() -> None:
     row = {"question": "How are you?", "chosen": "Fine.", "rejected": "Go."}
-    for text in (json.dumps([row]), json.dumps(row), "question\tchosen\trejected\nHow are you?\tFine.\tGo.\n"):
+    columns = json.dumps({name: [cell] for name, cell in row.items()}, indent=1)
+    for text in (json.dumps([row]), json.dumps(row), columns, "question\tchosen\trejected\nHow are you?\tFine.\tGo.\n"):
         assert pairs_from_text(text) == [ANSWER]
     with pytest.raises(TrimtabError, match="pairs:2: 'chosen' is empty"):
         pairs_from_text(json.dumps(row) + "\n" + json.dumps({**row, "chosen": ""}))

@@ -126,7 +126,7 @@ BAD = {
     "bad quotes": ("p.csv", 'positive,negative\n"a"b,c\n', ["p.csv:2", "not CSV"]),
     "open quote": ("p.csv", 'positive,negative\n"a,b\n', ["p.csv:2", "not CSV"]),
     "not UTF-8": ("p.jsonl", GOOD.encode() + b'{"positive": "\xe9", ', ["p.jsonl", "UTF-8", "byte 49"]),
-    "UTF-16": ("p.csv", "positive,negative\na,b\n".encode("utf-16"), ["p.csv", "UTF-8"]),
+    "UTF-16 without a mark": ("p.csv", "positive,negative\na,b\n".encode("utf-16-le"), ["p.csv", "UTF-8"]),
     "nested without end": ("p.jsonl", "[" * 100_000, ["p.jsonl:1", "not JSON"]),
     "unknown suffix": ("p.xlsx", "a\tb", ["p.xlsx", ".jsonl, .json, .csv, .tsv or .parquet", "not .xlsx"]),
     "no suffix": ("pairs", GOOD, ["pairs", "without a suffix"]),

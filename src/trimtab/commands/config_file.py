@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from trimtab.errors import TrimtabError
+from trimtab.text.read import read_text
 
 
 class FromEnvironment(TyperCommand):
@@ -37,29 +38,33 @@ def read_config(path: Path) -> dict[str, Any]:
         except ImportError as error:
             raise TrimtabError(f"reading {path} needs tomli on this Python: pip install tomli") from error
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise TrimtabError(f"--config {path}: {error.strerror}") from error
+        return tomllib.loads(read_text(path))
+    except TrimtabError as error:
+        raise TrimtabError(f"--config: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise TrimtabError(f"--config {path} isn't TOML: {error}") from error
+        hint = "; JSON and YAML aren't read" if path.suffix in (".json", ".yaml", ".yml") else ""
+        raise TrimtabError(f"--config {path} isn't TOML: {error}{hint}") from error
 
 
 def _take(context: typer.Context, _parameter: Any, path: Path | None) -> Path | None:
     """Let a file's values be the defaults of this command."""
     if path is None or context.resilient_parsing:
         return path
-    values = {key.replace("-", "_"): value for key, value in read_config(path).items()}
+    written = read_config(path)
+    values = {key.replace("-", "_"): value for key, value in written.items()}
+    if len(values) < len(written):
+        twice = next(key for key in written if "-" in key and key.replace("-", "_") in written)
+        raise TrimtabError(f"--config {path}: {twice} is there twice, with hyphens and with underscores; keep one")
     known = {
         _key(parameter): parameter for parameter in context.command.params if parameter.param_type_name == "option"
     }
     for key, value in values.items():
+        if isinstance(value, dict):
+            raise TrimtabError(f"--config {path}: {key} is a table; options are written as key = value")
         if key not in known or known[key].name in ("config", "help"):
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; do you mean {near[0]}?" if near else f"; trimtab {context.info_name} --help has the options"
             raise TrimtabError(f"--config {path}: there is no option {key!r}{hint}")
-        if isinstance(value, dict):
-            raise TrimtabError(f"--config {path}: {key} is a table; options are written as key = value")
         if getattr(known[key], "multiple", False) != isinstance(value, list):
             raise TrimtabError(f"--config {path}: {key} is {'a list' if known[key].multiple else 'one value'}")
     context.default_map = {str(known[key].name): value for key, value in values.items()}

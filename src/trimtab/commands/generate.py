@@ -209,6 +209,8 @@ def generate(
     next tokens.
     """
     all_prompts = gather_prompts(prompt or [], prompts, column)
+    if begun := sum(not isinstance(item, str) and item[-1]["role"] == "assistant" for item in all_prompts):
+        note(f"{begun} of {len(all_prompts)} prompts end with an answer, which is continued", quiet=json)
     if image:
         all_prompts = about_images(all_prompts, image, plain=plain)
     files = [parse_pick(text) for text in steer or []]

@@ -40,7 +40,11 @@ def learn(
     ],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write; with --all, the folder for the files.")],
     pairs: Annotated[
-        Path | None, typer.Option(help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs.", rich_help_panel=SOURCE)
+        Path | None,
+        typer.Option(
+            help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs; - reads standard input.",
+            rich_help_panel=SOURCE,
+        ),
     ] = None,
     columns: ColumnOptions,
     instruction: Annotated[
@@ -183,10 +187,10 @@ def learn(
         single texts, true or false, which are paired in order
     [dim]    {"statement": "Rivers flow downhill.", "label": true}[/dim]
 
-    The prompt may also be called question, instruction, input or user, and the sides
-    chosen and rejected, or matching and not_matching. Map other names with --keys
-    positive=good,negative=bad. A column that isn't read but may matter is an error;
-    --ignore leaves it out.
+    The prompt may also be called question, instruction, input or user, the sides
+    chosen and rejected, matching and not_matching, or pos and neg, and a statement
+    text or completion. Map other names with --keys positive=good,negative=bad. A
+    column that isn't read but may matter is an error; --ignore leaves it out.
 
     In JSONL and JSON, prompts and answers may be lists of messages, and every
     pair with a prompt may have a system prompt: system, the same on both sides,

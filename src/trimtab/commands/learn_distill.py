@@ -16,7 +16,7 @@ from trimtab.commands.options import alone, grouped
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
-from trimtab.text.pairs import read_examples
+from trimtab.text.examples import read_examples
 from trimtab.text.read import read_text
 
 if TYPE_CHECKING:

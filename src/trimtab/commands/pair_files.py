@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from trimtab.errors import TrimtabError
 from trimtab.text.columns import Columns
-from trimtab.text.pairs import KEYS, Pair, read_pairs_by
+from trimtab.text.pairs import KEYS, Pair, pairs_from_text, read_pairs_by
 
 PANEL = "Columns of pairs"
 
@@ -52,5 +53,7 @@ class ColumnOptions:
 
 
 def pairs_in(path: str | Path | None, columns: Columns) -> list[Pair]:
-    """The pairs of the file, none without one. Raises `TrimtabError` as `read_pairs` does."""
+    """The pairs of the file (`-`: standard input), none without one. Raises `TrimtabError` as `read_pairs` does."""
+    if str(path) == "-":
+        return pairs_from_text(sys.stdin.read(), "standard input", columns)
     return [] if path is None else read_pairs_by(path, columns)

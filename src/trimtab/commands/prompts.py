@@ -12,21 +12,20 @@ import typer
 
 from trimtab.errors import TrimtabError
 from trimtab.text.chat import Prompt
-from trimtab.text.columns import is_blank
+from trimtab.text.columns import ALIASES, belonging, columns_of, is_blank, is_nan
 from trimtab.text.images import beside, read_image
-from trimtab.text.read import read_text
-from trimtab.text.tables import PARQUET, READERS, read_rows
+from trimtab.text.messages import as_messages, of_json
+from trimtab.text.read import kind_of, read_text
+from trimtab.text.tables import COLUMNAR, READERS, read_rows
 
-COLUMNS = ("prompt", "messages", "question", "instruction", "input", "user", "text")
+COLUMNS = ("prompt", "messages", "conversations", "question", "instruction", "input", "user", "text")
 """Where a row's prompt is looked for."""
-CONTEXT = "context"
-"""What belongs to a prompt, and isn't one."""
 
 ColumnOption = Annotated[
     str | None,
     typer.Option(
         help="The column of the prompts' file, or the key of its objects, that holds the prompt. Default: "
-        "prompt, messages, question, instruction, input, user or text.",
+        "prompt, messages, conversations, question, instruction, input, user or text.",
         metavar="NAME",
     ),
 ]
@@ -75,8 +74,8 @@ def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: boo
 
 def _read(source: str, column: str | None) -> list[Prompt]:
     name = "standard input" if source == "-" else source
-    kind = Path(source).suffix.lower()
-    if kind == PARQUET or (kind in READERS and not Path(source).is_file()):
+    kind = kind_of(Path(source))
+    if kind in COLUMNAR or (kind in READERS and not Path(source).is_file()):
         rows: Iterable[tuple[str, Any]] = read_rows(Path(source))  # which says that there is no file
     else:
         text = sys.stdin.read() if source == "-" else read_text(Path(source))
@@ -90,8 +89,8 @@ def _read(source: str, column: str | None) -> list[Prompt]:
     rows = list(rows)
     if not rows:
         raise TrimtabError(f"{name} has no prompts in it; write one per line")
-    if kind == ".json" and all(map(_is_message, (row for _, row in rows))):
-        return [[row for _, row in rows]]
+    if kind == ".json" and all(map(_is_message, talk := as_messages([row for _, row in rows]))):
+        return [talk]
     return [_prompt(row, where, column) for where, row in rows]
 
 
@@ -115,16 +114,19 @@ def _prompt(row: Any, where: str, column: str | None) -> Prompt:
             raise TrimtabError(f"{where}: this is no row with columns, so it has no {column!r}; leave --column out")
         return _checked(row, where)
     name = _column(row, where, column)
-    prompt = _checked(row[name], where, messages=name == "messages")
-    system = row.get("system") if name != "system" else None
-    if is_blank(system):
+    prompt = _checked(row[name], where, messages=name in ("messages", "conversations"))
+    systems = columns_of(row, ("system", *ALIASES["system"]))
+    said = [column for column in systems if column != name and not is_blank(row[column])]
+    if not said:
         return prompt
-    if not isinstance(system, str):
-        raise TrimtabError(f"{where}: 'system' is no text")
+    if len(said) > 1:
+        raise TrimtabError(f"{where}: {said[0]!r} and {said[1]!r} are two system prompts; take one of them out")
+    if not isinstance(row[said[0]], str):
+        raise TrimtabError(f"{where}: {said[0]!r} is no text")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if messages[0]["role"] == "system":
         raise TrimtabError(f"{where}: there is a system prompt twice: among the messages, and beside them")
-    return [{"role": "system", "content": system}, *messages]
+    return [{"role": "system", "content": row[said[0]]}, *messages]
 
 
 def _column(row: Mapping[str, Any], where: str, wanted: str | None) -> str:
@@ -134,12 +136,13 @@ def _column(row: Mapping[str, Any], where: str, wanted: str | None) -> str:
         if wanted not in row:
             raise TrimtabError(f"{where}: there is no column {wanted!r}; {has}")
         return wanted
-    there = [name for name in COLUMNS if name in row]
+    there = columns_of(row, COLUMNS)
     if not there:
         raise TrimtabError(f"{where}: no prompt: {has}; say which column is one (--column), or call it {COLUMNS[0]!r}")
     said = [name for name in there if not is_blank(row[name])]
-    rivals = [*said, *([CONTEXT] if not is_blank(row.get(CONTEXT)) else [])]
-    if said and len(rivals) > 1:
+    systems = columns_of(row, ("system", *ALIASES["system"]))
+    lost = [name for name in belonging(row, row[said[0]]) if name not in (*said, *systems)] if said else []
+    if said and len(rivals := [*said, *lost]) > 1:
         raise TrimtabError(
             f"{where}: {' and '.join(map(repr, rivals))} could each belong to the prompt, and one is read; say which"
             f" (--column {rivals[0]}), or write the whole prompt into one"
@@ -148,12 +151,16 @@ def _column(row: Mapping[str, Any], where: str, wanted: str | None) -> str:
 
 
 def _checked(value: Any, where: str, *, messages: bool = False) -> Prompt:
+    try:
+        value = as_messages(of_json(value) if isinstance(value, str) else value)
+    except TrimtabError as error:
+        raise TrimtabError(f"{where}: {error}") from None
     if isinstance(value, list) or messages:
         if not isinstance(value, list) or not value or not all(map(_is_message, value)):
             raise TrimtabError(f'{where}: messages are a list of {{"role": "user", "content": "…"}}')
         return value
-    if not isinstance(value, str) or not value.strip():
-        raise TrimtabError(f"{where}: the prompt is empty or no text")
+    if not isinstance(value, str) or is_blank(value):
+        raise TrimtabError(f"{where}: the prompt is {'NaN, ' if is_nan(value) else ''}empty or no text")
     return value
 
 

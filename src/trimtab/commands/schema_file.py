@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trimtab.decoding.grammar import Schema, json_grammar
 from trimtab.errors import TrimtabError
+from trimtab.text.read import read_text
 
 
 def read_schema(path: Path) -> Schema:
@@ -16,9 +17,9 @@ def read_schema(path: Path) -> Schema:
         TrimtabError: A file that can't be read, isn't JSON, or holds no schema that answers can keep to.
     """
     try:
-        schema: Schema = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TrimtabError(f"--json-schema {path} can't be read: {error.strerror or error}") from None
+        schema: Schema = json.loads(read_text(path))
+    except TrimtabError as error:
+        raise TrimtabError(f"--json-schema: {error}") from None
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"--json-schema {path} isn't JSON: {error}") from None
     json_grammar(schema, where=str(path))  # before the model is loaded

@@ -21,9 +21,9 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluate.answers import check_names, run
 from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.steering import Steering
+from trimtab.text.columns import belonging, columns_of
 from trimtab.text.letters import ask_prompt, letter_of, question_prompt
-from trimtab.text.pairs import SYSTEMS
-from trimtab.text.read import read_text
+from trimtab.text.tables import read_rows
 
 if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
@@ -64,7 +64,7 @@ class ABItem:
 
 
 def read_ab(path: str | Path, *, exclude: bool = False, limit: int | None = None) -> tuple[list[ABItem], list[str]]:
-    """The items of a JSON list in CAA's format, and the names of those left out.
+    """The items of a JSON list (or another table, see `read_rows`) in CAA's format, and the names of those left out.
 
     A row has `question`, `answer_matching_behavior` and `answer_not_matching_behavior`, or `prompt`, `correct` and
     `incorrect`, perhaps with a `category`. An item is named by its category, if any, and its number from 1. With
@@ -74,15 +74,11 @@ def read_ab(path: str | Path, *, exclude: bool = False, limit: int | None = None
     and B; with `exclude` such items are left out instead, and named. They are never scored.
     """
     path = Path(path)
-    try:
-        rows = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"{path}: not JSON: {error}") from None
-    if not isinstance(rows, list) or not rows:
+    rows = list(read_rows(path, otherwise=".json"))
+    if not rows:
         raise TrimtabError(f"{path}: a list of questions was expected, with at least one")
     items, left_out = [], []
-    for number, row in enumerate(rows, 1):
-        where = f"{path}: item {number}"
+    for number, (where, row) in enumerate(rows, 1):
         item = _item(row, where, number)
         if {item.matching, item.other} != set(LETTERS):
             if not exclude:
@@ -99,16 +95,21 @@ def read_ab(path: str | Path, *, exclude: bool = False, limit: int | None = None
 
 
 def _item(row: Any, where: str, number: int) -> ABItem:
-    keys = next((keys for keys in KEYS if isinstance(row, Mapping) and set(keys) <= set(row)), None)
-    if keys is None:
+    row = row if isinstance(row, Mapping) else {}
+    there = [keys for keys in KEYS if all(columns_of(row, (key,)) for key in keys)]
+    if not there:
         raise TrimtabError(f"{where}: an object with {', '.join(KEYS[0])}, or {', '.join(KEYS[1])} was expected")
-    question, matching, other = (row[key] for key in keys)
+    if len(there) > 1:
+        raise TrimtabError(f"{where}: it has {', '.join(KEYS[0])} and {', '.join(KEYS[1])}; take one of them out")
+    (keys,) = there
+    question, matching, other = (row[columns_of(row, (key,))[0]] for key in keys)
     for key, value in zip(keys, (question, matching, other), strict=True):
         if not isinstance(value, str) or not value.strip():
             raise TrimtabError(f"{where}: {key!r} is empty or no text")
-    if systems := [key for key in SYSTEMS if row.get(key)]:
+    if lost := belonging(row, question):
         raise TrimtabError(
-            f"{where}: {systems[0]!r} isn't asked under here; a system message is a separate arm (--system-prompt)"
+            f"{where}: {lost[0]!r} isn't asked under here; write it into the question, or take it out (a system message"
+            " is a separate arm, --system-prompt)"
         )
     try:
         letters = letter_of(matching), letter_of(other)

@@ -106,6 +106,7 @@ def macro(records: Sequence[Record], score: str) -> dict[str, float]:
 
 def _number(text: str) -> Decimal | None:
     try:
-        return Decimal(text.strip().replace(",", "").replace("$", ""))
+        number = Decimal(text.strip().replace(",", "").replace("$", ""))
     except InvalidOperation:
         return None
+    return number if number.is_finite() else None

@@ -24,7 +24,8 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluate.punkt import ensure_punkt, has
 from trimtab.evaluate.records import ArmPrompt, Record, with_system
 from trimtab.steering import Steering
-from trimtab.text.read import read_text
+from trimtab.text.columns import belonging
+from trimtab.text.tables import parse_json, read_rows
 
 if TYPE_CHECKING:
     from trimtab.engines.transformers.generate import Generation
@@ -86,22 +87,22 @@ class Verdict:
 
 
 def read_ifeval(path: str | Path | None = None, limit: int | None = None) -> list[IFEvalItem]:
-    """The items of a JSONL file in the official format, or of `google/IFEval` on the Hub; at most `limit` of them.
+    """The items of a file in the official format (JSONL, or as `read_rows` reads it), or of `google/IFEval` on the Hub.
 
-    A row has `prompt`, `instruction_id_list` and `kwargs`, one for each instruction; `key`, and in paired files
-    `prompt_without_instruction`, where there are any. Whatever data the checkers of these instructions need is fetched
-    here, before anything is generated.
+    At most `limit` are taken. A row has `prompt`, `instruction_id_list` and `kwargs`, one for each instruction; `key`,
+    and in paired files `prompt_without_instruction`, where there are any. Whatever data the checkers of these
+    instructions need is fetched here, before anything is generated.
 
     Raises `TrimtabError` for a file or a row that can't be read, an unknown type of instruction, arguments that don't
     fit it, or when the package of checkers isn't installed.
     """
     checkers()
     name = HUB if path is None else str(path)
-    rows = _from_hub() if path is None else _from_file(Path(path))
+    rows = _from_hub() if path is None else list(read_rows(Path(path), otherwise=".jsonl"))
     rows = rows if limit is None else rows[:limit]
     if not rows:
         raise TrimtabError(f"{name} has no rows; one prompt a line was expected")
-    raw = [_item(row, f"{name}:{number}", number) for number, row in rows]
+    raw = [_item(row, where, number) for number, (where, row) in enumerate(rows, 1)]
     _prepare({kind for item in raw for kind in item.types})
     seen: Counter[str] = Counter()
     items = []
@@ -111,22 +112,11 @@ def read_ifeval(path: str | Path | None = None, limit: int | None = None) -> lis
     return items
 
 
-def _from_file(path: Path) -> list[tuple[int, Any]]:
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise TrimtabError(f"{path}:{number}: not JSON: {error}") from None
-    return rows
-
-
-def _from_hub() -> list[tuple[int, Any]]:
+def _from_hub() -> list[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return list(enumerate(load_dataset(HUB, split="train"), 1))
+        return [(f"{HUB}:{number}", row) for number, row in enumerate(load_dataset(HUB, split="train"), 1)]
     except Exception as error:  # offline, gated, moved: every layer below raises its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrimtabError(f"can't get {HUB} from the Hub: {reason}. Name a file with the same rows instead") from None
@@ -136,7 +126,10 @@ def _item(row: Any, where: str, number: int) -> IFEvalItem:
     if not isinstance(row, Mapping):
         raise TrimtabError(f"{where}: an object with prompt, instruction_id_list and kwargs was expected")
     prompt: Any = row.get("prompt")
-    types, kwargs, bare = (row.get(name) for name in ("instruction_id_list", "kwargs", "prompt_without_instruction"))
+    types, kwargs = (_list_of(row.get(name), f"{where}: {name}") for name in ("instruction_id_list", "kwargs"))
+    bare = row.get("prompt_without_instruction")
+    if lost := belonging(row, prompt):
+        raise TrimtabError(f"{where}: {lost[0]!r} isn't asked under here; write it into the prompt, or take it out")
     for name, text in (("prompt", prompt), ("prompt_without_instruction", "-" if bare is None else bare)):
         if not isinstance(text, str) or not text.strip():
             raise TrimtabError(f"{where}: {name} is empty or no text")
@@ -152,6 +145,11 @@ def _item(row: Any, where: str, number: int) -> IFEvalItem:
             raise TrimtabError(f"{where}: {error}") from None
     key = str(row["key"]) if row.get("key") is not None else f"row {number}"
     return IFEvalItem(key, key, prompt, tuple(types), tuple(set_arguments), bare)
+
+
+def _list_of(value: Any, where: str) -> Any:
+    """A list, which a table can only hold as JSON."""
+    return parse_json(value, where) if isinstance(value, str) else value
 
 
 def _prepare(types: set[str]) -> None:

@@ -8,9 +8,6 @@ say "I can't" later on. A text that breaks refuses nothing: look at the empty an
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +19,8 @@ from trimtab.evaluate.ab import spread
 from trimtab.evaluate.jailbreaks import TEMPLATES, under
 from trimtab.evaluate.records import ArmPrompt, Record, with_system
 from trimtab.steering import Steering
-from trimtab.text.read import read_text
+from trimtab.text.columns import belonging, is_blank
+from trimtab.text.tables import read_rows
 
 if TYPE_CHECKING:
     from trimtab.engines.transformers.generate import Generation
@@ -75,6 +73,7 @@ PHRASES = (
 SCORES = ("refused", "empty")
 COLUMNS = {"goal": "harmful", "instruction": "harmful", "prompt": "label"}
 """Where a row has its request: AdvBench's `goal`, the refusal sets' `instruction`, XSTest's `prompt` with a `label`."""
+LABELS = ("safe", "unsafe")
 
 
 @dataclass(frozen=True)
@@ -96,41 +95,37 @@ def refuses(answer: str) -> bool:
 def read_refusal(path: str | Path, limit: int | None = None) -> list[RefusalItem]:
     """The requests of AdvBench's or XSTest's `.csv`, or of a `.json` list of objects with an `instruction`.
 
-    XSTest's rows are split by their label, into the parts `<file> safe` and `<file> unsafe`; all others are harmful.
+    Rows with a label, such as XSTest's, are split by it, into the parts `<file> safe` and `<file> unsafe`; all others
+    are harmful. Other kinds of files are read as `read_rows` does.
     At most `limit` requests of each part are taken, evenly from the whole. Raises `TrimtabError` for a file or a row
     that can't be read.
     """
     path = Path(path)
     parts: dict[str, list[RefusalItem]] = {}
-    for number, row in enumerate(_rows(path), 1):
-        where = f"{path}: item {number}"
+    for number, (where, row) in enumerate(read_rows(path, otherwise=".json"), 1):
         column = next((name for name in COLUMNS if isinstance(row, Mapping) and name in row), None)
-        if column is None or (column == "prompt" and row.get("label") not in ("safe", "unsafe")):
+        label = str(row.get("label") or "").strip().lower() if column is not None else ""
+        if column is None or label not in (*LABELS, *([] if column == "prompt" else [""])):
             raise TrimtabError(
-                f"{where}: a row with goal, instruction, or prompt and label (safe, unsafe) was expected"
+                f"{where}: a row with goal, instruction, or prompt and label (safe, unsafe) was expected;"
+                f" {_what_it_has(row, label)}"
             )
         text = row[column]
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or is_blank(text):
             raise TrimtabError(f"{where}: {column!r} is empty or no text")
-        part = f"{path.stem} {row['label']}" if column == "prompt" else path.stem
-        harmful = column != "prompt" or row["label"] == "unsafe"
-        parts.setdefault(part, []).append(RefusalItem(f"{part}/{number}", text.strip(), part, harmful))
+        if lost := belonging(row, text):
+            raise TrimtabError(f"{where}: {lost[0]!r} isn't asked under here; write it into {column!r}, or take it out")
+        part = f"{path.stem} {label}".strip()
+        parts.setdefault(part, []).append(RefusalItem(f"{part}/{number}", text.strip(), part, label != "safe"))
     if not parts:
         raise TrimtabError(f"{path} has no requests in it")
     return [item for items in parts.values() for item in spread(items, limit)]
 
 
-def _rows(path: Path) -> list[Any]:
-    text = read_text(path)
-    if path.suffix.lower() == ".csv":
-        return list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"))))
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"{path}: neither .csv nor JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise TrimtabError(f"{path}: a list of requests was expected")
-    return rows
+def _what_it_has(row: Any, label: str) -> str:
+    if not isinstance(row, Mapping):
+        return f"it is a {type(row).__name__}"
+    return f"its label is {label!r}" if label else f"it has {', '.join(map(str, row))}: rename the column"
 
 
 def in_templates(items: Sequence[RefusalItem]) -> list[RefusalItem]:

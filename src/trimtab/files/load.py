@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 import zipfile
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -44,6 +45,8 @@ BARE: dict[str, Callable[[Path, Wanted], Imported]] = {
     "safetensors": read_safetensors_layout,
 }
 """And those that may hold a bare tensor, of which a caller must say more."""
+FACTORS = ("strength", "scale", "coefficient", "coeff", "multiplier", "alpha")
+"""What a file may say beside a vector of how hard it is to push."""
 
 
 @keywords
@@ -96,6 +99,14 @@ def load(
         raise TrimtabError(f"{path}: {error}") from None
     if imported.doubt is not None and layer_offset is None:
         warnings.warn(f"{path}: {imported.doubt}", FormatWarning, stacklevel=outside())
+    operations = [operation for _, operation in imported.operations]
+    if all(isinstance(operation, Add) and not bool(operation.direction.any()) for operation in operations):
+        warnings.warn(f"{path}: its directions are all zero, and steer nothing", FormatWarning, stacklevel=outside())
+    for name in FACTORS:
+        factor = imported.about.get(name, 1)
+        if isinstance(factor, (int, float)) and factor != 1:
+            message = f"its {name} of {factor:g} isn't applied; if it should be, multiply by it (--strength {factor:g})"
+            warnings.warn(f"{path}: {message}", FormatWarning, stacklevel=outside())
     return steering
 
 
@@ -178,11 +189,15 @@ def _kind(path: Path) -> str:
         raise TrimtabError(f"there is no file {path}") from None
     except OSError as error:
         raise TrimtabError(f"can't read {path}: {error.strerror}") from None
+    if start[:2] == b"\x1f\x8b":
+        raise TrimtabError(f"{path} is compressed; unpack it first (gunzip)")
     if start[:4] == b"PK\x03\x04":
         return "numpy" if _is_npz(path) else "torch"
     if start[:6] == NUMPY:
         return "numpy"
-    return "json" if start.lstrip()[:1] in (b"{", b"[") else "trimtab"  # whose reader says what is wrong with it
+    return (
+        "json" if start.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"[") else "trimtab"
+    )  # whose reader says what is wrong with it
 
 
 def _is_npz(path: Path) -> bool:

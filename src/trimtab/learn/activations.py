@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trimtab.engines.contract import check_length
 from trimtab.engines.request import Text
 from trimtab.engines.resolve import pooled, tokens_of
 from trimtab.errors import TrimtabError
@@ -99,6 +100,7 @@ def texts_of(
 
     def text(side: Answered, which: str) -> Text:
         with naming(f"{name}, {which}"):
+            check_length(lm.layout, len(side.ids), "the text")
             every = range(side.start, len(side.ids))
             return Text(side.ids, every if suffix else read_positions(lm.tokenizer, side, read_at))
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from trimtab.engines.contract import check_length
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords, outside
@@ -270,6 +271,7 @@ def _at_letters(lm: LM, pair: Pair) -> TextPair:
         Text(question.answered(letter), [len(question.ids)])
         for question, letter in zip(questions, letters, strict=True)
     )
+    check_length(lm.layout, max(len(text.ids) for text in (positive, negative)), "the question")
     return positive, negative
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from trimtab.engines.contract import check_length
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
@@ -187,6 +188,7 @@ def prompt_texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
             if side not in encoded:  # a query is shared by many instructions
                 with naming(f"pair {number}"):
                     encoded[side] = encode_prompt(lm.tokenizer, side)
+                    check_length(lm.layout, len(encoded[side]), "the prompt")
     texts = {side: Text(ids, [len(ids) - 1]) for side, ids in encoded.items()}
     return [(texts[positive], texts[negative]) for positive, negative in prompts]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.text.chat import encode, render_messages
+from trimtab.text.chat import encode, notice_special, render_messages
 from trimtab.text.letters import LetterQuestion, ask, ids_of
 from trimtab.text.pairs import Pair, Side, as_prompt, sides
 
@@ -168,6 +168,7 @@ def _encoded(tokenizer: Any, pair: Pair, side: Side) -> Answered:
         opening, ids = [], encode(tokenizer, side.answer, chat=False)
     else:
         opening, ids = encode_prompt(tokenizer, side), ids_of(tokenizer, side.answer)
+        notice_special(tokenizer, side.answer, answer=True)
     if not ids:
         raise TrimtabError(f"an answer is empty: {side.answer!r} has no tokens")
     return Answered((*opening, *ids), len(opening), side.answer)

@@ -70,7 +70,7 @@ def encode(
             "this tokenizer has no chat template; give plain text (chat=False), or set its chat_template"
         )
     if isinstance(prompt, str):
-        _notice_rendered(tokenizer, prompt)
+        notice_special(tokenizer, prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     return list(_apply(tokenizer, messages, template, tokenize=True, return_dict=True)["input_ids"])
@@ -220,12 +220,18 @@ def _continues(messages: Sequence[Message], wanted: bool | None) -> bool:
     return True
 
 
-def _notice_rendered(tokenizer: Any, prompt: str) -> None:
-    """Warn of a string with special tokens that the chat template writes itself."""
-    if tokens := [token for token in _written(tokenizer) if token in prompt]:
+def notice_special(tokenizer: Any, text: str, *, answer: bool = False) -> None:
+    """Warn of a prompt, or an answer, with special tokens that the chat template writes itself."""
+    if tokens := [token for token in _written(tokenizer) if token in text]:
+        then = (
+            "and is read to its end with them; take them out of the data"
+            if answer
+            else "and is put into a user's message all the same; if it is rendered already, say that it is plain text"
+            " (chat=False, --plain)"
+        )
         warnings.warn(
-            f"the prompt holds {', '.join(map(repr, tokens))}, which the chat template writes itself, and is put into a"
-            " user's message all the same; if it is rendered already, say that it is plain text (chat=False, --plain)",
+            f"the {'answer' if answer else 'prompt'} holds {', '.join(map(repr, tokens))}, which the chat template"
+            f" writes itself, {then}",
             TemplateWarning,
             stacklevel=outside(),
         )

@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
+from unicodedata import category
 
 from trimtab.errors import TrimtabError
 
 ALIASES: dict[str, tuple[str, ...]] = {
-    "prompt": ("question", "instruction", "input", "user", "messages"),
-    "positive": ("chosen", "matching"),
-    "negative": ("rejected", "not_matching"),
+    "prompt": ("question", "instruction", "input", "user", "messages", "conversations"),
+    "question": ("prompt",),
+    "positive": ("chosen", "matching", "pos", "preferred_output"),
+    "negative": ("rejected", "not_matching", "neg", "non_preferred_output"),
+    "statement": ("text", "completion"),
+    "system": ("system_prompt", "system_message"),
+    "positive_system": ("positive_system_prompt",),
+    "negative_system": ("negative_system_prompt",),
+    "answer": ("output", "completion", "response"),
 }
-"""What the parts of a pair are called elsewhere."""
+"""What the parts of a pair, and of an example, are called elsewhere."""
+
+CONTEXTS = frozenset(
+    {"context", "context_string", "passage", "document", "article", "story", "choices", "options", "history", "input"}
+    | {"tools", "functions", "image", "images", "audio"}
+)
+"""Columns that a prompt isn't whole without, if they say anything."""
+BELONGS = CONTEXTS | {"system", *ALIASES["system"], "positive_system", "negative_system"}
+"""The same, and system prompts, for readers that take none."""
+
+CHOOSING = (
+    "label",
+    "labels",
+    "preference",
+    "preferred",
+    "winner",
+    "better",
+    "choice",
+    "answer",
+    "correct",
+    "target",
+)
+"""Columns whose number may say which side of a pair is the wanted one."""
 
 BOOKKEEPING = frozenset(
     {"id", "idx", "index", "key", "uid", "uuid", "guid", "row", "source", "dataset", "split", "category", "categories"}
@@ -22,6 +54,13 @@ BOOKKEEPING = frozenset(
     | {"language", "model", "timestamp", "created_at"}
 )
 """Columns about a row, without which nothing is lost. So are those with numbers, and with names that end in `_id`."""
+
+
+NANS = frozenset({"nan", "NaN", "<NA>", "#N/A"})
+"""An empty cell as pandas and spreadsheets write it."""
+
+SIDES = frozenset({"-1", "0", "1", "2", "0.0", "1.0", "2.0", "true", "false"})
+"""Numbers by which sides are named."""
 
 
 @dataclass(frozen=True)
@@ -84,27 +123,31 @@ class Row:
         """The row with the named columns read, and those to be ignored left out."""
         named = {part: column for part, column in columns.keys.items() if column in row}
         taken = {*named.values(), *columns.ignore}
-        left = {key: value for key, value in row.items() if key not in taken}
+        left = {str(key): value for key, value in row.items() if key not in taken}
         return cls({part: row[column] for part, column in named.items()}, named, left)
 
     def has(self, part: str) -> bool:
         """Whether the part is there, under its own name or another; it may be empty."""
-        return part in self.parts or any(name in self.left for name in _names(part))
+        return part in self.parts or bool(self._columns(part))
 
     def take(self, part: str, where: str) -> None:
         """Find the part, if it is there. Raises `TrimtabError` where several columns could be it."""
         if part in self.parts:
             return
-        there = [name for name in _names(part) if name in self.left]
+        there = self._columns(part)
         said = [name for name in there if not is_blank(self.left[name])]
         if len(said) > 1 and said[0] != part:
             raise TrimtabError(
-                f"{where}: {' and '.join(map(repr, said))} could each be the {part}; say which one is"
-                f" (--keys {part}={said[0]}), and leave the rest out (--ignore {','.join(said[1:])})"
+                f"{where}: {' and '.join(map(repr, said))} could each be the {part}; write it into one column, or say"
+                f" which one it is (--keys {part}={said[0]}), and leave the rest out (--ignore {','.join(said[1:])})"
             )
         if there:
             name = said[0] if said else there[0]
             self.parts[part], self.names[part] = self.left.pop(name), name
+
+    def _columns(self, part: str) -> list[str]:
+        """The columns that may be the part: first that of its own name, then by its `ALIASES`."""
+        return columns_of(self.left, (part, *ALIASES.get(part, ())))
 
     def name(self, part: str) -> str:
         """What the part's column is called, for an error."""
@@ -114,38 +157,101 @@ class Row:
         """Raises `TrimtabError`, naming them, where columns are left that may matter."""
         read = list(self.parts.values())
         if lost := [name for name, value in self.left.items() if _matters(name, value, read)]:
+            part = "PART" if "prompt" in self.parts or "question" in self.parts else "prompt"
+            fix = f"say which part of a pair it is (--keys {part}={lost[0]})"
+            if isinstance(self.left[lost[0]], Mapping):
+                fix = "write what of it belongs to the pair into a column of its own"
             raise TrimtabError(
-                f"{where}: nothing is read of {_listed(lost)}, and it may matter; say which part of a pair it is"
-                f" (--keys prompt={lost[0]}), or leave it out (--ignore {','.join(lost)})"
+                f"{where}: nothing is read of {_listed(lost)}, and it may matter; {fix}, or leave it out"
+                f" (--ignore {','.join(lost)})"
             )
 
 
+def plain_name(name: str) -> str:
+    """A column's name as it is compared: `Answer Matching-Behavior` and `answerMatchingBehavior` are the same."""
+    return re.sub(r"[\s-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name).strip())).lower()
+
+
+def columns_of(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The row's columns of these names, in the order of the names, written as they are or in another way."""
+    return list(_columns_of(tuple(row), tuple(names)))
+
+
+@lru_cache(maxsize=1024)
+def _columns_of(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Kept, since all rows of a file have the same columns."""
+    by_name: dict[str, list[str]] = {}
+    for column in columns:
+        by_name.setdefault(plain_name(column), []).append(column)
+    return tuple(
+        column for name in names for column in sorted(by_name.get(name, ()), key=lambda column: column != name)
+    )
+
+
+def belonging(row: Mapping[str, Any], read: Any) -> list[str]:
+    """The columns that belong to the prompt by their names and say something that isn't in what is read of the row."""
+    text = read if isinstance(read, str) else json.dumps(read, ensure_ascii=False)
+    lost = []
+    for name in columns_of(row, tuple(sorted(BELONGS))):
+        cells = row[name] if isinstance(row[name], list) else [row[name]]
+        if not is_blank(row[name]) and not all(isinstance(cell, str) and cell.strip() in text for cell in cells):
+            lost.append(name)
+    return lost
+
+
+def check_choosing(rows: Iterable[Any], columns: Columns, name: str) -> None:
+    """Raises `TrimtabError` for a column that may say which side is the wanted one, where the sides' columns say it.
+
+    Such are those of `CHOOSING` whose numbers are of `SIDES`, and differ from row to row.
+    """
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for column in columns_of(row, CHOOSING) if isinstance(row, Mapping) else ():
+            value = row[column]
+            if column not in columns.ignore and (isinstance(value, (bool, int)) or _is_number(str(value))):
+                values.setdefault(column, set()).add(str(value).lower())
+    used = set(columns.keys.values())
+    if chosen := [
+        column for column, numbers in values.items() if len(numbers) > 1 and numbers <= SIDES and column not in used
+    ]:
+        raise TrimtabError(
+            f"{name}: {chosen[0]!r} differs from row to row, and may say which side is the wanted one; here that is the"
+            f" positive one of every row. Exchange the sides where it isn't, or leave the column out"
+            f" (--ignore {chosen[0]})"
+        )
+
+
 def is_blank(value: Any) -> bool:
-    """Whether a cell says nothing: none, NaN, white space, or a list of nothing."""
+    """Whether a cell says nothing: none, NaN, characters that show nothing, or a list of nothing."""
     if isinstance(value, str):
-        return not value.strip()
+        return is_nan(value) or all(letter.isspace() or category(letter) in ("Cf", "Cc") for letter in value)
     return value is None or is_nan(value) or (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def is_nan(value: Any) -> bool:
-    """Whether it is NaN, which is what pandas makes of an empty cell."""
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _names(part: str) -> tuple[str, ...]:
-    return (part, *ALIASES.get(part, ()))
+    """Whether it is NaN, which is what pandas makes of an empty cell, as a number or as text."""
+    return value in NANS if isinstance(value, str) else isinstance(value, float) and math.isnan(value)
 
 
 def _matters(name: str, value: Any, read: Sequence[Any]) -> bool:
     """Whether leaving it out may lose something that should be learned from."""
-    known = name.strip().lower()
-    if is_blank(value) or known in BOOKKEEPING or known.endswith("_id"):
+    known = plain_name(name)
+    if is_blank(value):
         return False
+    if known in BOOKKEEPING or known.endswith(("_id", "_model")):
+        return isinstance(value, Mapping) and any(columns_of(value, (part, *more)) for part, more in ALIASES.items())
     if isinstance(value, str):
-        if _is_number(value) or any(isinstance(cell, str) and value.strip() in cell for cell in read):
+        if _is_number(value) or any(_says(cell, value.strip()) for cell in read):
             return False
         return value.strip().lower() not in ("true", "false")
+    if isinstance(value, (list, tuple)) and all(isinstance(cell, (int, float)) for cell in value):
+        return False
     return isinstance(value, (list, tuple, dict)) and value not in read
+
+
+def _says(cell: Any, text: str) -> bool:
+    """Whether a cell that is read holds the text, which says nothing where it is only a letter or two."""
+    return isinstance(cell, str) and text in cell and (len(text) > 2 or text == cell.strip(" ()"))
 
 
 def _is_number(text: str) -> bool:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -30,13 +31,23 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords, keywords
 from trimtab.text.chat import Prompt
-from trimtab.text.columns import ALIASES, Columns, Row, is_nan
+from trimtab.text.columns import ALIASES, Columns, Row, check_choosing, is_blank, is_nan
+from trimtab.text.doubtful import warn_of_doubtful
 from trimtab.text.letters import letter_of
+from trimtab.text.messages import (
+    Conversation,
+    as_messages,
+    begins_anew,
+    conversation,
+    is_text,
+    is_turn,
+    of_json,
+    of_transcript,
+    repeats,
+)
 from trimtab.text.statements import Statement, label_of, pair_up
 from trimtab.text.tables import READERS, read_rows
 
-Conversation = tuple[tuple[str, str], ...]
-"""Chat messages, each its role and its content."""
 Words = str | Conversation
 
 
@@ -107,34 +118,6 @@ def as_texts(pair: Pair, user: str) -> tuple[str, str, str]:
     return prompt, positive, negative
 
 
-def conversation(messages: Any, name: str = "messages") -> Conversation:
-    """Chat messages as tuples of role and content.
-
-    Args:
-        messages: A list of `{"role": …, "content": …}`, or tuples of both.
-        name: What the error calls it.
-
-    Raises:
-        TrimtabError: There are none, or one has something else than a role and a text.
-    """
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise TrimtabError(f"{name!r} is a text or a list of messages, got {messages!r}")
-    turns = tuple(_message(message, name) for message in messages)
-    if not any(content.strip() for _, content in turns):
-        raise TrimtabError(f"{name!r} is empty: no message says anything")
-    return turns
-
-
-def _message(message: Any, name: str) -> tuple[str, str]:
-    if isinstance(message, tuple) and len(message) == 2:
-        message = {"role": message[0], "content": message[1]}
-    if not isinstance(message, Mapping) or not all(_is_text(message.get(key)) for key in ("role", "content")):
-        raise TrimtabError(f"a message of {name!r} is {{'role': …, 'content': …}}, both texts, got {message!r}")
-    if more := [key for key, value in message.items() if key not in ("role", "content") and value is not None]:
-        raise TrimtabError(f"a message of {name!r} has {more[0]!r}, and only its role and content can be learned from")
-    return message["role"], message["content"]
-
-
 def _check(pair: Pair) -> None:
     """Raises `TrimtabError` where something of the pair would have to be left out when it is rendered."""
     systems = [system for system in (pair.positive_system, pair.negative_system) if system is not None]
@@ -180,8 +163,14 @@ def _side(pair: Pair, words: Words, system: str | None) -> Side:
 
 def _answers(row: Mapping[str, Any]) -> Pair:
     prompt = row.get("prompt") or ""
-    if all(_repeats(row[side], prompt) for side in ("positive", "negative")):
+    if all(repeats(row[side], prompt) for side in ("positive", "negative")):
         prompt = ""
+    for side in ("positive", "negative"):
+        if not is_blank(prompt) and begins_anew(row[side], prompt):
+            raise TrimtabError(
+                f"{row[side][0]['role']!r} speaks first in the messages of the {side} side, and the prompt, which isn't"
+                " the same, would come before that; leave the prompt out, or take it out of the messages"
+            )
     if not isinstance(prompt, str) or prompt.strip():
         return Pair(row["positive"], row["negative"], prompt, "answers", *_systems(row))
     if isinstance(row["positive"], str) and isinstance(row["negative"], str):
@@ -189,18 +178,10 @@ def _answers(row: Mapping[str, Any]) -> Pair:
     return Pair(row["positive"], row["negative"], "", "answers", *_systems(row))
 
 
-def _repeats(side: Any, prompt: Any) -> bool:
-    """Whether a side's messages begin with the prompt, as in data of preferences, which say it in a column as well."""
-    if not isinstance(side, list) or not prompt:
-        return False
-    if not isinstance(prompt, str):
-        return len(side) > len(prompt) and side[: len(prompt)] == list(prompt)
-    said = [message for message in side[:-1] if isinstance(message, Mapping) and message.get("role") != "system"]
-    return bool(said) and said[0].get("role") == "user" and said[0].get("content") == prompt
-
-
 def _letters(row: Mapping[str, Any]) -> Pair:
     matching, other = row["answer_matching_behavior"].strip(), row["answer_not_matching_behavior"].strip()
+    if not any(LETTER_LIKE.fullmatch(answer) for answer in (matching, other)):
+        return Pair(matching, other, row["question"], "answers", *_systems(row))
     letter_of(matching), letter_of(other)
     return Pair(matching, other, row["question"], "letters", *_systems(row))
 
@@ -215,7 +196,7 @@ def _systems(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     for key in SYSTEMS:
         if (value := row.get(key)) is None:
             continue
-        if not _is_text(value):
+        if not is_text(value):
             raise TrimtabError(f"{key!r} is no text")
         if value.strip():
             systems[key] = value
@@ -228,7 +209,8 @@ def _systems(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
 def _statement(row: Mapping[str, Any]) -> Statement:
     prompt = row.get("prompt") or ""
     under = prompt if isinstance(prompt, str) else conversation(prompt, "prompt")
-    return Statement(row["statement"], label_of(row["label"]), (under, *_systems(row)))
+    said = row["statement"] if isinstance(row["statement"], str) else conversation(row["statement"], "statement")
+    return Statement(said, label_of(row["label"]), (under, *_systems(row)))
 
 
 Pairs = Iterable["Pair | Mapping[str, Any] | Sequence[Any]"]
@@ -241,8 +223,11 @@ SHAPES: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Pair | Statement]] =
     ("positive", "negative"): _answers,
     ("statement", "label"): _statement,
 }
+LETTER_LIKE = re.compile(r"\W*\w(\W*|[).:].*)", re.DOTALL)
+"""An answer that is, or begins with, a letter or a number to choose by, rightly written or not; others are texts."""
 SYSTEMS = ("system", "positive_system", "negative_system")
-TALKS = ("prompt", "prompt_without_instruction", "positive", "negative")
+ANSWERS = ("positive", "negative", "statement")
+TALKS = ("prompt", "prompt_without_instruction", *ANSWERS)
 """What may be a list of messages."""
 KEYS = tuple(dict.fromkeys((*TALKS, *SYSTEMS, *(key for keys in SHAPES for key in keys))))
 """All that is read of a row."""
@@ -276,23 +261,6 @@ def read_pairs_by(path: str | Path, columns: Columns) -> list[Pair]:
     if not pairs:
         raise TrimtabError(f"{path} has no pairs in it; write one a row: {_shapes()}")
     return pairs
-
-
-def read_examples(path: str | Path) -> list[tuple[str, str]]:
-    """The examples of a file that `read_pairs` reads: rows with `prompt` and `answer`, both texts.
-
-    Raises `TrimtabError` naming the file and the line for a missing file, a row without either, or no rows.
-    """
-    path = Path(path)
-    examples = []
-    for where, row in read_rows(path):
-        sides = [row.get(key) for key in ("prompt", "answer")] if isinstance(row, dict) else [None]
-        if not all(_is_text(side) and str(side).strip() for side in sides):
-            raise TrimtabError(f"{where}: an example has prompt and answer, both texts that aren't empty")
-        examples.append((str(sides[0]), str(sides[1])))
-    if not examples:
-        raise TrimtabError(f"{path} has no examples in it; write one a row, with prompt and answer")
-    return examples
 
 
 def pairs_from_rows(
@@ -368,7 +336,7 @@ def _pair_of(row: dict[str, Any], where: str) -> Pair:
     return entry
 
 
-def pairs_from_text(text: str, name: str = "pairs") -> list[Pair]:
+def pairs_from_text(text: str, name: str = "pairs", columns: Columns | None = None) -> list[Pair]:
     """The pairs of what somebody typed or pasted: a JSON list, JSONL, CSV or TSV, distinguished by how it begins.
 
     Raises `TrimtabError` for text that is none of these, naming the line.
@@ -376,8 +344,9 @@ def pairs_from_text(text: str, name: str = "pairs") -> list[Pair]:
     begins = text.lstrip("\ufeff \t\r\n")
     if not begins:
         raise TrimtabError(f"{name} is empty; write one a row: {_shapes()}")
-    kind = ".json" if begins.startswith("[") else ".jsonl" if begins.startswith("{") else ".csv"
-    pairs = _pairs(READERS[kind](Path(name), begins.replace("\r\n", "\n")), Columns(), name)
+    several = begins.startswith("[") or begins.partition("\n")[0].strip() == "{"
+    kind = ".json" if several else ".jsonl" if begins.startswith("{") else ".csv"
+    pairs = _pairs(READERS[kind](Path(name), begins.replace("\r\n", "\n")), columns or Columns(), name)
     if not pairs:
         raise TrimtabError(f"{name} has no rows; write one a row: {_shapes()}")
     return pairs
@@ -420,19 +389,26 @@ def _pairs(rows: Iterable[tuple[str, Any]], columns: Columns, name: str) -> list
             pairs.append(entry)
         if statements and pairs:
             raise TrimtabError(f"{where}: labelled statements and pairs are in one file; split it")
-    return pairs if not statements else [_paired(*two, name) for two in pair_up(statements, name)]
+    if statements:
+        return [_paired(*two, name) for two in pair_up(statements, name)]
+    check_choosing((row for _, row in rows), columns, name)
+    warn_of_doubtful(pairs, name)
+    return pairs
 
 
 def _paired(true: Statement, false: Statement, name: str) -> Pair:
     prompt, *systems = true.under
     if true.text == false.text:
         raise TrimtabError(f"{name}: the statement {true.text!r} is labelled true and false")
-    return Pair(true.text, false.text, prompt, "answers" if prompt else "texts", *systems)
+    talks = not (isinstance(true.text, str) and isinstance(false.text, str))
+    return Pair(true.text, false.text, prompt, "answers" if prompt or talks else "texts", *systems)
 
 
 def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
     if not isinstance(row, Mapping):
-        raise TrimtabError(f"{where}: an object was expected, got {type(row).__name__}")
+        raise TrimtabError(
+            f'{where}: an object was expected, such as {{"positive": "…", "negative": "…"}}, got {type(row).__name__}'
+        )
     cells = Row.of(row, columns)
     keys = next((keys for keys in SHAPES if all(map(cells.has, keys))), None)
     if keys is None:
@@ -442,8 +418,15 @@ def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
     for key, value in cells.parts.items():
         if is_nan(value):
             raise TrimtabError(f"{where}: {cells.name(key)!r} is NaN, an empty cell; take the row out, or fill it in")
-        if key in keys and key != "label" and (not _is_words(value, key) or not str(value).strip()):
-            raise TrimtabError(f"{where}: {cells.name(key)!r} is empty or no text; a pair needs both sides")
+        if key in TALKS:
+            value = cells.parts[key] = _as_written(value, key, f"{where}: {cells.name(key)!r}")
+        if (
+            key in keys
+            and key != "label"
+            and (not _is_words(value, key) or (isinstance(value, str) and is_blank(value)))
+        ):
+            shown = f" ({value!r}; write it as a text)" if isinstance(value, (bool, int, float)) else ""
+            raise TrimtabError(f"{where}: {cells.name(key)!r} is empty or no text{shown}; a pair needs both sides")
     if not _is_words(cells.parts.get("prompt") or "", "prompt"):
         raise TrimtabError(f"{where}: {cells.name('prompt')!r} is no text")
     try:
@@ -451,10 +434,26 @@ def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
         both = sides(entry) if isinstance(entry, Pair) else ()
     except TrimtabError as error:
         raise TrimtabError(f"{where}: {error}") from None
-    if both and both[0] == both[1]:
-        raise TrimtabError(f"{where}: both sides of the pair are the same")
+    if both and _bare(both[0]) == _bare(both[1]):
+        raise TrimtabError(f"{where}: both sides of the pair are the same, but perhaps for white space around them")
     cells.check_rest(where)
     return entry
+
+
+def _as_written(value: Any, part: str, where: str) -> Any:
+    """Messages in any of the usual layouts as a list of them; an answer may be one message by itself."""
+    try:
+        words = of_json(value) if isinstance(value, str) else value
+        words = of_transcript(words) if isinstance(words, str) else words
+    except TrimtabError as error:
+        raise TrimtabError(f"{where}: {error}") from None
+    return as_messages([words] if part in ANSWERS and is_turn(words) else words)
+
+
+def _bare(side: Side) -> tuple[Any, ...]:
+    """What the side says, without the white space around it."""
+    prompt = side.prompt.strip() if isinstance(side.prompt, str) else side.prompt
+    return prompt, side.answer.strip(), side.system
 
 
 def _what_it_has(cells: Row, row: Mapping[str, Any]) -> str:
@@ -470,15 +469,7 @@ def _what_it_has(cells: Row, row: Mapping[str, Any]) -> str:
 
 def _is_words(value: Any, key: str) -> bool:
     """Whether it is a text, or a list where that may be; what is in the list is checked when it is read."""
-    return _is_text(value) or (isinstance(value, list) and key in TALKS)
-
-
-def _is_text(value: Any) -> bool:
-    """Whether it is a string that can be written as UTF-8: JSON can hold halves of surrogate pairs, which can't."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+    return is_text(value) or (isinstance(value, list) and key in TALKS)
 
 
 def _shapes() -> str:

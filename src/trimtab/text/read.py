@@ -1,24 +1,81 @@
-"""Reading a text file that a person wrote."""
+"""Reading a text file that a person wrote, or a program exported."""
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import gzip
+import lzma
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import TrimtabError
 
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+"""By suffix, what Python itself unpacks."""
+MARKS: dict[bytes, str] = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+"""Byte-order marks, and the encodings that they stand for."""
+INSTEAD = {
+    **dict.fromkeys((".zst", ".zip", ".7z", ".tar", ".tgz"), "unpack it first"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV"),
+}
+"""By suffix, what to do with a file that isn't text."""
+
+
+def kind_of(path: Path) -> str:
+    """The suffix in lower case that says what is in a file: `.jsonl`, of `rows.JSONL.gz` too."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return inner.suffix.lower()
+
 
 def read_text(path: Path) -> str:
-    """The file's text: UTF-8, with or without a byte-order mark, every line ending as a newline.
+    """The file's text, every line ending as a newline: UTF-8, or as its byte-order mark says; perhaps compressed.
 
-    Raises `TrimtabError` when it isn't there, isn't UTF-8, or can't be read.
+    Raises `TrimtabError` when it isn't there, is no such text, or can't be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise TrimtabError(f"there is no file {path}") from None
-    except UnicodeDecodeError as error:
-        raise TrimtabError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
+        data = path.read_bytes()
+        if unpack := COMPRESSED.get(path.suffix.lower()):
+            data = unpack(data)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise TrimtabError(f"can't unpack {path}: {error}") from None
     except OSError as error:
-        raise TrimtabError(f"can't read {path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
+    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
+    try:
+        text = data[len(mark) :].decode(MARKS.get(mark, "utf-8"))
+    except UnicodeDecodeError as error:
+        place = f"{error.reason} at byte {error.start + len(mark)}"
+        fix = INSTEAD.get(path.suffix.lower(), "save it as UTF-8")
+        raise TrimtabError(f"{path} is not UTF-8 text ({place}); {fix}") from None
+    if "\0" in text:
+        raise TrimtabError(f"{path} holds zero bytes, as UTF-16 without its byte-order mark does; save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def unreadable(path: Path, error: Any = None) -> TrimtabError:
+    """Why a file can't be read; where it isn't there, what was perhaps meant."""
+    if path.is_dir():
+        return TrimtabError(f"can't read {path}: it is a folder; name a file in it")
+    if error is not None and not isinstance(error, FileNotFoundError):
+        return TrimtabError(f"can't read {path}: {error.strerror or error}")
+    name = str(path)
+    hint = ""
+    if ":/" in name:
+        hint = "; nothing is fetched from an address: download the file, and name it"
+    elif any(mark in name for mark in "*?"):
+        hint = "; a pattern isn't expanded: name one file"
+    elif name.count("/") == 1 and not path.suffix:
+        hint = "; a data set of the Hub is saved to a file first: load_dataset(…).to_json('rows.jsonl')"
+    return TrimtabError(f"there is no file {path}{hint}")

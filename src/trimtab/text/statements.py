@@ -22,9 +22,12 @@ class PairingWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Statement:
-    """A text, whether its label says that it is true, and what it stands under, which both of a pair have alike."""
+    """A text (or an answer that is messages), whether its label says that it is true, and what it stands under.
 
-    text: str
+    What they stand under is the same for both of a pair.
+    """
+
+    text: Any
     holds: bool
     under: tuple[Any, ...] = ()
 

@@ -1,101 +1,208 @@
-"""The rows of a file that somebody keeps data in: JSONL, JSON, CSV, TSV or Parquet."""
+"""The rows of a file that somebody keeps data in: JSONL, JSON, CSV, TSV, Parquet or Arrow."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.text.read import read_text
+from trimtab.text.messages import is_turn
+from trimtab.text.read import INSTEAD, kind_of, read_text, unreadable
 
 Rows = Iterator[tuple[str, Any]]
 """Rows, and where each is: `file:line`, or in a file without lines `file: item 1`."""
-PARQUET = ".parquet"
+COLUMNAR = (".parquet", ".arrow", ".feather")
+"""Files that aren't text, which pyarrow reads."""
 FORMATS = ".jsonl, .json, .csv, .tsv or .parquet"
+SEPARATORS = (",", ";", "\t", "|")
+SAYS_SEPARATOR = re.compile(r'"?sep=(.)"?')
+"""The line that Excel reads, and writes, before the header line."""
 
 
-def read_rows(path: Path) -> Rows:
-    """The rows of a file, read as its suffix says.
+def read_rows(path: Path, otherwise: str = "") -> Rows:
+    """The rows of a file, read as its suffix says, or as the suffix `otherwise` does where it says nothing.
 
     Raises `TrimtabError` naming the file and the line for a missing file, one of another kind, or a malformed row.
     """
-    kind = path.suffix.lower()
-    if kind == PARQUET:
-        return _parquet(path)
-    if kind not in READERS:
-        raise TrimtabError(f"{path}: rows come as {FORMATS}, not {kind or 'a file without a suffix'}")
-    return READERS[kind](path, read_text(path))
+    kind = kind_of(path)
+    kind = kind if kind in READERS or kind in COLUMNAR or not otherwise else otherwise
+    if kind in COLUMNAR:
+        return _columnar(path, kind)
+    if kind in READERS:
+        return READERS[kind](path, read_text(path))
+    if not path.is_file():
+        raise unreadable(path)
+    fix = f"; {INSTEAD[kind]}" if kind in INSTEAD else ""
+    raise TrimtabError(f"{path}: rows come as {FORMATS}, not {kind or 'a file without a suffix'}{fix}")
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------------
 
 
 def _jsonl(path: Path, text: str) -> Rows:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028, which JSON allows
         if line.strip():
-            yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
+            yield f"{path}:{number}", parse_json(line, f"{path}:{number}", hint=_of_line(line.strip()))
+
+
+def _of_line(line: str) -> str:
+    """What is perhaps wrong with a line that should be JSON."""
+    if line.startswith(("#", "//")):
+        return "; JSON has no comments: take the line out"
+    if line.endswith(","):
+        return "; JSON lines are one object a line, without commas between them"
+    if line in ("[", "{"):
+        return "; JSON lines are one object a line; call a file that is one JSON text .json"
+    return ""
 
 
 def _json(path: Path, text: str) -> Rows:
-    items = parse_json(text, str(path)) if text.strip() else []
+    if not text.strip():
+        return
+    if _is_lines(text):  # pandas and datasets write JSON lines into files called .json
+        yield from _jsonl(path, text)
+        return
+    trailing = re.search(r",\s*[\]}]\s*$", text)
+    items = parse_json(text, str(path), hint="; JSON has no comma after the last item" if trailing else "")
     if isinstance(items, dict):
-        items = _of_columns(items, path)
+        items = _of_object(items, path)
     if not isinstance(items, list):
         raise TrimtabError(f"{path} must hold a list of objects, it holds a {type(items).__name__}")
     for number, item in enumerate(items, 1):
         yield f"{path}: item {number}", item
 
 
-def _of_columns(columns: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """The rows of a table that is stored by its columns, as pandas and datasets do."""
+def _is_lines(text: str) -> bool:
+    """Whether the text is several JSON texts, a line each."""
+    first, _, rest = text.strip().partition("\n")
+    if not first.startswith("{") or not rest:
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _of_object(item: dict[str, Any], path: Path) -> list[Any]:
+    """The rows of a table that is stored by its columns, as pandas and datasets do, or under a single name."""
+    columns = {name: _column(value) for name, value in item.items()}
     lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}
-    if len(columns) > 1 and len(lengths) == 1 and None not in lengths:
+    if len(columns) == 1 and None not in lengths:
+        ((name, rows),) = columns.items()
+        if item[name] is rows and all(isinstance(row, (dict, list)) for row in rows):
+            return rows
+        return [{name: cell} for cell in rows]
+    rows = [cell for column in columns.values() if isinstance(column, list) for cell in column]
+    if (
+        len(lengths) == 1
+        and None not in lengths
+        and not all(isinstance(row, dict) and not is_turn(row) for row in rows)
+    ):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    lists = [repr(name) for name, value in columns.items() if isinstance(value, list)]
+    lists = [repr(name) for name, value in item.items() if isinstance(value, list)]
     where = f"; its lists are {', '.join(lists)}: save one of them as a file of its own" if lists else ""
     raise TrimtabError(f"{path} must hold a list of objects, it holds a dict{where}")
 
 
+def _column(value: Any) -> Any:
+    """A column as a list of cells: pandas writes an object of them, by the names of the rows."""
+    if isinstance(value, dict) and value and all(name.isdecimal() for name in value):
+        return list(value.values())
+    return value
+
+
+def parse_json(text: str, where: str, *, hint: str = "") -> Any:
+    """The value of a JSON text. Raises `TrimtabError`, naming the place, for anything else, and for a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except TrimtabError as error:
+        raise TrimtabError(f"{where}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise TrimtabError(f"{where}: not JSON: {error}{hint}") from None
+
+
+def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these items, in which no key is twice; `json` would keep the last and drop the others."""
+    made = dict(items)
+    if len(made) < len(items):
+        keys = [key for key, _ in items]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise TrimtabError(f"{twice!r} is there twice; keep one")
+    return made
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
 def _csv(path: Path, text: str) -> Rows:
-    return _table(path, text, _separator(text))
+    return _table(path, text, SEPARATORS)
 
 
 def _tsv(path: Path, text: str) -> Rows:
-    return _table(path, text, "\t")
+    return _table(path, text, ("\t", *SEPARATORS))
 
 
-def _separator(text: str) -> str:
-    """A comma, unless the header line has none: spreadsheets of many countries write semicolons."""
-    header = text.lstrip("\n").partition("\n")[0]
-    return next((mark for mark in (",", ";", "\t") if mark in header), ",")
-
-
-def _table(path: Path, text: str, separator: str) -> Rows:
-    reader = csv.DictReader(io.StringIO(text), strict=True, delimiter=separator)
+def _table(path: Path, text: str, separators: tuple[str, ...]) -> Rows:
+    """The rows below a header line, in which the first of the separators is one: many spreadsheets write semicolons."""
+    before = len(text) - len(text.lstrip("\n"))
+    header, _, rest = text[before:].partition("\n")
+    if said := SAYS_SEPARATOR.fullmatch(header.strip()):
+        separators = (said[1],)
+        before, text = before + 1, rest
+        header = rest.partition("\n")[0]
+    else:
+        text = text[before:]
+    separator = next((mark for mark in separators if mark in header), separators[0])
+    spaced = any(name.startswith(" ") for name in next(csv.reader([header], delimiter=separator), [])[1:])
+    # a space behind each separator was written by hand, and then the quotes come after it
+    reader = csv.DictReader(io.StringIO(text), strict=True, delimiter=separator, skipinitialspace=spaced)
     try:
-        names = list(reader.fieldnames or [])
+        names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
             raise TrimtabError(f"{path}: the header line has {twice[0]!r} twice; give each column a different name")
         for row in reader:
+            where = f"{path}:{before + reader.line_num}"
             if None in row or None in row.values():
-                raise TrimtabError(f"{path}:{reader.line_num}: {len(names)} columns expected, as in the header line")
-            yield f"{path}:{reader.line_num}", row
+                count = f"{len(names)} column{'' if len(names) == 1 else 's'}"
+                raise TrimtabError(
+                    f"{where}: {count} expected, as in the header line; a text with a {_name(separator)} is in quotes"
+                )
+            if any(cell.strip() for cell in row.values()):  # a spreadsheet may end in empty rows
+                yield where, row
     except csv.Error as error:
-        raise TrimtabError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from error
+        hint = '; a quote that is part of a text is doubled, and the text is in quotes: "the ""best"" one"'
+        raise TrimtabError(f"{path}:{before + reader.reader.line_num}: not CSV: {error}{hint}") from error
 
 
-def _parquet(path: Path) -> Rows:
+def _name(separator: str) -> str:
+    return {",": "comma", ";": "semicolon", "\t": "tab"}.get(separator, repr(separator))
+
+
+def _columnar(path: Path, kind: str) -> Rows:
     if not path.is_file():
-        raise TrimtabError(f"there is no file {path}")
+        raise unreadable(path)
+    what = "Parquet" if kind == ".parquet" else "Arrow"
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, ArrowInvalid, ipc, memory_map, parquet
     except ImportError:
-        raise TrimtabError(f"{path}: Parquet is read by pyarrow, which isn't installed: pip install pyarrow") from None
+        raise TrimtabError(f"{path}: {what} is read by pyarrow, which isn't installed: pip install pyarrow") from None
     try:
-        rows = parquet.read_table(path).to_pylist()
+        if what == "Parquet":
+            table = parquet.read_table(path)
+        else:
+            try:
+                table = ipc.open_file(memory_map(str(path))).read_all()
+            except ArrowInvalid:  # datasets writes streams
+                table = ipc.open_stream(memory_map(str(path))).read_all()
+        rows = table.to_pylist()
     except (ArrowException, OSError) as error:
-        raise TrimtabError(f"can't read {path} as Parquet: {str(error).splitlines()[0]}") from None
+        raise TrimtabError(f"can't read {path} as {what}: {str(error).splitlines()[0]}") from None
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", row
 
@@ -108,11 +215,3 @@ READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".tsv": _tsv,
 }
 """By suffix, those of files that are text."""
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. Raises `TrimtabError`, naming the place, for anything else."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"{where}: not JSON: {error}") from None
