@@ -60,7 +60,11 @@ MEANT = {
     "gate": "a steering says when it acts: steering.when(gate)",
     "layer": "a steering says where it acts: steering[14] is what it does at layer 14",
     "layers": "a steering says where it acts: steering.only([12, 14]) are two of its layers",
+    "model": "what is steered or learned from comes first, without a name: LM.load('…'), learn_caa(lm, pairs)",
+    "tokenizer": "LM(model, tokenizer) takes it; LM.load finds the model's own",
     "question": "the context of a pair is prompt=…",
+    "aggregator": "it is estimator='pca', 'median', 'probe' or a function",
+    "normalize": "it is norm='unit'",
     "chosen": "the two sides of a pair are positive=… and negative=…",
     "rejected": "the two sides of a pair are positive=… and negative=…",
 }
@@ -73,21 +77,57 @@ class KeywordError(TrimtabError, TypeError):
 
 
 def keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which raises `KeywordError` for keywords that it doesn't have."""
+    """The function, which raises `KeywordError` for keywords that it doesn't have, and as `arguments` does."""
     takes = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
         raise TypeError(f"{function.__qualname__} takes any keyword")
     known = tuple(parameter.name for parameter in takes if parameter.kind is not parameter.POSITIONAL_ONLY)
     names = frozenset(known)
+    counted = arguments(function)
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in names:
                 raise stray(_called(function), name, known, args)
+        return counted(*args, **kwargs)
+
+    return checked
+
+
+def arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which raises `KeywordError` where too much is given by position, or something is missing."""
+    takes = inspect.signature(function).parameters.values()
+    placed = [parameter for parameter in takes if parameter.kind <= parameter.POSITIONAL_OR_KEYWORD]
+    needed = [parameter.name for parameter in placed if parameter.default is parameter.empty]
+    names = [parameter.name for parameter in placed if parameter.name not in ("self", "cls")]
+    any_number = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > len(placed) and not any_number:
+            raise _too_many(_called(function), names, args[len(placed)])
+        for name in needed[len(args) :]:
+            if name not in kwargs:
+                raise _missing(_called(function), name, names, kwargs)
+        if not callable(kwargs.get("progress") or print):
+            raise KeywordError(f"progress is called as progress(done, total), got {kwargs['progress']!r}")
         return function(*args, **kwargs)
 
     return checked
+
+
+def _too_many(what: str, names: list[str], extra: Any) -> KeywordError:
+    number = isinstance(extra, (int, float)) and not isinstance(extra, bool)
+    hint = "all else is given by name"
+    hint = f"{STRENGTH}; {hint}" if number and "steering" in names else hint
+    return KeywordError(f"{what} takes {' and '.join(names) or 'nothing'} by position, and also got {extra!r}: {hint}")
+
+
+def _missing(what: str, name: str, names: list[str], kwargs: Mapping[str, Any]) -> KeywordError:
+    near = get_close_matches(name, kwargs, 1, 0.75)
+    instead = f"did you mean {name} by {near[0]}?" if near else f"it takes {', '.join(names)}"
+    return KeywordError(f"{what} is missing {name!r}: {instead}")
 
 
 def class_keywords(kind: Class) -> Class:
@@ -119,7 +159,9 @@ def stray(what: str, name: str, known: Iterable[str], args: tuple[Any, ...] = ()
     """The error for a keyword that `what` doesn't have, having the `known` ones; `args` are what else it was given."""
     listed = [known_name for known_name in known if known_name not in ("self", "cls")]
     near = get_close_matches(name, listed, 1, 0.75)
-    if near:
+    if name in ("layer", "layers", "site") and "sites" in listed:
+        instead = "it is sites: 14, or [10, 14], or Site(14, 'heads')"
+    elif near:
         instead = f"did you mean {near[0]}?"
     elif name in MEANT:
         instead = MEANT[name].format(name=name)

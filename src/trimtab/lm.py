@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -25,8 +25,9 @@ from trimtab.engines.transformers.adapters import active_adapters, check_adapter
 from trimtab.engines.transformers.attention import check_attention, head_count, score_layers
 from trimtab.engines.transformers.by_steps import check_by_steps
 from trimtab.engines.transformers.clean import check_clean
-from trimtab.engines.transformers.continuous import Continuous, answer, check_verified
+from trimtab.engines.transformers.continuous import Continuous, answer, check_differ, check_verified
 from trimtab.engines.transformers.deciding import check_gates
+from trimtab.engines.transformers.evaluating import evaluating
 from trimtab.engines.transformers.exclusive import steered_here
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
@@ -45,10 +46,11 @@ from trimtab.engines.transformers.images import (
     with_template,
 )
 from trimtab.engines.transformers.known_prompts import known_prompts
-from trimtab.engines.transformers.layout import Layout, find_layout
+from trimtab.engines.transformers.layout import Layout, check_wrapped, find_layout
 from trimtab.engines.transformers.likelihood import mean_nlls
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import first_steered, next_tokens
+from trimtab.engines.transformers.own_loops import Growing, SteeredContext, lengths_of, steerings_of
 from trimtab.engines.transformers.plan import check_edits
 from trimtab.engines.transformers.read import check_sites, read_groups, reader, reader_of_pass
 from trimtab.engines.transformers.sampling import seeded
@@ -66,7 +68,6 @@ from trimtab.keywords import keywords
 from trimtab.steering import Adapter, Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on
-from trimtab.steering.steering import check_steering
 from trimtab.text.chat import Message, Prompt, Template
 from trimtab.text.images import BOUNDS, Bounds
 from trimtab.text.pieces import pieces
@@ -102,12 +103,9 @@ class LM(LanguageModel):
         template: Template | None = None,
         processor: Any = None,
     ) -> None:
-        if isinstance(model, (str, Path)):
-            raise TrimtabError(f"LM(model, tokenizer) wraps a loaded model; LM.load({str(model)!r}) loads one")
         if isinstance(model, LM):
             raise TrimtabError("this is an LM already; LM(model, tokenizer) wraps a model of transformers")
-        if tokenizer is ...:
-            raise TrimtabError("LM(model, tokenizer) needs the model's tokenizer as well")
+        check_wrapped(model, tokenizer)
         self.model = model
         self.tokenizer: Any = with_keywords(tokenizer, template)
         self._processor: Any = processor
@@ -248,9 +246,14 @@ class LM(LanguageModel):
     def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
         """The options that transformers' `generate` is given. Raises `TrimtabError` for what it can't take."""
         options = {"do_sample": False, **decoding.options}
+        options.pop("pad_token_id", None)  # a model without one is called with it, and pads are never part of an answer
+        if isinstance(options.get("eos_token_id"), Tensor):
+            options["eos_token_id"] = options["eos_token_id"].tolist()
         check_options(self.model, options)
         check_request(self.layout, [len(request.ids) for request in requests], decoding.max_new_tokens, options)
         if not options["do_sample"]:
+            if compat.generation_option(self.model, options, "num_beams") in (None, 1):
+                check_differ(options)
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         if any(request.steering is not None and meanings_of(request.steering.edits) for request in requests):
             check_rows_stay(self.model, options)
@@ -407,14 +410,13 @@ class LM(LanguageModel):
         return replace(answer, pieces=tuple(pieces(self.tokenizer, answer.token_ids)))
 
     @keywords
-    @contextmanager
     def steered(
         self,
         steering: Steering | Sequence[Steering | None],
         *,
         prompt_lengths: Sequence[int] | None = None,
         transfer: bool = False,
-    ) -> Iterator[Session]:
+    ) -> AbstractContextManager[Session]:
         """Steer whatever runs the model inside the context: `model.generate`, a pipeline, your own loop.
 
         One steering for every row, or one for each row of the batch. For calls of `model.generate` the prompts'
@@ -423,20 +425,31 @@ class LM(LanguageModel):
         hard each row was pushed. The model is as it was when the context is left, however it is left.
 
         Raises `TrimtabError` for a steering that doesn't fit, and inside, before the first token, for a batch
-        that doesn't match.
+        that doesn't match. Without a `with` it steers nothing, of which it warns.
         """
-        if not isinstance(steering, (list, tuple)):
-            check_steering(steering)
-        listed = [steering] if isinstance(steering, Steering) else steering
-        everything = tuple(each_steering for each_steering in listed if each_steering is not None)
+        everything, lengths = steerings_of(steering), lengths_of(prompt_lengths)
         for each_steering in set(everything):
             self.check(each_steering, transfer=transfer)
             if any(is_score_edit(edit) for edit in each_steering.edits):
                 raise UnsupportedError("attention scores are steered by lm.generate(…), not inside lm.steered(…)")
+        return SteeredContext(lambda: self._steered(steering, everything, lengths, transfer))
+
+    @contextmanager
+    def _steered(
+        self,
+        steering: Steering | Sequence[Steering | None],
+        everything: tuple[Steering, ...],
+        prompt_lengths: list[int] | None,
+        transfer: bool,
+    ) -> Iterator[Session]:
+        """`steered`, of what was checked."""
+        growing = Growing([edit for each_steering in everything for edit in acting(each_steering)])
 
         def decide(count: int, first: FirstPass) -> list[tuple[Edit, ...]]:
             for each_steering in set(everything):  # adapters are switched while a model is held
                 check_learned_on(each_steering, self.identity, transfer=transfer)
+            if session.prompt_lengths is None:
+                growing.check(first)
             chosen = one_each(steering, count)
             read = reader_of_pass(self.layout, count, session.prompt_lengths, first)
             repeat = len(first.lengths) // count
@@ -445,7 +458,7 @@ class LM(LanguageModel):
         session = Session(self.model, self.layout, decide, prompt_lengths, self.tokenizer)
         sites = sorted({edit.site for each_steering in everything for edit in acting(each_steering)})
         stays = any(meanings_of(acting(each_steering)) for each_steering in everything)
-        with self._exclusive():
+        with steering_of(self.layout.decoder, lent=True):  # in whatever mode the model is: it is the caller who runs it
             with session.hooked(sites, any_thread=True), known_prompts(self.model, session, bool(sites), stays):
                 yield session
             if sites and not session.ran:
@@ -453,11 +466,14 @@ class LM(LanguageModel):
                     "nothing was steered inside lm.steered(…): this model didn't run there, or ran past its hooks (a"
                     " captured graph, a traced copy, another model)"
                 )
+            if prompt_lengths is not None:
+                session.check_prompts_reached()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """One steered run at a time: hooks sit on the model that all threads share."""
-        with steering_of(self.layout.decoder):
+        """One steered run at a time, in evaluation mode: hooks sit on the model that all threads share."""
+        decoder = self.layout.decoder
+        with steering_of(decoder), evaluating(self.model), evaluating(decoder):  # a wrapper's mode may be its own
             yield
 
     def _ready(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:

@@ -333,7 +333,7 @@ def test_what_makes_no_sense_is_refused(llama, folder):
     ask("no emphasis", "Why?", emphasize=Phrase("Why"))
     ask("no rejection", "Why?", rejection=True)
     ask("no option 'num_beams'", "Why?", num_beams=2)
-    ask("above 0", "Why?", do_sample=True, temperature=0.0)
+    ask("above 0", "Why?", do_sample=True, temperature=-1.0)
     ask("top_p in", "Why?", do_sample=True, top_p=1.5)
     ask("stop string is empty", "Why?", stop_strings=[""])
     for sites, words in (([Site(1, "mlp")], "outputs only"), ([9], "blocks are 0 to 3")):

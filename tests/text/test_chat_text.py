@@ -231,9 +231,10 @@ def test_a_rendered_string_is_noticed(token: Any) -> None:
     with pytest.warns(TemplateWarning, match=r"the answer holds '<\|im_end\|>'.*take them out"):
         encode_sides(token, pair)
     picky = tokenizer(
-        "{% if messages[0].role == 'user' %}{{ raise_exception('no') }}{% endif %}{{ messages[1].content }}"
+        "{% if messages[0].role == 'user' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ messages[0].content }} {{ messages[1].content }}"
     )
-    assert text(picky, "Hi", system="Be brief.") == "Hi"
+    assert text(picky, "Hi", system="Be brief.") == "Be brief. Hi"
 
 
 def test_no_second_first_token(token: Any) -> None:

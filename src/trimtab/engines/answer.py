@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from trimtab.decoding.trace import Trace
+from trimtab.steering.attributes import OF_ANSWER, missing
 from trimtab.steering.monitors import Monitored
 
 
@@ -73,6 +75,11 @@ class Generation:
     trace: Trace | None = None
     pieces: tuple[str, ...] | None = None
     monitors: Mapping[str, Monitored] | None = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return missing(self, "an answer", name, OF_ANSWER)
 
     def _repr_html_(self) -> str:
         from trimtab.report.notebook import generation_html

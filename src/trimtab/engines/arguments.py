@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -42,7 +43,7 @@ def rejections_for(rejection: Any, marks: list[Any]) -> list[Rejection | None]:
         raise TrimtabError(f"rejection is a Rejection, True or False, got {rejection!r}")
     if len(rejection) != len(marks):
         raise TrimtabError(f"{len(rejection)} rejections for {len(marks)} prompts; give one, or one for each")
-    return list(rejection)
+    return [rejections_for(each, [mark])[0] for each, mark in zip(rejection, marks, strict=True)]
 
 
 def grammars_for(json_schema: Any, count: int) -> list[Grammar | None]:
@@ -66,6 +67,55 @@ def check_batch_size(size: Any) -> None:
         raise TrimtabError(f"batch_size is a whole number from 1 up, got {size!r}")
 
 
+DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h")
+"""Options of `generate` that say how a token is drawn, and nothing where the likeliest one is taken."""
+SEEDS = range(-(2**63), 2**64)  # torch's
+
+
+def sampling_for(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, in which temperature 0 is greedy decoding.
+
+    Raises `TrimtabError` for options that say how tokens are drawn where none says that they are, as with vLLM or
+    OpenAI's API: they would change nothing.
+    """
+    drawing = [name for name in DRAWING if options.get(name) is not None]
+    temperature = options.get("temperature")
+    if temperature is not None and temperature == 0:
+        rest = {name: value for name, value in options.items() if name not in drawing}
+        return {**rest, "do_sample": False}
+    if options.get("penalty_alpha") is not None:  # contrastive search, which has a top_k of its own
+        drawing = [name for name in drawing if name != "top_k"]
+    if drawing and options.get("do_sample") is None:
+        name = drawing[0]
+        raise TrimtabError(
+            f"{name}={options[name]!r} says how tokens are drawn, and decoding is greedy unless do_sample=True is there"
+            f" too; add it, or leave {name} out"
+        )
+    return dict(options)
+
+
+def seed_for(seed: Any) -> int | None:
+    """The seed. Raises `TrimtabError` for what is no whole number of 64 bits."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) not in SEEDS:
+        raise TrimtabError(f"a seed is a whole number of at most 64 bits, got {seed!r}")
+    return int(seed)
+
+
+def check_said(logprobs: Any, system: Any) -> None:
+    """Raises `TrimtabError` for what says neither yes nor no, or is no text."""
+    if not isinstance(logprobs, bool):
+        raise TrimtabError(
+            f"logprobs is True or False, got {logprobs!r}; an answer has the log-probability of each of its own tokens,"
+            " and lm.next_logprobs those of others"
+        )
+    if system is not None and not isinstance(system, str):
+        raise TrimtabError(
+            f"system is one text, before every prompt, got {system!r}; for one each, give lists of messages"
+        )
+
+
 def of_equal_length(batch: list[int], lengths: Sequence[int]) -> list[list[int]]:
     """A batch's prompts in batches that need no pads, in order; `lengths` are those of all prompts, in tokens."""
     by_length: dict[int, list[int]] = {}
@@ -83,9 +133,14 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if isinstance(prompts, Steering):
         raise TrimtabError("the prompts come first, and then the steering: lm.generate(prompts, steering)")
-    if isinstance(prompts, Mapping):
+    if isinstance(prompts, Mapping) and "input_ids" not in prompts:
         raise TrimtabError("a prompt is a text or a list of messages, got one message; put it in a list")
-    if isinstance(prompts, (bytes, Tensor)) or not isinstance(prompts, Iterable):
+    if hasattr(prompts, "columns"):
+        named = ", ".join(repr(str(column)) for column in list(prompts.columns)[:4])
+        raise TrimtabError(
+            f"prompts are texts or lists of messages, got a {type(prompts).__name__}; give one of its columns: {named}"
+        )
+    if isinstance(prompts, (bytes, Tensor, Mapping, set, frozenset)) or not isinstance(prompts, Iterable):
         raise TrimtabError(f"prompts are texts or lists of messages, got {type(prompts).__name__}; {_fix(prompts)}")
     listed: list[Any] = list(prompts)
     if not listed:
@@ -99,7 +154,9 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _fix(value: Any) -> str:
-    if isinstance(value, (int, Tensor)):
+    if isinstance(value, (set, frozenset)):
+        return "it has no order; give a list"
+    if isinstance(value, (int, Tensor, Mapping)):
         return "tokens are generated from by model.generate inside lm.steered(…)"
     return "give a string, or {'role': …, 'content': …} in a list"
 

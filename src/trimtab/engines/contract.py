@@ -117,7 +117,12 @@ def check_texts(layout: Shape, groups: Sequence[Sequence[Text]]) -> None:
 
 def check_choices(layout: Shape, choices: Sequence[Choice]) -> None:
     """Raises `TrimtabError` for a text that is empty or too long, a prompt longer than it, or no candidates."""
-    for i, choice in enumerate(choices):
+    for i, choice in enumerate([choices] if isinstance(choices, str) else choices):
+        if not isinstance(choice, Choice):
+            raise TrimtabError(
+                f"text {i + 1} is a {type(choice).__name__}, not a Choice (of trimtab.engines.request): its token ids,"
+                " how many of them are the prompt, and the candidates' token ids"
+            )
         check_length(layout, len(choice.ids), f"text {i + 1}")
         if not 0 < choice.prompt_length <= len(choice.ids):
             raise TrimtabError(f"text {i + 1}: a prompt of {choice.prompt_length} tokens in {len(choice.ids)}")

@@ -15,7 +15,17 @@ from torch import Tensor
 from trimtab.decoding.grammar import Grammar, Schema
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.answer import Generation
-from trimtab.engines.arguments import as_list, grammars_for, marks_for, one_each, rejections_for
+from trimtab.engines.arguments import (
+    as_list,
+    check_said,
+    grammars_for,
+    marks_for,
+    one_each,
+    rejections_for,
+    sampling_for,
+    seed_for,
+)
+from trimtab.engines.captured import Captured, sites_of
 from trimtab.engines.contract import (
     FEATURES,
     TOKENS_PER_BATCH,
@@ -31,9 +41,11 @@ from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request,
 from trimtab.engines.resolve import check_prompt
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.keywords import method_keywords
+from trimtab.keywords import arguments, method_keywords
 from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
+from trimtab.steering.attributes import OF_LM, missing
 from trimtab.steering.monitors import Monitor, check_monitors
+from trimtab.steering.steering import check_steering
 from trimtab.text.chat import Message, Prompt, Template, encode
 from trimtab.text.images import BOUNDS, Bounds, has_images
 from trimtab.text.spans import Emphasis, find_spans
@@ -114,6 +126,11 @@ class LanguageModel(ABC):
         A text is `(context ids, answer ids)`, neither empty. Raises `UnsupportedError` where there are no perplexities.
         """
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return missing(self, "an LM", name, OF_LM)
+
     @property
     def bos_token_id(self) -> int | None:
         """The token with which texts begin; `None` where the model has none."""
@@ -137,6 +154,8 @@ class LanguageModel(ABC):
         Raises:
             TrimtabError: There is no such feature.
         """
+        if steering is not None:
+            check_steering(steering)
         try:
             self.require(*features)
             if steering is not None:
@@ -218,6 +237,7 @@ class LanguageModel(ABC):
         """`spans`, of messages that have images."""
         raise UnsupportedError(f"the {self.engine} engine takes no images")
 
+    @arguments
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -269,7 +289,8 @@ class LanguageModel(ABC):
                 break it is never chosen. One for all prompts, or a list with one for each (`None`: any text). An
                 answer that ends at `max_new_tokens` may be cut off; its `finish_reason` is then `"length"`.
             progress: `progress(done, total)` is called as prompts are answered.
-            options: Those of transformers' `generate`; decoding is greedy unless they say `do_sample=True`. Other
+            options: Those of transformers' `generate`; decoding is greedy unless they say `do_sample=True`, without
+                which `temperature` and its like (but for temperature 0) are refused. Other
                 engines take those that they have too, under the same names. Rejection, and options that choose tokens
                 otherwise than by `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens` and
                 `eos_token_id` (beams, further processors or criteria), go through transformers' own `generate`, in
@@ -283,6 +304,8 @@ class LanguageModel(ABC):
             UnsupportedError: Before anything runs, for what this engine can't do.
         """
         check_no_keywords(self.tokenizer, options)
+        check_said(logprobs, system)
+        seed, options = seed_for(seed), sampling_for(options)
         watching = check_monitors(monitors)
         self._check_asked(emphasize, rejection, clean_cache, watching)
         many = as_list(prompts)
@@ -315,6 +338,7 @@ class LanguageModel(ABC):
         warn_of_doses(done, steerings)
         return done
 
+    @arguments
     def stream(
         self,
         prompt: Prompt,
@@ -445,6 +469,7 @@ class LanguageModel(ABC):
 
         return project(self, text, steering, layers, transfer=transfer)
 
+    @arguments
     def sweep(
         self,
         steering: Steering,
@@ -505,8 +530,7 @@ class LanguageModel(ABC):
         Raises `TrimtabError` for a prompt without a token at these positions, a site that isn't there, and a steering
         that doesn't fit; `UnsupportedError` for what the engine can't read.
         """
-        listed = [sites] if isinstance(sites, (int, Site)) else sites
-        wanted = [site if isinstance(site, Site) else Site(site) for site in listed]
+        wanted = sites_of(sites)
         if not isinstance(positions, Positions):
             raise TrimtabError(f"positions are Positions, got {positions!r}; write Positions.parse('all'), say")
         if steering is not None:
@@ -523,7 +547,7 @@ class LanguageModel(ABC):
         activations: dict[int, dict[Site, Tensor]] = {}
         for batch in self.read([[text] for text in texts], wanted, steering=steering):
             for n, i in enumerate(batch.groups):
-                activations[i] = {site: batch.values[site][n][0] for site in wanted}
+                activations[i] = Captured((site, batch.values[site][n][0]) for site in wanted)
         return [activations[i] for i in range(len(texts))]
 
     def read(

@@ -85,6 +85,8 @@ def load_features(
     path = Path(path)
     if how not in HOW:
         raise TrimtabError(f"features are used by {' or '.join(HOW)}, got {how!r}")
+    if not isinstance(features, Mapping):
+        raise TrimtabError(f"features are named with their values, {{1234: 40.0}}, got {features!r}")
     if not features:
         raise TrimtabError("no feature was named; say {number: value}, on the command line --feature NUMBER:VALUE")
     for value in features.values():

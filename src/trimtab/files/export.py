@@ -15,6 +15,7 @@ from trimtab.files.target import check_target
 from trimtab.files.torch_layouts import write_lm_eval, write_torch
 from trimtab.keywords import keywords
 from trimtab.steering import Steering
+from trimtab.steering.steering import check_steering
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def export(steering: Steering, path: str | Path, to: str | None = None) -> str:
     Raises `UnsupportedError` for a steering that the program's files can't carry, and says what of it; nothing is
     dropped in silence.
     """
+    check_steering(steering)
     path = Path(path)
     name = target_of(path, to)
     TARGETS[name].write(steering, path)

@@ -17,6 +17,7 @@ from trimtab.files.steering_file import save_steering
 from trimtab.files.target import write_atomically
 from trimtab.keywords import keywords
 from trimtab.steering import Steering
+from trimtab.steering.steering import check_steering
 
 FILE, PAGE = "steering.safetensors", "README.md"
 
@@ -73,6 +74,7 @@ def push_to_hub(
 
     Raises `TrimtabError` for a bad name, for a steering that can't be saved, and if the Hub refuses it.
     """
+    check_steering(steering)
     _check_name(repo)
     with tempfile.TemporaryDirectory() as folder:
         save_folder(steering, folder, name=repo, base_model=base_model, license=license)

@@ -6,7 +6,7 @@ A text that is read at several positions counts by the mean of its activations t
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -168,7 +168,9 @@ def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> 
     if layers is None:
         layers = [round(default * lm.layout.layers)]
     try:
-        listed = sorted({index(layer) for layer in ([layers] if isinstance(layers, int) else layers)})
+        listed = sorted({index(layer) for layer in (layers if isinstance(layers, Iterable) else [layers])})
+        if isinstance(layers, bool):
+            raise TypeError
     except TypeError:
         raise TrimtabError(f"layers are a whole number, or a list of them such as [12, 14], got {layers!r}") from None
     for layer in listed:

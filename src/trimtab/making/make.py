@@ -98,6 +98,8 @@ def make(
         TrimtabError: The model's answers for and against the idea barely differ, or it runs on another engine.
     """
     check_lm(lm, "training")
+    if not isinstance(idea, (str, Idea)):
+        raise TrimtabError(f"an idea is a sentence such as 'be blunt, not flattering', or an Idea, got {idea!r}")
     wanted = idea_from_sentence(idea) if isinstance(idea, str) else idea
     made_from = _material(lm, wanted, tokens, distill=distill)
     return _made(lm, made_from, tokens=tokens, positions=positions, seed=seed, stage=stage, say=say)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -57,6 +58,10 @@ class Reading:
     pool: str = "mean"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.site, Site):
+            raise TrimtabError(f"a gate reads at a Site, got {self.site!r}; write Site(14)")
+        if not isinstance(self.positions, Positions):
+            raise TrimtabError(f"a gate reads at Positions, got {self.positions!r}; write Positions.parse('prompt')")
         if self.pool not in POOLS:
             raise ValueError(f"unknown pooling {self.pool!r}; known: {', '.join(POOLS)}")
         if self.positions.meanings:
@@ -169,10 +174,14 @@ class Threshold(Gate):
             raise ValueError(f"unknown measure {self.measure!r}; known: {', '.join(MEASURES)}")
         for name in ("threshold", "bias"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, Tensor) and not value.dim():
+                value = value.item()
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise ValueError(f"a {name} is a number, got {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"a {name} is finite, got {value!r}")
+            if not isinstance(getattr(self, name), (int, float)):  # numpy's or a tensor's
+                object.__setattr__(self, name, float(value))
         if self.bias and self.measure != "probability":
             raise ValueError(f"only a probability has a bias, not a {self.measure}")
         if not isinstance(self.each_token, bool):

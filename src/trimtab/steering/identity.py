@@ -13,6 +13,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.keywords import outside
 from trimtab.steering.card import ModelId
+from trimtab.steering.operations import Operation
 from trimtab.steering.steering import Steering, check_steering
 
 
@@ -23,10 +24,13 @@ class MismatchWarning(UserWarning):
 def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = False) -> None:
     """Raises `TrimtabError` when the steering was learned on another model, saying precisely what differs.
 
-    Adapters are part of a model. With `transfer` only the width must be the same. Other weights in the blocks, another
-    chat template or revision are warned about.
+    And when a tensor of it was changed in place. Adapters are part of a model. With `transfer` only the width must be
+    the same. Other weights in the blocks, another chat template or revision are warned about.
     """
     check_steering(steering)
+    for edit in steering.edits:
+        if isinstance(edit.operation, Operation):
+            edit.operation.check_unchanged()
     for learned in steering.card.models:
         same = learned.fingerprint == here.fingerprint or learned.name == here.name
         differ = [

@@ -47,6 +47,9 @@ class Monitor:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise TrimtabError(f"a monitor has a name, got {self.name!r}")
+        if not isinstance(self.condition, Threshold):
+            kind = type(self.condition).__name__
+            raise TrimtabError(f"monitor {self.name}: what is read is a Threshold(…), got {kind}; Monitor.of makes one")
         if self.action not in ACTIONS:
             raise TrimtabError(f"monitor {self.name}: an action is one of {', '.join(ACTIONS)}, got {self.action!r}")
         if self.action != "log" and self.threshold is None:
@@ -154,7 +157,7 @@ def measured(conditions: Sequence[Threshold], x: Tensor, directions: Tensor) -> 
 
 def check_monitors(monitors: Any) -> tuple[Monitor, ...]:
     """The monitors as a tuple. Raises `TrimtabError` for what is none, and for two of one name."""
-    listed = (monitors,) if isinstance(monitors, Monitor) else tuple(monitors or ())
+    listed = tuple(monitors or ()) if isinstance(monitors, (list, tuple, type(None))) else (monitors,)
     for monitor in listed:
         if not isinstance(monitor, Monitor):
             raise TrimtabError(

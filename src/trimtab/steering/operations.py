@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
-from math import inf
+from math import inf, isfinite, nan
 from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from trimtab.errors import TrimtabError
 from trimtab.keywords import check_fields
 from trimtab.steering.projections import Rows, set_projections, solve_projections
 from trimtab.steering.tensors import as_direction, as_share, as_unit, same
@@ -141,6 +142,19 @@ class Operation:
         values: list[Any] = [getattr(self, f.name) for f in fields(self)]
         return hash((type(self), *(v.numpy().tobytes() if isinstance(v, Tensor) else v for v in values)))
 
+    def check_unchanged(self) -> None:
+        """Raises `TrimtabError` if a tensor of it was changed in place since this was first asked.
+
+        Engines keep what they make of an operation, and would go on with the numbers of before.
+        """
+        values = (getattr(self, f.name) for f in fields(self))
+        versions = tuple(v._version for v in values if isinstance(v, Tensor) and not v.is_inference())
+        if self.__dict__.setdefault("_versions", versions) != versions:
+            raise TrimtabError(
+                f"the tensors of {self!r} were changed in place after it had been used; an operation stays as it was"
+                " made: make another one of the new numbers, or multiply the steering"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made from the fields: hashes are a process's own, and copies on a device stay there."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -207,11 +221,15 @@ class SetProjection(Directed, name="set_projection"):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "direction", as_unit(self.direction))
-        object.__setattr__(self, "target", float(self.target))
-        if not torch.isfinite(torch.tensor(self.target)):
-            raise ValueError(f"a projection's target is a finite number, got {self.target}")
+        try:
+            target = float(self.target)
+        except (TypeError, ValueError):
+            target = nan
+        if not isfinite(target):
+            raise TrimtabError(f"a projection's target is a finite number, got {self.target!r}")
+        object.__setattr__(self, "target", target)
         if not isinstance(self.one_sided, bool):
-            raise ValueError(f"one_sided is true or false, got {self.one_sided!r}")
+            raise TrimtabError(f"one_sided is true or false, got {self.one_sided!r}")
 
     def row(self, strength: float) -> dict[str, Tensor]:
         return _projection(self.direction, self.target, strength, 0.0 if self.one_sided else -inf)

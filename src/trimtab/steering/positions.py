@@ -10,14 +10,16 @@ combine with each other, and with all others, by `|`, `&` and `~`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import arguments
 from trimtab.steering.intervals import Intervals, complement, intersection, union
 from trimtab.steering.meanings import AFTER, ANSWER, AT, OUTSIDE_TOOLS, THINKING, Meaning
+from trimtab.steering.whole import whole
 
 START, END = "start", "end"  # of the prompt
 
@@ -32,10 +34,9 @@ class Bound:
     def __post_init__(self) -> None:
         if self.anchor not in (START, END):
             raise ValueError(f"a bound is anchored at {START!r} or {END!r} of the prompt, not {self.anchor!r}")
-        if isinstance(self.offset, bool) or not isinstance(self.offset, int):
-            raise ValueError(f"an offset is a whole number of tokens, got {self.offset!r}")
+        object.__setattr__(self, "offset", _tokens(self.offset))
         if self.anchor == START and self.offset < 0:
-            raise ValueError(f"nothing stands {-self.offset} tokens before the start of a prompt")
+            raise TrimtabError(f"nothing stands {-self.offset} tokens before the start of a prompt")
 
     def resolve(self, prompt_length: int) -> int:
         return self.offset if self.anchor == START else max(0, prompt_length + self.offset)
@@ -58,6 +59,13 @@ class Positions:
 
     intervals: tuple[tuple[Bound, Bound | None], ...] = ()
     rule: Meaning | Combined | None = None
+
+    def __post_init__(self) -> None:
+        pairs = self.intervals if isinstance(self.intervals, tuple) else (self.intervals,)
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Bound) for pair in pairs):
+            parsed = isinstance(self.intervals, str)
+            fix = f"Positions.parse({self.intervals!r})" if parsed else "Positions.tokens([2, 10]), say"
+            raise TrimtabError(f"positions are made by name, got {self.intervals!r}; write {fix}")
 
     @classmethod
     def all(cls) -> Positions:
@@ -92,8 +100,9 @@ class Positions:
     @classmethod
     def window(cls, start: int, stop: int) -> Positions:
         """Generated tokens `start` to `stop` (excluded), counted from 0."""
+        start, stop = _tokens(start), _tokens(stop)
         if not 0 <= start < stop:
-            raise ValueError(f"a window of generated tokens needs 0 <= start < stop, got {start} and {stop}")
+            raise TrimtabError(f"a window of generated tokens needs 0 <= start < stop, got {start} and {stop}")
         return cls(((Bound(END, start), Bound(END, stop)),))
 
     @classmethod
@@ -107,23 +116,29 @@ class Positions:
 
         For formats that a text holds by itself once it has begun so, such as JSON.
         """
+        k = _tokens(k)
         if k < 1:
-            raise ValueError(f"an opening has one token or more, got {k}")
+            raise TrimtabError(f"an opening has one token or more, got {k}")
         return cls(((Bound(END, -1), Bound(END, k - 1)),))
 
     @classmethod
     def span(cls, start: int, stop: int) -> Positions:
         """Prompt tokens `start` to `stop` (excluded), counted from 0 in the rendered prompt."""
+        start, stop = _tokens(start), _tokens(stop)
         if not 0 <= start < stop:
-            raise ValueError(f"a span needs 0 <= start < stop, got {start} and {stop}")
+            fix = "; Positions.tokens([-2, -1]) counts from the prompt's end" if min(start, stop) < 0 else ""
+            raise TrimtabError(f"a span needs 0 <= start < stop, got {start} and {stop}{fix}")
         return cls(((Bound(START, start), Bound(START, stop)),))
 
     @classmethod
+    @arguments
     def tokens(cls, indices: Sequence[int]) -> Positions:
         """These tokens of the rendered prompt, counted from 0; a negative index counts from its end, -1 is its last."""
-        if not indices or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
-            raise ValueError(f"tokens are named by whole numbers, at least one of them, got {list(indices)!r}")
-        anchors = [(START if i >= 0 else END, i) for i in sorted(set(indices), key=lambda i: (i < 0, i))]
+        listed = [whole(i) for i in indices] if isinstance(indices, Iterable) else [whole(indices)]
+        numbers = {number for number in listed if number is not None}
+        if not listed or None in listed:
+            raise TrimtabError(f"tokens are named by whole numbers, at least one of them, got {indices!r}")
+        anchors = [(START if i >= 0 else END, i) for i in sorted(numbers, key=lambda i: (i < 0, i))]
         return cls(tuple((Bound(anchor, i), Bound(anchor, i + 1)) for anchor, i in anchors))
 
     @classmethod
@@ -176,6 +191,11 @@ class Positions:
             return Positions(self.intervals + tuple(i for i in other.intervals if i not in self.intervals))
         return _combined("any", self, other)
 
+    def __add__(self, other: object) -> Positions:
+        raise TrimtabError("positions are combined by a | b (either), a & b (both) and ~a (all others)")
+
+    __sub__ = __add__
+
     def __and__(self, other: Positions) -> Positions:
         return _combined("all", self, other) if isinstance(other, Positions) else NotImplemented
 
@@ -193,6 +213,12 @@ class Positions:
     def meanings(self) -> frozenset[Meaning]:
         """What has to be known of generated tokens; empty: nothing, the prompt's length says all."""
         return frozenset(part.rule for part in self.parts if isinstance(part.rule, Meaning))
+
+    @property
+    def follows_prompt(self) -> bool:
+        """Whether it depends on where the prompt ends which tokens they are."""
+        bounds = [bound for part in self.parts for interval in part.intervals for bound in interval]
+        return bool(self.meanings) or any(bound is not None and bound.anchor == END for bound in bounds)
 
     def reach(self, prompt_length: int) -> Intervals:
         """As `resolve`, all that it may be, whatever is generated."""
@@ -282,6 +308,8 @@ class Positions:
         """
         from trimtab.steering.grammar import parse
 
+        if not isinstance(text, str):
+            raise TrimtabError(f"positions are read from a text such as 'generated', got {text!r}")
         return parse(text)
 
     def __str__(self) -> str:
@@ -299,6 +327,13 @@ class Positions:
 
     def __repr__(self) -> str:
         return f"Positions({self})"
+
+
+def _tokens(number: Any) -> int:
+    value = whole(number)
+    if value is None:
+        raise TrimtabError(f"an offset is a whole number of tokens, got {number!r}")
+    return value
 
 
 def _pair(opens: str | None, closes: str | None) -> tuple[str, ...]:

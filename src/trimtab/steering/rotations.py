@@ -223,9 +223,17 @@ def _cosine_less_one(angle: float) -> float:
 def _angle(value: float | None) -> float | None:
     if value is None:
         return None
-    if not math.isfinite(float(value)):
-        raise TrimtabError(f"an angle is a finite number of radians, got {float(value)}")
-    return float(value)
+    try:
+        angle = float(value)
+    except (TypeError, ValueError):
+        angle = math.nan
+    if not math.isfinite(angle):
+        raise TrimtabError(f"an angle is a finite number of radians, got {value!r}")
+    if abs(angle) > 2 * math.pi:
+        raise TrimtabError(
+            f"an angle is in radians, of which a full turn has 6.28, got {angle:g}; write math.radians({angle:g})"
+        )
+    return angle
 
 
 def angle_sizes(width: int) -> list[int]:

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trimtab.errors import TrimtabError
+from trimtab.keywords import class_keywords
+from trimtab.steering.whole import whole
+
 KINDS = ("residual", "block_input", "attention", "mlp", "heads", "neurons", "act_fn", "router", "keys", "scores")
+ELSEWHERE = {
+    **dict.fromkeys(("resid_post", "resid", "residual_stream", "hidden_states", "decoder_block"), "residual"),
+    "resid_pre": "block_input",
+    **dict.fromkeys(("attn_out", "attn", "self_attn"), "attention"),
+    "mlp_out": "mlp",
+    "z": "heads",
+    "post": "neurons",
+    "attn_scores": "scores",
+}
+"""What other libraries call them."""
 
 
+@class_keywords
 @dataclass(frozen=True, order=True)
 class Site:
     """A place in the network.
@@ -29,9 +44,14 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"unknown site kind {self.kind!r}; known: {', '.join(KINDS)}")
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise ValueError(f"a layer is a whole number from 0 up, got {self.layer!r}")
+            near = ELSEWHERE.get(str(self.kind).removeprefix("hook_"))
+            here = f"here it is {near!r}" if near else f"known: {', '.join(KINDS)}"
+            raise TrimtabError(f"unknown site kind {self.kind!r}; {here}")
+        layer = whole(self.layer)
+        if layer is None or layer < 0:
+            last = "" if layer is None else "; a model's last one is lm.layout.layers - 1"
+            raise TrimtabError(f"a layer is a whole number from 0 up, got {self.layer!r}{last}")
+        object.__setattr__(self, "layer", layer)
 
     @classmethod
     def router(cls, layer: int) -> Site:

@@ -7,19 +7,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords
 from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
+from trimtab.steering.attributes import OF_STEERING, missing
 from trimtab.steering.card import Card
 from trimtab.steering.directions import directions, shared_cosines
 from trimtab.steering.gates import ALWAYS, Gate
-from trimtab.steering.operations import NAMES
+from trimtab.steering.operations import NAMES, Operation
 from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
+from trimtab.steering.whole import whole
 
 
 @class_keywords
@@ -41,10 +43,12 @@ class Edit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "strength", check_strength(self.strength))
         if not isinstance(self.site, Site):
-            raise TrimtabError(f"an edit's site is a Site, got {self.site!r}; write Site({self.site!r})")
-        if isinstance(self.operation, Tensor):
+            site = self.site if isinstance(self.site, int) else 14
+            raise TrimtabError(f"an edit's site is a Site, got {self.site!r}; write Site({site})")
+        if not isinstance(self.operation, (Operation, ScoreOperation)):
             raise TrimtabError(
-                "an edit's operation says what is done with a direction, got a Tensor; write Add(direction)"
+                f"an edit's operation says what is done with a direction, got {_kind(self.operation)}; write"
+                " Add(direction)"
             )
         if not isinstance(self.positions, Positions):
             raise TrimtabError(_no_positions(self.positions))
@@ -91,18 +95,15 @@ class Steering:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Steering:
+        if check_strength(divisor) == 0:
+            raise TrimtabError("a steering can't be divided by 0")
         return self * (1 / divisor)
 
     def __neg__(self) -> Steering:
         return self * -1.0
 
     def __add__(self, other: Steering) -> Steering:
-        if isinstance(other, (int, float, Tensor)):
-            raise TrimtabError(
-                f"only a steering is added to a steering, got {_kind(other)}; 2 * steering pushes harder"
-            )
-        if not isinstance(other, Steering):
-            return NotImplemented
+        _check_summand(other)
         parts = (*_parts(self), *_parts(other))
         return Steering(self.edits + other.edits, parts[0] if len(parts) == 1 else Card("sum", parts=parts))
 
@@ -111,6 +112,7 @@ class Steering:
         return self if other == 0 else NotImplemented
 
     def __sub__(self, other: Steering) -> Steering:
+        _check_summand(other)
         return self + -other
 
     @classmethod
@@ -153,9 +155,15 @@ class Steering:
 
     def only(self, layers: int | Iterable[int]) -> Steering:
         """The edits at these layers, or at this one. Raises `TrimtabError` when it has none at one of them."""
-        wanted = [layers] if isinstance(layers, int) else list(layers)
-        if missing := sorted(set(wanted) - set(self.layers)):
-            raise TrimtabError(f"this steering has nothing at layer {missing[0]}; it has layers {_list(self.layers)}")
+        number = whole(layers)
+        if number is None and (isinstance(layers, (str, bool)) or not isinstance(layers, Iterable)):
+            raise TrimtabError(
+                f"steering.only takes layers, 14 or [12, 14] or range(10, 15), got {layers!r}; those with an edit are"
+                f" {_list(self.layers)}"
+            )
+        wanted: list[Any] = list(layers) if number is None else [number]  # type: ignore[arg-type]
+        if absent := [layer for layer in wanted if layer not in self.layers]:
+            raise TrimtabError(f"this steering has nothing at layer {absent[0]}; it has layers {_list(self.layers)}")
         return replace(self, edits=tuple(edit for edit in self.edits if edit.site.layer in wanted))
 
     def at_layer(self, layer: int) -> Steering:
@@ -171,13 +179,21 @@ class Steering:
 
     def __getitem__(self, layer: int) -> Steering:
         """The edits at one layer, as a steering. Raises `TrimtabError` where it has none there."""
-        if isinstance(layer, bool) or not isinstance(layer, int):
+        number = whole(layer)
+        if number is None:
+            start, stop = (layer.start or 0, layer.stop) if isinstance(layer, slice) else (12, None)
+            several = "[12, 14]" if stop is None else f"range({start}, {stop})"
             raise TrimtabError(
-                f"steering[14] has what acts at layer 14, got {layer!r}; for several, steering.only([…])"
+                f"steering[14] has what acts at layer 14, got {layer!r}; for several, steering.only({several})"
             )
-        return self.only([layer])
+        return self.only([number])
 
     __iter__ = None  # the old way to iterate, by `steering[0]` and so on, would fail at the first layer without an edit
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return missing(self, "a steering", name, OF_STEERING)
 
     def direction(self, layer: int) -> Tensor:
         """The unit direction in which it steers at a layer: `[width]`, float32.
@@ -232,9 +248,9 @@ def check_steering(value: Any) -> None:
         return
     if isinstance(value, Edit):
         raise TrimtabError("a steering was expected, got an Edit; write Steering((edit,))")
-    if isinstance(value, Tensor):
+    if hasattr(value, "__array__"):
         raise TrimtabError(
-            "a steering was expected, got a Tensor; a direction is added at a layer by"
+            f"a steering was expected, got {_kind(value)}; a direction is added at a layer by"
             " Steering((Edit(Site(layer), Add(direction)),))"
         )
     if isinstance(value, (int, float)):
@@ -245,10 +261,15 @@ def check_steering(value: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, (int, float)):
+    if value is None or isinstance(value, (int, float)):
         return repr(value)
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeio' else 'a'} {name}"
+
+
+def _check_summand(other: Any) -> None:
+    if not isinstance(other, Steering):
+        raise TrimtabError(f"only a steering is added to a steering, got {_kind(other)}; 2 * steering pushes harder")
 
 
 def _no_positions(value: Any) -> str:
@@ -266,8 +287,10 @@ def _list(layers: Iterable[int]) -> str:
     return ", ".join(str(layer) for layer in layers) or "none"
 
 
-def check_strength(value: float) -> float:
+def check_strength(value: Any) -> float:
     """The strength as a float. Raises `TrimtabError` for NaN, an infinity or no number."""
+    if isinstance(value, Tensor) and not value.dim():
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise TrimtabError(f"a strength is a finite number, got {value!r}")
     return float(value)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,14 +18,32 @@ def to_float64(x: Tensor) -> Tensor:
     return x.detach().cpu().double()
 
 
-def as_direction(value: Tensor, name: str = "direction") -> Tensor:
-    """A private CPU copy of a `[width]` vector, float32 (float64 stays float64).
+def as_tensor(value: Any) -> Any:
+    """An array of floating-point numbers, numpy's or pandas', as a tensor; anything else as it is."""
+    if isinstance(value, Tensor) or not hasattr(value, "__array__"):
+        return value
+    array = np.asarray(value)
+    return torch.from_numpy(array.copy()) if array.dtype in (np.float16, np.float32, np.float64) else value
+
+
+def as_direction(value: Any, name: str = "direction") -> Tensor:
+    """A private CPU copy of a `[width]` vector, a tensor or an array, float32 (float64 stays float64).
 
     Raises `TrimtabError` when it isn't one-dimensional and floating, or holds a NaN or an infinity.
     """
-    if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point():
+    value = as_tensor(value)
+    if (
+        not isinstance(value, Tensor)
+        or value.dim() != 1
+        or not value.is_floating_point()
+        or value.layout != torch.strided
+    ):
         what = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise TrimtabError(f"a {name} is a floating-point tensor of shape [width], got {what}")
+        fix = "; write torch.tensor(…)" if isinstance(value, list) else ""
+        fix = "; give one of its rows" if isinstance(value, Tensor) and value.dim() == 2 else fix
+        raise TrimtabError(f"a {name} is a floating-point tensor of shape [width], got {what}{fix}")
+    if value.is_meta:
+        raise TrimtabError(f"the {name} is on the meta device, where it has no numbers")
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     copy = value.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
     if not torch.isfinite(copy).all():
@@ -31,7 +52,7 @@ def as_direction(value: Tensor, name: str = "direction") -> Tensor:
     return copy
 
 
-def as_unit(value: Tensor, name: str = "direction") -> Tensor:
+def as_unit(value: Any, name: str = "direction") -> Tensor:
     """As `as_direction`, of norm 1. Raises `TrimtabError` for any other norm."""
     copy = as_direction(value, name)
     norm = float(copy.double().norm())
@@ -40,11 +61,12 @@ def as_unit(value: Tensor, name: str = "direction") -> Tensor:
     return copy
 
 
-def as_matrix(value: Tensor, name: str) -> Tensor:
+def as_matrix(value: Any, name: str) -> Tensor:
     """A private CPU copy of a `[rank, width]` matrix, of any rank from 0, float32 (float64 stays float64).
 
     Raises `TrimtabError` when it isn't two-dimensional and floating, has no width, or holds a NaN or an infinity.
     """
+    value = as_tensor(value)
     if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_floating_point() or not value.shape[1]:
         what = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TrimtabError(f"{name} is a floating-point tensor of shape [rank, width], got {what}")

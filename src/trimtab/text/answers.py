@@ -52,6 +52,8 @@ class ReadAt:
         A marker in double quotes is read as JSON reads a string: `after:"\n\n"` is an empty line. Any other stands for
         itself. Raises `TrimtabError` for anything else.
         """
+        if not isinstance(text, str):
+            raise TrimtabError(f"read_at is a text, last, answer, first:K or after:MARKER, got {text!r}")
         kind, colon, rest = text.partition(":")
         if kind == "after" and colon:
             return cls("after", marker=_unquoted(rest))

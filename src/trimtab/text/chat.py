@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -50,7 +50,10 @@ def encode(
     for keywords that the template doesn't use, and where it can't leave a begun answer open. Warns with
     `TemplateWarning` of a string that holds the template's special tokens.
     """
+    if tokenizer is None:
+        raise TrimtabError("this LM has no tokenizer, so it reads no texts: LM(model, tokenizer)")
     if isinstance(prompt, str):
+        _check_text(prompt)
         if not (has_template(tokenizer) if chat is None else chat):
             for name, value in (("a system message", system), ("a keyword of the template", template)):
                 if value:
@@ -73,14 +76,28 @@ def encode(
         notice_special(tokenizer, prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
+    if any(message["role"] == "system" for message in messages) and not keeps_system(tokenizer):
+        raise TrimtabError("the chat template leaves system prompts out; put what it says into the prompt")
     return list(_apply(tokenizer, messages, template, tokenize=True, return_dict=True)["input_ids"])
+
+
+def _check_text(text: Any) -> None:
+    """Raises `TrimtabError` for half a surrogate pair, which isn't text and which tokenizers don't take."""
+    try:
+        if isinstance(text, str):
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise TrimtabError(f"character {error.start + 1} of the prompt is half a surrogate pair, and no text") from None
 
 
 def checked_messages(messages: Sequence[Message], system: str | None = None) -> list[Message]:
     """The messages as a list, with a system message before them. Raises `TrimtabError` for malformed ones."""
+    if isinstance(messages, Mapping) or not isinstance(messages, Iterable):
+        raise TrimtabError(f"a prompt is a text or a list of messages, got {type(messages).__name__}")
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise TrimtabError(f"a message is {{'role': …, 'content': …}}, got {message!r}")
+        _check_text(message["content"])
     return [*([] if system is None else [{"role": "system", "content": system}]), *messages]
 
 
@@ -143,15 +160,33 @@ def takes_parts(tokenizer: Any) -> bool:
 
     Templates of image-text models are such.
     """
+    return _kept(_PARTS, tokenizer, _loses_text)
+
+
+def keeps_system(tokenizer: Any) -> bool:
+    """Whether a system message is part of what the chat template renders, or refused by it."""
+    return _kept(_SYSTEM, tokenizer, _renders_system)
+
+
+def _kept(kept: WeakKeyDictionary[Any, tuple[str, bool]], tokenizer: Any, look: Callable[[Any], bool]) -> bool:
+    """What was seen of a chat template, looked at once."""
     template = str(tokenizer.chat_template)
     try:
-        known, takes = _PARTS.get(tokenizer, (None, False))
+        known, seen = kept.get(tokenizer, (None, False))
     except TypeError:  # it can't be hashed
-        return _loses_text(tokenizer)
+        return look(tokenizer)
     if known != template:
-        takes = _loses_text(tokenizer)
-        _PARTS[tokenizer] = template, takes
-    return takes
+        seen = look(tokenizer)
+        kept[tokenizer] = template, seen
+    return seen
+
+
+def _renders_system(tokenizer: Any) -> bool:
+    messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "text"}]
+    try:
+        return _PROBE in render_messages(tokenizer, messages)
+    except TrimtabError:  # it says so itself
+        return True
 
 
 def _loses_text(tokenizer: Any) -> bool:
@@ -263,5 +298,6 @@ def _special_tokens_of_template(tokenizer: Any) -> tuple[str, ...]:
 
 _PROBE = "trimtab\u2060reads\u2060this"
 _PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
+_SYSTEM: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 _WRITTEN: WeakKeyDictionary[Any, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
 """Kept, since some tokenizers have thousands of special tokens: the template, and those that it writes."""

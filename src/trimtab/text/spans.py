@@ -176,6 +176,8 @@ def _spans(
     messages: list[Message] | None,
     template: Template | None,
 ) -> tuple[Span, ...]:
+    if not isinstance(emphasis, (str, Phrase, Pattern, Part, Sequence)):
+        raise TrimtabError(f"what is looked for is a phrase of the prompt, or several, got {emphasis!r}")
     wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
     if not wanted:
         raise TrimtabError("there is no phrase to emphasize; give at least one")

@@ -178,7 +178,7 @@ def _candidates(
         raise TrimtabError(f"a sweep is of a steering, got {type(steering).__name__}")
     if not steering.edits:
         raise TrimtabError("this steering has no edits, so there is nothing to try")
-    wanted = steering.layers if layers is None else [layers] if isinstance(layers, int) else layers
+    wanted = steering.layers if layers is None else layers if isinstance(layers, Iterable) else [layers]
     try:
         listed = [index(layer) for layer in wanted]
     except TypeError:

@@ -73,9 +73,16 @@ def check_verified(model: Any, options: Mapping[str, Any]) -> None:
             raise TrimtabError(f"rejection can't run with {name}: {REFUSED[name]}")
         if name not in REFUSED and not hasattr(model.generation_config, name):
             raise UnsupportedError(f"rejection can't run with {name}, which its own loop doesn't know")
-    each = options.get("num_return_sequences")
-    if each not in (None, 1) and not options.get("do_sample"):
-        raise TrimtabError("greedy answers to one prompt are all the same; sample, or leave num_return_sequences out")
+    if not options.get("do_sample"):
+        check_differ(options)
+
+
+def check_differ(options: Mapping[str, Any]) -> None:
+    """Raises `TrimtabError` for several greedy answers to a prompt."""
+    if options.get("num_return_sequences") not in (None, 1):
+        raise TrimtabError(
+            "greedy answers to one prompt are all the same; sample (do_sample=True), or leave num_return_sequences out"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from trimtab.engines.transformers.evaluating import evaluating
 from trimtab.errors import TrimtabError
+from trimtab.keywords import outside
+
+PATIENCE = 30.0
+"""Seconds for which a thread waits for one inside `lm.steered(…)` before it says so."""
 
 
 @dataclass
@@ -22,6 +28,24 @@ class _Turn:
     lock: Any = field(default_factory=threading.RLock)
     steered: bool = False
     thread: int | None = None  # which one steers
+    lent: bool = False  # to who is inside lm.steered(…), for as long as they like
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """While open, it is this thread's. Warns of a long wait for who may be waiting for this thread."""
+        taken = self.lock.acquire(timeout=PATIENCE) if self.lent else self.lock.acquire()
+        if not taken:
+            warnings.warn(
+                "waiting for another thread to leave lm.steered(…); if that waits for this one, neither ever goes on:"
+                " inside, only model.generate may run in another thread; lm.generate(…, steering) needs no context",
+                RuntimeWarning,
+                stacklevel=outside(),
+            )
+            self.lock.acquire()
+        try:
+            yield
+        finally:
+            self.lock.release()
 
 
 _turns: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
@@ -36,28 +60,31 @@ def _turn(decoder: nn.Module) -> _Turn:
 
 @contextmanager
 def reading(decoder: nn.Module) -> Iterator[None]:
-    """While open, no other thread steers or reads this decoder. A steered run of the same thread may read."""
-    with _turn(decoder).lock, _eager():
+    """While open, no other thread steers or reads this decoder, which is in evaluation mode. A steered run of the same
+    thread may read."""
+    with _turn(decoder).taken(), _eager(), evaluating(decoder):
         yield
 
 
 @contextmanager
-def steering(decoder: nn.Module) -> Iterator[None]:
+def steering(decoder: nn.Module, *, lent: bool = False) -> Iterator[None]:
     """While open, no other thread steers or reads this decoder, and it isn't steered a second time.
+
+    `lent`: it is open for as long as a caller likes, who may wait for other threads meanwhile.
 
     Raises:
         TrimtabError: This thread is steering it already.
     """
     turn = _turn(decoder)
-    with turn.lock:
+    with turn.taken():
         if turn.steered:
             raise TrimtabError("this model is being steered already; leave lm.steered(…) first, or add the steerings")
-        turn.steered, turn.thread = True, threading.get_ident()
+        turn.steered, turn.thread, turn.lent = True, threading.get_ident(), lent
         try:
             with _eager():
                 yield
         finally:
-            turn.steered, turn.thread = False, None
+            turn.steered, turn.thread, turn.lent = False, None, False
 
 
 def steered_here(decoder: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from trimtab.engines.contract import TOKENS_PER_BATCH, check_length
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
+from trimtab.engines.transformers.evaluating import evaluating
 from trimtab.engines.transformers.exclusive import steering
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
@@ -198,12 +199,10 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
         TrimtabError: A site that the model doesn't have, or a model that is being steered.
     """
     required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = {module: module.training for module in model.modules()}
     run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout))
     places = [(site, place(layout, site)) for site in run.sites]
-    with steering(layout.decoder), torch.enable_grad(), ExitStack() as hooks:
+    with steering(layout.decoder), evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         try:
-            model.eval()
             for parameter in required_grad:
                 parameter.requires_grad_(False)
             for site, where in places:
@@ -212,8 +211,6 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
         finally:
             for parameter, before in required_grad.items():
                 parameter.requires_grad_(before)
-            for module, before in training.items():
-                module.training = before
 
 
 def passes(model: Any, texts: Sequence[Forced]) -> list[list[int]]:

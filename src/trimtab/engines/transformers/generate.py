@@ -14,7 +14,7 @@ from trimtab.engines.images import PromptImages
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.weights import input_device
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.keywords import MEANT, KeywordError
 from trimtab.steering import Site
 
@@ -26,6 +26,9 @@ REFUSED = {
     "return_dict_in_generate": "use logprobs=True, or lm.steered(…) around model.generate",
     "guidance_scale": "its second, unconditional pass would be steered as well",
     "assistant_model": "a draft model isn't steered, so its drafts would be rejected",
+    "assistant_early_exit": "drafts of the first layers alone aren't steered as the model is",
+    "generation_config": "give its settings as options, such as do_sample=True; lm.steered(…) around model.generate"
+    " takes it",
 }
 
 
@@ -38,13 +41,39 @@ STRAY = {
     "max_tokens": "it is max_new_tokens",
     "max_length": "it is max_new_tokens, which counts the answer's tokens alone",
     "steerings": "it is steering, one for all prompts or a list with one for each",
+    **dict.fromkeys(("stop", "stop_sequences", "stop_words", "until"), "it is stop_strings=[…]"),
+    "stop_token_ids": "it is eos_token_id=[…]",
+    "n": "it is num_return_sequences, with do_sample=True",
+    "stream": "lm.stream(prompt, …) gives an answer piece by piece",
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), "transformers has repetition_penalty"),
+    "logit_bias": "transformers' is sequence_bias={{(token,): bias}}",
+    "response_format": "it is json_schema=…",
+    "guided_json": "it is json_schema=…",
+    "tools": "tools are a keyword of the chat template, where it has one: template={{'tools': […]}}",
+    "messages": "prompts come first, and a list of messages is one",
+    "ignore_eos": "answers end at the end-of-text token unless min_new_tokens says otherwise",
+    "use_tqdm": "progress(done, total) is called as prompts are answered",
+    "skip_special_tokens": "an answer's token_ids have them all: lm.tokenizer.decode(answer.token_ids)",
+    **dict.fromkeys(("return_full_text", "echo"), "an answer's text is what was generated"),
+    **dict.fromkeys(
+        ("prefix", "prefill", "response_prefix"),
+        "messages that end with one of the assistant's are an answer begun, and are gone on with",
+    ),
 }
 """What is meant by options that `generate` doesn't have, beside `MEANT`."""
 NEITHER = "transformers' generate has none either"
 
 
 def check_options(model: Any, options: dict[str, Any]) -> None:
-    """Raises `TrimtabError` for an option that neither `lm.generate` has nor transformers'."""
+    """Raises `TrimtabError` for an option that neither `lm.generate` has nor transformers'.
+
+    And `UnsupportedError` for a model that can't generate.
+    """
+    if not hasattr(model, "generation_config") or not callable(getattr(model, "generate", None)):
+        raise UnsupportedError(
+            f"{type(model).__name__} can't generate text: it has no language-model head; load it as transformers'"
+            " AutoModelForCausalLM does (lm.capture and learning need no head)"
+        )
     for name in options:
         if compat.is_generate_option(model, name) and name != "max_length":
             continue
@@ -128,6 +157,14 @@ def check_request(layout: Any, lengths: Sequence[int], max_new_tokens: int, opti
     for name, instead in REFUSED.items():
         if options.get(name) is not None:
             raise TrimtabError(f"generate can't take {name}: {instead}")
+    for name in ("logits_processor", "stopping_criteria"):
+        if callable(options.get(name)) and not isinstance(options[name], Sequence):
+            raise TrimtabError(f"{name} is a list of functions, got one: {name}=[…]")
+    if isinstance(options.get("eos_token_id"), str):
+        raise TrimtabError(
+            f"eos_token_id is a token's number, or several, got {options['eos_token_id']!r}; answers end at a text by"
+            " stop_strings=[…]"
+        )
     if options.get("streamer") is not None and len(lengths) > 1:
         raise TrimtabError("a streamer takes one prompt at a time; give one, or leave the streamer out")
     check_answers(layout, lengths, max_new_tokens)

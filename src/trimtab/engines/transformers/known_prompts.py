@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from trimtab.engines.transformers.exclusive import Generating
 from trimtab.engines.transformers.following import check_rows_stay
+from trimtab.engines.transformers.generate import REFUSED
 from trimtab.engines.transformers.session import Session
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, UnsupportedError
 
 
 @contextmanager
@@ -33,10 +34,17 @@ def known_prompts(model: Any, session: Session, steers: bool, stays: bool = Fals
             (t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None
         )
         mask = kwargs.get("attention_mask")
+        settings = {**_settings(kwargs), **kwargs}
+        for name in ("assistant_early_exit", "guidance_scale"):  # before transformers changes the model for it
+            if settings.get(name) not in (None, 1):
+                raise TrimtabError(f"model.generate inside lm.steered(…) can't take {name}: {REFUSED[name]}")
         if stays:
-            check_rows_stay(model, {**_settings(kwargs), **kwargs})
+            check_rows_stay(model, settings)
         if tokens is None:
             raise TrimtabError("model.generate inside lm.steered(…) needs input_ids or inputs_embeds")
+        if not isinstance(tokens, Tensor):
+            fix = "write model.generate(**inputs)" if isinstance(tokens, Mapping) else "lm.generate takes texts"
+            raise TrimtabError(f"model.generate takes a tensor of tokens, got {type(tokens).__name__}; {fix}")
         if mask is None and tokens.dim() == 2 and len(tokens) > 1:
             raise TrimtabError("model.generate with several rows needs its attention_mask, to tell pads from text")
         lengths = [tokens.shape[1]] * tokens.shape[0] if mask is None else mask.sum(-1).tolist()
@@ -53,15 +61,28 @@ def known_prompts(model: Any, session: Session, steers: bool, stays: bool = Fals
             finally:
                 session.expect(outside)
 
-    own = vars(model).get("generate")  # somebody may have put one there before
-    model.generate = generate
-    try:
-        with generating.until_left():
+    def generate_batch(*_: Any, **__: Any) -> Any:
+        raise UnsupportedError(
+            "model.generate_batch keeps a cache in pages, in which no token's position can be determined; inside"
+            " lm.steered(…) use model.generate, or give lm.generate(…) all prompts"
+        )
+
+    with generating.until_left(), _in_place_of(model, "generate", generate):
+        with _in_place_of(model, "generate_batch", generate_batch):
             yield
+
+
+@contextmanager
+def _in_place_of(model: Any, name: str, function: Any) -> Iterator[None]:
+    """While open, the model has this function by the name."""
+    own = vars(model).get(name)  # somebody may have put one there before
+    setattr(model, name, function)
+    try:
+        yield
     finally:
-        del model.generate
+        delattr(model, name)
         if own is not None:
-            model.generate = own
+            setattr(model, name, own)
 
 
 def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,28 @@ def stream_dtype(layout: Layout) -> torch.dtype:
     raise UnsupportedError("the model has no floating-point weights")
 
 
+def check_wrapped(model: Any, tokenizer: Any) -> None:
+    """Raises `TrimtabError` unless this is a model of transformers, with a tokenizer (or `None`), saying what it is."""
+    if isinstance(model, (str, Path)):
+        raise TrimtabError(f"LM(model, tokenizer) wraps a loaded model; LM.load({str(model)!r}) loads one")
+    if isinstance(tokenizer, nn.Module):
+        raise TrimtabError("LM(model, tokenizer) takes the model first, and then its tokenizer")
+    if isinstance(model, type):
+        raise TrimtabError(
+            f"LM(model, tokenizer) wraps a loaded model, and {model.__name__} is a class; LM.load loads one"
+        )
+    if not isinstance(model, nn.Module):
+        inside = "; pass the model inside: LM(pipeline.model, pipeline.tokenizer)" if hasattr(model, "model") else ""
+        raise TrimtabError(f"LM(model, tokenizer) wraps a model of transformers, got {type(model).__name__}{inside}")
+    if tokenizer is ...:
+        raise TrimtabError("LM(model, tokenizer) needs the model's tokenizer as well")
+    if tokenizer is not None and not callable(tokenizer):
+        raise TrimtabError(
+            f"the tokenizer is one of transformers, as AutoTokenizer.from_pretrained(…) gives, got"
+            f" {type(tokenizer).__name__}"
+        )
+
+
 def find_layout(model: Any, layers: str | None = None) -> Layout:
     """The layout of a causal language model, or of the language model inside a vision-language one.
 
@@ -52,7 +75,12 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
     if isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "config"):
         kind = type(model).__name__
         raise UnsupportedError(f"{kind} runs copies of the model; pass the model inside: LM(model.module, tokenizer)")
-    config = model.config
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or not hasattr(model, "get_decoder"):
+        raise UnsupportedError(
+            f"{type(model).__name__} is no model of transformers: it doesn't say where its blocks are; pass the"
+            " model inside it, which AutoModelForCausalLM.from_pretrained(…) gave"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder; trimtab steers decoder-only models")
     text = config.get_text_config(decoder=True)

@@ -102,9 +102,26 @@ def _check_first(name: str, arguments: dict[str, Any], length: int, reached: int
         )
 
 
+def check_not_packed(forward_pass: Pass, position_ids: Any) -> None:
+    """Raises `UnsupportedError` where the positions begin anew inside a row: several texts, one behind the other."""
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or forward_pass.length < 2:
+        return
+    falls = position_ids[:, 1:] < position_ids[:, :-1]
+    if forward_pass.mask is not None:  # pads may have any
+        text = forward_pass.mask[:, -forward_pass.length :].bool()
+        falls = falls & text[:, 1:] & text[:, :-1]
+    if bool(falls.any()):
+        raise UnsupportedError(
+            "the position ids begin anew inside a row: several texts are packed into it, and where each one's prompt"
+            " ends can't be determined; give each text a row of its own"
+        )
+
+
 def flat(mask: Any) -> Tensor | None:
     """The mask, if it is one of padding: `[rows, columns so far]`."""
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return mask != 0 if mask.is_floating_point() else mask
 
 
 def left_padded(mask: Tensor) -> bool:

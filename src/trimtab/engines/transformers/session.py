@@ -29,10 +29,18 @@ from trimtab.engines.transformers.hooks import Attach, Hooks
 from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, activity, compile_plan
-from trimtab.engines.transformers.positions import Pass, count_pads, count_steered, last_column, read_pass, states_of
+from trimtab.engines.transformers.positions import (
+    Pass,
+    check_not_packed,
+    count_pads,
+    count_steered,
+    last_column,
+    read_pass,
+    states_of,
+)
 from trimtab.engines.transformers.steered_pass import Steady, SteeredPass, norm, norm_into
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Edit, Site
+from trimtab.steering import Edit, Positions, Site
 
 STRIDE = 8
 """In steady decoding one token in so many is measured for the doses."""
@@ -149,6 +157,19 @@ class Session:
                 " (a captured graph, a replaced forward)"
             )
 
+    def check_prompts_reached(self) -> None:
+        """Raises `TrimtabError` where the text at hand ends inside a prompt of the length that was said."""
+        if self._fresh or self.prompt_lengths is None or self._reached is None:
+            return
+        repeat = len(self._pads) // len(self.prompt_lengths)
+        for request, length in enumerate(self.prompt_lengths):
+            computed = self._reached - self._pads[request * repeat]
+            if computed < length:
+                raise TrimtabError(
+                    f"prompt_lengths says that the prompt of row {request + 1} has {length} tokens, and {computed} were"
+                    " computed: what was generated was steered as if it were prompt"
+                )
+
     # ---- what the decoder is about to compute ------------------------------------------------------------
 
     def _foreign(self) -> bool:
@@ -233,6 +254,10 @@ class Session:
         if self._fresh or self.prompt_lengths is None:
             counts = [forward_pass.length - pads for pads in self._pads]
             lengths = counts if self.prompt_lengths is None else self.prompt_lengths
+            if len(counts) % len(lengths):
+                raise TrimtabError(
+                    f"{len(lengths)} prompt lengths for a batch of {len(counts)} rows; give one for each"
+                )
             ends = [forward_pass.length - 1] * len(counts)
             if forward_pass.mask is not None:
                 ends = [last_column(row) for row in forward_pass.mask.tolist()]
@@ -241,6 +266,8 @@ class Session:
                 edits = self.decide(len(lengths), FirstPass(arguments, counts, ends))
             finally:
                 self._deciding = False
+            if self.prompt_lengths is None and any(edit.positions != Positions.all() for row in edits for edit in row):
+                check_not_packed(forward_pass, arguments.get("position_ids"))
             self.plan = compile_plan(edits, lengths, self._dtype)
             self.sites: list[Site] = sorted(self.plan.stages)
             if unknown := sorted(set(self.sites) - self._hooked.keys()):

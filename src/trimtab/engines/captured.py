@@ -1,0 +1,40 @@
+"""What `lm.capture` is asked for, sites, and what it gives: the activations of a prompt at each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import Site
+from trimtab.steering.whole import whole
+
+
+class Captured(dict[Site, Tensor]):
+    """The activations of one prompt, `{site: [positions, width]}`; a number is the residual stream of its layer."""
+
+    def __missing__(self, key: Any) -> Tensor:
+        layer = whole(key)
+        site = None if layer is None or layer < 0 else Site(layer)
+        if site is None or site not in self:
+            raise MissingSite(f"no activations at {key!r}; captured are {', '.join(map(str, self))}")
+        return self[site]
+
+
+class MissingSite(TrimtabError, KeyError):
+    """A site that wasn't captured."""
+
+    __str__ = Exception.__str__  # without the quotation marks of a KeyError
+
+
+def sites_of(sites: Any) -> list[Site]:
+    """The sites that are captured. Raises `TrimtabError` for none, and for what is neither a layer nor a site."""
+    number = whole(sites)
+    if isinstance(sites, Site) or number is not None:
+        return [sites if isinstance(sites, Site) else Site(number)]  # type: ignore[arg-type]
+    listed = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, (str, bytes)) else []
+    if not listed:
+        raise TrimtabError(f"sites are layers or Sites, 14 or [10, Site(14, 'heads')], at least one, got {sites!r}")
+    return [site if isinstance(site, Site) else Site(site) for site in listed]

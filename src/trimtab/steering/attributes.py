@@ -1,0 +1,76 @@
+"""Attributes that a model or a steering doesn't have, and that other libraries do: an error says what there is instead.
+
+It is an `AttributeError` as well, so that `hasattr` and `getattr` with a default work as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.errors import TrimtabError
+
+HIDDEN = "lm.capture(prompts, [10, 14]) gives activations, residual streams by default"
+STEERS = "lm.generate(prompts, steering) steers, and with lm.steered(steering): whatever runs the model inside"
+OF_MODEL = "it is the model's: lm.model.{name}"
+OF_LM: Mapping[str, str] = {
+    **dict.fromkeys(("config", "eval", "train", "parameters", "state_dict", "forward", "generation_config"), OF_MODEL),
+    **dict.fromkeys(("to", "cuda", "cpu", "half", "float", "bfloat16", "compile", "requires_grad_"), OF_MODEL),
+    **dict.fromkeys(("device", "dtype"), "lm.runs_in has it; the model itself is lm.model"),
+    **dict.fromkeys(("decode", "batch_decode", "chat_template"), "it is the tokenizer's: lm.tokenizer.{name}"),
+    **dict.fromkeys(("tokenize", "to_tokens"), "lm.encode(prompt) gives a prompt's tokens"),
+    **dict.fromkeys(("num_layers", "n_layers", "num_hidden_layers"), "it is lm.layout.layers"),
+    **dict.fromkeys(("hidden_size", "d_model", "width"), "it is lm.layout.width"),
+    **dict.fromkeys(("layers", "blocks"), "the blocks are lm.layout.blocks, their number is lm.layout.layers"),
+    **dict.fromkeys(
+        ("cfg", "context"), "lm.layout has layers, width and context; the model's settings are lm.model.config"
+    ),
+    **dict.fromkeys(("run_with_cache", "trace", "hidden_states", "get_activations", "get_hidden_states"), HIDDEN),
+    **dict.fromkeys(("run_with_hooks", "add_hook", "set_control", "steer", "apply", "add_steering", "hook"), STEERS),
+    **dict.fromkeys(
+        ("reset", "remove_hooks", "reset_hooks", "unload"), "nothing stays on the model once it has answered"
+    ),
+    **dict.fromkeys(("chat", "generate_text", "create_completion"), "it is lm.generate, or lm.stream piece by piece"),
+    **dict.fromkeys(("logits", "get_logits"), "lm.next_logprobs scores candidates of a next token; else lm.model(…)"),
+    "from_pretrained": "it is LM.load(…), or LM(model, tokenizer)",
+    "save": "steerings are saved: steering.save(path); bake writes a model",
+    "model_name": "it is lm.name",
+}
+"""By name, for an `LM`."""
+
+ONE_EDIT = "each of steering.edits has its own {name}"
+OF_STEERING: Mapping[str, str] = {
+    **dict.fromkeys(("strength", "site", "positions", "gate", "operation"), ONE_EDIT),
+    **dict.fromkeys(("scale", "multiplier", "coeff", "coefficient"), "a strength multiplies it: 2 * steering"),
+    **dict.fromkeys(("vector", "vectors", "directions", "layer_activations"), "steering.direction(14) is one layer's"),
+    "layer": "it is steering.layers",
+    **dict.fromkeys(("apply", "patch_activations", "steer", "generate"), STEERS),
+    **dict.fromkeys(("to", "cuda", "cpu", "half"), "it goes where the model is by itself"),
+    **dict.fromkeys(
+        ("export", "export_gguf", "save_gguf"), "trimtab.export(steering, path) writes other programs' files"
+    ),
+    "save_pretrained": "it is steering.save(path)",
+    "norm": "steering.plot() and its table in a notebook show how long its pushes are",
+}
+"""By name, for a `Steering`."""
+
+OF_ANSWER: Mapping[str, str] = {
+    **dict.fromkeys(("dose", "doses", "edits"), "it is answer.applied.{name}"),
+    "tokens": "their ids are answer.token_ids",
+    **dict.fromkeys(("generated_text", "outputs", "content", "message", "response"), "it is answer.text"),
+    **dict.fromkeys(
+        ("strip", "lower", "upper", "split", "startswith", "endswith", "replace"), "it is answer.text.{name}"
+    ),
+}
+"""By name, for an answer of `lm.generate`."""
+
+
+class MissingAttribute(TrimtabError, AttributeError):
+    """An attribute that isn't there, of which something is known."""
+
+
+def missing(thing: Any, kind: str, name: str, meant: Mapping[str, str]) -> Any:
+    """What `__getattr__` does. Raises `MissingAttribute` or `AttributeError`; what a property raises comes again."""
+    if name in meant and not hasattr(type(thing), name):
+        raise MissingAttribute(f"{kind} has no {name!r}: {meant[name].format(name=name)}")
+    return object.__getattribute__(thing, name)
