@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
-from tiny import direction
+from tiny import direction, prompt
 
-from trimtab import Add, Edit, ScaleElements, Site
+from trimtab import Add, Edit, ScaleElements, Site, Steering
 from trimtab.engines.folding import States, apply, compiled, slots_at, stages_of
 from trimtab.steering.operations import Operation
 
@@ -42,3 +43,16 @@ def test_equal_vectors_are_compiled_once_and_others_are_not_taken_for_them() -> 
     others = (edit(Add(direction(1)), 3.0),), (edit(Add(direction(2)), 2.0),)
     assert all(not torch.equal(compiled(slot, torch.float32)[2]["vector"], first) for slot in others)
     assert compiled((edit(Add(direction(1)), 2.0),), torch.bfloat16)[2]["vector"].dtype == torch.bfloat16
+
+
+def test_what_was_compiled_without_gradients_may_be_used_with_them() -> None:
+    """An answer in inference mode comes first, and then somebody learns under the same steering."""
+    lm = tiny.tiny("llama")
+    steering = Steering((edit(ScaleElements(direction(5).exp()), 0.25),))
+    with torch.inference_mode():
+        lm.generate(prompt(1, 6), steering, max_new_tokens=2)
+    embedded = lm.model.get_input_embeddings()(torch.tensor([lm.encode(prompt(1, 6))])).detach().requires_grad_()
+    with lm.steered(steering):
+        lm.model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None
+    assert embedded.grad.isfinite().all()

@@ -31,9 +31,10 @@ class MissingSite(TrimtabError, KeyError):
 
 def sites_of(sites: Any) -> list[Site]:
     """The sites that are captured. Raises `TrimtabError` for none, and for what is neither a layer nor a site."""
-    number = whole(sites)
-    if isinstance(sites, Site) or number is not None:
-        return [sites if isinstance(sites, Site) else Site(number)]  # type: ignore[arg-type]
+    if isinstance(sites, Site):
+        return [sites]
+    if (number := whole(sites)) is not None:
+        return [Site(number)]
     listed = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, (str, bytes)) else []
     if not listed:
         raise TrimtabError(f"sites are layers or Sites, 14 or [10, Site(14, 'heads')], at least one, got {sites!r}")

@@ -74,8 +74,9 @@ class Stage:
         if self.active.device == device:
             return self
         if device not in self._moved:
-            rows = {name: bank.to(device) for name, bank in self.rows.items()}
-            self._moved[device] = Stage(self.kernel, self.keep_norm, rows, self.active.to(device))
+            with torch.inference_mode(False):
+                rows = {name: bank.to(device) for name, bank in self.rows.items()}
+                self._moved[device] = Stage(self.kernel, self.keep_norm, rows, self.active.to(device))
         return self._moved[device]
 
     @property
@@ -252,6 +253,7 @@ def _is_small(slot: Slot) -> bool:
     return slot[0].operation.kernel in NEUTRAL
 
 
+@torch.inference_mode(False)  # what is kept may be asked for again where there are gradients
 def _compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
     kernel, row = call_of(slot)
     keep_norm = slot[0].operation.keep_norm
@@ -262,6 +264,7 @@ _kept = lru_cache(KEPT)(_compiled)
 
 
 @lru_cache(KEPT)
+@torch.inference_mode(False)
 def _kept_stages(slots: tuple[tuple[int, tuple[Slot, ...]], ...], dtype: torch.dtype) -> tuple[Stage, ...]:
     """Those of one vector, which stay on the devices where they were."""
     return tuple(_stages_of(dict(slots), dtype))

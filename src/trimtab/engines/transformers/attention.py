@@ -50,6 +50,8 @@ class _Attentions:
 
     def hold(self, blocks: Sequence[nn.Module]) -> bool:
         """Whether these attentions still are where they were."""
+        if len(blocks) != len(self.modules):
+            return False
         places = zip(blocks, self.modules, self.names, strict=True)
         return all(module is None or _module_at(block, name) is module for block, module, name in places)
 

@@ -201,7 +201,7 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
     required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout))
     places = [(site, place(layout, site)) for site in run.sites]
-    with steering(layout.decoder), evaluating(model), torch.enable_grad(), ExitStack() as hooks:
+    with steering(layout.decoder), evaluating(model, every_part=True), torch.enable_grad(), ExitStack() as hooks:
         try:
             for parameter in required_grad:
                 parameter.requires_grad_(False)
