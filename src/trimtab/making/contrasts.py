@@ -167,8 +167,9 @@ def under(system: str, question: str, heard: bool) -> Prompt:
 def _told_apart(lm: LM, answers: Sequence[Answer]) -> list[Answer]:
     """Those that are more likely under their own prompt than under the other one."""
     other = logprobs(lm, [Forced(answer.other, answer.ids) for answer in answers])
-    return [
-        answer
-        for answer, there in zip(answers, other, strict=True)
-        if answer.logprobs is not None and sum(answer.logprobs) > float(there.double().sum())
-    ]
+    kept = []
+    for answer, there in zip(answers, other, strict=True):
+        assert answer.logprobs is not None  # the model has just written it
+        if sum(answer.logprobs) > float(there.double().sum()):
+            kept.append(answer)
+    return kept

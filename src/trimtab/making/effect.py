@@ -120,7 +120,6 @@ def _by_question(answers: Sequence[Answer], values: Sequence[float]) -> dict[str
     return {question: sum(some) / len(some) for question, some in by_question.items()}
 
 
-@torch.no_grad()
 def _likelihoods(lm: LM, steering: Steering | None, texts: Sequence[Forced]) -> list[float]:
     """The mean log-probability of each answer's tokens."""
     changes = {} if steering is None else help_changes(steering)
@@ -129,7 +128,7 @@ def _likelihoods(lm: LM, steering: Steering | None, texts: Sequence[Forced]) -> 
     likelihoods = [0.0] * len(texts)
     # a forced pass changes what comes from the last prompt token on: everywhere, that is the first token of all
     forced = [_from_first(texts[i]) if everywhere else texts[i] for i in order]
-    with forcing(lm.model, lm.layout, list(changes)) as run:
+    with forcing(lm.model, lm.layout, list(changes)) as run, torch.no_grad():
         for numbers in passes(lm.model, forced):
             for n, row in zip(numbers, run.logits([forced[n] for n in numbers], changes), strict=True):
                 answer = texts[order[n]].answer

@@ -155,13 +155,16 @@ class Steering:
 
     def only(self, layers: int | Iterable[int]) -> Steering:
         """The edits at these layers, or at this one. Raises `TrimtabError` when it has none at one of them."""
-        number = whole(layers)
-        if number is None and (isinstance(layers, (str, bool)) or not isinstance(layers, Iterable)):
+        wanted: list[Any]
+        if (number := whole(layers)) is not None:
+            wanted = [number]
+        elif isinstance(layers, Iterable) and not isinstance(layers, str):
+            wanted = list(layers)
+        else:
             raise TrimtabError(
                 f"steering.only takes layers, 14 or [12, 14] or range(10, 15), got {layers!r}; those with an edit are"
                 f" {_list(self.layers)}"
             )
-        wanted: list[Any] = list(layers) if number is None else [number]  # type: ignore[arg-type]
         if absent := [layer for layer in wanted if layer not in self.layers]:
             raise TrimtabError(f"this steering has nothing at layer {absent[0]}; it has layers {_list(self.layers)}")
         return replace(self, edits=tuple(edit for edit in self.edits if edit.site.layer in wanted))
