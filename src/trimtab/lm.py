@@ -23,6 +23,7 @@ from trimtab.engines.resolve import acting, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.adapters import active_adapters, check_adapters
 from trimtab.engines.transformers.attention import check_attention, head_count, score_layers
+from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.by_steps import check_by_steps
 from trimtab.engines.transformers.clean import check_clean
 from trimtab.engines.transformers.continuous import Continuous, answer, check_differ, check_verified
@@ -114,6 +115,7 @@ class LM(LanguageModel):
         self.layout = find_layout(model, layers)
         check_adapters(model)
         self._identities: dict[tuple[Adapter, ...], ModelId] = {}
+        self._beginnings: Beginnings | None = None
         self.name: str = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
     @overload
@@ -381,7 +383,8 @@ class LM(LanguageModel):
     ) -> list[NextToken]:
         reach = []
         for choice, steering in zip(choices, steerings, strict=True):
-            reach.append(len(choice.ids) - first_steered(steering.edits if steering else (), choice))
+            length, own = len(choice.ids), steering.edits if steering else ()
+            reach.append(length - first_steered(own, choice.prompt_length, length))
         order = sorted(range(len(choices)), key=lambda i: (-len(choices[i].ids), tuple(choices[i].ids), reach[i], i))
         results: dict[int, NextToken] = {}
         with self._exclusive(), few_rows(self.model):
@@ -390,7 +393,8 @@ class LM(LanguageModel):
                 prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
                 edits = self._ready([steerings[i] for i in chosen], prompts)
                 session = Session(self.model, self.layout, always(edits), tokenizer=self.tokenizer)
-                batch = next_tokens(self.model, self.layout, [choices[i] for i in chosen], session, edits)
+                some = [choices[i] for i in chosen]
+                batch = next_tokens(self.model, self.layout, some, session, edits, self._beginnings)
                 results |= dict(zip(chosen, batch, strict=True))
                 if progress is not None:
                     progress(min(start + batch_size, len(order)), len(order))
@@ -399,7 +403,7 @@ class LM(LanguageModel):
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """As `LanguageModel` has it. Raises `TrimtabError` while the model is being steered."""
         with self._exclusive():  # nobody else's hooks: a steered model would judge itself
-            return mean_nlls(self.model, self.layout, self.name, texts)
+            return mean_nlls(self.model, self.layout, self.name, texts, self._beginnings)
 
     # ---- how it is answered ------------------------------------------------------------------------------
 
@@ -475,6 +479,16 @@ class LM(LanguageModel):
         decoder = self.layout.decoder
         with steering_of(decoder), evaluating(self.model), evaluating(decoder):  # a wrapper's mode may be its own
             yield
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """While open, what texts begin with, unsteered, is read once by whatever reads them for probabilities."""
+        before = self._beginnings
+        self._beginnings = before or Beginnings(self.model, self.layout)
+        try:
+            yield
+        finally:
+            self._beginnings = before
 
     def _ready(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
         """Each request's edits as a session runs them: gates decided, masks settled, conditions on tokens put in."""

@@ -72,18 +72,19 @@ def bench(
         if say is not None:
             say(outline.name)
         running: _Running | None = None
-        try:
-            running = _Running(lm, store, plan, outline.make(lm, store, plan.settings.items), answering)
-            running.arms()
-        except TrimtabError as error:
-            store.keep("cells", outline.name, "task", make=partial(dict, left_out=str(error)))
-            running = None
-        for name in plan.rows:
-            if running is not None:
-                running.cell(name)
-            done += 1
-            if progress is not None:
-                progress(done, total)
+        with lm._remembering():  # all methods read the same prompts
+            try:
+                running = _Running(lm, store, plan, outline.make(lm, store, plan.settings.items), answering)
+                running.arms()
+            except TrimtabError as error:
+                store.keep("cells", outline.name, "task", make=partial(dict, left_out=str(error)))
+                running = None
+            for name in plan.rows:
+                if running is not None:
+                    running.cell(name)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
     return results_of(store.folder)
 
 

@@ -107,7 +107,9 @@ def perplexities(
     keys = [(tuple(context or start or ()), tuple(answer)) for context, answer in texts]
     for i, (context, answer) in enumerate(keys):
         check_length(lm.layout, len(context) + len(answer), f"text {i + 1}")
-    waiting = sorted({key for key in keys if key[1]}, key=lambda key: (len(key[0]) + len(key[1]), key))
+    distinct = {key for key in keys if key[1]}
+    shared = len({context for context, _ in distinct}) < len(distinct)  # what has one context is read together
+    waiting = sorted(distinct, key=lambda key: (0 if shared else len(key[0]) + len(key[1]), len(key[0]), key))
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     while waiting:
         rows = _fitting([len(context) + len(answer) for context, answer in waiting], tokens_per_batch)
@@ -119,11 +121,13 @@ def perplexities(
 
 
 def _fitting(lengths: Sequence[int], budget: int) -> int:
-    """How many of these ascending lengths, padded to the longest of them, fit into the budget; at least one."""
-    rows = 1
-    while rows < len(lengths) and lengths[rows] * (rows + 1) <= budget:
-        rows += 1
-    return rows
+    """How many of these, padded to the longest of them, fit into the budget; at least one."""
+    longest = 0
+    for rows, length in enumerate(lengths):
+        longest = max(longest, length)
+        if rows and longest * (rows + 1) > budget:
+            return rows
+    return len(lengths)
 
 
 def _start(lm: LanguageModel) -> tuple[int, ...]:

@@ -95,7 +95,8 @@ def at_nats(
             seen[factor] = divergence(lm, factor * steering, base, transfer=transfer)
         return seen[factor].p95
 
-    factor = factor_at(far, nats)
+    with lm._remembering():
+        factor = factor_at(far, nats)
     tried = tuple(sorted((at_factor, value.p95) for at_factor, value in seen.items()))
     result = AtNats(factor * steering, factor, seen[factor], tried)
     if not result.monotone:

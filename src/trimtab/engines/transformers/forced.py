@@ -1,8 +1,8 @@
 """Teacher-forced passes that can be differentiated: prompts, and the answers that are fed after them.
 
 What is learned acts from the last prompt token on. So the prompt before it runs once, without a graph, into a cache of
-keys and values (texts with the same prompt share it), and a graph is kept for the last prompt token and the answer
-alone. Models whose cache holds anything else run each text whole and by itself.
+keys and values (for all texts with the same prompt, and all passes, as far as the memory goes), and a graph is kept for
+the last prompt token and the answer alone. Models whose cache holds anything else run each text whole and by itself.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.contract import TOKENS_PER_BATCH, check_length
-from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.evaluating import evaluating
 from trimtab.engines.transformers.exclusive import steering
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
-from trimtab.engines.transformers.read import can_share, check_read, padded
+from trimtab.engines.transformers.read import can_share, check_read, inputs_of, padded
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
@@ -61,6 +61,7 @@ class Forcing:
     layout: Layout
     sites: tuple[Site, ...]
     shares: bool
+    prompts: Beginnings
     _changes: Mapping[Site, Change] = field(default_factory=dict)
     _answering: Tensor | None = None  # the numbers of the tokens that are changed in this pass, row after row
     _factors: Tensor | None = None  # by what the change at each of these tokens is multiplied
@@ -128,17 +129,19 @@ class Forcing:
     def _together(self, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
         cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
         device = input_device(self.model)
-        longest = max(len(text.prompt) for text in texts) - 1
+        before = [text.prompt[:-1] for text in texts]
         mask = torch.zeros(len(texts), 0, dtype=torch.long, device=device)
-        if longest:
+        self._answering = None
+        if self.prompts.suit(before):
+            cache, mask = self.prompts.cache(before)
+        elif any(before):
             # a row whose prompt is one token has nothing before it: one pad, which nobody attends to
-            distinct = {prompt: n for n, prompt in enumerate(dict.fromkeys(text.prompt[:-1] for text in texts))}
+            distinct = {prompt: n for n, prompt in enumerate(dict.fromkeys(before))}
             ids, mask = padded([list(prompt) for prompt in distinct], left=True, device=device)
-            self._answering = None
             with torch.no_grad():
                 self.layout.decoder(**inputs_of(self.layout.decoder, ids, mask, cache))
             if len(distinct) < len(texts):
-                rows = torch.tensor([distinct[text.prompt[:-1]] for text in texts], device=device)
+                rows = torch.tensor([distinct[prompt] for prompt in before], device=device)
                 cache.batch_select_indices(rows)
                 mask = mask[rows]
         fed = [[text.prompt[-1], *text.answer[:-1]] for text in texts]
@@ -199,7 +202,7 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
         TrimtabError: A site that the model doesn't have, or a model that is being steered.
     """
     required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout))
+    run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout), Beginnings(model, layout))
     places = [(site, place(layout, site)) for site in run.sites]
     with steering(layout.decoder), evaluating(model, every_part=True), torch.enable_grad(), ExitStack() as hooks:
         try:
@@ -226,13 +229,3 @@ def passes(model: Any, texts: Sequence[Forced]) -> list[list[int]]:
             answer, prompt = len(text.answer), len(text.prompt)
         groups[-1].append(i)
     return groups
-
-
-def inputs_of(module: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> dict[str, Any]:
-    """What a pass over ids `[rows, tokens]` is given, of which the mask covers those in the cache as well."""
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
-    if cache is not None:
-        inputs = compat.with_cache(module, inputs, cache)
-    if "position_ids" in compat.parameters(module):
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return inputs

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.read import inputs_of, padded
 from trimtab.engines.transformers.weights import input_device, vocabulary_size
 from trimtab.errors import TrimtabError
 from trimtab.steering.tensors import to_float64
@@ -21,40 +22,46 @@ LOGITS = 16_000_000
 
 @torch.no_grad()
 def mean_nlls(
-    model: Any, layout: Layout, name: str, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
+    model: Any,
+    layout: Layout,
+    name: str,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    beginnings: Beginnings | None = None,
 ) -> list[float]:
     """The mean negative log-probability of each answer's tokens, in nats. One pass of the decoder.
+
+    A context that several answers have, or that is among `beginnings`, is read once.
 
     Args:
         model: The model, whose decoder `layout` has.
         layout: Where the decoder is.
         name: What errors call the model.
         texts: `(context ids, answer ids)`, neither of them empty.
+        beginnings: Contexts that were read before; default: those of these texts alone.
 
     Raises:
         TrimtabError: Logits that aren't numbers.
     """
     decoder = layout.decoder
     device = input_device(decoder)
-    width = max(len(context) + len(answer) for context, answer in texts)
-    ids = torch.zeros(len(texts), width, dtype=torch.long)
-    mask = torch.zeros(len(texts), width, dtype=torch.long)
-    for row, (context, answer) in enumerate(texts):
-        ids[row, : len(context) + len(answer)] = torch.tensor([*context, *answer])
-        mask[row, : len(context) + len(answer)] = 1
-    inputs: dict[str, Any] = {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "use_cache": False,
-    }
-    if "position_ids" in signature(type(decoder).forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
+    contexts = [tuple(context[:-1]) for context, _ in texts]
+    if beginnings is None and len(set(contexts)) < len(contexts):
+        beginnings = Beginnings(model, layout)
+    if beginnings is not None and beginnings.suit(contexts):
+        cache, before = beginnings.cache(contexts)
+        starts = [0] * len(texts)
+        ids, new = padded([[context[-1], *answer[:-1]] for context, answer in texts], left=False, device=device)
+        inputs = inputs_of(decoder, ids, torch.cat([before, new], 1), cache)
+    else:
+        starts = [len(context) - 1 for context, _ in texts]
+        ids, mask = padded([[*context, *answer[:-1]] for context, answer in texts], left=False, device=device)
+        inputs = inputs_of(decoder, ids, mask, None)
     output = decoder(**inputs)
     hidden = output.last_hidden_state
     rows = torch.tensor([row for row, (_, answer) in enumerate(texts) for _ in answer])
-    before = torch.tensor([len(context) + i - 1 for context, answer in texts for i in range(len(answer))])
+    columns = torch.tensor([start + i for start, (_, a) in zip(starts, texts, strict=True) for i in range(len(a))])
     tokens = torch.tensor([token for _, answer in texts for token in answer])
-    there = hidden[rows.to(hidden.device), before.to(hidden.device)]
+    there = hidden[rows.to(hidden.device), columns.to(hidden.device)]
     with _decoder_gives(model, layout, type(output)) as give:
         each = _token_nlls(give, there, tokens, vocabulary_size(model))
     if each.isnan().any():

@@ -15,20 +15,20 @@ from torch import Tensor
 from trimtab.engines.answer import Applied
 from trimtab.engines.request import Choice, NextToken
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.compat import DynamicCache
-from trimtab.engines.transformers.forced import inputs_of
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.read import SHARE_FROM, can_share, padded
+from trimtab.engines.transformers.read import SHARE_FROM, can_share, inputs_of, padded
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.weights import input_device
 from trimtab.steering import Edit
 from trimtab.steering.tensors import to_float64
 
 
-def first_steered(edits: Sequence[Edit], choice: Choice) -> int:
-    """The first position of the text at which one of these edits acts; the text's length if none does."""
-    starts = [start for edit in edits for start, _ in edit.positions.reach(choice.prompt_length)]
-    return min([*starts, len(choice.ids)])
+def first_steered(edits: Sequence[Edit], prompt_length: int, length: int) -> int:
+    """The first position of a text of so many tokens at which one of these edits acts; its length if none does."""
+    starts = [start for edit in edits for start, _ in edit.positions.reach(prompt_length)]
+    return min([*starts, length])
 
 
 @torch.no_grad()
@@ -38,13 +38,17 @@ def next_tokens(
     choices: Sequence[Choice],
     session: Session,
     edits: Sequence[tuple[Edit, ...]],
+    beginnings: Beginnings | None = None,
 ) -> list[NextToken]:
-    """One batch of rows, each under its own edits, in their order. `session` decides the same `edits`."""
+    """One batch of rows, each under its own edits, in their order. `session` decides the same `edits`.
+
+    With `beginnings` what comes before the first steered token is taken from there.
+    """
     sites = sorted({edit.site for row_edits in edits for edit in row_edits})
     texts: dict[tuple[int, ...], int] = {}
     of = [texts.setdefault(tuple(choice.ids), len(texts)) for choice in choices]
     tail = max(
-        max(1, len(choice.ids) - first_steered(row_edits, choice))
+        max(1, len(choice.ids) - first_steered(row_edits, choice.prompt_length, len(choice.ids)))
         for choice, row_edits in zip(choices, edits, strict=True)
     )
     device = input_device(model)
@@ -52,7 +56,12 @@ def next_tokens(
     lengths = [choice.prompt_length for choice in choices]
     prompts = [choice.ids[: choice.prompt_length] for choice in choices]
     session.expect(lengths, prompts=prompts)
-    if len(texts) < len(choices) and shortest >= SHARE_FROM and can_share(layout):
+    if beginnings is not None and shortest > 0 and beginnings.suit([text[:-tail] for text in texts]):
+        cache, mask = beginnings.cache([tuple(choice.ids[:-tail]) for choice in choices])
+        mask = torch.cat([mask, mask.new_ones(len(choices), tail)], 1)
+        ids = torch.tensor([list(choice.ids[-tail:]) for choice in choices], device=device)
+        session.expect(lengths, resumed=True, prompts=prompts)
+    elif len(texts) < len(choices) and shortest >= SHARE_FROM and can_share(layout):
         cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
         ids, mask = padded([text[:-tail] for text in texts], left=True, device=device)
         _run(layout.decoder, ids, mask, cache)

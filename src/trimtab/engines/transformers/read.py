@@ -163,6 +163,16 @@ def can_share(layout: Layout) -> bool:
         return False
 
 
+def inputs_of(module: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> dict[str, Any]:
+    """What a pass over ids `[rows, tokens]` is given, of which the mask covers those in the cache as well."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
+    if cache is not None:
+        inputs = compat.with_cache(module, inputs, cache)
+    if "position_ids" in compat.parameters(module):
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return inputs
+
+
 def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> _Opening:
     """Run what all texts of these groups begin with, up to the first position that is read.
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from trimtab.engines.contract import check_length
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending
+from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.read import padded
+from trimtab.engines.transformers.next_token import first_steered
+from trimtab.engines.transformers.read import inputs_of, padded
 from trimtab.engines.transformers.scores import activation_edits, score_edits
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.weights import input_device
@@ -39,7 +41,12 @@ def check_answered(layout: Layout, texts: Sequence[Answered]) -> None:
 
 @torch.no_grad()
 def teacher_forced(
-    model: Any, layout: Layout, texts: Sequence[Answered], session: Session, edits: Sequence[tuple[Edit, ...]]
+    model: Any,
+    layout: Layout,
+    texts: Sequence[Answered],
+    session: Session,
+    edits: Sequence[tuple[Edit, ...]],
+    beginnings: Beginnings | None = None,
 ) -> list[Tensor]:
     """The logits `[answer tokens, vocabulary]` before each token of each answer, in one pass.
 
@@ -49,6 +56,7 @@ def teacher_forced(
         texts: What is read; padded on the left.
         session: It decides the same edits, but for those of attention scores.
         edits: Of each text. Where attention scores are steered, texts have prompts and answers of the same lengths.
+        beginnings: What comes before the first steered token is taken from there; default: it is read.
 
     Raises:
         TrimtabError: Texts of different lengths whose attention scores are steered, or a pass that came by no hook.
@@ -60,15 +68,22 @@ def teacher_forced(
         raise TrimtabError("texts whose attention scores are steered are read in batches of one length")
     sites = sorted({edit.site for row_edits in residual for edit in row_edits})
     device = input_device(model)
-    ids, mask = padded([[*text.prompt, *text.answer] for text in texts], left=True, device=device)
+    whole = [(*text.prompt, *text.answer) for text in texts]
     longest = max(len(text.answer) for text in texts)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    takes = compat.parameters(model)
-    if "position_ids" in takes:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    if "logits_to_keep" in takes:
+    reach = [len(ids) - first_steered(own, n, len(ids)) for ids, own, n in zip(whole, edits, lengths, strict=True)]
+    tail = max(longest + 1, *reach)
+    inputs: dict[str, Any]
+    going_on = beginnings is not None and not any(scores) and beginnings.suit([ids[:-tail] for ids in whole])
+    if beginnings is not None and going_on:
+        cache, before = beginnings.cache([ids[:-tail] for ids in whole])
+        mask = torch.cat([before, before.new_ones(len(texts), tail)], 1)
+        inputs = inputs_of(model, torch.tensor([ids[-tail:] for ids in whole], device=device), mask, cache)
+    else:
+        padded_ids, mask = padded(whole, left=True, device=device)
+        inputs = inputs_of(model, padded_ids, mask, None)
+    if "logits_to_keep" in compat.parameters(model):
         inputs["logits_to_keep"] = longest + 1
-    session.expect(lengths, prompts=[text.prompt for text in texts])
+    session.expect(lengths, resumed=going_on, prompts=[text.prompt for text in texts])
     with attending(layout, scores, lengths), session.hooked(sites):
         logits = model(**inputs).logits
         session.check_reached(mask.shape[1])

@@ -1,0 +1,140 @@
+"""Keys and values of what texts begin with, unsteered: what is read again and again is read once.
+
+Many strengths of a steering that acts on answers, many methods on the same questions, many steps of a descent: all of
+them read the same prompts, and nothing acts there. What is kept of a model goes when one of its weights changes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.contract import TOKENS_PER_BATCH
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.compat import DynamicCache
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.read import SHARE_FROM, can_share, inputs_of, padded
+from trimtab.engines.transformers.weights import input_device
+
+SHARE_OF_WEIGHTS = 0.25
+"""So much memory of the weights' own is used, at most, and `LEAST_BYTES` in any case."""
+LEAST_BYTES = 64 * 2**20
+
+Ids = tuple[int, ...]
+Layers = tuple[tuple[Tensor, Tensor], ...]
+"""Keys and values of each layer, `[heads, tokens, size]`."""
+
+
+@dataclass
+class Beginnings:
+    """The beginnings of texts that were read under one model, those used last; at most `limit` bytes of them.
+
+    Args:
+        model: The whole model.
+        layout: Its places.
+        limit: Bytes that are kept, at most; default: a share of the weights' own.
+    """
+
+    model: nn.Module
+    layout: Layout
+    limit: int = 0
+    held: int = field(default=0, init=False)
+    _kept: OrderedDict[Ids, Layers] = field(default_factory=OrderedDict, init=False)
+    _weights: tuple[tuple[int, int], ...] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        if not self.limit:
+            size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+            self.limit = max(LEAST_BYTES, int(SHARE_OF_WEIGHTS * size))
+
+    def suit(self, beginnings: Sequence[Ids]) -> bool:
+        """Whether a model's rows can go on from these: it keeps plain keys and values, and no window ends in them."""
+        if min(map(len, beginnings), default=0) < SHARE_FROM or not can_share(self.layout):
+            return False
+        longest = max(map(len, beginnings))
+        layers = DynamicCache(config=self.layout.decoder.config).layers  # type: ignore[arg-type]
+        windows = [getattr(layer, "sliding_window", None) for layer in layers if type(layer) is not compat.DynamicLayer]
+        return all(isinstance(window, int) and window > longest for window in windows) and self._tracked()
+
+    @torch.no_grad()
+    def cache(self, beginnings: Sequence[Ids]) -> tuple[DynamicCache, Tensor]:
+        """A cache with a row for each of these, padded on the left, and its mask `[rows, tokens]`.
+
+        What isn't kept yet is read, by passes of its own. `beginnings` are what `suit` says can be gone on from. The
+        cache is the caller's: passes may add to it.
+        """
+        weights = _versions(self.model)
+        if weights != self._weights:
+            self._kept.clear()
+            self.held, self._weights = 0, weights
+        distinct = list(dict.fromkeys(beginnings))
+        rows = {ids: self._kept[ids] for ids in distinct if ids in self._kept}
+        for ids in rows:
+            self._kept.move_to_end(ids)
+        unread = sorted((ids for ids in distinct if ids not in rows), key=lambda ids: (len(ids), ids))
+        while unread:
+            count = max(1, sum(1 for n, ids in enumerate(unread, 1) if n * len(ids) <= TOKENS_PER_BATCH))
+            some, unread = unread[:count], unread[count:]
+            for ids, layers in zip(some, self._read(some), strict=True):
+                rows[ids] = layers
+                self._keep(ids, layers)
+        return self._side_by_side([rows[ids] for ids in beginnings])
+
+    def _tracked(self) -> bool:
+        """Whether it would be noticed that a weight changes."""
+        return not any(parameter.is_inference() for parameter in self.model.parameters())
+
+    def _read(self, texts: Sequence[Ids]) -> list[Layers]:
+        """One pass over these."""
+        cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
+        ids, mask = padded([list(text) for text in texts], left=True, device=input_device(self.model))
+        with torch.inference_mode(False):  # what is kept may meet gradients later
+            self.layout.decoder(**inputs_of(self.layout.decoder, ids, mask, cache))
+        entries: list[Any] = list(cache.layers)
+        return [
+            tuple(
+                (layer.keys[row, :, -len(text) :].clone(), layer.values[row, :, -len(text) :].clone())
+                for layer in entries
+            )
+            for row, text in enumerate(texts)
+        ]
+
+    def _keep(self, ids: Ids, layers: Layers) -> None:
+        size = _bytes(layers)
+        if size > self.limit:
+            return
+        while self.held + size > self.limit:
+            self.held -= _bytes(self._kept.popitem(last=False)[1])
+        self._kept[ids] = layers
+        self.held += size
+
+    def _side_by_side(self, rows: Sequence[Layers]) -> tuple[DynamicCache, Tensor]:
+        cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
+        lengths = [row[0][0].shape[1] for row in rows]
+        longest = max(lengths)
+        for layer, (keys, values) in enumerate(rows[0]):
+            pair = []
+            for part, like in enumerate((keys, values)):
+                whole = like.new_zeros(len(rows), like.shape[0], longest, like.shape[2])
+                for row, length in enumerate(lengths):
+                    whole[row, :, longest - length :] = rows[row][layer][part]
+                pair.append(whole)
+            cache.update(pair[0], pair[1], layer)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for row, length in enumerate(lengths):
+            mask[row, longest - length :] = 1
+        return cache, mask.to(input_device(self.model))
+
+
+def _bytes(layers: Layers) -> int:
+    return sum(tensor.numel() * tensor.element_size() for pair in layers for tensor in pair)
+
+
+def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """What differs as soon as a weight is another one, or is changed in place."""
+    return tuple((id(parameter), parameter._version) for parameter in model.parameters())

@@ -1,0 +1,193 @@
+"""What texts begin with is read once, and whatever is told of them is what it is without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold
+from trimtab.engines.request import Choice
+from trimtab.engines.transformers.beginnings import Beginnings
+from trimtab.engines.transformers.forced import Forced, forcing
+from trimtab.engines.transformers.read import can_share
+from trimtab.evaluate.divergence import divergence, read_answered, reference
+from trimtab.evaluate.fluency import perplexities
+from trimtab.steering.gates import ALWAYS, Gate
+from trimtab.tune import at_nats
+
+PROMPTS = [tiny.prompt(1, 12), tiny.prompt(2, 15), tiny.prompt(3, 12)]
+WHERE = {
+    "from the last prompt token": Positions.from_last_prompt_token(),
+    "generated": Positions.generated(),
+    "last prompt token": Positions.last_prompt_token(),
+    "all": Positions.all(),
+}
+WINDOWED = {"mistral", "gemma2", "gemma3", "gemma3_multimodal"}
+"""Their windows of 6 tokens end within these prompts."""
+
+
+def steering(positions: Positions, gate: Gate = ALWAYS, strength: float = 1.0) -> Steering:
+    edits = [Edit(Site(layer), Add(2 * tiny.direction(layer)), positions, strength, gate=gate) for layer in (1, 2)]
+    return Steering(tuple(edits))
+
+
+@contextmanager
+def counted(lm: LM) -> Iterator[list[int]]:
+    """The tokens of each pass of the decoder, pads counted."""
+    passes: list[int] = []
+
+    def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        passes.append((ids if ids is not None else kwargs["inputs_embeds"][..., 0]).numel())
+
+    handle = lm.layout.decoder.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def near(one: Any, other: Any, lm: LM) -> bool:
+    precise = lm.model.dtype == torch.float64
+    limits = {"rtol": 1e-9, "atol": 1e-9} if precise else {"rtol": 1e-3, "atol": 1e-4}
+    return torch.allclose(torch.as_tensor(one).double(), torch.as_tensor(other).double(), **limits)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+class TestTheSame:
+    def test_probabilities_of_given_answers(self, family: str) -> None:
+        lm = tiny.tiny(family)
+        base = reference(lm, PROMPTS, tokens=4)
+        gated = steering(Positions.from_last_prompt_token(), Threshold(Site(1), tiny.direction(7), 0.0))
+        wanted: list[Any] = [steering(where) for where in WHERE.values()] + [gated, None]
+        wanted.append([steering(WHERE["all"]), None, steering(WHERE["generated"])])
+        plain = [read_answered(lm, base.texts, each) for each in wanted]
+        with lm._remembering():
+            for _ in range(2):
+                for each, expected in zip(wanted, plain, strict=True):
+                    read = read_answered(lm, base.texts, each)
+                    assert all(near(a, b, lm) for a, b in zip(read, expected, strict=True))
+
+    def test_probabilities_of_candidates(self, family: str) -> None:
+        lm = tiny.tiny(family)
+        ids = [lm.encode(prompt) for prompt in PROMPTS]
+        choices = [Choice(tuple(text), len(text) - 2, (3, 4)) for text in ids for _ in WHERE]
+        steerings = [steering(where, strength=1 + n) for n, where in product(range(3), WHERE.values())]
+        plain = [[row.logprobs for row in lm.next_logprobs(choices[n::4], steerings[n::4])] for n in range(4)]
+        with lm._remembering():
+            for _, n in product(range(2), range(4)):
+                rows = [row.logprobs for row in lm.next_logprobs(choices[n::4], steerings[n::4])]
+                assert near(rows, plain[n], lm)
+
+    def test_perplexities(self, family: str) -> None:
+        lm = tiny.tiny(family)
+        contexts = [lm.encode(prompt) for prompt in PROMPTS]
+        texts = [(context, [3 + n + i for i in range(1 + n)]) for n in range(3) for context in contexts]
+        alone = [perplexities(lm, [text])[0] for text in texts]  # no context twice
+        assert near(perplexities(lm, texts), alone, lm)
+        with lm._remembering():
+            for _ in range(2):
+                assert near(perplexities(lm, texts), alone, lm)
+
+    def test_gradients(self, family: str) -> None:
+        lm = tiny.tiny(family)
+        texts = [Forced(tuple(lm.encode(prompt)), (5, 6, 7)) for prompt in PROMPTS]
+        site = Site(1)
+        gradients = []
+        with forcing(lm.model, lm.layout, [site]) as run:
+            for _ in range(3):  # prompts are read in the first
+                vector = torch.zeros(tiny.WIDTH, dtype=lm.model.dtype, requires_grad=True)
+                logits = run.logits(texts, {site: lambda x, v=vector: v.expand_as(x)})
+                torch.cat(logits).log_softmax(-1)[:, 5].sum().backward()
+                gradients.append(vector.grad)
+        alone = torch.zeros(tiny.WIDTH, dtype=lm.model.dtype, requires_grad=True)
+        for text in texts:
+            with forcing(lm.model, lm.layout, [site]) as run:
+                (logits,) = run.logits([text], {site: lambda x: alone.expand_as(x)})
+                logits.log_softmax(-1)[:, 5].sum().backward()
+        assert all(near(gradient, alone.grad, lm) for gradient in gradients)
+
+
+@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - WINDOWED))
+def test_prompts_are_read_once(family: str) -> None:
+    lm = tiny.tiny(family)
+    base = reference(lm, PROMPTS, tokens=4)
+    longest = max(len(text.answer) for text in base.texts)
+    with lm._remembering():
+        read_answered(lm, base.texts, steering(WHERE["generated"]))
+        with counted(lm) as passes:
+            for strength in (0.5, 2.0):
+                read_answered(lm, base.texts, steering(WHERE["generated"], strength=strength))
+    expected = len(PROMPTS) * (longest + 1) if can_share(lm.layout) else len(PROMPTS) * (15 + longest)
+    assert passes == [expected, expected]
+
+
+@pytest.mark.parametrize("family", sorted(WINDOWED))
+def test_a_beginning_that_a_window_ends_in_is_read_with_the_text(family: str) -> None:
+    lm = tiny.tiny(family)
+    assert not Beginnings(lm.model, lm.layout).suit([tuple(range(3, 15))])
+
+
+def test_what_is_kept_goes_when_a_weight_changes() -> None:
+    lm = tiny.tiny("llama")
+    base = reference(lm, PROMPTS, tokens=4)
+    steered = steering(WHERE["generated"])
+    with lm._remembering():
+        before = read_answered(lm, base.texts, steered)
+        with torch.no_grad():
+            lm.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        after = read_answered(lm, base.texts, steered)
+    assert not near(before[0], after[0], lm)
+    assert all(near(a, b, lm) for a, b in zip(after, read_answered(lm, base.texts, steered), strict=True))
+    with lm._remembering():
+        other = torch.nn.Parameter(2 * lm.model.model.layers[0].mlp.up_proj.weight.detach())
+        read_answered(lm, base.texts, steered)
+        lm.model.model.layers[0].mlp.up_proj.weight = other
+        replaced = read_answered(lm, base.texts, steered)
+    assert near(replaced[0], read_answered(lm, base.texts, steered)[0], lm)
+    assert not near(replaced[0], after[0], lm)
+
+
+def test_no_more_is_kept_than_fits() -> None:
+    lm = tiny.tiny("llama")
+    texts = sorted(tuple(lm.encode(tiny.prompt(seed, 10))) for seed in range(6))
+    once = Beginnings(lm.model, lm.layout)
+    once.cache(texts[:1])
+    some = Beginnings(lm.model, lm.layout, limit=3 * once.held)
+    some.cache(texts)
+    assert some.held == 3 * once.held
+    with counted(lm) as passes:
+        some.cache(texts[3:])
+        some.cache([texts[5], texts[5], texts[0]])  # the last one went first
+    assert passes == [10]
+    none = Beginnings(lm.model, lm.layout, limit=once.held - 1)
+    cache, mask = none.cache(texts)
+    assert none.held == 0 and mask.shape == (6, 10) and cache.get_seq_length() == 10
+
+
+def test_a_cache_is_the_callers() -> None:
+    lm = tiny.tiny("llama")
+    texts = [tuple(lm.encode(tiny.prompt(seed, 8 + seed))) for seed in range(3)]
+    kept = Beginnings(lm.model, lm.layout)
+    first, _ = kept.cache(texts)
+    expected = [layer.keys.clone() for layer in first.layers]
+    for layer in first.layers:
+        layer.keys.zero_()
+    again, _ = kept.cache(texts)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(again.layers, expected, strict=True))
+
+
+def test_a_divergence_in_nats_reads_its_prompts_once() -> None:
+    lm = tiny.tiny("llama")
+    base = reference(lm, PROMPTS, tokens=4)
+    steered = steering(WHERE["from the last prompt token"])
+    with counted(lm) as passes:
+        found = at_nats(lm, steered, 0.5, base)
+    assert len(passes) > 3 and sum(tokens > 3 * 6 for tokens in passes) == 1
+    assert divergence(lm, found.steering, base).p95 == pytest.approx(found.divergence.p95, rel=1e-9)
