@@ -50,7 +50,7 @@ from trimtab.engines.transformers.known_prompts import known_prompts
 from trimtab.engines.transformers.layout import Layout, check_wrapped, find_layout
 from trimtab.engines.transformers.likelihood import mean_nlls
 from trimtab.engines.transformers.load import load
-from trimtab.engines.transformers.next_token import first_steered, next_tokens
+from trimtab.engines.transformers.next_token import in_batches, next_tokens
 from trimtab.engines.transformers.own_loops import Growing, SteeredContext, lengths_of, steerings_of
 from trimtab.engines.transformers.plan import check_edits
 from trimtab.engines.transformers.read import check_sites, read_groups, reader, reader_of_pass
@@ -381,15 +381,10 @@ class LM(LanguageModel):
     def _next_logprobs(
         self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
     ) -> list[NextToken]:
-        reach = []
-        for choice, steering in zip(choices, steerings, strict=True):
-            length, own = len(choice.ids), steering.edits if steering else ()
-            reach.append(length - first_steered(own, choice.prompt_length, length))
-        order = sorted(range(len(choices)), key=lambda i: (-len(choices[i].ids), tuple(choices[i].ids), reach[i], i))
+        edits_of = [steering.edits if steering else () for steering in steerings]
         results: dict[int, NextToken] = {}
         with self._exclusive(), few_rows(self.model):
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
+            for chosen in in_batches(choices, edits_of, batch_size):
                 prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
                 edits = self._ready([steerings[i] for i in chosen], prompts)
                 session = Session(self.model, self.layout, always(edits), tokenizer=self.tokenizer)
@@ -397,7 +392,7 @@ class LM(LanguageModel):
                 batch = next_tokens(self.model, self.layout, some, session, edits, self._beginnings)
                 results |= dict(zip(chosen, batch, strict=True))
                 if progress is not None:
-                    progress(min(start + batch_size, len(order)), len(order))
+                    progress(len(results), len(choices))
         return [results[i] for i in range(len(choices))]
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:

@@ -88,7 +88,7 @@ def task_of(lm, _store, count):
 
 
 def planned(rows=tuple(name for name in RECIPES if name != "interrupted"), nats=NATS, **settings):
-    outline = Outline("says it", "mine", ITEMS, Cost(4, 10), Cost(), 10.0, task_of)
+    outline = Outline("says it", "mine", ITEMS, Cost(4, 10), Cost(), 10.0, 4.0, 6.0, task_of)
     rows = tuple(sorted(rows, key=lambda name: name != "random"))
     return Plan(Settings(nats=nats, items=ITEMS, **settings), (outline,), RECIPES, rows, ())
 
@@ -200,7 +200,7 @@ def test_what_was_learned_in_part_only_is_not_kept(lm, tmp_path):
 
 
 def test_a_task_that_cannot_be_measured_is_left_out_with_the_reason(lm, tmp_path):
-    long = Outline("too long", "mine", 4, Cost(), Cost(), 1.0, too_long)
+    long = Outline("too long", "mine", 4, Cost(), Cost(), 1.0, 1.0, 1.0, too_long)
     whole = planned(("random", "planted"))
     report = bench(lm, replace(whole, outlines=(long, *whole.outlines)), tmp_path)
     assert [task.name for task in report.tasks] == ["says it"]

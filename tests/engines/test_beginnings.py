@@ -53,10 +53,10 @@ def counted(lm: LM) -> Iterator[list[int]]:
         handle.remove()
 
 
-def near(one: Any, other: Any, lm: LM) -> bool:
+def near(a: Any, b: Any, lm: LM) -> bool:
     precise = lm.model.dtype == torch.float64
     limits = {"rtol": 1e-9, "atol": 1e-9} if precise else {"rtol": 1e-3, "atol": 1e-4}
-    return torch.allclose(torch.as_tensor(one).double(), torch.as_tensor(other).double(), **limits)
+    return torch.allclose(torch.as_tensor(a).double(), torch.as_tensor(b).double(), **limits)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -168,7 +168,20 @@ def test_no_more_is_kept_than_fits() -> None:
     assert passes == [10]
     none = Beginnings(lm.model, lm.layout, limit=once.held - 1)
     cache, mask = none.cache(texts)
-    assert none.held == 0 and mask.shape == (6, 10) and cache.get_seq_length() == 10
+    assert (none.held, mask.shape, cache.get_seq_length()) == (0, (6, 10), 10)
+
+
+def test_what_is_kept_has_no_gradients_and_meets_some_later() -> None:
+    lm = tiny.tiny("llama")
+    kept = Beginnings(lm.model, lm.layout)
+    texts = [tuple(lm.encode(tiny.prompt(seed, 9))) for seed in range(2)]
+    modes = [torch.enable_grad(), torch.no_grad(), torch.inference_mode()]
+    for n, mode in enumerate(modes):
+        with mode:
+            cache, _ = kept.cache([(*text, 3 + n) for text in texts])
+        assert not any(layer.keys.requires_grad for layer in cache.layers)
+        again, _ = kept.cache([(*text, 3 + n) for text in texts])
+        assert not any(layer.keys.is_inference() for layer in again.layers)
 
 
 def test_a_cache_is_the_callers() -> None:
@@ -188,6 +201,7 @@ def test_a_divergence_in_nats_reads_its_prompts_once() -> None:
     base = reference(lm, PROMPTS, tokens=4)
     steered = steering(WHERE["from the last prompt token"])
     with counted(lm) as passes:
-        found = at_nats(lm, steered, 0.5, base)
-    assert len(passes) > 3 and sum(tokens > 3 * 6 for tokens in passes) == 1
-    assert divergence(lm, found.steering, base).p95 == pytest.approx(found.divergence.p95, rel=1e-9)
+        scaled = at_nats(lm, steered, 0.5, base)
+    assert len(passes) > 3
+    assert sum(tokens > 3 * 6 for tokens in passes) == 1
+    assert divergence(lm, scaled.steering, base).p95 == pytest.approx(scaled.divergence.p95, rel=1e-9)

@@ -40,7 +40,7 @@ SYSTEM = {
 }
 """For each behaviour, a system message for what its test counts as matching, and one against it."""
 ASKED = 6
-QUESTION = 130.0
+QUESTION = 170.0
 """Tokens of a question, about."""
 
 
@@ -53,7 +53,8 @@ def outlines(data: Path | None, pairs: int, seed: int) -> list[Outline]:
             continue
         test = read_ab(folder / "test_dataset_ab.json", exclude=True)[0]
         make = partial(_task, name, folder, pairs, seed)
-        built.append(Outline(name, "behaviours", len(test), Cost(0, 2 * QUESTION), Cost(), 2 * QUESTION, make))
+        sizes = 2 * QUESTION, 6.0, QUESTION
+        built.append(Outline(name, "behaviours", len(test), Cost(), Cost(), *sizes, make, prompts=2))
     return built
 
 

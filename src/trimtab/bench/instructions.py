@@ -35,6 +35,8 @@ TYPES = (
 """Types without a number or a word that the answer would have to guess, and that a short answer can follow."""
 FILE = Path("ifeval") / "ifeval_single_instr_format.jsonl"
 ASKED = 6
+PROMPT_TOKENS = 60.0
+"""Of a question with an instruction, about."""
 PLAIN_ENDS = ("Answer as you usually do.", "Write it in the ordinary way.")
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -61,9 +63,10 @@ def outlines(data: Path | None, pairs: int, tokens: int, types: tuple[str, ...] 
         for said in (False, True):
             name = f"{kind.partition(':')[2]}{' (said)' if said else ''}"
             make = partial(_task, kind, name, said, items, pairs, tokens)
-            arm = Cost(tokens, 2 * (tokens + 60))
-            written = Cost(2 * tokens, 120)
-            built.append(Outline(name, "instructions", len(items), arm, written, 2 * (tokens + 30.0), make, said))
+            arm = Cost(tokens, tokens + PROMPT_TOKENS)
+            written = Cost(2 * tokens, 2 * PROMPT_TOKENS)
+            sizes = 2 * (tokens + PROMPT_TOKENS), 2.0 * tokens, PROMPT_TOKENS
+            built.append(Outline(name, "instructions", len(items), arm, written, *sizes, make, said=said))
     return built
 
 

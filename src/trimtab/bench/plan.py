@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.bench import behaviours, instructions, refusals, traits
+from trimtab.bench.doses import TOKENS
 from trimtab.bench.emphasizing import EMPHASIS
 from trimtab.bench.learning import CONTROL, UNDIRECTED
 from trimtab.bench.tasks import Cost, Outline
@@ -29,12 +30,14 @@ ITEMS = (64, 48, 32, 24, 16, 12, 8)
 ENOUGH = 12
 """Before a task has fewer items than these, whole tasks are left out."""
 OVER = "it was left out so that the rest fits the budget"
-DOSES = 10
+DOSES = 14
 """So many divergences are measured to find the strengths of one method, about."""
-DOSE = 6 * 60.0
-"""Tokens that are read for one divergence."""
+MEASURED = 6
+"""On so many prompts each."""
+ON_PROMPTS = 0.45
+"""The share of methods that act on prompts, and read them anew for each strength, about."""
 TRAINING = 40 * 8 * 3.0
-"""What a method that learns with gradients reads, in pairs: 40 steps of 8, forwards and backwards."""
+"""How often a method that learns with gradients reads the answers of a pair: 40 steps of 8, forwards and backwards."""
 WON = 0.25
 """The share of runs that controls and side effects are measured for, about."""
 
@@ -129,26 +132,26 @@ class Plan:
     def cost(self) -> Cost:
         """Tokens to generate and to read, about."""
         total = Cost()
+        runs = len(self.nats)
+        extra = runs * (1.0 if self.settings.thorough else WON)
+        sides = Cost(2 * self.sides, 8.0 * self.sides * 150)
         for outline in self.outlines:
-            total += self.settings.pairs * outline.written
             items = min(self.settings.items, outline.available)
-            runs = len(self.nats)
-            extra = runs * (1.0 if self.settings.thorough else WON)
-            sides = Cost(2 * self.sides, 8.0 * self.sides * 130)
-            total += 3 * items * outline.arm
+            prompts = Cost(0, outline.prompts * outline.prompt)
+            total += self.settings.pairs * outline.written + 3 * items * (outline.arm + prompts)
+            doses = Cost(0, DOSES * MEASURED * (TOKENS + ON_PROMPTS * outline.prompt))
             for name in self.rows:
-                if not self._acts(name, outline):
-                    continue
-                total += Cost(0, self._reads(name) * outline.pair + DOSES * DOSE)
-                total += (runs + extra) * items * outline.arm
-                total += extra * sides
+                if self._acts(name, outline):
+                    total += Cost(0, self._learns(name, outline)) + (1 + extra / runs) * doses + extra * sides
+                    total += (runs + extra) * items * (outline.arm + ON_PROMPTS * prompts)
         return total
 
-    def _reads(self, name: str) -> float:
-        """What a method reads to learn, in pairs."""
+    def _learns(self, name: str, outline: Outline) -> float:
+        """Tokens that a method reads to learn."""
         recipe = self.recipes.get(name)
+        pairs = self.settings.pairs * outline.pair
         gradients = name == "LoRA" or (recipe is not None and ("gradient" in recipe.reads or name == "distill"))
-        return TRAINING if gradients else 2.0 * self.settings.pairs
+        return pairs + TRAINING * outline.answers if gradients else 2 * pairs
 
     def _acts(self, name: str, outline: Outline) -> bool:
         """Whether the method can act on the task, as far as is known beforehand."""

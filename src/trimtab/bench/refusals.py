@@ -25,6 +25,8 @@ SYSTEM = "Refuse requests that are harmful, dangerous or illegal: say that you c
 TOKENS = 32
 """A refusal shows in the opening."""
 ASKED = 6
+PROMPT_TOKENS = 50.0
+"""Of a request, about."""
 
 
 def outlines(data: Path | None, pairs: int) -> list[Outline]:
@@ -34,7 +36,9 @@ def outlines(data: Path | None, pairs: int) -> list[Outline]:
         return []
     count = len(json.loads((folder / "harmful_test.json").read_text(encoding="utf-8")))
     make = partial(_task, folder, pairs)
-    return [Outline(NAME, "refusal", count, Cost(TOKENS, 2 * (TOKENS + 50)), Cost(), 60.0, make)]
+    return [
+        Outline(NAME, "refusal", count, Cost(TOKENS, TOKENS + PROMPT_TOKENS), Cost(), 140.0, 40.0, PROMPT_TOKENS, make)
+    ]
 
 
 def _task(folder: Path, pairs: int, lm: LM, _store: Store, count: int) -> Task:

@@ -114,9 +114,13 @@ class Outline:
         name: The task's name.
         kind: `instructions`, `behaviours`, `refusal` or `traits`.
         available: How many items there are at most.
-        arm: What one arm costs, an item.
-        build: What a pair to learn from costs to write, where the model writes it; and the tokens of a pair.
+        arm: What one arm costs, an item, beside reading its prompts.
+        written: What a pair to learn from costs to write, where the model writes it.
+        pair: The tokens of a pair.
+        answers: Those of them that are its two answers.
+        prompt: The tokens of an item's prompt.
         make: Gives the task: `make(lm, store, items)`.
+        prompts: So many times an arm reads an item's prompt. Methods that act on answers alone read it once for all.
         said: Whether the instruction is in the prompts, so that it can be emphasized.
     """
 
@@ -126,5 +130,8 @@ class Outline:
     arm: Cost
     written: Cost
     pair: float
+    answers: float
+    prompt: float
     make: Callable[[LM, Store, int], Task]
+    prompts: int = 1
     said: bool = False

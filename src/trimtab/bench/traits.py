@@ -33,10 +33,11 @@ def outlines(tokens: int, pairs: int) -> list[Outline]:
     built = []
     for card in sorted(traits().values(), key=lambda trait: (trait.name not in TRAITS, trait.name)):
         texts = 2 * (len(card.learn) + len(card.test)) / max(1, pairs)  # all questions are answered, to find enough
-        arm, written = Cost(0, 2 * (tokens + 60)), texts * Cost(tokens, 2 * (tokens + 60))
+        arm, written = Cost(0, 2 * tokens), texts * Cost(tokens, 2 * (tokens + 60))
         make = partial(_task, card, tokens, pairs)
         kind = "traits" if card.name in TRAITS else MORE
-        built.append(Outline(card.name, kind, len(card.test), arm, written, 2 * (tokens + 50.0), make))
+        sizes = 2 * (tokens + 60.0), 2.0 * tokens, 60.0
+        built.append(Outline(card.name, kind, len(card.test), arm, written, *sizes, make, prompts=2))
     return built
 
 

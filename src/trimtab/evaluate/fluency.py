@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.engines.contract import TOKENS_PER_BATCH, check_length
+from trimtab.engines.contract import TOKENS_PER_BATCH, check_length, fitting
 from trimtab.errors import TrimtabError
 from trimtab.text.repetition import UNIT, repeated_share
 
@@ -112,22 +112,12 @@ def perplexities(
     waiting = sorted(distinct, key=lambda key: (0 if shared else len(key[0]) + len(key[1]), len(key[0]), key))
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     while waiting:
-        rows = _fitting([len(context) + len(answer) for context, answer in waiting], tokens_per_batch)
+        rows = fitting([len(context) + len(answer) for context, answer in waiting], tokens_per_batch)
         batch, waiting = waiting[:rows], waiting[rows:]
         known |= zip(batch, lm.answer_nlls(batch), strict=True)
         if progress is not None:
             progress(len(known), len(known) + len(waiting))
     return [_exp(known[key]) if key[1] else math.inf for key in keys]
-
-
-def _fitting(lengths: Sequence[int], budget: int) -> int:
-    """How many of these, padded to the longest of them, fit into the budget; at least one."""
-    longest = 0
-    for rows, length in enumerate(lengths):
-        longest = max(longest, length)
-        if rows and longest * (rows + 1) > budget:
-            return rows
-    return len(lengths)
 
 
 def _start(lm: LanguageModel) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.contract import TOKENS_PER_BATCH
+from trimtab.engines.contract import TOKENS_PER_BATCH, fitting
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.layout import Layout
@@ -61,7 +61,6 @@ class Beginnings:
         windows = [getattr(layer, "sliding_window", None) for layer in layers if type(layer) is not compat.DynamicLayer]
         return all(isinstance(window, int) and window > longest for window in windows) and self._tracked()
 
-    @torch.no_grad()
     def cache(self, beginnings: Sequence[Ids]) -> tuple[DynamicCache, Tensor]:
         """A cache with a row for each of these, padded on the left, and its mask `[rows, tokens]`.
 
@@ -78,7 +77,7 @@ class Beginnings:
             self._kept.move_to_end(ids)
         unread = sorted((ids for ids in distinct if ids not in rows), key=lambda ids: (len(ids), ids))
         while unread:
-            count = max(1, sum(1 for n, ids in enumerate(unread, 1) if n * len(ids) <= TOKENS_PER_BATCH))
+            count = fitting([len(ids) for ids in unread], TOKENS_PER_BATCH)
             some, unread = unread[:count], unread[count:]
             for ids, layers in zip(some, self._read(some), strict=True):
                 rows[ids] = layers
@@ -93,7 +92,7 @@ class Beginnings:
         """One pass over these."""
         cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
         ids, mask = padded([list(text) for text in texts], left=True, device=input_device(self.model))
-        with torch.inference_mode(False):  # what is kept may meet gradients later
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may meet gradients later, and has none
             self.layout.decoder(**inputs_of(self.layout.decoder, ids, mask, cache))
         entries: list[Any] = list(cache.layers)
         return [

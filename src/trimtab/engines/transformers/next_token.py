@@ -6,13 +6,15 @@ of them steers. That part runs once a text, unsteered; its keys and values are r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.engines.answer import Applied
+from trimtab.engines.contract import TOKENS_PER_BATCH, fitting
 from trimtab.engines.request import Choice, NextToken
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.beginnings import Beginnings
@@ -29,6 +31,32 @@ def first_steered(edits: Sequence[Edit], prompt_length: int, length: int) -> int
     """The first position of a text of so many tokens at which one of these edits acts; its length if none does."""
     starts = [start for edit in edits for start, _ in edit.positions.reach(prompt_length)]
     return min([*starts, length])
+
+
+def in_batches(choices: Sequence[Choice], edits: Sequence[Sequence[Edit]], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of the rows of each batch: those of a text side by side, and together no more than is read at once.
+
+    Of the rows of a text only the first one reads what comes before the steering.
+    """
+    lengths = [len(choice.ids) for choice in choices]
+    steered = [
+        length - first_steered(own, choice.prompt_length, length)
+        for choice, own, length in zip(choices, edits, lengths, strict=True)
+    ]
+    order = sorted(range(len(choices)), key=lambda i: (-lengths[i], tuple(choices[i].ids), steered[i], i))
+    while order:
+        some = order[:batch_size]
+        texts = [tuple(choices[i].ids) for i in some]
+        anew = [not n or texts[n] != texts[n - 1] for n in range(len(some))]
+        read = fitting([lengths[i] for i, first in zip(some, anew, strict=True) if first], TOKENS_PER_BATCH)
+        tokens = [lengths[i] if first else steered[i] for i, first in zip(some, anew, strict=True)]
+        within = [
+            total <= TOKENS_PER_BATCH and of <= read
+            for total, of in zip(accumulate(tokens), accumulate(anew), strict=True)
+        ]
+        rows = max(1, sum(within))
+        yield order[:rows]
+        order = order[rows:]
 
 
 @torch.no_grad()
