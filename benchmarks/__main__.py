@@ -150,6 +150,9 @@ def following(
     tune_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer of the search.")] = 48,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many test prompts.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="A type not to search for, and so not to steer.")] = None,
+    nats: Annotated[
+        float | None, typer.Option(help="Search nothing: steer each type so many nats from the unsteered model.")
+    ] = None,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -164,7 +167,8 @@ def following(
     if not file.is_file():
         Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
         return
-    finish(run(model, file, mode, folder, tokens, tune_tokens, limit, skip or ()), json_file, check, as_markdown)
+    measured = run(model, file, mode, folder, tokens, tune_tokens, limit, skip or (), nats)
+    finish(measured, json_file, check, as_markdown)
 
 
 @app.command("following-distilled")

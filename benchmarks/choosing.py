@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trimtab.bench.doses import TOKENS, Doses
 from trimtab.engines.transformers.generate import Generation
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.divergence import reference
 from trimtab.evaluate.fluency import Fluency, distinct_n, fluencies
 from trimtab.learn.moments import PairMoments
 from trimtab.lm import LM, DoseWarning
@@ -138,6 +141,27 @@ def choose(lm: LM, task: Task, grid: Sequence[Form], tokens: int) -> Choice:
     print(f"{task.name}: {tuned.setting}: {tuned.reason}", flush=True)
     score = 0.0 if tuned.held_out is None else tuned.held_out.steered
     return Choice(tuned.setting, tuned.reason, tuned.answers, tuned.tokens, score)
+
+
+def by_nats(lm: LM, task: Task, nats: float) -> Choice:
+    """The strength at which the mean difference, added at 0.6 of the depth, takes the model so many nats from itself.
+
+    Nothing is generated under a steering, and no answer is judged. `tokens` are those that are read and generated.
+    """
+    layer = round(0.6 * lm.layout.layers)
+    steerings = [steering_from(moments, layer, operation="add") for moments in task.moments[:SEARCH_QUERIES]]
+    base = reference(lm, list(task.prompts[:SEARCH_QUERIES]), tokens=TOKENS)
+    prompts, answers = (sum(len(getattr(text, part)) for text in base.texts) for part in ("prompt", "answer"))
+    doses = Doses(lm, base, steerings)
+    try:
+        with lm._remembering():
+            dose = doses.at(nats)
+    except TrimtabError as error:
+        return Choice(None, str(error), len(base.texts), prompts + (1 + doses.measured) * answers)
+    setting = Setting(layer, dose.factor, str(steerings[0].edits[0].positions), "add")
+    reason = f"{dose.reached:.2f} nats (95th percentile), {dose.mean:.2f} on average"
+    print(f"{task.name}: {setting}: {reason}", flush=True)
+    return Choice(setting, reason, len(base.texts), prompts + (1 + doses.measured) * answers)
 
 
 def better(choices: Sequence[Choice]) -> Choice:

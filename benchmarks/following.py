@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.choosing import (
@@ -22,13 +23,14 @@ from benchmarks.choosing import (
     Moments,
     Task,
     better,
+    by_nats,
     choose,
     keep,
     layers_of,
     say,
     steering_of,
 )
-from benchmarks.harness import Report, Target
+from benchmarks.harness import Report, Result, Target
 from benchmarks.measuring import evaluate, report
 from trimtab.data import instruction_pairs, instruction_type, queries
 from trimtab.data.types import LANGUAGES, Value
@@ -72,8 +74,12 @@ def run(
     tune_tokens: int,
     limit: int | None,
     skip: Sequence[str] = (),
+    nats: float | None = None,
 ) -> Report:
-    """Tune and evaluate, with the instruction in the prompt or `without` it. Types to `skip` are not steered."""
+    """Tune and evaluate, with the instruction in the prompt or `without` it. Types to `skip` are not steered.
+
+    With `nats` nothing is searched: each type is steered at the strength that takes the model so far from itself.
+    """
     lm = LM.load(model)
     folder.mkdir(parents=True, exist_ok=True)
     items = read_ifeval(file, limit)
@@ -89,6 +95,9 @@ def run(
             chosen[kind] = Choice(None, "not searched", 0, 0)
             continue
         task = task_of(by_kind[kind], moments, mode)
+        if nats is not None:
+            chosen[kind] = by_nats(lm, task, nats)
+            continue
         longest = max(tune_tokens, JSON_TOKENS) if kind == JSON else tune_tokens
         chosen[kind] = better(
             [
@@ -102,7 +111,10 @@ def run(
     }
     records = evaluate(lm, items, steerings, mode, folder / f"{mode}-answers.jsonl", tokens)
     settings = {kind: choice.setting for kind, choice in chosen.items()}
-    return report(lm, "following", items, records, steerings, mode, settings, GAINS[mode])
+    measured = report(lm, "following", items, records, steerings, mode, settings, GAINS[mode])
+    tokens_each = mean(choice.tokens for choice in chosen.values())
+    spent = Result(f"{mode} instruction", "tokens read and generated to choose, a type", tokens_each, "tokens")
+    return replace(measured, results=(*measured.results, spent))
 
 
 def instance_of(item: IFEvalItem) -> Instance:

@@ -62,6 +62,11 @@ class Doses:
         return Dose(nats, factor, reached.p95, reached.mean)
 
     @property
+    def measured(self) -> int:
+        """At how many strengths the divergence was measured."""
+        return len(self._seen)
+
+    @property
     def monotone(self) -> bool:
         """Whether no stronger steering that was tried changed the model clearly less than a weaker one."""
         return monotone(sorted((factor, seen.p95) for factor, seen in self._seen.items()))
