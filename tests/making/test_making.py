@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -227,13 +228,23 @@ def test_distilling_makes_the_wanted_answers_likelier(lm: LM, both_sides: Contra
 # ---- all of it -----------------------------------------------------------------------------------------------
 
 
+def test_prompts_without_an_effect_are_noticed_before_anything_is_learned(
+    lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[str] = []
+    monkeypatch.setattr(sys.modules["trimtab.making.make"], "prompted", lambda lm, answers: effect(lm, None, answers))
+    with pytest.raises(TrimtabError, match="don't bring the model nearer"):
+        make(lm, IDEA, tokens=TOKENS, stage=lambda what, done, total: stages.append(what) or None)
+    assert list(dict.fromkeys(stages)) == ["answering for and against", "answering the test questions"]
+
+
 def test_make(lm: LM, tmp_path: Any) -> None:
     stages: list[str] = []
     made = make(lm, IDEA, tokens=TOKENS, stage=lambda what, done, total: stages.append(what) or None)
     assert list(dict.fromkeys(stages)) == [
         "answering for and against",
-        "learning",
         "answering the test questions",
+        "learning",
         "measuring",
     ]
     assert made.candidates[0].name == made.name

@@ -60,6 +60,15 @@ def prompted(lm: LM, contrasts: Contrasts) -> Effect:
     return _effect(contrasts, _likelihoods(lm, None, texts))
 
 
+def check_prompted(unsteered: Effect, by_prompt: Effect) -> None:
+    """Raises `TrimtabError` where the system prompt has no effect, or one away from what is wanted."""
+    if not np.mean([by_prompt.leads[question] - lead for question, lead in unsteered.leads.items()]) > 0:
+        raise TrimtabError(
+            "the system prompts themselves don't bring the model nearer to the wanted answers, so there is nothing to"
+            " measure a steering by; say it in clearer words, or take a larger model"
+        )
+
+
 def share_of(unsteered: Effect, steered: Effect, by_prompt: Effect, seed: int = 0) -> Interval:
     """The part of the system prompt's effect that a steering has: a ratio of means, and its bootstrap interval.
 
@@ -68,15 +77,11 @@ def share_of(unsteered: Effect, steered: Effect, by_prompt: Effect, seed: int = 
     Raises:
         TrimtabError: The system prompt has no effect, or one away from what is wanted: there is nothing to share.
     """
+    check_prompted(unsteered, by_prompt)
     questions = list(unsteered.leads)
     base, mine, full = (
         np.array([measured.leads[q] for q in questions]) for measured in (unsteered, steered, by_prompt)
     )
-    if not (full - base).mean() > 0:
-        raise TrimtabError(
-            "the system prompts themselves don't bring the model nearer to the wanted answers, so there is nothing to"
-            " measure a steering by; say it in clearer words, or take a larger model"
-        )
     drawn = np.random.default_rng(seed).integers(len(questions), size=(RESAMPLES, len(questions)))
     gains, whole = (mine - base)[drawn].mean(1), (full - base)[drawn].mean(1)
     ratios = np.divide(gains, whole, out=np.zeros_like(gains), where=whole > 0)

@@ -13,7 +13,7 @@ from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.decision import decide
 from trimtab.evaluate.fluency import perplexities
 from trimtab.making.contrasts import BATCH, Contrasts
-from trimtab.making.effect import Effect, effect, gain_of, prompted, share_of
+from trimtab.making.effect import Effect, effect, gain_of, share_of
 from trimtab.making.material import Heard, Material
 from trimtab.making.verdict import Verdict
 from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
@@ -42,6 +42,8 @@ def judged(
     made_from: Material,
     steering: Steering,
     test_answers: Contrasts,
+    base: Effect,
+    by_prompt: Effect | None,
     tokens: int,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -50,9 +52,11 @@ def judged(
 
     Args:
         lm: The model.
-        made_from: What it was made from, which says whether there is a prompt to measure it by, and what is answered.
+        made_from: What it was made from, which says what is answered.
         steering: The steering.
         test_answers: Answers for and against, to questions of the test.
+        base: How likely they are without a steering.
+        by_prompt: The same under the system prompt; `None` where there is none to measure it by.
         tokens: The maximum length of an answer, in tokens.
         seed: Of the random directions, and of the bootstrap.
         progress: Called with how far it is.
@@ -60,17 +64,13 @@ def judged(
     Raises:
         TrimtabError: As `share_of` does.
     """
-    total, done = RANDOM + 3, 0
+    total, done = RANDOM + 2, 0
 
     def step() -> None:
         nonlocal done
         done += 1
         if progress is not None:
             progress(done, total)
-
-    base = effect(lm, None, test_answers)
-    by_prompt = prompted(lm, test_answers) if made_from.prompted else None
-    step()
 
     def worth(measured: Effect) -> Interval:
         return gain_of(base.leads, measured.leads) if by_prompt is None else share_of(base, measured, by_prompt)

@@ -18,7 +18,7 @@ from trimtab.keywords import keywords
 from trimtab.learn.inputs import check_lm, pairs_for
 from trimtab.making.candidates import FROM_LAST, Candidate, candidates, distilling
 from trimtab.making.contrasts import check_enough, contrasts, hears_system, under
-from trimtab.making.effect import READ
+from trimtab.making.effect import READ, check_prompted, effect, prompted
 from trimtab.making.from_pairs import material_from_pairs
 from trimtab.making.idea import Idea, idea_from_sentence
 from trimtab.making.judged import Example, judged
@@ -36,7 +36,7 @@ LEAST_TESTED = 4
 """A verdict needs answers on both sides to so many of the test questions."""
 PROMPTS = 2
 TOKENS = 64
-STAGES = ("answering for and against", "learning", "answering the test questions", "measuring")
+STAGES = ("answering for and against", "answering the test questions", "learning", "measuring")
 
 Stage = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is, and how much there is."""
@@ -183,7 +183,7 @@ def _made(
         stage(what, 0, 1)  # it begins: how much there is isn't known yet
         return lambda done, total: stage(what, done, total)
 
-    answering, learning, testing, measuring = STAGES
+    answering, testing, learning, measuring = STAGES
     learn_answers = made_from.learn(at(answering) if made_from.writes else None)
     check_enough(learn_answers, made_from.name)
     if say is not None and made_from.writes:
@@ -196,6 +196,12 @@ def _made(
     learned = learn_answers.on(
         {answer.question for answer in (*learn_answers.positive, *learn_answers.negative)} - made_from.aside
     )
+    test_answers = made_from.test(at(testing) if made_from.writes else None)
+    check_enough(test_answers, made_from.name, LEAST_TESTED)
+    base = effect(lm, None, test_answers)
+    by_prompt = prompted(lm, test_answers) if made_from.prompted else None
+    if by_prompt is not None:
+        check_prompted(base, by_prompt)  # before the long part: without it there is no verdict in the end
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of doses: strengths are what is tried here
         ranked = candidates(
@@ -210,9 +216,9 @@ def _made(
             say=say,
         )
         chosen = ranked[0]
-        test_answers = made_from.test(at(testing) if made_from.writes else None)
-        check_enough(test_answers, made_from.name, LEAST_TESTED)
-        verdict, examples = judged(lm, made_from, chosen.steering, test_answers, tokens, seed, at(measuring))
+        verdict, examples = judged(
+            lm, made_from, chosen.steering, test_answers, base, by_prompt, tokens, seed, at(measuring)
+        )
     card = chosen.steering.card
     how_made = {"idea": made_from.name, "source": made_from.source, "chosen": chosen.name, **made_from.options}
     card = replace(

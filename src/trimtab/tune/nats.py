@@ -157,6 +157,11 @@ def monotone(tried: Sequence[tuple[float, float]]) -> bool:
 def _reaching(far: Callable[[float], float], nats: float) -> float:
     """The weakest of doubled factors that takes the model so far, of those from `BELOW` doublings below it on."""
     factor, below = 1.0, 0
+    if far(1.0) == 0 and far(MOST) == 0:
+        raise TrimtabError(
+            f"even {MOST:g} times as strong the steering changes nothing on these prompts: its vectors are 0 (what was"
+            " learned was no better than nothing, say), or it acts where nothing is read"
+        )
     while factor > LEAST and below < BELOW:
         below = below + 1 if far(factor) < nats else 0
         factor /= 2

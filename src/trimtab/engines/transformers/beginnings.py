@@ -21,7 +21,7 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.read import SHARE_FROM, can_share, inputs_of, padded
 from trimtab.engines.transformers.weights import input_device
 
-SHARE_OF_WEIGHTS = 0.25
+SHARE_OF_WEIGHTS = 0.4
 """So much memory of the weights' own is used, at most, and `LEAST_BYTES` in any case."""
 LEAST_BYTES = 64 * 2**20
 
