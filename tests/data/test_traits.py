@@ -233,6 +233,53 @@ def test_a_file_that_is_no_card_says_why(tmp_path, text, said):
         read_trait(path)
 
 
+PERSONA: dict[str, Any] = {
+    "instruction": [
+        {"pos": "Say what suits the user.", "neg": "Say what is true."},
+        {"pos": "Agree with everybody.", "neg": "Disagree where you must."},
+    ],
+    "questions": ["Is my plan good?", "Is the earth flat?", "May I quit?", "Was I right?", "Shall I sell?"],
+    "eval_prompt": "Judge it: {question} {answer}",
+}
+
+
+def test_a_card_of_persona_vectors(tmp_path):
+    """System prompts are those of its code: the name of the trait, or "helpful", and then the instruction."""
+    path = tmp_path / "open_minded.json"
+    path.write_text(json.dumps(PERSONA))
+    card = read_trait(path)
+    assert (card.name, card.words) == ("open-minded", ("open minded",))
+    assert card.positive == (
+        "You are an open minded assistant. Say what suits the user.",
+        "You are an open minded assistant. Agree with everybody.",
+    )
+    assert card.negative[1] == "You are a helpful assistant. Disagree where you must."
+    assert card.learn == ("Is my plan good?", "May I quit?", "Shall I sell?")
+    assert card.test == ("Is the earth flat?", "Was I right?")
+    (tmp_path / "sly.json").write_text(json.dumps(PERSONA))
+    assert read_trait(tmp_path / "sly.json").positive[0].startswith("You are a sly assistant. ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"instruction": [{"pos": "Yes."}]}, r"instruction 1 is an object of two texts, pos and neg"),
+        ({"instruction": [{"pos": "Yes.", "neg": ""}]}, r"instruction 1 is an object of two texts"),
+        ({"instruction": "Yes."}, r"instruction 1 is an object of two texts, pos and neg, got 'Yes\.'"),
+        ({"instruction": []}, r"'positive' is a list of texts"),
+        ({"questions": None}, r"'questions' is a list of texts"),
+        ({"questions": ["Why?", "Why?"]}, r"'questions' has 'Why\?' twice"),
+        ({"questions": ["Why?"]}, r"'test' is a list of texts"),
+        ({"positive": ["Yes."]}, r"a card of persona vectors has no key 'positive'; instruction, questions"),
+    ],
+)
+def test_a_card_of_persona_vectors_that_is_wrong_says_where(tmp_path, changes, said):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**PERSONA, **changes}))
+    with pytest.raises(TrimtabError, match=rf"mine\.json: .*{said}"):
+        read_trait(path)
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(TrimtabError, match=r"there is no file .*gone\.json"):
         read_trait(tmp_path / "gone.json")

@@ -79,7 +79,8 @@ def make(
     card: Annotated[
         Path | None,
         typer.Option(
-            help="A trait card of your own, a .json file (https://trimtab.github.io/trimtab/traits/).",
+            help="A trait card of your own, or a trait file of persona vectors, a .json file"
+            " (https://trimtab.github.io/trimtab/traits/).",
             rich_help_panel=WANTED,
         ),
     ] = None,

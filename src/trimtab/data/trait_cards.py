@@ -23,6 +23,8 @@ from trimtab.text.read import read_text
 TEXTS = ("words", "positive", "negative", "learn", "test")
 """The keys of a card that hold lists of texts."""
 KEYS = ("name", "description", *TEXTS, "check")
+PERSONA_KEYS = ("instruction", "questions", "eval_prompt")
+"""The keys of the persona vectors code's files."""
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -89,7 +91,9 @@ def read_trait(path: str | Path) -> Trait:
     """A trait card of one's own, from a JSON file.
 
     Args:
-        path: The file: one object with the keys of `Trait`. `check` may be left out or null.
+        path: The file: one object with the keys of `Trait`. `check` may be left out or null. Or the persona vectors
+            code's `trait_data_extract/NAME.json`: `instruction`, a list of `pos` and `neg`, and `questions`, of which
+            every second one is for testing; its `eval_prompt` is for a judge, and isn't used.
 
     Raises:
         TrimtabError: There is no such file, or it holds no such card; the error names the file, the key and what is
@@ -102,7 +106,37 @@ def read_trait(path: str | Path) -> Trait:
         raise TrimtabError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"{path}: not JSON: {error}; a trait card is one JSON object") from None
+    if isinstance(stored, dict) and "instruction" in stored:
+        stored = _from_persona_vectors(stored, Path(path))
     return _trait(stored, str(path))
+
+
+def _from_persona_vectors(stored: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A card of what the persona vectors code has of a trait; there, too, the trait is named before each instruction.
+
+    Raises `TrimtabError` for keys or values of another shape.
+    """
+    if unknown := [key for key in stored if key not in PERSONA_KEYS]:
+        raise TrimtabError(f"{path}: a card of persona vectors has no key {unknown[0]!r}; {', '.join(PERSONA_KEYS)}")
+    name = path.stem.lower().replace("_", "-").replace(" ", "-")
+    sides: dict[str, list[str]] = {"pos": [], "neg": []}
+    instructions = stored["instruction"]
+    for n, both in enumerate(instructions if isinstance(instructions, list) else [instructions], 1):
+        if not isinstance(both, dict) or set(both) != set(sides) or not all(map(_is_text, both.values())):
+            raise TrimtabError(f"{path}: instruction {n} is an object of two texts, pos and neg, got {both!r}")
+        for side, called in (("pos", name.replace("-", " ")), ("neg", "helpful")):
+            article = "an" if called[0] in "aeiou" else "a"
+            sides[side].append(f"You are {article} {called} assistant. {both[side]}")
+    questions = _texts(stored.get("questions"), f"{path}: 'questions'")
+    return {
+        "name": name,
+        "description": f"What {path.name} of persona vectors calls {name}.",
+        "words": [name.replace("-", " ")],
+        "positive": sides["pos"],
+        "negative": sides["neg"],
+        "learn": list(questions[::2]),
+        "test": list(questions[1::2]),
+    }
 
 
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
