@@ -154,7 +154,7 @@ def by_nats(lm: LM, task: Task, nats: float) -> Choice:
     prompts, answers = (sum(len(getattr(text, part)) for text in base.texts) for part in ("prompt", "answer"))
     doses = Doses(lm, base, steerings)
     try:
-        with lm._remembering():
+        with lm._caching_prefixes():
             dose = doses.at(nats)
     except TrimtabError as error:
         return Choice(None, str(error), len(base.texts), prompts + (1 + doses.measured) * answers)

@@ -23,7 +23,6 @@ from trimtab.engines.resolve import acting, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.adapters import active_adapters, check_adapters
 from trimtab.engines.transformers.attention import check_attention, head_count, score_layers
-from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.by_steps import check_by_steps
 from trimtab.engines.transformers.clean import check_clean
 from trimtab.engines.transformers.continuous import Continuous, answer, check_differ, check_verified
@@ -53,6 +52,7 @@ from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import in_batches, next_tokens
 from trimtab.engines.transformers.own_loops import Growing, SteeredContext, lengths_of, steerings_of
 from trimtab.engines.transformers.plan import check_edits
+from trimtab.engines.transformers.prefix_cache import PrefixCache
 from trimtab.engines.transformers.read import check_sites, read_groups, reader, reader_of_pass
 from trimtab.engines.transformers.sampling import seeded
 from trimtab.engines.transformers.scores import (
@@ -115,7 +115,7 @@ class LM(LanguageModel):
         self.layout = find_layout(model, layers)
         check_adapters(model)
         self._identities: dict[tuple[Adapter, ...], ModelId] = {}
-        self._beginnings: Beginnings | None = None
+        self._prefix_cache: PrefixCache | None = None
         self.name: str = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
     @overload
@@ -389,7 +389,7 @@ class LM(LanguageModel):
                 edits = self._ready([steerings[i] for i in chosen], prompts)
                 session = Session(self.model, self.layout, always(edits), tokenizer=self.tokenizer)
                 some = [choices[i] for i in chosen]
-                batch = next_tokens(self.model, self.layout, some, session, edits, self._beginnings)
+                batch = next_tokens(self.model, self.layout, some, session, edits, self._prefix_cache)
                 results |= dict(zip(chosen, batch, strict=True))
                 if progress is not None:
                     progress(len(results), len(choices))
@@ -398,7 +398,7 @@ class LM(LanguageModel):
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """As `LanguageModel` has it. Raises `TrimtabError` while the model is being steered."""
         with self._exclusive():  # nobody else's hooks: a steered model would judge itself
-            return mean_nlls(self.model, self.layout, self.name, texts, self._beginnings)
+            return mean_nlls(self.model, self.layout, self.name, texts, self._prefix_cache)
 
     # ---- how it is answered ------------------------------------------------------------------------------
 
@@ -476,14 +476,14 @@ class LM(LanguageModel):
             yield
 
     @contextmanager
-    def _remembering(self) -> Iterator[None]:
-        """While open, what texts begin with, unsteered, is read once by whatever reads them for probabilities."""
-        before = self._beginnings
-        self._beginnings = before or Beginnings(self.model, self.layout)
+    def _caching_prefixes(self) -> Iterator[None]:
+        """While open, unsteered prefixes of the texts whose probabilities are computed are cached."""
+        before = self._prefix_cache
+        self._prefix_cache = before or PrefixCache(self.model, self.layout)
         try:
             yield
         finally:
-            self._beginnings = before
+            self._prefix_cache = before
 
     def _ready(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
         """Each request's edits as a session runs them: gates decided, masks settled, conditions on tokens put in."""

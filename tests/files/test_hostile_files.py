@@ -150,8 +150,8 @@ def test_gguf_agrees_with_the_gguf_package(vector_file):
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 3))
 def test_any_bytes_after_the_beginning(tmp_path_factory, data, start):
-    beginnings = [b"GGUF", b"GGUF\3\0\0\0", crafted([], [], rest=b""), crafted([], [], rest=b"", counts=(1, 2))]
-    harmless(tmp_path_factory.getbasetemp() / "fuzz.gguf", beginnings[start] + data)
+    prefixes = [b"GGUF", b"GGUF\3\0\0\0", crafted([], [], rest=b""), crafted([], [], rest=b"", counts=(1, 2))]
+    harmless(tmp_path_factory.getbasetemp() / "fuzz.gguf", prefixes[start] + data)
 
 
 # ---- .pt -----------------------------------------------------------------------------------------------------

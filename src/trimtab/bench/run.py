@@ -72,7 +72,7 @@ def bench(
         if say is not None:
             say(outline.name)
         running: _Running | None = None
-        with lm._remembering():  # all methods read the same prompts
+        with lm._caching_prefixes():  # all methods read the same prompts
             try:
                 running = _Running(lm, store, plan, outline.make(lm, store, plan.settings.items), answering)
                 running.arms()

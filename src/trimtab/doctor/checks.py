@@ -234,8 +234,8 @@ class Checks:
                 self.close(read[row][site], expected[site], f"prompt {row + 1} at {site}")
         words = [self.ids[0], self.ids[1]]
         tails = [(self.ids[2][0], self.ids[2][1]), (self.ids[2][2],)]
-        beginnings = [(head * 12)[: 11 + 3 * i] for i, head in enumerate(words)]
-        groups = [[Text([*head, *tail], [len(head) - 1, len(head)]) for tail in tails] for head in beginnings]
+        prefixes = [(head * 12)[: 11 + 3 * i] for i, head in enumerate(words)]
+        groups = [[Text([*head, *tail], [len(head) - 1, len(head)]) for tail in tails] for head in prefixes]
         sites = [Site(self.low), Site(self.last)]
         for batch in read_groups(self.lm.layout, groups, sites):
             for n, g in enumerate(batch.groups):

@@ -183,7 +183,7 @@ def read_answered(
             edits = lm._ready([each[i] for i in chosen], [list(text.prompt) for text in some])
             residual = [activation_edits(row_edits) for row_edits in edits]
             session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided, tokenizer=lm.tokenizer)
-            read = teacher_forced(lm.model, lm.layout, some, session, edits, lm._beginnings)
+            read = teacher_forced(lm.model, lm.layout, some, session, edits, lm._prefix_cache)
             for i, logits in zip(chosen, read, strict=True):
                 by_text[i] = logits.cpu()
     return [by_text[i] for i in range(len(texts))]

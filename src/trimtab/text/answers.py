@@ -90,7 +90,7 @@ def check_read_at(value: str | ReadAt | None, shape: str) -> ReadAt | None:
 class Answered:
     """One side of a pair as token ids, of which those from `start` on are the answer, and the answer's text.
 
-    A bare text is all answer, and its ids may have tokens that aren't of the text, such as a first one for beginnings.
+    A bare text is all answer, and its ids may have tokens that aren't of the text, such as a first one for prefixes.
     """
 
     ids: tuple[int, ...]

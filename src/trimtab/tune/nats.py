@@ -95,7 +95,7 @@ def at_nats(
             seen[factor] = divergence(lm, factor * steering, base, transfer=transfer)
         return seen[factor].p95
 
-    with lm._remembering():
+    with lm._caching_prefixes():
         factor = factor_at(far, nats)
     tried = tuple(sorted((at_factor, value.p95) for at_factor, value in seen.items()))
     result = AtNats(factor * steering, factor, seen[factor], tried)

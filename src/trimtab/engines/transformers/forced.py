@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.contract import TOKENS_PER_BATCH, check_length
-from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.evaluating import evaluating
 from trimtab.engines.transformers.exclusive import steering
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
+from trimtab.engines.transformers.prefix_cache import PrefixCache
 from trimtab.engines.transformers.read import can_share, check_read, inputs_of, padded
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
@@ -61,7 +61,7 @@ class Forcing:
     layout: Layout
     sites: tuple[Site, ...]
     shares: bool
-    prompts: Beginnings
+    prompts: PrefixCache
     _changes: Mapping[Site, Change] = field(default_factory=dict)
     _answering: Tensor | None = None  # the numbers of the tokens that are changed in this pass, row after row
     _factors: Tensor | None = None  # by what the change at each of these tokens is multiplied
@@ -132,8 +132,8 @@ class Forcing:
         before = [text.prompt[:-1] for text in texts]
         mask = torch.zeros(len(texts), 0, dtype=torch.long, device=device)
         self._answering = None
-        if self.prompts.suit(before):
-            cache, mask = self.prompts.cache(before)
+        if self.prompts.usable_for(before):
+            cache, mask = self.prompts.cache_for(before)
         elif any(before):
             # a row whose prompt is one token has nothing before it: one pad, which nobody attends to
             distinct = {prompt: n for n, prompt in enumerate(dict.fromkeys(before))}
@@ -202,7 +202,7 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
         TrimtabError: A site that the model doesn't have, or a model that is being steered.
     """
     required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout), Beginnings(model, layout))
+    run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout), PrefixCache(model, layout))
     places = [(site, place(layout, site)) for site in run.sites]
     with steering(layout.decoder), evaluating(model, every_part=True), torch.enable_grad(), ExitStack() as hooks:
         try:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.prefix_cache import PrefixCache
 from trimtab.engines.transformers.read import inputs_of, padded
 from trimtab.engines.transformers.weights import input_device, vocabulary_size
 from trimtab.errors import TrimtabError
@@ -26,18 +26,18 @@ def mean_nlls(
     layout: Layout,
     name: str,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    beginnings: Beginnings | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> list[float]:
     """The mean negative log-probability of each answer's tokens, in nats. One pass of the decoder.
 
-    A context that several answers have, or that is among `beginnings`, is read once.
+    A context that several answers share, or that is in `prefix_cache`, is computed once.
 
     Args:
         model: The model, whose decoder `layout` has.
         layout: Where the decoder is.
         name: What errors call the model.
         texts: `(context ids, answer ids)`, neither of them empty.
-        beginnings: Contexts that were read before; default: those of these texts alone.
+        prefix_cache: Supplies keys and values of contexts; default: one for these texts alone.
 
     Raises:
         TrimtabError: Logits that aren't numbers.
@@ -45,10 +45,10 @@ def mean_nlls(
     decoder = layout.decoder
     device = input_device(decoder)
     contexts = [tuple(context[:-1]) for context, _ in texts]
-    if beginnings is None and len(set(contexts)) < len(contexts):
-        beginnings = Beginnings(model, layout)
-    if beginnings is not None and beginnings.suit(contexts):
-        cache, before = beginnings.cache(contexts)
+    if prefix_cache is None and len(set(contexts)) < len(contexts):
+        prefix_cache = PrefixCache(model, layout)
+    if prefix_cache is not None and prefix_cache.usable_for(contexts):
+        cache, before = prefix_cache.cache_for(contexts)
         starts = [0] * len(texts)
         ids, new = padded([[context[-1], *answer[:-1]] for context, answer in texts], left=False, device=device)
         inputs = inputs_of(decoder, ids, torch.cat([before, new], 1), cache)

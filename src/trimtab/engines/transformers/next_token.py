@@ -17,9 +17,9 @@ from trimtab.engines.answer import Applied
 from trimtab.engines.contract import TOKENS_PER_BATCH, fitting
 from trimtab.engines.request import Choice, NextToken
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.prefix_cache import PrefixCache
 from trimtab.engines.transformers.read import SHARE_FROM, can_share, inputs_of, padded
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.weights import input_device
@@ -66,11 +66,11 @@ def next_tokens(
     choices: Sequence[Choice],
     session: Session,
     edits: Sequence[tuple[Edit, ...]],
-    beginnings: Beginnings | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> list[NextToken]:
     """One batch of rows, each under its own edits, in their order. `session` decides the same `edits`.
 
-    With `beginnings` what comes before the first steered token is taken from there.
+    `prefix_cache` supplies the keys and values of the tokens before the first steered one.
     """
     sites = sorted({edit.site for row_edits in edits for edit in row_edits})
     texts: dict[tuple[int, ...], int] = {}
@@ -84,8 +84,8 @@ def next_tokens(
     lengths = [choice.prompt_length for choice in choices]
     prompts = [choice.ids[: choice.prompt_length] for choice in choices]
     session.expect(lengths, prompts=prompts)
-    if beginnings is not None and shortest > 0 and beginnings.suit([text[:-tail] for text in texts]):
-        cache, mask = beginnings.cache([tuple(choice.ids[:-tail]) for choice in choices])
+    if prefix_cache is not None and shortest > 0 and prefix_cache.usable_for([text[:-tail] for text in texts]):
+        cache, mask = prefix_cache.cache_for([tuple(choice.ids[:-tail]) for choice in choices])
         mask = torch.cat([mask, mask.new_ones(len(choices), tail)], 1)
         ids = torch.tensor([list(choice.ids[-tail:]) for choice in choices], device=device)
         session.expect(lengths, resumed=True, prompts=prompts)

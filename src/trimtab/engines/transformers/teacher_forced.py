@@ -12,9 +12,9 @@ from torch import Tensor
 from trimtab.engines.contract import check_length
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending
-from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.next_token import first_steered
+from trimtab.engines.transformers.prefix_cache import PrefixCache
 from trimtab.engines.transformers.read import inputs_of, padded
 from trimtab.engines.transformers.scores import activation_edits, score_edits
 from trimtab.engines.transformers.session import Session
@@ -46,7 +46,7 @@ def teacher_forced(
     texts: Sequence[Answered],
     session: Session,
     edits: Sequence[tuple[Edit, ...]],
-    beginnings: Beginnings | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> list[Tensor]:
     """The logits `[answer tokens, vocabulary]` before each token of each answer, in one pass.
 
@@ -56,7 +56,7 @@ def teacher_forced(
         texts: What is read; padded on the left.
         session: It decides the same edits, but for those of attention scores.
         edits: Of each text. Where attention scores are steered, texts have prompts and answers of the same lengths.
-        beginnings: What comes before the first steered token is taken from there; default: it is read.
+        prefix_cache: Supplies the keys and values of tokens before the first steered one; default: no cache.
 
     Raises:
         TrimtabError: Texts of different lengths whose attention scores are steered, or a pass that came by no hook.
@@ -73,9 +73,9 @@ def teacher_forced(
     reach = [len(ids) - first_steered(own, n, len(ids)) for ids, own, n in zip(whole, edits, lengths, strict=True)]
     tail = max(longest + 1, *reach)
     inputs: dict[str, Any]
-    going_on = beginnings is not None and not any(scores) and beginnings.suit([ids[:-tail] for ids in whole])
-    if beginnings is not None and going_on:
-        cache, before = beginnings.cache([ids[:-tail] for ids in whole])
+    going_on = prefix_cache is not None and not any(scores) and prefix_cache.usable_for([ids[:-tail] for ids in whole])
+    if prefix_cache is not None and going_on:
+        cache, before = prefix_cache.cache_for([ids[:-tail] for ids in whole])
         mask = torch.cat([before, before.new_ones(len(texts), tail)], 1)
         inputs = inputs_of(model, torch.tensor([ids[-tail:] for ids in whole], device=device), mask, cache)
     else:

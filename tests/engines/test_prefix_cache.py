@@ -1,4 +1,4 @@
-"""What texts begin with is read once, and whatever is told of them is what it is without."""
+"""Results with cached prefixes equal those without, and each prefix is computed once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold
 from trimtab.engines.request import Choice
-from trimtab.engines.transformers.beginnings import Beginnings
 from trimtab.engines.transformers.forced import Forced, forcing
+from trimtab.engines.transformers.prefix_cache import PrefixCache
 from trimtab.engines.transformers.read import can_share
 from trimtab.evaluate.divergence import divergence, read_answered, reference
 from trimtab.evaluate.fluency import perplexities
@@ -68,7 +68,7 @@ class TestTheSame:
         wanted: list[Any] = [steering(where) for where in WHERE.values()] + [gated, None]
         wanted.append([steering(WHERE["all"]), None, steering(WHERE["generated"])])
         plain = [read_answered(lm, base.texts, each) for each in wanted]
-        with lm._remembering():
+        with lm._caching_prefixes():
             for _ in range(2):
                 for each, expected in zip(wanted, plain, strict=True):
                     read = read_answered(lm, base.texts, each)
@@ -80,7 +80,7 @@ class TestTheSame:
         choices = [Choice(tuple(text), len(text) - 2, (3, 4)) for text in ids for _ in WHERE]
         steerings = [steering(where, strength=1 + n) for n, where in product(range(3), WHERE.values())]
         plain = [[row.logprobs for row in lm.next_logprobs(choices[n::4], steerings[n::4])] for n in range(4)]
-        with lm._remembering():
+        with lm._caching_prefixes():
             for _, n in product(range(2), range(4)):
                 rows = [row.logprobs for row in lm.next_logprobs(choices[n::4], steerings[n::4])]
                 assert near(rows, plain[n], lm)
@@ -91,7 +91,7 @@ class TestTheSame:
         texts = [(context, [3 + n + i for i in range(1 + n)]) for n in range(3) for context in contexts]
         alone = [perplexities(lm, [text])[0] for text in texts]  # no context twice
         assert near(perplexities(lm, texts), alone, lm)
-        with lm._remembering():
+        with lm._caching_prefixes():
             for _ in range(2):
                 assert near(perplexities(lm, texts), alone, lm)
 
@@ -119,7 +119,7 @@ def test_prompts_are_read_once(family: str) -> None:
     lm = tiny.tiny(family)
     base = reference(lm, PROMPTS, tokens=4)
     longest = max(len(text.answer) for text in base.texts)
-    with lm._remembering():
+    with lm._caching_prefixes():
         read_answered(lm, base.texts, steering(WHERE["generated"]))
         with counted(lm) as passes:
             for strength in (0.5, 2.0):
@@ -131,21 +131,21 @@ def test_prompts_are_read_once(family: str) -> None:
 @pytest.mark.parametrize("family", sorted(WINDOWED))
 def test_a_beginning_that_a_window_ends_in_is_read_with_the_text(family: str) -> None:
     lm = tiny.tiny(family)
-    assert not Beginnings(lm.model, lm.layout).suit([tuple(range(3, 15))])
+    assert not PrefixCache(lm.model, lm.layout).usable_for([tuple(range(3, 15))])
 
 
 def test_what_is_kept_goes_when_a_weight_changes() -> None:
     lm = tiny.tiny("llama")
     base = reference(lm, PROMPTS, tokens=4)
     steered = steering(WHERE["generated"])
-    with lm._remembering():
+    with lm._caching_prefixes():
         before = read_answered(lm, base.texts, steered)
         with torch.no_grad():
             lm.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
         after = read_answered(lm, base.texts, steered)
     assert not near(before[0], after[0], lm)
     assert all(near(a, b, lm) for a, b in zip(after, read_answered(lm, base.texts, steered), strict=True))
-    with lm._remembering():
+    with lm._caching_prefixes():
         other = torch.nn.Parameter(2 * lm.model.model.layers[0].mlp.up_proj.weight.detach())
         read_answered(lm, base.texts, steered)
         lm.model.model.layers[0].mlp.up_proj.weight = other
@@ -157,42 +157,42 @@ def test_what_is_kept_goes_when_a_weight_changes() -> None:
 def test_no_more_is_kept_than_fits() -> None:
     lm = tiny.tiny("llama")
     texts = sorted(tuple(lm.encode(tiny.prompt(seed, 10))) for seed in range(6))
-    once = Beginnings(lm.model, lm.layout)
-    once.cache(texts[:1])
-    some = Beginnings(lm.model, lm.layout, limit=3 * once.held)
-    some.cache(texts)
+    once = PrefixCache(lm.model, lm.layout)
+    once.cache_for(texts[:1])
+    some = PrefixCache(lm.model, lm.layout, limit=3 * once.held)
+    some.cache_for(texts)
     assert some.held == 3 * once.held
     with counted(lm) as passes:
-        some.cache(texts[3:])
-        some.cache([texts[5], texts[5], texts[0]])  # the last one went first
+        some.cache_for(texts[3:])
+        some.cache_for([texts[5], texts[5], texts[0]])  # the last one went first
     assert passes == [10]
-    none = Beginnings(lm.model, lm.layout, limit=once.held - 1)
-    cache, mask = none.cache(texts)
+    none = PrefixCache(lm.model, lm.layout, limit=once.held - 1)
+    cache, mask = none.cache_for(texts)
     assert (none.held, mask.shape, cache.get_seq_length()) == (0, (6, 10), 10)
 
 
 def test_what_is_kept_has_no_gradients_and_meets_some_later() -> None:
     lm = tiny.tiny("llama")
-    kept = Beginnings(lm.model, lm.layout)
+    kept = PrefixCache(lm.model, lm.layout)
     texts = [tuple(lm.encode(tiny.prompt(seed, 9))) for seed in range(2)]
     modes = [torch.enable_grad(), torch.no_grad(), torch.inference_mode()]
     for n, mode in enumerate(modes):
         with mode:
-            cache, _ = kept.cache([(*text, 3 + n) for text in texts])
+            cache, _ = kept.cache_for([(*text, 3 + n) for text in texts])
         assert not any(layer.keys.requires_grad for layer in cache.layers)
-        again, _ = kept.cache([(*text, 3 + n) for text in texts])
+        again, _ = kept.cache_for([(*text, 3 + n) for text in texts])
         assert not any(layer.keys.is_inference() for layer in again.layers)
 
 
 def test_a_cache_is_the_callers() -> None:
     lm = tiny.tiny("llama")
     texts = [tuple(lm.encode(tiny.prompt(seed, 8 + seed))) for seed in range(3)]
-    kept = Beginnings(lm.model, lm.layout)
-    first, _ = kept.cache(texts)
+    kept = PrefixCache(lm.model, lm.layout)
+    first, _ = kept.cache_for(texts)
     expected = [layer.keys.clone() for layer in first.layers]
     for layer in first.layers:
         layer.keys.zero_()
-    again, _ = kept.cache(texts)
+    again, _ = kept.cache_for(texts)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(again.layers, expected, strict=True))
 
 

@@ -1,7 +1,8 @@
-"""Keys and values of what texts begin with, unsteered: what is read again and again is read once.
+"""A cache of the keys and values of unsteered text prefixes: prompts that are read many times are computed once.
 
-Many strengths of a steering that acts on answers, many methods on the same questions, many steps of a descent: all of
-them read the same prompts, and nothing acts there. What is kept of a model goes when one of its weights changes.
+The strengths of a steering that acts on answers only, the methods that are compared on the same questions and the steps
+of a gradient descent all read the same prompts, and nothing is steered there. The cache empties itself when a weight of
+the model changes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from trimtab.engines.transformers.read import SHARE_FROM, can_share, inputs_of, 
 from trimtab.engines.transformers.weights import input_device
 
 SHARE_OF_WEIGHTS = 0.4
-"""So much memory of the weights' own is used, at most, and `LEAST_BYTES` in any case."""
+"""The memory limit as a share of the weights' size; at least `LEAST_BYTES`."""
 LEAST_BYTES = 64 * 2**20
 
 Ids = tuple[int, ...]
@@ -31,13 +32,13 @@ Layers = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass
-class Beginnings:
-    """The beginnings of texts that were read under one model, those used last; at most `limit` bytes of them.
+class PrefixCache:
+    """Prefixes computed with one model; the least recently used are dropped first.
 
     Args:
         model: The whole model.
         layout: Its places.
-        limit: Bytes that are kept, at most; default: a share of the weights' own.
+        limit: The maximum size in bytes; default: a share of the weights' size.
     """
 
     model: nn.Module
@@ -52,26 +53,26 @@ class Beginnings:
             size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
             self.limit = max(LEAST_BYTES, int(SHARE_OF_WEIGHTS * size))
 
-    def suit(self, beginnings: Sequence[Ids]) -> bool:
-        """Whether a model's rows can go on from these: it keeps plain keys and values, and no window ends in them."""
-        if min(map(len, beginnings), default=0) < SHARE_FROM or not can_share(self.layout):
+    def usable_for(self, prefixes: Sequence[Ids]) -> bool:
+        """Whether generation can continue from these: the model caches plain keys and values, and no sliding window is
+        shorter than a prefix."""
+        if min(map(len, prefixes), default=0) < SHARE_FROM or not can_share(self.layout):
             return False
-        longest = max(map(len, beginnings))
+        longest = max(map(len, prefixes))
         layers = DynamicCache(config=self.layout.decoder.config).layers  # type: ignore[arg-type]
         windows = [getattr(layer, "sliding_window", None) for layer in layers if type(layer) is not compat.DynamicLayer]
         return all(isinstance(window, int) and window > longest for window in windows) and self._tracked()
 
-    def cache(self, beginnings: Sequence[Ids]) -> tuple[DynamicCache, Tensor]:
-        """A cache with a row for each of these, padded on the left, and its mask `[rows, tokens]`.
+    def cache_for(self, prefixes: Sequence[Ids]) -> tuple[DynamicCache, Tensor]:
+        """A new key-value cache with a row for each of these, padded on the left, and its mask `[rows, tokens]`.
 
-        What isn't kept yet is read, by passes of its own. `beginnings` are what `suit` says can be gone on from. The
-        cache is the caller's: passes may add to it.
+        Prefixes that aren't cached yet are computed first. `usable_for` must have said yes.
         """
         weights = _versions(self.model)
         if weights != self._weights:
             self._kept.clear()
             self.held, self._weights = 0, weights
-        distinct = list(dict.fromkeys(beginnings))
+        distinct = list(dict.fromkeys(prefixes))
         rows = {ids: self._kept[ids] for ids in distinct if ids in self._kept}
         for ids in rows:
             self._kept.move_to_end(ids)
@@ -82,17 +83,17 @@ class Beginnings:
             for ids, layers in zip(some, self._read(some), strict=True):
                 rows[ids] = layers
                 self._keep(ids, layers)
-        return self._side_by_side([rows[ids] for ids in beginnings])
+        return self._side_by_side([rows[ids] for ids in prefixes])
 
     def _tracked(self) -> bool:
-        """Whether it would be noticed that a weight changes."""
+        """Whether in-place changes of the weights can be noticed: torch doesn't count those of inference tensors."""
         return not any(parameter.is_inference() for parameter in self.model.parameters())
 
     def _read(self, texts: Sequence[Ids]) -> list[Layers]:
-        """One pass over these."""
+        """The keys and values of each, in one pass."""
         cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
         ids, mask = padded([list(text) for text in texts], left=True, device=input_device(self.model))
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may meet gradients later, and has none
+        with torch.inference_mode(False), torch.no_grad():  # usable with gradients later, and without a graph
             self.layout.decoder(**inputs_of(self.layout.decoder, ids, mask, cache))
         entries: list[Any] = list(cache.layers)
         return [
@@ -135,5 +136,5 @@ def _bytes(layers: Layers) -> int:
 
 
 def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """What differs as soon as a weight is another one, or is changed in place."""
+    """Changes when a weight is replaced or modified in place."""
     return tuple((id(parameter), parameter._version) for parameter in model.parameters())
