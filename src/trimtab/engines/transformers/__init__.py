@@ -3,7 +3,7 @@
 from logging import LogRecord, getLogger
 
 CHATTER = {"torchao": "Failed to load", "torch.utils._pytree": "is an Enum subclass and is now natively supported"}
-"""What importing torchao logs, by logger."""
+"""Messages logged while torchao is imported that are dropped, by logger."""
 
 
 def _unless_chatter(record: LogRecord) -> bool:

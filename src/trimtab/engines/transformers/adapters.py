@@ -1,9 +1,9 @@
-"""The adapters that act on a model now, LoRA and the like of `peft`: their names, and a digest of their weights.
+"""The `peft` adapters (LoRA and others) that are active in a model: their names, and a digest of their weights.
 
-An adapter makes another model of the same embeddings, so that a fingerprint of these doesn't see it. It is looked for
-in the layers that `peft` puts into a model, whether by `PeftModel`, by transformers' `model.load_adapter` or in place.
-Adapters are switched on and off while a model is held, so they are looked at anew each time; the digest of weights that
-haven't changed is kept.
+An adapter changes the model but not its embeddings, so a fingerprint of the embeddings can't detect it. Adapters are
+found through the layers that `peft` inserts into a model, whether by `PeftModel`, by transformers' `model.load_adapter`
+or in place. Adapters can be switched on and off while a model is in use, so they are looked up on every call; the
+digest is reused as long as the weights haven't changed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from trimtab.errors import UnsupportedError
 from trimtab.steering.card import Adapter
 
 _known: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, str]]] = WeakKeyDictionary()
-"""By model, of each adapter: what its digest was made from (tensors and their versions), and the digest."""
+"""For each model and adapter: the key of the digest (the tensors and their versions), and the digest."""
 
 
 def active_adapters(model: nn.Module) -> tuple[Adapter, ...]:
-    """The adapters that act on what the model computes now, merged ones that can still be told included; by name."""
-    if "peft" not in sys.modules:  # whoever has an adapter has imported it
+    """The adapters that are active in the model, sorted by name, including merged ones that are still recognizable."""
+    if "peft" not in sys.modules:  # a model with an adapter implies that peft was imported
         return ()
     by_name: dict[str, list[tuple[str, float, Tensor]]] = {}
     for path, layer in _layers(model):
@@ -41,7 +41,7 @@ def active_adapters(model: nn.Module) -> tuple[Adapter, ...]:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raises `UnsupportedError` for adapters that put tokens of their own before a text, so that positions are off."""
+    """Raises `UnsupportedError` for adapters that insert virtual tokens before a text, which shifts positions."""
     config = getattr(model, "active_peft_config", None)
     if config is not None and getattr(config, "is_prompt_learning", False):
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -52,7 +52,7 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
-    """Whether `peft` put this module in place of one of the model's own."""
+    """Whether this is a `peft` module that replaces one of the model's own."""
     return hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters")
 
 
@@ -63,7 +63,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _acting(layer: Any) -> list[str]:
-    """The adapters of a layer that change what it puts out: those merged into it, else those that are switched on."""
+    """The adapters that change a layer's output: those merged into it, otherwise those that are switched on."""
     merged = list(getattr(layer, "merged_adapters", ()))
     if merged:
         return merged
@@ -74,7 +74,7 @@ def _acting(layer: Any) -> list[str]:
 
 
 def _tensors(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a layer has for an adapter, by what they are called."""
+    """The weights that a layer has for an adapter, with their names."""
     for kind in layer.adapter_layer_names:
         held = getattr(layer, kind, None)
         if held is None or name not in held:
@@ -105,5 +105,5 @@ def _digest(model: nn.Module, name: str, parts: list[tuple[str, float, Tensor]])
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, where it counts that."""
+    """How often a tensor was changed in place; -1 for inference tensors, which don't count it."""
     return -1 if tensor.is_inference() else tensor._version

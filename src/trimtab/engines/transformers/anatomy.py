@@ -1,12 +1,13 @@
-"""What a model's blocks put out: one residual stream, or several; found out once a model, by a pass of a few tokens.
+"""The shape of a model's block outputs, one residual stream or several, determined once by a short forward pass.
 
-Most blocks put out `[rows, tokens, width]`. Some models carry several streams through their blocks (hyper-connections:
-DeepSeek V4; AltUp: Gemma 3n), and some run a block several times a pass (looped models). What is declared doesn't say
-so, so ten made-up tokens are run, and the blocks' outputs are looked at.
+Most blocks output `[rows, tokens, width]`. Some models carry several streams through their blocks (hyper-connections:
+DeepSeek V4; AltUp: Gemma 3n), and some run a block several times per pass (looped models). The configuration doesn't
+say so, so a few arbitrary tokens are run through the model and the shapes of the outputs are recorded.
 
-Of several streams *the* residual stream is the one that the configuration declares active, which the block's attention
-and MLP read (AltUp); where none is, it is their mean, and an edit moves all of them alike. Hyper-connections mix
-streams with weights that sum to one, so that what all have in common goes through as it does in a single stream.
+With several streams, *the* residual stream is the one that the configuration declares active, which is the one that the
+block's attention and MLP read (AltUp). If none is declared, it is the mean of the streams, and an edit is added to all
+of them. Hyper-connections mix streams with weights that sum to one, so an offset common to all streams passes through
+as it does in a single stream.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from trimtab.engines.transformers.weights import input_device, quantization
 from trimtab.errors import UnsupportedError
 
 ROWS, TOKENS = 3, 5
-"""What is run: no model has so many streams."""
+"""The shape of the probe batch, chosen because no model has that many streams."""
 
 _known: WeakKeyDictionary[nn.Module, tuple[Block, ...]] = WeakKeyDictionary()
 
@@ -35,8 +36,9 @@ _known: WeakKeyDictionary[nn.Module, tuple[Block, ...]] = WeakKeyDictionary()
 class Streams:
     """Several residual streams in one tensor.
 
-    `axis` is that of the streams in `[rows, tokens, width]` and one axis more; `folded`: they stand side by side in the
-    last axis instead. `active` is the number of the one that is read and edited; `None`: their mean is.
+    `axis` is the additional axis for the streams, in a tensor that is otherwise `[rows, tokens, width]`. With `folded`,
+    the streams are concatenated along the last axis instead. `active` is the index of the stream that is read and
+    edited; with `None`, it is the mean.
     """
 
     count: int
@@ -50,7 +52,7 @@ class Streams:
         return streams.mean(self.axis) if self.active is None else streams.select(self.axis, self.active)
 
     def moved(self, x: Tensor, change: Tensor) -> Tensor:
-        """The streams after this change `[rows, tokens, width]` of the residual stream, in a tensor of their own."""
+        """A new tensor of the streams after adding `change` `[rows, tokens, width]` to the residual stream."""
         streams = x.unflatten(-1, (self.count, -1)) if self.folded else x
         if self.active is None:
             streams = streams + change.unsqueeze(self.axis)
@@ -62,7 +64,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Block:
-    """How often a block runs in a pass, and the streams that it puts out (`None`: one); `shape` where that is odd."""
+    """How often a block runs per pass, and its output streams (`None`: one); `shape` if its output isn't understood."""
 
     runs: int
     streams: Streams | None
@@ -73,19 +75,19 @@ PLAIN = Block(1, None)
 
 _positions: WeakKeyDictionary[nn.Module, Positions] = WeakKeyDictionary()
 PADS = 3
-"""Pads before the tokens that are tried with and without them."""
+"""The number of pads in the test for left padding."""
 OFF = {torch.float64: 1e-4, torch.float32: 1e-3}
 COARSE = 0.1
-"""By how much, of its norm, the last hidden state may differ where it is the same; in a coarser dtype."""
+"""Relative tolerance, by dtype, within which two last hidden states count as equal; `COARSE` for any other dtype."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """How a model counts its tokens.
+    """How a model handles position ids and left padding.
 
-    `takes_positions`: it takes `position_ids`, which count from 0. Some take them and count from elsewhere (RoBERTa),
-    so that they don't count as taken. `ignores_pads`: a text that is padded on the left, and masked, is computed as it
-    is alone.
+    `takes_positions`: it takes `position_ids` that start at 0, also with a cache. `False` for models that take them but
+    start elsewhere (RoBERTa). `ignores_pads`: a text with left padding and an attention mask gives the same result as
+    without padding.
     """
 
     takes_positions: bool
@@ -93,9 +95,9 @@ class Positions:
 
 
 def positions_of(layout: Layout) -> Positions:
-    """How the model counts its tokens; it is tried on five of them, once."""
+    """How the model handles position ids and left padding, tested once, on five tokens."""
     if layout.decoder not in _positions:
-        if steers(layout.decoder):  # another run's hooks would take these passes for theirs
+        if steers(layout.decoder):  # the hooks of the current run would act on these passes
             return Positions("position_ids" in compat.parameters(layout.decoder), True)
         _positions[layout.decoder] = _count(layout)
     return _positions[layout.decoder]
@@ -110,12 +112,12 @@ def _count(layout: Layout) -> Positions:
             takes_positions = takes and _near(layout, alone, _last(layout, 0, with_positions=True))
             takes_positions = takes_positions and (not _plain(layout) or _near(layout, alone, _continued(layout)))
             return Positions(takes_positions, _near(layout, alone, _last(layout, PADS, with_positions=takes_positions)))
-    except Exception:  # what it can't run is reported, with its reason, when it is to run
+    except Exception:  # a model that can't run raises its own error when it is used
         return Positions(takes, True)
 
 
 def _last(layout: Layout, pads: int, *, with_positions: bool) -> Tensor:
-    """The last hidden state `[width]` after five tokens behind so many pads."""
+    """The last hidden state `[width]` of five tokens after `pads` pads."""
     device = input_device(layout.decoder)
     ids = torch.arange(1, 1 + TOKENS, device=device)[None]
     mask = torch.cat([ids.new_zeros(1, pads), torch.ones_like(ids)], 1)
@@ -130,12 +132,12 @@ def _last(layout: Layout, pads: int, *, with_positions: bool) -> Tensor:
 def _plain(layout: Layout) -> bool:
     try:
         return compat.keeps_plain_cache(layout.decoder)
-    except UnsupportedError:  # it takes no cache that is known
+    except UnsupportedError:  # it takes no known cache
         return False
 
 
 def _continued(layout: Layout) -> Tensor:
-    """The last hidden state `[width]` after five tokens behind pads, the last two read from a cache of the others."""
+    """The last hidden state `[width]` of five tokens after pads, with the last two run over a cache of the others."""
     decoder = layout.decoder
     ids = torch.arange(1, 1 + TOKENS, device=input_device(decoder))[None]
     ids = torch.cat([ids.new_zeros(1, PADS), ids], 1)
@@ -150,14 +152,14 @@ def _continued(layout: Layout) -> Tensor:
 
 
 def _near(layout: Layout, state: Tensor, other: Tensor) -> bool:
-    exact = quantization(layout.decoder) is None  # else passes of other shapes may round in other ways
+    exact = quantization(layout.decoder) is None  # quantized, passes of different shapes may round differently
     return bool((state - other).norm() <= (OFF.get(stream_dtype(layout), COARSE) if exact else COARSE) * state.norm())
 
 
 def block_of(layout: Layout, layer: int) -> Block:
-    """What a block puts out."""
+    """The output of a block."""
     if layout.decoder not in _known:
-        if steers(layout.decoder):  # another run's hooks would take this pass for theirs
+        if steers(layout.decoder):  # the hooks of the current run would act on this pass
             return PLAIN
         _known[layout.decoder] = _examine(layout)
     return _known[layout.decoder][layer]
@@ -170,7 +172,7 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
     def leave(number: int) -> Any:
         def look(_module: nn.Module, _args: Any, output: Any) -> None:
             parts = [output] if isinstance(output, Tensor) else list(output)
-            several = hasattr(output, "_fields")  # streams of different meaning, by name (Reformer)
+            several = hasattr(output, "_fields")  # a named tuple of streams with different meanings (Reformer)
             outputs[number].append((len(parts),) if several else tuple(parts[0].shape))
 
         return look
@@ -179,7 +181,7 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
     ids = torch.arange(1, 1 + ROWS * TOKENS, device=device).view(ROWS, TOKENS)
     weight = getattr(layout.decoder.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     ids = ids if weight is None else ids % weight.shape[0]
-    # what it can't run is reported, with its reason, when it is to run
+    # a model that can't run raises its own error when it is used
     with reading(layout.decoder), ExitStack() as hooks, suppress(Exception):
         for i, block in enumerate(layout.blocks):
             hooks.enter_context(block.register_forward_hook(leave(i)))
@@ -188,7 +190,7 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
 
 
 def _block(layout: Layout, shapes: list[tuple[int, ...]]) -> Block:
-    if not shapes:  # attention to images, say, which this text hasn't
+    if not shapes:  # the block didn't run, such as cross-attention to images in a text without any
         return PLAIN
     shape, width = shapes[0], layout.width
     plain = (ROWS, TOKENS, width)

@@ -1,8 +1,8 @@
 """Attention with steered scores, through transformers' attention interface.
 
-While a run is open, the decoder's configuration names an attention of our own, registered for this run only; the
-model's own implementation is put back however the run ends. Layers and requests that aren't steered are computed by
-the model's own implementation, so that they stay as they were bit for bit.
+During a run, the decoder's configuration names trimtab's own attention function, which is registered for this run only.
+The model's implementation is restored when the run ends, also after an error. Layers and requests that aren't steered
+are computed by the model's implementation, so their results are bit-exact.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ KNOWN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropou
     "s_aux",
     "kwargs",
 }
-"""What attentions take that steering their scores knows."""
+"""The parameters of attention functions that score steering supports."""
 BY_ROW = ("position_bias", "sinks", "s_aux")
-"""What of it may differ from row to row."""
+"""Those of them that may differ between rows."""
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class _Attentions:
-    """What a walk through all modules has shown: each block's attention, its name there, and all configurations."""
+    """The result of a walk over all modules: each block's attention, its name in the block, and all configurations."""
 
     modules: tuple[nn.Module | None, ...]
     names: tuple[str, ...]
     configurations: list[Any]
 
     def hold(self, blocks: Sequence[nn.Module]) -> bool:
-        """Whether these attentions still are where they were."""
+        """Whether these modules are still in the same places."""
         if len(blocks) != len(self.modules):
             return False
         places = zip(blocks, self.modules, self.names, strict=True)
@@ -57,13 +57,13 @@ class _Attentions:
 
 
 _known: WeakKeyDictionary[nn.Module, dict[str, _Attentions]] = WeakKeyDictionary()
-"""By decoder and path: this is asked at each token."""
+"""Cache by decoder and path, since this is looked up for every token."""
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
 
 def check_attention(layout: Layout, layers: Iterable[int] = ()) -> None:
-    """Raises `UnsupportedError` for a model whose attention scores can't be steered, or can't at these layers."""
+    """Raises `UnsupportedError` if the model's attention scores can't be steered, or not at these layers."""
     decoder: Any = layout.decoder
     name = type(decoder).__name__
     having = [i for i, module in enumerate(attention_modules(layout)) if module is not None]
@@ -90,9 +90,9 @@ def check_attention(layout: Layout, layers: Iterable[int] = ()) -> None:
 
 
 def score_layers(layout: Any) -> tuple[int, ...]:
-    """The layers whose scores can be steered: those of a hybrid that have attention.
+    """The layers whose attention scores can be steered; in a hybrid model, those with attention.
 
-    All of them where none has, so that a check says why; and where blocks are another program's.
+    All layers if none has attention, so that a later check can say why, or if the layout is another engine's.
     """
     modules = attention_modules(layout) if isinstance(layout, Layout) else ()
     having = tuple(i for i, module in enumerate(modules) if module is not None)
@@ -100,12 +100,12 @@ def score_layers(layout: Any) -> tuple[int, ...]:
 
 
 def attention_modules(layout: Layout) -> tuple[nn.Module | None, ...]:
-    """Each block's attention that goes through transformers' attention interface, `None` where there is none.
+    """Each block's attention module that uses transformers' attention interface; `None` for blocks without one.
 
-    A hybrid's blocks of another kind have none; some share one between blocks (Zamba 2).
+    Hybrid models have blocks without attention; in some, several blocks share one attention module (Zamba 2).
 
     Raises:
-        UnsupportedError: A block has several, and which one attends to the text isn't declared.
+        UnsupportedError: A block has several, and the model doesn't declare which one attends to the text.
     """
     return _attentions(layout).modules
 
@@ -149,28 +149,28 @@ def _attention_in(layout: Layout, block: nn.Module) -> tuple[str, nn.Module | No
 
 
 def head_count(layout: Layout) -> int:
-    """How many query heads a layer has; 1 where there is no one number of them, and no head can be chosen."""
+    """The number of query heads per layer; 1 if it isn't the same in all layers, so that heads can't be selected."""
     return compat.query_heads(layout.decoder.config) or 1
 
 
 @contextmanager
 def registered(attention: Attention, mask: Callable[..., Any]) -> Iterator[str]:
-    """A name under which transformers knows this attention, and how its masks are made, while the context is open."""
+    """Register an attention function and its mask function with transformers; yields the name they go by."""
     name = f"trimtab-{next(_numbers)}"
     with compat.registered(name, attention, mask):
         yield name
 
 
 def configurations(layout: Layout) -> list[Any]:
-    """The configurations that the decoder's modules read their attention's name from, each once."""
+    """The distinct configurations from which the decoder's modules read the name of their attention function."""
     return _attentions(layout).configurations
 
 
 @contextmanager
 def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequence[int]) -> Iterator[None]:
-    """While open, each request's attention is steered by its edits of scores, in `generate` and its like.
+    """Steer each request's attention with its score edits while the context is open, for `generate` and similar loops.
 
-    `lengths` are those of the prompts, in tokens; the batch pads them on the left. Nothing happens without edits.
+    `lengths` are the prompt lengths in tokens; the batch has left padding. Without edits this does nothing.
     """
     if not any(edits):
         yield
@@ -203,14 +203,14 @@ def steered_scores(
     *,
     own: int = 0,
 ) -> Iterator[None]:
-    """While open, attention to a batch's prompts is steered at these layers, for all queries.
+    """Steer attention to a batch's prompts at these layers, for all queries, while the context is open.
 
-    `columns()` says how many columns a row has so far, pads and those of the running pass included. The last `own`
-    columns are left alone, and so are passes of other threads. `masks` makes the masks; by default what the model's own
-    attention has for it.
+    `columns()` returns the number of columns so far, including pads and the columns of the current pass. The last `own`
+    columns aren't steered, nor are passes of other threads. `masks` is the mask function; default: the one that the
+    model's own attention uses.
 
     Raises:
-        TrimtabError: A pass has ended in which a layer to be steered didn't ask for this attention, or there was none.
+        TrimtabError: In some pass a layer to be steered didn't call this attention, or there was no pass.
     """
     check_attention(layout, layers)
     usual = compat.attention_name(layout.decoder.config)
@@ -220,11 +220,11 @@ def steered_scores(
     owner = get_ident()
     own_layer = {module: i for i, module in enumerate(modules) if module is not None}
     shared = len(own_layer) < sum(module is not None for module in modules)
-    layer: int | None = None  # where some blocks share one attention: the block that is running
-    called: set[int] = set()  # the layers that have called this attention in the pass that is running
+    layer: int | None = None  # the current block, if some blocks share one attention module
+    called: set[int] = set()  # the layers that have called this attention in the current pass
     passes = 0
     running = False
-    # for a layer's scores, a batch of so many rows, and where the layer is
+    # by a layer's scores, the batch size and the layer's device
     chosen: dict[tuple[int, int, torch.device], tuple[Tensor, LayerScores]] = {}
 
     def attention(
@@ -295,16 +295,16 @@ def steered_scores(
 
 
 def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raises `UnsupportedError` for an attention with parts that steering its scores doesn't know."""
+    """Raises `UnsupportedError` if the attention was given an argument that score steering doesn't support."""
     for name in compat.attention_parameters(module) - KNOWN:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} has {name}: its scores can't be steered")
 
 
 def with_sinks(scores: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, int]:
-    """Scores `[rows, heads, queries, columns]` and the attention's sinks as further columns; how many these are.
+    """Scores `[rows, heads, queries, columns]` with the attention sinks appended as columns, and the number of sinks.
 
-    A sink takes weight and gives no value. Attentions are given one number a head (gpt-oss), or one for each query.
+    A sink takes attention weight and contributes no value. There is one per head (gpt-oss), or one per query.
     """
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     if sinks is None:
@@ -320,7 +320,7 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _rows_of(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
-    """These rows of what is `[rows or 1, heads or 1, …]`; what has no rows (a number a head) is for all of them."""
+    """Select rows of a tensor `[rows or 1, heads or 1, …]`; one without a row axis (one number per head) is kept."""
     return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[0] == 1 else tensor[rows.to(tensor.device)]
 
 
@@ -335,7 +335,10 @@ def _steered_attention(
     own: int,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """The output `[rows, queries, heads, size]` for queries `[rows, heads, queries, size]`, scores in full."""
+    """The attention output `[rows, queries, heads, size]` for queries `[rows, heads, queries, size]`.
+
+    The scores are materialized, in float32 at least.
+    """
     refuse_unknown(module, kwargs)
     count, heads, queries, size = query.shape
     groups, length = key.shape[1:3]
@@ -360,12 +363,12 @@ def _steered_attention(
         mask = mask[..., :length]
         if mask.dtype == torch.bool:
             unseen = ~mask
-        else:  # it is added; some attentions weigh what they see by it
+        else:  # an additive mask; some models also use it to weight visible tokens
             unseen = mask <= torch.finfo(mask.dtype).min / 2
             scores = scores + mask
         scores = scores.masked_fill(unseen, -torch.inf)
     if queries > 1:
-        empty = scores.isneginf().all(-1, keepdim=True)  # a pad's query sees nothing
+        empty = scores.isneginf().all(-1, keepdim=True)  # queries of pads, for which everything is masked
         scores = scores.masked_fill(empty, 0)
     scores, sinks = with_sinks(scores, kwargs)
     steered.shift(scores, missing, own + sinks)

@@ -1,10 +1,10 @@
-"""What is done to the rows of a batch that come and go, kept where the model is: a slot a row, which is written alone.
+"""The parameters of edits in continuous batching, kept on the model's device, with one slot per row.
 
-Each site has lanes, one for each kernel of each step of its edits, as `plan` has stages; a lane's banks hold one row of
-parameters a slot. A row that joins writes its slot in each lane, a row that leaves has its slot taken by the last one,
-and no other is touched. A pass of one token a row reads the banks as they are: nothing is gathered, and nothing copied
-from the host. Parameters of edits that were here before are on the device already (`KEPT`), all of a row's go there in
-one copy.
+Each site has lanes, one for each kernel of each step of its edits, like the stages of `plan`. A lane's banks hold one
+row of parameters per slot. A row that joins writes its slot in each lane; when a row leaves, the last one moves into
+its slot; the other slots don't change. A decode step of one token per row reads the banks as they are, without a gather
+and without a copy from the host. Parameters of recently used edits are already on the device (`KEPT`); otherwise all
+parameters of a row are copied there at once.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from trimtab.steering.low_rank import LowRank, LowRanks
 from trimtab.steering.operations import Kernel, Rows, add
 
 Address = tuple[int, Kernel, float]
-"""A site's lane: at which step of the site's edits it runs, its kernel, and the share of the norm that is kept."""
+"""The key of a lane at a site: the step of the site's edits, the kernel, and the share of the norm that is kept."""
 
 ROOM = 8
-"""Slots that a lane begins with; it doubles when they are full."""
+"""The initial number of slots in a lane; doubled when they are full."""
 KEPT = 32
-"""Of so many sets of edits the parameters are kept on the device, those used last."""
+"""The number of most recently used sets of edits whose parameters are kept on the device."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What edits that act at once do: their parameters by site and lane, and how long what they add at a site is."""
+    """Edits that act together, compiled: parameters by site and lane, and the norm of the vector added at each site."""
 
     rows: dict[Site, dict[Address, Rows]]
     added: dict[Site, float]
 
 
 def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> Compiled:
-    """The edits compiled, in the model's dtype and on the CPU.
+    """Compile edits, in the model's dtype and on the CPU.
 
-    Raises `TrimtabError` for numbers that the dtype can't hold, and for edits that can't act together.
+    Raises `TrimtabError` if a number overflows the dtype, or if the edits can't act together.
     """
     by_site: dict[Site, list[Edit]] = {}
     for edit in edits:
@@ -55,7 +55,7 @@ def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> Compiled:
         for step, slot in enumerate(slots):
             kernel, keep_norm, row = compiled(slot, dtype)
             here[step, kernel, keep_norm] = row
-        if len(slots) == 1 and kernel is add and not keep_norm:  # else it depends on the activations
+        if len(slots) == 1 and kernel is add and not keep_norm:  # otherwise the norm depends on the activations
             added[site] = float(
                 torch.linalg.vector_norm(row["vector"], dtype=torch.promote_types(dtype, torch.float32))
             )
@@ -63,23 +63,23 @@ def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> Compiled:
 
 
 class Lane:
-    """One kernel's parameters at one site: of each name a bank `[slots, 1, size]`, or each slot's low-rank map."""
+    """One kernel's parameters at one site: for each name a bank `[slots, 1, size]`, or a list of low-rank maps."""
 
     def __init__(self, address: Address, slots: int, device: torch.device) -> None:
         self.step, kernel, keep_norm = address
         self.stage: Stage = Stage(kernel, keep_norm, {}, torch.zeros(0, dtype=torch.bool))
         self.banks: dict[str, Any] = {}
         self.active: Tensor = torch.zeros(slots, 1, dtype=torch.bool, device=device)
-        self.names: list[frozenset[str]] = [frozenset()] * slots  # what each slot's row has; nothing: it isn't here
-        self.added = [0.0] * slots  # how long what a slot's row adds is, in a lane that adds
-        self._blank = [True] * slots  # whether a slot's parameters are those of no row
+        self.names: list[frozenset[str]] = [frozenset()] * slots  # each slot's parameters by name; empty: not in use
+        self.added = [0.0] * slots  # the norm of the vector that each slot adds, in a lane of additions
+        self._blank = [True] * slots  # whether a slot holds neutral parameters
 
     @property
     def used(self) -> bool:
         return any(self.names)
 
     def write(self, slot: int, row: Rows, added: float = 0.0) -> None:
-        """A row's parameters, which are where the lane is."""
+        """Write a row's parameters, which are on the lane's device, to a slot."""
         self.added[slot] = added
         for name, value in row.items():
             if name not in self.banks:
@@ -95,7 +95,7 @@ class Lane:
         self._tell(slot, frozenset(row))
 
     def clear(self, slot: int) -> None:
-        """Nothing is done in this slot."""
+        """Make a slot do nothing."""
         self.added[slot] = 0.0
         if self._blank[slot]:
             return
@@ -107,7 +107,7 @@ class Lane:
         self._tell(slot, frozenset())
 
     def move(self, slot: int, to: int) -> None:
-        """The row of one slot goes to another; its own isn't in use any more."""
+        """Move the row in `slot` to the slot `to`; `slot` is free afterwards."""
         if slot != to and not self.names[slot]:
             self.clear(to)
         elif slot != to:
@@ -118,12 +118,12 @@ class Lane:
         self.names[slot] = frozenset()
 
     def tidy(self) -> None:
-        """Leave out what no row has any more."""
+        """Drop banks that no row uses any more."""
         for name in self.banks.keys() - frozenset().union(*self.names):
             del self.banks[name]
 
     def grow(self, slots: int) -> None:
-        """Room for so many rows."""
+        """Make room for `slots` rows."""
         more = slots - len(self.names)
         for name, bank in self.banks.items():
             if isinstance(bank, list):
@@ -137,7 +137,7 @@ class Lane:
         self._blank += [True] * more
 
     def to(self, device: torch.device) -> None:
-        """Where the site's activations are."""
+        """Move to the device of the site's activations."""
         self.active = self.active.to(device)
         for name, bank in self.banks.items():
             self.banks[name] = (
@@ -145,7 +145,7 @@ class Lane:
             )
 
     def prepared(self, rows: int, dtype: torch.dtype) -> tuple[Stage, Rows, Active]:
-        """What `apply` wants for these first slots and activations of this dtype `[rows, 1, width]`."""
+        """The arguments of `apply` for the first `rows` slots and activations `[rows, 1, width]` of this dtype."""
         parameters: dict[str, Any] = {}
         for name, bank in self.banks.items():
             if isinstance(bank, list):
@@ -172,11 +172,11 @@ class Lane:
 
 
 class Bank:
-    """The lanes of a batch whose rows are in slots 0 to `rows`.
+    """The lanes of a batch, with one row in each of the slots from 0 up to `rows`.
 
     Args:
-        dtype: The model's.
-        device_of: Where a site's activations are, as far as is known before they have come by.
+        dtype: The model's dtype.
+        device_of: Returns the device on which a site's activations are expected, before any have been seen.
     """
 
     def __init__(self, dtype: torch.dtype, device_of: Callable[[Site], torch.device]) -> None:
@@ -190,23 +190,23 @@ class Bank:
 
     @property
     def sites(self) -> list[Site]:
-        """Where anything is done to any row."""
+        """The sites at which any row is edited."""
         return sorted(self.lanes)
 
     def touched(self, site: Site) -> list[bool]:
-        """To which rows anything is done at a site."""
+        """Whether each row is edited at a site."""
         touched = [False] * self.rows
         for lane in self.lanes.get(site, {}).values():
             touched = [bool(names) or before for names, before in zip(lane.names, touched, strict=False)]
         return touched
 
     def added(self, site: Site) -> list[float]:
-        """How long what each row is given at a site is; where more is done than to add, that isn't known here."""
+        """The norm of the vector added to each row at a site; 0 if it isn't known here, since other operations act."""
         lanes = list(self.lanes.get(site, {}).values())
         return lanes[0].added[: self.rows] if len(lanes) == 1 else [0.0] * self.rows
 
     def insert(self, edits: tuple[Edit, ...]) -> None:
-        """One more row, under these edits. Raises as `compile_edits` does, and then nothing has changed."""
+        """Append a row with these edits. Raises as `compile_edits` does; the bank is unchanged then."""
         state = self._state(edits)
         if self.rows == self._slots:
             self._slots *= 2
@@ -216,19 +216,19 @@ class Bank:
         self._write(self.rows - 1, state)
 
     def change(self, row: int, edits: tuple[Edit, ...]) -> None:
-        """From now on a row is under these edits."""
+        """Replace a row's edits."""
         self._write(row, self._state(edits))
         self._tidy()
 
     def remove(self, row: int) -> None:
-        """A row leaves; the last one takes its slot."""
+        """Remove a row; the last one takes its slot."""
         self.rows -= 1
         for lane in self._all():
             lane.move(self.rows, row)
         self._tidy()
 
     def prepared(self, site: Site, x: Tensor) -> Prepared:
-        """What is done at a site to the batch's activations `[rows, 1, width]`, in order."""
+        """The operations on the batch's activations `[rows, 1, width]` at a site, in order."""
         lanes = sorted(self.lanes[site].values(), key=lambda lane: lane.step)
         if self._device(site) != x.device:
             self._devices[site] = x.device
@@ -268,7 +268,7 @@ class Bank:
                 del self.lanes[site]
 
     def _state(self, edits: tuple[Edit, ...]) -> Compiled:
-        """These edits compiled, with parameters where their lanes are."""
+        """Compiled edits, with their parameters on the devices of their lanes."""
         state = self._kept.get(edits)
         if state is None:
             state = self._kept[edits] = self._moved(compile_edits(edits, self._dtype))
@@ -278,7 +278,7 @@ class Bank:
         return state
 
     def _moved(self, state: Compiled) -> Compiled:
-        """The same on the devices; tensors of one dtype go to a device in one copy."""
+        """A copy on the devices of the sites, with one transfer per device and dtype."""
         moved: dict[Site, dict[Address, Any]] = {}
         apart: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str]]] = {}
         for site, rows in state.rows.items():

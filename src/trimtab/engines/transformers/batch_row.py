@@ -1,4 +1,4 @@
-"""A row of the batch that is decoded step by step: what it is to be, how far it has come, and its report."""
+"""A row of a batch in continuous batching: its request, its state, and its responses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from trimtab.steering.monitors import Monitor
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What one row is to be: a rendered prompt, its steering, how its tokens are chosen, and how many at most.
+    """A request for one row: a rendered prompt, its steering, the sampling settings, and the maximum number of tokens.
 
-    `alternatives`: how many of the likeliest tokens are reported at each place; `None` reports no log-probabilities.
-    `settings` are those of `sampling` and the model's own, unless they are given. With `rejection` the steering acts on
-    the token that is being decoded, where that is plausible. `matcher` stands at the beginning of the grammar that the
-    answer keeps to; the row takes a copy. `clean_cache`: what is stored of the text is what the unsteered model would
-    store; only `CleanBatch` has such rows. `monitors` read its tokens. `scope`: for whom what the row has read may be
-    kept, and from whose it may go on, where a batch keeps it. `images` are those whose places the ids hold.
+    `alternatives` is the number of likeliest tokens that are reported for each token; with `None`, no log-probabilities
+    are reported. `settings` default to those of `sampling` and the model. With `rejection`, the steering acts on the
+    token being decoded, as far as that token is plausible. `matcher` is the answer's grammar in its start state; the
+    row takes a copy. With `clean_cache`, the cache holds the keys and values of the unsteered model; only `CleanBatch`
+    supports this. `monitors` read the row's tokens. In a batch with a prefix cache, `scope` limits reuse to rows of the
+    same scope, except for unsteered prefixes in a shared cache; with `None`, nothing of the row is cached. `images`
+    belong to the image placeholders in `ids`.
     """
 
     ids: tuple[int, ...]
@@ -45,21 +46,21 @@ class GenerationRequest:
 
     @property
     def prefill(self) -> tuple[tuple[int, ...], Steering | None]:
-        """The prompt, and what steers it while it is read: nothing with rejection."""
+        """The prompt, and the steering that acts during prefill: none with rejection."""
         return self.ids, None if self.rejection is not None else self.steering
 
 
 @dataclass(frozen=True)
 class GenerationResponse:
-    """One token of one row. `finish` is `"stop"` or `"length"` with its last, and `applied` then what steered it.
+    """One token of one row. With the last one, `finish` is `"stop"` or `"length"`, and `applied` says what steered it.
 
-    `logprob` and `likeliest` (ids and log-probabilities, best first) are under the model that gave the token, steered
-    or not, before any temperature. `trace` comes with the last token where there is rejection. With `error` there is no
-    token: the row couldn't go on and has left.
+    `logprob` and `likeliest` (ids and log-probabilities, best first) are those of the model that produced the token,
+    steered or not, before temperature. With rejection, the last token comes with a `trace`. With `error` there is no
+    token: the row failed and has left the batch.
 
-    `monitored` is what the row's monitors read where the token was chosen, and `fired` are those beyond their threshold
-    for the first time. One of them may end the answer: `finish` is then `"content_filter"`, and there is no token.
-    `cached` tokens of the prompt were taken over from another row.
+    `monitored` are the monitors' readings at the position that the token was predicted from, and `fired` are the
+    monitors that crossed their threshold for the first time. A monitor may end the answer: `finish` is then
+    `"content_filter"`, and there is no token. `cached` is the number of prompt tokens reused from another row.
     """
 
     key: int
@@ -77,7 +78,7 @@ class GenerationResponse:
 
 @dataclass(eq=False)
 class BatchRow:
-    """One row. `edits` are what its passes are steered by; what waits to be verified is in its `ladder`."""
+    """The state of one row. `edits` act in its forward passes; edits subject to rejection are in its `ladder`."""
 
     key: int
     request: GenerationRequest
@@ -92,15 +93,15 @@ class BatchRow:
     passes: int = 0
     first: float = 0.0  # seconds to the first token
     log: Log = field(default_factory=Log)
-    cached: int = 0  # tokens of its prompt that were taken over
-    shift: int = 0  # how many positions more than tokens there are before what it reads next (below 0: fewer)
-    switched: bool = False  # whether a monitor has changed its edits, which the session doesn't know yet
-    text: Follower | None = None  # where the ladder's edits ask what is generated
-    at: Followed | None = None  # where that is
+    cached: int = 0  # prompt tokens reused from another row
+    shift: int = 0  # the next position minus the number of tokens before it; images may make it nonzero
+    switched: bool = False  # whether a monitor has changed its edits, and the session hasn't been updated yet
+    text: Follower | None = None  # tracks the generated text, if the ladder's edits have positions by meaning
+    at: Followed | None = None  # the current state of `text`
 
     @property
     def length(self) -> int:
-        """Tokens so far, the prompt's included."""
+        """The number of tokens so far, including the prompt's."""
         return len(self.request.ids) + len(self.tokens)
 
     @property
@@ -110,35 +111,35 @@ class BatchRow:
 
     @property
     def holding(self) -> Holding:
-        """The meanings of the newest token, where the ladder's edits ask for them."""
+        """The meanings of the newest token, if the ladder's edits have positions by meaning."""
         return NOTHING if self.at is None else self.at.holding
 
     def read(self, token: int) -> None:
-        """It goes on with this token."""
+        """Append a token."""
         self.tokens.append(token)
         if self.text is not None:
             self.at = self.text.after(self.at or self.text.start, token)
 
     def add(self, more: Tally) -> None:
-        """Add what was measured of it."""
+        """Add measurements for the doses."""
         for site, (total, measured, tokens) in more.items():
             before = self.pushed.get(site, (0.0, 0.0, 0))
             self.pushed[site] = (before[0] + total, before[1] + measured, before[2] + tokens)
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Reset to the state before the first token."""
         self.tokens, self.pushed, self.steps, self.passes, self.at = [], {}, [], 0, None
         self.log = Log()
 
     def applied(self, more: Tally | None = None) -> Applied:
-        """What has steered it so far; with what was measured since."""
+        """The edits that acted so far and their doses, including measurements in `more`."""
         both = BatchRow(self.key, self.request, self.began, pushed=dict(self.pushed))
         both.add(more or {})
         return Applied(self.names, doses_of(both.pushed))
 
     @property
     def trace(self) -> Trace | None:
-        """What rejection did so far; `None` where there is none."""
+        """What rejection did so far; `None` without rejection."""
         ladder = self.ladder
         if ladder is None:
             return None

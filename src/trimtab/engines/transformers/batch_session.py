@@ -1,7 +1,7 @@
-"""A session whose rows come and go, each between any two passes of one token a row; the others go on as they were.
+"""A session for continuous batching: rows join and leave between any two decode steps, without affecting the others.
 
-What is done to a row is its slot of a `Bank`. It is written when the row joins and where its positions' rules change;
-between such passes a step reads what lies there, as a `Session` in steady decoding does.
+A row's edits are stored in its slot of a `Bank`. The slot is written when the row joins and when the set of acting
+edits changes; otherwise a step only reads the bank, like a `Session` in steady decoding.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site
 
 Segment = tuple[int, int | None, tuple[Edit, ...], frozenset[Site]]
-"""From which position to which (`None`: to the end) which edits act, and where."""
+"""The first position, the position after the last (`None`: no end), the edits that act there, and their sites."""
 STEERED = 1
-"""The one state that a row is in to which anything is done, as `Session` counts them."""
+"""The state, in the numbering of `Session`, of every row in a step that edits any row; unsteered, it is 0."""
 
 ASIDE = 256
-"""So many sums of what was measured are put aside before the host waits for them."""
+"""The number of pending measurement sums on the device after which they are copied to the host."""
 
 
 @dataclass
 class _SteeredRow:
-    """A row's edits by position, the position of the token that it reads next, and what was measured of it so far."""
+    """A row's edits by position, the position of its next input token, and its measurements so far."""
 
     segments: list[Segment]
     prompt_length: int
     first: int
     position: int
-    sites: frozenset[Site]  # where it is edited, sooner or later
+    sites: frozenset[Site]  # where it is edited at any time
     edits: tuple[Edit, ...] = ()
-    text: Follower | None = None  # where its edits ask what is generated
-    at: Followed | None = None  # where that is, with the token that it reads next
-    unmeasured: int = 0  # passes since it was measured
+    text: Follower | None = None  # tracks the generated text, if its edits have positions by meaning
+    at: Followed | None = None  # the state of `text`, including the next input token
+    unmeasured: int = 0  # passes since the last measurement
     measured: dict[Site, tuple[float, float]] = field(default_factory=dict)
-    written: tuple[Edit, ...] = ()  # what its slot of the bank holds
+    written: tuple[Edit, ...] = ()  # the edits in its slot of the bank
 
     @property
     def acting(self) -> tuple[Edit, ...]:
@@ -63,12 +63,12 @@ class _SteeredRow:
 
     @property
     def left(self) -> float:
-        """In how many passes other edits act, if ever."""
+        """The number of passes until the acting edits change; `inf` if they never do."""
         marks = [m for segment in self.segments for m in segment[:2] if m is not None and m > self.position]
         return min(marks, default=inf) - self.position
 
     def turn(self, token: int) -> bool:
-        """It reads this token next. Whether that changes which edits act, for what the token means."""
+        """Set the next input token. Returns whether its meaning changes which edits act."""
         if self.text is None:
             return False
         before = self.at
@@ -79,7 +79,7 @@ class _SteeredRow:
         return True
 
     def act(self, segments: list[Segment]) -> None:
-        """From the token that it reads next on, these act."""
+        """Replace the segments from the next input token on."""
         here = self.position
         past = [(a, here if b is None else min(b, here), *more) for a, b, *more in self.segments if a < here]
         to_come = [(max(a, here), b, *more) for a, b, *more in segments if b is None or b > here]
@@ -87,7 +87,7 @@ class _SteeredRow:
 
     @property
     def steered(self) -> dict[Site, int]:
-        """At how many tokens it was edited so far, by site."""
+        """The number of tokens edited so far, by site."""
         counts: dict[Site, int] = {}
         for start, stop, _, sites in self.segments:
             count = min(self.position, self.position if stop is None else stop) - max(start, self.first)
@@ -97,27 +97,27 @@ class _SteeredRow:
 
 
 def _segments(edits: tuple[Edit, ...], prompt_length: int, holding: Holding) -> list[Segment]:
-    """Where which edits act, if these meanings hold of the generated token at hand."""
+    """The segments of a row whose current generated token has these meanings."""
     spans = sweep(edits, prompt_length, holding)
     acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
     return [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
 
 
 class BatchSession(Session):
-    """Steers passes of one token for each of its rows, which `insert` and `remove` number as a batch's cache does.
+    """Steers decode steps of one token per row. `insert` and `remove` number the rows as the batch's cache does.
 
-    Rows come with their prompts read: nothing here edits those. `advance` after each pass.
+    Rows join after prefill, so prompts aren't edited here. Call `advance` after each pass.
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         super().__init__(model, layout, lambda *_: [])
         self.bank: Bank = Bank(self._dtype, self._device_of)
         self.rows: list[_SteeredRow] = []
-        self.sites: list[Site] = []  # where any row is edited, sooner or later
-        self._steered: Counter[Site] = Counter()  # the same, with how many rows are edited there
-        self._left: float = 0  # in how many passes some row's edits change
+        self.sites: list[Site] = []  # where any row is edited at any time
+        self._steered: Counter[Site] = Counter()  # the number of rows edited at each of them
+        self._left: float = 0  # the number of passes until some row's edits change
         self._weights: Tensor | None = None
-        self._aside: list[tuple[list[_SteeredRow], list[Site], Tensor]] = []  # sums, of these rows at these sites
+        self._aside: list[tuple[list[_SteeredRow], list[Site], Tensor]] = []  # pending sums of these rows and sites
 
     def insert(
         self,
@@ -127,12 +127,17 @@ class BatchSession(Session):
         token: int | None = None,
         position: int | None = None,
     ) -> None:
-        """One more row, the last, whose prompt has so many tokens; it has read all of them, or those before `position`.
+        """Append a row.
 
-        Where its edits ask what is generated, `text` follows that, and `token` is the first one.
+        Args:
+            edits: Its edits.
+            prompt_length: In tokens.
+            text: Tracks the generated text, if the edits have positions by meaning.
+            token: The next input token, for `text`.
+            position: The position of the next input token; default: the one after the prompt.
 
         Raises:
-            TrimtabError: The edits can't act together, or not in the model's dtype; the batch is as it was.
+            TrimtabError: The edits can't act together, or not in the model's dtype; the batch is unchanged.
         """
         every = tuple(edits)
         segments = _segments(every, prompt_length, NOTHING)
@@ -150,12 +155,13 @@ class BatchSession(Session):
     def change(
         self, number: int, edits: Sequence[Edit], text: Follower | None = None, tokens: Sequence[int] = ()
     ) -> None:
-        """From the next pass on a row is under these edits; what was done to it before stays counted.
+        """Replace a row's edits from the next pass on. Measurements and counts so far are kept.
 
-        Where the edits ask what is generated, `text` follows that, and `tokens` is all of it, with the one read next.
+        If the edits have positions by meaning, `text` tracks the generated text, and `tokens` are all generated tokens
+        including the next input token.
 
         Raises:
-            TrimtabError: The edits can't act together, or not in the model's dtype; the row is as it was.
+            TrimtabError: The edits can't act together, or not in the model's dtype; the row is unchanged.
         """
         row = self.rows[number]
         compile_edits(edits, self._dtype)
@@ -170,11 +176,11 @@ class BatchSession(Session):
         self._change()
 
     def remove(self, number: int) -> Tally:
-        """A row leaves, and the last one takes its number. Returns what was measured of it."""
+        """Remove a row; the last one takes its number. Returns the row's measurements."""
         tally = self.tally(number)
         self.bank.remove(number)
         self._steered.subtract(self.rows[number].sites)
-        self._steered += Counter()  # leave out those that no row is steered at any more
+        self._steered += Counter()  # drops sites at which no row is steered any more
         last = self.rows.pop()
         if number < len(self.rows):
             self.rows[number] = last
@@ -182,20 +188,20 @@ class BatchSession(Session):
         return tally
 
     def advance(self) -> None:
-        """A pass is done, steered or not: each row reads its next token."""
+        """Move each row to its next token, after a pass, whether steered or not."""
         for row in self.rows:
             row.position += 1
         self._left -= 1
         self._reached = None
 
     def turn(self, tokens: Sequence[int]) -> None:
-        """The next pass reads these, one a row, of which some may be edited otherwise than the last."""
+        """Set the input tokens of the next pass, one per row; their meanings may change which edits act."""
         for row, token in zip(self.rows, tokens, strict=True):
             if row.turn(token):
                 self._left = 0
 
     def tally(self, request: int, tokens: int | None = None) -> Tally:
-        """What was measured of a row so far, and where it was steered."""
+        """A row's measurements so far, and the number of its steered tokens, by site."""
         self._flush()
         self._collect()
         row = self.rows[request]
@@ -217,7 +223,7 @@ class BatchSession(Session):
         return self._step
 
     def _write(self) -> None:
-        """Write the slots of rows whose edits change here."""
+        """Write the slots of rows whose acting edits have changed."""
         for number, row in enumerate(self.rows):
             acting = row.acting
             if acting != row.written:
@@ -228,7 +234,7 @@ class BatchSession(Session):
         self._left = min((row.left for row in self.rows), default=inf)
 
     def _begin_step(self, device: torch.device) -> SteeredPass:
-        """What passes do from here on, until a row's edits change or rows come and go."""
+        """The step that is repeated until a row's edits change or rows join or leave."""
         here, count = self.bank.sites, len(self.rows)
         self.plan: Plan = Plan((), dict.fromkeys(here, ()), dict.fromkeys(here, frozenset([STEERED])))
         self._row = {site: i for i, site in enumerate(self.sites)}
@@ -254,7 +260,7 @@ class BatchSession(Session):
             return STRIDE
         return 1 if self._weights is None else self._weights
 
-    # ---- rows that come and go ---------------------------------------------------------------------------
+    # ---- rows that join and leave ------------------------------------------------------------------------
 
     def _change(self) -> None:
         self._step = None
@@ -262,7 +268,7 @@ class BatchSession(Session):
         self.sites = sorted(self._steered)
 
     def _flush(self) -> None:
-        """Put aside what was measured, before rows or their edits change. It stays on the device."""
+        """Set the measurements aside, on the device, before rows or their edits change."""
         step = self._step
         if step is None or not step.passes or step.present == {0}:
             return
@@ -274,7 +280,7 @@ class BatchSession(Session):
             self._collect()
 
     def _collect(self) -> None:
-        """Add what was put aside to the rows' own, for which the host waits once."""
+        """Add the pending measurements to their rows, with one device-to-host copy."""
         if not self._aside:
             return
         numbers = iter(torch.cat([sums.flatten() for _, _, sums in self._aside]).tolist())
@@ -288,12 +294,12 @@ class BatchSession(Session):
         self._aside = []
 
     def _device_of(self, site: Site) -> torch.device:
-        """Where a site's module computes."""
+        """The device of a site's module."""
         return device_of(self._place(site).module)
 
 
 def _sites(edits: Sequence[Edit], segments: Sequence[Segment], text: Follower | None) -> frozenset[Site]:
-    """Where edits act, sooner or later."""
+    """The sites at which edits act at any time."""
     if text is not None:
         return frozenset(edit.site for edit in edits)
     return frozenset(site for segment in segments for site in segment[3])

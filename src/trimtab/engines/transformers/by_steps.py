@@ -1,4 +1,4 @@
-"""What only batches of steps have: clean caches and monitors. Requests that ask for them are checked here."""
+"""Checks of requests with a clean cache or monitors, which need continuous batching."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trimtab.errors import UnsupportedError
 
 
 def check_by_steps(model: Any, layout: Layout, requests: Sequence[Request], decoding: Decoding) -> None:
-    """Raises `TrimtabError` for requests that can't be decoded over a clean cache, or monitored, as they ask."""
+    """Raises `TrimtabError` for requests whose clean cache or monitors can't be supported."""
     steered = [
         request for request in requests if request.rejection is None and acting(request.steering)
-    ]  # with rejection it is clean
+    ]  # with rejection the cache is clean anyway
     if decoding.clean_cache and steered:
         _check_continuous(model, layout, "clean_cache=True needs", decoding)
         for request in steered:

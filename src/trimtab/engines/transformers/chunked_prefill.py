@@ -1,9 +1,9 @@
-"""A long prompt read a chunk at a time, so that others have their tokens, and limits their effect, between two chunks.
+"""Chunked prefill: a long prompt is read in chunks, so that other rows can decode, and limits can apply, in between.
 
-What comes of it is what one pass over the whole prompt gives: every chunk attends to the cache of those before, and
-the session of hooks knows which absolute positions each of them computes. Gates, and operations that the prompt
-decides, look at the unsteered prompt, so it is read unsteered first, likewise in chunks; what no edit touches isn't
-read again: steered, it goes on from the first token at which one acts.
+The result equals that of one pass over the whole prompt: each chunk attends to the cache of the previous ones, and the
+hooks know the absolute positions of each chunk. Gates, and operations that depend on the prompt, need the activations
+of the unsteered prompt, so the prompt is first read unsteered, also in chunks. The steered reading then starts at the
+first token at which an edit acts; the cache before it is reused.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site, Steering
 
 CHUNK = 256
-"""Tokens a chunk: some seconds of a small model on one core of a CPU, nothing that is felt on a GPU."""
+"""Tokens per chunk: a few seconds for a small model on one CPU core, negligible on a GPU."""
 
 
 class ChunkedPrefill:
-    """One prompt being read. `edits`, `names`, `cache` and `tally()` are there when `advance` has returned logits.
+    """The prefill of one prompt. `edits`, `names`, `cache` and `tally()` are final once `advance` returns logits.
 
     Args:
         model: The whole model.
         layout: Its layout.
-        ids: The prompt, one token at least.
-        steering: What steers it.
-        device: Where the inputs go.
+        ids: The prompt, at least one token.
+        steering: The prompt's steering.
+        device: The device of the inputs.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class ChunkedPrefill:
         self.ids: list[int] = list(ids)
         self.steering = steering
         self.cache: DynamicCache = DynamicCache()
-        self.watch: Watch | None = None  # reads the newest token for monitors
+        self.watch: Watch | None = None  # reads the last token for monitors
         self.edits: tuple[Edit, ...] = ()
         self.names: tuple[str, ...] = ()
         self._device = device
         self._done = 0
-        self.taken_over = 0  # tokens at its beginning that weren't read here
+        self.taken_over = 0  # leading tokens that come from a cache
         self._kept: dict[Site, list[Tensor]] = {}
         self._session = Session(model, layout, lambda *_: [activation_edits(self.edits)])
         self._wanted = sorted(wanted(steering), key=str)
@@ -79,7 +79,10 @@ class ChunkedPrefill:
             self._session.expect([len(self.ids)])
 
     def advance(self, chunk: int | None = None) -> Tensor | None:
-        """Read so many tokens more (`CHUNK`); the last column's logits `[1, vocabulary]` once the prompt is read."""
+        """Read up to `chunk` more tokens (default: `CHUNK`).
+
+        Returns the logits of the last token `[1, vocabulary]` once the whole prompt is read, otherwise `None`.
+        """
         start, stop = self._done, min(self._done + (chunk or CHUNK), len(self.ids))
         ids = torch.tensor([self.ids[start:stop]], device=self._device)
         mask = torch.ones(1, stop, dtype=torch.long, device=self._device)
@@ -102,9 +105,9 @@ class ChunkedPrefill:
         return None
 
     def take_over(self, cache: DynamicCache, tokens: int) -> None:
-        """Go on from a cache of the first tokens, which were read under the very edits that would act on them here.
+        """Continue from a cache of the first `tokens` tokens, computed under the same edits as would act on them here.
 
-        Only before the first `advance`, and where nothing of the prompt is to be decided.
+        Only before the first `advance`, and if the steering doesn't depend on the prompt's activations.
         """
         assert not self._done
         assert not self._looking
@@ -113,14 +116,14 @@ class ChunkedPrefill:
         self._session.expect([len(self.ids)], resumed=True)
 
     def tally(self) -> Tally:
-        """What the doses of the prompt are made of."""
+        """The measurements for the prompt's doses."""
         return self._session.tally(0)
 
     # ---- the unsteered reading ---------------------------------------------------------------------------
 
     @property
     def _places(self) -> dict[Site, list[int]]:
-        """The positions that are kept of each site, in order."""
+        """The positions whose activations are kept, in order, by site."""
         length = len(self.ids)
         by_gates = tokens_of(self._wanted, length)
         return {reading.site: by_gates for reading in self._wanted} | {site: list(range(length)) for site in self._open}
@@ -157,14 +160,14 @@ class ChunkedPrefill:
         (self.edits,), (self.names,) = resolved.edits, resolved.names
 
     def _first_touched(self) -> int:
-        """The first position of the prompt at which an edit acts; edits of attention scores act from the first on."""
+        """The first position of the prompt at which an edit acts; 0 with edits of attention scores."""
         if any(is_score_edit(edit) for edit in self.edits):
             return 0
         length = len(self.ids)
         return min((start for edit in self.edits for start, _ in edit.positions.reach(length)), default=length)
 
     def _go_back(self, first: int) -> None:
-        """Forget what was read from this position on; the next pass is steered, and begins there."""
+        """Crop the cache to the tokens before `first`; the next pass is steered and starts there."""
         if first:
             layers: list[Any] = list(self.cache.layers)
             for layer in layers:

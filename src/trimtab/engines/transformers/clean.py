@@ -1,12 +1,13 @@
-"""Steering over a clean cache: the keys and values that are kept of a text are those of the unsteered model.
+"""Steering over a clean cache: the KV cache holds the keys and values of the unsteered model.
 
-A row with a clean cache reads each of its tokens twice, side by side in one pass: once unsteered, whose keys and values
-stay, and once steered, as its twin. The twin attends to the unsteered tokens before it and to itself; it chooses the
-next token, and what it stored is written over by the next pass. So a steered turn of a dialogue doesn't colour the
-next, and an answer's cache is worth as much to whoever goes on from it as one that was never steered.
+A row with a clean cache computes each token twice in one forward pass: unsteered, and steered as its "twin". The
+unsteered keys and values stay in the cache. The twin attends to the unsteered tokens before it and to itself, and
+predicts the next token; its own keys and values are overwritten by the next pass. So a steered turn of a conversation
+doesn't affect later turns, and the cache can be reused like one that was never steered.
 
-The prompt is read once, unsteered; its last token is then read as every other, by twins, and gives the first token.
-A gate decides while the prompt is read. Where it stays shut the row is decoded as unsteered ones are, bit for bit.
+The prompt is read once, unsteered. Its last token is then read again with a twin, like every later token, and gives the
+first generated token. Gates are evaluated during prefill. If a gate stays shut, the row is decoded like an unsteered
+one, bit for bit.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from trimtab.steering import Edit, Site, Steering
 
 
 def check_clean(layout: Layout) -> None:
-    """Raises `UnsupportedError` for a model whose tokens can't be read twice in one pass, over one cache."""
+    """Raises `UnsupportedError` for a model that can't read a token twice in one pass over one cache."""
     decoder: Any = layout.decoder
     name = type(decoder).__name__
     if not compat.keeps_plain_cache(decoder):
@@ -77,7 +78,7 @@ def check_clean_edits(edits: Sequence[Edit], prompt_length: int) -> None:
     """Raises `UnsupportedError` for edits that can't act over a clean cache.
 
     Args:
-        edits: Those of a steering, whose gates may not be decided yet.
+        edits: The edits of a steering; its gates needn't have been evaluated.
         prompt_length: In tokens.
     """
     for edit in edits:
@@ -95,9 +96,10 @@ def check_clean_edits(edits: Sequence[Edit], prompt_length: int) -> None:
 
 
 class CleanBatch(GenerationBatch):
-    """A batch whose rows may ask for a clean cache. Those that do are decoded in a pass of their own each step.
+    """A batch whose rows may have a clean cache. Each step, those rows are decoded in a separate pass.
 
-    A step so costs one pass, or two where rows of both kinds are there; one of clean rows has two tokens a row.
+    So a step takes one pass, or two if there are rows with and without a clean cache. The pass of rows with a clean
+    cache has two tokens per row.
     """
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout, **options: Any) -> None:
@@ -156,7 +158,7 @@ class CleanBatch(GenerationBatch):
             return responses + [response for row in clean for response in self._read_in([row])]
 
     def _read_clean(self, rows: list[BatchRow]) -> list[GenerationResponse]:
-        """Read prompts unsteered, each once; on the way, decide what gates there are."""
+        """Prefill the prompts unsteered, each distinct one once, and evaluate the gates."""
         prompts = list(dict.fromkeys(row.request.ids for row in rows))
         steerings = [row.request.steering for row in rows]
         lengths = [len(row.request.ids) for row in rows]
@@ -173,7 +175,7 @@ class CleanBatch(GenerationBatch):
                 counted = stack.enter_context(counting(self.layout, len(prompts[0])))
             if sites:
                 activations = stack.enter_context(recording(self.layout, sites, lambda x: x, to_the_end=True))
-            position_ids = positions if images is None else None  # it counts by itself what images take up
+            position_ids = positions if images is None else None  # with images the model computes positions itself
             more = None if images is None else images.inputs
             logits = last_logits(self.model, ids, mask, position_ids, cache, self._watch, more)
         for row in rows:
@@ -196,7 +198,7 @@ class CleanBatch(GenerationBatch):
         logits: Tensor,
         cache: DynamicCache,
     ) -> list[GenerationResponse]:
-        """Rows whose prompts were read unsteered join the twins; those that nothing steers join the others."""
+        """Add rows after their unsteered prefill: to the twins if they may be steered, else to the other rows."""
         responses: list[GenerationResponse] = []
         for row, text, row_edits, called in zip(rows, which, edits, names, strict=True):
             if not row_edits and not _may_be_steered(row.request):
@@ -208,7 +210,7 @@ class CleanBatch(GenerationBatch):
             row.edits, row.names, row.sampler = row_edits, called, self._row_sampler(row.request)
             try:
                 self._twins.seat(row, cache, text)
-            except TrimtabError as error:  # what the edits come to together is known only here
+            except TrimtabError as error:  # only now is it known which edits act together
                 responses.append(GenerationResponse(row.key, error=error))
         return responses
 
@@ -225,7 +227,7 @@ class CleanBatch(GenerationBatch):
 
 
 class _CleanPrefill(ChunkedPrefill):
-    """A long prompt that is read unsteered, once, whatever acts on the answer."""
+    """The prefill of a long prompt for a clean cache: once, unsteered."""
 
     def __init__(self, batch: GenerationBatch, request: GenerationRequest) -> None:
         super().__init__(batch.model, batch.layout, request.ids, request.steering, batch.device)
@@ -239,7 +241,7 @@ class _CleanPrefill(ChunkedPrefill):
 
 
 class _Twins(GenerationBatch):
-    """The rows with a clean cache: a step reads each one's newest token twice, unsteered and steered."""
+    """The rows with a clean cache. A step reads each row's newest token twice, unsteered and steered."""
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout, **options: Any) -> None:
         super().__init__(model, tokenizer, layout, **options)
@@ -250,7 +252,7 @@ class _Twins(GenerationBatch):
         self._session: BatchSession = _TwinSession(self.model, self.layout)
 
     def seat(self, row: BatchRow, cache: DynamicCache, place: int) -> None:
-        """A row joins, whose prompt stands in this row of a cache, and whose last token is read again by twins."""
+        """Add a row whose prompt is in row `place` of a cache. The prompt's last token is read again, with a twin."""
         kept = len(row.request.ids) - 1
         ids = row.request.ids
         self._session.insert(row.edits, len(ids), follower(self.tokenizer, row.edits, ids), position=kept)
@@ -280,7 +282,7 @@ class _Twins(GenerationBatch):
 
     @contextmanager
     def _twin_masks(self) -> Iterator[None]:
-        """While open, both readings of a token see what the token sees, and each itself in place of the other."""
+        """While open, both readings of a token attend to the token's past, and each to itself but not to the other."""
         owner = get_ident()
         usual = compat.mask_function(self._usual)
         called: set[nn.Module] = set()
@@ -288,7 +290,7 @@ class _Twins(GenerationBatch):
         def mask(*args: Any, **kwargs: Any) -> Tensor | None:
             if get_ident() != owner:
                 return usual(*args, **kwargs)
-            columns = kwargs["kv_length"] - 1  # with the token once
+            columns = kwargs["kv_length"] - 1  # counting the token once
             padding = kwargs.get("attention_mask")
             alone = {
                 **kwargs,
@@ -329,7 +331,7 @@ class _Twins(GenerationBatch):
 
 
 class _TwinSession(BatchSession):
-    """Steers the second of the two readings of each row's token, and leaves the first alone."""
+    """Steers the second of the two readings of each row's token, not the first."""
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().before(decoder, args, kwargs)
@@ -343,7 +345,7 @@ class _TwinSession(BatchSession):
 
     def edit(self, site: Site, activations: Tensor) -> Tensor | None:
         whole = activations if activations.dim() == 3 else activations.view(len(self.rows), -1, activations.shape[-1])
-        if whole.shape[1] == 1:  # a last layer that runs for the last token alone
+        if whole.shape[1] == 1:  # a last layer that computes only the last token
             return super().edit(site, activations)
         if whole.shape[:2] != (len(self.rows), 2):
             raise TrimtabError(
@@ -355,24 +357,24 @@ class _TwinSession(BatchSession):
 
 
 def steers_clean(request: GenerationRequest) -> bool:
-    """Whether a request's cache has to be kept clean of what steers it."""
+    """Whether a request asks for a clean cache and is, or may be, steered."""
     return request.clean_cache and (bool(acting(request.steering)) or _may_be_steered(request))
 
 
 def _may_be_steered(request: GenerationRequest) -> bool:
-    """Whether a monitor may switch a steering on."""
+    """Whether a monitor can switch on a steering."""
     return any(monitor.steering is not None for monitor in request.monitors)
 
 
 def _sites_to_decide(steering: Steering | None) -> set[Site]:
-    """Where the prompt is read for what it decides."""
+    """The sites whose activations at the prompt are needed for gates and for operations that depend on the prompt."""
     return {reading.site for reading in wanted(steering)} | {
         edit.site for edit in acting(steering) if waits_for_prompt(edit)
     }
 
 
 def _without_last(cache: DynamicCache) -> DynamicCache:
-    """The same keys and values but those of the last column."""
+    """The keys and values without those of the last column."""
     aside = compat.put_aside(cache)
     for layer in aside.layers:
         if getattr(layer, "keys", None) is not None:

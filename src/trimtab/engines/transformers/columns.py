@@ -1,11 +1,11 @@
-"""The cache of a batch that rows join and leave: buffers with room, in which a step writes one column.
+"""The KV cache for continuous batching: preallocated buffers, in which a decode step writes one column.
 
-Where a model keeps a recurrent state (Mamba, Gated DeltaNet), beside keys and values or in some of its layers, a row's
-state joins and leaves with it; it has no columns.
+In models with a recurrent state (Mamba, Gated DeltaNet), in addition to keys and values or in some of the layers, a
+row's state joins and leaves with it. A state has no columns.
 
-Every row ends in the same column, the newest; it begins wherever it begins, and the columns before are its pads. So
-a row that joins is written to the left of the batch's end, a row that leaves gives its place to the last one, and
-neither moves the others. Windows are kept whole: the model's masks see to them.
+All rows end in the same column, the newest, and are padded on the left. A row that joins is written so that it ends in
+that column; when a row leaves, the last one moves to its place; the other rows don't move. Layers with a sliding window
+keep all columns, since the model's masks apply the window.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from trimtab.engines.transformers.compat import DynamicCache, DynamicLayer
 from trimtab.errors import TrimtabError
 
 ROOM = 128
-"""Columns that are allocated ahead, at least; beyond it, half as many as there are."""
+"""The minimum number of columns that are allocated ahead; longer rows get half their length."""
 
 Copies = Callable[[Tensor], Any]
-"""What makes a cache of its own with these rows `[rows]` of a batch, which may come several times."""
+"""Makes an independent cache of the given rows `[rows]` of a batch; rows may be repeated."""
 
 
 class Columns(DynamicCache):
-    """Keys and values `[rows, heads, columns, size]` of each layer, seen through a window on its buffers.
+    """The keys and values `[rows, heads, columns, size]` of each layer, as views of larger buffers.
 
-    `lengths[r]` counts row r's tokens. Pads are zeros: what a row before left in a buffer may be no number at all, and
-    a weight of zero doesn't hide that.
+    `lengths[r]` is the number of tokens in row r. Pads are set to zero: a buffer may hold a NaN from an earlier row,
+    and an attention weight of zero wouldn't hide that.
     """
 
     def __init__(self) -> None:
@@ -39,20 +39,20 @@ class Columns(DynamicCache):
         self.lengths: list[int] = []
         self.stop: int = 0  # the column after the newest
         self._capacity = (0, 0)  # rows, columns
-        self._buffers: list[Any] = []  # the same as `layers`, of which others know less
+        self._buffers: list[Any] = []  # the same as `layers`, with a looser type
 
     @property
     def start(self) -> int:
-        """The first column that any row has."""
+        """The first column of the longest row."""
         return self.stop - max(self.lengths, default=0)
 
     @property
     def width(self) -> int:
-        """How many columns the batch has, pads included."""
+        """The number of columns in the batch, including pads."""
         return self.stop - self.start
 
     def insert(self, source: DynamicCache, picks: Sequence[tuple[int, int]]) -> None:
-        """Take in rows `(row, tokens)` of another cache, whose last `tokens` columns are theirs; they come last."""
+        """Append rows of another cache, given as `(row, tokens)`; each row's tokens are its last `tokens` columns."""
         longest = max([*self.lengths, *(length for _, length in picks)])
         first = len(self.lengths)
         others: list[Any] = list(source.layers)
@@ -63,7 +63,7 @@ class Columns(DynamicCache):
         for mine, theirs in zip(self._buffers, others, strict=True):
             if mine.state is not None:
                 mine.state.adopt(theirs, [place for place, _ in picks])
-            if getattr(theirs, "keys", None) is None:  # another's keys are attended to, or a state alone is kept
+            if getattr(theirs, "keys", None) is None:  # the layer uses another layer's keys, or has only a state
                 continue
             if mine.keys is None:
                 mine.allocate(theirs.keys, theirs.values, *self._capacity)
@@ -86,23 +86,23 @@ class Columns(DynamicCache):
                         buffer[row, :, : self.stop] = buffer[last, :, : self.stop]
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
-        if not self.lengths:  # an idle batch holds no memory
+        if not self.lengths:  # an empty batch frees its memory
             self.layers, self._buffers, self.stop, self._capacity = [], [], 0, (0, 0)
 
     def make_room(self, columns: int = 1) -> None:
-        """See to it that the next pass finds so many columns to write to."""
+        """Make room for the columns that the next pass writes."""
         self._allocate(len(self.lengths), max(self.lengths), columns)
 
     @property
     def model_cache(self) -> Any:
-        """What a pass of the model is given."""
+        """The cache that is passed to the model."""
         return self
 
     def advance(self, written: int = 1) -> None:
-        """The pass is done, in which so many columns were written, and every row has one token more.
+        """Add one token to every row, after a pass that wrote `written` columns.
 
         Raises:
-            TrimtabError: Some layer's keys and values didn't come.
+            TrimtabError: Some layer didn't receive its keys and values.
         """
         held = {layer.written for layer in self._buffers if getattr(layer, "keys", None) is not None}
         if held - {self.stop + written}:
@@ -114,7 +114,7 @@ class Columns(DynamicCache):
         self.lengths = [length + 1 for length in self.lengths]
 
     def _allocate(self, rows: int, longest: int, ahead: int) -> None:
-        """Buffers for so many rows, whose longest has so many tokens, and for `ahead` columns to come."""
+        """Make sure that the buffers fit `rows` rows of up to `longest` tokens, and `ahead` further columns."""
         have_rows, have_columns = self._capacity
         if rows <= have_rows and longest <= self.stop and self.stop + ahead <= have_columns:
             return
@@ -131,7 +131,10 @@ class Columns(DynamicCache):
         self._capacity = (rows, columns)
 
     def put_aside(self) -> Copies:
-        """Before a pass: what makes copies of rows as they are now, also after it, until rows come or go."""
+        """Called before a pass. Returns a function that copies rows as they are now.
+
+        It stays valid after the pass, until rows join or leave.
+        """
         start, stop, mine = self.start, self.stop, list(self._buffers)
         rows = range(len(self.lengths))
         states = [None if layer.state is None else _copy_of(layer, rows) for layer in mine]
@@ -145,7 +148,7 @@ class Columns(DynamicCache):
 
         return copies
 
-    # ---- what transformers asks --------------------------------------------------------------------------
+    # ---- transformers' cache interface -------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width
@@ -155,18 +158,18 @@ class Columns(DynamicCache):
 
 
 class _Layer(DynamicLayer):
-    """One layer's buffers; where the batch stands in them is the same for all layers."""
+    """One layer's buffers. The batch occupies the same rows and columns in all layers."""
 
     state: _State | None = None
-    written = 0  # the column after the last that was written
-    kind: Any = DynamicLayer  # what a copy is
+    written = 0  # the column after the last one written
+    kind: Any = DynamicLayer  # the class of copies
 
     def __init__(self, batch: Columns) -> None:
         super().__init__()
         self.batch = batch
 
     def allocate(self, keys: Tensor, values: Tensor, rows: int, columns: int) -> None:
-        """Buffers of zeros, of the kind of these keys and values."""
+        """Allocate buffers of zeros with the heads, sizes, dtype and device of these keys and values."""
         self.keys = keys.new_zeros(rows, keys.shape[1], columns, keys.shape[3])
         self.values = values.new_zeros(rows, values.shape[1], columns, values.shape[3])
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
@@ -196,16 +199,16 @@ class _Layer(DynamicLayer):
 
 
 class _State:
-    """The recurrent states of a layer's rows: what a layer of transformers' cache that holds such states does of them.
+    """The recurrent states of a layer's rows, held in `kept`, a state layer of transformers' cache.
 
-    `kept` is such a layer; its states have just as many rows as the batch.
+    The states have exactly as many rows as the batch.
     """
 
     def __init__(self, kept: Any) -> None:
         self.kept = kept
 
     def adopt(self, theirs: Any, places: Sequence[int]) -> None:
-        """Take in these rows of another layer's states; they come last."""
+        """Append rows of another layer's states."""
         for name in compat.STATES:
             mine = getattr(self.kept, name)
             for number, state in getattr(theirs, name).items():
@@ -218,7 +221,7 @@ class _State:
         self.kept.device, self.kept.dtype = theirs.device, theirs.dtype
 
     def drop(self, row: int) -> None:
-        """A row leaves; the last one takes its place."""
+        """Remove a row; the last one takes its place."""
         for name in compat.STATES:
             states = getattr(self.kept, name)
             for number, state in states.items():
@@ -228,7 +231,7 @@ class _State:
 
 
 def _layer_like(theirs: Any, batch: Columns) -> Any:
-    """A layer of the batch that keeps what this one of another cache does."""
+    """A layer for the batch that holds the same things as a layer of another cache."""
     if not compat.keeps_state(theirs):
         mine = _Layer(batch)
         mine.kind = type(theirs)
@@ -243,7 +246,7 @@ def _layer_like(theirs: Any, batch: Columns) -> Any:
 
 
 def _copy_of(layer: Any, rows: Sequence[int]) -> Any:
-    """A layer of its own with the recurrent states of these rows."""
+    """An independent layer with the recurrent states of these rows."""
     kind = compat.KEYS_AND_STATE if hasattr(layer, "keys") else compat.STATE_LAYER
     copy = kind(layer.number_of_states)
     _State(copy).adopt(layer, rows)
@@ -251,7 +254,7 @@ def _copy_of(layer: Any, rows: Sequence[int]) -> Any:
 
 
 def _copy(layer: Any, state: Any, picked: Tensor, columns: slice) -> Any:
-    """A layer of its own with these rows and columns; `state` holds their recurrent states, if any are kept."""
+    """An independent layer with these rows and columns; `state` holds the batch's recurrent states, if any."""
     copy = layer.kind() if state is None else _copy_of(state, picked.tolist())
     if getattr(layer, "keys", None) is not None:
         rows = picked.to(layer.keys.device)
@@ -261,7 +264,7 @@ def _copy(layer: Any, state: Any, picked: Tensor, columns: slice) -> Any:
 
 
 class Alone:
-    """The cache of a batch of one row that nothing joins: the model's own, of whatever kind."""
+    """The cache of a batch that is limited to one row: the model's own cache, of any type."""
 
     def __init__(self) -> None:
         self.model_cache: Any = None
@@ -269,11 +272,11 @@ class Alone:
 
     @property
     def width(self) -> int:
-        """How many tokens the row has."""
+        """The number of tokens in the row."""
         return sum(self.lengths)
 
     def insert(self, source: Any, picks: Sequence[tuple[int, int]]) -> None:
-        """Go on with this cache, which holds one row."""
+        """Use this cache, which holds one row."""
         ((_, length),) = picks
         self.model_cache, self.lengths = source, [length]
 
@@ -281,16 +284,16 @@ class Alone:
         self.model_cache, self.lengths = None, []
 
     def make_room(self) -> None:
-        """It grows by itself."""
+        """Does nothing: the cache grows by itself."""
 
     def advance(self) -> None:
-        """The pass is done. Raises `TrimtabError` unless the cache holds what was read."""
+        """Add one token, after a pass. Raises `TrimtabError` if the cache doesn't hold as many tokens as were read."""
         self.lengths = [length + 1 for length in self.lengths]
         held = compat.past_length(self.model_cache)
         if held is not None and held != self.width:
             raise TrimtabError(f"the cache of the batch holds {held} tokens where {self.width} have been read")
 
     def put_aside(self) -> Copies:
-        """Before a pass: what makes copies of the row as it is now."""
+        """Called before a pass. Returns a function that copies the row as it is now."""
         aside = compat.put_aside(self.model_cache)
         return lambda picked: compat.fork(aside, picked)

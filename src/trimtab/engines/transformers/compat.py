@@ -1,8 +1,8 @@
-"""Every name of transformers that may change between releases, in one place, and the releases it was checked on.
+"""All names from transformers that may change between releases, in one place, and the supported releases.
 
-transformers renames what it doesn't document: 5.24 calls the decoder's `past_key_values` `cache`. So nothing here is
-found by one spelling: a cache is recognised by what it is, and handed over under the name that the model declares.
-What can't be found raises `UnsupportedError`; it is never taken for something that isn't there.
+transformers renames undocumented parameters: 5.24 calls the decoder's `past_key_values` `cache`. So nothing here relies
+on one spelling: a cache is recognized by its interface, and passed under the name that the model declares. What can't
+be found raises `UnsupportedError`; it is never treated as absent.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarnin
 STATE_LAYER: Any = getattr(cache_utils, "LinearAttentionLayer", None)
 KEYS_AND_STATE: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
 _NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
-"""Layers of a cache that hold a recurrent state, or nothing; `None` in releases that have none."""
+"""The classes of cache layers that hold a recurrent state, or nothing; `None` in releases that don't have them."""
 
 __all__ = [
     "DynamicCache",
@@ -57,28 +57,28 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "LogitsProcessor",
     "sdpa_mask",
-]  # what others take from here as is
+]  # re-exported unchanged
 
 OLDEST = "5.16"
-"""The oldest transformers that is supported."""
+"""The oldest supported release of transformers."""
 NEWEST = "5.24"
-"""The newest minor release of transformers that the whole test suite has passed on."""
+"""The newest minor release of transformers on which the whole test suite has passed."""
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What families call the parameter that takes the cache, newest spelling first."""
+"""The names that model families use for the cache parameter, newest first."""
 
 
 def check_version(installed: str | None = None) -> None:
-    """Checks the installed transformers against the window of supported releases.
+    """Check the installed transformers against the range of supported releases.
 
     Args:
-        installed: The version to check; by default the one that is imported.
+        installed: The version to check; default: the imported one.
 
     Raises:
         TrimtabError: It is older than `OLDEST`.
 
     Warns:
-        UntestedVersionWarning: It is newer than `NEWEST`; once a process.
+        UntestedVersionWarning: It is newer than `NEWEST`; once per process.
     """
     version = Version(transformers.__version__ if installed is None else installed)
     if version.release[:2] < Version(OLDEST).release:
@@ -105,14 +105,14 @@ def _warn_untested(version: str) -> None:
 
 
 def wrapped(model: Any) -> Any:
-    """The transformers model itself, inside PEFT's or the compiler's wrapper."""
+    """The transformers model itself, without a wrapper of PEFT or `torch.compile`."""
     if isinstance(model, PreTrainedModel) or not isinstance(model, nn.Module):
         return model
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 def parameters(module: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a module's forward pass, `self` left out; those of the model inside of a wrapper."""
+    """The parameters of a module's `forward`, without `self`; for a wrapper, those of the model inside."""
     kind: Any = type(wrapped(module))
     return _parameters(kind)
 
@@ -125,7 +125,7 @@ def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def bound(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call of the module was given, by name."""
+    """The arguments of a call of the module, by name."""
     return {**dict(zip(parameters(module), args, strict=False)), **kwargs}
 
 
@@ -135,21 +135,21 @@ _PLAIN = (type(None), bool, int, float, str, Tensor, list, tuple, Mapping, torch
 
 
 def is_cache(value: Any) -> bool:
-    """Whether this keeps a text's past: transformers' `Cache`, or what can say as much of itself."""
+    """Whether this is a cache: transformers' `Cache`, or an object with a `get_seq_length` method."""
     return isinstance(value, Cache) or (
         not isinstance(value, _PLAIN) and callable(getattr(value, "get_seq_length", None))
     )
 
 
 def cache_of(arguments: Mapping[str, Any], owner: str) -> Any:
-    """The cache among the arguments of a forward pass, whatever the argument is called; `None` if there is none.
+    """The cache among the arguments of a forward pass, under any name; `None` if there is none.
 
     Args:
         arguments: The arguments by name (see `bound`).
-        owner: Whose arguments they are, for the error.
+        owner: The name of the module, for the error message.
 
     Raises:
-        UnsupportedError: Something else keeps the past, or there are several caches.
+        UnsupportedError: There is an unknown object that may hold the past, or there are several caches.
     """
     caches = {id(value): value for value in arguments.values() if is_cache(value)}
     if len(caches) > 1:
@@ -169,7 +169,11 @@ def cache_of(arguments: Mapping[str, Any], owner: str) -> Any:
 
 
 def past_length(cache: Any) -> int | None:
-    """How many tokens a cache holds; `None` if it holds a state of some, and can't say how many (Mamba)."""
+    """The number of tokens in a cache; `None` if it holds only a state of an unknown number of tokens (Mamba).
+
+    Raises:
+        UnsupportedError: The cache doesn't say whether it holds any tokens.
+    """
     try:
         return int(cache.get_seq_length())
     except ValueError:
@@ -193,10 +197,10 @@ def _cache_name(kind: Any) -> str | None:
 
 
 def cache_name(module: Any) -> str:
-    """What the module's forward pass calls its cache.
+    """The name of the cache parameter of the module's `forward`.
 
     Raises:
-        UnsupportedError: It declares no parameter that is known to be one.
+        UnsupportedError: It declares no known cache parameter.
     """
     kind: Any = type(wrapped(module))
     name = _cache_name(kind)
@@ -209,7 +213,7 @@ def cache_name(module: Any) -> str:
 
 
 def check_common_cache(decoder: Any) -> None:
-    """Raises `UnsupportedError` for a decoder that takes no cache, or declares one of its own (MiniMax)."""
+    """Raises `UnsupportedError` for a decoder that takes no cache, or declares its own cache class (MiniMax)."""
     declared_as = str(parameters(decoder)[cache_name(decoder)].annotation)
     own = [name for name in re.findall(r"\w*Cache\b", declared_as) if not hasattr(cache_utils, name)]
     if own:
@@ -217,24 +221,24 @@ def check_common_cache(decoder: Any) -> None:
 
 
 def with_cache(module: Any, inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-    """The inputs of a pass of `module`, and this cache among them."""
+    """The inputs of a pass of `module`, with this cache added."""
     return {**inputs, cache_name(module): cache}
 
 
 def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a pass, and no cache among them."""
+    """The inputs of a pass, without a cache."""
     return {name: value for name, value in kwargs.items() if not is_cache(value) and name != "use_cache"}
 
 
 def new_cache(config: Any) -> Any:
-    """An empty cache of the kind that a model of this configuration wants."""
+    """An empty cache of the type that a model with this configuration needs."""
     return DynamicCache(config=config)
 
 
 def put_aside(cache: Any) -> Any:
-    """The cache as it is now: what passes do to this one from now on leaves that one alone.
+    """A snapshot of the cache, which later passes over `cache` don't change.
 
-    Plain keys and values are given other tensors when they grow, not changed ones, so they aren't copied.
+    Layers of plain keys and values grow by replacing their tensors, not by modifying them, so those aren't copied.
     """
     if not isinstance(getattr(cache, "layers", None), list):
         return copy.deepcopy(cache)
@@ -244,10 +248,10 @@ def put_aside(cache: Any) -> Any:
 
 
 def fork(cache: Any, rows: Tensor) -> Any:
-    """A cache of its own with these rows `[rows]` of another, which may come several times.
+    """An independent cache with these rows `[rows]` of another; rows may be repeated.
 
     Raises:
-        UnsupportedError: It can't give rows of itself.
+        UnsupportedError: Rows of this cache can't be selected.
     """
     if not callable(getattr(cache, "reorder_cache", None)):
         raise UnsupportedError(f"{type(cache).__name__} can't be copied row by row, as rejection needs")
@@ -260,10 +264,10 @@ _REPLACED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def keeps_plain_cache(decoder: Any) -> bool:
-    """Whether all layers cache plain keys and values (windows included), so that rows of it can be repeated.
+    """Whether all layers cache plain keys and values (with or without a sliding window), so that rows can be repeated.
 
     Raises:
-        UnsupportedError: It is not to be told how the decoder takes its cache.
+        UnsupportedError: The decoder declares no known cache parameter.
     """
     if getattr(decoder, "_is_stateful", False):
         return False
@@ -275,10 +279,10 @@ def keeps_plain_cache(decoder: Any) -> bool:
 
 
 def whole_cache(config: Any) -> Any:
-    """An empty cache for a model of this configuration whose layers forget nothing: windows are kept whole.
+    """An empty cache for a model with this configuration that keeps all tokens, also in layers with a sliding window.
 
     Raises:
-        UnsupportedError: A layer keeps something else than keys and values, and a recurrent state.
+        UnsupportedError: A layer caches something other than keys and values or a recurrent state.
     """
     cache = DynamicCache(config=config)
     cache.layers = [_whole(layer) for layer in cache.layers]
@@ -297,29 +301,29 @@ def _whole(layer: Any) -> Any:
 
 
 def keeps_state(layer: Any) -> bool:
-    """Whether a layer of a cache holds a recurrent state, beside keys and values or instead of them."""
+    """Whether a cache layer holds a recurrent state, with or without keys and values."""
     return STATE_LAYER is not None and isinstance(layer, STATE_LAYER)
 
 
 def is_state_alone(cache: Any) -> bool:
-    """Whether a cache holds recurrent states and no keys: it has no columns that a mask could be about."""
+    """Whether a cache holds recurrent states and no keys, so that it has no columns to mask."""
     layers = list(getattr(cache, "layers", ()))
     return any(map(keeps_state, layers)) and not any(hasattr(layer, "keys") for layer in layers)
 
 
 STATES = ("conv_states", "recurrent_states")
-"""Where a layer keeps its states: dictionaries of tensors, or of `None`, whose first axis is that of rows."""
+"""The attributes with a layer's states: dictionaries of tensors or `None`. The first axis of a tensor is the rows."""
 STATE_FLAGS = (
     "is_conv_states_initialized",
     "is_recurrent_states_initialized",
     "has_previous_state",
     "conv_kernel_size",
 )
-"""What a layer knows of each of its states."""
+"""The attributes with a layer's information about each of its states."""
 
 
 def grows_plainly(cache: Any) -> bool:
-    """Whether every layer of this cache is one of keys and values without a window, that grows by a column a token."""
+    """Whether every layer holds plain keys and values without a window, and grows by one column per token."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
@@ -327,7 +331,7 @@ def grows_plainly(cache: Any) -> bool:
 
 
 def declared(decoder: Any, output: str) -> tuple[type, ...]:
-    """The classes of the modules that the decoder declares as sources of `"hidden_states"` or `"attentions"`."""
+    """The module classes that the decoder declares as sources of an output: `"hidden_states"` or `"attentions"`."""
     outputs = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
     listed = [
         getattr(entry, "target_class", entry)
@@ -337,22 +341,22 @@ def declared(decoder: Any, output: str) -> tuple[type, ...]:
 
 
 def declared_name(decoder: Any, output: str) -> str | None:
-    """What the decoder calls the parts of its blocks that it declares as the source of an output, if it says so."""
+    """The name, within a block, of the module that the decoder declares as the source of an output; `None` if none."""
     outputs = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
     return getattr(outputs, "layer_name", None)
 
 
 def active_stream(config: Any) -> int | None:
-    """Of several residual streams the one that blocks read, where the configuration declares one (AltUp)."""
+    """The index of the residual stream that blocks read, among several, if the configuration declares one (AltUp)."""
     index = getattr(config, "altup_active_idx", None)
     return index if isinstance(index, int) else None
 
 
 def query_heads(config: Any) -> int | None:
-    """How many query heads a layer has; `None` where layers differ in it, or have none."""
+    """The number of query heads per layer; `None` if it differs between layers, or there are none."""
     try:
         counts = {getattr(config, "num_attention_heads", None)}
-    except RuntimeError:  # each layer has a configuration of its own
+    except RuntimeError:  # the configuration differs per layer
         own = config.per_layer_config
         each = own.values() if isinstance(own, Mapping) else own
         counts = {getattr(layer_config, "num_attention_heads", None) for layer_config in each}
@@ -361,20 +365,20 @@ def query_heads(config: Any) -> int | None:
 
 
 CONFIGURATIONS: Any = CONFIG_MAPPING
-"""The class of configurations by model type."""
+"""The configuration class by model type."""
 CAUSAL: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-"""The name of the class of causal language models by model type."""
+"""The class name of the causal language model by model type."""
 IMAGE_TEXT: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-"""The name of the class of image-text models by model type."""
+"""The class name of the image-text model by model type."""
 
 
 def takes_images(model: Any) -> bool:
-    """Whether a model's forward pass takes pixels."""
+    """Whether a model's `forward` takes pixel values."""
     return any("pixel" in name for name in parameters(model))
 
 
 def auto_processor(source: str, **options: Any) -> Any:
-    """The processor of the model that stands there: a Hub id or folder."""
+    """The processor of a model, given as a Hub id or folder."""
     return transformers.AutoProcessor.from_pretrained(source, **options)
 
 
@@ -387,7 +391,7 @@ def is_causal_lm(config: Any) -> bool:
 
 
 def calls_attention_interface(module: nn.Module) -> bool:
-    """Whether the module's own code looks up the attention that its configuration names."""
+    """Whether the module's code looks up its attention function in transformers' table."""
     kind: Any = type(module)
     return _looks_up(kind)
 
@@ -401,16 +405,16 @@ def _looks_up(kind: type[nn.Module]) -> bool:
 
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-"""What transformers' modules call the table of attentions."""
+"""The name of the table of attention functions in transformers' modules."""
 
 
 def attention_name(config: Any) -> str:
-    """The attention that a configuration names: `"sdpa"`, `"eager"` …"""
+    """The name of the attention implementation in a configuration: `"sdpa"`, `"eager"` …"""
     return str(config._attn_implementation)
 
 
 def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
-    """The attention of that name, as this module would compute it."""
+    """The attention function of that name, as this module would look it up."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         raise UnsupportedError(f"{type(module).__name__} has no attention of its own to fall back on")
@@ -418,13 +422,13 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
 
 
 def attends_elsewhere(module: nn.Module) -> bool:
-    """Whether this is attention to an image's or an encoder's states alone, not to the text."""
+    """Whether this is cross-attention to the states of an image or encoder, rather than attention to the text."""
     kind: Any = type(module)
     return any(name.startswith("cross_attention") for name in _parameters(kind))
 
 
 def attention_parameters(module: nn.Module) -> frozenset[str]:
-    """The parameters of the attention that stands in the module's own file, which its other attentions stand for."""
+    """The parameters of the eager attention in the module's own file, which also apply to its other implementations."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return frozenset() if eager is None else _named(eager)
 
@@ -435,18 +439,18 @@ def _named(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def sdpa_attention() -> Callable[..., Any]:
-    """The attention that is called `"sdpa"`."""
+    """The attention function named `"sdpa"`."""
     return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def mask_function(name: str) -> Callable[..., Any]:
-    """What makes the masks for the attention of that name."""
+    """The mask function for the attention of that name."""
     return ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
 @contextmanager
 def registered(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
-    """While open, transformers knows this attention, and how its masks are made, under `name`."""
+    """Register an attention function and its mask function with transformers, while the context is open."""
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     try:
@@ -458,7 +462,7 @@ def registered(name: str, attention: Callable[..., Any], mask: Callable[..., Any
 
 @contextmanager
 def attending_with(configs: Sequence[Any], name: str) -> Iterator[None]:
-    """While open, these configurations name this attention."""
+    """Set the attention implementation of these configurations, while the context is open."""
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
@@ -473,7 +477,7 @@ def attending_with(configs: Sequence[Any], name: str) -> Iterator[None]:
 
 
 def generation_option(model: Any, options: Mapping[str, Any], name: str) -> Any:
-    """An option of `generate` as it will hold: the requested value, else the model's generation configuration's."""
+    """The effective value of an option of `generate`: the requested one, else that of the model's generation config."""
     value = options.get(name)
     return value if value is not None else getattr(model.generation_config, name, None)
 
@@ -489,15 +493,15 @@ _ELSEWHERE = (
     "num_return_sequences",
     "token_healing",
 )
-"""Settings that do nothing only where they are unset (or 1)."""
+"""Settings that have no effect only if they are unset (or 1)."""
 
 
 def decodes_by_steps(model: Any, options: Mapping[str, Any]) -> bool:
-    """Whether `generate` would take a token a pass, greedily or sampled, over a cache that grows with each.
+    """Whether `generate` would decode one token per pass, greedily or by sampling, over a growing cache.
 
     Args:
-        model: The model; its own settings of generation count where `options` say nothing.
-        options: Options of `generate` that say how tokens are chosen.
+        model: The model; its own generation settings apply unless `options` override them.
+        options: Options of `generate` that affect how tokens are chosen.
     """
     inside = wrapped(model)
     if type(inside).generate is not GenerationMixin.generate or "generate" in vars(model):
@@ -511,7 +515,7 @@ def decodes_by_steps(model: Any, options: Mapping[str, Any]) -> bool:
 
 
 def _may_read_anew(model: Any) -> bool:
-    """Whether rotary embeddings change with the length of the text, so that a long one's cache is made anew."""
+    """Whether rotary embeddings depend on the text's length, so that the cache of a long text may be recomputed."""
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     each = [rope, *(settings for settings in rope.values() if isinstance(settings, Mapping))]
@@ -519,7 +523,7 @@ def _may_read_anew(model: Any) -> bool:
 
 
 def is_generate_option(model: Any, name: str) -> bool:
-    """Whether transformers' `generate` takes this name: a setting, one of its arguments, or an input of the model."""
+    """Whether transformers' `generate` accepts this name: a setting, an argument, or an input of the model."""
     if hasattr(model.generation_config, name) or name in ("tokenizer", "assistant_tokenizer", *CACHE_NAMES):
         return True
     inside = wrapped(model)
@@ -532,11 +536,11 @@ def is_generate_option(model: Any, name: str) -> bool:
 
 
 PROCESSING = ("logits_processor", "prefix_allowed_tokens_fn")
-"""Arguments of `generate`, no settings, that have a say in which token comes."""
+"""Arguments of `generate`, not settings, that affect how tokens are chosen."""
 
 
 def logits_processors(model: Any, options: Mapping[str, Any], prompt_length: int, device: torch.device) -> Any:
-    """The processors of logits that `generate` would use under these options and the model's own settings."""
+    """The logits processors that `generate` would use with these options and the model's own settings."""
     own = {name: options[name] for name in PROCESSING if options.get(name) is not None}
     config, _ = model._prepare_generation_config(None, **{n: v for n, v in options.items() if n not in PROCESSING})
     model._prepare_special_tokens(config, True, device=device)
@@ -544,7 +548,7 @@ def logits_processors(model: Any, options: Mapping[str, Any], prompt_length: int
 
 
 def stopping_criteria(options: Mapping[str, Any], tokenizer: Any) -> list[Any]:
-    """What ends an answer beside its end tokens and its length, under these options of `generate`."""
+    """The stopping criteria for these options of `generate`, apart from end tokens and the maximum length."""
     criteria = list(options.get("stopping_criteria") or ())
     if options.get("stop_strings") is not None:
         criteria.append(StopStringCriteria(tokenizer, options["stop_strings"]))
@@ -561,14 +565,14 @@ _KNOWN_PROCESSORS: dict[type, tuple[str, str]] = {
     TopPLogitsWarper: ("top_p", "top_p"),
     MinPLogitsWarper: ("min_p", "min_p"),
 }
-"""Processors that come to one number: the setting of `generate`, and their attribute. In the order that it has
+"""Processors with one parameter: the setting of `generate`, and their attribute. In the order that `generate` applies
 them."""
 
 
 def processor_settings(processors: Sequence[Any]) -> dict[str, Any] | None:
-    """What these processors do, as the settings of `generate` that they come from; `None` if that isn't known of all.
+    """These processors as settings of `generate`; `None` if any of them isn't known, or they are in another order.
 
-    With `min_new_tokens` come the `ends` that it keeps away.
+    `min_new_tokens` comes with `ends`, the end tokens that it suppresses.
     """
     settings: dict[str, Any] = {}
     order, kinds = list(_KNOWN_PROCESSORS), [type(processor) for processor in processors]
@@ -594,6 +598,6 @@ def processor_settings(processors: Sequence[Any]) -> dict[str, Any] | None:
 
 
 def render_chat_template(messages: Sequence[Any], template: str | None, **variables: Any) -> str:
-    """One conversation, rendered by a Jinja chat template that may use these variables."""
+    """One conversation, rendered with a Jinja chat template and these variables."""
     rendered: Any = render_jinja_template(conversations=[list(messages)], chat_template=template, **variables)
-    return str(rendered[0][0])  # texts, and spans of them
+    return str(rendered[0][0])  # the result is a pair: texts, and spans in them

@@ -1,4 +1,4 @@
-"""What the steps of a batch need for as long as its rows stay the same: it is put on the device once."""
+"""The state shared by decode steps while the rows of a batch stay the same; it is copied to the device once."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from trimtab.engines.transformers.verify import Verifier
 
 
 class Composition:
-    """`ids` and `positions` `[rows]` are those of the tokens that the next step reads.
+    """The rows of a batch. `ids` and `positions` `[rows]` are the input tokens of the next step and their positions.
 
     Args:
-        layout: The model's.
-        masks: Of padded batches.
+        layout: The model's layout.
+        masks: The masks of padded batches.
         session: Steers the rows.
-        rows: In the order of the cache's.
-        cache: Theirs.
-        passes: Runs rows of those that are verified, if any are.
-        masked: Whether the model is told a mask where there are no pads, too.
-        device: Where inputs go.
+        rows: The rows, in the order of the cache.
+        cache: Their cache.
+        passes: Runs the candidates of rows with rejection; `None` if there have been no such rows.
+        masked: Whether the model gets an attention mask even if there are no pads.
+        device: The device of the inputs.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class Composition:
         self.fuses = self.verifier is not None and self.verifier.fused and plain
 
     def mask(self, width: int) -> Tensor | None:
-        """`[rows, width]`: 1 where a row has a token; `None` where all have."""
+        """The attention mask `[rows, width]`, 0 at pads; `None` if there are no pads and no mask is needed."""
         if self._pads is None:
             return None
         return (torch.arange(width, device=self._pads.device)[None] >= self._pads).long()
 
     def advance(self, tokens: Tensor) -> None:
-        """The next step reads these."""
+        """Set the input tokens of the next step."""
         self.ids, self.positions = tokens, self.positions + 1
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hooks and attention for one step."""
+        """Install the hooks and the steered attention for one step."""
         session, columns, padded = self._session, self._cache.width + 1, self._pads is not None
         with steering(self._layout, self._masks, session, session.sites, self._scores, lambda: columns, padded):
             yield
@@ -82,7 +82,7 @@ class Composition:
 
 @dataclass(frozen=True)
 class Drafted:
-    """Draft tokens that a pass took along, their logits, and where each is, by its row's key and its id."""
+    """Draft tokens that were computed in a pass, their logits, and their indices by row key and token id."""
 
     drafts: Drafts
     logits: Tensor
@@ -90,19 +90,19 @@ class Drafted:
 
     @classmethod
     def of(cls, rows: Sequence[BatchRow], drafts: Drafts, logits: Tensor) -> Drafted:
-        """For these rows of the batch."""
+        """The draft tokens of these rows of the batch."""
         pairs = zip(drafts.rows, drafts.ids, strict=True)
         return cls(drafts, logits, {(rows[row].key, token): i for i, (row, token) in enumerate(pairs)})
 
     def true(self, rows: Sequence[BatchRow]) -> list[int] | None:
-        """For each of these rows its draft that has come true; `None` where one has none."""
+        """The index of each row's accepted draft, the one equal to its newest token; `None` if any row has none."""
         places = [self.places.get((row.key, row.newest)) for row in rows]
         known = [place for place in places if place is not None]
         return known if len(known) == len(places) else None
 
 
 def sampler_of(rows: Sequence[BatchRow], device: torch.device) -> BatchSampler:
-    """How these rows choose their tokens."""
+    """The sampler of these rows."""
     samplers = [row.sampler for row in rows if row.sampler is not None]
     return BatchSampler(samplers, [row.request.ids for row in rows], [row.tokens for row in rows], device)
 
@@ -116,7 +116,7 @@ def verifier_of(
     pads: Sequence[int],
     device: torch.device,
 ) -> Verifier | None:
-    """What verifies the tokens of these rows, as `Verifier` has it; `None` where no row has a rung."""
+    """The verifier of these rows; `None` if no row has candidates. For the arguments see `Verifier`."""
     ladders = [row.ladder for row in rows]
     if not any(ladder is not None and ladder.rungs for ladder in ladders):
         return None
@@ -124,7 +124,9 @@ def verifier_of(
 
 
 def takes_drafts(rows: Sequence[BatchRow], verifier: Verifier) -> bool:
-    """Whether passes of rungs take drafts along: no row is steered or monitored at every token, so that these may be
-    its next."""
+    """Whether passes over candidates include draft tokens.
+
+    Only if no row is steered or monitored at every token, since drafts are computed unsteered and unmonitored.
+    """
     plain = not any(row.edits or row.request.monitors for row in rows)
     return verifier.passes.shares and not verifier.fused and plain

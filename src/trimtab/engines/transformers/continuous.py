@@ -1,8 +1,8 @@
-"""Continuous batching for `lm.generate`: rows leave the batch as they end, and the next prompts take their places.
+"""Continuous batching for `lm.generate`: finished rows leave the batch, and the next prompts take their places.
 
-In a batch that stays whole a row that has ended is computed until the last one ends. Here it isn't, and the cache is
-written in place rather than copied at each token. Rows see other neighbours than in a whole batch, so a near-tie of
-two tokens may fall the other way in float32, as it does between any two batch sizes.
+With static batching, finished rows are computed until the last one ends. Here they aren't, and the cache is written in
+place rather than copied for each token. The batch size differs from static batching, so in float32 a near-tie of two
+tokens may be decided differently, as between any two batch sizes.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ SETTINGS = (
     "min_new_tokens",
     "eos_token_id",
 )
-"""The options of `generate` that say how tokens are chosen, and that batches of steps do for all rows at once."""
+"""The options of `generate` for choosing tokens that continuous batching applies to all rows at once."""
 OTHERS = ("streamer", "num_return_sequences", "use_cache")
-"""Further options that they have."""
+"""Further options that it supports."""
 ROW_BY_ROW = (*compat.PROCESSING, "stopping_criteria", "stop_strings", "max_time", "tokenizer")
-"""Arguments of `generate` that they have where tokens are verified: they are asked row by row."""
+"""Arguments of `generate` that are supported only with rejection, where they are applied row by row."""
 REFUSED = {
     "num_beams": "beams share no cache; decode greedily or sample",
     "prompt_lookup_num_tokens": "drafts aren't checked for plausibility",
@@ -59,13 +59,13 @@ REFUSED = {
     "prefill_chunk_size": "the last prompt token's own pass is needed whole",
     "synced_gpus": "the loop is trimtab's own",
 }
-"""Options of `generate` that rejection can't run with, and why."""
+"""Options of `generate` that can't be combined with rejection, and why."""
 REFILL = 4
-"""New rows are read when a quarter of the batch is free, as reading one at a time would hold the others up."""
+"""New prompts are read once a quarter of the batch is free, since reading them one by one would delay other rows."""
 
 
 def check_verified(model: Any, options: Mapping[str, Any]) -> None:
-    """Raises `TrimtabError` for options of `generate` under which tokens can't be verified."""
+    """Raises `TrimtabError` for options of `generate` that can't be combined with rejection."""
     for name, value in options.items():
         if value is None or name in (*OTHERS[:2], *ROW_BY_ROW) or (name == "use_cache" and value is True):
             continue
@@ -78,7 +78,7 @@ def check_verified(model: Any, options: Mapping[str, Any]) -> None:
 
 
 def check_differ(options: Mapping[str, Any]) -> None:
-    """Raises `TrimtabError` for several greedy answers to a prompt."""
+    """Raises `TrimtabError` if the options ask for several greedy answers per prompt."""
     if options.get("num_return_sequences") not in (None, 1):
         raise TrimtabError(
             "greedy answers to one prompt are all the same; sample (do_sample=True), or leave num_return_sequences out"
@@ -87,11 +87,11 @@ def check_differ(options: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Continuous:
-    """What is decoded by continuous batching, as options of `generate` have it.
+    """The settings of a run with continuous batching, derived from options of `generate`.
 
-    `each` counts the answers to a prompt; `streamer` is what transformers calls one, or `None`. `criteria` are asked
-    after each token whether the answer ends there, with its prompt and its tokens; it is reported as `ended`. `alone`:
-    one row at a time.
+    `each` is the number of answers per prompt; `streamer` is a transformers streamer, or `None`. `criteria` are
+    stopping criteria, called after each token with the prompt and the answer's tokens; an answer that they end has
+    the finish reason `ended`. With `alone`, rows run one at a time.
     """
 
     settings: Settings
@@ -105,7 +105,7 @@ class Continuous:
 
     @classmethod
     def of(cls, model: Any, layout: Layout, options: Mapping[str, Any]) -> Continuous | None:
-        """`None` where it can't be: for an option or a setting of the model that steps don't have, or its cache."""
+        """The settings for these options; `None` if an option, a setting or the cache of the model isn't supported."""
         set_options = {name: value for name, value in options.items() if value is not None}
         criteria: tuple[Any, ...] = ()
         if "streamer" in set_options and list(set_options.get("stopping_criteria", ())) == [set_options["streamer"]]:
@@ -118,7 +118,7 @@ class Continuous:
             return None
         each = set_options.get("num_return_sequences", 1)
         if each != 1 and not (options["do_sample"] and isinstance(each, int) and each > 0):
-            return None  # an error, of which transformers speaks
+            return None  # transformers raises the error
         chosen = {name: options[name] for name in SETTINGS if name in options}
         if not compat.decodes_by_steps(model, chosen):
             return None
@@ -129,7 +129,7 @@ class Continuous:
 
     @classmethod
     def verified(cls, model: Any, tokenizer: Any, layout: Layout, options: Mapping[str, Any]) -> Continuous:
-        """For requests whose tokens are verified, under any options that `check_verified` lets pass."""
+        """The settings for requests with rejection, for any options that pass `check_verified`."""
         set_options = {name: value for name, value in options.items() if value is not None}
         asks = tuple(compat.stopping_criteria(set_options, tokenizer))
         without = {*OTHERS, *ROW_BY_ROW} - {*compat.PROCESSING}
@@ -146,7 +146,7 @@ class Continuous:
         )
 
     def settings_for(self, model: Any, prompt: Sequence[int]) -> Settings:
-        """How tokens after this prompt are chosen: what isn't known of processors may depend on its length."""
+        """The sampling settings for this prompt; unknown logits processors may depend on its length."""
         return (
             Settings.of(model, self.options, len(prompt), input_device(model))
             if self.settings.others
@@ -154,12 +154,12 @@ class Continuous:
         )
 
     def ends_at(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
-        """Whether a criterion ends the answer here."""
+        """Whether a stopping criterion ends the answer here."""
         if not self.criteria:
             return False
         ids = torch.tensor([[*prompt, *tokens]])
         ended = [bool(torch.as_tensor(criterion(ids, ())).all()) for criterion in self.criteria]
-        return any(ended)  # each is asked, as it may count
+        return any(ended)  # all are called, since they may be stateful
 
 
 def _steps(model: Any, layout: Layout) -> bool:
@@ -201,27 +201,30 @@ def answer(
     monitors: tuple[Monitor, ...] = (),
     progress: Callable[[int], None],
 ) -> list[Generation]:
-    """Answers to rendered prompts, each under its own steering and grammar, in the prompts' order: `way.each` to each.
+    """Generate `way.each` answers to each rendered prompt, each with its own steering and grammar, in prompt order.
 
     Args:
-        model: The model, `tokenizer` and `layout` with it.
-        way: How tokens are chosen.
-        prompts: Token ids. They are begun in this order.
+        model: The model.
+        tokenizer: Its tokenizer.
+        layout: Its layout.
+        way: The settings of the run.
+        prompts: Token ids. Prompts are started in this order.
         steerings: One for each prompt.
-        rejections: Likewise; `None` where tokens aren't verified.
-        matchers: Each prompt's, at the beginning of the grammar that its answers keep to; `None` for any text.
-        images: Each prompt's; `None` where it has none.
-        places: Which prompts of the caller's they are: with the `seed`, it says what an answer's random numbers are.
-        rows: How many prompts are answered at a time, at most.
-        max_new_tokens: Tokens of an answer at most.
-        logprobs: Whether answers have log-probabilities.
-        seed: For repeatable samples; `None` takes one from torch's random numbers.
-        clean_cache: Whether answers are steered over the cache of the unsteered model.
-        monitors: What is read of each answer's tokens.
-        progress: Called with how many prompts are done, as they are.
+        rejections: One for each prompt; `None` without rejection.
+        matchers: One for each prompt, in the start state of the grammar of its answers; `None` without a grammar.
+        images: One for each prompt; `None` if it has no images.
+        places: The index of each prompt in the caller's list. Together with `seed`, it determines an answer's random
+            numbers.
+        rows: The maximum number of prompts that are answered at a time.
+        max_new_tokens: The maximum number of tokens per answer.
+        logprobs: Whether to return log-probabilities.
+        seed: For reproducible samples; `None` draws a seed from torch's random number generator.
+        clean_cache: Whether to steer over a clean cache, with the keys and values of the unsteered model.
+        monitors: The monitors that read each answer's tokens.
+        progress: Called with the number of finished prompts.
 
     Raises:
-        TrimtabError: A sampled row was steered to where the logits are no numbers any more.
+        TrimtabError: The steered logits of a sampled row aren't finite.
     """
     batch = CleanBatch(model, tokenizer, layout, strict=False, ends=way.ends, alone=way.alone)
     if way.settings.sampled and seed is None:
@@ -263,7 +266,7 @@ def answer(
             current = running[response.key]
             if monitors:
                 current.log.add(monitors, response.monitored)
-            if response.finish != FILTERED:  # else the token wasn't chosen
+            if response.finish != FILTERED:  # otherwise there is no token
                 current.tokens.append(response.token)
             if response.logprob is not None:
                 current.logprobs.append(response.logprob)

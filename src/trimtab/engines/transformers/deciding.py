@@ -1,4 +1,4 @@
-"""Whether a steering's gates fit a model: what they read is there, and as wide as their directions."""
+"""Checks that a steering's gates fit a model: their sites exist, and have the width of their directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimtab.steering.gates import thresholds
 
 
 def check_gates(steering: Steering, layout: Layout) -> None:
-    """Raises `TrimtabError` unless every gate fits the model, and is about its edit's site where it must be."""
+    """Raises `TrimtabError` unless every gate fits the model, and conditions on each token are at their edit's site."""
     for edit in steering.edits:
         for test in thresholds(edit.gate):
             if test.site.kind == "scores":

@@ -1,13 +1,12 @@
-"""A batch that is decoded step by step: rows come and go between any two tokens, each with its own steering.
+"""Continuous batching: rows join and leave between any two decode steps, each with its own steering.
 
-A step gives each row one token: greedy, sampled, or verified where its steering may be rejected (see `verify`). Rows
-that are new are read together in one pass of their own (rows of the same prompt and edits once), give their first
-token, and take their place in the batch; a row that is done has left it before the step is over. What a row gets is
-what it gets alone: its pads are masked, its positions are its own, its random numbers are, and its steering is its row
-of the banks.
+A step gives each row one token: greedy, sampled, or verified if its steering may be rejected (see `verify`). New rows
+are read together in a separate prefill pass (rows with the same prompt and edits once), get their first token, and join
+the batch; a finished row leaves before the step returns. A row's result doesn't depend on the other rows: its pads are
+masked, its positions and random numbers are its own, and its steering is its row of the banks.
 
-All that a step decides is decided on the device, and copied to the host at once: it waits once a step, for however many
-rows, and once more for rungs that have a pass of their own.
+All decisions of a step are made on the device and copied to the host together. So the host waits once per step, for any
+number of rows, and once more for candidates that have a pass of their own.
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
 
 PREFILL = 512
-"""Tokens, pads included, that one step reads of prompts at most, so that others don't wait for long; and a chunk of a
-prompt that is longer than `CHUNK`."""
+"""The maximum number of prompt tokens, including pads, that one step reads, so that other rows don't wait for long.
+In addition it reads a chunk of a prompt that is longer than `CHUNK`."""
 
 
 def check_steps(model: Any, layout: Layout) -> None:
-    """Raises `UnsupportedError` for a model whose rows can't join and leave a running batch."""
+    """Raises `UnsupportedError` for a model that doesn't support continuous batching."""
     name = type(layout.decoder).__name__
     try:
         compat.check_common_cache(layout.decoder)
@@ -77,23 +76,22 @@ def check_steps(model: Any, layout: Layout) -> None:
 
 
 class GenerationBatch:
-    """The batch. `insert` and `remove` at any time between steps; `step` gives every row its next token.
+    """A batch for continuous batching. `insert` and `remove` rows between steps; `step` gives every row its next token.
 
-    It isn't for several threads at once, and nothing else may steer the model during a step.
+    It isn't thread-safe, and nothing else may steer the model during a step.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, for the token that pads prompts, and for what tokens mean.
-        layout: Where things are in the model.
-        strict: A greedy row whose logits are no numbers any more leaves with an error, as sampled ones do in any case;
-            otherwise it goes on, with some token.
-        ends: The tokens that end an answer; by default those of the model's generation settings.
-        alone: One row at a time, over the model's own cache and without pads, which goes with models whose rows can't
-            share a batch.
+        tokenizer: Its tokenizer, for the padding token and for positions by meaning.
+        layout: The model's layout.
+        strict: Whether a greedy row with non-finite logits leaves with an error, as sampled rows always do; otherwise
+            it continues, with an arbitrary token.
+        ends: The tokens that end an answer; default: those of the model's generation settings.
+        alone: Run one row at a time, over the model's own cache and without padding, which also works for models that
+            don't support continuous batching.
 
     Raises:
-        UnsupportedError: Rows of this model can't share a batch of steps; with `alone`, it takes no cache of
-            transformers'.
+        UnsupportedError: The model doesn't support continuous batching; with `alone`, it takes no transformers cache.
     """
 
     def __init__(
@@ -122,22 +120,22 @@ class GenerationBatch:
         pad = _pad_id(model, tokenizer)
         self._masks = masks
         self._watch = Watch(layout)
-        self._counts = alone and not positions_of(layout).takes_positions  # the model its positions, by itself
+        self._counts = alone and not positions_of(layout).takes_positions  # whether the model computes positions itself
         self._reader = Reader(
             model, layout, masks, pad, self.device, lambda: new_cache(model.config), self._counts, self._watch
         )
         self._settings: dict[Sampling, Settings] = {}
         self._next = 0
         self._waiting: list[BatchRow] = []
-        self._rows: list[BatchRow] = []  # in the order of the cache's
+        self._rows: list[BatchRow] = []  # in the order of the cache
         self._long: tuple[list[BatchRow], ChunkedPrefill] | None = None  # rows whose prompt is being read in chunks
-        self._passes: Any = None  # passes of rungs, where any row has been verified
-        self.on_end: Callable[[GenerationBatch, int], None] | None = None  # called with a row's place before it leaves
+        self._passes: Any = None  # runs candidates, once any row has had rejection
+        self.on_end: Callable[[GenerationBatch, int], None] | None = None  # called with a row's index before it leaves
         self._forget()
 
     def _forget(self) -> None:
         self._cache: Any = Alone() if self.alone else Columns()
-        self._session = BatchSession(self.model, self.layout)  # of the rows
+        self._session = BatchSession(self.model, self.layout)  # steers the rows
         self._run: Composition | None = None
         self._drafted: Drafted | None = None
 
@@ -146,11 +144,11 @@ class GenerationBatch:
 
     @property
     def running(self) -> int:
-        """How many rows are in the batch, those that wait to be read not included."""
+        """The number of rows in the batch, without those whose prompts haven't been read."""
         return len(self._rows)
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises `TrimtabError` for a row that can't run: too long, or steered where its prompt has no token."""
+        """Raises `TrimtabError` for a row that can't run: too long, or steered at a position that its prompt lacks."""
         check_request(self.layout, [len(request.ids)], request.max_new_tokens, {})
         check_prompt(request.steering, len(request.ids))
         if request.rejection is not None and request.steering is not None:
@@ -162,23 +160,26 @@ class GenerationBatch:
             check_prompt(monitor.steering, len(request.ids))
 
     def insert(self, request: GenerationRequest) -> int:
-        """A row, for the next step; its key. `lm.check(steering)` is the caller's. Raises as `check` does."""
+        """Add a row for the next step. Returns its key.
+
+        The caller must have called `lm.check(steering)`. Raises as `check` does.
+        """
         self.check(request)
         self._next += 1
         self._waiting.append(BatchRow(self._next, request, time.perf_counter()))
         return self._next
 
     def remove(self, key: int, *, ended: bool = False) -> Applied | None:
-        """Take a row out, and say what steered it so far; `None` where there is no such row any more.
+        """Remove a row, and return what steered it so far; `None` if the row isn't there any more.
 
-        `ended`: not given up, but at its end, as by a text that ends it.
+        `ended` says that the row has finished, such as at a stop string, and isn't being canceled.
         """
         for row in self._waiting:
             if row.key == key:
                 self._waiting.remove(row)
                 return Applied((), ())
         for row in self._long[0] if self._long else ():
-            if row.key == key:  # the others of the same prompt go on
+            if row.key == key:  # the prefill goes on for other rows with the same prompt
                 self._long[0].remove(row)  # type: ignore[index]
                 self._long = self._long if self._long and self._long[0] else None
                 return Applied((), ())
@@ -191,18 +192,18 @@ class GenerationBatch:
         return None
 
     def applied(self, key: int) -> Applied | None:
-        """What has steered a row so far; `None` where there is no such row in the batch."""
+        """What has steered a row so far; `None` if it isn't in the batch."""
         for place, row in enumerate(self._rows):
             if row.key == key:
                 return row.applied(self._session.tally(place))
         return None
 
     def trace(self, key: int) -> Any:
-        """What rejection has done in a row so far; `None` where there is none, or no such row in the batch."""
+        """The trace of rejection in a row so far; `None` without rejection, or if the row isn't in the batch."""
         return next((row.trace for row in self._rows if row.key == key), None)
 
     def clear(self) -> list[int]:
-        """Everybody leaves; their keys."""
+        """Remove all rows. Returns their keys."""
         keys = [row.key for row in (*self._rows, *(self._long[0] if self._long else ()), *self._waiting)]
         self._rows, self._waiting, self._long = [], [], None
         self._forget()
@@ -210,7 +211,7 @@ class GenerationBatch:
 
     @torch.no_grad()
     def step(self) -> list[GenerationResponse]:
-        """One token for each row, rows that have just joined included, once their prompts are read."""
+        """Generate one token for each row, including new rows whose prompts have been read."""
         with reading(self.layout.decoder):
             responses = self._decode() if self._rows else []
             responses += self._read_in(self._admitted()) + self._read_chunk()
@@ -259,7 +260,7 @@ class GenerationBatch:
         return self._without_the_done(self._switch_on(chosen))
 
     def _switch_on(self, responses: list[GenerationResponse]) -> list[GenerationResponse]:
-        """Let what monitors have switched on act from the next pass on; a row for which that can't be has an error."""
+        """Activate what monitors have switched on, from the next pass on; a row for which this fails gets an error."""
         for place, row in enumerate(self._rows):
             if not row.switched:
                 continue
@@ -273,7 +274,10 @@ class GenerationBatch:
         return responses
 
     def _come_true(self) -> Tensor | None:
-        """The logits `[rows, vocabulary]` of this step, if drafts of all rows have come true; they enter the cache."""
+        """The logits `[rows, vocabulary]` of this step if a draft of every row was accepted, else `None`.
+
+        The keys and values of the accepted drafts enter the cache.
+        """
         drafted, self._drafted = self._drafted, None
         if drafted is None:
             return None
@@ -297,9 +301,9 @@ class GenerationBatch:
         fused: Tensor | None = None,
         which: Sequence[int] | None = None,
     ) -> tuple[list[GenerationResponse], Tensor]:
-        """The facts of each row's next token, and the tokens. The host waits for the device here.
+        """Choose each row's next token. Returns the responses and the tokens. The host waits for the device here.
 
-        `which` of the last pass's rows these are, where they aren't all of them, in order.
+        `which` are the indices of these rows in the last pass; default: all of its rows, in order.
         """
         watched = self._watch.values
         if watched is not None and which is not None:
@@ -339,7 +343,7 @@ class GenerationBatch:
         return [_ended(response, left.get(response.key)) for response in responses]
 
     def _take_out(self, place: int) -> None:
-        """The cache puts its last row in place of one that leaves; so do the session and the list."""
+        """Remove a row. The last row moves to its place in the cache, the session and the list."""
         self._run = None
         self._rows[place].add(self._session.remove(place))
         self._cache.remove(place)
@@ -350,7 +354,7 @@ class GenerationBatch:
     # ---- rows that join ----------------------------------------------------------------------------------
 
     def _admitted(self) -> list[BatchRow]:
-        """The first of those that wait, as many as fit into one pass."""
+        """Take the first waiting rows, as many as fit into one pass."""
         if self.alone:
             taken = [] if self._rows else self._waiting[:1]
             self._waiting = self._waiting[len(taken) :]
@@ -367,7 +371,7 @@ class GenerationBatch:
         return taken
 
     def _read_chunk(self) -> list[GenerationResponse]:
-        """Read some more of a long prompt; its rows join, and have their first tokens, when all of it is read."""
+        """Read the next chunk of a long prompt. Once it is complete, its rows join and get their first tokens."""
         if self.alone:
             return []
         if self._long is None:
@@ -398,13 +402,13 @@ class GenerationBatch:
         return ChunkedPrefill(self.model, self.layout, *request.prefill, self.device)
 
     def _seat_read(self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
-        """Rows whose one prompt was read in chunks join the batch."""
+        """Add rows whose common prompt was read in chunks to the batch."""
         length = len(prefill.ids)
         read = PromptsRead([prefill.edits], [prefill.names], [prefill.tally()], logits, prefill.cache, [length])
         return self._seat(rows, [0] * len(rows), read)
 
     def _read_in(self, rows: list[BatchRow]) -> list[GenerationResponse]:
-        """Read prompts of rows that join, and give their first tokens. One that can't be read keeps no other out."""
+        """Prefill new rows and give their first tokens. If a pass fails, the rows are read one by one."""
         if not rows:
             return []
         images = list(dict.fromkeys(row.request.images for row in rows))
@@ -435,7 +439,7 @@ class GenerationBatch:
             return [response for row in rows for response in self._read_in([row])]
 
     def _seat(self, rows: list[BatchRow], which: list[int], read: PromptsRead) -> list[GenerationResponse]:
-        """Rows whose prompts are read join the batch. `which` of the texts that were read is each row's."""
+        """Add rows whose prompts have been read to the batch. `which` is the index of each row's text in `read`."""
         self._find_ladders(rows, which, read)
         for row, text in zip(rows, which, strict=True):
             if row.ladder is None:
@@ -460,8 +464,7 @@ class GenerationBatch:
         return [_ended(response, ended.get(response.key)) for response in chosen]
 
     def _steer(self, rows: Iterable[tuple[BatchRow, tuple[Edit, ...]]]) -> None:
-        """All of these rows join the session under these edits, or none: raises `TrimtabError` for edits that can't act
-        together."""
+        """Add these rows to the session, all or none. Raises `TrimtabError` for edits that can't act together."""
         before = len(self._session.rows)
         try:
             for row, before_monitors in rows:
@@ -473,7 +476,7 @@ class GenerationBatch:
             raise
 
     def _find_ladders(self, rows: Sequence[BatchRow], which: Sequence[int], read: PromptsRead) -> None:
-        """Decide the gates of rows that are verified, rank their layers, and build their ladders."""
+        """For rows with rejection: evaluate the gates, rank the layers, and build the ladders of candidates."""
         made: dict[Any, tuple[Ladder, tuple[str, ...]]] = {}
         for row, text in zip(rows, which, strict=True):
             rejection, ids = row.request.rejection, row.request.ids
@@ -499,18 +502,18 @@ class GenerationBatch:
             if settings is None:
                 options = {**PLAIN, **sampling.options} if sampling.greedy else sampling.options
                 settings = Settings.of(self.model, options, len(request.ids), self.device)
-                if not settings.others:  # these may depend on the prompt
+                if not settings.others:  # unknown processors may depend on the prompt
                     self._settings[plain] = settings
         matcher = None if request.matcher is None else request.matcher.copy()
         return RowSampler(settings, sampling.seed, request.max_new_tokens, matcher)
 
 
 def _in_chunks(row: BatchRow) -> bool:
-    """Whether its prompt is read in chunks, as long ones are; where tokens are verified, or with images, whole."""
+    """Whether a row's prompt is read in chunks: if it is long, and has neither rejection nor images."""
     request = row.request
     return len(request.ids) > CHUNK and request.rejection is None and request.images is None
 
 
 def _ended(response: GenerationResponse, row: BatchRow | None) -> GenerationResponse:
-    """The response, with the report of a row that has left."""
+    """The response, with what steered a row that has left."""
     return response if row is None else replace(response, applied=row.applied(), trace=row.trace)

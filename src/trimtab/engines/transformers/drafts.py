@@ -1,4 +1,4 @@
-"""Draft tokens: what the token after the newest may be, computed unsteered in a pass that runs anyway."""
+"""Draft tokens: guesses of the token after the newest one, computed unsteered in a pass that runs anyway."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass
 class Drafts:
-    """Draft tokens: `ids[i]` in request `requests[i]`, for the batch's row `rows[i]`; those of a row side by side.
+    """Draft tokens: `ids[i]` in request `requests[i]`, for the batch's row `rows[i]`; those of one row are adjacent.
 
-    A pass that is given them computes them over the unsteered cache, and leaves their keys and values here. Those that
-    come true can then `enter` the cache, which is what a pass of their own would have done.
+    The pass computes them over the unsteered cache and stores their keys and values in `states`. Accepted drafts then
+    `enter` the cache, with the same effect as a separate pass.
     """
 
     requests: tuple[int, ...]
@@ -24,7 +24,7 @@ class Drafts:
     states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def enter(self, cache: Any, rows: Sequence[int]) -> None:
-        """Put one draft for each row of the cache, in order, into it."""
+        """Append drafts to the cache: `rows` are their indices, one for each row of the cache, in order."""
         picked: dict[torch.device, Tensor] = {}
         for layer, (keys, values) in self.states.items():
             if keys.device not in picked:
@@ -33,6 +33,6 @@ class Drafts:
 
 
 def entries(keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values of one row of each request as a cache takes them: `[requests, groups, 1, size]`."""
+    """Keys and values of one row per request, in the shape that a cache expects: `[requests, groups, 1, size]`."""
     picked = [x[0][:, rows].transpose(0, 1).unsqueeze(2) for x in (keys, values)]
     return picked[0], picked[1]

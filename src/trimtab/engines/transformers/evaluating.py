@@ -1,4 +1,4 @@
-"""A model in evaluation mode for as long as it is read or answers, and then in the mode that it had."""
+"""A context that puts a model into evaluation mode and then restores its previous mode."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module, *, every_part: bool = False) -> Iterator[None]:
-    """While open, no part of the model drops activations out; afterwards each part is in the mode it was in.
+    """Put all modules into evaluation mode, so that there is no dropout; each one's mode is restored afterwards.
 
-    A model that is in evaluation mode as a whole is taken to be so in its parts, unless `every_part` is looked at.
+    If the model itself is in evaluation mode, its submodules are assumed to be, too, unless `every_part` is set.
     """
-    if not model.training and not every_part:  # as loaded, and all that is looked at in each step
+    if not model.training and not every_part:  # the usual case, and a cheap check for every step
         yield
         return
     training = [module for module in model.modules() if module.training]

@@ -1,4 +1,4 @@
-"""One run at a time over one model: hooks sit on the modules, which all threads and all `LM`s over a model share."""
+"""Locks that allow one run at a time per model, since all threads and all `LM`s of a model share its hooked modules."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import outside
 
 PATIENCE = 30.0
-"""Seconds for which a thread waits for one inside `lm.steered(…)` before it says so."""
+"""Seconds that a thread waits for another one inside `lm.steered(…)` before it warns."""
 
 
 @dataclass
 class _Turn:
-    """Whose turn it is on one decoder."""
+    """The lock of one decoder, and its state."""
 
     lock: Any = field(default_factory=threading.RLock)
     steered: bool = False
-    thread: int | None = None  # which one steers
-    lent: bool = False  # to who is inside lm.steered(…), for as long as they like
+    thread: int | None = None  # the thread that steers
+    lent: bool = False  # whether it is held by lm.steered(…), for an unknown time
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """While open, it is this thread's. Warns of a long wait for who may be waiting for this thread."""
+        """Hold the lock while the context is open. Warns after a long wait for `lm.steered(…)`, a possible deadlock."""
         taken = self.lock.acquire(timeout=PATIENCE) if self.lent else self.lock.acquire()
         if not taken:
             warnings.warn(
@@ -60,8 +60,10 @@ def _turn(decoder: nn.Module) -> _Turn:
 
 @contextmanager
 def reading(decoder: nn.Module) -> Iterator[None]:
-    """While open, no other thread steers or reads this decoder, which is in evaluation mode. A steered run of the same
-    thread may read."""
+    """While open, no other thread steers or reads this decoder, and it is in evaluation mode.
+
+    It may be nested in a steered run of the same thread.
+    """
     with _turn(decoder).taken(), _eager(), evaluating(decoder):
         yield
 
@@ -70,10 +72,10 @@ def reading(decoder: nn.Module) -> Iterator[None]:
 def steering(decoder: nn.Module, *, lent: bool = False) -> Iterator[None]:
     """While open, no other thread steers or reads this decoder, and it isn't steered a second time.
 
-    `lent`: it is open for as long as a caller likes, who may wait for other threads meanwhile.
+    `lent`: the user holds the context for an unknown time, and may wait for other threads inside it.
 
     Raises:
-        TrimtabError: This thread is steering it already.
+        TrimtabError: This thread is already steering it.
     """
     turn = _turn(decoder)
     with turn.taken():
@@ -88,13 +90,13 @@ def steering(decoder: nn.Module, *, lent: bool = False) -> Iterator[None]:
 
 
 def steered_here(decoder: nn.Module) -> bool:
-    """Whether this thread is steering the decoder, through whatever `LM`, so that what it reads is steered."""
+    """Whether this thread is steering the decoder, through any `LM`, so that activations it reads are steered."""
     turn = _turn(decoder)
     return turn.steered and turn.thread == threading.get_ident()
 
 
 class Generating:
-    """Which thread generates inside one `lm.steered(…)`: one at a time, and none any more when it ends."""
+    """Ensures that one thread at a time generates inside an `lm.steered(…)`, and none when it ends."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -104,11 +106,11 @@ class Generating:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """While open, this thread generates.
+        """Mark this thread as generating while the context is open.
 
         Raises:
-            TrimtabError: Another thread does, whose steps couldn't be told from this one's; or, in the end, the
-                context was left meanwhile, so that the end of the text isn't steered.
+            TrimtabError: Another thread is generating, whose steps couldn't be distinguished from this one's; or, at
+                the end, `lm.steered(…)` was left in the meantime, so the end of the text isn't steered.
         """
         with self._lock:
             if self._depth and self._thread != threading.get_ident():
@@ -123,7 +125,7 @@ class Generating:
         finally:
             with self._lock:
                 self._depth -= 1
-            if self._left:  # whatever else went wrong then, went wrong because of it
+            if self._left:  # replaces any other error, which was caused by this
                 raise TrimtabError(
                     "lm.steered(…) was left while this text was being generated, so its end isn't steered and it is"
                     " thrown away; join the thread that generates before the context ends"
@@ -131,7 +133,7 @@ class Generating:
 
     @contextmanager
     def until_left(self) -> Iterator[None]:
-        """The context that they generate in. Raises `TrimtabError` when it ends while one still does."""
+        """The context for generating. Raises `TrimtabError` if it ends while a thread is still generating."""
         try:
             yield
         finally:
@@ -150,9 +152,9 @@ def steers(decoder: nn.Module) -> bool:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """While open, what `torch.compile` has made runs as plain Python: a compiled graph doesn't call hooks.
+    """While open, code compiled by `torch.compile` runs eagerly, since compiled graphs don't call hooks.
 
-    The compiler knows one such stance for the whole process, so the last run to end takes it back.
+    The compiler's stance is global to the process, so the last run to end restores it.
     """
     global _eager_runs, _eager_stance
     with _eager_lock:

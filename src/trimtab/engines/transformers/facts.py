@@ -1,7 +1,7 @@
-"""What a step tells of each row's next token: decided on the device, copied to the host as a line of numbers a row.
+"""The results of a step, computed on the device and copied to the host as one line of numbers per row.
 
-A line has the token and the greatest logit; where any row of the batch is told log-probabilities, that of its token,
-the likeliest tokens and theirs; and what monitors have read.
+A line has the next token and the greatest logit; then, if any row of the batch wants log-probabilities, that of its
+token, the likeliest tokens and their log-probabilities; and last the readings of monitors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ Line = Sequence[float]
 
 @dataclass(frozen=True)
 class Facts:
-    """Which numbers a line has: log-probabilities or not, how many of the likeliest, readings `[rows, monitors]`."""
+    """The layout of a line: whether it has log-probabilities, of how many likeliest tokens, and the monitors' readings.
+
+    `readings` is `[rows, monitors]`, or `None` without monitors.
+    """
 
     logprobs: bool
     likeliest: int
@@ -33,13 +36,13 @@ class Facts:
 
     @classmethod
     def of(cls, rows: Sequence[BatchRow], vocabulary: int, readings: Tensor | None) -> Facts:
-        """Those that these rows want."""
+        """The layout that covers what these rows request."""
         alternatives = [row.request.alternatives for row in rows if row.request.alternatives is not None]
         return cls(bool(alternatives), min(max(alternatives, default=0), vocabulary), readings)
 
     def lines(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        """The lines `[rows, numbers]` of these tokens `[rows]`, which were chosen by logits `[rows, vocabulary]`."""
-        # of numbers and a NaN, the NaN is the largest
+        """The lines `[rows, numbers]` of tokens `[rows]` that were chosen from logits `[rows, vocabulary]`."""
+        # amax propagates a NaN
         columns = [tokens[:, None].float(), logits.amax(-1, keepdim=True)]
         if self.logprobs:
             logprobs = logits.log_softmax(-1)
@@ -47,10 +50,10 @@ class Facts:
             if self.likeliest:
                 values, ids = logprobs.topk(self.likeliest)
                 columns += [ids.float(), values]
-        if (read := self.readings) is not None:  # of rungs, whose rows aren't monitored, nothing was read
+        if (read := self.readings) is not None:  # candidates have none: rows with rejection aren't monitored
             read = read if len(read) == len(logits) else read.new_zeros(len(logits), read.shape[-1])
             columns.append(read.to(device=logits.device, dtype=torch.float32))
-        # whole numbers below 2 ** 24, as ids are, are exact in float32
+        # token ids are below 2 ** 24, so they are exact in float32
         return torch.cat(columns, -1)
 
     def likeliest_of(self, line: Line) -> tuple[tuple[int, float], ...]:
@@ -59,19 +62,19 @@ class Facts:
         return tuple(zip(map(int, line[3:middle]), line[middle : middle + self.likeliest], strict=True))
 
     def readings_of(self, line: Line) -> Line:
-        """What monitors have read, in a line."""
+        """The monitors' readings in a line."""
         return line[2 + self.logprobs * (1 + 2 * self.likeliest) :]
 
 
 @dataclass(frozen=True)
 class Teller:
-    """What comes of a line: the row goes on with its token or ends, and its response.
+    """Turns lines into responses, and updates the rows.
 
     Args:
-        facts: What lines hold.
+        facts: The layout of the lines.
         watch: The monitors of the batch.
         ends: The tokens that end an answer.
-        strict: A greedy row, too, has an error where its logits are no numbers any more.
+        strict: Whether non-finite logits are an error for greedy rows, too, not only for sampled ones.
     """
 
     facts: Facts
@@ -80,7 +83,7 @@ class Teller:
     strict: bool
 
     def tell(self, row: BatchRow, line: Line, step: Step | None) -> GenerationResponse:
-        """What came of a row; `step` is how its token was verified."""
+        """The response for a row, which is updated; `step` says how its token was verified."""
         assert row.sampler is not None
         if not abs(line[1]) < float("inf") and (self.strict or row.sampler.settings.sampled):
             error = TrimtabError("the model's logits are no longer finite: it is steered too hard; lower the strength")
@@ -108,7 +111,7 @@ class Teller:
         return GenerationResponse(row.key, token, line[2], likeliest, finish, **heard)
 
     def _hear(self, row: BatchRow, line: Line) -> tuple[tuple[float, ...], tuple[Monitor, ...]]:
-        """What a row's monitors have read of its newest token, and which of them fire; what they switch on is noted."""
+        """The readings of a row's monitors and the monitors that fire; the edits that these switch on are recorded."""
         monitors = row.request.monitors
         if not monitors:
             return (), ()

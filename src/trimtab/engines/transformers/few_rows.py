@@ -1,14 +1,15 @@
-"""Linear maps of a few rows on a CPU, up to twice as fast as torch's.
+"""Linear layers for a few rows on a CPU, up to twice as fast as torch's.
 
-Decoding a small batch is bound by reading the weights. Intel's MKL, which torch calls, takes rows three at a time and
-reads the whole weight anew for each three: 8 rows take nearly three times as long as one. Here the weight is taken in
-pieces that stay in the processor's cache while all rows pass through them, by one batched product over views of it.
-Nothing is copied or packed but the result, which is torch's but for rounding; with one thread it was equal bit for
+Decoding a small batch is bound by reading the weights. Intel's MKL, which torch calls, processes three rows at a time
+and reads the whole weight again for each three: 8 rows take nearly three times as long as one. Here the weight is split
+into pieces that stay in the processor's cache while all rows are multiplied with them, in one batched product over
+views of the weight. Only the result is copied. It equals torch's up to rounding; with one thread it was equal bit for
 bit.
 
-From 16 rows on MKL has another way, which is left to it, and so is a single row. From how many rows pieces pay was
-measured on an Intel Xeon with AVX-512 and on an AMD EPYC without it, where they gain nothing on one thread and much on
-two. It is decided by that and not by trying, so that every run on a machine rounds alike.
+From 16 rows on, MKL uses another algorithm, and torch's own call is kept, as it is for a single row. The minimum number
+of rows for which pieces pay off was measured on an Intel Xeon with AVX-512 and on an AMD EPYC without it, where they
+gain nothing on one thread and much on two. The choice depends only on the hardware and the number of threads, not on a
+benchmark at run time, so that all runs on a machine round alike.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from torch.nn.functional import linear
 
 MOST = 15
 LEAST_WEIGHT = 1 << 16
-"""Numbers in a weight from which it pays: a smaller one stays in the cache by itself."""
+"""The minimum number of elements of a weight for which pieces pay off; a smaller one stays in the cache anyway."""
 PIECE = 48 * 1024
-"""Numbers in a piece, at most: 192 KiB in float32, beside the rows, in a second-level cache of 256 KiB or more."""
+"""The maximum number of elements of a piece: 192 KiB in float32, to fit with the rows in an L2 cache of 256 KiB."""
 NARROWEST, WIDEST = 8, 64
-"""Outputs of a piece."""
+"""The minimum and maximum number of output features of a piece."""
 
 
 @contextmanager
 def few_rows(model: nn.Module) -> Iterator[None]:
-    """While open, the model's linear maps in float32 on a CPU take few rows (`fewest()` to 15) in pieces.
+    """While open, the model's float32 linear layers on a CPU process few rows (`fewest()` to 15) in pieces.
 
-    Modules that are no plain `nn.Linear`, or whose `forward` somebody has replaced, are left alone. The model is as it
-    was when the context is left.
+    Modules that aren't a plain `nn.Linear`, or whose `forward` has been replaced, are left alone. On exit the model is
+    restored.
     """
     least = fewest()
     left_alone = least > MOST or hasattr(model, "_orig_mod")
@@ -48,12 +49,12 @@ def few_rows(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, forward in ours:
-            if vars(module).get("forward") is forward:  # nobody has put another in its place meanwhile
+            if vars(module).get("forward") is forward:  # unless it has been replaced in the meantime
                 del module.forward
 
 
 def in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear(x, weight, bias)`, `[rows, out]`, for rows `[rows, in]` and a contiguous weight `[out, in]`."""
+    """Compute `linear(x, weight, bias)` `[rows, out]` for rows `[rows, in]` and a contiguous weight `[out, in]`."""
     out, width = weight.shape
     piece = _piece(width)
     count = out // piece
@@ -68,7 +69,7 @@ def in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _piece(width: int) -> int:
-    """The outputs of a piece: a power of two."""
+    """The number of output features of a piece, a power of two."""
     return max(NARROWEST, min(WIDEST, 1 << (max(1, PIECE // width).bit_length() - 1)))
 
 
@@ -77,7 +78,7 @@ def _suits(module: nn.Module) -> TypeGuard[nn.Linear]:
         return False
     weight = module.weight
     return (
-        type(weight) is nn.Parameter  # quantized and distributed weights are tensors of their own kind
+        type(weight) is nn.Parameter  # quantized and distributed weights have other types
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.is_contiguous()
@@ -95,7 +96,7 @@ def _forward(module: nn.Linear, least: int, x: Tensor) -> Tensor:
 
 
 def fewest() -> int:
-    """The fewest rows that are faster in pieces here; more than `MOST` where none are."""
+    """The minimum number of rows for which pieces are faster on this machine; more than `MOST` if they never are."""
     if not torch.backends.mkl.is_available():
         return MOST + 1
     if torch.backends.cpu.get_cpu_capability() == "AVX512":

@@ -1,7 +1,7 @@
-"""What the tokens of a session's passes mean, where its edits ask that: each row's text, followed from pass to pass.
+"""Positions by meaning in a session: each row's text is tracked from pass to pass.
 
-The host has to see the tokens, so each pass waits for the device once. Batches of steps (see `decode`) don't come by
-here: they know their tokens.
+The host needs the token ids, so each pass has one host sync. Continuous batching (see `decode`) doesn't use this
+module, since it knows its tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trimtab.steering.meanings import Meaning
 
 
 def check_rows_stay(model: Any, options: Mapping[str, Any]) -> None:
-    """Raises `UnsupportedError` for options of `generate` under which rows change places, as beams do."""
+    """Raises `UnsupportedError` for options of `generate` that reorder rows, as beam search does."""
     if compat.generation_option(model, options, "num_beams") not in (None, 1):
         raise UnsupportedError(
             "positions by meaning can't run with num_beams: beams change places, so it isn't known which text is whose;"
@@ -33,21 +33,21 @@ def check_rows_stay(model: Any, options: Mapping[str, Any]) -> None:
 
 @dataclass
 class Following:
-    """One row's text. `ids` are its tokens by position, as far as they are known, and `followed` the generated ones."""
+    """One row's text. `ids` are its known tokens, and `followed` the state after each generated one."""
 
     tokenizer: Any
     meanings: frozenset[Meaning]
     prompt_length: int
     ids: list[int]
     followed: list[Followed] = field(default_factory=list)
-    states: list[int] = field(default_factory=list)  # what a generated token is in, by the session's count
+    states: list[int] = field(default_factory=list)  # the session's state of each generated token
     _follower: Follower | None = None
 
     def read(self, positions: Sequence[int], ids: Sequence[int], state_of: Callable[[int, Holding], int]) -> list[int]:
-        """The states of a pass's tokens, of which negative positions are padding.
+        """The states of a pass's tokens; negative positions are padding.
 
-        A pass may go back behind what was read; then that is forgotten. Raises `TrimtabError` where tokens before a
-        generated one weren't seen, so that it isn't known what it means.
+        A pass may start before the end of the known text; the rest is then discarded. Raises `TrimtabError` if tokens
+        before a generated one haven't been seen, so that its meaning can't be determined.
         """
         states = []
         for position, token in zip(positions, ids, strict=True):
@@ -77,15 +77,15 @@ class Following:
 
 
 class Texts:
-    """The texts of all rows of a session, where some row's edits ask what is generated.
+    """The texts of all rows of a session in which some edits have positions by meaning.
 
     Args:
-        plan: The session's.
-        edits: Of each request.
-        lengths: Its prompt's.
-        rows: How many there are; those of one request are neighbours.
-        tokenizer: Of the model; `None`: no generated token may come by.
-        prompts: Their tokens; `None`: they come by in the passes.
+        plan: The session's plan.
+        edits: The edits of each request.
+        lengths: The prompt length of each request.
+        rows: The number of rows; the rows of one request are adjacent.
+        tokenizer: The model's tokenizer; with `None`, passes must not contain generated tokens.
+        prompts: The token ids of each prompt; with `None`, they are taken from the passes.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class Texts:
             self._rows.append(following)
 
     def states(self, forward_pass: Pass, pads: Sequence[int], ids: Tensor | None) -> tuple[tuple[int, ...], ...]:
-        """Each row's states in a pass over these tokens, one a column.
+        """Each row's states in a pass over these tokens, one per column.
 
-        Raises `TrimtabError` where what generated tokens mean can't be told.
+        Raises `TrimtabError` if the meaning of generated tokens can't be determined.
         """
         states = states_of(self._plan.segments, forward_pass, pads)
         where = where_of(forward_pass, pads)
@@ -129,7 +129,7 @@ class Texts:
         )
 
     def steered(self, row: int, touched: frozenset[int], start: int, stop: int) -> int:
-        """How many of a row's positions from `start` to `stop` are in one of these states."""
+        """The number of a row's positions from `start` to `stop` that are in one of the `touched` states."""
         text, segments = self._rows[row], self._plan.segments[row // self._repeat]
         if text is None:
             return count_steered(segments, touched, start, stop)

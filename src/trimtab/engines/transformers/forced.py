@@ -1,8 +1,9 @@
-"""Teacher-forced passes that can be differentiated: prompts, and the answers that are fed after them.
+"""Differentiable teacher forcing: forward passes over prompts and given answers, with an autograd graph.
 
-What is learned acts from the last prompt token on. So the prompt before it runs once, without a graph, into a cache of
-keys and values (for all texts with the same prompt, and all passes, as far as the memory goes), and a graph is kept for
-the last prompt token and the answer alone. Models whose cache holds anything else run each text whole and by itself.
+Learned changes act from the last prompt token on. So the rest of the prompt is computed once, without a graph, into a
+KV cache (for all texts with the same prompt, and for all passes, as far as memory allows), and a graph is built only
+for the last prompt token and the answer. Models that cache anything other than keys and values run each text
+separately and as a whole.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from trimtab.steering import Site
 
 TOKENS_PER_PASS = 320
 LOGITS_PER_PASS = 48_000_000
-"""At most so many tokens of answers, and logits, are in one pass: what a graph keeps grows with them."""
+"""The maximum number of answer tokens, and of logits, in one pass; the memory of the graph grows with both."""
 
 Change = Callable[[Tensor], Tensor]
-"""From activations `[tokens, width]` to what is added to them, `[tokens, width]`; it may be differentiated."""
+"""Maps activations `[tokens, width]` to what is added to them, `[tokens, width]`; differentiable."""
 
 
 @dataclass(frozen=True)
 class Forced:
-    """The token ids of a prompt, and of an answer that is fed after it. Both have at least one token."""
+    """The token ids of a prompt and of a teacher-forced answer. Both have at least one token."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -50,12 +51,12 @@ class Forced:
 
 
 class _Enough(BaseException):
-    """All that is to be read has been. Only ever in the thread that reads."""
+    """Ends a pass early, once all wanted activations have been read. Raised only in the reading thread."""
 
 
 @dataclass
 class Forcing:
-    """Passes of one model while its weights are frozen and its hooks are in place; `forcing` opens one."""
+    """Teacher-forced passes of a model with frozen weights and hooks in place; created by `forcing`."""
 
     model: Any
     layout: Layout
@@ -63,8 +64,8 @@ class Forcing:
     shares: bool
     prompts: PrefixCache
     _changes: Mapping[Site, Change] = field(default_factory=dict)
-    _answering: Tensor | None = None  # the numbers of the tokens that are changed in this pass, row after row
-    _factors: Tensor | None = None  # by what the change at each of these tokens is multiplied
+    _answering: Tensor | None = None  # the indices of the changed tokens in this pass, with the rows concatenated
+    _factors: Tensor | None = None  # the factor of the change at each of these tokens
     _called: dict[Site, int] = field(default_factory=dict)
     _states: dict[Site, Tensor] | None = None
     _wanted: frozenset[Site] = frozenset()
@@ -72,16 +73,16 @@ class Forcing:
     def logits(
         self, texts: Sequence[Forced], changes: Mapping[Site, Change], factors: Sequence[float] | None = None
     ) -> list[Tensor]:
-        """For each text the logits `[answer tokens, vocabulary]` of its answer's tokens, in float32 at least.
+        """For each text, the logits `[answer tokens, vocabulary]` that predict its answer, in float32 at least.
 
         Args:
-            texts: So many that their graph fits the memory; `passes` parts them.
-            changes: What is added at sites, from the last prompt token on. A site without one stays as it is.
-            factors: By what each text's changes are multiplied, one for each text; default: 1.
+            texts: Few enough that their graph fits into memory; `passes` splits a longer list.
+            changes: What is added at each site, from the last prompt token on. Other sites stay unchanged.
+            factors: A factor for each text's changes; default: 1.
 
         Raises:
-            TrimtabError: A change at a site that this wasn't opened for, a site that didn't run once, a text that is
-                longer than the model's context, or another number of factors than of texts.
+            TrimtabError: A change is at a site without a hook, a site didn't run exactly once, a text is longer than
+                the model's context, or the numbers of factors and texts differ.
         """
         if unknown := sorted(set(changes) - set(self.sites)):
             raise TrimtabError(f"there is no hook at {unknown[0]}")
@@ -107,9 +108,9 @@ class Forcing:
     def states(
         self, texts: Sequence[Forced], changes: Mapping[Site, Change], sites: Sequence[Site]
     ) -> dict[Site, list[Tensor]]:
-        """The activations `[answer tokens, width]` of each text at `sites`, before what is changed there.
+        """The activations `[answer tokens, width]` of each text at `sites`, before the change at the same site.
 
-        A pass ends at the last of these sites. Raises as `logits` does.
+        The pass stops at the last of these sites. Raises as `logits` does.
         """
         if unknown := sorted({*sites, *changes} - set(self.sites)):
             raise TrimtabError(f"there is no hook at {unknown[0]}")
@@ -135,7 +136,7 @@ class Forcing:
         if self.prompts.usable_for(before):
             cache, mask = self.prompts.cache_for(before)
         elif any(before):
-            # a row whose prompt is one token has nothing before it: one pad, which nobody attends to
+            # a prompt of one token has nothing before its last: it becomes a row of pads, which are masked
             distinct = {prompt: n for n, prompt in enumerate(dict.fromkeys(before))}
             ids, mask = padded([list(prompt) for prompt in distinct], left=True, device=device)
             with torch.no_grad():
@@ -146,7 +147,7 @@ class Forcing:
                 mask = mask[rows]
         fed = [[text.prompt[-1], *text.answer[:-1]] for text in texts]
         ids, new = padded(fed, left=False, device=device)
-        # numbers rather than a mask: a mask would wait for the device at every site
+        # indices rather than a mask, which would cause a device sync at every site
         places = [row * ids.shape[1] + column for row, text in enumerate(texts) for column in range(len(text.answer))]
         self._answering = torch.tensor(places, device=device)
         out = self._pass(inputs_of(self.model, ids, torch.cat([mask, new], 1), cache), changes)
@@ -179,7 +180,7 @@ class Forcing:
         change = self._changes.get(site)
         if change is None and self._states is None:
             return None
-        flat = x.reshape(-1, x.shape[-1])  # some blocks run their MLP over the tokens of all rows as one list
+        flat = x.reshape(-1, x.shape[-1])  # some blocks run their MLP with rows and tokens flattened
         where = self._answering.to(x.device)
         selected = flat.index_select(0, where)
         if self._states is not None and site in self._wanted:
@@ -196,10 +197,12 @@ class Forcing:
 
 @contextmanager
 def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forcing]:
-    """While open: the model's weights frozen, hooks at `sites`, nobody else steering or reading. Then all as before.
+    """Freeze the model's weights and install hooks at `sites`; both are undone when the context closes.
+
+    While it is open, no other thread can steer or read the model, and the model is in evaluation mode.
 
     Raises:
-        TrimtabError: A site that the model doesn't have, or a model that is being steered.
+        TrimtabError: The model doesn't have one of the sites, or is being steered.
     """
     required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout), PrefixCache(model, layout))
@@ -217,7 +220,7 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
 
 
 def passes(model: Any, texts: Sequence[Forced]) -> list[list[int]]:
-    """The numbers of these texts, in groups that fit one pass each, in their order; at least one text a group."""
+    """Split texts into groups that fit one pass each, as lists of indices, in order; at least one text per group."""
     tokens = min(TOKENS_PER_PASS, LOGITS_PER_PASS // model.get_input_embeddings().weight.shape[0])
     groups: list[list[int]] = []
     answer = prompt = 0

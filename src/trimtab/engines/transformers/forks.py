@@ -1,10 +1,10 @@
-"""Rows over copies of the cache: several versions of the token that is being decoded, each a batch entry of its own.
+"""Candidates over copies of the cache: several steered versions of the token being decoded, each as a batch entry.
 
-What `rows` does without a copy needs attention in every layer, over keys and values just as the cache holds them. Other
-models keep a recurrent state (Mamba, Gated DeltaNet), or cache what is only expanded to keys later (latent attention),
-or aren't told their tokens' positions. Here nothing of that matters: before a token is read, the cache is put aside;
-rows of it are copied, and each row reads the token anew under its own steering. It costs memory for as many caches as
-there are rows, and the copying.
+`rows` does this without copies, but needs attention in every layer, over keys and values as they are cached. Other
+models keep a recurrent state (Mamba, Gated DeltaNet), cache a latent that is expanded to keys later (latent attention),
+or don't take position ids. This module works for all of them: before a token is read, the cache is set aside; its rows
+are copied, and each copy reads the token again under its own steering. This costs the memory of one cache per row, and
+the copying.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
 TOGETHER = 8
-"""Rows of one pass at most where layers are ranked, each of which has a cache of its own."""
+"""The maximum number of rows per pass when layers are ranked, since each row has its own cache."""
 
 
 class Forks:
-    """Passes of rows through a model, while `open`. The model is as it was outside of the passes."""
+    """Runs passes of candidate rows through a model, while `open`. Other passes aren't affected."""
 
     together = TOGETHER
     shares = False
@@ -48,7 +48,7 @@ class Forks:
 
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
-        """Hooks at the sites that some version edits."""
+        """Install hooks at `sites`, those that any version edits, while the context is open."""
         self._owner = get_ident()
         with ExitStack() as hooks:
             hooks.callback(setattr, self, "_versions", None)
@@ -70,8 +70,8 @@ class Forks:
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
-        `requests[i]` is the request of row i. `columns` counts the columns so far with this token. `cache` makes copies
-        of the unsteered stream's as it was before this token. `holding` is as `Rows.run` has it.
+        `requests[i]` is the request of row i. `columns` is the number of columns including this token. `cache` makes
+        copies of the unsteered cache as it was before this token. For `holding` see `Rows.run`.
         """
         rows = tuple(chosen)
         picked = self.tensor(tuple(requests), token.ids.device)

@@ -60,14 +60,14 @@ STRAY = {
         "messages that end with one of the assistant's are an answer begun, and are gone on with",
     ),
 }
-"""What is meant by options that `generate` doesn't have, beside `MEANT`."""
+"""Hints for options that `generate` doesn't have, in addition to `MEANT`."""
 NEITHER = "transformers' generate has none either"
 
 
 def check_options(model: Any, options: dict[str, Any]) -> None:
-    """Raises `TrimtabError` for an option that neither `lm.generate` has nor transformers'.
+    """Raises `TrimtabError` for an option that neither `lm.generate` nor transformers' `generate` has.
 
-    And `UnsupportedError` for a model that can't generate.
+    Raises `UnsupportedError` for a model that can't generate.
     """
     if not hasattr(model, "generation_config") or not callable(getattr(model, "generate", None)):
         raise UnsupportedError(
@@ -97,7 +97,7 @@ def generate_batch(
 ) -> list[Generation]:
     """The answers to one batch of rendered prompts (`num_return_sequences` each), steered by `session`.
 
-    `images` are those of the one prompt, where it has any.
+    `images` are the prompt's images, if any; a batch with images has one prompt.
     """
     width = max(len(ids) for ids in prompts)
     pad = _pad_id(model, tokenizer)
@@ -153,7 +153,7 @@ def generate_batch(
 
 
 def check_request(layout: Any, lengths: Sequence[int], max_new_tokens: int, options: dict[str, Any]) -> None:
-    """Raises `TrimtabError` for what can't run: too long a prompt, or an option that can't be honoured."""
+    """Raises `TrimtabError` for a request that can't run: a prompt that is too long, or an unsupported option."""
     for name, instead in REFUSED.items():
         if options.get(name) is not None:
             raise TrimtabError(f"generate can't take {name}: {instead}")
