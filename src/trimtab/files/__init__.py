@@ -1,1 +1,1 @@
-"""What is on disk."""
+"""File formats: trimtab's own and those of other programs."""

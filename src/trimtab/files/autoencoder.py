@@ -1,10 +1,10 @@
-"""Features of a sparse autoencoder, added or clamped: SAELens' folders, and Gemma Scope's `params.npz`.
+"""Features of a sparse autoencoder, added or clamped: SAELens folders, and Gemma Scope's `params.npz`.
 
     f_i = relu(w_i . (x - b_dec) + b_i)            w_i a column of W_enc; with JumpReLU 0 unless above theta_i
     add:    x <- x + value_i d_i                     d_i a row of W_dec
     clamp:  x <- x + (value_i - f_i) d_i             all f_i read before any is changed
 
-A clamp is a `ReadWrite`. A JumpReLU's step is a ramp there, over the first `RAMP` of the threshold above it.
+A clamp is a `ReadWrite`. It replaces the step of a JumpReLU by a ramp, of width `RAMP` times the threshold, above it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from trimtab.keywords import keywords
 from trimtab.steering import Add, Card, Edit, Operation, Positions, ReadWrite, Steering
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-LARGEST = 1 << 33  # bytes of an archive's arrays, unpacked
+LARGEST = 1 << 33  # bytes of an archive's uncompressed arrays
 RAMP = 1e-3
 HOW = ("add", "clamp")
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """What a file says of an autoencoder; weights are read row by row.
+    """An autoencoder's description in its file; weights are read row by row.
 
-    `layer` is the block at whose output it reads (-1: the embeddings), `rows(name, i)` the numbers of feature i in the
-    tensor of that name, and `problem` why its features can't be read, so that they can only be added.
+    `layer` is the block whose output it reads (-1: the embeddings), and `rows(name, i)` returns the numbers of feature
+    i in the tensor with that name. `problem` says why its features can only be added, if their activations can't be
+    computed.
     """
 
     rows: Callable[[str, int], Tensor]
@@ -63,24 +64,23 @@ def load_features(
     layer: int | None = None,
     positions: Positions | None = None,
 ) -> Steering:
-    """A steering from features of a sparse autoencoder that was trained on the residual
-    stream.
+    """A steering from features of a sparse autoencoder that was trained on the residual stream.
 
     Args:
         path: A folder as SAELens saves it (`cfg.json`, `sae_weights.safetensors`), or Gemma Scope's `params.npz`.
-        features: Each feature's number, and its value: how many of its decoder vectors are added, or which activation
-            it is set to. Both are in the units of the feature's activations, of which Neuronpedia shows the largest.
-        how: `"add"`, or `"clamp"`: whatever the feature's activation is, it becomes the value.
-        layer: At the output of which block, where the file doesn't say (`params.npz` doesn't).
-        positions: At which tokens; all, unless told otherwise.
+        features: The value for each feature number: how many of its decoder vectors to add, or the activation to set it
+            to. Both are in the units of the feature's activations, of which Neuronpedia shows the largest.
+        how: `"add"`, or `"clamp"`, which sets the feature's activation to the value, whatever it was.
+        layer: The block whose output the autoencoder reads, if the file doesn't say (`params.npz` doesn't).
+        positions: The tokens at which it acts; default: all.
 
     Returns:
-        The steering: an `Add` a feature, or one `ReadWrite` for all.
+        The steering: an `Add` per feature, or one `ReadWrite` for all.
 
     Raises:
-        TrimtabError: There is no such file or feature, or it is damaged, or its place isn't known.
-        UnsupportedError: It was trained elsewhere than on the residual stream, or its features can't be read one by one
-            (top-k, gated, activations that are scaled first), so that they can't be clamped.
+        TrimtabError: There is no such file or feature, or it is damaged, or its layer isn't known.
+        UnsupportedError: It wasn't trained on the residual stream, or its features can't be clamped, since they can't
+            be computed one by one (top-k, gated, activations that are scaled first).
     """
     path = Path(path)
     if how not in HOW:
@@ -131,7 +131,7 @@ def _steering(
 
 
 def _clamp(autoencoder: Autoencoder, features: Mapping[int, float], decoder: Mapping[int, Tensor]) -> ReadWrite:
-    """`x + sum of (value - f) d`: a row that reads nothing for the values, and one or two a feature for `f`."""
+    """`x + sum of (value - f) d`: one row with a constant for the values, and one or two rows per feature for `f`."""
     b_dec = autoencoder.rows("b_dec", -1).double() if autoencoder.subtracts else None
     constant = sum(
         (value * decoder[i].double() for i, value in features.items()), torch.zeros(autoencoder.width).double()
@@ -142,7 +142,7 @@ def _clamp(autoencoder: Autoencoder, features: Mapping[int, float], decoder: Map
         b = float(autoencoder.rows("b_enc", i)) if "b_enc" in autoencoder.names else 0.0
         if b_dec is not None:
             b -= float(b_dec @ w)
-        if autoencoder.centred:  # it reads x less the mean of x's numbers
+        if autoencoder.centred:  # it reads x minus the mean of x's numbers
             w = w - w.mean()
         theta = max(0.0, float(autoencoder.rows("threshold", i))) if "threshold" in autoencoder.names else 0.0
         d = decoder[i].double()
@@ -165,7 +165,7 @@ def _clamp(autoencoder: Autoencoder, features: Mapping[int, float], decoder: Map
 
 
 def _folder(path: Path) -> Autoencoder:
-    """SAELens': a configuration, whose keys moved into `metadata` with version 6, and weights in the clear."""
+    """SAELens: a configuration, whose keys moved into `metadata` with version 6, and weights as safetensors."""
     try:
         config = json.loads((path / CONFIG).read_bytes())
     except OSError as error:
@@ -214,7 +214,7 @@ def _layer(hook: Any) -> int | None:
 
 
 def _problem(said: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | None:
-    """Why a feature's activation can't be read by itself, or isn't what these formulas say."""
+    """Why a feature's activation can't be computed on its own, or isn't given by these formulas."""
     kind = said.get("architecture", "standard")
     activation = said.get("activation_fn", said.get("activation_fn_str", "relu"))
     if kind not in ("standard", "jumprelu") or activation != "relu":
@@ -230,7 +230,7 @@ def _problem(said: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | None:
 
 
 def _sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    """Its width and its number of features."""
+    """The width and the number of features."""
     decoder, encoder = shapes.get("W_dec"), shapes.get("W_enc")
     if decoder is None or encoder is None or len(decoder) != 2 or list(encoder) != list(decoder)[::-1]:
         held = ", ".join(f"{name[:40]} {list(shape)}" for name, shape in list(shapes.items())[:6])
@@ -239,7 +239,7 @@ def _sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
 
 
 def _archive(path: Path) -> Autoencoder:
-    """Gemma Scope's: JumpReLU, of activations as they are, and no word of where."""
+    """Gemma Scope: JumpReLU on unscaled activations; the file doesn't say of which layer."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > LARGEST:

@@ -1,8 +1,8 @@
-"""GGUF control vectors: tensors `direction.<N>`, one `[width]` vector a block, which many programs read and write.
+"""GGUF control vectors: tensors `direction.<N>`, one `[width]` vector per block, which many programs read and write.
 
-N is the block (from 0) at whose output the vector is added, as llama.cpp and repeng add it. llama.cpp's own
-cvector-generator and jukofyork's control-vectors write a vector that was *read* at block N - 1 under N: adding it where
-it was read takes a layer offset of -1. Nothing in a file of theirs says so for sure, so the offset is never guessed.
+N is the block (from 0) at whose output the vector is added, as in llama.cpp and repeng. llama.cpp's own
+cvector-generator and jukofyork's control-vectors write a vector that was *read* at block N - 1 under N: to add it where
+it was read, use a layer offset of -1. Nothing in their files says so reliably, so the offset is never guessed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ SHIFTED = (
 def read_control_vector(path: Path) -> Imported:
     """The directions of a GGUF control vector.
 
-    Raises `TrimtabError` for another kind of file, a damaged one, and for what no program here writes: two vectors
-    for one block, vectors that aren't one-dimensional, or quantized.
+    Raises `TrimtabError` for another kind of file, a damaged one, and for content that none of these programs writes:
+    two vectors for one block, vectors that aren't one-dimensional, or quantized.
     """
     with path.open("rb") as stream:
         try:
@@ -58,7 +58,7 @@ def read_control_vector(path: Path) -> Imported:
 
 
 def _doubt(container: Container, vectors: int) -> str | None:
-    """What tells that its layers may mean another block; a file of these programs needn't have it."""
+    """A sign that its layers may mean other blocks, if there is one; not every file of these programs has it."""
     count = container.metadata.get("controlvector.layer_count")
     if container.kinds.get("controlvector.layer_count") == INT32:
         return SHIFTED.format(why="its layer count is a signed number", program="llama.cpp's cvector-generator")
@@ -111,7 +111,7 @@ def _tensor(data: bytes, place: Place) -> Tensor:
 
 
 def _writer(container: Container) -> tuple[str, dict[str, Any]]:
-    """Which program wrote it, as far as the file tells, and what it says."""
+    """The program that wrote it, as far as the file shows, and the other metadata."""
     metadata = container.metadata
     about: dict[str, Any] = {}
     for key, value in metadata.items():
@@ -133,11 +133,11 @@ def _writer(container: Container) -> tuple[str, dict[str, Any]]:
 
 
 def write_control_vector(steering: Steering, path: Path, target: str) -> None:
-    """Write the steering's additions as a GGUF control vector, strengths folded in.
+    """Write the steering's additions as a GGUF control vector, with strengths folded in.
 
-    `target` is `"llama.cpp"`, which adds at every block but the first (what is meant for that is left out, with a
-    warning), `"repeng"` or `"easysteer"`. Raises `UnsupportedError` for anything that isn't an addition at every
-    token, and `TrimtabError` when nothing is left.
+    `target` is `"llama.cpp"`, which adds at every block but the first (a direction for that is left out, with a
+    warning), `"repeng"` or `"easysteer"`. Raises `UnsupportedError` for anything that isn't an addition at every token,
+    and `TrimtabError` if no direction is left.
     """
     sites = folded(steering, f"a control vector for {target}")
     directions = {site.layer: vector for site, vector in sites.items()}
@@ -157,7 +157,7 @@ def write_control_vector(steering: Steering, path: Path, target: str) -> None:
 
 
 def control_vector(directions: Mapping[int, Tensor], about: Mapping[str, str]) -> bytes:
-    """A GGUF file's bytes, with the vectors `[width]` in float32 and these texts."""
+    """The bytes of a GGUF file with the vectors `[width]` in float32 and these metadata texts."""
     from gguf import GGUFWriter
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Writing a steering as other programs read it."""
+"""Export a steering to the formats of other programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimtab.steering.steering import check_steering
 
 @dataclass(frozen=True)
 class Target:
-    """A program that reads steerings: the suffix of its files, and how one is written."""
+    """A program that reads steerings: the suffix of its files, and the function that writes one."""
 
     suffix: str
     write: Callable[[Steering, Path], object]
@@ -39,7 +39,7 @@ BY_SUFFIX = {".safetensors": "trimtab", ".gguf": "llama.cpp", ".pt": "lm-eval", 
 
 
 def target_of(path: Path, to: str | None) -> str:
-    """The program to write for: as named, or the usual one of the file's suffix. Raises `TrimtabError` for neither."""
+    """The program to write for: as named, or the default for the suffix. Raises `TrimtabError` if it is unknown."""
     if to is not None and to not in TARGETS:
         raise TrimtabError(f"can't write for {to!r}; known: {', '.join(TARGETS)}")
     if to is None and path.suffix not in BY_SUFFIX:
@@ -54,12 +54,12 @@ def target_of(path: Path, to: str | None) -> str:
 def export(steering: Steering, path: str | Path, to: str | None = None) -> str:
     """Write a steering for another program, and return that program's name.
 
-    `to` is `llama.cpp`, `repeng`, `easysteer`, `lm-eval`, `torch`, `numpy` or `trimtab`; without it the suffix decides:
-    `.gguf` is for llama.cpp, `.pt` for lm-eval, `.npz` for numpy. A GGUF file that repeng or EasySteer is to read, and
-    that steers block 0, is refused by llama.cpp whole, so for that its direction is left out, with a warning.
+    `to` is `llama.cpp`, `repeng`, `easysteer`, `lm-eval`, `torch`, `numpy` or `trimtab`; by default the suffix decides:
+    `.gguf` is for llama.cpp, `.pt` for lm-eval, `.npz` for numpy. llama.cpp refuses a whole GGUF file that steers block
+    0, so for llama.cpp the direction of block 0 is left out, with a warning; repeng and EasySteer get it.
 
-    Raises `UnsupportedError` for a steering that the program's files can't carry, and says what of it; nothing is
-    dropped in silence.
+    Raises `UnsupportedError` for a steering that the program's format can't represent, and names the reason; nothing is
+    dropped silently.
     """
     check_steering(steering)
     path = Path(path)

@@ -1,4 +1,4 @@
-"""What other programs' files hold, in one form; and when a steering of ours can be written in theirs."""
+"""The common form of other programs' files, and the check whether a steering can be written in their formats."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
 class FormatWarning(UserWarning):
-    """A file was read or written as faithfully as its format allows, but something is lost or
-    ambiguous."""
+    """A file was read or written as faithfully as its format allows, but something is lost or ambiguous."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What a file holds: operations by layer, each at the output of a block counted from 0 (-1: the embeddings).
+    """The content of a file: operations by layer, each at the output of a block counted from 0 (-1: the embeddings).
 
-    `about` is what else the file says and a card can keep; `doubt` is what a reader should be warned about where no
-    offset of the layers was given.
+    `about` is what else the file says that a card can keep; `doubt` is a warning to give if the caller sets no layer
+    offset.
     """
 
     format: str
@@ -42,7 +41,7 @@ class Imported:
 def steering_of(imported: Imported, *, layer_offset: int = 0, positions: Positions | None = None) -> Steering:
     """The steering: every operation at its layer plus `layer_offset`, at all positions unless others are given.
 
-    Raises `TrimtabError` for a layer that no block has, and for directions of different widths.
+    Raises `TrimtabError` for a layer that can't be a block, and for directions of different widths.
     """
     widths = sorted({operation.width for _, operation in imported.operations})
     if not imported.operations:
@@ -68,14 +67,14 @@ def _site(layer: int, kind: str) -> Site:
 
 
 def additions(directions: Mapping[int, Tensor], first: int = 0) -> tuple[tuple[int, Operation], ...]:
-    """Each direction `[width]` added, in the order of the layers, which count from `first`."""
+    """An `Add` for each direction `[width]`, in the order of the layers, which count from `first`."""
     return tuple((first + n, Add(check_vector(directions[n], f"layer {n}"))) for n in sorted(directions))
 
 
 def check_vector(value: Any, name: str) -> Tensor:
-    """A `[width]` vector as float32 (float64 stays), read from a file.
+    """A `[width]` vector from a file, as float32 (float64 stays).
 
-    Raises `TrimtabError` for anything else: another shape, numbers that aren't floating, a NaN, an absurd width.
+    Raises `TrimtabError` for anything else: another shape, numbers that aren't floating-point, a NaN, an absurd width.
     """
     if not isinstance(value, Tensor):
         raise TrimtabError(f"{name} holds a {type(value).__name__} instead of a tensor")
@@ -101,7 +100,7 @@ def layer_number(text: object, name: str) -> int:
 
 
 def model_family(steering: Steering) -> str | None:
-    """The kind of model that the steering is for, as its card knows it (`llama`, `qwen2` …)."""
+    """The family of the model that the steering is for, from its card (`llama`, `qwen2` …)."""
     for model in steering.card.models:
         return model.family
     hint = steering.card.options.get("model_hint")
@@ -109,9 +108,10 @@ def model_family(steering: Steering) -> str | None:
 
 
 def folded(steering: Steering, target: str, kinds: Iterable[str] = ("residual",)) -> dict[Site, Tensor]:
-    """One vector `[width]` (float32) a site, of a steering that only adds at every token: strengths times directions.
+    """One vector `[width]` (float32) per site, the sum of strengths times directions, of a steering that only adds.
 
-    Raises `UnsupportedError` for a steering that does anything else, saying what `target` can't carry.
+    Raises `UnsupportedError` for a steering that does anything else, or not at every token, naming what `target` can't
+    do.
     """
     kinds = tuple(kinds)
     sums: dict[Site, Tensor] = {}
@@ -134,7 +134,7 @@ def folded(steering: Steering, target: str, kinds: Iterable[str] = ("residual",)
 
 
 def check_plain(edit: Edit, target: str) -> None:
-    """Raises `UnsupportedError` for an edit that isn't made on every request, at every token, as it stands."""
+    """Raises `UnsupportedError` for an edit with a gate, with `keep_norm`, or with positions other than all."""
     if edit.operation.keep_norm:
         raise UnsupportedError(f"{target} can't keep the activation's norm, as this steering asks: {edit}")
     if not isinstance(edit.gate, Always):

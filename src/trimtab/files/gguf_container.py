@@ -1,8 +1,8 @@
-"""The GGUF container, read strictly: a file that says more than it holds is refused before anything is allocated.
+"""A strict reader of the GGUF container: a file that claims more than it holds is refused before anything is allocated.
 
-The `gguf` package's reader trusts a file's counts and lengths; it is for files of one's own. This one reads what
-control vectors are made of (version 2 and 3, little-endian), from a memory map: metadata of numbers and texts, and the
-names, shapes, types and places of tensors.
+The `gguf` package's reader trusts a file's counts and lengths; it is for trusted files. This one reads, from a memory
+map, what control vectors use (version 2 and 3, little-endian): metadata of numbers and texts, and the names, shapes,
+types and offsets of tensors.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from trimtab.errors import TrimtabError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-LONGEST_NAME = 64  # of a tensor, as llama.cpp has it
+LONGEST_NAME = 64  # of a tensor, as in llama.cpp
 LONGEST_KEY = 65_535
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
 TYPES = {0: ("F32", 4), 1: ("F16", 2), 28: ("F64", 8), 30: ("BF16", 2)}
-"""The types of tensors that hold plain floating-point numbers, and their sizes in bytes."""
-SMALLEST_TENSOR = 8 + 4 + 4 + 8  # a name's length, the number of dimensions, the type, the offset
+"""The tensor types with plain floating-point numbers, and the sizes of these in bytes."""
+SMALLEST_TENSOR = 8 + 4 + 4 + 8  # the length of the name, the number of dimensions, the type, the offset
 SMALLEST_ENTRY = 8 + 4 + 1
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor: its shape, its type's number, and where its numbers start in the file (bytes)."""
+    """A tensor: its shape, its type number, and the offset of its data in the file in bytes."""
 
     shape: tuple[int, ...]
     type: int
@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Container:
-    """The metadata (arrays left out), the type number of each of its values, and the tensors by name."""
+    """The metadata (without arrays), the type number of each of its values, and the tensors by name."""
 
     metadata: dict[str, Any]
     kinds: dict[str, int]
@@ -49,7 +49,7 @@ class _Cursor:
         self.data, self.at, self.size = data, 0, len(data)
 
     def take(self, count: int, what: str) -> int:
-        """Where the next `count` bytes start."""
+        """Consume the next `count` bytes, and return their offset."""
         if count > self.size - self.at:
             raise TrimtabError(f"it is cut short or damaged: {what} reaches past its end")
         self.at += count
@@ -73,8 +73,8 @@ class _Cursor:
 def read_container(data: Any, check: Callable[[str, Any], None] = lambda _key, _value: None) -> Container:
     """Read the header of a GGUF file from its bytes (or a memory map of them).
 
-    `check(key, value)` sees each value as it is read, so that a file of another kind is recognised early. Raises
-    `TrimtabError` for a file that is cut short, says the same twice, or names tensors that it doesn't hold.
+    `check(key, value)` is called with each value as it is read, so that other kinds of files are recognized early.
+    Raises `TrimtabError` for a file that is truncated, has duplicate names, or claims more content than fits into it.
     """
     cursor = _Cursor(data)
     if bytes(data[:4]) != MAGIC:

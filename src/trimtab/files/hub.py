@@ -1,4 +1,4 @@
-"""Steerings on the Hugging Face Hub: a repository is a steering file and a page made from its card."""
+"""Steerings on the Hugging Face Hub: a repository has a steering file and a page generated from its card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILE, PAGE = "steering.safetensors", "README.md"
 
 @dataclass(frozen=True)
 class Listed:
-    """A steering that is to be had: its name (on the Hub or a path), the models it is for, and its other tags."""
+    """A steering that can be loaded: its name (on the Hub) or path, the models it is for, and its other tags."""
 
     name: str
     models: tuple[str, ...]
@@ -40,9 +40,9 @@ def save_folder(
     base_model: str | None = None,
     license: str | None = None,
 ) -> None:
-    """Write a folder as a repository holds it: `steering.safetensors` and a `README.md` made from the card.
+    """Write a folder with a repository's content: `steering.safetensors` and a `README.md` generated from the card.
 
-    See `push_to_hub` for the rest. Raises `TrimtabError` where the folder can't be written.
+    See `push_to_hub` for the other arguments. Raises `TrimtabError` if the folder can't be written.
     """
     folder = Path(folder)
     try:
@@ -66,13 +66,13 @@ def push_to_hub(
     message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a steering to the Hub as `user/name`, which is created if it doesn't exist; returns the commit's
-    address.
+    """Upload a steering to the Hub as `user/name`, and return the URL of the commit.
 
-    Its page is made from the card: `base_model` is a Hub id (without it, the model's name where that is one), and
-    `license` that of the data. `revision` names a branch; `token` is the Hub's, from its usual places unless given.
+    The repository is created if it doesn't exist, and its page is generated from the card: `base_model` is a Hub id
+    (default: the name of the card's model, if that is one), and `license` the license of the data. `revision` names a
+    branch; `token` is the Hub's, by default from its usual places.
 
-    Raises `TrimtabError` for a bad name, for a steering that can't be saved, and if the Hub refuses it.
+    Raises `TrimtabError` for an invalid name, for a steering that can't be saved, and if the Hub refuses it.
     """
     check_steering(steering)
     _check_name(repo)
@@ -99,8 +99,8 @@ def from_pretrained(
 ) -> Steering:
     """Load a steering from the Hub (`user/name`), or from a folder that `save_folder` wrote.
 
-    `revision` is a branch, a tag or a commit; `file` names another file of the repository, of any program that `load`
-    reads, and `options` go to `load`. Raises `TrimtabError` where it can't be had, and as `load` does.
+    `revision` is a branch, a tag or a commit; `file` names another file of the repository, in any format that `load`
+    reads, and `options` are passed to `load`. Raises `TrimtabError` if it can't be downloaded, and as `load` does.
     """
     if Path(name).is_dir():
         if revision is not None:
@@ -115,10 +115,10 @@ def from_pretrained(
 
 
 def list_steerings(where: str | Path, *, limit: int | None = None, token: str | None = None) -> list[Listed]:
-    """The steerings of a user or an organisation on the Hub (`user`, or `user/beginning-of-name`), or in a folder.
+    """The steerings of a user or an organization on the Hub (`user`, or `user/beginning-of-name`), or in a folder.
 
-    In a folder, all `.safetensors` files of trimtab's, however deep. Raises `TrimtabError` where the Hub can't be
-    asked.
+    In a folder, these are all `.safetensors` files of trimtab, at any depth. Raises `TrimtabError` if the Hub can't be
+    reached.
     """
     if Path(where).is_dir():
         return list(_in_folder(Path(where)))[:limit]
@@ -156,7 +156,7 @@ def _check_name(repo: str) -> None:
 
 @contextmanager
 def _hub(what: str) -> Iterator[None]:
-    """What the Hub's client raises becomes a `TrimtabError` that says what couldn't be done, and why."""
+    """Turn exceptions of the Hub's client into a `TrimtabError` that says what couldn't be done, and why."""
     try:
         yield
     except TrimtabError:

@@ -29,9 +29,9 @@ EARLY = (
 
 
 def read_json_layout(path: Path, wanted: Wanted) -> Imported:
-    """The directions in a JSON file. `wanted` is for lists of numbers, which say as little as a bare tensor does.
+    """The directions in a JSON file. `wanted` is for lists of numbers, which are as ambiguous as a bare tensor.
 
-    Raises `TrimtabError` for JSON of another shape, keys given twice, numbers that aren't finite, and several vectors
+    Raises `TrimtabError` for JSON of another structure, duplicate keys, numbers that aren't finite, and several vectors
     for one block.
     """
     if path.stat().st_size > LARGEST:
@@ -91,9 +91,10 @@ def _svec(value: Mapping[str, Any]) -> Imported:
 
 
 def neuronpedia_vector(value: Mapping[str, Any], wanted: Wanted) -> Imported:
-    """A feature or vector as Neuronpedia's `/api/feature/MODEL/SOURCE/INDEX` answers, added with strength 1.
+    """A feature or vector in the response of Neuronpedia's `/api/feature/MODEL/SOURCE/INDEX`, added with strength 1.
 
-    Its place is its `hookName`. Raises `TrimtabError` where it comes without its vector, or acts elsewhere.
+    Its `hookName` says where it acts. Raises `TrimtabError` if it has no vector, or acts elsewhere than at a block's
+    output.
     """
     if not value["vector"]:
         raise TrimtabError(
@@ -170,7 +171,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def _numbers(rows: Any, name: str, depth: int = 3) -> Tensor:
-    """A tensor of nested lists of numbers."""
+    """A tensor from nested lists of numbers."""
     if isinstance(rows, list) and rows and depth > 1 and all(isinstance(row, list) for row in rows):
         parts = [_numbers(row, name, depth - 1) for row in rows]
         if len({part.shape for part in parts}) > 1:

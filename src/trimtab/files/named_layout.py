@@ -1,7 +1,7 @@
-"""Tensors with names, as dicts in `.pt` files, `.npz` files, safetensors files and JSON have them.
+"""Named tensors, as in dicts in `.pt` files, `.npz` files, safetensors files and JSON.
 
 The names are those of layers (`14`, `layer_14`, `model.layers.14`, `blocks.14.hook_resid_post`, `direction.14`), of the
-parts of one vector (`{vector, layer}`), or anything else; then the caller picks one by its name.
+parts of one vector (`{vector, layer}`), or anything else; then the caller selects one by name.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from trimtab.files.tensor_layout import FEATURES, NEW, Wanted, convert_with, ten
 HOOK = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.(\d+)(?:\.(hook_\w+))?")
 PLAIN = re.compile(r"(?:layer[_.-]?|direction\.|L)?(\d+)")
 BEFORE: dict[str | None, int] = {None: 0, "hook_resid_post": 0, "hook_resid_pre": -1}
-"""TransformerLens' hook points at the residual stream, and how far from it the block is at whose output that is."""
+"""TransformerLens' hook points on the residual stream, and the offset to the block whose output that is."""
 VECTOR = ("vector", "direction", "steering_vector")
 LAYER = ("layer", "layer_idx", "layer_index")
 
 
 @dataclass(frozen=True)
 class Named:
-    """A file's tensors, by name: their shapes, how one is read, and what else the file says of itself."""
+    """A file's tensors by name: their shapes, how to read one, and the file's other metadata."""
 
     shapes: Mapping[str, Sequence[int]]
     get: Callable[[str], Tensor]
@@ -39,7 +39,7 @@ class Named:
 
 
 def of_dict(tensors: Mapping[Any, Tensor], about: Mapping[str, Any] | None = None, kind: str = "tensor") -> Named:
-    """Of tensors that are in memory. Raises `TrimtabError` where two keys are one as texts."""
+    """A `Named` of tensors in memory. Raises `TrimtabError` if two keys are the same as texts."""
     named = {str(key): value for key, value in tensors.items()}
     if len(named) < len(tensors):
         raise TrimtabError("two of its keys are the same but for their type")
@@ -47,9 +47,9 @@ def of_dict(tensors: Mapping[Any, Tensor], about: Mapping[str, Any] | None = Non
 
 
 def block_named(name: str) -> int | None:
-    """The block at whose output a name says that a vector acts (-1: the embeddings); `None` where it says nothing.
+    """The block at whose output a vector with this name acts (-1: the embeddings); `None` if the name doesn't say.
 
-    Raises `TrimtabError` for a hook point of a block that isn't in the residual stream.
+    Raises `TrimtabError` for a hook point of a block that isn't on the residual stream.
     """
     if match := HOOK.fullmatch(name):
         if match[2] not in BEFORE:
@@ -62,7 +62,7 @@ def block_named(name: str) -> int | None:
 
 
 def named_layout(file: Named, path: Path, wanted: Wanted) -> Imported:
-    """The directions of a file of named tensors. Raises `TrimtabError` where the names don't tell what they are."""
+    """The directions in a file of named tensors. Raises `TrimtabError` if the names don't show what they are."""
     names = list(file.shapes)
     if not names:
         raise TrimtabError("it holds no directions")
@@ -93,7 +93,7 @@ def named_layout(file: Named, path: Path, wanted: Wanted) -> Imported:
 
 
 def _vector_and_layer(file: Named, name: str, path: Path, wanted: Wanted) -> Imported:
-    """`{vector, layer}`; without a layer, a bare tensor. What the caller says goes before what the file says."""
+    """`{vector, layer}`, or a bare tensor without the layer. The caller's arguments take precedence over the file."""
     said: Any = None
     for key in LAYER:
         if key in file.shapes:
@@ -133,5 +133,5 @@ def _layers(file: Named, blocks: Mapping[str, int], wanted: Wanted) -> Imported:
 
 
 def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card keeps."""
+    """The values that a card can keep."""
     return {str(key): value for key, value in about.items() if isinstance(value, (str, int, float, bool))}

@@ -1,4 +1,4 @@
-"""NumPy's `.npy` and `.npz` files of directions. No pickle in them is ever opened."""
+"""NumPy's `.npy` and `.npz` files of directions. Pickles in them are never loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimtab.files.tensor_layout import Wanted, tensor_layout
 from trimtab.steering import Steering
 
 MAGIC = b"\x93NUMPY"
-LARGEST = 1 << 28  # bytes of an archive's arrays, unpacked
+LARGEST = 1 << 28  # bytes of an archive's uncompressed arrays
 DAMAGE = (
     *(ValueError, OSError, EOFError, TypeError, OverflowError, MemoryError, SyntaxError, KeyError),
     *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
@@ -31,12 +31,12 @@ def read_numpy_layout(path: Path, wanted: Wanted) -> Imported:
     """The directions in an `.npy` file, or in an `.npz` archive of named arrays.
 
     Raises:
-        TrimtabError: The file is damaged, or holds something else than numbers, or it isn't clear what they are.
+        TrimtabError: The file is damaged, or contains something other than numbers, or it isn't clear what they are.
     """
     try:
         if zipfile.is_zipfile(path):
             return named_layout(of_dict(_arrays(path), kind="array"), path, wanted)
-        value = _tensor(np.load(path, mmap_mode="r", allow_pickle=False))  # a map isn't longer than its file
+        value = _tensor(np.load(path, mmap_mode="r", allow_pickle=False))  # a map isn't larger than its file
     except TrimtabError:
         raise
     except DAMAGE as error:

@@ -1,6 +1,6 @@
-"""Steerings from and to the objects of other libraries: steering-vectors' `SteeringVector`, repeng's `ControlVector`.
+"""Conversion from and to objects of other libraries: steering-vectors' `SteeringVector`, repeng's `ControlVector`.
 
-Reading goes by what an object has, so that no library need be installed for it; writing makes the library's own.
+Reading relies on an object's attributes, so the library needn't be installed; writing creates the library's own object.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from trimtab.keywords import keywords
 from trimtab.steering import Positions, Steering
 
 KINDS = {"decoder_block": "residual", "self_attn": "attention", "mlp": "mlp"}
-"""steering-vectors' layer types that are sites here; it can also hook norms, which aren't."""
+"""steering-vectors' layer types that are sites in trimtab; it can also hook norms, which aren't."""
 
 
 @keywords
 def from_steering_vectors(vector: Any, *, positions: Positions | None = None) -> Steering:
-    """The steering of a `SteeringVector` of steering-vectors: its layers' activations, added at every token.
+    """The steering of a `SteeringVector` of steering-vectors: its layer activations, added at every token.
 
-    Raises `TrimtabError` for an object without `layer_activations`, and for a layer type that is no site here.
+    Raises `TrimtabError` for an object without `layer_activations`, and for a layer type that isn't a site in trimtab.
     """
     activations, kind = getattr(vector, "layer_activations", None), getattr(vector, "layer_type", "decoder_block")
     if not isinstance(activations, dict):
@@ -38,8 +38,8 @@ def from_steering_vectors(vector: Any, *, positions: Positions | None = None) ->
 def to_steering_vectors(steering: Steering) -> Any:
     """A `SteeringVector` of steering-vectors that adds what the steering adds; strengths are folded in.
 
-    Raises `UnsupportedError` for anything but additions at every token to one kind of site, and `TrimtabError` where
-    the library isn't installed.
+    Raises `UnsupportedError` for anything but additions at every token to one kind of site, and `TrimtabError` if the
+    library isn't installed.
     """
     kinds = {edit.site.kind for edit in steering.edits}
     layer_type = next((name for name, kind in KINDS.items() if kinds == {kind}), "decoder_block")
@@ -53,7 +53,7 @@ def to_steering_vectors(steering: Steering) -> Any:
 
 @keywords
 def from_repeng(vector: Any, *, positions: Positions | None = None) -> Steering:
-    """The steering of a `ControlVector` of repeng (or dialz): a direction a block, added at every token.
+    """The steering of a `ControlVector` of repeng (or dialz): one direction per block, added at every token.
 
     Raises `TrimtabError` for an object without `directions`.
     """

@@ -1,4 +1,4 @@
-"""A steering's page for people: the README.md of its repository, made from its card."""
+"""The README.md of a steering's repository, generated from its card."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def steering_page(
 ) -> str:
     """The text of README.md: a header that the Hub reads, what the steering does, and what was measured.
 
-    `base_model` is a Hub id; without it, the model's name where that is one. `license` is that of the data that the
-    steering was learned from, as the Hub spells licences (`apache-2.0`, `cc-by-4.0`).
+    `base_model` is a Hub id; default: the name of the card's model, if that is one. `license` is the license of the
+    data that the steering was learned from, as the Hub spells it (`apache-2.0`, `cc-by-4.0`).
     """
     card = steering.card
     models = [base_model] if base_model else [model.name for model in card.models]
@@ -53,10 +53,10 @@ def baked_page(steering: Steering, name: str, model: str, notes: Sequence[str]) 
     """The text of README.md of a model with a steering in its weights: what was done to which model.
 
     Args:
-        steering: What is in the weights.
-        name: What the new model is called.
-        model: The model's name that it was made from.
-        notes: What else there is to know, a sentence each.
+        steering: The steering in the weights.
+        name: The name of the new model.
+        model: The name of the model that it was made from.
+        notes: Other remarks, one sentence each.
     """
     models = [model] if HUB_ID.fullmatch(model) else []
     sections = [
@@ -74,7 +74,7 @@ def baked_page(steering: Steering, name: str, model: str, notes: Sequence[str]) 
 
 
 def _measured_effects(steering: Steering) -> list[str]:
-    """The divergence and the audit, if the card has them; said to be of other edits where they are."""
+    """The divergence and the audit, if the card has them; notes if the audit was of other edits."""
     card = steering.card
     sections = []
     if isinstance(card.divergence, Mapping):
@@ -145,7 +145,7 @@ def _origin(steering: Steering) -> Iterator[tuple[str, str]]:
 
 
 def _flat(values: Mapping[str, Any], above: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """The numbers and texts of nested dicts, a row each; lists of anything but a few numbers or texts are counted."""
+    """The numbers and texts of nested dicts, one row each; lists are counted unless they are short and plain."""
     for key, value in values.items():
         name = f"{above}{str(key).replace('_', ' ')}"
         if isinstance(value, Mapping) and depth < DEEPEST:
@@ -170,7 +170,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text in one line of Markdown: nothing in it makes a table, a link or a tag."""
+    """Text as one line of Markdown, escaped so that nothing in it makes a table, a link or a tag."""
     short = " ".join(text.split())
     return _escaped(short if len(short) <= LONGEST else f"{short[: LONGEST - 1]}…")
 

@@ -1,4 +1,4 @@
-"""What `FILE[@LAYERS][:STRENGTH]` means: a steering file, which of its layers act, and a strength to multiply it by."""
+"""The syntax `FILE[@LAYERS][:STRENGTH]`: a steering file, which of its layers act, and a factor for its strength."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 
 @dataclass(frozen=True)
 class Pick:
-    """A steering file as it is named on a command line.
+    """A steering file as named on a command line.
 
-    `layers` are those of the file that act, `None` for all; `strength` is what the steering is multiplied by. `option`
-    is what an error calls the place where it was named.
+    `layers` are the layers of the file that act, `None` for all; `strength` is the factor for the steering. `option` is
+    the name of the command-line option, for error messages.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Pick:
 
     @property
     def where(self) -> str:
-        """The layers as they are written: `@10-12,15`, or nothing for all of the file's."""
+        """The layers in the syntax of the command line: `@10-12,15`, or nothing for all of the file's."""
         return "" if self.layers is None else f"@{written(self.layers)}"
 
     def load(self) -> Steering:
@@ -63,7 +63,7 @@ class Pick:
         return whole.only(self.layers)
 
     def to_json(self) -> dict[str, Any]:
-        """What a JSON document says of it; `layers` is null where all of the file's act."""
+        """The pick as a JSON value; `layers` is null if all of the file's layers act."""
         return {
             "file": str(self.path),
             "layers": None if self.layers is None else list(self.layers),
@@ -72,16 +72,16 @@ class Pick:
 
 
 def parse_pick(text: str, option: str = "--steer") -> Pick:
-    """The file, the layers and the strength of `FILE`, `FILE:0.8`, `FILE@14`, `FILE@14,15:0.8` or `FILE@10-14`.
+    """Parse `FILE`, `FILE:0.8`, `FILE@14`, `FILE@14,15:0.8` or `FILE@10-14`.
 
-    A file whose own name ends like that is meant as it stands.
+    If a file with the whole text as its name exists, that file is meant.
 
     Args:
-        text: What was typed.
-        option: Where, for the errors.
+        text: The text that was typed.
+        option: The option it was given to, for error messages.
 
     Raises:
-        TrimtabError: There is no such file, the strength is no finite number, or the layers are no list of layers.
+        TrimtabError: There is no such file, the strength isn't a finite number, or the layers aren't a list of layers.
     """
     if Path(text).exists():
         return Pick(Path(text), option=option)
@@ -109,7 +109,7 @@ def parse_pick(text: str, option: str = "--steer") -> Pick:
 
 
 def written(layers: Sequence[int]) -> str:
-    """Layers in short, runs of three and more as a range: `10-14,20`."""
+    """Layers in short form, with runs of three or more as a range: `10-14,20`."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

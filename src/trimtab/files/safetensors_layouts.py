@@ -41,7 +41,7 @@ def read_safetensors_layout(path: Path, wanted: Wanted) -> Imported:
 
 
 def _steerkit(about: Mapping[str, str], tensors: Mapping[str, Any]) -> Imported:
-    """A probe has one unit direction a method; its strength is `auto_alpha`, where it was measured."""
+    """A probe: one unit direction per method; its strength is `auto_alpha`, if that was measured."""
     if about["hook_site"] != "resid_post":
         raise TrimtabError(
             f"its direction is for the hook site {about['hook_site']!r}, and only resid_post can be read"

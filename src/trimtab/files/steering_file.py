@@ -1,9 +1,9 @@
-"""One safetensors file a steering: tensors, and one header entry with everything else as canonical JSON.
+"""One safetensors file per steering: tensors, and one header entry with everything else as canonical JSON.
 
-A steering with one direction a layer names its tensors `direction.<N>`, N being the block (from 0) at whose
-output the direction acts, as GGUF control vectors do; otherwise `edit.<i>.direction`. An operation's other tensors are
-`edit.<i>.<what it calls them>`. The bytes are the same
-for the same steering, writes are atomic, and a digest in the header covers both tensors and text.
+A steering with one direction per layer names its tensors `direction.<N>`, N being the block (from 0) at whose output
+the direction acts, as GGUF control vectors do; otherwise `edit.<i>.direction`. An operation's other tensors are
+`edit.<i>.<attribute>`. The same steering always gives the same bytes, writes are atomic, and a digest in the header
+covers both tensors and text.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from trimtab.steering.steering import check_steering
 
 FORMAT = 1
 BY_MEANING = 2
-"""The format of files with positions by meaning; all others keep the first, which older readers know."""
+"""The format of files with positions by meaning; all others have the first format, which older versions read."""
 KEY = "trimtab"
 MEASURED = ("divergence", "audit")
-"""Fields of a card that later versions brought."""
+"""Fields of a card that later versions added."""
 GATE_DEFAULTS: dict[str, Any] = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
 @keywords
 def save_steering(steering: Steering, path: str | Path) -> str:
-    """Write the file, atomically, and return the digest of its content.
+    """Write the file atomically, and return the digest of its content.
 
-    Raises `TrimtabError` for a steering without edits, a folder that isn't there, or a card, gate or number that
-    JSON can't hold.
+    Raises `TrimtabError` for a steering without edits, a folder that doesn't exist, or a card, gate or number that JSON
+    can't represent.
     """
     check_steering(steering)
     path = Path(path)
@@ -57,7 +57,7 @@ def save_steering(steering: Steering, path: str | Path) -> str:
 
 
 def steering_to_bytes(steering: Steering) -> bytes:
-    """What `save_steering` writes; it raises what that raises."""
+    """The bytes that `save_steering` writes. Raises as it does."""
     return _encoded(steering)[1]
 
 
@@ -65,24 +65,24 @@ def _encoded(steering: Steering) -> tuple[str, bytes]:
     if not steering.edits:
         raise TrimtabError("the steering has no edits, so there is nothing to save")
     header, tensors, digest = _content(steering)
-    alone = {name: tensor.clone() for name, tensor in tensors.items()}  # edits may share one: a gate, say
+    alone = {name: tensor.clone() for name, tensor in tensors.items()}  # edits may share one: of a gate, say
     return digest, save(alone, metadata={KEY: _json({**header, "digest": digest})})
 
 
 def steering_digest(steering: Steering) -> str:
-    """The digest that the steering's file has: of its edits and its card."""
+    """The digest of the steering's file, which covers its edits and its card."""
     return _content(steering)[2]
 
 
 def edits_digest(steering: Steering) -> str:
-    """A digest of the edits alone, whatever the card says: what was measured of them holds for these."""
+    """A digest of the edits alone, without the card; measurements that store it apply to these edits."""
     return steering_digest(Steering(steering.edits))
 
 
 def load_steering(path: str | Path) -> Steering:
     """Read a file that `save_steering` wrote.
 
-    Raises `TrimtabError` when there is none, or it is truncated, altered, of another kind or of a newer format.
+    Raises `TrimtabError` if it doesn't exist, or is truncated, altered, of another kind or of a newer format.
     """
     path = Path(path)
     try:
@@ -95,7 +95,7 @@ def load_steering(path: str | Path) -> Steering:
 
 
 def steering_from_bytes(data: bytes, name: str) -> Steering:
-    """The steering of these bytes, which errors call `name`; it raises what `load_steering` raises."""
+    """The steering in these bytes; error messages call it `name`. Raises as `load_steering` does."""
     return _decoded(Path(name), BytesIO(data))
 
 
@@ -129,7 +129,7 @@ def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str
 
 
 def _read(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors. A file of another kind is recognised by its first bytes, however large it is."""
+    """The header and the tensors. A file of another kind is recognized by its first bytes, however large it is."""
     start = stream.read(8)
     size = int.from_bytes(start, "little")
     start += stream.read(size) if size <= LARGEST_HEADER else b""
@@ -149,8 +149,8 @@ def _read(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def _metadata(path: Path | str, start: bytes) -> dict[str, Any]:
-    """The metadata in the beginning of a safetensors file: its header's size in 8 bytes, then its header, JSON."""
-    # the first bytes alone don't tell: they are a size here, and one in 32 headers is of a size that begins with \x80
+    """The metadata at the start of a safetensors file: the header's size in 8 bytes, then the header as JSON."""
+    # the first bytes alone aren't enough: they are a size here, and one header size in 32 begins with \x80
     if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):
         raise TrimtabError(f"{path} looks like a pickle, which trimtab never opens; it reads .safetensors files only")
     if len(start) < 8 or len(start) < 8 + int.from_bytes(start[:8], "little"):
@@ -202,7 +202,7 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def card_json(card: Card) -> dict[str, Any]:
-    """A card as JSON values; what wasn't measured isn't there, so that files without it keep their digest."""
+    """A card as JSON values; unmeasured fields are left out, so that files without them keep their digest."""
     data = {name: value for name, value in asdict(card).items() if name not in MEASURED or value is not None}
     model = None if card.model is None else card.model.as_json()
     return {**data, "model": model, "parts": [card_json(part) for part in card.parts]}
@@ -238,7 +238,7 @@ def _gate_json(gate: Gate, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"all" if isinstance(gate, AllOf) else "any": parts}
     if isinstance(gate, Threshold):
         tensors[name] = gate.direction
-        more: dict[str, Any] = {}  # only what isn't as always, so that older files keep their digest
+        more: dict[str, Any] = {}  # only what isn't the default, so that older files keep their digest
         if gate.positions != LAST:
             more["positions"] = gate.positions.to_json()
         more |= {key: getattr(gate, key) for key, usual in GATE_DEFAULTS.items() if getattr(gate, key) != usual}

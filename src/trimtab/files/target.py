@@ -1,4 +1,4 @@
-"""Writing a file atomically, and finding out beforehand whether it can be written."""
+"""Atomic writing of files, and a check beforehand whether a file can be written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimtab.errors import TrimtabError
 
 
 def check_target(path: str | Path, suffix: str) -> None:
-    """Raises `TrimtabError` when a file of this kind can't be written there. Leaves nothing behind."""
+    """Raises `TrimtabError` if a file of this kind can't be written there. Leaves nothing behind."""
     path = Path(path)
     if path.suffix != suffix:
         raise TrimtabError(f"{path} must be named *{suffix}, for that is what is written there")
@@ -26,11 +26,11 @@ def check_target(path: str | Path, suffix: str) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file by way of a temporary one beside it, so that a reader finds the old one or the new one.
+    """Write a file by way of a temporary file in its folder, so that readers never see a partial file.
 
-    Raises `TrimtabError` when the folder isn't there or can't be written.
+    Raises `TrimtabError` if the folder doesn't exist or can't be written.
     """
-    temporary = _beside(path)  # its name is known before it exists, so that no interruption can leave it behind
+    temporary = _beside(path)  # its name is chosen before it exists, so that an interruption can't leave it behind
     try:
         try:
             stream = temporary.open("xb")

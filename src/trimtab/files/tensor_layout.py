@@ -1,8 +1,8 @@
-"""What one bare tensor means: a vector `[width]`, rows `[rows, width]`, or three axes with the width last.
+"""The meaning of one bare tensor: a vector `[width]`, rows `[rows, width]`, or three axes with the width last.
 
-Such a tensor says nothing of itself. Rows may be blocks, blocks behind the embeddings, or concepts, and to take the one
-for the other steers elsewhere without a word: what they are has to be said. Where a single vector acts is given by the
-caller, the file's name (`layer_<N>`), or a `.json` beside it.
+Such a tensor doesn't describe itself. Its rows may be blocks, the embeddings and then blocks, or concepts, and
+confusing these would silently steer at the wrong place: the caller must say what the rows are. The layer of a single
+vector is given by the caller, the file's name (`layer_<N>`), or a `.json` file next to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMED_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
 LARGEST_SIDECAR = 1 << 20
 INPUT = "the input of block {}, which is the output of the one before it"
 NEW = "steering.safetensors"
-FEATURES = (  # the path is quoted by whoever says it
+FEATURES = (  # the path is quoted by the caller
     "it is a sparse autoencoder; say which of its features steer: trimtab convert {path} {new} --feature NUMBER:VALUE"
     " (in Python load_features(path, {{number: value}}))"
 )
@@ -32,12 +32,12 @@ FEATURES = (  # the path is quoted by whoever says it
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caller says of a file.
+    """What a caller says about a file.
 
-    `row` is the row of a matrix, or the name of one of several tensors; `layer` the layer of a single vector, or which
-    layer of a larger tensor; `position` which position of one with positions. `layer_offset` says that rows are blocks
-    (it is added to their numbers later on). `anywhere` is for callers who want one direction and don't mind where it
-    acts: a layer then also picks among several, and a single vector needs none.
+    `row` is the row of a matrix, or the name of one of several tensors. `layer` is the layer of a single vector, or the
+    layer to use of a larger tensor, and `position` the position to use of a tensor with positions. `layer_offset` says
+    that rows are blocks (it is added to their numbers later). `anywhere` is for callers who want one direction,
+    wherever it acts: a layer then also selects one of several, and a single vector needs none.
     """
 
     row: int | str | None = None
@@ -47,7 +47,7 @@ class Wanted:
     anywhere: bool = False
 
     def not_needed(self) -> None:
-        """Raises `TrimtabError` where something is said of a file that says it itself."""
+        """Raises `TrimtabError` if the caller says something that the file says itself."""
         if self.layer is not None and not self.anywhere:
             raise TrimtabError("it names its layers itself; leave --layer out, or shift them with --layer-offset")
         self.no_row()
@@ -55,24 +55,24 @@ class Wanted:
             raise TrimtabError("it has no axis of token positions; leave --position out")
 
     def no_row(self) -> None:
-        """Raises `TrimtabError` where a row is asked for and there is none to choose."""
+        """Raises `TrimtabError` if the caller names a row and there are none to choose from."""
         if self.row is not None:
             raise TrimtabError("it has no rows to choose from; leave --row out")
 
 
 def convert_with(path: Path, options: str, python: str) -> str:
-    """How to say what a file doesn't, from wherever it was asked for."""
+    """How to pass the missing information, on the command line and in Python."""
     return f"trimtab convert {quote(str(path))} {NEW} {options} (in Python load(path, {python}))"
 
 
 def tensor_layout(value: Tensor, path: Path, wanted: Wanted, kind: str = "tensor") -> Imported:
-    """The directions of a bare tensor.
+    """The directions in a bare tensor.
 
     Args:
-        value: The tensor, of one, two or three axes; axes of length 1 count only where nothing else is chosen there.
-        path: The file, whose name or neighbours may say where a single vector acts.
+        value: The tensor, with one, two or three axes; axes of length 1 are dropped unless a row or position is given.
+        path: The file; its name, or a file next to it, may give the layer of a single vector.
         wanted: What the caller says.
-        kind: What the formats' names begin with.
+        kind: The prefix of the format's name.
 
     Raises:
         TrimtabError: It isn't clear what the tensor is, or where it acts.
@@ -96,7 +96,7 @@ def _of_rows(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Imported:
     if wanted.position is not None:
         raise TrimtabError("it has no axis of token positions; leave --position out")
     row = _row(wanted.row, rows)
-    if row is None and wanted.anywhere and wanted.layer is not None:  # any one of them, as the file counts
+    if row is None and wanted.anywhere and wanted.layer is not None:  # any one of them, numbered as in the file
         row = _row(wanted.layer, rows, "layer")
     if row is not None:
         vector = check_vector(value[row], f"row {row}")
@@ -136,7 +136,7 @@ def _of_three_axes(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Impo
 
 
 def _of_positions(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Imported:
-    """refusal_direction's `mean_diffs.pt`: what it read at the last positions of the prompt, at each block's input."""
+    """refusal_direction's `mean_diffs.pt`: directions at the last positions of the prompt, at each block's input."""
     wanted.no_row()
     positions, layers, width = value.shape
     axes = f"it holds {positions} positions x {layers} layers x {width} wide"
@@ -165,10 +165,10 @@ def _row(row: int | str | None, rows: int, name: str = "row") -> int | None:
 
 
 def layer_of(path: Path, wanted: Wanted) -> tuple[int, Mapping[str, Any]]:
-    """At which block's output a file's only vector acts (-1: at the embeddings), and what else is known of it.
+    """The block at whose output a file's only vector acts (-1: the embeddings), and what else is known about it.
 
     Raises:
-        TrimtabError: Nothing says so, or a file beside it that should is damaged.
+        TrimtabError: Nothing says which, or a file next to it that should is damaged.
     """
     if wanted.layer is not None:
         return wanted.layer, {}

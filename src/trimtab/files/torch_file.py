@@ -1,7 +1,7 @@
-"""Tensors out of a `.pt` file, with nothing in it ever run and nothing in it believed.
+"""Read tensors from a `.pt` file, without running any code in it or trusting anything it says.
 
-The file is looked at before torch sees it: the archive must hold no more than it is long, the pickle in it may name
-nothing but tensors, and torch gets a fresh archive of exactly what was looked at, with `weights_only=True`.
+The file is checked before torch sees it: the archive must not claim more than the file's size, the pickle in it may
+name nothing but tensors, and torch gets a new archive of exactly the checked content, with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trimtab.errors import TrimtabError
 LARGEST = 1 << 31  # bytes of a file
 LARGEST_PICKLE = 1 << 24
 MOST_ENTRIES = 100_000
-DEEPEST = 4  # how far below the top tensors are looked for
+DEEPEST = 4  # the nesting depth down to which tensors are checked
 STORAGES = ("Half", "BFloat16", "Float", "Double", "Byte", "Char", "Short", "Int", "Long", "Bool")
 HARMLESS = {
     "torch._utils _rebuild_tensor_v2",
@@ -33,20 +33,20 @@ HARMLESS = {
     *(f"torch {name}Storage" for name in STORAGES),
 }
 ELSEWHERE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
-"""Other ways in which a pickle names what it wants called."""
+"""Other opcodes with which a pickle names something to call."""
 
 
 DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
-    *(ValueError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError),  # NotImplementedError among them
+    *(ValueError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError),  # NotImplementedError included
 )
-"""What `zipfile` raises for archives that aren't whole."""
+"""What `zipfile` raises for damaged archives."""
 
 
 def read_torch_file(path: Path) -> Any:
     """What `torch.save` saved: tensors, and lists and dicts of tensors, numbers and texts.
 
-    Raises `TrimtabError` for a file that holds anything else, was made by hand to do harm, or is damaged.
+    Raises `TrimtabError` for a file that contains anything else, was crafted to do harm, or is damaged.
     """
     if path.stat().st_size > LARGEST:
         raise TrimtabError(f"it has {path.stat().st_size >> 20} MB; a steering is smaller")
@@ -74,7 +74,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, bytes]:
-    """The archive's content: stored, not compressed, under one folder, and no more than the file is long."""
+    """The archive's content; it must be stored, not compressed, in one folder, and no larger than the file."""
     infos = archive.infolist()
     names = [info.filename for info in infos]
     if len(infos) > MOST_ENTRIES or sum(info.file_size for info in infos) > size:
@@ -94,7 +94,7 @@ def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, bytes]:
 
 
 def _check_pickle(data: bytes) -> None:
-    """Raises `TrimtabError` when the pickle names anything but tensors. Nothing of it runs."""
+    """Raises `TrimtabError` if the pickle names anything but tensors. Nothing in it is run."""
     if len(data) > LARGEST_PICKLE:
         raise TrimtabError("its pickle is too large for one that holds tensors")
     try:
@@ -107,12 +107,12 @@ def _check_pickle(data: bytes) -> None:
                 )
     except TrimtabError:
         raise
-    except Exception as error:  # pickletools raises whatever it stumbles over
+    except Exception as error:  # pickletools raises many types of errors
         raise TrimtabError(f"it is damaged: its pickle can't be followed ({type(error).__name__})") from None
 
 
 def _check_tensors(value: Any, largest: int) -> None:
-    """Raises `TrimtabError` for a tensor that is more than the file's own numbers, once each."""
+    """Raises `TrimtabError` for a tensor that is larger than its data in the file."""
     for tensor in _tensors(value, DEEPEST):
         stored = tensor.untyped_storage().nbytes()
         if tensor.layout != torch.strided or stored > largest or tensor.numel() * tensor.element_size() > stored:

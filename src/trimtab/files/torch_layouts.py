@@ -1,7 +1,7 @@
-"""What people keep in `.pt` files: EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook, lm-eval, and others.
+"""Vectors in `.pt` files: of EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook, lm-eval, and others.
 
-The files hold tensors and say little. Which program made one is recognised by its shape; bare tensors are
-`tensor_layout`'s.
+The files contain tensors and little else. The program that wrote one is recognized by its structure; `tensor_layout`
+handles bare tensors.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ UNIT = 1e-3
 
 
 def read_torch_layout(path: Path, wanted: Wanted) -> Imported:
-    """The directions in a `.pt` file. `wanted` says where a file with a single vector acts, or which one is meant.
+    """The directions in a `.pt` file. `wanted` says where a single vector acts, or which of several is meant.
 
-    Raises `TrimtabError` when it isn't clear what the tensors are, or where they act.
+    Raises `TrimtabError` if it isn't clear what the tensors are, or where they act.
     """
     value = read_torch_file(path)
     if isinstance(value, Mapping) and value and all(_is_hook(item) for item in value.values()):
@@ -63,7 +63,7 @@ def read_torch_folder(path: Path) -> Imported:
 
 
 def _named(value: Mapping[Any, Any], path: Path, wanted: Wanted) -> Imported:
-    """A dict of tensors, and of numbers and texts that tell of them."""
+    """A dict of tensors, and of numbers and texts that describe them."""
     others = {str(key): item for key, item in value.items() if not isinstance(item, Tensor)}
     for key, item in others.items():
         if not isinstance(item, (str, int, float, type(None))):
@@ -103,7 +103,7 @@ def _lm_eval(value: Mapping[Any, Any]) -> Imported:
 
 
 def _vllm_hook(value: Mapping[Any, Any], layer: int) -> Imported:
-    """vLLM-Hook's `{dir, avg_proj}`: sets the projection on `dir` to `avg_proj`, or adds `dir` where there is none."""
+    """vLLM-Hook's `{dir, avg_proj}`: sets the projection on `dir` to `avg_proj`, or adds `dir` if there is none."""
     direction = check_vector(value["dir"], "its dir")
     target = value.get("avg_proj")
     if target is None:
@@ -120,10 +120,10 @@ def _vllm_hook(value: Mapping[Any, Any], layer: int) -> Imported:
 
 
 def write_lm_eval(steering: Steering, path: Path, blocks: str = "layers") -> None:
-    """Write a steering for `lm_eval --model steered --model_args steer_path=…`, one hook point a block.
+    """Write a steering for `lm_eval --model steered --model_args steer_path=…`, one hook point per block.
 
-    It adds, or sets one projection a block, at every token. `blocks` is where the model keeps its blocks, seen from
-    its `base_model` (`h` in GPT-2's). Raises `UnsupportedError` for anything else.
+    It adds, or sets one projection per block, at every token. `blocks` is the attribute of the model's `base_model`
+    that contains its blocks (`h` for GPT-2). Raises `UnsupportedError` for anything else.
     """
     hooks: dict[str, dict[str, Any]] = {}
     target = "lm-eval"

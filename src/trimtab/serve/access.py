@@ -1,6 +1,6 @@
-"""The access log: a line of JSON for each request, of what came and what came of it, without prompts or answers.
+"""The access log: one line of JSON per request, with its outcome, without prompts or answers.
 
-It is for whoever runs the server; who was steered how stands in the audit log (`audit.py`), which is never cut.
+It is for the server's operator. Who was steered and how is in the audit log (`audit.py`), which is never truncated.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, TextIO
 from trimtab.errors import TrimtabError
 
 LONGEST_PATH = 200
-"""So much of a requested path is kept: it is whatever a stranger sends."""
+"""Longer request paths are truncated to this many characters, since anyone can send any path."""
 
 
 class AccessLog:
-    """Writes lines to a file, or to standard error for `-`. A line that can't be written is left out, and counted.
+    """Writes lines to a file, or to standard error for `-`. A line that can't be written is dropped and counted.
 
     Raises:
         TrimtabError: The file can't be written.
@@ -35,7 +35,7 @@ class AccessLog:
         self.reopen()
 
     def reopen(self) -> None:
-        """Open the file anew, which another program may have moved away (logrotate)."""
+        """Reopen the file, which another program (logrotate) may have moved away."""
         if str(self._path) == "-":
             return
         try:
@@ -48,7 +48,7 @@ class AccessLog:
             before.close()
 
     def write(self, scope: Any, state: Any, status: int, seconds: float) -> None:
-        """A request that is done, or whose client has gone."""
+        """Log a request that is complete, or whose client has disconnected."""
         key, client = state.get("key"), scope.get("client")
         line = {
             "time": round(self._clock(), 3),
@@ -67,5 +67,5 @@ class AccessLog:
                 self._file.write(json.dumps(line) + "\n")
                 self._file.flush()
                 self._lost = 0
-            except (OSError, ValueError):  # a full disk, or a closed pipe: the server goes on
+            except (OSError, ValueError):  # a full disk or a closed pipe: keep serving
                 self._lost += 1

@@ -1,4 +1,4 @@
-"""Steerings that come while the server runs: who may bring them, learning them from pairs, and writing down that."""
+"""Steerings added while the server runs: permissions, learning from pairs, and their lines in the audit log."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def check_may_add(service: Service, key: Key, name: str) -> None:
     """Raises `Refusal` for a key that may not add steerings, and for a name that is taken."""
     if not key.add:
         raise Refusal(403, "your key may not add steerings")
-    if any(loaded.name == name for loaded in service.visible(key)):  # what is hidden from a key doesn't take its names
+    if any(loaded.name == name for loaded in service.visible(key)):  # hidden steerings don't take names
         raise Refusal(400, "there is a steering of this name already; choose another", param="name")
 
 
 @dataclass(frozen=True)
 class Learned:
-    """A steering, and what was warned of while it was learned."""
+    """A steering, and the warnings while it was learned."""
 
     steering: Steering
     remarks: tuple[str, ...] = ()
@@ -58,9 +58,9 @@ async def learned(service: Service, request: LearnRequest, progress: Progress | 
 
 
 def added(service: Service, who: dict[str, str], name: str, steering: Steering, source: str) -> Loaded:
-    """Put it among the key's own, and write that down. `who`: the request's id, its key's name, the route.
+    """Add a steering to the key's own, and log that. `who`: the request's id, its key's name, the route.
 
-    Raises `Refusal` where it can't be written down, and then hasn't added it.
+    Raises `Refusal` if it can't be logged; then it isn't added.
     """
     owner = service.owner(who["key"])
     loaded = service.library.add(name, steering, source, owner)
@@ -73,9 +73,9 @@ def added(service: Service, who: dict[str, str], name: str, steering: Steering, 
 
 
 def removed(service: Service, who: dict[str, str], key: Key, name: str) -> None:
-    """Take out what the key has added, and write that down.
+    """Remove a steering that the key has added, and log that.
 
-    Raises `Refusal` for a key that may not add, a file of the server's, and a name that isn't there.
+    Raises `Refusal` for a key that may not add, a file of the server, and a name that doesn't exist.
     """
     if not key.add:
         raise Refusal(403, "your key may not add steerings, nor take any out")

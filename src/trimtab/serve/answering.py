@@ -1,4 +1,4 @@
-"""A request's answers over time: submitted, sent whole or as a stream, and let go when the client goes."""
+"""A request's answers over time: submitted, sent whole or as a stream, and cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Queue = asyncio.Queue[tuple[int, Event]]
 
 
 async def respond(service: Service, request: Request, body: ResponsesRequest) -> Any:
-    """The response to a request of the Responses API, which is a chat. Raises as `answer` does."""
+    """The response to a request to the Responses API, which is run as a chat. Raises like `answer`."""
     tokens = TextTokens(service.lm.tokenizer) if LOGPROBS in (body.include or ()) else None
     wire = ResponseWire(new_response_id(), body, tokens)
     try:
@@ -43,7 +43,7 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
 async def answer(
     service: Service, request: Request, body: ChatRequest | CompletionRequest, wire: ResponseWire | None = None
 ) -> Any:
-    """The response to a request. Raises `Refusal` for one that can't be answered, or whose answer failed."""
+    """The response to a request. Raises `Refusal` if it can't be answered, or if its answer failed."""
     key: Key = request.state.key
     chat = isinstance(body, ChatRequest)
     request.state.parsed = body
@@ -56,7 +56,7 @@ async def answer(
 
     def deliver(index: int) -> Callable[[Event], None]:
         def put(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed: the server is gone
+            with suppress(RuntimeError):  # the loop is closed: the server is shutting down
                 loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
         return put
@@ -66,7 +66,7 @@ async def answer(
     try:
         service.scheduler.check_room(len(prepared.tasks))
         await record.begin()
-        request.state.record = record  # which the guard sees to the end of
+        request.state.record = record  # the guard makes sure that it ends
         service.scheduler.submit(prepared.tasks)
     except Full as full:
         record.drop("queue_full")
@@ -90,7 +90,7 @@ async def answer(
 
 @dataclass(eq=False)
 class _Run:
-    """One request under way."""
+    """A request in progress."""
 
     service: Service
     request: Request
@@ -103,7 +103,7 @@ class _Run:
     _began: bool = False
 
     async def whole(self) -> Json:
-        """All answers, once they are there. When the client goes, or one fails, all are let go."""
+        """Wait for all answers and return them. If the client disconnects, or one answer fails, all are cancelled."""
         leaving = asyncio.ensure_future(gone(self.request))
         outcome = "cancelled"
         try:
@@ -114,7 +114,7 @@ class _Run:
                     coming.cancel()
                     raise Refusal(499, "the client went away")
                 self._take(*coming.result())
-            self._close("done")  # first: what can't be written down isn't sent
+            self._close("done")  # before sending: what can't be logged isn't sent
             return Json(self.wire.whole(self.prepared, self.answers))
         except Refusal as refusal:
             outcome = refusal.code or str(refusal.status)
@@ -125,7 +125,7 @@ class _Run:
                 self._close(outcome)
 
     async def first(self) -> tuple[int, Event]:
-        """What comes first: an error still has a status of its own then. The client may go already while it waits."""
+        """Wait for the first event, so that an error still has its own status. The client may disconnect meanwhile."""
         leaving = asyncio.ensure_future(gone(self.request))
         coming = asyncio.ensure_future(self.queue.get())
         outcome: str | None = "cancelled"
@@ -147,7 +147,7 @@ class _Run:
                     self._close(outcome)
 
     async def stream(self, first: tuple[int, Event]) -> AsyncIterator[bytes]:
-        """Server-sent events. Closing the iterator, as happens when the client goes, lets the answers go."""
+        """Server-sent events. Closing the iterator, as happens when the client disconnects, cancels the answers."""
         outcome = "cancelled"
         try:
             for i in range(len(self.answers)):
@@ -172,7 +172,7 @@ class _Run:
             yield self.wire.encode(self.wire.last(self.prepared, self.answers, usage))
             self._close("done")
             yield self.wire.end
-        except Refusal as refusal:  # the response has begun: the error is an event
+        except Refusal as refusal:  # the response has begun: send the error as an event
             outcome = refusal.code or str(refusal.status)
             for chunk in self.wire.failed(refusal):
                 yield self.wire.encode(chunk)
@@ -200,12 +200,12 @@ class _Run:
         return task.deadline - task.seconds  # both clocks are time.monotonic
 
     def _close(self, outcome: str) -> None:
-        """Let go of what hasn't ended, and write down what was done, once."""
+        """Cancel answers that haven't ended, and log the outcome, once."""
         self.record.end(outcome)
 
 
 async def gone(request: Request) -> None:
-    """Returns when the client has gone."""
+    """Return when the client has disconnected."""
     while True:
         if (await request.receive())["type"] == "http.disconnect":
             return

@@ -73,7 +73,7 @@ BUSY: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorBody, "description": "The queue is full.", **RETRY},
     504: {"model": ErrorBody, "description": "The answer took too long."},
 }
-# `itemSchema` is each event; before OpenAPI 3.2 a `schema` here is read as that of the stream or of an event.
+# `itemSchema` describes each event; before OpenAPI 3.2, `schema` could mean the stream or an event.
 EVENT: dict[str, Any] = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAM: dict[str, Any] = {
     "text/event-stream": {"itemSchema": EVENT, "example": 'data: {"choices": […]}\n\ndata: [DONE]\n\n'}
@@ -81,15 +81,16 @@ STREAM: dict[str, Any] = {
 
 
 class Health(BaseModel):
-    """Whether the server is there, or ready."""
+    """Whether the server is alive, or ready."""
 
     status: Literal["ok", "draining", "dead", "unaudited"]
 
 
 def make_app(service: Service, *, local: bool = False, playground: bool = False, provider: Any = None) -> ASGIApp:
-    """The application. The scheduler starts and ends with it; `local` as `Guard` has it.
+    """The application. The scheduler starts and stops with it; `local` is passed to `Guard`.
 
-    `playground`: with the page at `/`, which needs gradio. `provider`: of OpenTelemetry's tracers (`tracing.py`).
+    `playground` adds the page at `/`, which needs gradio. `provider` is an OpenTelemetry tracer provider
+    (`tracing.py`).
     """
     page: Any = None
     if playground:
@@ -106,7 +107,7 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False,
         await asyncio.to_thread(service.scheduler.close)
         service.audit.close()
         if provider is not None:
-            await asyncio.to_thread(provider.shutdown)  # sends what is left
+            await asyncio.to_thread(provider.shutdown)  # sends the remaining spans
 
     app = _api(service, lifespan)
     if provider is not None:
@@ -121,18 +122,18 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False,
 
 
 def openapi() -> dict[str, Any]:
-    """The OpenAPI document of a server that also learns and takes uploads. No model is needed for it."""
+    """The OpenAPI document of a server with learning and uploads enabled. It needs no model."""
     return deepcopy(_api(SimpleNamespace(learn=True, upload=True), None).openapi())
 
 
 def _api(service: Any, lifespan: Any) -> FastAPI:
-    """All routes. Which there are depends on `service.learn` and `service.upload` alone."""
+    """All routes; only `service.learn` and `service.upload` decide which ones there are."""
     app = FastAPI(
         title="trimtab",
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        docs_url=None,  # FastAPI's pages load scripts from other hosts
         redoc_url=None,
         dependencies=[Depends(HTTPBearer(auto_error=False))],
     )
@@ -146,11 +147,11 @@ def _api(service: Any, lifespan: Any) -> FastAPI:
 
 
 _DOCUMENTS: dict[tuple[bool, bool], dict[str, Any]] = {}
-"""The OpenAPI document of each kind of application: to make one takes as long as all the rest."""
+"""The OpenAPI document of each kind of application: generating one takes as long as everything else."""
 
 
 def _document(app: FastAPI, *, learn: bool, upload: bool) -> None:
-    """The OpenAPI document without the 422 that FastAPI writes everywhere: here that is a 400, as OpenAI has it."""
+    """The OpenAPI document without the 422 that FastAPI adds to each route: this server answers 400, as OpenAI does."""
     if (learn, upload) in _DOCUMENTS:
         app.openapi_schema = _DOCUMENTS[learn, upload]
         return
@@ -197,7 +198,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(_request: Request, _error: Exception) -> Response:
-        """The traceback goes to the server's log; the client has the API's own form of an error."""
+        """The traceback goes to the server's log; the client gets an error in the API's format."""
         return Refusal(500, "something went wrong inside the server; its log says what").response
 
 

@@ -1,8 +1,8 @@
-"""The audit log: lines of JSON that say who asked for what, what steered it, and what came of it.
+"""The audit log: lines of JSON that say who requested what, what steered it, and how it ended.
 
-A request that is answered has two lines, `begun` before its first token leaves and `ended` after its last; one that is
-turned away has one, `refused`. Each line is whole: what can't be written to its end is taken back, and then the log is
-in `trouble` until a line goes through again. Nobody is answered meanwhile (see `guard`).
+An answered request has two lines, `begun` before its first token is sent and `ended` after its last; a refused request
+has one, `refused`. Lines are never partial: one that can't be written completely is removed again, and then the log is
+in `trouble` until a write succeeds. No request is answered meanwhile (see `guard`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Audit:
     """Appends to a file; without a path it does nothing.
 
     Args:
-        path: The file. It is this server's alone while it runs.
-        prompts: Write prompts down as well.
-        sync: Wait until each line is on the disk itself, which survives a loss of power.
+        path: The file. No other process may write to it while the server runs.
+        prompts: Also log prompts.
+        sync: Wait until each line is on the disk itself, which survives a power failure.
 
     Raises:
-        TrimtabError: The file can't be written, is none, or another server writes to it.
+        TrimtabError: The path can't be written or isn't a file, or another server writes to it.
     """
 
     def __init__(self, path: Path | None = None, *, prompts: bool = False, sync: bool = False) -> None:
@@ -54,7 +54,7 @@ class Audit:
 
     def _open(self, path: Path) -> None:
         try:
-            # not blocking: a pipe that nobody reads would keep the server from starting
+            # non-blocking: a pipe without a reader would keep the server from starting
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
             mode = os.fstat(self._file).st_mode
         except OSError as error:
@@ -72,7 +72,7 @@ class Audit:
             self._mend(path)
 
     def _mend(self, path: Path) -> None:
-        """A last line that was cut, by a crash, becomes a line that says so and holds what there was of it."""
+        """Replace an incomplete last line, left by a crash, with a line that says so and contains the fragment."""
         assert self._file is not None
         size = os.fstat(self._file).st_size
         start = max(0, size - LARGEST_FRAGMENT)
@@ -91,9 +91,9 @@ class Audit:
         return self._file is not None
 
     def write(self, entry: dict[str, Any], prompt: Any = None) -> None:
-        """One line, with the time; the prompt only where requested.
+        """Write one line, with the time; the prompt only if the log includes prompts.
 
-        Raises `Refusal`, with status 503, when it can't be written.
+        Raises `Refusal`, with status 503, if it can't be written.
         """
         if self._file is None:
             return
@@ -105,7 +105,7 @@ class Audit:
             self._append(data)
 
     async def soon(self, entry: dict[str, Any], prompt: Any = None) -> None:
-        """As `write`, without holding up the event loop where a line waits for the disk."""
+        """Like `write`, without blocking the event loop while a line waits for the disk."""
         if self.sync and self._file is not None:
             await asyncio.to_thread(self.write, entry, prompt)
         else:
@@ -136,7 +136,7 @@ class Audit:
         self.trouble = None
 
     def check(self) -> bool:
-        """Whether lines go through. Where the last one didn't, it is tried again, at most once a second."""
+        """Whether lines can be written. After a failure it tries again, at most once a second."""
         if self.trouble is None:
             return True
         if time.monotonic() - self._tried < AGAIN:
@@ -148,7 +148,7 @@ class Audit:
         return True
 
     def close(self) -> None:
-        """Write it out to the disk, and close it."""
+        """Flush the log to the disk, and close it."""
         with self._lock:
             if self._file is not None:
                 if self._regular:
@@ -158,14 +158,14 @@ class Audit:
 
 
 def unaudited() -> Refusal:
-    """What is said while the log can't be written."""
+    """The refusal of requests while the log can't be written."""
     return Refusal(
         503, "the audit log can't be written, so nobody is answered; try again later", code="unaudited", retry=10
     )
 
 
 def _plain(value: Any) -> Any:
-    """The same with a text for each number that JSON has none for."""
+    """The value, with numbers that JSON can't represent (NaN, infinities) converted to text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Requests' bodies: how large one may be on its route, how long it may take, and what all may hold together."""
+"""Limits on request bodies: the size on each route, the time to arrive, and the memory of all together."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from trimtab.serve.service import Service
 
 SECONDS = 30.0
-"""How long a body may take to come."""
+"""Seconds in which a body must arrive."""
 SMALL = 16 << 10
-"""Bytes, on routes whose requests say nothing in their body, and of a page's request that brings no key."""
+"""Bytes, for routes that need no body, and for requests of the page without a key."""
 LOOK = 0.25
-"""Seconds between looks at whether the server is shutting down."""
+"""Seconds between checks whether the server is shutting down."""
 ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 STEERINGS = "/v1/steerings"
 
 
 def largest(service: Service, method: str, path: str, *, known: bool) -> int:
-    """How many bytes a request's body may have, from its first line. `known`: its sender's key is."""
+    """The most bytes that a request's body may have on this route. `known`: the sender's key is known."""
     limits = service.limits
     if method == "PUT" and path.startswith(f"{STEERINGS}/"):
         return limits.upload if service.upload else SMALL
@@ -40,18 +40,18 @@ def largest(service: Service, method: str, path: str, *, known: bool) -> int:
 
 
 class Bodies:
-    """What all bodies that are being read, or answered, hold in memory; no more than `most` bytes."""
+    """The memory of all bodies that are being read or answered, limited to `most` bytes."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.held = 0
 
     def let_go(self, size: int) -> None:
-        """A request is over."""
+        """Release the memory of a request that is over."""
         self.held -= size
 
     async def read(self, scope: Scope, receive: Receive, limit: int, draining: Callable[[], bool]) -> bytes:
-        """The whole body; `let_go(len(…))` is the caller's. Raises `Refusal` for one that is too large or too slow."""
+        """The whole body; the caller calls `let_go(len(…))`. Raises `Refusal` for one that is too large or too slow."""
         too_large = Refusal(413, f"the body of a request here has {limit} bytes at most", code="too_large")
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared[:20]) > limit:
@@ -80,7 +80,7 @@ class Bodies:
 
 
 async def _next(receive: Receive, until: float, draining: Callable[[], bool]) -> Message:
-    """What comes next. Raises `Refusal` when it takes too long, or the server is shutting down meanwhile."""
+    """The next message. Raises `Refusal` if it takes too long, or if the server shuts down meanwhile."""
     while True:
         with anyio.move_on_after(LOOK):
             return await receive()

@@ -1,6 +1,6 @@
-"""What a steering that a client brings may be: its work at each token, and at each prompt, is everybody's.
+"""Bounds on a steering that a client uploads: everybody waits for the work that it causes per token and per prompt.
 
-A steering of the server's own folder may be anything that fits the model; who wrote it is trusted.
+A steering from the server's own folder may be anything that fits the model; its author is trusted.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from trimtab.steering import Gate, Steering
 from trimtab.steering.gates import AllOf, AnyOf, Not, Threshold
 
 EDITS = 256
-"""As many as a model of 80 blocks has sites of three kinds, nearly."""
+"""Nearly the number of sites of three kinds in a model of 80 blocks."""
 TESTS = 64
-"""Conditions in all gates together, each of which reads the prompt; the same one counts once."""
+"""Conditions in all gates together. Each reads the prompt; identical ones count once."""
 DEPTH = 8
-"""How deep gates may stand in gates."""
+"""The nesting depth of gates."""
 INTERVALS = 256
-"""Stretches of positions of all edits together."""
+"""Intervals of positions in all edits together."""
 NORM = 1e6
-"""The longest vector, strength included: activations are some hundreds long, and their squares fit into float32."""
+"""The largest norm of a vector, strength included: activations have norms of some hundreds, and its square fits into
+float32.
+"""
 HEADER = 512 << 10
-"""Bytes of a file's header: what edits and gates are written in."""
+"""Bytes of a file's header, which contains edits and gates."""
 
 
 def check_file(data: bytes) -> None:
-    """Raises `Refusal` for a file whose header is too long or too deep to be read while others wait."""
+    """Raises `Refusal` for a file whose header is too long or too deeply nested to parse while other requests wait."""
     size = int.from_bytes(data[:8], "little")
     if size > HEADER and data[8:9] == b"{":
         raise _too_much(f"its header has {size} bytes, {HEADER} at most")
@@ -40,7 +42,7 @@ def check_file(data: bytes) -> None:
 
 
 def check_bounds(steering: Steering) -> None:
-    """Raises `Refusal` for a steering of too many parts, or one that is too long to be measured."""
+    """Raises `Refusal` for a steering with too many parts, or with a vector whose norm is too large."""
     if len(steering.edits) > EDITS:
         raise _too_much(f"it has {len(steering.edits)} edits, {EDITS} at most")
     tests: set[int] = set()
@@ -62,7 +64,7 @@ def check_bounds(steering: Steering) -> None:
 
 
 def size_of(steering: Steering) -> int:
-    """How many bytes its tensors hold."""
+    """The size of its tensors in bytes."""
     sizes = {
         id(t): t.numel() * t.element_size() for edit in steering.edits for t in tensors((edit.operation, edit.gate))
     }
@@ -70,7 +72,7 @@ def size_of(steering: Steering) -> int:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors inside."""
+    """All tensors inside a value: in its fields, tuples and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -94,12 +96,12 @@ def _tests(gate: Gate, depth: int) -> Iterator[Threshold]:
 
 
 def _nesting(header: bytes) -> int:
-    """How deep the header's own JSON is, and that of the text in it that says what the edits are."""
+    """The nesting depth of the JSON text in the header that describes the edits; 0 if the header can't be parsed."""
     try:
         parsed = json.loads(header)
         inside = parsed.get("__metadata__", {}).get("trimtab", "") if isinstance(parsed, dict) else ""
     except (ValueError, RecursionError, AttributeError):
-        return 0  # who reads the file says so
+        return 0  # the reader of the file reports that
     text, depth, deepest, quoted, escaped = str(inside), 0, 0, False, False
     for character in text:
         if quoted:

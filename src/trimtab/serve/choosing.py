@@ -1,4 +1,4 @@
-"""What steers a request: what is always on, and what its caller asks for and may have; whatever the engine."""
+"""What steers a request, on any engine: the steerings that are always on, and those that its caller may request."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from trimtab.steering import Positions, Steering
 
 @dataclass(frozen=True)
 class Choosing:
-    """The policy, and the steerings that it is about.
+    """The policy, and the steerings that it applies to.
 
     Args:
         policy: Who may do what.
-        find: The steering of a name, a file's or what this owner (`None`: nobody) has brought; `None`: there is none.
+        find: Returns the steering with a name, from a file or added by this owner (`None`: nobody), or `None`.
         check: Raises `TrimtabError` for a steering that the engine can't run.
     """
 
@@ -32,11 +32,11 @@ class Choosing:
     check: Callable[[Steering], None]
 
     def owner(self, key: str) -> str | None:
-        """Who owns what this key adds: itself; without keys, everybody."""
+        """The owner of what this key adds: the key itself; `None` if the policy has no keys."""
         return key if self.policy.keys else None
 
     def visible(self, key: Key, known: Sequence[Loaded]) -> list[Loaded]:
-        """Of these steerings those that a caller may name, and those that are always on."""
+        """Those of the known steerings that a caller may name, and those that are always on."""
         always = {name for name, _ in self.policy.always}
         return [
             loaded for loaded in known if _allowed(key, loaded) or (loaded.name in always and loaded.source == "file")
@@ -45,17 +45,17 @@ class Choosing:
     def chosen(
         self, key: Key, choices: Sequence[SteeringChoice], structured: Structured | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
-        """What is always on, and what a request asks for: as a list, and as one steering.
+        """The steerings for a request, always-on ones included: as a list, and as one steering.
 
-        What is asked for doesn't act in the `structured` part of the answer, unless it says where it acts.
-        Raises `Refusal` for what isn't there or isn't allowed.
+        Requested steerings don't act in the `structured` part of the answer, unless the request gives their positions.
+        Raises `Refusal` for a steering that doesn't exist or isn't allowed.
         """
         always = dict(self.policy.always)
         steerings, total = [], None
-        pushes: dict[str, tuple[float, float]] = {}  # by digest, as one steering may have several names
+        pushes: dict[str, tuple[float, float]] = {}  # by digest, since one steering may have several names
         for name, strength in self.policy.always:
             loaded = self.find(name, None)
-            assert loaded is not None  # checked at the start
+            assert loaded is not None  # checked at startup
             steerings.append(AppliedSteering(name=name, digest=loaded.digest, strength=strength, always=True))
             total = strength * loaded.steering if total is None else total + strength * loaded.steering
         for i, choice in enumerate(choices):
@@ -63,7 +63,7 @@ class Choosing:
             if choice.name in always:
                 raise Refusal(403, f"the steering {choice.name!r} is always on; a request can't change it", param=where)
             loaded = self.find(choice.name, self.owner(key.name))
-            if loaded is None or not _allowed(key, loaded):  # the same words: what others have is nobody's business
+            if loaded is None or not _allowed(key, loaded):  # same words: don't reveal what others have
                 raise no_such_steering(choice.name, param=f"{where}.name")
             pushes[loaded.digest] = self._pushed(
                 key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
@@ -86,7 +86,7 @@ class Choosing:
         return steerings, total
 
     def apart(self, steering: Steering, param: str) -> tuple[Steering, float]:
-        """The steering without what it has along what is always on, and how much that was. Raises `Refusal`."""
+        """The steering without its component along always-on directions, and its share. Raises `Refusal`."""
         try:
             return apart(self.protected, steering)
         except TrimtabError as error:
@@ -94,14 +94,14 @@ class Choosing:
 
     @cached_property
     def protected(self) -> Protected:
-        """What is always on; it doesn't change while the server runs."""
+        """The protected directions of always-on steerings, which don't change while the server runs."""
         always_on = [(name, self.find(name, None)) for name, strength in self.policy.always if strength]
         return protected([(name, loaded.steering) for name, loaded in always_on if loaded is not None])
 
     def _pushed(self, key: Key, before: tuple[float, float], choice: SteeringChoice, param: str) -> tuple[float, float]:
-        """What one steering's strengths in a request add up to: those below zero, and those above.
+        """The sums of one steering's negative strengths and of its positive strengths in a request.
 
-        They aren't set off against each other: at two layers both act. Raises `Refusal` beyond the caller's range.
+        They don't cancel: at two layers both act. Raises `Refusal` beyond the caller's range.
         """
         low, high = self.policy.range_of(key)
         strength = choice.strength
@@ -118,7 +118,7 @@ class Choosing:
         return down, up
 
     def _placed(self, loaded: Loaded, choice: SteeringChoice, spared: Structured | None, where: str) -> Steering:
-        """The steering where it was made to act, or at another layer, or other positions, but for what is spared."""
+        """The steering at its own or the requested layer and positions, except in what is spared."""
         steering, param = loaded.steering, f"{where}.layer"
         try:
             if choice.layer is not None:

@@ -1,18 +1,17 @@
-"""Connections, before there is a request: how many there are, how long a head may take, and who doesn't read.
+"""Limits on connections: how many there are, how long the head of a request may take, and clients that don't read.
 
-uvicorn waits for the head of a request, and for a client to read its response, as long as they like. Here a head has
-`HEAD_SECONDS`, from the connection's or its own first byte on, and gets an error when they are over; a client that
-takes nothing of its response for `READ_SECONDS` is gone. Of uvicorn's two parsers it is always h11, which bounds a
-head's size as well, to 16 KiB.
+uvicorn waits indefinitely for the head of a request, and for a client to read its response. Here a head must be
+complete within `HEAD_SECONDS` from the start of the connection or from its own first byte, or the client gets an error;
+a connection whose client reads nothing of its response for `READ_SECONDS` is closed. Of uvicorn's two parsers this
+always uses h11, which also limits the size of a head, to 16 KiB.
 
-A connection on which a request was answered is kept for the next one, longer than clients and proxies keep theirs: the
-side that closes first should be the one that asks. Closed from here, a connection may be gone when the next request is
-on its way already, and its client hears nothing. Where there are as many connections as there may be, the one that
-has had no request for longest makes room; where none has been idle for a while, one more is answered that the server is
-busy.
+After a response, the connection is kept alive for longer than clients and proxies keep theirs: the client should be the
+side that closes first. If the server closes a connection while the next request is on its way, the client gets no
+response. At the limit on connections, the one that has been idle for longest is closed to make room; if none has been
+idle for a while, the new one gets the response that the server is busy.
 
-What isn't HTTP is answered in the API's own form, and leaves few lines in the log. There is nothing to upgrade to: who
-asks for that is answered in HTTP/1.1.
+Input that isn't HTTP gets an error in the API's format, and few lines in the log. There is nothing to upgrade to:
+upgrade requests are answered in HTTP/1.1.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ from trimtab.serve.trickle import Few
 HEAD_SECONDS = 10.0
 READ_SECONDS = 60.0
 KEEP_SECONDS = 75
-"""More than the 60 that nginx and cloud balancers keep an idle connection for, and than any usual client."""
+"""More than the 60 s for which nginx and cloud load balancers keep an idle connection, and than any usual client."""
 IDLE_SECONDS = 5.0
-"""And no less than this, however many connections there are."""
+"""A connection must have been idle for at least this long to be closed for a new one."""
 INVALID = Few("Invalid HTTP request received.", rate=1.0)
-"""uvicorn's line in the log for what isn't HTTP."""
+"""Limits uvicorn's log line for input that isn't HTTP."""
 SPARE = 64
 """Files that the process needs besides its connections."""
 
 
 def protocol(most: int) -> type[asyncio.Protocol]:
-    """uvicorn's protocol with these bounds, of `most` connections at a time."""
+    """uvicorn's protocol with these limits, for at most `most` connections at a time."""
     logging.getLogger("uvicorn.error").addFilter(INVALID)
 
     class Bounded(H11Protocol):
         _head: asyncio.TimerHandle | None = None
-        _begun = False  # whether a head is awaited that has begun, or that is the connection's first
+        _begun = False  # whether the awaited head is partly here, or is the connection's first
         _reading: asyncio.TimerHandle | None = None
         _excess = False
 
@@ -82,17 +81,17 @@ def protocol(most: int) -> type[asyncio.Protocol]:
 
         @property
         def idle_since(self) -> float | None:
-            """Since when no request is on it, or on its way; `None` where something is."""
+            """Since when no request is in progress or arriving; `None` if there is one."""
             waiting = self.timeout_keep_alive_task or (None if self._begun else self._head)
             return None if waiting is None else waiting.when() - KEEP_SECONDS
 
         def _wait_for_head(self) -> None:
-            """Begin to count where a head is awaited, and stop where one has come."""
+            """Start the timer when a head is awaited, and stop it when one has arrived."""
             cycle = self.cycle
             if cycle is not None and not cycle.response_complete:
                 self._stop_head()
                 return
-            # the rest of a body that nobody wanted may end long after its answer was sent: then nothing has begun
+            # the rest of an unread body may end long after its response was sent: that isn't the beginning of a head
             begun = cycle is None or self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
             if self._head is None or begun > self._begun:
                 self._stop_head()
@@ -128,7 +127,7 @@ def protocol(most: int) -> type[asyncio.Protocol]:
 
 
 def _made_room(held: Iterable[Any], now: float) -> bool:
-    """Close the connection that has been idle for longest, if any has for a while."""
+    """Close the connection that has been idle for longest, if it has been for `IDLE_SECONDS`; whether it did."""
     idle = [(connection.idle_since, connection) for connection in held if connection.idle_since is not None]
     since, longest = min(idle, key=lambda pair: pair[0], default=(now, None))
     if longest is None or now - since < IDLE_SECONDS:
@@ -138,7 +137,7 @@ def _made_room(held: Iterable[Any], now: float) -> bool:
 
 
 def room_for(wanted: int) -> int:
-    """How many of so many connections the process may open files for, after raising its limit as far as it can."""
+    """How many of `wanted` connections the process may open files for, after raising its limit as far as possible."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + SPARE
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -157,7 +156,7 @@ LATE = Refusal(408, f"the head of the request took longer than {HEAD_SECONDS:g} 
 
 
 def _raw(refusal: Refusal, reason: str) -> bytes:
-    """A refusal on a connection on which there was no request yet; it is closed then."""
+    """The bytes of a refusal on a connection without a request; the connection is closed afterwards."""
     body = bytes(refusal.response.body)
     head = [f"HTTP/1.1 {refusal.status} {reason}", "content-type: application/json", f"content-length: {len(body)}"]
     head += ["connection: close"] + ([] if refusal.retry is None else [f"retry-after: {refusal.retry}"])

@@ -1,4 +1,4 @@
-"""A steering of the server's, as the API tells a caller of it."""
+"""A steering of the server, described for a caller of the API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimtab.serve.schema_steerings import SteeringTold
 
 
 def described(policy: Policy, key: Key, loaded: Loaded) -> SteeringTold:
-    """What it is and where it comes from, and how strong this caller may ask for it."""
+    """What the steering is, where it comes from, and the range of strengths that this caller may request."""
     return SteeringTold(
         name=loaded.name,
         digest=loaded.digest,

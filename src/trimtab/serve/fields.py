@@ -1,6 +1,6 @@
-"""What requests are made of, and the fields of other servers' that are accepted where they ask for nothing.
+"""Types for the fields of requests, and other servers' fields, which are accepted only with values that do nothing.
 
-Every list and text is bounded, and a list's first wrong item ends its validation: an error for each of a hundred
+Every list and text is bounded, and the first wrong item of a list ends its validation: an error for each of a hundred
 thousand would take the server longer than the answer.
 """
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What a steering may be called."""
+"""The pattern of a steering's name."""
 Text = Annotated[str, Field(max_length=1_000_000)]
 PairText = Annotated[str, Field(max_length=20_000)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -20,20 +20,20 @@ Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
-"""A list that asks for nothing: an empty one."""
+"""A list that requests nothing: an empty one."""
 Zero = Annotated[Finite, Field(ge=0, le=0)]
 One = Annotated[Finite, Field(ge=1, le=1)]
 OFF = "Not supported."
 
 
 class In(BaseModel):
-    """A part of a request. What isn't known is refused, and nothing is converted."""
+    """The base class of the parts of a request. Unknown fields are refused, and values aren't converted."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
 
 class Unsupported(In):
-    """What other servers have and this one doesn't: taken where it asks for nothing, as clients send whole objects."""
+    """Fields that only other servers support, accepted with a value that does nothing: clients send whole objects."""
 
     presence_penalty: Zero | None = Field(None, description=OFF)
     frequency_penalty: Zero | None = Field(None, description=OFF)
@@ -47,7 +47,7 @@ class Unsupported(In):
 
 
 class UnsupportedChat(Unsupported):
-    """The same of chats alone."""
+    """The same for chats only."""
 
     functions: Nothing | None = Field(None, description=OFF)
     function_call: Literal["none", "auto"] | None = None
@@ -108,4 +108,4 @@ EXPECTED = {
     "emphasize": 'a list of phrases, {"text", "occurrence"} or {"role", "index"}',
     "rejection": 'true, false, or an object such as {"beta": 0.5}',
 }
-"""What a field that may be of several kinds is to be."""
+"""What the value of a field with several types must be."""

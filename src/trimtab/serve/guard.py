@@ -1,8 +1,8 @@
-"""What stands before the routes: who asks, which host was meant, how large the body is, and the count of requests.
+"""The outermost layer: checks the API key, the Host header and the body's size, and counts requests.
 
-Nothing of a body is read before the sender's key is known, and no more of it than its route takes. The playground's
-paths, and no others, go to the playground; they need no key, as the page asks for it and checks it itself, but without
-one they take small bodies only.
+No part of a body is read before the sender's key is known, and no more of it than its route allows. The playground's
+paths, and no others, go to the playground. They need no key, since the page asks for it and checks it itself, but
+without one they only accept small bodies.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ OPEN = ("/healthz", "/readyz")
 LOCAL = {"localhost", "127.0.0.1", "[::1]", "::1"}
 CHANGES = ("POST", "PUT", "DELETE", "PATCH")
 PAGE_STREAMS = 256
-"""Responses that pages may hold open at a time."""
+"""The most responses that pages may hold open at a time."""
 STRANGERS = 10.0
-"""Lines a second that requests without a key may leave in the audit log; the next one counts those left out."""
+"""Lines per second that requests without a key may leave in the audit log; the next line counts the omitted ones."""
 
 
 class Guarded(Protocol):
-    """What a guard asks of the server behind it, whatever its engine."""
+    """What a guard needs from the server behind it, for any engine."""
 
     @property
     def policy(self) -> Policy: ...
@@ -62,10 +62,10 @@ class Guarded(Protocol):
 
 
 class Guard:
-    """The outermost layer. `local`: the server is bound to a loopback address, and answers to its names only.
+    """The outermost ASGI layer. `local`: the server is bound to a loopback address, and only accepts its names as Host.
 
-    That keeps a page in a browser on this machine from reaching it under a name of its own (DNS rebinding). `through`
-    runs the `page` on what ASGI gives; `open` are the paths that need no key.
+    That keeps a page in a browser on this machine from reaching the server under another name (DNS rebinding).
+    `through` runs the `page`, given the ASGI arguments; `open` are the paths that need no key.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class Guard:
             await send(message)
 
         held = 0
-        # what has GET has HEAD too: the server leaves the body out
+        # every GET route accepts HEAD too: the server omits the body
         routed = {**scope, "method": "GET"} if scope["method"] == "HEAD" and not page else scope
         try:
             try:
-                if two_lengths:  # a proxy before this server may have read the other one
+                if two_lengths:  # a proxy in front may have used the other one
                     raise Refusal(400, "a request has either Content-Length or Transfer-Encoding; leave one out")
                 self._admit(scope, state, page)
                 limit = self.service.largest(scope["method"], scope["path"], known="key" in state)
@@ -137,7 +137,7 @@ class Guard:
             self.bodies.let_go(held)
             if (record := state.get("record")) is not None:
                 with suppress(Refusal):
-                    record.end("cancelled")  # if nothing else has: the client may go before a stream begins
+                    record.end("cancelled")  # if nothing else has: the client may disconnect before a stream begins
             elif status >= 400:
                 self._write_down(scope, state, status)
             route = "playground" if page else getattr(routed.get("route"), "path", "other")
@@ -182,7 +182,7 @@ class Guard:
             self._streams -= held
 
     def _write_down(self, scope: Scope, state: dict[str, Any], status: int) -> None:
-        """A refusal leaves a line, with where it came from; those of strangers so many a second."""
+        """Log a refusal, with the client's address; lines of requests without a key are limited in rate."""
         if not self.service.audit.on or scope["path"] in self.open:
             return
         key: Key | None = state.get("key")
@@ -204,7 +204,7 @@ class Guard:
 
 
 def new_request_id() -> str:
-    """What a request is called in logs, and in its response."""
+    """A new id for a request, for logs and its response."""
     return f"req-{uuid.uuid4().hex}"
 
 
@@ -213,7 +213,7 @@ async def _plainly(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> 
 
 
 def with_body(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body at once, and afterwards tells when the client goes."""
+    """A `receive` that returns the whole body first, and then reports when the client disconnects."""
     left: list[bytes] = [body]
 
     async def inside() -> Message:
@@ -225,12 +225,12 @@ def with_body(body: bytes, receive: Receive) -> Receive:
 
 
 def _own(headers: Any, page: bool) -> list[tuple[bytes, bytes]]:
-    """The response's headers; of the page's without those that let other origins in."""
+    """The response's headers; the page's without those that allow other origins."""
     return [(name, value) for name, value in headers if not (page and name.lower().startswith(b"access-control-"))]
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port; names are compared in small letters and without a last dot."""
+    """The host name in a Host header: without the port and a trailing dot, in lower case."""
     name, colon, port = host.rpartition(":")
     if not colon or not port.isdigit() or (":" in name and not name.startswith("[")):
         name = host

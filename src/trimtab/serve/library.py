@@ -1,7 +1,7 @@
-"""The steerings that requests can name: those of a folder, read once at the start, and those added while it runs.
+"""The steerings that requests can name: those of a folder, read once at startup, and those added at runtime.
 
-A request's name is looked up among these and goes nowhere else; nothing that is added is written to disk. What is added
-is its owner's: others neither see it nor its name, and may give the same name to something else.
+A name in a request is only looked up here, never in the file system, and nothing that is added is written to disk. An
+added steering belongs to its owner: others see neither it nor its name, and may use the same name for something else.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from trimtab.serve.policy import Policy, check_names
 from trimtab.steering import Steering
 
 MOST_ADDED = 64
-"""Steerings added while the server runs, those of all owners together."""
+"""Steerings added at runtime, by all owners together."""
 MOST_OWNED = 16
-"""And of one."""
+"""Steerings added by one owner."""
 MOST_BYTES = 256 << 20
-"""What they may hold in memory, all together."""
+"""Memory of all added steerings together."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A steering under its name. `source`: `"file"`, `"uploaded"`, `"learned"` or `"made"`.
+    """A steering with its name. `source`: `"file"`, `"uploaded"`, `"learned"` or `"made"`.
 
-    `owner` is the name of the key that added it; `None`: it is everybody's.
+    `owner` is the name of the key that added it; `None`: anybody may use it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Loaded:
 
 
 class Library:
-    """Steerings by owner and name, from any thread: what changes is a new dictionary, so that reading needs no lock."""
+    """Steerings by owner and name, for any thread: each change replaces the dictionary, so reading needs no lock."""
 
     def __init__(self, lm: LM, loaded: Sequence[Loaded] = ()) -> None:
         self.lm = lm
@@ -52,27 +52,27 @@ class Library:
 
     @property
     def names(self) -> list[str]:
-        """The names of what is everybody's, in order."""
+        """The sorted names of the steerings without an owner."""
         return sorted(name for owner, name in self._loaded if owner is None)
 
     def get(self, name: str, owner: str | None = None) -> Loaded | None:
-        """The steering that this name stands for: the owner's own, or everybody's."""
+        """The steering with this name: the owner's own, or one without an owner."""
         return self._loaded.get((owner, name)) or self._loaded.get((None, name))
 
     def of(self, owner: str | None) -> list[Loaded]:
-        """What is everybody's, and this owner's own, by name."""
+        """The steerings without an owner and those of this owner, sorted by name."""
         loaded = self._loaded.values()
         by_name = {entry.name: entry for entry in loaded if entry.owner is None}
         by_name |= {entry.name: entry for entry in loaded if entry.owner == owner}
         return [by_name[name] for name in sorted(by_name)]
 
     def add(self, name: str, steering: Steering, source: str, owner: str | None = None) -> Loaded:
-        """One more.
+        """Add a steering.
 
         Raises:
-            TrimtabError: The name is the owner's already, or no name; the steering doesn't fit the model; or there are
-                too many.
-            Refusal: It has more parts than one that is brought may have (`check_bounds`).
+            TrimtabError: The owner already has this name, or it is invalid; the steering doesn't fit the model; or
+                there are too many.
+            Refusal: It has more parts than an uploaded one may have (`check_bounds`).
         """
         if not re.fullmatch(NAME, name):
             raise TrimtabError("a steering's name has letters, digits, '.', '_' and '-', 64 at most")
@@ -93,7 +93,7 @@ class Library:
         return entry
 
     def remove(self, name: str, owner: str | None = None) -> Loaded | None:
-        """Take out what the owner added under this name; `None` where there is none. Files stay."""
+        """Remove what the owner added under this name; returns `None` if there is none. Files stay."""
         with self._lock:
             entry = self._loaded.get((owner, name))
             if entry is None or entry.source == "file":
@@ -102,10 +102,10 @@ class Library:
             return entry
 
     def replace_files(self, other: Library) -> tuple[list[str], list[str], list[str]]:
-        """Take the files of another library for this one's, all at once. What runs keeps what it has.
+        """Replace this library's files with those of another one, all at once. Running requests keep their steerings.
 
         Returns:
-            The names that are new, those whose steering is another one now, and those that are gone.
+            The names that are new, those whose steering has changed, and those that are gone.
         """
         with self._lock:
             before = {
@@ -123,10 +123,12 @@ class Library:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The steering files of a folder. Raises `TrimtabError` for none, and for one whose name or kind won't do."""
+    """The steering files of a folder. Raises `TrimtabError` if there are none, or if one isn't a regular file or has an
+    invalid name.
+    """
     paths = sorted(folder.glob("*.safetensors"))
     for path in paths:
-        if not path.is_file():  # reading a pipe would wait for whoever writes to it
+        if not path.is_file():  # reading a pipe would wait for its writer
             raise TrimtabError(f"{path} is no file; remove it from the folder, or rename it")
         if not re.fullmatch(NAME, path.stem):
             raise TrimtabError(f"{path}: a steering is named as its file, in letters, digits, '.', '_' and '-'")
@@ -136,7 +138,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def read_folder(lm: LM, folder: Path) -> Library:
-    """All `.safetensors` files of a folder, named as the files are. Raises `TrimtabError` for one that doesn't fit."""
+    """All `.safetensors` files of a folder, under their file names. Raises `TrimtabError` for one that doesn't fit."""
     loaded = []
     for path in files_of(folder):
         steering = load_steering(path)
@@ -149,16 +151,16 @@ def read_folder(lm: LM, folder: Path) -> Library:
 
 
 def reload(library: Library, folder: Path, policy: Policy) -> tuple[list[str], list[str], list[str]]:
-    """Read the folder again, while the server runs: all of it is taken, or, where anything is wrong, nothing.
+    """Read the folder again while the server runs; if anything is wrong with it, nothing changes.
 
-    Requests that run keep the steerings that they began with.
+    Running requests keep the steerings that they began with.
 
     Returns:
-        The names that are new, those whose steering is another one now, and those that are gone.
+        The names that are new, those whose steering has changed, and those that are gone.
 
     Raises:
-        TrimtabError: A file doesn't fit, the policy names one that is gone, or one that is always on has changed: what
-            protects it was made for the old one.
+        TrimtabError: A file doesn't fit, the policy names one that is gone, or one that is always on has changed: its
+            protection was computed for the old one.
     """
     fresh = read_folder(library.lm, folder)
     check_names(policy, fresh.names)

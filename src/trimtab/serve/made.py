@@ -1,4 +1,4 @@
-"""A steering that is made, as the response to a request: whole, or in events that say how far it has come."""
+"""The response to a request to make a steering: whole, or as events that report the progress."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Steps = AsyncGenerator[Step | Finished, None]
 
 
 async def respond(service: Service, request: Request, who: dict[str, str], body: MakeRequest) -> Any:
-    """The response: status 201 where a steering was added, 200 where the verdict is none, and for a stream.
+    """The response: status 201 if a steering was added, 200 if the verdict is none, and 200 for a stream.
 
-    Raises `Refusal` and `TrimtabError` as `making` does; when the client goes, the making is let go.
+    Raises `Refusal` and `TrimtabError` like `making`; if the client disconnects, the making is cancelled.
     """
     key: Key = request.state.key
     steps = making(service, key, who, body)
-    first = await anext(steps)  # whatever is wrong with the request is raised here, with a status of its own
+    first = await anext(steps)  # any problem with the request is raised here, while it can still have its own status
     if body.stream:
         events = _events(service, key, body.name, first, steps)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -59,13 +59,13 @@ async def _last(steps: Steps) -> Finished:
 
 
 async def _events(service: Service, key: Key, name: str, first: Step | Finished, steps: Steps) -> AsyncIterator[bytes]:
-    """Server-sent events. Closing the iterator, as happens when the client goes, lets the making go."""
+    """Server-sent events. Closing the iterator, as happens when the client disconnects, cancels the making."""
     async with aclosing(steps):
         try:
             yield event(_event(service, key, name, first))
             async for step in steps:
                 yield event(_event(service, key, name, step))
-        except Refusal as refusal:  # the response has begun: the error is an event
+        except Refusal as refusal:  # the response has begun: send the error as an event
             yield event(refusal.body)
         except TrimtabError as error:
             yield event(Refusal(400, str(error)).body)

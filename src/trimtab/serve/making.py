@@ -1,4 +1,4 @@
-"""Making a steering from an idea while the server runs: it has the model for itself, and says how far it has come."""
+"""Making a steering from an idea while the server runs: it has the model to itself, and reports its progress."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from trimtab.text.pairs import Pair, pairs_from_rows
 
 SHOWN = 4
 AGAIN = 60
-"""Seconds after which to ask again while another steering is made."""
+"""The `Retry-After`, in seconds, while another steering is being made."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """How far it has come: `stage` is number `number` of `STAGES`, from 1; 0 while it waits for the model.
+    """The progress: `stage` is number `number` of `STAGES`, from 1; 0 while it waits for the model.
 
-    `done` of `total` is how far the stage is, and `said` what is known so far, in words.
+    `done` of `total` is the progress within the stage, and `said` what is known so far, in words.
     """
 
     stage: str = "waiting for the model"
@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Finished:
-    """What was made, the steering as the server has it now if it was added, and answers that may be shown."""
+    """The result, the steering as it was added to the server (if it was), and the answers that may be shown."""
 
     made: Made
     loaded: Loaded | None
@@ -50,7 +50,7 @@ class Finished:
 
 
 def wish_of(request: MakeRequest) -> Idea | list[Pair]:
-    """What is wanted: an idea with as many questions as are wanted, or pairs.
+    """What to learn: an idea with the number of questions requested, or pairs.
 
     Raises:
         Refusal: Neither a sentence nor a persona nor pairs, or two of them.
@@ -80,18 +80,19 @@ def wish_of(request: MakeRequest) -> Idea | list[Pair]:
 async def making(
     service: Service, key: Key, who: dict[str, str], request: MakeRequest
 ) -> AsyncGenerator[Step | Finished, None]:
-    """Make it: how far it has come, again and again, and at last what was made, which the server has if it holds.
+    """Make the steering; yields the progress, then the result, added if the verdict holds or `keep` is set.
 
-    Closing the generator lets go of it: it ends at its next stage or answer. One at a time.
+    Closing the generator cancels it: it ends at its next stage or answer. Only one steering is made at a time.
 
     Args:
         service: The server.
-        key: Whose request it is.
+        key: The caller.
         who: The request's id, its key's name and the route, for the audit log.
-        request: What is wanted.
+        request: What to make.
 
     Raises:
-        Refusal: Not for this key, the name is taken, another one is being made, or the server is shutting down.
+        Refusal: The key may not add steerings, the name is taken, another one is being made, or the server is shutting
+            down.
         TrimtabError: The model's answers for and against the idea barely differ.
     """
     check_may_add(service, key, request.name)
@@ -104,14 +105,14 @@ async def making(
     last = Step()
 
     def tell(step: Step) -> None:
-        """In the model's thread. What is raised here ends the making."""
+        """Report progress, in the model's thread. An exception raised here stops the making."""
         nonlocal last
         last = step
         if gone.is_set():
             raise _NobodyWaits
         if service.scheduler.over:
             raise Draining
-        with suppress(RuntimeError):  # the loop is closed: the server is gone
+        with suppress(RuntimeError):  # the loop is closed: the server is shutting down
             loop.call_soon_threadsafe(queue.put_nowait, step)
 
     def job() -> Made:
@@ -153,7 +154,7 @@ async def making(
 
 
 class _NobodyWaits(Exception):
-    """The request is gone."""
+    """The client has disconnected."""
 
 
 def _tokens(service: Service, request: MakeRequest) -> int:
@@ -166,7 +167,7 @@ def _tokens(service: Service, request: MakeRequest) -> int:
 
 
 def _may_show(service: Service, key: Key) -> bool:
-    """Whether the policy lets answers through that no steering of the server's acts on, and this one at strength 1."""
+    """Whether the policy lets through answers without the server's steerings, and with this one at strength 1."""
     low, high = service.policy.range_of(key)
     return not service.policy.always and service.policy.dose_of(key) is None and low <= 1 <= high
 

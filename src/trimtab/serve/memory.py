@@ -1,8 +1,8 @@
-"""What the C library keeps of memory that Python has given back: little, in a process that runs for weeks.
+"""Limit how much freed memory the C library keeps, for a process that runs for weeks.
 
-glibc gives each thread that finds the others busy an arena of its own, up to eight for each core, and what is freed in
-one serves no other. The server's threads come and go, and read bodies of a megabyte: without a leak, its resident set
-would go on growing for as long as there are arenas that haven't had a large one yet.
+glibc gives each thread that finds the others' arenas busy an arena of its own, up to eight per core, and memory freed
+in one can't be used by another. The server's threads come and go, and read bodies of a megabyte: its resident set would
+keep growing, without a leak, for as long as some arenas haven't held a large body yet.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 ARENAS = 2
 ARENA_MAX = -8  # M_ARENA_MAX in malloc.h
 TRIM_SECONDS = 60.0
-"""How often what is free is given back to the system."""
+"""Seconds between two times at which free memory is returned to the system."""
 
 
 def keep_little() -> bool:
-    """Have this process use few arenas, and give back what is free from time to time; whether it could.
+    """Make this process use few arenas, and return free memory to the system from time to time; whether that worked.
 
-    Elsewhere than with glibc nothing is done, and no arenas are set where the environment sets them (MALLOC_ARENA_MAX).
+    Does nothing without glibc. Doesn't set the number of arenas if the environment does (MALLOC_ARENA_MAX).
     """
     if not sys.platform.startswith("linux"):
         return False

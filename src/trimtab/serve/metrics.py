@@ -1,4 +1,4 @@
-"""What Prometheus reads at `/metrics`."""
+"""The metrics that Prometheus reads at `/metrics`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTHS = (-100, -50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 1
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own."""
+    """The counters of one server, in their own registry."""
 
     def __init__(self) -> None:
         self.registry: CollectorRegistry = CollectorRegistry()
@@ -55,7 +55,7 @@ class Metrics:
         self.steps: Gauge = Gauge("trimtab_steps", "Steps of the batch so far.", **mine)
 
     def finished(self, event: Event, task: Task) -> None:
-        """An answer has ended."""
+        """Count an answer that has ended."""
         for monitor in task.monitors:
             read = (event.monitors or {}).get(monitor.name) if isinstance(event, (Done, Failed)) else None
             for value in read.values if read is not None else ():
@@ -79,7 +79,7 @@ class Metrics:
             self.judged.labels(result).inc()
 
     def text(self, scheduler: Scheduler, *, audited: bool = True) -> bytes:
-        """All of it, in Prometheus's text format."""
+        """All metrics, in Prometheus's text format."""
         self.audited.set(audited)
         self.queued.set(scheduler.queued)
         self.running.set(scheduler.running)

@@ -1,4 +1,4 @@
-"""Monitors on the wire: which of the server's a request asks for, which hold for all, and what they have read."""
+"""Monitors in the API: those that a request names, those that read every answer, and their readings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Switched(In):
 
 
 class MonitorChoice(In):
-    """A monitor of the server's, with another line than its own, or something to do beyond it."""
+    """A monitor of the server, with another threshold than its own, or an action beyond it."""
 
     name: str = Field(max_length=64, examples=["harm"])
     threshold: Finite | None = Field(None, description="Without it: the file's own.")
@@ -41,7 +41,7 @@ class MonitorChoice(In):
 
 
 class MonitorTold(BaseModel):
-    """What a monitor read of one answer: a value a token, and at which token it fired, if at any."""
+    """What a monitor read of one answer: a value per token, and at which token it fired, if it did."""
 
     name: str
     action: Action
@@ -64,7 +64,7 @@ class MonitorDescribed(BaseModel):
 
 
 class MonitorList(BaseModel):
-    """All of them."""
+    """All monitors."""
 
     object: Literal["list"] = "list"
     data: list[MonitorDescribed]
@@ -74,7 +74,7 @@ Choices = Annotated[list[Annotated[str, Field(max_length=64)] | MonitorChoice], 
 
 
 def picks_of(texts: Sequence[str]) -> dict[str, Pick]:
-    """The files of `--monitor NAME=FILE[@LAYER]`, by name. Raises `TrimtabError` for what isn't there."""
+    """The files of `--monitor NAME=FILE[@LAYER]`, by name. Raises `TrimtabError` for a file that doesn't exist."""
     import re
 
     picks: dict[str, Pick] = {}
@@ -89,7 +89,7 @@ def picks_of(texts: Sequence[str]) -> dict[str, Pick]:
 
 
 def read_monitors(lm: LM, texts: Sequence[str]) -> dict[str, Monitor]:
-    """The monitors of `--monitor NAME=FILE[@LAYER]`. Raises `TrimtabError` for what can't be read, or doesn't fit."""
+    """The monitors of `--monitor NAME=FILE[@LAYER]`. Raises `TrimtabError` if one can't be read or doesn't fit."""
     from trimtab.engines.transformers.monitoring import check_watched
 
     monitors: dict[str, Monitor] = {}
@@ -102,7 +102,7 @@ def read_monitors(lm: LM, texts: Sequence[str]) -> dict[str, Monitor]:
 
 
 def always_of(service: Service) -> tuple[Monitor, ...]:
-    """The monitors that the policy puts on every answer. Raises `TrimtabError` for what isn't there."""
+    """The monitors that the policy puts on every answer. Raises `TrimtabError` for one that doesn't exist."""
     monitors = []
     for watching in service.policy.monitors:
         base = service.monitors.get(watching.name)
@@ -125,14 +125,14 @@ def always_of(service: Service) -> tuple[Monitor, ...]:
 
 
 def monitors_for(service: Service, key: Key, request: Any) -> tuple[Monitor, ...]:
-    """What reads a request's answers. Raises `Refusal` for what isn't there, isn't allowed or can't be."""
+    """The monitors for a request. Raises `Refusal` for one that doesn't exist, isn't allowed or can't be used."""
     always = {monitor.name: monitor for monitor in service.always_watching}
     monitors = list(always.values())
     choices = [
         MonitorChoice.model_validate({"name": item}) if isinstance(item, str) else item for item in request.monitors
     ]
     extra = [item.steering for item in choices if item.steering is not None]
-    if extra:  # what may be switched on counts as if it were on
+    if extra:  # what a monitor may switch on counts as if it were on
         from trimtab.serve.schema import SteeringChoice
 
         more = [SteeringChoice.model_validate(item.model_dump()) for item in extra]
@@ -150,7 +150,7 @@ def monitors_for(service: Service, key: Key, request: Any) -> tuple[Monitor, ...
         steering = None
         if choice.steering is not None:
             loaded = service.library.get(choice.steering.name, service.owner(key.name))
-            assert loaded is not None  # `chosen` has seen to it
+            assert loaded is not None  # `chosen` has checked that
             steering = choice.steering.strength * service.placed_apart(loaded, where)
         try:
             line = base.threshold if choice.threshold is None else choice.threshold
@@ -182,7 +182,7 @@ def described(service: Service) -> MonitorList:
 
 
 def readings_of(monitors: Sequence[Monitor], done: Done) -> list[MonitorTold]:
-    """What was read of an answer."""
+    """What the monitors read of an answer."""
     readings = done.monitors or {}
     return [
         MonitorTold(
@@ -198,7 +198,7 @@ def readings_of(monitors: Sequence[Monitor], done: Done) -> list[MonitorTold]:
 
 
 def in_chunk(monitors: Sequence[Monitor], tokens: Sequence[TokenTold]) -> dict[str, Any]:
-    """What a chunk of a stream says of the tokens in it: `{"trimtab": {"monitors": {name: values}}}`, or nothing."""
+    """The readings for the tokens in a chunk of a stream: `{"trimtab": {"monitors": {name: values}}}`, or nothing."""
     if not monitors:
         return {}
     values = {monitor.name: [_number(token.monitored[i]) for token in tokens] for i, monitor in enumerate(monitors)}
@@ -206,7 +206,7 @@ def in_chunk(monitors: Sequence[Monitor], tokens: Sequence[TokenTold]) -> dict[s
 
 
 def fired_in(last: Any) -> Mapping[str, int]:
-    """By name the tokens at which an answer's monitors fired, for the audit log."""
+    """The tokens at which an answer's monitors fired, by name, for the audit log."""
     readings = getattr(last, "monitors", None) or {}
     return {name: reading.fired for name, reading in readings.items() if reading.fired is not None}
 

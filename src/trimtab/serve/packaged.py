@@ -1,4 +1,4 @@
-"""The steerings that come with the package, to begin with where an operator has named none."""
+"""The steerings that are included in the package, served when the operator has named none."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trimtab.lm import LM
 from trimtab.serve.library import Library, Loaded
 
 NAMES = ("bullets", "json", "sentence")
-"""They were learned on the default model, which follows them without any instruction."""
+"""Learned on the default model, which follows them without any instruction."""
 
 
 def packaged(lm: LM) -> Library:
-    """Those of them that were learned on this model: on the default model all, on others none."""
+    """The packaged steerings that were learned on this model: all of them for the default model, none for others."""
     entries = []
     for name in NAMES:
         steering = load_steering(path_of(name))

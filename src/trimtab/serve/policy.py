@@ -1,6 +1,6 @@
-"""Who may ask, what they may steer with, and how hard. Steering is dual-use: what makes a model safer can undo it too.
+"""Who may send requests, which steerings they may use, and how hard they may steer.
 
-A policy is a JSON file, all of it optional:
+Steering is dual-use: what makes a model safer can undo it too. A policy is a JSON file in which everything is optional:
 
     {"keys": [{"name": "alice", "sha256": "…of the key…", "steerings": ["json"], "strength": [0, 2],
                "max_dose": 0.5, "add": true}],
@@ -9,11 +9,11 @@ A policy is a JSON file, all of it optional:
      "strength": [-4, 4],
      "max_dose": 1.0}
 
-A key without `steerings` may use all; the tighter of its own and the common limits holds. A range of strengths bounds
-what one steering's strengths in a request add up to, at whatever layers. `always` are put on every request, and no
-request can name, weaken or reject them, nor push along their directions (see `protected`). `monitors` read every
-answer, and do what is said there beyond their threshold; `steer` takes a `steering` and a `strength`. `add` lets a key
-bring steerings of its own, which are its own alone, where the server allows that at all.
+A key without `steerings` may use all of them; the tighter of its own and the common limits applies. A range of
+strengths bounds the sum of one steering's strengths in a request, over all layers. Those in `always` are applied to
+every request, and no request can name, weaken or reject them, nor push along their directions (see `protected`).
+`monitors` read every answer, and take their action beyond their threshold; `steer` takes a `steering` and a `strength`.
+`add` lets a key add steerings that only it can use, if the server allows adding them at all.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trimtab.errors import TrimtabError
 
 STRENGTHS = (-100.0, 100.0)
-"""No request steers by more than this, whatever the policy says of it or doesn't."""
+"""No request steers by more than this, whatever the policy says."""
 NO_KEYS = {hashlib.sha256(text.encode()).digest() for text in ("", " ", "\n", "\r\n")}
-"""Digests of nothing: what `sha256sum` says where the variable with the key in it isn't set."""
+"""Digests of an empty key: what `sha256sum` prints if the variable that should contain the key isn't set."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A caller. `steerings=None`: all; `max_dose=None`: no cap of its own. `digest` is the SHA-256 of the API key."""
+    """A caller. `steerings=None`: all; `max_dose=None`: no cap for this key. `digest` is the SHA-256 of the API key."""
 
     name: str
     digest: bytes = b""
@@ -53,7 +53,7 @@ ANYBODY = Key("anybody", add=True)
 
 @dataclass(frozen=True)
 class Watching:
-    """A monitor that reads every answer, by its name, and what it does. `threshold=None`: its file's own."""
+    """A monitor that reads every answer, by name, and its action. `threshold=None`: the one in its file."""
 
     name: str
     threshold: float | None = None
@@ -64,7 +64,7 @@ class Watching:
 
 @dataclass(frozen=True)
 class Policy:
-    """The callers, what is common to all of them, and the steerings that are always on: `(name, strength)`."""
+    """The callers, the limits for all of them, and the steerings that are always on, as `(name, strength)`."""
 
     keys: tuple[Key, ...] = ()
     always: tuple[tuple[str, float], ...] = ()
@@ -73,7 +73,7 @@ class Policy:
     monitors: tuple[Watching, ...] = ()
 
     def caller(self, secret: str | None) -> Key | None:
-        """Whose key this is; `None` if nobody's, as where there is none. Takes as long for any key, right or wrong.
+        """The caller with this API key; `None` if nobody has it or it is missing. Takes the same time for any key.
 
         Without keys, everybody is `ANYBODY`.
         """
@@ -89,11 +89,11 @@ class Policy:
         return matching
 
     def range_of(self, key: Key) -> tuple[float, float]:
-        """The strengths that a caller may ask for."""
+        """The range of strengths that a caller may request."""
         return max(self.strength[0], key.strength[0]), min(self.strength[1], key.strength[1])
 
     def dose_of(self, key: Key) -> float | None:
-        """What the doses of all sites of a caller's answer may add up to; `None`: anything."""
+        """The cap on the sum of the doses of all sites in a caller's answer; `None`: no cap."""
         caps = [cap for cap in (self.max_dose, key.max_dose) if cap is not None]
         return min(caps) if caps else None
 
@@ -133,7 +133,7 @@ class _Policy(_Strict):
 
 
 def read_policy(path: Path) -> Policy:
-    """The policy in a file. Raises `TrimtabError` for one that can't be read, or says something that isn't known."""
+    """The policy in a file. Raises `TrimtabError` if it can't be read or contains anything unknown."""
     try:
         parsed = _Policy.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -167,7 +167,7 @@ def read_policy(path: Path) -> Policy:
 
 
 def with_key(policy: Policy, secret: str) -> Policy:
-    """The policy with one more caller, who may do all that the policy allows."""
+    """The policy with one more caller, who may do everything that the policy allows."""
     if not secret.strip():
         raise TrimtabError("the API key is empty; give a long random one")
     key = Key("default", hashlib.sha256(secret.encode()).digest(), add=True)
@@ -175,7 +175,7 @@ def with_key(policy: Policy, secret: str) -> Policy:
 
 
 def policy_from(path: Path | None, max_dose: float | None, secret: str | None) -> Policy:
-    """The policy in a file, if there is one, with one more key and a cap of doses, where these are given."""
+    """The policy in a file, if given, with one more key and a cap on doses, if these are given."""
     rules = Policy() if path is None else read_policy(path)
     if secret is not None:
         rules = with_key(rules, secret)
@@ -185,7 +185,7 @@ def policy_from(path: Path | None, max_dose: float | None, secret: str | None) -
 
 
 def check_names(policy: Policy, known: Iterable[str]) -> None:
-    """Raises `TrimtabError` where the policy names a steering that isn't there: none may go missing unseen."""
+    """Raises `TrimtabError` if the policy names a steering that doesn't exist: none may go missing unnoticed."""
     names = set(known)
     named = {name for name, _ in policy.always}.union(*(key.steerings or () for key in policy.keys))
     if missing := sorted(named - names):

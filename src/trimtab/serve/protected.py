@@ -1,14 +1,14 @@
-"""What is always on, kept from being cancelled: other steerings lose whatever they have along its directions.
+"""Protection of always-on steerings: other steerings lose their components along these directions.
 
 Let V be the span of the directions of all steerings that are always on, whatever their layers: the residual stream
-carries what is added at one layer to all later ones, so a push against it at another layer cancels it as well. What a
-request asks for is changed so that no edit of its own changes the stream's projection on V, at any layer and token:
+carries what is added at one layer to all later ones, so a push against it at another layer cancels it too. A request's
+steerings are changed so that none of their edits changes the stream's projection onto V, at any layer or token:
 
     Add             v'  =  v - P v                 P the orthogonal projection on V
     SetProjection   u'  =  (u - P u) / |u - P u|
     Ablate          the same
 
-Other operations scale, turn or clip the stream or parts of it, V included, and are refused; so are edits of heads,
+Other operations scale, rotate or clip all or parts of the stream, V included, and are refused. So are edits of heads,
 neurons and parts of a block, which reach the stream through weights and norms. Edits of attention scores add nothing
 to the stream and stay as they are.
 """
@@ -25,18 +25,18 @@ from trimtab.errors import TrimtabError
 from trimtab.steering import Ablate, Add, Edit, ScaleKeys, SetProjection, Steering
 
 STREAM = ("residual", "block_input")
-"""The kinds of sites that are the stream itself."""
+"""The kinds of sites in the residual stream itself."""
 PARTS = ("attention", "mlp")
-"""What these put out is added to the stream; what is always on there has its directions."""
+"""Sites whose output is added to the stream; an always-on steering there has directions in the stream."""
 LEAST = 0.05
-"""A direction of which a smaller share is left is the protected one in all but name, and is refused."""
+"""A direction of which less than this share is left is nearly the protected one, and is refused."""
 
 
 @dataclass(frozen=True)
 class Protected:
-    """The span of what is always on: an orthonormal `basis` `[directions, width]`, float64; `None`: nothing is.
+    """The span of always-on directions: an orthonormal `basis` `[directions, width]`, float64; `None`: there are none.
 
-    `unknown` names steerings that are always on and have no directions to protect: scales, rotations, heads.
+    `unknown` names always-on steerings without directions to protect: scales, rotations, heads.
     """
 
     basis: Tensor | None = None
@@ -44,12 +44,12 @@ class Protected:
 
     @property
     def anything(self) -> bool:
-        """Whether other steerings are held back at all."""
+        """Whether other steerings are restricted at all."""
         return self.basis is not None or bool(self.unknown)
 
 
 def protected(always: Sequence[tuple[str, Steering]]) -> Protected:
-    """What these steerings, with their names, need to be protected."""
+    """The protection for these steerings, given with their names."""
     directions: list[Tensor] = []
     unknown = []
     for name, steering in always:
@@ -64,9 +64,9 @@ def protected(always: Sequence[tuple[str, Steering]]) -> Protected:
 
 
 def apart(held: Protected, steering: Steering) -> tuple[Steering, float]:
-    """The steering without what it has along the protected directions, and the largest share that an edit has lost.
+    """The steering without its components along the protected directions, and the largest share that an edit has lost.
 
-    The share is `|P v| / |v|`, from 0 to 1. Raises `TrimtabError` where it can't be taken apart, saying why.
+    The share is `|P v| / |v|`, from 0 to 1. Raises `TrimtabError` if the components can't be removed.
     """
     if not held.anything:
         return steering, 0.0
@@ -101,7 +101,7 @@ def _apart(held: Protected, edit: Edit) -> tuple[Edit, float]:
     if not norm or float(along.norm()) <= 1e-7 * norm:
         return edit, 0.0
     rest = direction - along
-    rest = rest - held.basis.T @ (held.basis @ rest)  # once more, for what rounding left
+    rest = rest - held.basis.T @ (held.basis @ rest)  # again, to remove rounding errors
     if float(rest.norm()) < LEAST * norm:
         raise TrimtabError(f"{edit} acts along what is always on here, and nothing else is left of it")
     if not isinstance(operation, Add):
@@ -112,12 +112,12 @@ def _apart(held: Protected, edit: Edit) -> tuple[Edit, float]:
 
 
 def _emphasizes(edit: Edit) -> bool:
-    """Whether it only says how much is attended to a span, and so writes nothing that could undo anything."""
+    """Whether it only changes how much a span is attended to, and so adds nothing that could undo anything."""
     return edit.site.kind == "scores" or isinstance(edit.operation, ScaleKeys)
 
 
 def _basis(directions: Sequence[Tensor]) -> Tensor | None:
-    """An orthonormal basis `[rank, width]` of the span of vectors `[width]`; `None` where all are zero."""
+    """An orthonormal basis `[rank, width]` of the span of vectors `[width]`; `None` if all are zero."""
     units = [v / v.norm() for v in directions if v.any()]
     if not units:
         return None

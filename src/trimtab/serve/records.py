@@ -1,7 +1,8 @@
-"""One request in the audit log: begun before anything of it runs, ended once every answer of it has ended.
+"""One request in the audit log: begun before any of it runs, ended once each of its answers has ended.
 
-A client that goes ends nothing by itself: the rows are let go by the model's thread, which then says how far each had
-come and what had steered it. So the line of the end is written when the last of them is known, in whichever thread.
+When a client disconnects, its rows don't end at once: the model's thread removes them, and then reports how many tokens
+each had generated and what had steered it. So the last line is written when the last answer has ended, by whichever
+thread learns of it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from trimtab.serve.tasks import Done, Event, Failed, total_dose
 
 
 class Record:
-    """What is written down of a request.
+    """The audit log entries of a request.
 
     Args:
         service: The server.
@@ -62,27 +63,27 @@ class Record:
         self._written = False
 
     async def begin(self) -> None:
-        """The first line. Raises `Refusal` where it can't be written: then nothing may run."""
+        """Write the first line. Raises `Refusal` if it can't be written: then nothing may run."""
         await self.service.audit.soon({"event": "begun", **self._line}, self._prompt)
         self._begun = True
 
     def heard(self, index: int, deliver: Callable[[Event], None]) -> Callable[[Event], None]:
-        """`deliver` of an answer's events, noting how it ended. In the model's thread."""
+        """Wrap an answer's `deliver` so that the answer's end is noted. The wrapper is called in the model's thread."""
 
         def hear(event: Event) -> None:
             if isinstance(event, (Done, Failed)):
                 with self._lock:
                     self._last[index] = event
-                with suppress(Refusal):  # the log is in trouble then, and lets nobody else in
+                with suppress(Refusal):  # the log is failing then, and admits no new requests
                     self._write()
             deliver(event)
 
         return hear
 
     def end(self, outcome: str) -> None:
-        """How the request ended; answers that haven't are let go, and the line is written when they are.
+        """End the request; answers that are still running are cancelled, and the line is written once they have ended.
 
-        Raises `Refusal` where all have ended and it can't be written. Only the first call counts.
+        Raises `Refusal` if all have ended and the line can't be written. Only the first call counts.
         """
         with self._lock:
             if self._outcome is not None or not self._begun:
@@ -94,7 +95,7 @@ class Record:
         self._write()
 
     def drop(self, outcome: str) -> None:
-        """The end of a request whose answers were begun in the log and never accepted."""
+        """End a request whose answers were logged as begun but never accepted by the scheduler."""
         with self._lock:
             self._last = [event or Failed("cancelled", outcome) for event in self._last]
         with suppress(Refusal):
@@ -106,7 +107,7 @@ class Record:
                 return
             self._written = True
             last = [event for event in self._last if event is not None]
-        doses = [None if event.trace else event.applied for event in last]  # not measured with rejection
+        doses = [None if event.trace else event.applied for event in last]  # doses aren't measured with rejection
         self.service.audit.write(
             {
                 "event": "ended",
@@ -121,7 +122,7 @@ class Record:
 
 
 def _written(message: Message) -> dict[str, Any]:
-    """A message as it is written down: of images their digests."""
+    """A message in the form that is logged, with images replaced by their digests."""
     dumped = message.model_dump()
     if isinstance(message.content, list):
         for part, dumped_part in zip(message.content, dumped["content"], strict=True):
@@ -132,9 +133,9 @@ def _written(message: Message) -> dict[str, Any]:
 
 
 def refused(audit: Audit, who: dict[str, Any], key: Key | None, refusal: Refusal, request: Any = None) -> None:
-    """The line of a request that was turned away. The steering it requested shows who looks for what."""
+    """Log a refused request. The steering that it requested shows who is probing for what."""
     line = {"event": "refused", **who, "key": None if key is None else key.name}
     if request is not None:
         line["steering"] = [choice.model_dump(exclude_none=True) for choice in request.steering]
-    with suppress(Refusal):  # it is refused in any case
+    with suppress(Refusal):  # the request is refused in any case
         audit.write({**line, "status": refusal.status, "code": refusal.code, "error": refusal.message[:300]})

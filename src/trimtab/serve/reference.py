@@ -1,7 +1,7 @@
-"""The API in words: its routes, and the fields of what they take and give, from the document at `/openapi.json`.
+"""A reference of the API: its routes, and the fields of requests and responses, from the document at `/openapi.json`.
 
-It is the page at `/docs`, which loads nothing, from elsewhere or from here: no script, no font, no picture. And it
-stands on the playground, as a browser sends no API key along with a link.
+It is the page at `/docs`, which loads no script, font or image, from this server or elsewhere. It is also shown in the
+playground, since a browser sends no API key with a link.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ABOUT = (
     " <code>GET /openapi.json</code> is this in full, for programs.</p>"
 )
 UNSUPPORTED = "Not supported."
-"""How schemas describe fields that are there to be refused; they come last."""
+"""The description of fields that exist only to be refused; they are listed last."""
 BOUNDS = {
     "minimum": "at least {}", "exclusiveMinimum": "above {}", "maximum": "at most {}", "exclusiveMaximum": "below {}",
     "minLength": "at least {} characters", "maxLength": "at most {} characters", "minItems": "at least {} items",
@@ -40,12 +40,12 @@ HEADERS = {
     f" style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'",
     "referrer-policy": "no-referrer",
 }
-"""What the page's response says to the browser."""
+"""The headers of the page's response."""
 
 
 @lru_cache(maxsize=1)
 def reference() -> str:
-    """All routes with the fields that they take, to be folded out, as HTML for another page."""
+    """All routes with the fields of their requests, collapsed, as HTML for another page."""
     from trimtab.serve.app import openapi
 
     document = openapi()
@@ -60,7 +60,7 @@ def reference() -> str:
 
 
 def page(document: Schema) -> str:
-    """A document of OpenAPI as a page: routes, statuses, and each object with its fields."""
+    """An OpenAPI document as a page: routes, statuses, and each object with its fields."""
     schemas = document["components"]["schemas"]
     title = html.escape(f"{document['info']['title']} {document['info']['version']}")
     listed, routes = [], []
@@ -87,7 +87,7 @@ def _operations(document: Schema) -> list[tuple[str, str, Schema]]:
 
 
 def _route(operation: Schema, schemas: Schema) -> str:
-    """What a route takes, and what it answers with."""
+    """A route's request and responses."""
     parts = []
     for kind, content in operation.get("requestBody", {}).get("content", {}).items():
         parts.append(f"<p>Takes <code>{kind}</code>: {_type(content.get('schema', {}), linked=True)}.</p>")
@@ -116,7 +116,7 @@ def _taken(operation: Schema, schemas: Schema, *, linked: bool = False) -> str:
 
 
 def _fields(schema: Schema, *, linked: bool) -> str:
-    """An object's fields, as a table."""
+    """The fields of an object, as a table."""
     required = schema.get("required", ())
     fields = sorted(
         schema.get("properties", {}).items(), key=lambda item: item[1].get("description", "") == UNSUPPORTED
@@ -136,7 +136,7 @@ def _table(head: str, rows: str) -> str:
 
 
 def _type(schema: Schema, *, linked: bool) -> str:
-    """What a value may be, in few words."""
+    """The type of a value, in a few words."""
     if "$ref" in schema:
         name = html.escape(str(schema["$ref"].rpartition("/")[2]))
         return f"<a href='#{name}'>{name}</a>" if linked else name
@@ -153,7 +153,7 @@ def _type(schema: Schema, *, linked: bool) -> str:
 
 
 def _bounds(schema: Schema) -> str:
-    """The limits of a value, or of the one thing other than null that it may be."""
+    """The limits of a value, or of its only type other than null."""
     parts = [part for part in schema.get("anyOf", ()) if part.get("type") != "null"]
     schema = {**schema, **parts[0]} if len(parts) == 1 else schema
     if schema.get("description") == UNSUPPORTED:
@@ -166,5 +166,5 @@ def _summary(operation: Schema) -> str:
 
 
 def _words(text: str) -> str:
-    """A text of the document, whose code is in backticks."""
+    """A text of the document as HTML, with backticks as code."""
     return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API says them: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in the format of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 PASSING = {429: 5, 503: 5}
-"""Statuses that may be others when one tries again, and after how many seconds, where nothing better is known."""
+"""Statuses that may change on a retry, and the default number of seconds to wait."""
 LONGEST_NAME = 64
-"""Characters of a name that a refusal repeats; a request's path can hold many more."""
+"""Characters of a name that a refusal repeats; a request's path can have many more."""
 
 
 class ErrorTold(BaseModel):
-    """What is wrong, in words."""
+    """An error."""
 
     message: str
     type: str
@@ -30,7 +30,7 @@ class ErrorBody(BaseModel):
 
 
 class Json(Response):
-    """JSON in ASCII, which holds any text that a request may have, half a surrogate pair as well."""
+    """JSON in ASCII, which can represent any text in a request, even half a surrogate pair."""
 
     media_type = "application/json"
 
@@ -39,9 +39,9 @@ class Json(Response):
 
 
 class Refusal(Exception):
-    """A request that is answered by an error, with its HTTP status.
+    """A request that is answered with an error, with its HTTP status.
 
-    `retry` is in how many seconds to try again; without it, a status that may pass says so all the same.
+    `retry` is the number of seconds after which to try again; it has a default for statuses in `PASSING`.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Refusal(Exception):
         self.retry = PASSING.get(status) if retry is None else retry
 
     def without_frames(self) -> Refusal:
-        """The same one, which no longer holds what its raisers held: the body as it was parsed, many times its bytes.
+        """The same refusal without its traceback, which holds the parsed body, many times the size of its bytes.
 
-        A request keeps its refusal, and the raisers' frames keep the request: a circle that would wait for Python's
-        garbage collector, while the server grows.
+        A request keeps its refusal, and the frames in the traceback keep the request: a reference cycle that would wait
+        for Python's garbage collector, while the server's memory grows.
         """
         self.__traceback__ = self.__context__ = self.__cause__ = None
         return self
@@ -79,6 +79,6 @@ class Refusal(Exception):
 
 
 def no_such_steering(name: str, *, param: str | None = None) -> Refusal:
-    """What answers a name that the caller can't use; the same words where there is none and where it is another's."""
+    """The refusal of a name that the caller can't use: the same if it doesn't exist and if it is somebody else's."""
     shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
     return Refusal(404, f"there is no steering {shown!r}; GET /v1/steerings lists yours", param=param)

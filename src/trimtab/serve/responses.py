@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: its requests are chats, and its answers are lists of items, in events where it streams."""
+"""OpenAI's Responses API: requests are converted to chats, and answers to lists of items, or events when streaming."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ from trimtab.text.said import CallArguments, CallBegun, Part, Thought, Words
 # ---- requests ------------------------------------------------------------------------------------------------
 
 ALIKE = ("model", "parallel_tool_calls", "temperature", "top_p", "stop", "seed", "stream", "chat_template_kwargs")
-"""Fields that chats have under the same name."""
+"""Fields that chat requests have under the same name."""
 STEERED = ("steering", "emphasize", "rejection")
 
 
 def as_chat(request: ResponsesRequest) -> ChatRequest:
-    """The chat that a request comes to."""
+    """The chat request that is equivalent to a Responses request."""
     fields: dict[str, Any] = {name: getattr(request, name) for name in (*ALIKE, "user", "metadata")}
     fields |= {name: getattr(request, name) for name in STEERED if name in request.model_fields_set}
     fields["messages"] = _messages(request)
@@ -85,7 +85,7 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
 
 
 def as_responses(refusal: Refusal) -> Refusal:
-    """A refusal of a chat, saying where it stands in the request that the chat was made from."""
+    """A refusal of a chat, with `param` renamed to the field of the Responses request."""
     param = refusal.param or ""
     for chats, here in (
         ("messages", "input"),
@@ -100,7 +100,7 @@ def as_responses(refusal: Refusal) -> Refusal:
 
 
 def _plain(value: Any) -> Any:
-    """A model as the dictionary that it was made from."""
+    """Pydantic models as the dictionaries that they were made from."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
@@ -118,7 +118,7 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
 
 
 def _add(messages: list[dict[str, Any]], item: Item) -> None:
-    """One more item. What the model thought, said and called in one answer is one message."""
+    """Add an item. The thinking, text and calls of one answer are one message."""
     if isinstance(item, OutputItem):
         messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
         return
@@ -126,7 +126,7 @@ def _add(messages: list[dict[str, Any]], item: Item) -> None:
     if isinstance(item, MessageItem):
         text = _said(item.content)
         if item.role == "assistant" and last is not None and not last["content"] and "tool_calls" not in last:
-            last["content"] = text  # which the thinking before it belongs to
+            last["content"] = text  # the preceding thinking belongs to it
         else:
             messages.append({"role": item.role, "content": text})
         return
@@ -146,7 +146,7 @@ def _text(content: TextContent) -> str:
 
 
 def _said(content: Content) -> str | list[dict[str, Any]]:
-    """A message's text, or, with images, its parts, as chats have them."""
+    """A message's text, or its parts in the chat format if it has images."""
     if isinstance(content, str):
         return content
     if not any(isinstance(part, ContentImage) for part in content):
@@ -163,15 +163,15 @@ def _said(content: Content) -> str | list[dict[str, Any]]:
 
 
 def new_response_id() -> str:
-    """A response's id."""
+    """A new id for a response."""
     return f"resp_{uuid.uuid4().hex}"
 
 
 @dataclass
 class ResponseWire:
-    """How one request's answer is written, whole or in events.
+    """Writes the answer to one request, whole or as events.
 
-    `request` is the request as it came; `tokens` are written where it asks for log-probabilities.
+    `request` is the original request; `tokens` is set if it asks for log-probabilities.
     """
 
     id: str
@@ -182,7 +182,7 @@ class ResponseWire:
     _number: int = 0
 
     def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
-        """The response of a request that doesn't stream."""
+        """The response to a request that doesn't stream."""
         (answer,) = answers
         for parts, tokens in answer.heard:
             logprobs = self._logprobs(parts, tokens)
@@ -198,11 +198,11 @@ class ResponseWire:
         return [self._event(f"response.{name}", response=response) for name in ("created", "in_progress")]
 
     def piece(self, _index: int, piece: Piece, said: Sequence[Part], _before: int) -> list[dict[str, Any]]:
-        """Events of what a piece says."""
+        """The events for a new piece of the answer."""
         return self._events(said, piece.tokens)
 
     def ending(self, _index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
-        """Events of the rest, and of the last item's end."""
+        """The events for the rest of the answer, and for the end of the last item."""
         return [*self._events(said, ()), *self._close("incomplete" if self._cut(answer) else "completed")]
 
     def last(self, prepared: Prepared, answers: Sequence[Collected], _usage: bool) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class ResponseWire:
         return self._event(f"response.{name}", response=self._response(prepared, answer))
 
     def failed(self, refusal: Refusal) -> list[dict[str, Any]]:
-        """The last events of a stream that can't go on."""
+        """The last events of a stream that failed."""
         error = {"code": refusal.code or "server_error", "message": refusal.message}
         self._settle("incomplete")
         response = {**self._response(), "status": "failed", "error": error}
@@ -223,12 +223,12 @@ class ResponseWire:
         return f"event: {chunk['type']}\ndata: {data}\n\n".encode()
 
     end = b""
-    """The last event is the end."""
+    """The last event marks the end; nothing follows it."""
 
     # ---- items -------------------------------------------------------------------------------------------
 
     def _take(self, part: Part) -> bool:
-        """Put a part into the item that it belongs to; whether that is a new one."""
+        """Add a part to the item that it belongs to; returns whether the item is new."""
         last = self.items[-1] if self.items else None
         if isinstance(part, CallBegun):
             name, call = f"fc_{uuid.uuid4().hex}", part
@@ -256,7 +256,7 @@ class ResponseWire:
         return [] if self.tokens is None else self.tokens.take(parts, tokens)
 
     def _put(self, part: Part, logprobs: list[TextToken]) -> list[TextToken]:
-        """Put them into the text that the part was just added to; what is left, if it is no text."""
+        """Add them to the text that the part was just added to; returns those that are left, if the part isn't text."""
         last = self.items[-1]
         if not isinstance(part, Words) or not isinstance(last, OutputMessage):
             return logprobs
@@ -299,7 +299,7 @@ class ResponseWire:
                 empty["content"] = []
             yield self._event("response.output_item.added", output_index=at["output_index"], item=empty)
             if not isinstance(item, OutputCall):
-                piece = {**item.content[0].model_dump(), "text": ""}  # nothing is put into it yet but its text
+                piece = {**item.content[0].model_dump(), "text": ""}  # so far only its text is set
                 yield self._event("response.content_part.added", **at, content_index=0, part=piece)
         if isinstance(part, CallArguments):
             yield self._event("response.function_call_arguments.delta", **at, delta=part.text)
@@ -311,7 +311,7 @@ class ResponseWire:
             yield self._event("response.reasoning_text.delta", **at, content_index=0, delta=part.text)
 
     def _close(self, status: str) -> Iterator[dict[str, Any]]:
-        """The item that was open is over."""
+        """End the item that is in progress."""
         if not self.items or self.items[-1].status != "in_progress":
             return
         item, at = self.items[-1], {"output_index": len(self.items) - 1, "item_id": self.items[-1].id}
@@ -331,7 +331,7 @@ class ResponseWire:
         yield self._event("response.output_item.done", output_index=at["output_index"], item=item.model_dump())
 
     def _response(self, prepared: Prepared | None = None, answer: Collected | None = None) -> dict[str, Any]:
-        """The response as far as it has come; with an answer, as it is in the end."""
+        """The response so far; with an answer, the final response."""
         request = self.request
         usage = summary = None
         if prepared is not None and answer is not None and answer.done is not None:
@@ -372,4 +372,4 @@ _KINDS: dict[type, type] = {
     Thought: OutputReasoning,
     CallArguments: OutputCall,
 }
-"""The items that parts belong to."""
+"""The type of item that each part belongs to."""

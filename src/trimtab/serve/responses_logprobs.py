@@ -1,7 +1,7 @@
-"""Log-probabilities in the Responses API: those of the tokens that the text is made of.
+"""Log-probabilities in the Responses API: of the tokens that make up its texts.
 
-There they belong to a text, not to an answer: tokens of thinking, of calls, of the markers around them and of the end
-have none.
+They belong to a text there, not to an answer: tokens of thinking, of calls, of the markers around them and the end
+token have none.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from trimtab.text.said import Part, Words
 
 
 class TextTokens:
-    """Which of an answer's tokens its texts are made of, as they come."""
+    """Finds the tokens of an answer that make up its texts, while they are generated."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._unsaid: list[TokenTold] = []
-        self._begun = False  # whether what came last is a text, which goes on
+        self._begun = False  # whether the last part was text, which may continue
 
     def take(self, parts: Sequence[Part], tokens: Sequence[TokenTold]) -> list[TextToken]:
-        """Those of the words among these parts, which came with these tokens; what says nothing yet waits."""
+        """The tokens of the text in these parts, which came with these tokens; tokens without a part yet wait."""
         self._unsaid += tokens
         if not parts:
             return []
@@ -35,12 +35,12 @@ class TextTokens:
         return text_tokens
 
     def _of(self, words: str, came: list[TokenTold]) -> list[TokenTold]:
-        """Those that say the words: without a marker or blanks before a text, and without what ends an answer."""
+        """The tokens that make up the words: without a marker or blanks before a text, and without the end token."""
         texts = [self._text(token) for token in came]
         while texts and texts[-1] and texts[-1] not in words and came[len(texts) - 1].id in self._special:
             texts.pop()
         came, start = came[: len(texts)], 0
-        while not self._begun and start < len(came) and "\ufffd" not in texts[start]:  # a part of a character
+        while not self._begun and start < len(came) and "\ufffd" not in texts[start]:  # part of a character
             said = "".join(texts[start:])
             if said.startswith(words) or words.startswith(said):
                 return came[start:]
@@ -53,7 +53,7 @@ class TextTokens:
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
         fields = named(self.tokenizer, token, logprob)
-        return {**fields, "bytes": fields["bytes"] or []}  # here they are always a list
+        return {**fields, "bytes": fields["bytes"] or []}  # always a list in this API
 
     def _text(self, token: TokenTold) -> str:
         return str(self.tokenizer.decode([token.id]))

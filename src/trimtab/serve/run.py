@@ -1,7 +1,8 @@
-"""The server process: uvicorn around the application, and what a signal does.
+"""The server process: uvicorn around the application, and signal handling.
 
-On SIGHUP the folder of steerings is read again. On SIGTERM or SIGINT nothing more is accepted, what was accepted has
-its time to end, and what hasn't ended by then gets an error. A second signal ends the process at once.
+SIGHUP reads the folder of steerings again. After SIGTERM or SIGINT the server accepts nothing more, gives accepted
+requests time to end, and answers those that haven't ended by then with an error. A second signal ends the process at
+once.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from trimtab.serve.scheduler import Scheduler
 
 log: logging.Logger = logging.getLogger("trimtab")
 LAST_WORDS = 5
-"""Seconds to send what is left when the time to end is over."""
+"""Seconds to send what is left after the grace period."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server bound to this address."""
+    """Whether a server bound to this address can only be reached from this machine."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name may stand for anything
+        return False  # a name may resolve to anything
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 takes any free one. Raises `TrimtabError` where it can't."""
+    """A listening socket; port 0 takes any free one. Raises `TrimtabError` if it can't listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -68,7 +69,7 @@ class _Server(uvicorn.Server):
 
 
 def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections: int) -> uvicorn.Server:
-    """uvicorn around the application, with our bounds on connections."""
+    """uvicorn around the application, with this server's limits on connections."""
     config = uvicorn.Config(
         app,
         http=protocol(connections),
@@ -83,9 +84,9 @@ def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections
 
 
 def one_at_a_time(work: Callable[[], None]) -> Callable[[], None]:
-    """A function that has the work done, in a thread; a call while it is being done has it done once more.
+    """A function that requests a run of `work` in a thread; calls during a run cause one more run after it.
 
-    So the last call has the last turn, however often that is. May be called from a signal's handler.
+    So a run always follows the last call. May be called from a signal handler.
     """
     wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
 
@@ -96,7 +97,7 @@ def one_at_a_time(work: Callable[[], None]) -> Callable[[], None]:
                 wanted.get()
             try:
                 work()
-            except Exception:  # the next one is done all the same
+            except Exception:  # the next one runs all the same
                 log.exception("the work that a signal requested failed")
 
     threading.Thread(target=forever, daemon=True).start()
@@ -112,9 +113,10 @@ def serve(
     connections: int,
     hangup: Callable[[], None] | None = None,
 ) -> None:
-    """Serve until a signal comes; `grace` is how many seconds accepted requests have then.
+    """Serve until a signal arrives; accepted requests then have `grace` seconds to end.
 
-    `hangup` is called in a thread of its own at SIGHUP, where the system has it: once for all that come while it runs.
+    `hangup` is called in its own thread on SIGHUP, on systems that have it: once for all signals that arrive while it
+    runs.
     """
     if hangup is not None and hasattr(signal, "SIGHUP"):
         again = one_at_a_time(hangup)

@@ -1,4 +1,4 @@
-"""The one thread in which the model runs: a bounded queue, and a batch that tasks join and leave at each step."""
+"""The one thread that runs the model: a bounded queue, and continuous batching."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from trimtab.steering.monitors import FILTERED
 from trimtab.text.unfolding import Unfolding
 
 DOSE_EVERY = 8
-"""How often a row's dose is compared with its cap, in tokens; and at its first two."""
+"""How often, in tokens, a row's dose is compared with its cap; also at its first two tokens."""
 
 
 class Full(Exception):
-    """The queue is full; `seconds` from now there may be room."""
+    """The queue is full; there may be room in `seconds`."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"the server is busy; try again in {seconds} s")
@@ -37,7 +37,7 @@ class Full(Exception):
 
 
 class Draining(Exception):
-    """The server is shutting down and takes nothing more."""
+    """The server is shutting down and accepts nothing more."""
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
@@ -45,7 +45,7 @@ class Draining(Exception):
 
 @dataclass(eq=False)
 class _Answer:
-    """A task that has begun."""
+    """A task that is being answered."""
 
     task: Task
     text: Unfolding
@@ -55,7 +55,7 @@ class _Answer:
     cached: int = 0
 
     def take(self, token: TokenTold, last: bool) -> None:
-        """One more token; says what it lets go. With the `last` there is nothing to wait for any more."""
+        """Add a token, and deliver the text that is complete. At the `last` token, held-back text is delivered too."""
         self.tokens += 1
         self.unsaid.append(token)
         piece = self.text.add(token.id)
@@ -66,7 +66,7 @@ class _Answer:
             self.unsaid = []
 
     def rest(self) -> None:
-        """No token comes any more: what was held back goes."""
+        """Deliver held-back text when no more tokens follow."""
         self.task.deliver(Piece(self.text.finish(), tuple(self.unsaid)))
         self.unsaid = []
 
@@ -74,8 +74,8 @@ class _Answer:
 class Scheduler:
     """`submit` from any thread; answers come through each task's `deliver`.
 
-    At most `rows` tasks are decoded at a time and at most `waiting` more are accepted. `finished(event, task)` hears of
-    each task's end, for metrics. `prefixes` keep what was read, for tasks that have a scope.
+    At most `rows` tasks are decoded at a time, and at most `waiting` more are queued. `finished(event, task)` is
+    called at the end of each task, for metrics. `prefixes` is the prefix cache for tasks that have a scope.
     """
 
     def __init__(
@@ -100,42 +100,42 @@ class Scheduler:
         self._answers: dict[int, _Answer] = {}
         self._drain_until: float | None = None
         self._closed = False
-        self._pace = 1.0  # seconds that a task takes, of late
+        self._pace = 1.0  # moving average of the seconds per task
         self._thread = threading.Thread(target=self._loop, name="trimtab-scheduler", daemon=True)
 
     # ---- from any thread ---------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     @property
     def queued(self) -> int:
-        """Tasks that were accepted and haven't begun."""
+        """The number of tasks that were accepted and haven't begun."""
         return len(self._queue)
 
     @property
     def running(self) -> int:
-        """Tasks that are being answered."""
+        """The number of tasks that are being answered."""
         return len(self._answers)
 
     @property
     def draining(self) -> bool:
-        """Whether it takes nothing more."""
+        """Whether it accepts nothing more."""
         return self._drain_until is not None or self._closed
 
     @property
     def over(self) -> bool:
-        """Whether the time is over that what was accepted has to end."""
+        """Whether the grace period for accepted tasks is over."""
         return self._drain_until is not None and time.monotonic() > self._drain_until
 
     @property
     def alive(self) -> bool:
-        """Whether the thread is there."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def check(self, task: Task) -> None:
-        """Raises `TrimtabError` for a task that can't run; `lm.check(steering)` is the caller's."""
+        """Raises `TrimtabError` for a task that can't run; the caller has to call `lm.check(steering)` itself."""
         self._batch.check(_request(task))
         edits = task.steering.edits if task.rejection is not None and task.steering is not None else ()
         if task.max_dose is not None and any(edit.site.kind != "scores" for edit in edits):
@@ -144,7 +144,7 @@ class Scheduler:
             raise TrimtabError("monitors can't be combined with rejection; ask for rejection: false")
 
     def check_room(self, count: int) -> None:
-        """Raises `Full` or `Draining` where so many tasks wouldn't be accepted now."""
+        """Raises `Full` or `Draining` if `count` tasks wouldn't be accepted now."""
         if self.draining:
             raise Draining
         free = max(0, self.rows - self.running)
@@ -153,7 +153,7 @@ class Scheduler:
             raise Full(max(1, min(60, round(self._pace * ahead))))
 
     def submit(self, tasks: list[Task]) -> None:
-        """Accept all of these tasks. Raises `Full` or `Draining`, and then has accepted none."""
+        """Accept all of these tasks, or raise `Full` or `Draining` and accept none."""
         with self._changed:
             self.check_room(len(tasks))
             now = time.monotonic()
@@ -163,13 +163,13 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, tasks: list[Task]) -> None:
-        """Nobody waits for these any more: they leave before the next step, and get no event."""
+        """Cancel these tasks: they leave the batch before the next step, each with a `Failed("cancelled")` event."""
         with self._changed:
             self._cancelled.update(tasks)
             self._changed.notify()
 
     def run(self, job: Callable[[], Any]) -> Future[Any]:
-        """Have something else done with the model, between two steps. Raises `Draining`."""
+        """Run a function in the model's thread, between two steps. Raises `Draining`."""
         future: Future[Any] = Future()
         with self._changed:
             if self.draining:
@@ -179,14 +179,14 @@ class Scheduler:
         return future
 
     def drain(self, seconds: float) -> None:
-        """Take nothing more; what is accepted has so many seconds to end before it fails. Returns at once."""
+        """Accept nothing more; accepted tasks have `seconds` to end before they fail. Returns at once."""
         with self._changed:
             until = time.monotonic() + seconds
             self._drain_until = until if self._drain_until is None else min(until, self._drain_until)
             self._changed.notify()
 
     def close(self, seconds: float = 0.0) -> None:
-        """Drain, then end the thread."""
+        """Drain, then stop the thread."""
         self.drain(seconds)
         with self._changed:
             self._closed = True
@@ -196,7 +196,7 @@ class Scheduler:
 
     # ---- in the thread -----------------------------------------------------------------------------------
 
-    @torch.inference_mode()  # a token costs some 5 % less than with no_grad
+    @torch.inference_mode()  # a token takes some 5 % less time than with no_grad
     def _loop(self) -> None:
         with few_rows(self.lm.model):
             self._turns()
@@ -210,7 +210,7 @@ class Scheduler:
                     self._changed.wait()
             try:
                 self._turn()
-            except Exception as error:  # the model's, in a step of the whole batch: its memory ran out, say
+            except Exception as error:  # from the model, in a step of the whole batch: out of memory, say
                 self._fail_all(f"{type(error).__name__} while the model ran")
 
     def _turn(self) -> None:
@@ -222,13 +222,13 @@ class Scheduler:
             job, future = self._jobs.popleft()
             if future.set_running_or_notify_cancel():
                 try:
-                    with torch.inference_mode(False):  # what it makes is used elsewhere
+                    with torch.inference_mode(False):  # its results are used outside inference mode
                         future.set_result(job())
                 except Exception as error:
                     future.set_exception(error)
 
     def _sweep_and_admit(self) -> None:
-        """Let go of what is cancelled or too late, and begin what there is room for."""
+        """Remove tasks that are cancelled or past their deadline, and start queued ones while there is room."""
         with self._changed:
             gone, self._cancelled = self._cancelled, set()
             now = time.monotonic()
@@ -262,7 +262,7 @@ class Scheduler:
         answer = self._begin(task)
         try:
             self._answers[self._batch.insert(_request(task))] = answer
-        except TrimtabError as error:  # what else could raise was checked before
+        except TrimtabError as error:  # all other errors were ruled out by `check`
             self._end(answer, Failed("input", str(error)))
 
     def _step(self) -> None:
@@ -338,7 +338,7 @@ def _request(task: Task) -> GenerationRequest:
         task.alternatives,
         rejection=task.rejection if task.steering is not None and task.steering.edits else None,
         matcher=task.matcher,
-        clean_cache=task.clean_cache and task.rejection is None,  # with rejection it is clean in any case
+        clean_cache=task.clean_cache and task.rejection is None,  # rejection always has a clean cache
         monitors=task.monitors,
         scope=task.scope,
         images=task.images,

@@ -1,6 +1,6 @@
-"""Requests as they stand on the wire: OpenAI's, with `steering`, `emphasize` and `rejection`.
+"""Requests in their wire format: OpenAI's, with `steering`, `emphasize` and `rejection`.
 
-A field that isn't known is refused: a misspelt one would go unnoticed, and the answer unsteered.
+Unknown fields are refused: a misspelled one would go unnoticed, and the answer would be unsteered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trimtab.serve.schema_tools import Call, ResponseFormat, ToolChoice, Tools
 
 
 class SteeringChoice(In):
-    """A steering of the server's, and what its strength is multiplied by."""
+    """A steering of the server, and the factor for its strength."""
 
     name: str = Field(max_length=64, examples=["json"])
     strength: Finite = Field(1.0, ge=-100, le=100, description="2 pushes twice as hard, -1 the other way.")
@@ -36,21 +36,21 @@ class SteeringChoice(In):
 
 
 class PhraseChoice(In):
-    """A phrase as it stands in the prompt: all its occurrences, or one of them, counted from 0."""
+    """A phrase exactly as it is in the prompt: all its occurrences, or one of them, counted from 0."""
 
     text: str = Field(min_length=1, max_length=2000)
     occurrence: int | None = Field(None, ge=0, lt=10_000)
 
 
 class PartChoice(In):
-    """The whole content of a message: number `index` among those of `role`; -1 is the last."""
+    """The whole content of a message: number `index` among the messages of `role`; -1 is the last."""
 
     role: Literal["system", "user", "assistant"]
     index: int = Field(-1, ge=-1000, lt=1000)
 
 
 class RejectionChoice(In):
-    """How a steering is weakened or rejected where its token is implausible (DIRECTER)."""
+    """How a steering is weakened or rejected where the steered token is implausible (DIRECTER)."""
 
     beta: Finite = Field(0.5, ge=0, le=1, description="The least share of the likeliest raw token's probability.")
     ladder: Literal["halve", "strength"] = "halve"
@@ -60,7 +60,7 @@ class RejectionChoice(In):
 Emphasized = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=2000)] | PhraseChoice | PartChoice], Field(fail_fast=True)
 ]
-"""What of a prompt is to be emphasized."""
+"""The parts of a prompt to emphasize."""
 
 
 class Steered(Unsupported):
@@ -83,11 +83,11 @@ class Steered(Unsupported):
     )
 
 
-# ---- what both kinds of completion are asked by --------------------------------------------------------------
+# ---- fields of both kinds of completion ----------------------------------------------------------------------
 
 
 class StreamOptions(In):
-    """What else a stream tells."""
+    """What a stream includes besides the answer."""
 
     include_usage: bool = Field(False, description="One more chunk at the end, with the tokens counted.")
     include_obfuscation: bool | None = None
@@ -97,7 +97,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Common(Steered):
-    """What both kinds of completion have."""
+    """The fields of both kinds of completion."""
 
     model: str = Field(max_length=512, description="As /v1/models has it.", examples=["trimtab"])
     max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="Without it: as many as the server allows.")
@@ -115,14 +115,14 @@ class Common(Steered):
 
 
 class TextPart(In):
-    """A part of a message's content."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: Text
 
 
 class ImageAddress(In):
-    """An image, in a `data:` URL: nothing is fetched."""
+    """An image, as a `data:` URL: the server fetches nothing."""
 
     url: str = Field(max_length=64 << 20, examples=["data:image/png;base64,…"])
     detail: Literal["auto", "low", "high", "original"] | None = Field(
@@ -131,7 +131,7 @@ class ImageAddress(In):
 
 
 class ImagePart(In):
-    """An image in a message of the user's, for image-text models."""
+    """An image in a user message, for image-text models."""
 
     type: Literal["image_url"]
     image_url: ImageAddress

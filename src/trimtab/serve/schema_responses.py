@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: what is asked, as OpenAI's newer API has it, and what is told."""
+"""`POST /v1/responses`, OpenAI's newer API: its requests and responses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trimtab.serve.schema_tools import FunctionName, FunctionSpec, NamedSchema, 
 Id = Annotated[str, Field(max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]
 
-# ---- what goes in --------------------------------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------------------
 
 
 class ContentPart(In):
-    """A text in a message, of the user's or, sent back, of the model's."""
+    """A text in a message: the user's, or the model's sent back."""
 
     type: Literal["input_text", "output_text", "text"]
     text: Text
@@ -29,7 +29,7 @@ class ContentPart(In):
 
 
 class ContentImage(In):
-    """An image in a message of the user's, in a `data:` URL."""
+    """An image in a user message, as a `data:` URL."""
 
     type: Literal["input_image"]
     image_url: str = Field(max_length=64 << 20, examples=["data:image/png;base64,…"])
@@ -53,7 +53,7 @@ class MessageItem(In):
 
 
 class CallItem(In):
-    """A call that the model has made."""
+    """A call that the model made."""
 
     type: Literal["function_call"]
     call_id: Id
@@ -64,7 +64,7 @@ class CallItem(In):
 
 
 class OutputItem(In):
-    """What a call has come to."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: Id
@@ -74,7 +74,7 @@ class OutputItem(In):
 
 
 class ReasoningText(In):
-    """What the model thought."""
+    """The model's thinking."""
 
     type: Literal["reasoning_text", "summary_text"]
     text: Text
@@ -84,7 +84,7 @@ Thoughts = Annotated[list[ReasoningText], Field(max_length=1000, fail_fast=True)
 
 
 class ReasoningItem(In):
-    """What the model thought before, sent back."""
+    """The model's earlier thinking, sent back."""
 
     type: Literal["reasoning"]
     id: Id | None = None
@@ -114,27 +114,27 @@ class FunctionTool(FunctionSpec):
 
 
 class NamedTool(In):
-    """The one tool that is to be called."""
+    """The one tool that must be called."""
 
     type: Literal["function"]
     name: FunctionName
 
 
 class FlatSchema(NamedSchema):
-    """JSON that a schema describes."""
+    """JSON that matches a schema."""
 
     type: Literal["json_schema"]
 
 
 class TextOptions(In):
-    """What the text is to be."""
+    """The format of the text."""
 
     format: Annotated[TextFormat | ObjectFormat | FlatSchema, Field(discriminator="type")] | None = None
     verbosity: Literal["medium"] | None = Field(None, description=OFF)
 
 
 class NoReasoning(In):
-    """Models think as their chat template has it."""
+    """Options that have no effect: the model's chat template decides whether it thinks."""
 
     effort: Literal["none"] | None = None
     summary: Literal["auto"] | None = None
@@ -146,7 +146,7 @@ Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"
 
 
 class ResponsesRequest(Steered):
-    """`POST /v1/responses`. Nothing is stored: each request brings the conversation so far."""
+    """`POST /v1/responses`. Nothing is stored: each request contains the conversation so far."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
@@ -191,11 +191,11 @@ class ResponsesRequest(Steered):
     )
 
 
-# ---- what comes out ------------------------------------------------------------------------------------------
+# ---- responses -----------------------------------------------------------------------------------------------
 
 
 class LikelyToken(Out):
-    """A token and its natural log-probability under the steered model, before any temperature."""
+    """A token and its natural log-probability under the steered model, before temperature."""
 
     token: str
     logprob: float
@@ -203,13 +203,13 @@ class LikelyToken(Out):
 
 
 class TextToken(LikelyToken):
-    """The same, with the likeliest tokens in its place."""
+    """The same, with the most likely tokens at its position."""
 
     top_logprobs: list[LikelyToken]
 
 
 class OutputText(Out):
-    """Words to the reader."""
+    """Text for the reader."""
 
     type: Literal["output_text"] = "output_text"
     text: str
@@ -218,7 +218,7 @@ class OutputText(Out):
 
 
 class OutputMessage(Out):
-    """A message of the model's."""
+    """A message from the model."""
 
     id: str
     type: Literal["message"] = "message"
@@ -228,7 +228,7 @@ class OutputMessage(Out):
 
 
 class OutputCall(Out):
-    """A call of a tool; `arguments` is JSON, cut off where its status is `incomplete`."""
+    """A tool call; `arguments` is JSON, cut off if its status is `incomplete`."""
 
     id: str
     type: Literal["function_call"] = "function_call"
@@ -239,14 +239,14 @@ class OutputCall(Out):
 
 
 class OutputThought(Out):
-    """A text of thinking."""
+    """A part of the thinking."""
 
     type: Literal["reasoning_text"] = "reasoning_text"
     text: str
 
 
 class OutputReasoning(Out):
-    """What the model thought."""
+    """The model's thinking."""
 
     id: str
     type: Literal["reasoning"] = "reasoning"
@@ -265,20 +265,20 @@ class Incomplete(Out):
 
 
 class InputDetails(Out):
-    """Of the prompt's tokens; what the server reuses isn't told."""
+    """Details about the prompt's tokens; how many the server took from its cache isn't reported here."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
 
 
 class OutputDetails(Out):
-    """Of the answer's tokens."""
+    """Details about the answer's tokens."""
 
     reasoning_tokens: int
 
 
 class ResponseUsage(Out):
-    """Tokens."""
+    """Token counts."""
 
     input_tokens: int
     input_tokens_details: InputDetails = Field(default_factory=InputDetails)
@@ -288,7 +288,7 @@ class ResponseUsage(Out):
 
 
 class ResponseTold(Out):
-    """The answer to a request; what it was asked by is said as well."""
+    """The response, which repeats the parameters of its request."""
 
     id: str
     object: Literal["response"] = "response"

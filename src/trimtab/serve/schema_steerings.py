@@ -1,4 +1,4 @@
-"""What is asked and told about the server's steerings: which there are, and learning and making them."""
+"""Requests and responses about the server's steerings: listing, learning and making them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SteeringList(Out):
 
 
 class Deleted(Out):
-    """A steering that is no longer there."""
+    """A steering that was deleted."""
 
     id: str
     object: Literal["steering.deleted"] = "steering.deleted"
@@ -40,7 +40,7 @@ class Deleted(Out):
 
 
 class PairMessage(In):
-    """A message of a prompt or an answer that is learned from."""
+    """A message of a prompt or an answer to learn from."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: PairText
@@ -51,7 +51,7 @@ Pairs = Annotated[list[Annotated[dict[str, Side], Field(max_length=16)]], Field(
 
 
 class LearnRequest(In):
-    """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
+    """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of pairs."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
@@ -74,9 +74,9 @@ class LearnRequest(In):
 
 
 class MakeRequest(In):
-    """`POST /v1/steerings/make`: make one from an idea and say what it is worth, as `trimtab make` does.
+    """`POST /v1/steerings/make`: make one from an idea and measure its effect, as `trimtab make` does.
 
-    Either `idea`, or `like` with or without `unlike`, or `pairs`.
+    Give `idea`, or `like` with or without `unlike`, or `pairs`.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
@@ -120,7 +120,7 @@ class MakeRequest(In):
 
 
 class VerdictTold(Out):
-    """What it is worth, on questions that it wasn't learned from; `trimtab make` explains each figure."""
+    """The measured effect, on questions that it wasn't learned from; `trimtab make` explains each figure."""
 
     share_of_prompt: float | None = Field(
         None,
@@ -152,7 +152,7 @@ class VerdictTold(Out):
 
 
 class ExampleTold(Out):
-    """A question, and three answers to it; `prompted` is `null` where there is no system prompt."""
+    """A question, and three answers to it; `prompted` is `null` if there is no system prompt."""
 
     question: str
     unsteered: str

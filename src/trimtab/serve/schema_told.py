@@ -1,4 +1,4 @@
-"""Responses as they stand on the wire: OpenAI's, with `trimtab` for what was applied."""
+"""Responses in their wire format: OpenAI's, with `trimtab` for what was applied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Out(BaseModel):
 
 
 class AppliedSteering(Out):
-    """A steering that was asked for, or is always on."""
+    """A steering that was requested, or is always on."""
 
     name: str
     digest: str
@@ -43,7 +43,7 @@ class DoseTold(Out):
 
 
 class RejectionTold(Out):
-    """Of an answer's tokens: at how many the gate was open, and what came of it."""
+    """Rejection in one answer: the number of its tokens, at how many the gate was open, and what was decided there."""
 
     tokens: int
     open: int
@@ -75,13 +75,13 @@ class Told(Out):
 
 
 class PromptDetails(Out):
-    """How many of the prompts' tokens were taken over from texts that were read before."""
+    """How many of the prompts' tokens were taken from the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(Out):
-    """Tokens; the prompt's counted once."""
+    """Token counts; a prompt counts once, however many answers it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -90,7 +90,7 @@ class Usage(Out):
 
 
 class TopLogprob(Out):
-    """A token and its natural log-probability under the steered model, before any temperature."""
+    """A token and its natural log-probability under the steered model, before temperature."""
 
     token: str
     logprob: float
@@ -98,27 +98,27 @@ class TopLogprob(Out):
 
 
 class TokenLogprob(TopLogprob):
-    """The same, with the likeliest tokens in its place."""
+    """The same, with the most likely tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(Out):
-    """One entry a token."""
+    """One entry per token."""
 
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class CalledFunction(Out):
-    """`arguments` is JSON, as the model has written it; cut off where `finish_reason` is `length`."""
+    """A called function. `arguments` is JSON as the model wrote it; it is cut off if `finish_reason` is `length`."""
 
     name: str
     arguments: str
 
 
 class ToolCall(Out):
-    """A call of a tool."""
+    """A tool call."""
 
     id: str
     type: Literal["function"] = "function"
@@ -157,7 +157,7 @@ class ChatCompletion(Out):
 
 
 class TextLogprobs(Out):
-    """One entry a token."""
+    """One entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -166,7 +166,7 @@ class TextLogprobs(Out):
 
 
 class TextChoice(Out):
-    """One answer; prompts' answers come one prompt after the other."""
+    """One answer; with several prompts, all answers to the first come first."""
 
     index: int
     text: str
@@ -196,7 +196,7 @@ class ModelTold(Out):
 
 
 class ModelList(Out):
-    """All one of them."""
+    """A list of the one model."""
 
     object: Literal["list"] = "list"
     data: list[ModelTold]

@@ -1,4 +1,4 @@
-"""Tools, and formats of answers, as requests have them: OpenAI's."""
+"""Tools and response formats in requests, as in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 from trimtab.serve.fields import In, Text
 
 FUNCTION = "^[A-Za-z0-9_.-]{1,64}$"
-"""What a function may be called."""
+"""The pattern of a function's name."""
 FunctionName = Annotated[str, Field(pattern=FUNCTION)]
 Words = Annotated[str, Field(max_length=10_000)]
 Schema = dict[str, Any]
@@ -29,7 +29,7 @@ class FunctionSpec(In):
 
 
 class Tool(In):
-    """A tool: functions are all there is."""
+    """A tool; only functions are supported."""
 
     type: Literal["function"]
     function: FunctionSpec
@@ -42,21 +42,21 @@ class FunctionChoice(In):
 
 
 class ToolChoice(In):
-    """The one tool that is to be called."""
+    """The one tool that must be called."""
 
     type: Literal["function"]
     function: FunctionChoice
 
 
 class CallFunction(In):
-    """What was called: `arguments` is JSON, as a text."""
+    """The called function: `arguments` is JSON in a string."""
 
     name: FunctionName
     arguments: Text = ""
 
 
 class Call(In):
-    """A call in a message of the assistant's."""
+    """A tool call in an assistant message."""
 
     id: str = Field(max_length=256)
     type: Literal["function"] = "function"
@@ -90,7 +90,7 @@ class NamedSchema(In):
 
 
 class SchemaFormat(In):
-    """JSON that a schema describes."""
+    """JSON that matches a schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema

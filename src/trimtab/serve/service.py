@@ -1,4 +1,4 @@
-"""All that a server has, and what becomes of a request: checked against the policy, rendered, and made into tasks."""
+"""The server's parts, and how a request becomes tasks: checked against the policy, rendered, tokenized."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
 from trimtab.text.templates import CONTINUE
 
 ALIAS = "trimtab"
-"""The served model's other name, so that a client's configuration needn't know which it is."""
+"""Another name of the served model, so that a client's configuration doesn't depend on which model it is."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for: bytes of body, tokens of prompt and answer, answers at once, seconds.
+    """The limits of one request: bytes of body, tokens of prompt and answer, number of answers, seconds.
 
-    `held` is how many bytes all requests' bodies may hold in memory together, and `rejecting_tokens` those of a prompt
-    with rejection, which is read in one pass while everybody waits. `images` are those of a prompt, each of `pixels` at
-    most.
+    `held` is how many bytes all requests' bodies together may hold in memory. `rejecting_tokens` limits a prompt with
+    rejection, which is read in one pass while everybody waits. `images` is the most images in a prompt, each of at most
+    `pixels` pixels.
     """
 
     body: int = 1 << 20
@@ -73,7 +73,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Service:
-    """One server. `clean_cache` is what holds for requests that don't say; `monitors` are those that they may name."""
+    """One server. `clean_cache` is the default for requests; `monitors` are those that requests may name."""
 
     lm: LM
     library: Library
@@ -91,11 +91,11 @@ class Service:
     making: threading.Lock = field(default_factory=threading.Lock)  # held while a steering is made
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers keep settings between calls
 
-    # ---- who may do what -----------------------------------------------------------------------------------
+    # ---- permissions ----------------------------------------------------------------------------------------
 
     @cached_property
     def choosing(self) -> Choosing:
-        """The policy, over this server's steerings."""
+        """The policy, applied to this server's steerings."""
         return Choosing(self.policy, self.library.get, self.lm.check)
 
     def visible(self, key: Key) -> list[Loaded]:
@@ -103,36 +103,36 @@ class Service:
         return self.choosing.visible(key, self.library.of(self.owner(key.name)))
 
     def owner(self, key: str) -> str | None:
-        """Who owns what this key adds: itself; without keys, everybody."""
+        """The owner of what this key adds: the key itself; `None` if the policy has no keys."""
         return self.choosing.owner(key)
 
     def chosen(
         self, key: Key, request: Steered, structured: Structured | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
-        """What is always on, and what the request asks for: as a list, and as one steering (`Choosing.chosen`)."""
+        """The steerings for a request, always-on ones included: as a list, and as one steering (`Choosing.chosen`)."""
         return self.choosing.chosen(key, request.steering, structured)
 
-    # ---- what the guard asks -------------------------------------------------------------------------------
+    # ---- the guard's interface ------------------------------------------------------------------------------
 
     @property
     def draining(self) -> bool:
-        """Whether nothing more is taken."""
+        """Whether the server accepts no more requests."""
         return self.scheduler.draining
 
     def largest(self, method: str, path: str, *, known: bool) -> int:
-        """How many bytes a request's body may have, from its first line. `known`: its sender's key is."""
+        """The most bytes that a request's body may have on this route. `known`: the sender's key is known."""
         return largest(self, method, path, known=known)
 
     def count(self, route: str, status: int, seconds: float) -> None:
-        """A request is over."""
+        """Count a finished request in the metrics."""
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
 
     def rejection(self, request: Steered, steering: Steering | None = None) -> Rejection | None:
-        """The request's rejection. Raises `Refusal` where it would undo what is always on.
+        """The request's rejection. Raises `Refusal` if it would undo a steering that is always on.
 
-        By default there is some where something is emphasized. Unless the request names a ladder, a steering of too few
-        layers to be halved is weakened in strength instead.
+        By default it is on if anything is emphasized. Unless the request chooses a ladder, a steering with too few
+        layers to halve is weakened in strength instead.
         """
         choice = request.rejection
         wanted = bool(request.emphasize) if choice is None else choice is not False
@@ -150,15 +150,15 @@ class Service:
 
     @cached_property
     def always_watching(self) -> tuple[Monitor, ...]:
-        """The monitors that read every answer. Raises `TrimtabError` where the policy names what isn't there."""
+        """The monitors that read every answer. Raises `TrimtabError` if the policy names one that doesn't exist."""
         return always_of(self)
 
     def placed_apart(self, loaded: Loaded, param: str) -> Steering:
-        """A steering where it was learned, without what it has along what is always on. Raises `Refusal`."""
+        """A steering at its own sites, without its component along the always-on directions. Raises `Refusal`."""
         return self.choosing.apart(loaded.steering, param)[0]
 
     def clean(self, request: Steered) -> bool:
-        """Whether the request is steered over a clean cache. Raises `Refusal` where that changes what is always on."""
+        """Whether to steer over a clean cache. Raises `Refusal` if that would change how always-on steerings act."""
         wanted = self.clean_cache if request.clean_cache is None else request.clean_cache
         if wanted != self.clean_cache and self.policy.always:
             raise Refusal(
@@ -171,11 +171,11 @@ class Service:
     # ---- tasks ---------------------------------------------------------------------------------------------
 
     def its_model(self) -> str:
-        """What to say to a request for another model."""
+        """The error message for a request for another model."""
         return f"this server has the model {self.lm.name}, which requests may also call {ALIAS}"
 
     def prepare(self, key: Key, request: ChatRequest | CompletionRequest) -> Prepared:
-        """The tasks of a request; who submits them sets where they deliver. Raises `Refusal` for all that can't run.
+        """The tasks of a request; whoever submits them sets `deliver`. Raises `Refusal` for anything that can't run.
 
         May take a while: call it in a thread.
         """
@@ -243,7 +243,7 @@ class Service:
         return Prepared(tasks, steerings, marked, lengths, shape)
 
     def count_of(self, phrase: str, prompt: Prompt, *, chat: bool) -> int:
-        """At how many tokens of a prompt a phrase stands. Raises `TrimtabError` where it doesn't."""
+        """The number of the prompt's tokens in occurrences of a phrase. Raises `TrimtabError` if it doesn't occur."""
         chat_kwargs: dict[str, Any] = {"chat": None if chat else False}
         with self._tokenizing:
             if phrase not in render(self.lm.tokenizer, prompt, **chat_kwargs).text:
@@ -252,7 +252,7 @@ class Service:
         return sum(stop - start for start, stop in spans)
 
     def _seen(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages, their images decoded: before others wait for the tokenizer."""
+        """The messages with decoded images. Decoding happens before the tokenizer's lock is taken."""
         self.lm.require("images")
         check_takes_images(self.lm.model)
         bounds = Bounds(self.limits.images, self.limits.body, self.limits.pixels, local=False)
@@ -278,7 +278,7 @@ class Service:
         return ids, images
 
     def _most(self, request: ChatRequest | CompletionRequest, length: int) -> int:
-        """How many tokens the answer may have. Without a number: what is allowed and fits."""
+        """The maximum number of tokens of the answer. Default: what the server allows and the context has room for."""
         requested = request.max_tokens
         if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
             requested = request.max_completion_tokens
@@ -290,14 +290,14 @@ class Service:
         try:
             check_request(self.lm.layout, [length], wanted, {})
         except TrimtabError as error:
-            code = "context_length_exceeded" if length else None  # an empty prompt isn't a long one
+            code = "context_length_exceeded" if length else None  # an empty prompt isn't too long
             raise Refusal(400, str(error), code=code) from None
         return wanted
 
     def _emphasized(
         self, request: Steered, prompt: Any, chat: bool, steering: Steering | None, template: Template | None
     ) -> tuple[Steering | None, int]:
-        """The steering with attention towards the phrases, and how many tokens those are."""
+        """The steering with the attention edits for the phrases added, and how many tokens the phrases have."""
         if not request.emphasize:
             return steering, 0
         if _is_ids(prompt):
@@ -326,9 +326,9 @@ class Service:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request's tasks, and what the response says beforehand. `lengths` are those of its prompts, in tokens.
+    """A request's tasks, and what the response reports about the request. `lengths` are its prompts', in tokens.
 
-    `shape` is how the answers to a chat are read.
+    `shape` says how the answers to a chat are parsed.
     """
 
     tasks: list[Task]
@@ -344,7 +344,7 @@ def _missing(phrase: str) -> str:
 
 
 def _template(request: ChatRequest | CompletionRequest) -> Template | None:
-    """What the chat template gets; unless the request says so, a last message of the assistant's is answered."""
+    """The chat template's keywords. A final assistant message is only continued if the request says so."""
     if not isinstance(request, ChatRequest):
         return None
     continues = bool(request.continue_final_message)
@@ -377,7 +377,7 @@ def _stop(texts: str | list[str] | None) -> tuple[str, ...]:
 
 def _sampling(request: ChatRequest | CompletionRequest, number: int) -> Sampling:
     temperature = 1.0 if request.temperature is None else float(request.temperature)
-    if 0 < temperature < 1e-4:  # dividing by it would leave no numbers
+    if 0 < temperature < 1e-4:  # dividing by it would overflow
         temperature = 0.0
     top_p = 1.0 if request.top_p is None else float(request.top_p)
     seed = None if request.seed is None else (request.seed + number) % 2**63

@@ -1,9 +1,9 @@
-"""A body's JSON before it is validated: bounded in shape, and without what asks for nothing.
+"""Checks of a body's JSON before validation: bounds on its shape, and removal of `null`.
 
-Validation is quick for what is nearly right, and slow for what is wrong in a hundred thousand places, each of which
-becomes an error with a description; and it holds up the event loop. So shapes that no request has are turned away here,
-in a thread, at the first place. What is `null` asks for nothing, wherever it stands, and is left out: clients send
-whole objects of theirs, in which most is.
+Validation is fast for requests that are nearly right, and slow for one that is wrong in a hundred thousand places, each
+of which becomes an error with a description; and it blocks the event loop. So shapes that no valid request has are
+refused here, in a thread, at the first violation. A `null` requests nothing and is removed, since clients send whole
+objects that are mostly `null`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 from trimtab.serve.refusals import Refusal
 
 FIELDS = 64
-"""Fields of an object at most."""
+"""The most fields of an object."""
 ITEMS = 1000
-"""Items of a list at most, unless it holds whole numbers alone: those are token ids."""
+"""The most items of a list, unless it consists of integers: those are token ids."""
 DEPTH = 32
 TOKENS = "logit_bias"
-"""An object with a field for each of many tokens, which vLLM takes."""
+"""An object that may have a field for each of many tokens; vLLM accepts it."""
 KEPT = ("chat_template_kwargs", "tools", "response_format", "text")
-"""Parts of a request in which `null` is said on purpose."""
+"""Parts of a request in which `null` has a meaning."""
 
 
 def sieved(body: bytes) -> bytes:
-    """The body as JSON in ASCII, or as it is where it isn't JSON's: that is said by who reads it.
+    """The body as ASCII JSON without `null` (except in `KEPT`); an empty body stays empty.
 
-    Raises `Refusal` for what can't be read, or is too large in one of its parts.
+    Raises `Refusal` for what can't be parsed, or is too large in one of its parts.
     """
     if not body:
         return body
@@ -65,7 +65,7 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def _whole(text: str, where: str) -> str:
-    """The text. Raises `Refusal` for one that no tokenizer, grammar or log can take."""
+    """Returns the text. Raises `Refusal` for one that no tokenizer, grammar or log can take."""
     if not text.isascii():
         try:
             text.encode()

@@ -1,7 +1,7 @@
-"""The structured part of an answer, which a request's steering leaves alone unless the request says where it acts.
+"""The structured part of an answer, in which a request's steering doesn't act unless the request gives positions.
 
-Programs read the values in tool calls and in JSON. A grammar keeps their form whatever steers them; what stands in them
-is the model's own.
+Programs read the values in tool calls and in JSON. A grammar enforces their form however the model is steered; the
+values are the model's own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from trimtab.text.thinking import thinking_of
 
 @dataclass(frozen=True)
 class Structured:
-    """What of an answer is structured, and which tokens are no part of it: those of the prompt are among them."""
+    """Which part of an answer is structured, and the tokens outside it, which include the prompt's."""
 
     part: Literal["tool_calls", "answer"]
     outside: Positions
 
     def spared_by(self, steering: Steering) -> Steering:
-        """The steering where it was, but for this part. Attention scores are steered as they were."""
+        """The steering without its action in this part. Edits of attention scores stay as they are."""
         edits = [
             edit if edit.site.kind == "scores" else replace(edit, positions=edit.positions & self.outside)
             for edit in steering.edits
@@ -35,11 +35,11 @@ class Structured:
 
 
 def structured_part(tokenizer: Any, request: ChatRequest) -> Structured | None:
-    """What is structured in the answers to a request.
+    """The structured part of the answers to a request.
 
-    With a format, or where an answer can be nothing but a call that no marker opens, that is the answer as a whole,
-    after the thinking. With tools it is the calls between their markers; in Llama's form, which has none, it is all
-    from the beginning of a call on. `None` where there is nothing of that kind, or nothing shows where it is.
+    With a response format, or if an answer can only be a call without an opening marker, that is the whole answer,
+    after the thinking. With tools it is the calls between their markers; in Llama's format, which has no markers, it is
+    everything from the beginning of a call on. `None` if nothing is structured, or if no marker shows where it is.
     """
     calls = may_call(request)
     form = _form(tokenizer) if calls else None
@@ -69,7 +69,7 @@ def _form(tokenizer: Any) -> CallForm | None:
 
 
 def _by_markers(tokenizer: Any) -> Structured | None:
-    """In a form that only the tokenizer's response template knows: between markers that are known."""
+    """The structured part in a format that only the tokenizer's response template knows: between known markers."""
     try:
         tools_machine(tokenizer, ())
     except TrimtabError:

@@ -1,4 +1,4 @@
-"""What a chat's tools and format mean: what the prompt says of them, the answers' grammar, and how answers are read."""
+"""Tools and response formats of a chat: what the prompt says of them, the answers' grammar, and their parsing."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ ANY_OBJECT = {"type": "object"}
 
 @dataclass(frozen=True)
 class Shape:
-    """What answers are to be, and how they are read.
+    """The form of answers, and how they are parsed.
 
     Attributes:
-        grammar: What they keep to; `None` for any text.
-        marks: What stands where in their text.
-        shown: Special tokens that are part of the text, as marks are made of them.
-        reader: Makes a reading by the tokenizer's response template, where that is how answers are read.
+        grammar: The grammar of an answer; `None` for any text.
+        marks: The markers in its text.
+        shown: Special tokens that are part of the text, since markers are made of them.
+        reader: Makes a parser that uses the tokenizer's response template, if answers are parsed with it.
     """
 
     grammar: Grammar | None = None
@@ -47,16 +47,16 @@ class Shape:
     reader: Callable[[], TemplateParts] | None = None
 
     def reading(self) -> Parts | TemplateParts:
-        """Of one answer, from its beginning."""
+        """A parser for one answer, from its beginning."""
         return Parts(self.marks) if self.reader is None else self.reader()
 
 
 ANY = Shape()
-"""Text, read as it is."""
+"""Any text, not parsed."""
 
 
 def conversation(tokenizer: Any, request: ChatRequest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages, and the keywords of the chat template, with the tools that may be called.
+    """The messages, and the keywords for the chat template, including the tools that may be called.
 
     Raises `Refusal` for a tool's message without its call, and for arguments that aren't a JSON object.
     """
@@ -74,10 +74,10 @@ def conversation(tokenizer: Any, request: ChatRequest) -> tuple[list[dict[str, A
 
 
 def shaped(tokenizer: Any, request: ChatRequest, ids: list[int]) -> Shape:
-    """What answers to a prompt with these token ids are to be.
+    """The form of the answers to a prompt with these token ids.
 
-    Raises `Refusal` for a tool that is there twice or not at all, for a schema that no grammar can hold to, and for
-    tools of a model that calls them in a form that isn't known.
+    Raises `Refusal` for a tool that is there twice or not at all, for a schema that no grammar can enforce, and for
+    tools if the model calls them in an unknown format.
     """
     choice = request.tool_choice
     chosen = _tools(request)
@@ -121,14 +121,14 @@ def shaped(tokenizer: Any, request: ChatRequest, ids: list[int]) -> Shape:
 
 
 def _by_template(tokenizer: Any, ids: list[int], chosen: Sequence[Any], special: Mapping[str, int]) -> Shape:
-    """Any text, read by the tokenizer's response template, whose marks may be any special tokens."""
+    """Any text, parsed with the tokenizer's response template, whose markers may be any special tokens."""
     tools = [_shown(tool.function) for tool in chosen]
     shown = frozenset(special.values()) - {tokenizer.eos_token_id}
     return Shape(None, Marks(), shown, lambda: TemplateParts(tokenizer, ids, tools))
 
 
 def _tools(request: ChatRequest) -> list[Any]:
-    """The tools that answers may call. Raises `Refusal` where the one that is chosen isn't there."""
+    """The tools that answers may call. Raises `Refusal` if the chosen one doesn't exist."""
     tools, choice = list(request.tools or ()), request.tool_choice
     names = [tool.function.name for tool in tools]
     for i, name in enumerate(names):
@@ -144,7 +144,7 @@ def _tools(request: ChatRequest) -> list[Any]:
 
 
 def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:
-    """The tools with their schemas as grammars have them, and what isn't held of these."""
+    """The tools with schemas that grammars can enforce, and the keywords of the schemas that aren't enforced."""
     callable_tools: list[Tool] = []
     unheld: list[str] = []
     for i, tool in enumerate(tools):
@@ -163,7 +163,7 @@ def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:
 
 
 def _format(request: ChatRequest) -> tuple[str, tuple[str, ...]] | None:
-    """The schema that an answer keeps to, and what isn't held of it."""
+    """The schema for the answer, and its keywords that aren't enforced."""
     response_format = request.response_format
     if isinstance(response_format, ObjectFormat):
         return check_schema(ANY_OBJECT).text, ()
@@ -178,7 +178,7 @@ def _format(request: ChatRequest) -> tuple[str, tuple[str, ...]] | None:
 
 
 def _marks(text: str, form: CallForm | None, thinking: tuple[str, str] | None) -> bool:
-    """Whether a special token is, or is in, what marks calls or thinking."""
+    """Whether a special token is, or is part of, a marker of calls or thinking."""
     marks = (*(thinking or ()), *((form.opens, form.closes, form.between) if form is not None else ()))
     return any(text in mark for mark in marks)
 
@@ -187,7 +187,7 @@ def _marks(text: str, form: CallForm | None, thinking: tuple[str, str] | None) -
 
 
 def _shown(spec: FunctionSpec) -> dict[str, Any]:
-    """A tool as templates describe it."""
+    """A tool in the format that chat templates take."""
     function: dict[str, Any] = {"name": spec.name}
     if spec.description:
         function["description"] = spec.description
@@ -196,7 +196,7 @@ def _shown(spec: FunctionSpec) -> dict[str, Any]:
 
 def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, Any]]:
     converted: list[dict[str, Any]] = []
-    called: dict[str, str] = {}  # by a call's id
+    called: dict[str, str] = {}  # by the call's id
     for i, message in enumerate(messages):
         entry: dict[str, Any] = {
             "role": "system" if message.role == "developer" else message.role,
@@ -223,7 +223,7 @@ def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, An
 
 
 def _content(message: Message, where: str) -> str | list[dict[str, Any]]:
-    """A message's text, or, with images, its parts."""
+    """A message's text, or its parts if it has images."""
     content = message.content
     if isinstance(content, str):
         return content
@@ -235,7 +235,7 @@ def _content(message: Message, where: str) -> str | list[dict[str, Any]]:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call for the template, its arguments read."""
+    """A call for the template, with parsed arguments."""
     try:
         arguments = json.loads(call.function.arguments or "{}")
     except (ValueError, RecursionError):

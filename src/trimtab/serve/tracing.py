@@ -1,7 +1,7 @@
-"""Traces for OpenTelemetry: a span for each request, with its route, status and request id, and no text of it.
+"""OpenTelemetry traces: a span per request, with its route, status and request id, and no prompt or answer text.
 
-Where they are sent stands in OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME and others.
-It needs `pip install 'trimtab[otel]'`.
+OpenTelemetry's own environment variables say where they are sent: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME and
+others. Requires `pip install 'trimtab[otel]'`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from trimtab.errors import TrimtabError
 
 SILENT = "healthz,readyz,metrics"
-"""Routes that machines request every few seconds."""
+"""Health checks and metrics, which machines request every few seconds."""
 
 
 def provider() -> Any:
-    """What sends spans to the collector that the environment names, in batches.
+    """A tracer provider that sends spans in batches to the collector named in the environment.
 
     Raises:
         TrimtabError: OpenTelemetry isn't installed.
@@ -37,7 +37,7 @@ def provider() -> Any:
 
 
 def trace(app: FastAPI, provider: Any) -> None:
-    """Give each request of an application a span; a `traceparent` that a client sends is gone on from."""
+    """Trace each request of an application in a span that continues the client's `traceparent`, if it sends one."""
     from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 
     def name(span: Any, scope: Any) -> None:
@@ -49,5 +49,5 @@ def trace(app: FastAPI, provider: Any) -> None:
         tracer_provider=provider,
         server_request_hook=name,
         excluded_urls=SILENT,
-        exclude_spans=["receive", "send"],  # one for each token of a stream
+        exclude_spans=["receive", "send"],  # one per token of a stream
     )

@@ -1,4 +1,4 @@
-"""How much strangers may write into logs."""
+"""Limits on how much unauthenticated clients may write into logs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 class Trickle:
-    """So many a second, and not more than ten seconds' worth at a time."""
+    """A rate limit: `rate` per second, with bursts of up to ten seconds' worth."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -16,7 +16,7 @@ class Trickle:
         self._left_out = 0
 
     def pour(self) -> int | None:
-        """How many were left out before this one; `None` where it is left out itself."""
+        """The number omitted before this one; `None` if this one is to be omitted."""
         now = time.monotonic()
         self._room = min(10 * self.rate, self._room + (now - self._at) * self.rate)
         self._at = now
@@ -29,7 +29,7 @@ class Trickle:
 
 
 class Few(logging.Filter):
-    """Lets so many records a second with this message through, and all others; it says how many it has left out."""
+    """Limits the rate of log records with this message and lets all others through; counts the omitted ones."""
 
     def __init__(self, message: str, rate: float) -> None:
         super().__init__()

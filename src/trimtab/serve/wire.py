@@ -1,4 +1,4 @@
-"""Answers as they stand on the wire, whole or in chunks."""
+"""Answers in their wire format, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ from trimtab.text.said import CallArguments, CallBegun, Part, Parts, Thought, Wo
 from trimtab.text.said_by_template import TemplateParts
 from trimtab.text.token_bytes import token_bytes
 
-LOWEST = -9999.0  # what OpenAI's API says for a probability of nothing, which JSON has no number for
+LOWEST = -9999.0  # what OpenAI's API reports for a probability of 0, for whose logarithm JSON has no number
 
 
 def new_id(chat: bool) -> str:
-    """A completion's id."""
+    """A new id for a completion."""
     return f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
 
 
 @dataclass
 class Collected:
-    """One answer as far as it has come. `reading` says what its text is made of: `said`.
+    """One answer so far. `reading` parses its text into the parts in `said`.
 
-    `heard` is the same event by event: the parts that each let go, and the tokens that came with it.
+    `heard` has the same parts by event: those that each event completed, with the event's tokens.
     """
 
     text: str = ""
@@ -62,7 +62,7 @@ class Collected:
     thought_tokens: int = 0
 
     def take(self, event: Piece | Done) -> list[Part]:
-        """Add a piece, or the end; what it says more."""
+        """Add a piece or the end; returns the parts that it completes."""
         if isinstance(event, Done):
             self.done = event
             more = self.reading.finish() if self.reading is not None else []
@@ -78,17 +78,17 @@ class Collected:
 
     @property
     def words(self) -> str:
-        """What it says to the reader."""
+        """The text for the reader."""
         return "".join(part.text for part in self.said if isinstance(part, Words))
 
     @property
     def thought(self) -> str:
-        """What it thinks."""
+        """The thinking."""
         return "".join(part.text for part in self.said if isinstance(part, Thought))
 
     @property
     def calls(self) -> list[ToolCall]:
-        """What it calls."""
+        """The tool calls."""
         calls = []
         for part in self.said:
             if isinstance(part, CallBegun):
@@ -99,20 +99,20 @@ class Collected:
 
     @property
     def ended(self) -> Any:
-        """Why it has ended."""
+        """The finish reason."""
         assert self.done is not None
         return self.done.finish
 
     @property
     def finish(self) -> Any:
-        """The same, in a chat."""
+        """The finish reason in a chat."""
         calls = any(isinstance(part, CallBegun) for part in self.said)
         return "tool_calls" if calls and self.ended == "stop" else self.ended
 
 
 @dataclass(frozen=True)
 class Wire:
-    """How one request's answers are written: `id`, model, whether it is a chat, and with log-probabilities or not."""
+    """Writes one request's answers: `id`, model, whether it is a chat, and whether log-probabilities are included."""
 
     id: str
     model: str
@@ -123,7 +123,7 @@ class Wire:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
-        """The response of a request that doesn't stream."""
+        """The response to a request that doesn't stream."""
         summary, usage = summary_of(prepared, answers), self.usage(prepared, answers)
         head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, "usage": usage}
         if self.chat:
@@ -138,7 +138,7 @@ class Wire:
             ]
             response = ChatCompletion(choices=chosen, trimtab=summary, **head).model_dump()
             for choice in response["choices"]:
-                for name in ("reasoning_content", "tool_calls"):  # which plain answers don't have
+                for name in ("reasoning_content", "tool_calls"):  # absent in plain answers
                     if choice["message"][name] is None:
                         del choice["message"][name]
             return response
@@ -154,11 +154,11 @@ class Wire:
         return Completion(choices=texts, trimtab=summary, **head).model_dump()
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """A chat stream's first chunk for an answer says whose words they are."""
+        """An answer's first chunk in a chat stream, with the role."""
         return [self._chunk(index, {"role": "assistant", "content": ""}, None, None)] if self.chat else []
 
     def piece(self, index: int, piece: Piece, said: Sequence[Part], before: int) -> list[dict[str, Any]]:
-        """Chunks with what a piece says, `before` characters into the answer; the first has its tokens."""
+        """The chunks for a piece that begins at character `before` of the answer; the first has the piece's tokens."""
         read = in_chunk(self.monitors, piece.tokens)
         if not self.chat:
             text_logprobs = self._text_logprobs(piece.tokens, before)
@@ -170,7 +170,7 @@ class Wire:
         return [chunk if n else chunk | read for n, chunk in enumerate(chunks)]
 
     def ending(self, index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
-        """The chunks with the rest, of which the last says why an answer has ended."""
+        """The chunks for the rest of the answer; the last has the finish reason."""
         assert answer.done is not None
         if not self.chat:
             return [self._chunk(index, {"text": ""}, None, answer.done.finish)]
@@ -178,7 +178,7 @@ class Wire:
         return [*rest, self._chunk(index, {}, None, answer.finish)]
 
     def last(self, prepared: Prepared, answers: Sequence[Collected], usage: bool) -> dict[str, Any]:
-        """The chunk after all answers: what was applied, and the usage where it was requested."""
+        """The chunk after all answers: what was applied, and the usage if requested."""
         chunk: dict[str, Any] = {**self._head(), "choices": [], "trimtab": summary_of(prepared, answers).model_dump()}
         return {**chunk, "usage": self.usage(prepared, answers).model_dump()} if usage else chunk
 
@@ -186,7 +186,7 @@ class Wire:
         """The tokens of the prompts and of all answers."""
         prompt = sum(prepared.lengths)
         made = sum(answer.done.tokens for answer in answers if answer.done)
-        each = max(1, len(answers) // max(1, len(prepared.lengths)))  # to a prompt, whose tokens are counted once
+        each = max(1, len(answers) // max(1, len(prepared.lengths)))  # per prompt, whose tokens count once
         cached = sum(answer.done.cached for answer in answers[::each] if answer.done)
         details = PromptDetails(cached_tokens=cached)
         return Usage(
@@ -194,7 +194,7 @@ class Wire:
         )
 
     def failed(self, refusal: Refusal) -> list[dict[str, Any]]:
-        """The last chunk of a stream that can't go on."""
+        """The last chunk of a stream that failed."""
         return [refusal.body]
 
     def encode(self, chunk: dict[str, Any]) -> bytes:
@@ -202,7 +202,7 @@ class Wire:
 
     @property
     def end(self) -> bytes:
-        """What is sent when all is said."""
+        """The end of a stream."""
         return END
 
     def _head(self) -> dict[str, Any]:
@@ -240,9 +240,9 @@ class Wire:
 
 
 def named(tokenizer: Any, token: int, logprob: float | None) -> dict[str, Any]:
-    """A token as log-probabilities name it: its text, its bytes, `None` where it has none, and its logarithm."""
+    """A token's entry in log-probabilities: its text, its bytes (`None` if unknown) and its log-probability."""
     text = str(tokenizer.decode([token]))
-    data = text.encode() if "\ufffd" not in text else token_bytes(tokenizer, token)  # a part of a character
+    data = text.encode() if "\ufffd" not in text else token_bytes(tokenizer, token)  # part of a character
     return {"token": text, "logprob": _finite(logprob), "bytes": None if data is None else list(data)}
 
 
@@ -255,7 +255,7 @@ END = b"data: [DONE]\n\n"
 
 
 def summary_of(prepared: Prepared, answers: Sequence[Collected]) -> Told:
-    """What steered these answers, and what they weren't held to."""
+    """What steered these answers, and the parts of their schemas that weren't enforced."""
     per_answer = [
         _applied(i, answer.done).model_copy(
             update={"monitors": read_by_monitors(prepared.tasks[i].monitors, answer.done)}
@@ -276,7 +276,7 @@ def _message(answer: Collected) -> ChatMessage:
 
 
 def _delta(part: Part) -> dict[str, Any]:
-    """A part as the change that it makes to a message."""
+    """A part as a delta of a message."""
     if isinstance(part, Words):
         return {"content": part.text}
     if isinstance(part, Thought):
@@ -305,7 +305,7 @@ def _applied(index: int, done: Done) -> AppliedTold:
             rejected=sum(step.rung is None for step in opened),
             changed=sum(step.replaced is not None for step in steps),
         )
-    measured = done.trace is None  # not with rejection
+    measured = done.trace is None  # doses aren't, with rejection
     return AppliedTold(
         index=index,
         edits=list(done.applied.edits),

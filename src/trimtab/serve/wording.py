@@ -1,4 +1,4 @@
-"""What is wrong with a request in the API's own words: where, what, and what to do."""
+"""Validation errors in the API's own words: where, what, and what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trimtab.serve.schema_responses import ResponsesRequest
 from trimtab.serve.schema_steerings import LearnRequest, MakeRequest
 
 LOOKED_AT = 200
-"""Errors of one request among which the one to report is chosen."""
+"""The most errors of one request among which the one to report is chosen."""
 NAMES = "letters, digits, '.', '_' and '-', of which the first is a letter or a digit, 64 at most"
 KINDS = {
     "string_type": "a text",
@@ -46,10 +46,10 @@ INNER = sorted({name for model in (Message, SteeringChoice, LearnRequest, MakeRe
 
 
 def in_words(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
-    """pydantic's errors about a body as a refusal with status 400. It reports the one that is deepest inside.
+    """pydantic's errors about a body as a refusal with status 400. It reports the most deeply nested one.
 
-    A text that may be a list as well has two errors where it is neither; what stands deeper is of the kind that was
-    meant.
+    A text that may also be a list has two errors if it is neither; the most deeply nested error is about the type that
+    was meant.
     """
     placed = [(_place(error["loc"], body), error) for error in errors[:LOOKED_AT]]
     where, error = max(placed, key=_weight)
@@ -65,13 +65,13 @@ def in_words(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
 
 
 def _weight(pair: tuple[Sequence[Any], Mapping[str, Any]]) -> tuple[int, bool, bool]:
-    """How much an error says: most where it is deep inside, and among an object's fields its type."""
+    """How informative an error is: more if nested more deeply; in an object, the one about its `type` wins."""
     place, error = pair
     return len(place), error["type"] not in KINDS, tuple(place[-1:]) == ("type",)
 
 
 def _place(loc: Sequence[Any], body: Any) -> tuple[Any, ...]:
-    """Where it stands in the request. pydantic's own names of the kinds that it tried are left out."""
+    """The location in the request, without pydantic's own names of the union types that it tried."""
     parts = list(loc)
     if parts and parts[0] in ("body", "path", "query", "header"):
         if parts[0] != "body":
@@ -89,7 +89,7 @@ def _place(loc: Sequence[Any], body: Any) -> tuple[Any, ...]:
         if inside:
             at = at[part]
         elif not (isinstance(at, dict) and last and isinstance(part, str) and part.isidentifier()):
-            continue  # the name of a kind
+            continue  # the name of a union type
         own.append(part)
     return tuple(own)
 

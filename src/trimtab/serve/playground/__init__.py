@@ -1,13 +1,13 @@
-"""A page on which a person sees and feels what a steering does, at `/` of the server's own application.
+"""A web page that shows what a steering does, at `/` of the server's own application.
 
 It uses the same service and scheduler as the API, in this process: one model, one policy, one audit log.
 
-paths      which requests are the page's
-callers    whose key it is, and errors in words
-choices    what a person chose, as the API's requests
-asking     several requests side by side, as they come
+paths      the paths of the page
+callers    the owner of the API key, and error messages
+choices    the choices on the page, as API requests
+asking     several requests side by side, while they are answered
 talk       a conversation that two sides answer
-colours    what an answer's tokens are coloured by
+colours    the colors of an answer's tokens
 show       all of it as HTML
 page       the page; panel and the tabs are its parts
 """

@@ -1,7 +1,7 @@
-"""Several requests of one person side by side, as their answers come.
+"""Several requests of one user side by side, while they are answered.
 
-They go the way that the API's do: prepared under the policy, accepted all or none by the scheduler, decoded in one
-batch, and written down in the audit log.
+They are treated like API requests: prepared under the policy, accepted all or none by the scheduler, decoded in one
+batch, and logged in the audit log.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from trimtab.serve.wire import Collected, new_id
 
 @dataclass
 class Side:
-    """One answer as far as it has come. `prompt` is its prompt's token ids, `steerings` what steers it.
+    """One answer so far. `prompt` is its prompt's token ids, `steerings` the steerings that act on it.
 
-    `cosines` are those of its tokens with vectors that it was coloured by. `number` is its own: it tells answers apart
-    that are drawn again and again.
+    `cosines` are its tokens' cosines with the vectors used to color it. `number` is unique, so that answers can be
+    distinguished when they are rendered again.
     """
 
     prompt: tuple[int, ...] = ()
@@ -44,7 +44,7 @@ class Side:
 
     @property
     def text(self) -> str:
-        """What has been said so far."""
+        """The text so far."""
         return self.collected.text
 
     @property
@@ -53,12 +53,12 @@ class Side:
 
     @property
     def done(self) -> Done | None:
-        """How it ended, if it ended well."""
+        """How it ended, if it ended without an error."""
         return self.collected.done
 
 
 class Asking:
-    """Requests that run together. `sides` are their answers, in the requests' order."""
+    """Requests that run together. `sides` are their answers, in the order of the requests."""
 
     def __init__(self, service: Service, key: Key, requests: Sequence[Request]) -> None:
         self.service = service
@@ -68,13 +68,13 @@ class Asking:
         self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
 
     def stop(self) -> None:
-        """Let go of what hasn't ended. Nobody needs to wait for it."""
+        """Cancel what hasn't ended, without waiting for it."""
         self._queue.put_nowait(None)
 
     async def run(self) -> AsyncGenerator[list[Side], None]:
-        """The sides, again whenever there is more. Closing the iterator lets the answers go.
+        """Yield the sides whenever there is more. Closing the iterator cancels the answers.
 
-        Raises before anything runs: `Refusal` for what can't run or isn't allowed, `Full` and `Draining`.
+        Raises before anything runs: `Refusal` for a request that can't run or isn't allowed, `Full` and `Draining`.
         """
         service = self.service
         prepared = [await self._prepared(request) for request in self.requests]
@@ -120,7 +120,7 @@ class Asking:
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed: the server is gone
+            with suppress(RuntimeError):  # the loop is closed: the server is shutting down
                 loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
         return deliver

@@ -1,4 +1,4 @@
-"""Whose key it is, and what went wrong in words."""
+"""The owner of an API key, and error messages for the page."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trimtab.serve.scheduler import Draining, Full
 from trimtab.serve.service import Service
 
 ROUTE = "/"
-"""What stands for the page in the audit log, where a request's route does."""
+"""The page's route in the audit log."""
 
 log: logging.Logger = logging.getLogger("trimtab")
 
 
 def caller(service: Service, secret: str | None) -> Key:
-    """The key that somebody typed. Raises `Refusal` where it is nobody's; without keys, everybody may ask."""
+    """The owner of the typed key. Raises `Refusal` if nobody has it; without keys, everybody may send requests."""
     key = service.policy.caller((secret or "").strip() or None)
     if key is None:
         typed = bool((secret or "").strip())
@@ -30,12 +30,12 @@ def caller(service: Service, secret: str | None) -> Key:
 
 
 def new_request(key: Key) -> dict[str, str]:
-    """Who asks, as the audit log has it."""
+    """The identity of a request, for the audit log."""
     return {"request": new_request_id(), "key": key.name, "route": ROUTE}
 
 
 def in_words(error: Exception) -> str:
-    """What went wrong, for a person. Whatever isn't expected goes to the server's log, not to the page."""
+    """The error message for a user. Unexpected errors go to the server's log, not to the page."""
     if isinstance(error, Refusal):
         return error.message
     if isinstance(error, (TrimtabError, Full, Draining)):

@@ -1,4 +1,4 @@
-"""The chat: what is said goes to both sides, and both answers stream in side by side."""
+"""The chat: each message goes to both sides, and both answers stream in side by side."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from trimtab.serve.service import Service
 EXAMPLE = "Name three rivers."
 MOST_TURNS = 100
 SETTLED = 0.3
-"""Seconds without a move after which a slider stands still."""
+"""Seconds without a move after which a slider counts as settled."""
 COUNTED = "(key, move, ...rest) => [key, (window.trimtabMoves = (window.trimtabMoves ?? 0) + 1), ...rest]"
-"""In the browser: numbers a slider's moves as they are made. They reach the server in any order."""
+"""JavaScript: numbers a slider's moves as they are made, since they reach the server in any order."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """The components that others set."""
+    """The components that other parts of the page update."""
 
     colour: Any
     said: Any
@@ -42,7 +42,7 @@ class Chat:
 
 
 def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
-    """The components, and what happens when somebody uses them."""
+    """The components and their event handlers."""
     talk_state = gr.State(Talk())
     move = gr.Number(0, precision=0, visible=False)
     said = gr.HTML(show.welcome(service, None), elem_id="tt-talk")
@@ -83,7 +83,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     async def answer(
         number: int, asking: Asking, talk: Talk, tint: str, first: list[Any]
     ) -> AsyncGenerator[list[Any], None]:
-        """The conversation as the answers come, until something else is sent. `first`: the message box and errors."""
+        """Yield the conversation as the answers come, until another request. `first`: the message box and errors."""
         try:
             async with aclosing(asking.run()) as coming:
                 async for _ in coming:
@@ -111,7 +111,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             number = talk.begin(asking)
             async with aclosing(answer(number, asking, talk, tint, ["", ""])) as coming:
                 async for update in coming:
-                    if not started:  # accepted: now it is a part of the conversation
+                    if not started:  # accepted: now it is part of the conversation
                         started = True
                         talk.turns.append(turn)
                         update[0] = show.talk(service, talk, _coming(tint))
@@ -122,14 +122,14 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     async def again(
         secret: str, move: int, talk: Talk, tint: str, on: bool, *values: Any
     ) -> AsyncGenerator[list[Any], None]:
-        """The last message once more, for the steered side alone: somebody moved a slider, for the `move`-th time."""
+        """Answer the last message again, on the steered side only: the user moved a slider, for the `move`-th time."""
         if not (on and talk.turns):
             yield [gr.skip(), gr.skip(), gr.skip()]
             return
         turn = talk.turns[-1]
         talk.moves = max(move, talk.moves)
         await asyncio.sleep(SETTLED)
-        if move < talk.moves or turn is not talk.turns[-1]:  # it moves on
+        if move < talk.moves or turn is not talk.turns[-1]:  # the slider has moved again
             yield [gr.skip(), gr.skip(), gr.skip()]
             return
         try:
@@ -164,7 +164,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         return [show.talk(service, talk), ""]
 
     def propose(number: int) -> Any:
-        """What the example of this number does: its steering is chosen, with the message to send."""
+        """The handler of an example's button: chooses its steering, and fills in its message."""
 
         def pick(secret: str, was: list[str], *values: Any) -> list[Any]:
             try:
@@ -178,7 +178,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         return pick
 
     def look(secret: str, text: str, talk: Talk, *values: Any) -> str:
-        """Whether the phrases are in the prompt as it is now: in what is typed, or in the conversation so far."""
+        """Whether the phrases are in the current prompt: in the typed text, or in the conversation so far."""
         try:
             caller(service, secret)
             choice = chosen(values)
@@ -196,7 +196,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             caller(service, secret)
             choice = chosen(values)
             steered_request = request(service, choice, _next_prompt(service, choice, talk, text or ""))
-            assert here.request is not None  # Gradio gives it to what runs on the page's behalf
+            assert here.request is not None  # Gradio passes it to the page's handlers
             address, keys = str(here.request.base_url).rstrip("/"), bool(service.policy.keys)
             return [as_curl(steered_request, address, keys=keys), as_python(steered_request, address, keys=keys)]
         except Exception as error:
@@ -226,7 +226,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
 
 
 def _coming(tint: str) -> str:
-    """How an answer is shown while it comes: its tokens are coloured once all are there."""
+    """How an answer is shown while it is generated: its tokens are colored once all of them are there."""
     return FORMATTED if tint == FORMATTED else NOTHING
 
 
@@ -236,7 +236,7 @@ async def _tinted(service: Service, asking: Asking, talk: Talk, tint: str) -> No
 
 
 def _next_prompt(service: Service, choice: Chosen, talk: Talk, text: str) -> Any:
-    """The prompt that sending would make; after an answer, with nothing typed yet, the one it was made for."""
+    """The prompt that sending would use; after an answer, with nothing typed yet, that answer's prompt."""
     if (text or "").strip() or not talk.turns:
         return prompt_of(service, choice, talk.said(steered=True), (text or "").strip() or EXAMPLE)
     said = talk.said(steered=True, before=len(talk.turns) - 1)

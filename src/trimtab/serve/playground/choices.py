@@ -1,4 +1,4 @@
-"""What a person chose on the page, and the API's requests that ask for it."""
+"""The choices that a user made on the page, and the API requests for them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trimtab.text.chat import Message, has_template
 SLOTS = 4
 """How many steerings the page has sliders for."""
 AS_LEARNED = -1
-"""Among layers: the one where it was learned."""
+"""As a layer: the one where it was learned."""
 WIDEST = 4.0
-"""Sliders end here on either side, or where the policy does."""
+"""Sliders end here in both directions, or at the policy's limit."""
 LONGEST = 32_000
 REJECTIONS = ("where something is emphasized", "always", "never")
 
@@ -25,7 +25,7 @@ Request = ChatRequest | CompletionRequest
 
 @dataclass(frozen=True)
 class Chosen:
-    """The state of the panel. `steering` is (name, strength, layer), where a layer may be `AS_LEARNED`."""
+    """The state of the panel. `steering` is (name, strength, layer); a layer may be `AS_LEARNED`."""
 
     steering: tuple[tuple[str, float, int], ...] = ()
     phrases: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Chosen:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of a request that steer it; those that ask for nothing are left out."""
+        """The steering fields of a request; those that would do nothing are omitted."""
         steering = [
             {"name": name, "strength": strength} | ({} if layer == AS_LEARNED else {"layer": layer})
             for name, strength, layer in self.steering
@@ -54,7 +54,7 @@ class Chosen:
 
 
 def chosen(values: Sequence[Any]) -> Chosen:
-    """What the panel's values say, in the order in which the panel lists them."""
+    """The state for the panel's values, given in the panel's order."""
     names, values = list(values[0] or []), values[1:]
     strengths, layers, rest = values[:SLOTS], values[SLOTS : 2 * SLOTS], values[2 * SLOTS :]
     emphasis, rejection, beta, system, max_tokens, temperature, seed = rest
@@ -75,19 +75,19 @@ def chosen(values: Sequence[Any]) -> Chosen:
 
 
 def phrases(text: str | None) -> tuple[str, ...]:
-    """One phrase a line."""
+    """One phrase per line."""
     return tuple(dict.fromkeys(line.strip() for line in (text or "").split("\n") if line.strip()))
 
 
 def talks(service: Service) -> bool:
-    """Whether the model holds conversations; without a chat template it continues texts."""
+    """Whether the model has a chat template; without one it continues texts."""
     return has_template(service.lm.tokenizer)
 
 
 def prompt_of(service: Service, choice: Chosen, said: Sequence[Message], text: str) -> Any:
-    """The prompt: the conversation so far and what is said now; or the text, where the model only continues texts.
+    """The prompt: the conversation so far and the new message; or the text, if the model only continues texts.
 
-    Raises `TrimtabError` for a text that is too long to be sent back and forth while somebody types.
+    Raises `TrimtabError` for a text that is too long to be sent back and forth while a user types.
     """
     if len(text) + len(choice.system) > LONGEST:
         raise TrimtabError(f"on the page a message has {LONGEST:,} characters at most; the API takes longer ones")
@@ -98,7 +98,7 @@ def prompt_of(service: Service, choice: Chosen, said: Sequence[Message], text: s
 
 
 def request(service: Service, choice: Chosen, prompt: Any, *, steered: bool = True) -> Request:
-    """The API's request. Raises pydantic's `ValidationError` for what no request can say."""
+    """The API request. Raises pydantic's `ValidationError` for values that aren't valid in a request."""
     body: dict[str, Any] = {"model": ALIAS, "messages" if talks(service) else "prompt": prompt}
     body |= {"max_tokens": choice.max_tokens, "temperature": choice.temperature}
     if choice.temperature > 0:
@@ -109,13 +109,13 @@ def request(service: Service, choice: Chosen, prompt: Any, *, steered: bool = Tr
 
 
 def span_of(low: float, high: float) -> tuple[float, float]:
-    """The ends of a slider, where a policy allows strengths from `low` to `high`."""
+    """The ends of a slider, if the policy allows strengths from `low` to `high`."""
     ends = max(low, -WIDEST), min(high, WIDEST)
     return ends if ends[0] < ends[1] else (low, high)
 
 
 def carried(old: Sequence[str], new: Sequence[str], values: Sequence[Any], default: Any) -> list[Any]:
-    """The values of the slots of `old` names, as the slots of `new` names have them."""
+    """Move the values of the slots from the order of the `old` names to that of the `new` names."""
     known = dict(zip(old, values, strict=False))
     new_values = [known.get(name, default) for name in new]
     return new_values + [default] * (SLOTS - len(new_values))

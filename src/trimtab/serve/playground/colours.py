@@ -1,4 +1,4 @@
-"""How answers are shown: formatted, as they are, or token by token, coloured by what steered each or by its cosine."""
+"""How answers are shown: formatted, as plain text, or by token, colored by rejection or by cosine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trimtab.serve.service import Service
 FORMATTED, NOTHING, REJECTION = "formatted", "nothing", "rejection"
 LONGEST = 2048
 MOST_LAYERS = 3
-"""Of a steering at many layers, so many are offered."""
+"""The most layers to offer of a steering at many layers."""
 
 TRACE_KEY = (
     '<span class="steered">steered in full</span> <span class="weakened">steered more weakly</span>'
@@ -38,7 +38,7 @@ PLAIN = [("formatted", FORMATTED), ("as plain text", NOTHING), ("coloured by whe
 
 
 def offered(service: Service, key: Key) -> list[tuple[str, str]]:
-    """The ways to show answers, as (words, value): the value of colours by a vector is `name@layer`."""
+    """The ways to show answers, as (label, value); the value for colors by a vector is `name@layer`."""
     ways = list(PLAIN)
     for loaded in service.visible(key):
         try:
@@ -52,9 +52,9 @@ def offered(service: Service, key: Key) -> list[tuple[str, str]]:
 
 
 async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -> None:
-    """Read the cosines that aren't known yet, between two steps of the batch.
+    """Compute the missing cosines, between two steps of the batch.
 
-    Raises `Refusal` for a vector that isn't there, or isn't this key's.
+    Raises `Refusal` for a vector that doesn't exist, or isn't available to this key.
     """
     if colour in (FORMATTED, NOTHING, REJECTION):
         return
@@ -64,14 +64,14 @@ async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -
         raise Refusal(404, f"there is no steering {name!r} any more")
     for side in sides:
         if side.done is not None and side.ids and colour not in side.cosines:
-            if len(side.prompt) + len(side.ids) > LONGEST:  # read in one pass, while everybody waits
+            if len(side.prompt) + len(side.ids) > LONGEST:  # computed in one pass, while everybody waits
                 raise TrimtabError(f"answers in chats of more than {LONGEST} tokens aren't coloured; start a new chat")
             job = partial(answer_cosines, service.lm, loaded.steering, side.prompt, side.ids, int(layer))
             side.cosines[colour] = await asyncio.wrap_future(service.scheduler.run(job))
 
 
 def full_of(sides: Sequence[Side], colour: str) -> float:
-    """The cosine that has the full colour in all these answers."""
+    """The cosine that gets the full color in all these answers."""
     cosines = [side.cosines[colour] for side in sides if colour in side.cosines]
     return reach(cosines) if cosines else 1.0
 
@@ -88,7 +88,7 @@ def coloured(service: Service, side: Side, colour: str, full: float) -> str:
 
 
 def key_of(sides: Sequence[Side], colour: str, full: float) -> str:
-    """What the colours stand for, as HTML."""
+    """The legend of the colors, as HTML."""
     if colour == REJECTION:
         return TRACE_KEY if any(side.done and side.done.trace for side in sides) else NO_TRACE
     if any(colour in side.cosines for side in sides):

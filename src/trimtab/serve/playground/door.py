@@ -1,7 +1,8 @@
-"""What stands between the page's routes and Gradio: what may be requested there, and what is kept for whom.
+"""The layer between the page's routes and Gradio: it checks requests, and drops results that nobody reads.
 
 Gradio keeps what its functions return for a session until somebody reads it, and a session is any text that a client
-makes up. Here sessions that nobody reads are few, and forgotten after a while, with what was being done for them.
+makes up. Here the number of sessions without a reader is limited, and they are dropped after a while, with the work in
+progress for them.
 """
 
 from __future__ import annotations
@@ -28,37 +29,37 @@ from trimtab.serve.refusals import Refusal
 from trimtab.serve.sieve import no_constant
 
 SESSIONS = 64
-"""Sessions at a time that something is done or kept for and that nobody reads."""
+"""The most sessions without a reader that have work in progress or results."""
 EVENTS = 32
-"""What one session may request before it has answers."""
+"""The most requests that one session may have waiting."""
 UNREAD = 30.0
-"""Seconds after which what nobody reads is dropped."""
+"""Seconds after which unread results are dropped."""
 MESSAGES = 256
-"""Messages after which it is dropped at once."""
+"""Messages after which they are dropped at once."""
 STATES = 256
-"""Conversations that are remembered, one a page that is open; the oldest is forgotten first."""
+"""Conversations that are kept, one per open page; the oldest is dropped first."""
 TRACEBACKS = 6
-"""Tracebacks a minute that the page's functions may leave in the server's log."""
+"""Tracebacks per minute that the page's functions may leave in the server's log."""
 KEPT = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
 log: logging.Logger = logging.getLogger("trimtab")
 
 
 class Door:
-    """The page as an ASGI application; `lifespan()` is to be entered with the server's.
+    """The page as an ASGI application; enter `lifespan()` with the server's.
 
-    The whole body of a request comes in its first message: see `Guard`.
+    The whole body of a request must be in its first message: see `Guard`.
     """
 
     def __init__(self, app: FastAPI, blocks: Blocks) -> None:
         self.app = app
         self.blocks = blocks
         self.sessions: Sessions = Sessions(blocks)
-        # it prints a traceback for whatever a client makes up
+        # Gradio would print a traceback for anything that a client makes up
         gradio.queueing.traceback = _Few()  # type: ignore[assignment]
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        """Gradio's own, and what forgets sessions."""
+        """Gradio's own lifespan, with the task that drops unread sessions."""
         async with self.app.router.lifespan_context(self.app):
             sweeping = asyncio.ensure_future(self.sessions.sweep())
             try:
@@ -90,7 +91,7 @@ class Door:
 
 
 class Sessions:
-    """Which sessions have something done or kept for them, and who reads it."""
+    """Which sessions have work or results, and who reads them."""
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
@@ -99,14 +100,14 @@ class Sessions:
 
     @property
     def unread(self) -> list[str]:
-        """The sessions that have something and that nobody reads."""
+        """The sessions that have work or results, and no reader."""
         queue = self.blocks._queue
         waiting = {name for name, events in queue.pending_event_ids_session.items() if events}
         kept = {name for name, messages in queue.pending_messages_per_session.items() if messages.qsize()}
         return sorted(name for name in waiting | kept if not self._readers[name])
 
     def join(self, session: str) -> None:
-        """Something is requested in its name. Raises `Refusal` where there is too much already."""
+        """Note a request of a session. Raises `Refusal` if there are too many already."""
         if len(self.blocks._queue.pending_event_ids_session.get(session, ())) >= EVENTS:
             raise Refusal(429, "this page sends more requests than it reads answers", code="busy", retry=5)
         unread = self.unread
@@ -116,7 +117,7 @@ class Sessions:
 
     @contextmanager
     def read(self, session: str) -> Iterator[None]:
-        """While open, somebody reads it."""
+        """Mark the session as read while the context is open."""
         self._readers[session] += 1
         try:
             yield
@@ -127,7 +128,7 @@ class Sessions:
                 del self._readers[session]
 
     async def sweep(self) -> None:
-        """Again and again, drop what nobody reads."""
+        """Drop what nobody reads, every second."""
         while True:
             await asyncio.sleep(1.0)
             try:
@@ -136,7 +137,7 @@ class Sessions:
                 log.error("what nobody reads of the page couldn't be dropped", exc_info=error)
 
     async def drop_unread(self) -> None:
-        """Drop what wasn't read for too long, and what has grown too much."""
+        """Drop results that have been unread for too long, or that have become too many."""
         queue = self.blocks._queue
         now = time.monotonic()
         unread = self.unread
@@ -155,7 +156,7 @@ class Sessions:
 
 
 def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
-    """What a page asks for. Raises `Refusal` for what no page does."""
+    """The request of a page. Raises `Refusal` for anything that no page sends."""
     try:
         parsed = json.loads(body, parse_constant=no_constant)
     except (ValueError, RecursionError):
@@ -174,7 +175,7 @@ def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
 
 
 class _Few:
-    """In the place of Gradio's `traceback`: the first few a minute are written to the log, the others counted."""
+    """Replaces Gradio's `traceback`: the first few per minute are logged, the others counted."""
 
     def __init__(self) -> None:
         self._began = 0.0

@@ -1,4 +1,4 @@
-"""What a first visit proposes: messages to click on, each with a steering that shows on it."""
+"""Suggestions for a first visit: messages to click on, each with a steering whose effect is easy to see."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ OWN = {
     "sentence": "Why is the sky blue?",
     "json": "Give me tips for sleeping well.",
 }
-"""The steerings that come with the package, and messages on which the default model follows them."""
+"""The steerings that are included in the package, and messages on which the default model follows them."""
 ORDINARY = tuple(OWN.values())
 
 
 @dataclass(frozen=True)
 class Example:
-    """A message, and the steering to ask it with; `""` for what is chosen."""
+    """A message and the steering for it; `""` for the chosen ones."""
 
     steering: str
     message: str
 
     @property
     def words(self) -> str:
-        """What its button says."""
+        """The label of its button."""
         return f"{self.message} · with {self.steering}" if self.steering else self.message
 
 
 def examples(names: Sequence[str]) -> list[Example]:
-    """For somebody who may choose from these steerings; none where there are none."""
+    """The examples for a user who may choose from these steerings; none if there are none."""
     own = [Example(name, message) for name, message in OWN.items() if name in names]
     if len(own) == len(OWN):
         return own

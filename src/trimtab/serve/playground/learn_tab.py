@@ -28,13 +28,13 @@ FILE = (
 
 @dataclass(frozen=True)
 class LearnTab:
-    """`learned` holds the name of what was learned or made last."""
+    """`learned` holds the name of the steering that was learned or made last."""
 
     learned: Any
 
 
 def make_learn(service: Service, key: Any) -> LearnTab:
-    """The components, and what happens when somebody uses them."""
+    """The components and their event handlers."""
     learned = gr.State("")
     if not service.learn:
         gr.HTML(show.note(OFF))

@@ -1,4 +1,4 @@
-"""Learning a steering from pairs that somebody typed or dropped in, with progress."""
+"""Learning a steering from pairs that a user typed or dropped in, with progress."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ OFF = "Learning is off on this server. Start it with: trimtab serve --learn"
 
 @dataclass(frozen=True)
 class Lesson:
-    """Something was learned: the steering as the server has it now, and what was said about it on the way."""
+    """A learned steering as it was added to the server, and the warnings while it was learned."""
 
     loaded: Loaded
     remarks: tuple[str, ...] = ()
 
 
 def lesson_of(name: str, method: str, text: str, layers: str) -> LearnRequest:
-    """The API's request. Raises `TrimtabError` for pairs that can't be read, and pydantic's `ValidationError`."""
+    """The API request. Raises `TrimtabError` for pairs that can't be read, and pydantic's `ValidationError`."""
     if not name.strip():
         raise TrimtabError("give the steering a name, such as polite")
     pairs = pairs_from_text(text)
@@ -50,9 +50,9 @@ def lesson_of(name: str, method: str, text: str, layers: str) -> LearnRequest:
 
 
 async def learn(service: Service, key: Key, request: LearnRequest) -> AsyncIterator[tuple[int, int] | Lesson]:
-    """How many pairs of how many were read, again and again; at last what was learned, which the server has then.
+    """Learn, and yield how many pairs of how many were read; at last the lesson, which the server has then.
 
-    Raises `Refusal` where learning is off, or not for this key, and `TrimtabError` where nothing can be learned.
+    Raises `Refusal` if learning is off, or not for this key, and `TrimtabError` if nothing can be learned.
     """
     if not service.learn:
         raise Refusal(403, OFF)
@@ -73,7 +73,7 @@ async def learn(service: Service, key: Key, request: LearnRequest) -> AsyncItera
 
 
 def as_row(prompt: str, positive: str, negative: str) -> str:
-    """One typed pair as a line of JSONL. Raises `TrimtabError` for a side that is missing."""
+    """One typed pair as a line of JSONL. Raises `TrimtabError` if a side is missing."""
     if not positive.strip() or not negative.strip():
         raise TrimtabError("a pair needs both: what the model should say, and what not")
     opening = {"prompt": prompt.strip()} if prompt.strip() else {}
@@ -81,7 +81,7 @@ def as_row(prompt: str, positive: str, negative: str) -> str:
 
 
 def lesson_html(lesson: Lesson) -> str:
-    """What was learned, as HTML, with the file to save."""
+    """What was learned, as HTML, with a link to save the file."""
     loaded = lesson.loaded
     name = html.escape(loaded.name)
     remarks = "".join(f'<p class="tt-note">{html.escape(remark)}</p>' for remark in lesson.remarks)
@@ -92,7 +92,7 @@ def lesson_html(lesson: Lesson) -> str:
 
 
 def saving(loaded: Loaded) -> str:
-    """The steering's file to save, as HTML."""
+    """A link to save the steering's file, as HTML."""
     data = base64.b64encode(steering_to_bytes(loaded.steering)).decode()
     name = html.escape(loaded.name, quote=True)
     return (
@@ -104,7 +104,7 @@ def saving(loaded: Loaded) -> str:
 
 
 def _measured(steering: Steering) -> str:
-    """Where it acts, how long its push is, and how much the pairs agree, as far as the card tells."""
+    """Where it acts, the norm of its push, and how much the pairs agree, if the card has these."""
     said = []
     for push in pushes(steering)[:4]:
         words = f"layer {push.layer}: push of {push.norm:.3g}"

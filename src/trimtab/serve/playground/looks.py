@@ -1,4 +1,4 @@
-"""How the page looks, and the little that it does in the browser itself."""
+"""The page's theme, style and scripts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ html:not([data-tt-busy]) #tt-stop { visibility: hidden; }
   position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
 }
 """
-"""What goes by what the page is doing, which stands at its root: Gradio keeps other style to its own elements."""
+"""Styles that depend on the attributes that the script sets on the root; Gradio restricts other styles to its own
+elements.
+"""
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's plainest theme in the system's own fonts: nothing is fetched from elsewhere.
+    """Gradio's plainest theme in the system's own fonts: nothing is loaded from other hosts.
 
-    Of its colours those are set anew that have less than 4.5:1 against what they stand on.
+    It only changes colors with a contrast below 4.5:1.
     """
     base = gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
@@ -54,11 +56,11 @@ def theme() -> gr.themes.Base:
 
 
 def options() -> dict[str, Any]:
-    """Theme, style and scripts, as `mount_gradio_app` takes them."""
+    """Theme, style and scripts, as arguments of `mount_gradio_app`."""
     stream = (HERE / "stream.js").read_text(encoding="utf-8")
     return {
         "theme": theme(),
-        "head": f"<style>{STATES}</style><script>{stream}</script>",  # it runs before Gradio asks for anything
+        "head": f"<style>{STATES}</style><script>{stream}</script>",  # runs before Gradio sends a request
         "css": (HERE / "page.css").read_text(encoding="utf-8"),
         "js": (HERE / "page.js").read_text(encoding="utf-8"),
     }

@@ -1,4 +1,4 @@
-"""The upper part of the Learn tab: a sentence or a persona, a name, and how far its steering has come."""
+"""The upper part of the Learn tab: a sentence or a persona, a name, and the progress of making the steering."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ABOUT = (
 
 
 def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
-    """The components, and what happens when somebody uses them. `learned` is set to the name of what was added."""
+    """The components and their event handlers. `learned` is set to the name of the added steering."""
     gr.HTML(show.note(ABOUT))
     sentence = gr.Textbox(
         label="A sentence",

@@ -1,4 +1,4 @@
-"""Making a steering from a sentence that somebody typed: the request, how far it has come, and what it is worth."""
+"""Making a steering from a sentence that a user typed: the request, the progress, and the verdict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEXT = "Try clearer words, or name an opposite after 'not'. Or tick the box to a
 
 
 def making_of(name: str, sentence: str, like: str, unlike: str, *, keep: bool) -> MakeRequest:
-    """The API's request. Raises `TrimtabError` for what is missing, and pydantic's `ValidationError`."""
+    """The API request. Raises `TrimtabError` if something is missing, and pydantic's `ValidationError`."""
     said = {"idea": sentence.strip(), "like": like.strip(), "unlike": unlike.strip()}
     if said["idea"] and (said["like"] or said["unlike"]):
         raise TrimtabError("give a sentence, or a persona and its opposite, not both")
@@ -37,9 +37,9 @@ def making_of(name: str, sentence: str, like: str, unlike: str, *, keep: bool) -
 
 
 def make(service: Service, key: Key, request: MakeRequest) -> AsyncGenerator[Step | Finished, None]:
-    """How far it has come, again and again; at last what was made.
+    """Yield the progress, and at last the result.
 
-    Raises `Refusal` where learning is off, and what `making` raises.
+    Raises `Refusal` if learning is off, and what `making` raises.
     """
     if not service.learn:
         raise Refusal(403, OFF)
@@ -47,7 +47,7 @@ def make(service: Service, key: Key, request: MakeRequest) -> AsyncGenerator[Ste
 
 
 def coming(step: Step) -> str:
-    """How far it has come, as HTML, each stage counted alike."""
+    """The progress, as HTML; each stage counts the same."""
     if step.number == 0:
         return show.progress(0, f"{step.stage} …")
     share = (step.number - 1 + step.done / max(1, step.total)) / len(STAGES)
@@ -57,7 +57,7 @@ def coming(step: Step) -> str:
 
 
 def made(name: str, finished: Finished) -> str:
-    """What was made and what it is worth, as HTML, with answers side by side and the file to save."""
+    """The result and its verdict, as HTML, with answers side by side and a link to save the file."""
     loaded, verdict = finished.loaded, finished.made.verdict
     known = f"<strong>{html.escape(name)}</strong>"
     if loaded is None:

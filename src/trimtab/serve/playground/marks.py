@@ -1,4 +1,4 @@
-"""Phrases to emphasize, looked for in the prompt while somebody types."""
+"""Phrases to emphasize, searched for in the prompt while a user types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trimtab.serve.service import Service
 
 @dataclass(frozen=True)
 class Mark:
-    """A phrase: at how many of the prompt's tokens it stands, or why not."""
+    """A phrase, and the number of the prompt's tokens in its occurrences, or why there are none."""
 
     phrase: str
     tokens: int = 0
@@ -19,7 +19,7 @@ class Mark:
 
 
 def find_marks(service: Service, prompt: Any, phrases: tuple[str, ...], *, chat: bool) -> list[Mark]:
-    """Each phrase in the prompt. Nothing is raised: what isn't there is said."""
+    """Find each phrase in the prompt. Errors are returned, not raised."""
     marks = []
     for phrase in phrases:
         try:

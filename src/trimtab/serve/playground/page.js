@@ -1,5 +1,5 @@
 () => {
-  // A file that is dropped on the pairs, or chosen below them, is read here: it never leaves the browser as a file.
+  // A file that is dropped on the pairs, or chosen below them, is read here: only its text leaves the browser.
   const put = (area, text) => {
     Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, "value").set.call(area, text);
     area.dispatchEvent(new Event("input", { bubbles: true }));
@@ -29,8 +29,8 @@
     if (event.target.id === "tt-file" && event.target.files.length) read(event.target.files[0]);
   });
 
-  // An answer is said to those who don't see it once it is whole: what streams would be said again at every token. What
-  // the page is doing stands at its root, for the style: whether something was asked yet, and whether it is answering.
+  // Screen readers announce an answer once it is complete: streamed text would be announced again at every token. The
+  // root's attributes give the page's state, for the styles: whether there is a turn yet, and whether it is answering.
   const teller = document.createElement("div");
   teller.id = "tt-teller";
   teller.setAttribute("role", "log");
@@ -53,7 +53,7 @@
     const focused = document.activeElement;
     const said = root.toggleAttribute("data-tt-said", document.querySelector("#tt-talk .tt-turn") !== null);
     const busy = root.toggleAttribute("data-tt-busy", document.querySelector("#tt-talk [aria-busy=true]") !== null);
-    // who used what is hidden now goes on at the message
+    // if the focused element is hidden now, focus the message box
     if ((said && focused?.closest("#tt-examples")) || (!busy && focused?.id === "tt-stop")) {
       document.querySelector("#tt-message textarea")?.focus();
     }
@@ -65,7 +65,7 @@
     setTimeout(look, 100);
   }).observe(document.body, { childList: true, subtree: true });
 
-  // Gradio's lists stay open when the keyboard, or a click, goes on to something else: Escape closes them.
+  // Gradio's lists stay open when they lose focus: Escape closes them.
   document.addEventListener("focusout", ({ target }) => {
     if (!target.matches?.("input[role=combobox]")) return;
     setTimeout(() => {

@@ -1,4 +1,4 @@
-"""The page, as an application of its own: the server's guard sends it the requests that are the page's."""
+"""The page as a separate application: the server's guard forwards the page's requests to it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from trimtab.serve.reference import reference
 from trimtab.serve.service import Service
 
 WAITING = 256
-"""Clicks that wait at most; what they ask for waits in the scheduler's own queue."""
+"""The most clicks in the queue; the requests that they cause wait in the scheduler's own queue."""
 LEARN = "learn one, or "
 NO_ROUTES = "The routes are listed once you have entered your API key above."
 
 
 def make_page(service: Service) -> Door:
-    """The application that serves the page; to be run with the server's."""
+    """The application that serves the page; its lifespan runs with the server's."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     page = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     settings = {"footer_links": [], "run_history": False, "show_error": False, "ssr_mode": False, "mcp_server": False}
@@ -42,7 +42,7 @@ def make_page(service: Service) -> Door:
 
 
 def make_blocks(service: Service) -> gr.Blocks:
-    """The page's components, and what happens when somebody uses them."""
+    """The page's components and their event handlers."""
     keys = bool(service.policy.keys)
     with gr.Blocks(title="trimtab", analytics_enabled=False, fill_width=True) as blocks:
         head = gr.HTML(_head(""))
@@ -71,11 +71,11 @@ def make_blocks(service: Service) -> gr.Blocks:
                     routes = gr.HTML(show.note(NO_ROUTES) if keys else "", elem_id="tt-routes")
 
         def refused(secret: str, error: Exception) -> str:
-            """What went wrong; nothing before a key is typed, since nobody has asked for anything then."""
+            """The error message; empty before a key is typed, since nothing has been requested then."""
             return "" if keys and not (secret or "").strip() else show.error(in_words(error))
 
         def arrive(secret: str, talk: Talk, names: list[str], was: list[str], *values: Any) -> list[Any]:
-            """What this key may choose from. `names` are what was chosen before."""
+            """Update the page for this key. `names` are the steerings chosen before."""
             try:
                 mine = caller(service, secret)
             except Exception as error:
@@ -117,7 +117,7 @@ def make_blocks(service: Service) -> gr.Blocks:
         values = [panel.names, panel.was, *panel.values]
         inputs = [key, *values]
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-        # one after the other, the last always: what an earlier key may see never replaces what this one may
+        # one at a time, and always the last: an earlier key's choices never replace those of the current one
         gr.on(
             [blocks.load, use.click, key.submit],
             arrive,
@@ -136,7 +136,7 @@ def make_blocks(service: Service) -> gr.Blocks:
         panel.names.change(choose, inputs, [trouble, *slots], **quick)
 
         def admit(secret: str, talk: Talk, learned: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
-            """What was just learned is chosen too, in place of the last where there is no room."""
+            """Also choose what was just learned, instead of the last one if all slots are taken."""
             room = [name for name in names or [] if name != learned][: SLOTS - 1]
             return arrive(secret, talk, [*room, learned] if learned else room, was, *values)
 
@@ -146,7 +146,7 @@ def make_blocks(service: Service) -> gr.Blocks:
 
 
 def _empty(service: Service, talk: Talk) -> Any:
-    """What an empty chat says; one that isn't empty stays as it is."""
+    """The text of an empty chat; a chat with turns isn't changed."""
     return gr.skip() if talk.turns else show.talk(service, talk)
 
 

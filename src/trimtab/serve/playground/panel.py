@@ -18,12 +18,12 @@ SELECTED = """(phrases) => {
   const phrase = value.slice(selectionStart, selectionEnd).trim();
   return phrase ? [phrases, phrase].filter((part) => part && part.trim()).join("\\n") : phrases;
 }"""
-"""In the browser: what is selected in the message becomes one more phrase."""
+"""JavaScript: adds the selected text of the message as another phrase."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A chosen steering's controls."""
+    """The controls of a chosen steering."""
 
     row: Any
     strength: Any
@@ -32,7 +32,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Panel:
-    """The panel's components. `was` holds the names whose values the slots show."""
+    """The panel's components. `was` holds the names of the steerings that the slots show."""
 
     names: Any
     was: Any
@@ -49,24 +49,24 @@ class Panel:
 
     @property
     def inputs(self) -> list[Any]:
-        """In the order in which `choices.chosen` reads them."""
+        """The components in the order that `choices.chosen` reads."""
         strengths, layers = [slot.strength for slot in self.slots], [slot.layer for slot in self.slots]
         rest = [self.emphasis, self.rejection, self.beta, self.system, self.max_tokens, self.temperature, self.seed]
         return [self.names, *strengths, *layers, *rest]
 
     @property
     def arranged(self) -> list[Any]:
-        """What `arrange` sets."""
+        """The components that `arrange` updates."""
         return [self.was, *(part for slot in self.slots for part in (slot.row, slot.strength, slot.layer))]
 
     @property
     def values(self) -> list[Any]:
-        """The slots' values, for `arrange`."""
+        """The components of the slots' values, for `arrange`."""
         return [slot.strength for slot in self.slots] + [slot.layer for slot in self.slots]
 
 
 def make_panel(service: Service) -> Panel:
-    """The components, within whatever holds them."""
+    """The components, inside the current Gradio context."""
     names = gr.Dropdown(
         [],
         multiselect=True,
@@ -154,7 +154,7 @@ def _begin(low: float, high: float) -> float:
 
 
 def arrange(service: Service, key: Key, names: Sequence[str], was: Sequence[str], values: Sequence[Any]) -> list[Any]:
-    """The slots for these names, each with the values that its steering had, as updates for `Panel.arranged`."""
+    """Updates of `Panel.arranged` for these names; steerings that were chosen before keep their values."""
     low, high = span_of(*service.policy.range_of(key))
     known = {entry.name: entry for entry in service.visible(key)}
     strengths = carried(was, names, values[:SLOTS], _begin(low, high))
@@ -174,7 +174,7 @@ def arrange(service: Service, key: Key, names: Sequence[str], was: Sequence[str]
 
 
 def _layers(service: Service, loaded: Loaded, value: int) -> dict[str, Any]:
-    """What a steering's layer can be: one that acts at several stays where it is."""
+    """The layers to choose from: a steering that acts at several stays where it is."""
     own = loaded.steering.layers
     if len(own) != 1:
         choices = [(f"{own[0]} to {own[-1]}, as learned", AS_LEARNED)]
@@ -184,6 +184,6 @@ def _layers(service: Service, loaded: Loaded, value: int) -> dict[str, Any]:
 
 
 def nameable(service: Service, key: Key) -> list[str]:
-    """The steerings that may be chosen: what is always on needs no choosing."""
+    """The steerings that may be chosen; those that are always on aren't listed."""
     always = {name for name, _ in service.policy.always}
     return [loaded.name for loaded in service.visible(key) if loaded.name not in always]

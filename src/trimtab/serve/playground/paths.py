@@ -1,7 +1,7 @@
-"""Which requests are the page's, and what its responses say to the browser.
+"""The paths of the page, and the security headers of its responses.
 
-Gradio has more routes than the page needs: files by their path, uploads, a proxy. They aren't reached: a path that
-isn't listed here goes to the API, which doesn't know it.
+Gradio has more routes than the page needs: files by path, uploads, a proxy. They can't be reached: a path that isn't
+listed here goes to the API, which answers 404.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ PAGE = re.compile(
 )
 
 JOIN = "/gradio_api/queue/join"
-"""Where the page asks for something to be done."""
+"""Where the page requests work."""
 DATA = "/gradio_api/queue/data"
-"""Where it reads what came of it."""
+"""Where it reads the results."""
 STREAMS = re.compile(r"/gradio_api/(?:queue/data|heartbeat/[A-Za-z0-9]+)")
 """Where its responses stay open."""
 
@@ -29,9 +29,9 @@ HEADERS = (
     ),
     (b"referrer-policy", b"no-referrer"),
 )
-"""The page loads nothing from elsewhere and tells nobody of its reader, whatever Gradio's own page asks for."""
+"""The page loads nothing from other hosts and sends no referrer, whatever Gradio's own page asks for."""
 
 
 def is_page(path: str) -> bool:
-    """Whether a request for this path is the page's."""
+    """Whether this path belongs to the page."""
     return PAGE.fullmatch(path) is not None

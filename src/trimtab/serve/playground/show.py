@@ -1,6 +1,6 @@
-"""The page's HTML: a conversation in two columns, a grid of answers, phrases and their places, and errors.
+"""The page's HTML: a conversation in two columns, a grid of answers, phrases and where they are found, and errors.
 
-Whatever a person or the model wrote is escaped here.
+All text by users or the model is escaped here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from trimtab.serve.service import Service
 WELCOME = """<div class="tt-welcome"><h2>The same model answers twice</h2>
 <p>Once unsteered, and once steered: a steering pushes the model's activations in a learned direction while it writes.
 Your message stays as you typed it.</p>{next}</div>"""
-"""What an empty chat says, whatever there is to choose from."""
+"""The text of an empty chat, whatever there is to choose from."""
 CHOSEN = """<ol><li>A steering is selected under <b>Steerings</b>. Choose another one, or several.</li>
 <li>Send one of the messages below, or your own.</li>
 <li>Move the <b>strength</b> slider, and the steered answer is generated again.</li></ol>"""
-"""What to do on a first visit."""
+"""Instructions for a first visit."""
 NONE_YET = (
     """<p>There is no steering to choose yet: {ways}. Until then, you can emphasize phrases of your message.</p>"""
 )
@@ -32,11 +32,11 @@ FOLDER = "start the server with a folder of them, <code>trimtab serve --steering
 LISTING = "<p>The steerings are being listed …</p>"
 NEEDS_KEY = "<p>Enter your API key above: it decides which steerings you may choose from.</p>"
 HELD_BACK = {"steered": "steered in full", "weakened": "steered more weakly", "rejected": "not steered"}
-"""What the kinds of steps with rejection are called."""
+"""Labels for the kinds of steps with rejection."""
 
 
 def error(words: str) -> str:
-    """An error, which a screen reader says at once; nothing for no words."""
+    """An error, which a screen reader announces at once; empty if there is no text."""
     return f'<p class="tt-error" role="alert">{html.escape(words[:1].upper() + words[1:])}</p>' if words else ""
 
 
@@ -46,7 +46,7 @@ def note(words: str) -> str:
 
 
 def welcome(service: Service, names: Sequence[str] | None) -> str:
-    """What an empty chat says to somebody who may choose from these steerings; `None`: that isn't known yet."""
+    """The text of an empty chat for a user who may choose from these steerings; `None`: not known yet."""
     if names is None:
         follows = NEEDS_KEY if service.policy.keys else LISTING
     elif names:
@@ -92,7 +92,7 @@ def _answer(
 
 
 def _article(side: Side, kind: str, title: str, how: str, inner: str, colour: str = FORMATTED) -> str:
-    """One answer. The page's script says what is no longer busy to those who don't see it."""
+    """One answer. The page's script announces answers that are no longer busy to screen readers."""
     more = f" <small>{html.escape(how)}</small>" if how else ""
     shape = "tt-text tt-formatted" if colour == FORMATTED else "tt-text"
     busy = "false" if side.over else "true"
@@ -129,7 +129,7 @@ def _ending(side: Side) -> str:
 
 
 def _marked(text: str, phrases: Sequence[str]) -> str:
-    """The text, with the phrases in it marked."""
+    """The text, with these phrases marked."""
     shown = html.escape(text)
     for phrase in sorted(phrases, key=len, reverse=True):
         escaped = html.escape(phrase)
@@ -139,7 +139,7 @@ def _marked(text: str, phrases: Sequence[str]) -> str:
 
 
 def two(question: str, plain: str, steered: str) -> str:
-    """A question, and two answers to it that have ended, side by side."""
+    """A question and two finished answers, side by side."""
     sides = (("tt-plain", "Unsteered", plain), ("tt-steered", "Steered", steered))
     answers = "".join(
         f'<article class="tt-answer {kind}"><h3>{title}</h3>'
@@ -166,7 +166,7 @@ def marks(places: Sequence[Mark]) -> str:
 
 
 def grid(rows: Sequence[tuple[str, Sequence[tuple[str, Side]]]]) -> str:
-    """A grid of answers: each row with a title, each cell with its own."""
+    """A grid of answers: each row and each cell has a title."""
     parts = []
     for title, cells in rows:
         shown = "".join(
@@ -179,7 +179,7 @@ def grid(rows: Sequence[tuple[str, Sequence[tuple[str, Side]]]]) -> str:
 
 
 def progress(share: float, words: str) -> str:
-    """How far something has come."""
+    """A progress bar."""
     return (
         f'<p class="tt-note" role="status"><progress max="1" value="{share:.3f}" aria-label="progress"></progress>'
         f" {html.escape(words)}</p>"

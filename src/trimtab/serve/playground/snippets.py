@@ -1,4 +1,4 @@
-"""A request as `curl` and as Python, to be copied: what the page asks, anybody can ask."""
+"""A request as `curl` and as Python, to copy: everything the page does can be done with the API."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ EXTRA = ("steering", "emphasize", "rejection")
 
 
 def body_of(request: Request) -> dict[str, Any]:
-    """The request's JSON, without what it leaves to the server; what steers comes last."""
+    """The request's JSON, without unset fields; the steering fields come last."""
     body = _plain(request.model_dump(exclude_unset=True))
     order = ["model", "messages", "prompt", *(name for name in body if name not in EXTRA), *EXTRA]
     return {name: body[name] for name in dict.fromkeys(order) if name in body}
 
 
 def _plain(value: Any) -> Any:
-    """Whole numbers without a point, as a person writes them."""
+    """Whole numbers without a decimal point, as a person writes them."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -31,7 +31,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_curl(request: Request, address: str, *, keys: bool) -> str:
-    """A command line. The API key, where there is one, is taken from the environment."""
+    """A command line. The API key, if one is needed, is taken from the environment."""
     path = "chat/completions" if isinstance(request, ChatRequest) else "completions"
     lines = [f"curl {shlex.quote(f'{address}/v1/{path}')}", "-H 'Content-Type: application/json'"]
     if keys:
@@ -45,7 +45,7 @@ def as_curl(request: Request, address: str, *, keys: bool) -> str:
 
 
 def as_python(request: Request, address: str, *, keys: bool) -> str:
-    """A program that asks with OpenAI's client."""
+    """A program that sends the request with OpenAI's client."""
     body = body_of(request)
     chat = isinstance(request, ChatRequest)
     extra = {name: body.pop(name) for name in EXTRA if name in body}
@@ -62,6 +62,6 @@ def as_python(request: Request, address: str, *, keys: bool) -> str:
 
 
 def _literal(value: Any, indent: int) -> str:
-    """The value as Python has it, its lines behind the argument's name."""
+    """The value as Python source, with later lines indented to follow the argument's name."""
     shown = pformat(value, width=100 - indent, sort_dicts=False)
     return shown.replace("\n", "\n" + " " * (indent + 5))

@@ -1,11 +1,11 @@
 (() => {
-  // Gradio's answers come on one stream, which the server ends when nothing is left to answer. What is asked while that
-  // end is on its way would never be answered: the server has stopped writing, and Gradio believes that the stream goes
-  // on. So the stream is read here first: it ends for Gradio only when all that was asked has been answered, and
-  // otherwise goes on with a new one.
+  // Gradio's results come on one stream, which the server ends when no request is left. A request that is sent while
+  // that end is on its way would never get a result: the server has stopped writing, and Gradio believes that the
+  // stream is still open. So this script reads the stream first: for Gradio, it ends only when all requests have their
+  // results, and otherwise continues with a new stream.
   const ask = window.fetch.bind(window);
-  const unanswered = new Set(); // events of Gradio's queue, and what stands for one until its number is known
-  const early = new Set(); // events that were answered before their number was known
+  const unanswered = new Set(); // events of Gradio's queue, and placeholders until their ids are known
+  const early = new Set(); // events that were answered before their ids were known
   let ending = Promise.resolve();
 
   const answered = (event) => unanswered.delete(event) || early.add(event);
@@ -24,7 +24,7 @@
     }
   }
 
-  // Without the key in a header the server takes small requests only: it reads none before it knows whose it is.
+  // Without the key in a header the server only accepts small requests, since it checks the key before the body.
   function withKey(init) {
     const key = document.querySelector("#tt-key input, #tt-key textarea")?.value.trim();
     if (!key || !/^[!-~]+$/.test(key)) return init;
@@ -54,7 +54,7 @@
     });
     return new Response(body, { status: first.status, headers: first.headers });
 
-    // Copies messages until the stream ends; returns whether it has to go on with another.
+    // Copies messages until the stream ends; returns whether to continue with another stream.
     async function copy(from, put) {
       const reader = from.pipeThrough(new TextDecoderStream()).getReader();
       let rest = "";
@@ -79,7 +79,7 @@
     }
   }
 
-  // Gradio lets go of a stream as soon as it has read its end.
+  // Gradio aborts a stream as soon as it has read its end.
   const ended = (signal) =>
     new Promise((resolve) => {
       signal.addEventListener("abort", resolve, { once: true });

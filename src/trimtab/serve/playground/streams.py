@@ -1,4 +1,4 @@
-"""Streams that a page holds open end when the server does, or it would wait for every page that is still open."""
+"""End a page's open streams at shutdown; otherwise the server would wait for every page that is still open."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trimtab.serve.scheduler import Scheduler
 
 LOOK = 0.25
-"""Seconds between looks at the scheduler."""
+"""Seconds between checks of the scheduler."""
 
 
 async def until_drained(app: ASGIApp, scheduler: Scheduler, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run `app`, and end its response when the scheduler takes nothing more and has answered everybody."""
+    """Run `app`, and end its response when the scheduler accepts nothing more and has answered everything."""
     begun, over = False, False
 
     async def out(message: Message) -> None:
@@ -23,7 +23,7 @@ async def until_drained(app: ASGIApp, scheduler: Scheduler, scope: Scope, receiv
 
     async def watch(scope: anyio.CancelScope) -> None:
         idle = 0
-        while idle < 4:  # what was said last is still on its way to the page
+        while idle < 4:  # the last output is still on its way to the page
             await anyio.sleep(LOOK)
             idle = idle + 1 if scheduler.draining and not (scheduler.running or scheduler.queued) else 0
         scope.cancel()

@@ -1,4 +1,4 @@
-"""A sweep: one steering at several strengths, and layers, on one prompt, as a grid of answers in one batch."""
+"""A sweep: one steering at several strengths and layers, on one prompt, as a grid of answers in one batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trimtab.serve.service import Service
 
 @dataclass(frozen=True)
 class Sweep:
-    """`layers` may hold `AS_LEARNED`."""
+    """A steering, and the strengths and layers to try. `layers` may include `AS_LEARNED`."""
 
     name: str
     strengths: tuple[float, ...]
     layers: tuple[int, ...] = (AS_LEARNED,)
 
     def requests(self, service: Service, choice: Chosen, text: str) -> list[Request]:
-        """One for each cell, row by row. Raises `TrimtabError` for more than a request may have."""
+        """One request per cell, row by row. Raises `TrimtabError` for more answers than a request may have."""
         count = len(self.strengths) * len(self.layers)
         if count > service.limits.answers:
             raise TrimtabError(f"these are {count} answers, {service.limits.answers} at most are given at once")
@@ -34,14 +34,14 @@ class Sweep:
         return requests
 
     def rows(self) -> list[str]:
-        """The titles of the rows; none where there is only one."""
+        """The titles of the rows; without chosen layers, one empty title."""
         if self.layers == (AS_LEARNED,):
             return [""]
         return ["where it was learned" if layer == AS_LEARNED else f"layer {layer}" for layer in self.layers]
 
 
 def numbers(text: str, what: str) -> tuple[float, ...]:
-    """Numbers with commas or spaces between them, each once. Raises `TrimtabError` for what is none."""
+    """Numbers separated by commas or spaces, without duplicates. Raises `TrimtabError` for anything else."""
     values = []
     for word in re.split(r"[,;\s]+", text.strip().replace("\N{MINUS SIGN}", "-")):
         if not word:
@@ -57,7 +57,7 @@ def numbers(text: str, what: str) -> tuple[float, ...]:
 
 
 def sweep_of(name: str | None, strengths: str, layers: str) -> Sweep:
-    """What was typed. Raises `TrimtabError` for what makes no sweep."""
+    """The sweep that a user typed. Raises `TrimtabError` if it isn't one."""
     if not name:
         raise TrimtabError("choose a steering to sweep")
     pushed = numbers(strengths, "strengths")
@@ -67,7 +67,7 @@ def sweep_of(name: str | None, strengths: str, layers: str) -> Sweep:
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    """Layers, as somebody typed them. Raises `TrimtabError` for what is none."""
+    """Layers, as a user typed them. Raises `TrimtabError` for anything else."""
     layers: Sequence[float] = numbers(text, "layers")
     for value in layers:
         if value != int(value) or value < 0:

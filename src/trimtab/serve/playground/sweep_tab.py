@@ -1,4 +1,4 @@
-"""The sweep: one prompt, one steering, several strengths and layers, and all answers streaming into a grid."""
+"""The sweep: one prompt, one steering, several strengths and layers, and all answers streamed into a grid."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ABOUT = (
 
 @dataclass(frozen=True)
 class SweepTab:
-    """The components that others set."""
+    """The components that other parts of the page update."""
 
     name: Any
 
 
 def make_sweep(service: Service, key: Any, panel: Panel) -> SweepTab:
-    """The components, and what happens when somebody uses them."""
+    """The components and their event handlers."""
     running = gr.State(Talk())
     low, high = span_of(*service.policy.strength)
     with gr.Row():
@@ -86,13 +86,13 @@ def make_sweep(service: Service, key: Any, panel: Panel) -> SweepTab:
 
 
 def _rows(sweep: Sweep, sides: list[Side]) -> list[tuple[str, list[tuple[str, Side]]]]:
-    """The grid's rows: a title, and the cells with theirs."""
+    """The grid's rows: a title, and the cells with their titles."""
     wide = len(sweep.strengths)
     cells = [(f"{strength:g}", side) for strength, side in zip(sweep.strengths * len(sweep.layers), sides, strict=True)]
     return [(title, cells[row * wide : (row + 1) * wide]) for row, title in enumerate(sweep.rows())]
 
 
 def _default(low: float, high: float) -> str:
-    """A few strengths within what is allowed."""
+    """A few strengths within the allowed range."""
     wanted = [value for value in (-2, -1, 0, 1, 2) if low <= value <= high or value == 0]
     return ", ".join(f"{value:g}" for value in wanted)

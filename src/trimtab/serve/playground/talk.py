@@ -1,4 +1,4 @@
-"""A conversation that two sides answer: the one unsteered, the other steered. Each goes on from its own answers."""
+"""A conversation with two sides, one unsteered and one steered. Each side continues from its own answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimtab.text.chat import Message
 
 @dataclass
 class Turn:
-    """What was said, which phrases of it were emphasized, and both answers."""
+    """A message, its emphasized phrases, and both answers."""
 
     text: str
     phrases: tuple[str, ...] = ()
@@ -20,10 +20,10 @@ class Turn:
 
 @dataclass
 class Talk:
-    """All of it. `running` is what is being answered just now; `number` counts the messages sent.
+    """The whole conversation. `running` is what is being answered; `number` counts the messages sent.
 
-    `moves` is the number of the last move of a slider that is known of. `names` are the steerings to choose from, and
-    `None` until the page knows them.
+    `moves` is the number of the latest known move of a slider. `names` are the steerings to choose from; `None` until
+    the page knows them.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -41,14 +41,14 @@ class Talk:
         return messages
 
     def begin(self, asking: Asking) -> int:
-        """Something else is sent: what was being answered is let go. Its number tells it from what comes after."""
+        """Start a new run, and cancel the one in progress. Returns a number that identifies the new run."""
         self.stop()
         self.running = asking
         self.number += 1
         return self.number
 
     def stop(self) -> None:
-        """Let go of what is being answered."""
+        """Cancel what is being answered."""
         if self.running is not None:
             self.running.stop()
             self.running = None

@@ -1,1 +1,1 @@
-"""The door in front of vLLM's own server: keys, a policy, an audit log, and what answers say of their steering."""
+"""The layer in front of vLLM's own server: API keys, a policy, an audit log, and reports of what steered an answer."""

@@ -1,8 +1,9 @@
-"""The outermost layer of vLLM's own server: what `trimtab serve` checks before its routes, checked before vLLM's.
+"""The outermost layer of vLLM's own server: the checks that `trimtab serve` makes before its routes.
 
-vLLM makes it from `--middleware`, with the application alone; the rest stands in the environment. A request to a route
-that generates gets a ticket (`engines.vllm.admitted`), by which the engine knows what is to steer it. With a policy, or
-an audit log, the server is closed: other routes that generate aren't there, and the engine takes nothing past the door.
+vLLM makes it from `--middleware`, passing only the application; the settings are in the environment. A request to a
+route that generates gets a ticket (`engines.vllm.admitted`), which tells the engine what steers it. With a policy or an
+audit log, the server is closed: other routes that generate don't exist, and the engine accepts nothing that didn't come
+through the door.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from trimtab.serve.vllm.settings import DoorSettings
 from trimtab.steering import Steering
 
 GENERATE = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-"""Routes of vLLM's that generate, and through which steering is known to pass."""
+"""Routes of vLLM that generate and support steering."""
 PASSED = {
     "GET": ("/health", "/ping", "/v1/models", "/version", "/load", "/metrics", "/docs", "/openapi.json"),
     "POST": ("/tokenize", "/detokenize"),
 }
-"""And those that don't."""
+"""Routes of vLLM that don't generate."""
 WITHOUT_KEY = ("/health", "/ping", "/healthz", "/readyz")
 OURS = ("/healthz", "/readyz", "/trimtab", "/v1/steerings")
 CHANGED = "/trimtab/steerings/"
-"""Where who has the key in TRIMTAB_ADMIN_KEY changes steerings; the endpoint sees to that."""
+"""Where the holder of the key in TRIMTAB_ADMIN_KEY changes steerings; the endpoint checks that key."""
 NOWHERE = (
     "there is no such route here: POST /v1/chat/completions, /v1/completions and /v1/responses answer, GET /v1/models"
     " and /v1/steerings list what there is"
@@ -56,11 +57,11 @@ NOWHERE = (
 
 
 class Door:
-    """The layer, around an application whose state has `trimtab_engine`, as trimtab's endpoint plugin puts it there.
+    """The layer around vLLM's application, whose state has `trimtab_engine`, set by trimtab's endpoint plugin.
 
     Args:
         app: vLLM's application.
-        settings: From the environment, unless they are passed.
+        settings: Default: from the environment.
         names: The steerings.
     """
 
@@ -80,7 +81,7 @@ class Door:
         self._guard = Guard(self._inside, self, local=self.settings.local, open=WITHOUT_KEY)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        TICKET.set(None)  # a connection's next request may run in the context of the one before
+        TICKET.set(None)  # a connection's next request may run in the context of the previous one
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
         elif scope["type"] != "http":
@@ -97,7 +98,7 @@ class Door:
         else:
             await self._guard(scope, receive, send)
 
-    # ---- its life ------------------------------------------------------------------------------------------
+    # ---- lifespan ------------------------------------------------------------------------------------------
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -113,7 +114,7 @@ class Door:
             self.audit.close()
 
     def _open(self, state: Any) -> None:
-        """Before the first request. Raises `TrimtabError` where what was requested can't hold."""
+        """Prepare for the first request. Raises `TrimtabError` if the settings can't be enforced."""
         engine = getattr(state, "trimtab_engine", None)
         if engine is None:
             raise TrimtabError("vLLM hasn't loaded trimtab's routes; name trimtab in VLLM_PLUGINS")
@@ -130,15 +131,15 @@ class Door:
         self.access = None if settings.access_log is None else _access_log(settings.access_log)
         self._engine = engine
 
-    # ---- what the guard asks -------------------------------------------------------------------------------
+    # ---- the guard's interface -----------------------------------------------------------------------------
 
     def largest(self, method: str, path: str, *, known: bool) -> int:
-        """How many bytes a request's body may have."""
+        """The most bytes that a request's body may have on this route."""
         answers = method == "POST" and path in GENERATE + PASSED["POST"]
         return self.limits.body if answers else min(SMALL, self.limits.body)
 
     def count(self, route: str, status: int, seconds: float) -> None:
-        """vLLM counts its requests itself."""
+        """Does nothing: vLLM counts its requests itself."""
 
     # ---- behind the guard ----------------------------------------------------------------------------------
 
@@ -174,7 +175,7 @@ class Door:
             except Refusal as refusal:
                 out.refusal = refusal
                 raise TrimtabError(refusal.message) from None
-            state["record"] = record  # which the guard sees to the end of
+            state["record"] = record  # the guard makes sure that it ends
 
         name = json.dumps([applied.model_dump(exclude={"name"}) for applied in steerings])
         cap = None if steering is None else self.policy.dose_of(key)
@@ -214,7 +215,7 @@ class Door:
         await Json(content)(scope, receive, send)
 
     async def _change(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A steering that comes, changes or goes, with a line in the audit log."""
+        """Forward a request that adds, changes or removes a steering, and log it."""
         if not self.audit.check():
             await unaudited().response(scope, receive, send)
             return
@@ -226,7 +227,7 @@ class Door:
                 entry = self._find(name, None)
                 digest = None if entry is None else entry.digest
                 line = {"event": event, "request": request, "key": "admin", "route": scope["path"], event: name}
-                with suppress(Refusal):  # it has happened; nobody is answered until the log can be written again
+                with suppress(Refusal):  # it has happened; no request is answered until the log can be written again
                     self.audit.write({**line, "digest": digest, "source": "admin"})
             await send(message)
 
@@ -249,10 +250,10 @@ class Door:
 
 
 def check(settings: DoorSettings, names: Names) -> Policy:
-    """Whether a door can be made so, before vLLM is started.
+    """Check, before vLLM is started, whether a door can be made with these settings.
 
     Raises:
-        TrimtabError: The policy isn't valid, names what isn't there, or asks for what vLLM can't; or a log can't be
+        TrimtabError: The policy isn't valid, names what doesn't exist, or needs what vLLM can't do; or a log can't be
             written.
     """
     rules = settings.rules(os.environ)
@@ -268,9 +269,9 @@ def _audit(path: str | None, settings: DoorSettings) -> Audit:
 
 
 def _access_log(path: str) -> AccessLog:
-    """The log, which is opened anew on SIGHUP where there is a loop to hear of it."""
+    """The access log, which is reopened on SIGHUP if there is an event loop to handle the signal."""
     log = AccessLog(Path(path))
-    with suppress(RuntimeError, ValueError, AttributeError):  # outside of a loop, of the main thread, or of POSIX
+    with suppress(RuntimeError, ValueError, AttributeError):  # no event loop, not the main thread, or not POSIX
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reopened, log)
     return log
 
@@ -281,13 +282,13 @@ def _reopened(log: AccessLog) -> None:
 
 
 def _is_preflight(scope: Scope) -> bool:
-    """What a browser asks before a request of another origin, which vLLM's CORS layer answers; it has no key."""
+    """Whether it is a CORS preflight request, which has no API key and which vLLM's CORS layer answers."""
     names = {name for name, _ in scope["headers"]}
     return scope["method"] == "OPTIONS" and b"access-control-request-method" in names
 
 
 def _headers(scope: Scope, request: str, length: int) -> list[tuple[bytes, bytes]]:
-    """The headers for vLLM: its ids are made of this request's, and the body is as long as it now is."""
+    """The headers for vLLM: with this request's id, for vLLM's own ids, and the body's new length."""
     replaced = (b"x-request-id", b"content-length", b"transfer-encoding")
     others = [(name, value) for name, value in scope["headers"] if name not in replaced]
     return [*others, (b"x-request-id", request.encode()), (b"content-length", str(length).encode())]

@@ -1,7 +1,7 @@
-"""A response of vLLM's on its way out: held until the engine has taken the request, then sent with what steered it.
+"""A response of vLLM on its way out: held until the engine has accepted the request, then sent with what steered it.
 
-A whole answer gets the field `trimtab`; a stream a last chunk with it before `[DONE]`, and the events that end a
-response of the Responses API have it inside. The audit log's last line is written before that leaves.
+A whole answer gets the field `trimtab`; a stream gets a last chunk with it before `[DONE]`, or in the Responses API
+inside the event that ends it. The audit log's last line is written before that is sent.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ HEAD = ("id", "object", "created", "model")
 
 
 class Outgoing:
-    """`send` of one response.
+    """The `send` of one response.
 
     Args:
-        asgi: What the response is sent by.
-        ticket: The request's.
-        record: The same in the audit log.
-        steerings: What steers it.
+        asgi: The scope, `receive` and `send` of the request.
+        ticket: The request's ticket.
+        record: The request's entries in the audit log.
+        steerings: The steerings that act on it.
     """
 
     def __init__(
         self, asgi: tuple[Scope, Receive, Send], ticket: Ticket, record: Record, steerings: list[AppliedSteering]
     ) -> None:
         self.refusal: Refusal | None = None
-        """What is answered instead, where the engine wasn't to take the request."""
+        """The response to send instead, if the engine was told not to accept the request."""
         self._asgi, self._send = asgi, asgi[2]
         self._ticket, self._record, self._steerings = ticket, record, steerings
         self._start: Message = {}
         self._held: list[bytes] = []
-        self._rest = b""  # of a stream, an event that isn't whole yet
+        self._rest = b""  # of a stream: an incomplete event
         self._sent = self._over = self._erred = self._gone = False
         self._head: dict[str, Any] = {}
 
     def watching(self, receive: Receive) -> Receive:
-        """The same, noting when the client goes, for whom vLLM then ends the request and answers nothing."""
+        """A `receive` that notes when the client disconnects; vLLM then aborts the request and sends no answer."""
 
         async def watched() -> Message:
             message = await receive()
@@ -58,7 +58,7 @@ class Outgoing:
         return watched
 
     async def __call__(self, message: Message) -> None:
-        if self._over or self._gone:  # the guard writes down that it was cancelled
+        if self._over or self._gone:  # the guard logs that it was cancelled
             return
         if message["type"] == "http.response.start":
             self._start = message
@@ -75,7 +75,7 @@ class Outgoing:
             if not more:
                 await self._whole(b"".join(self._held))
 
-    # ---- a whole answer ------------------------------------------------------------------------------------
+    # ---- whole answers -------------------------------------------------------------------------------------
 
     async def _whole(self, body: bytes) -> None:
         status = self._start["status"]
@@ -102,7 +102,7 @@ class Outgoing:
             )
         return body[:-1] + b',"trimtab":' + _dumped(self._field()) + b"}"
 
-    # ---- a stream ------------------------------------------------------------------------------------------
+    # ---- streams -------------------------------------------------------------------------------------------
 
     async def _stream(self, body: bytes, more: bool) -> None:
         self._rest += body
@@ -112,7 +112,7 @@ class Outgoing:
         if not self._sent:
             self._held += events
             if more and not self._ticket.begun:
-                return  # nothing has left, so an error can still have its own status
+                return  # nothing has been sent, so an error can still have its own status
             events, self._held = self._held, []
             error = next((failure for event in events if (failure := _error_in(event)) is not None), None)
             if (instead := self._instead(200, error)) is not None:
@@ -124,10 +124,10 @@ class Outgoing:
         if out or not more:
             await self._out(b"".join(part + b"\n\n" for part in out), more=more)
         if not more:
-            self._end_with("cut")  # where no end has come by
+            self._end_with("cut")  # if no end was among the events
 
     def _with_summary(self, event: bytes) -> list[bytes]:
-        """An event, with what trimtab says of it."""
+        """What to send for an event: the event itself, with trimtab's summary if it ends the response."""
         if event.startswith(DONE):
             if self._erred:
                 self._end_with("dose_too_high" if self._ticket.too_high else "server")
@@ -148,7 +148,7 @@ class Outgoing:
         return [b"data: " + _dumped(self._too_high().body) if wrong and self._ticket.too_high else event]
 
     def _end_with(self, outcome: str) -> bytes | None:
-        """Write the last line; what is sent instead of the end where it can't be written."""
+        """Write the log's last line; returns what to send instead of the end if that fails."""
         try:
             self._record.end(outcome)
         except Refusal as refusal:
@@ -158,9 +158,9 @@ class Outgoing:
     # ---- both ----------------------------------------------------------------------------------------------
 
     def _instead(self, status: int, error: dict[str, Any] | None = None) -> Refusal | None:
-        """What is answered in the place of vLLM's response of this status, of which nothing has left.
+        """The response to send instead of vLLM's response with this status, of which nothing has been sent.
 
-        `error` is what its first events say is wrong.
+        `error` is the error in its first events.
         """
         if self.refusal is not None:
             return self.refusal
@@ -211,7 +211,7 @@ def _applied(index: int, ticket: Ticket, answer: tuple[str, int]) -> AppliedTold
 
 
 def _error_in(event: bytes) -> dict[str, Any] | None:
-    """The error that an event tells, if it does."""
+    """The error in an event, if there is one."""
     if not event.startswith(b'data: {"error"'):
         return None
     try:

@@ -1,4 +1,4 @@
-"""A request to vLLM's server in the audit log: begun before the engine takes any of it, ended before its end leaves."""
+"""A request to vLLM's server in the audit log: begun before the engine accepts it, ended before its end is sent."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from trimtab.serve.vllm.request import VllmRequest
 
 
 class Record:
-    """What is written down of a request, whose `ticket` counts what is generated.
+    """The audit log entries of a request, whose `ticket` counts the generated tokens.
 
     Args:
         audit: The log.
         who: The request's id, its key's name, the route.
         request: The request.
-        steerings: What steers it.
+        steerings: The steerings that act on it.
     """
 
     def __init__(
@@ -33,20 +33,20 @@ class Record:
             "model": request.model,
             "user": request.user,
             "steering": [steering.model_dump() for steering in steerings],
-            "emphasized_tokens": 0,  # of the prompts that the engine has taken
+            "emphasized_tokens": 0,  # in the prompts that the engine has accepted
             "rejection": False,
         }
         self._lock = threading.Lock()
         self._begun = self._over = False
 
     async def begin(self) -> None:
-        """The first line. Raises `Refusal` where it can't be written: then nothing may run."""
+        """Write the first line. Raises `Refusal` if it can't be written: then nothing may run."""
         self._count()
         await self._audit.soon({"event": "begun", **self._line}, self._prompt)
         self._begun = True
 
     def end(self, outcome: str) -> None:
-        """The last line. Raises `Refusal` where it can't be written. Only the first call counts."""
+        """Write the last line. Raises `Refusal` if it can't be written. Only the first call counts."""
         with self._lock:
             if self._over or not self._begun:
                 return

@@ -1,4 +1,4 @@
-"""What a request to one of vLLM's routes asks of trimtab, and the body without that, which vLLM gets."""
+"""The trimtab part of a request to one of vLLM's routes, and the body without it, for vLLM."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from trimtab.serve.wording import in_words
 from trimtab.text.chat import CONTINUE
 
 BESIDE = "vllm_xargs"
-"""vLLM's own place for what it doesn't know."""
+"""vLLM's field for extra arguments."""
 ABSENT = {
     **REFUSED,
     "monitors": "activations that are read at each token, which vLLM's server doesn't",
     "clean_cache": "a second cache for each request, which the vllm engine hasn't",
 }
-"""Fields of trimtab's own server that this one can't honour, and what they need."""
+"""Fields of trimtab's own server that this one doesn't support, and what they need."""
 KEPT_BY_VLLM = {
     "background": "it would be answered after its line in the log",
     "previous_response_id": "what vLLM keeps of responses belongs to no key; send the whole conversation as input",
 }
-"""Fields of vLLM's that a server with a policy refuses, and why."""
+"""Fields of vLLM that a server with a policy refuses, and why."""
 
 
 class _Fields(In):
@@ -39,8 +39,7 @@ class _Fields(In):
 
 @dataclass(frozen=True)
 class VllmRequest:
-    """A request: the steering that it asks for, what it emphasizes, what is written down of it, and the body for
-    vLLM."""
+    """A request: the steering it asks for, what it emphasizes, what is logged of it, and the body for vLLM."""
 
     steering: list[SteeringChoice]
     marked: Marked | None
@@ -52,7 +51,7 @@ class VllmRequest:
 
 
 def read(body: bytes, *, closed: bool) -> VllmRequest:
-    """Take a body apart. Raises `Refusal` for what can't be honoured; the rest is vLLM's to say."""
+    """Parse a body. Raises `Refusal` for fields that aren't supported; vLLM validates the rest."""
     try:
         parsed = json.loads(body)
     except ValueError as error:
@@ -80,7 +79,7 @@ def read(body: bytes, *, closed: bool) -> VllmRequest:
 
 
 def _taken_out(parsed: dict[str, Any], name: str) -> Any:
-    """What a body has under this name, in either place, and has no longer."""
+    """Remove the field of this name from the body, in either place, and return its value."""
     value = parsed.pop(name, None)
     beside = parsed.get(BESIDE)
     if not isinstance(beside, dict):
@@ -95,7 +94,7 @@ def _taken_out(parsed: dict[str, Any], name: str) -> Any:
 
 
 def _choices(choices: Any) -> Any:
-    """What vLLM's clients may write: a list, one of its items, the same as JSON in a text, or a name."""
+    """The list of choices, which vLLM's clients may send as a list, one item, either as JSON in a string, or a name."""
     if isinstance(choices, str):
         try:
             choices = json.loads(choices) if choices.lstrip()[:1] in ("[", "{") else [{"name": choices}]
@@ -113,7 +112,7 @@ def _fields(steering: Any, phrases: Any) -> _Fields:
 
 
 def _marked(fields: _Fields, body: dict[str, Any], *, unheld: bool) -> Marked | None:
-    """What is emphasized; `unheld`: the request has said that nothing need be rejected."""
+    """The phrases to emphasize; `unheld`: the request turned rejection off explicitly."""
     if not fields.emphasize:
         return None
     if not unheld:

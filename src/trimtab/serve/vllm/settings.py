@@ -1,4 +1,4 @@
-"""What the command tells the door, which vLLM makes in a process of its own: one variable of the environment."""
+"""The settings that the command passes to `Door`, which vLLM makes in another process: in an environment variable."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ KEY = "TRIMTAB_API_KEY"
 
 @dataclass(frozen=True)
 class DoorSettings:
-    """The options of `trimtab serve` that are about the door.
+    """The options of `trimtab serve` that concern the door.
 
     Args:
         policy: The policy's file.
-        max_dose: A cap besides the policy's.
-        audit: The audit log's file, and the next two what is written there and how.
+        max_dose: A cap in addition to the policy's.
+        audit: The audit log's file.
+        audit_prompts: Also log prompts.
+        audit_sync: Wait until each line is on the disk itself.
         access_log: The access log's file.
-        body: Bytes of a request's body, at most.
-        held: Bytes of all bodies together.
+        body: The most bytes of a request's body.
+        held: The most bytes of all bodies together.
         local: The server is bound to a loopback address.
     """
 
@@ -39,7 +41,7 @@ class DoorSettings:
     local: bool = False
 
     def rules(self, environment: Mapping[str, str]) -> Policy:
-        """The policy, with the key of the environment. Raises `TrimtabError` for one that can't hold on vLLM."""
+        """The policy, with the key from the environment. Raises `TrimtabError` for one that vLLM can't enforce."""
         rules = policy_from(None if self.policy is None else Path(self.policy), self.max_dose, environment.get(KEY))
         if rules.monitors:
             raise UnsupportedError(
@@ -49,16 +51,16 @@ class DoorSettings:
         return rules
 
     def closes(self, rules: Policy) -> bool:
-        """Whether nothing that generates is let past the door: there are rules, or a log in which all is to stand."""
+        """Whether generation is only possible through the door: if there are rules, or an audit log to be complete."""
         return rules != Policy() or self.audit is not None
 
     def to_text(self) -> str:
-        """For the variable."""
+        """The value of the environment variable."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> DoorSettings:
-        """Raises `TrimtabError` where it isn't there: nobody may take an open door for a closed one."""
+        """The settings in the environment. Raises `TrimtabError` if there are none, so that no server is left open."""
         if DOOR not in environment:
             raise TrimtabError(f"{DOOR} isn't set; `trimtab serve --engine vllm` starts vLLM's server with it")
         return cls(**json.loads(environment[DOOR]))
