@@ -1,1 +1,1 @@
-"""A steering put into a model's weights: what writes to the residual stream, what an edit makes of it, the files."""
+"""Bake a steering into a model's weights: the tensors that write to the residual stream, the maps, the files."""

@@ -1,6 +1,6 @@
-"""What edits at a site make of an activation, as a map that weights can hold: `x' = A x + c`.
+"""The edits at a site as an affine map of activations that weights can represent: `x' = A x + c`.
 
-`Ablate` is linear and `Add` a constant, so that any sequence of them is such a map, computed by the kernels that steer.
+`Ablate` is linear and `Add` a constant, so any sequence of them is such a map. The kernels that steer also compute it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from trimtab.steering import Edit
 from trimtab.steering.operations import Kernel, Rows, add
 
 CLEAR = 1e-6
-"""So much of an activation, along a direction, is nothing: directions are stored in float32."""
+"""A component along a direction counts as zero below this share of the norm; directions are stored in float32."""
 CHUNK = 1 << 22
-"""So many numbers are widened to float64 at a time."""
+"""The number of elements that are converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Affine:
 
     @classmethod
     def of(cls, edits: Sequence[Edit], width: int) -> Affine:
-        """Of the additions and ablations of one site, in the order in which they act."""
+        """The map of the additions and ablations of one site, in the order in which they act."""
         steps = []
         for slot in slots_at(tuple(edits), edits[0].site) if edits else []:
             kernel, row = call_of(slot)
@@ -38,11 +38,11 @@ class Affine:
         return cls(width, tuple(steps))
 
     def then_add(self, vector: Tensor) -> Affine:
-        """The same, and `vector` `[width]` added at the end."""
+        """The same map with `vector` `[width]` added at the end."""
         return Affine(self.width, (*self.steps, (add, {"vector": vector.double()})))
 
     def linear(self, x: Tensor) -> Tensor:
-        """`A x` of each row of `x` `[rows, width]`, computed in float64 and rounded once to the dtype of `x`."""
+        """`A x` for each row of `x` `[rows, width]`, computed in float64 and rounded once to the dtype of `x`."""
         new = torch.empty_like(x)
         for start in range(0, len(x), size := max(1, CHUNK // self.width)):
             part = x[start : start + size].double()
@@ -52,7 +52,7 @@ class Affine:
         return new
 
     def full(self, x: Tensor) -> Tensor:
-        """`A x + c` of `x` `[..., width]`, in float64."""
+        """`A x + c` for `x` `[..., width]`, in float64."""
         x = x.double()
         for kernel, rows in self.steps:
             x = kernel(x, rows)
@@ -60,7 +60,7 @@ class Affine:
 
     @property
     def offset(self) -> Tensor:
-        """`c`, `[width]`: what is made of zeros."""
+        """`c`, `[width]`: the output for an input of zeros."""
         return self.full(torch.zeros(self.width, dtype=torch.float64))
 
     @property
@@ -74,12 +74,12 @@ class Affine:
         return any(kernel is not add for kernel, _ in self.steps)
 
     def clears(self, direction: Tensor) -> bool:
-        """Whether nothing that it gives has a part along this unit direction `[width]`."""
+        """Whether the output never has a component along this unit direction `[width]`."""
         x = torch.randn(8, self.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return clear(self.full(x), direction)
 
 
 def clear(x: Tensor, direction: Tensor) -> bool:
-    """Whether `x` `[..., width]` has (next to) nothing along the unit direction `[width]`."""
+    """Whether `x` `[..., width]` has (almost) no component along the unit direction `[width]`."""
     along = (x.double() @ direction.double()).abs()
     return bool((along <= CLEAR * x.double().norm(dim=-1)).all())

@@ -1,10 +1,10 @@
-"""Baking: a model folder whose weights do what a steering does, for programs that know nothing of steering.
+"""Baking: write a model folder whose weights do what a steering does, for programs that can't steer.
 
 Arditi et al., Refusal Is Mediated by a Single Direction, 2406.11717, section 4.1, for ablations:
 
 W <- W - r r^T W        for every W that writes to the residual stream, and its bias likewise
 
-An addition at a block's output is the bias of what the block adds last: b <- b + v.
+An addition at a block's output goes into the bias of the block's last projection: b <- b + v.
 """
 
 from __future__ import annotations
@@ -41,19 +41,20 @@ from trimtab.steering.identity import check_learned_on, fingerprint, sampled_row
 from trimtab.text.chat import template_digest
 
 CARD, PAGE = "trimtab.json", "README.md"
-IGNORED = ("consolidated*", "original/*", "onnx/*", "openvino/*")  # the same weights again, for other programs
+IGNORED = ("consolidated*", "original/*", "onnx/*", "openvino/*")  # copies of the same weights for other programs
 FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-"""By how much of their length logits may differ from rounding alone, by the dtype of the weights.
+"""How much logits may differ from rounding alone, relative to their norm, by the dtype of the weights.
 
-Norms are computed in float32 in most models, in float64 ones too."""
-TOKENS = (2, 12)  # rows and tokens of the texts on which the two models are compared
-SHARD = "4GB"  # of a model in memory that is saved first
+Most models compute norms in float32, even when the weights are float64.
+"""
+TOKENS = (2, 12)  # rows and tokens per row of the texts on which the two models are compared
+SHARD = "4GB"  # shard size when a model in memory is saved first
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How the baked model's logits compare on random tokens, in shares of the logits' length, median over tokens.
+    """How far logits differ on random tokens, relative to the norm of the logits; the median over tokens.
 
     `difference` is between the baked and the steered model, `effect` between the steered and the unsteered one.
     """
@@ -64,10 +65,10 @@ class Checked:
 
 @dataclass(frozen=True)
 class Baked:
-    """What was written.
+    """What `bake` wrote.
 
-    `changed` counts the tensors of the checkpoint that were changed, `biases` those that are new; `config` is what was
-    changed in `config.json`, `left` names files that were not copied, and `notes` says in words what isn't plain.
+    `changed` counts the checkpoint tensors that were changed, `biases` those that are new. `config` holds the changes
+    to `config.json`, `left` the names of files that were not copied, and `notes` remarks about anything unexpected.
     """
 
     folder: Path
@@ -92,35 +93,35 @@ def bake(
     device: str | torch.device | None = None,
     progress: Any = None,
 ) -> Baked:
-    """Write a model whose weights do what the steering does, for plain transformers and whatever else reads folders.
+    """Write a model whose weights do what the steering does, for any program that loads model folders.
 
-    `Ablate` at a block's attention or MLP, or of the embeddings (`block_input[0]`), changes what writes there, all
-    experts of a mixture included; `Add` at these parts and at the residual stream becomes a bias, where the model's
-    configuration can say that there is one. `directional_ablation` makes the steering that ablates in all of them.
-    The new model's logits are the steered model's but for the rounding of the weights to their own dtype.
+    `Ablate` at a block's attention or MLP, or at the embeddings (`block_input[0]`), changes the weights that write
+    there, including all experts of a mixture. `Add` at attention, at the MLP or at the residual stream becomes a bias,
+    if the model's configuration has a setting for it. `directional_ablation` makes the steering that ablates at all of
+    these sites. The new model's logits are those of the steered model, up to rounding of the weights to their dtype.
 
-    Safetensors files are read and written one at a time, and memory is needed for about twice the largest of them; the
+    Safetensors files are read and written one at a time, which needs memory for about twice the largest of them; the
     check needs memory for the model. The folder appears atomically.
 
     Args:
-        model: An `LM`, a model of transformers, a Hub id, a folder, or `None` for the default model. One in memory is
-            saved first, beside the folder.
-        steering: What to bake in: additions and ablations, on all requests, at all positions.
+        model: An `LM`, a transformers model, a Hub id, a folder, or `None` for the default model. A model in memory is
+            first saved next to the target folder.
+        steering: The steering to bake in: additions and ablations, on all requests, at all positions.
         folder: The folder to write; it must be empty or not exist.
         transfer: Allow a steering that was learned on another model of the same width.
-        check: Load the new model, and compare its logits with the steered model's, before the folder appears.
+        check: Before the folder appears, load the new model and compare its logits with the steered model's.
         revision: A branch, tag or commit of a Hub model.
-        device: Where the check runs: CUDA, then MPS, then the CPU, unless given.
-        progress: Called with how many files of weights are written, and of how many.
+        device: Where the check runs. The default is CUDA, then MPS, then the CPU.
+        progress: Called with the number of weight files written and their total.
 
     Returns:
-        What was written, and how near it is.
+        What was written, and how closely it matches the steered model.
 
     Raises:
-        TrimtabError: The folder isn't empty, or can't be written; there is no such model, or the steering doesn't fit
-            it; the check found a difference that isn't rounding.
+        TrimtabError: The folder isn't empty or can't be written; the model doesn't exist, or the steering doesn't fit
+            it; the check found a difference that rounding doesn't explain.
         UnsupportedError: Weights can't do what the steering does, and the message names the edit; the model is
-            quantized, an adapter, or has parts that aren't known.
+            quantized, is an adapter, or has unknown parts.
     """
     target = Path(folder)
     check_bakeable(steering)
@@ -167,14 +168,14 @@ def bake(
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A folder to work in, beside the target, that is gone afterwards, whatever happens.
+    """A working folder next to the target that is always removed at the end.
 
-    Raises `TrimtabError` where there is something already, or nothing can be written.
+    Raises `TrimtabError` if the target exists and isn't an empty folder, or if nothing can be written there.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise TrimtabError(f"{target} is there already; name a folder that isn't, or an empty one")
-    target = Path(os.path.abspath(target))  # noqa: PTH100 (`.` has no name, and links stay)
-    work = target.with_name(f".{target.name}.{secrets.token_hex(6)}")  # known before it exists: nothing stays behind
+    target = Path(os.path.abspath(target))  # noqa: PTH100 (`.` has no name, and symlinks must not be resolved)
+    work = target.with_name(f".{target.name}.{secrets.token_hex(6)}")  # known before it exists, for the cleanup
     try:
         try:
             work.mkdir()
@@ -197,7 +198,7 @@ def _put(made: Path, target: Path) -> None:
 
 
 def _save(lm: LM, folder: Path) -> None:
-    """The model in memory as a folder. Raises `UnsupportedError` for one whose weights aren't all its own."""
+    """Save the model in memory as a folder. Raises `UnsupportedError` if it is adapted, quantized or offloaded."""
     model = lm.model
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedError(
@@ -228,7 +229,7 @@ def _quantized(name: str, method: str) -> UnsupportedError:
 
 
 def _folder_of(model: str | Path | None, revision: str | None) -> tuple[Path, str]:
-    """The model's files, and its name as `LM.load` has it."""
+    """The folder with the model's files, and the model's name as `LM.load` gives it."""
     if not isinstance(model, (str, Path, type(None))):
         raise TrimtabError(f"a {type(model).__name__} can't be baked; give an LM of transformers, a Hub id or a folder")
     if model is None:
@@ -263,19 +264,19 @@ def _config(folder: Path) -> Any:
 
 
 def _identity(structure: Structure, shards: Any, name: str, folder: Path) -> ModelId:
-    """Which model a folder holds, without loading it."""
+    """The identity of the model in a folder, without loading it."""
     family = str(structure.config.model_type)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError):
-        tokenizer = None  # a folder needn't have one
+        tokenizer = None  # a model folder doesn't need one
     shape, rows = _sample(structure, shards)
     digest = fingerprint(family, shape, rows)
     return ModelId(name, None, family, structure.width, structure.layers, digest, template_digest(tokenizer))
 
 
 def _sample(structure: Structure, shards: Any) -> tuple[list[int], Tensor]:
-    """The shape of the embeddings, and the rows of them that a fingerprint looks at."""
+    """The shape of the embeddings, and the rows of them that go into a fingerprint."""
     for file in shards.names:
         with shards.opened(file) as opened:
             for key in opened.keys():  # noqa: SIM118
@@ -314,9 +315,9 @@ def _notes(structure: Structure, made: Plan, untied: bool, left: list[str]) -> t
 def _checked(
     structure: Structure, steering: Steering, source: Any, baked: Path, device: str | torch.device | None
 ) -> Checked:
-    """Compares the logits of the steered model and the baked one; one of them is in memory at a time.
+    """Compare the logits of the steered and the baked model; one of them is in memory at a time.
 
-    Raises `TrimtabError` where rounding can't be why they differ, or where a plain load leaves tensors out.
+    Raises `TrimtabError` if rounding can't explain the difference, or if a plain load finds tensors missing.
     """
     size = structure.config.vocab_size
     ids = torch.randint(0, size, TOKENS, generator=torch.Generator().manual_seed(0))
@@ -359,6 +360,6 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _apart(logits: Tensor, other: Tensor) -> float:
-    """How far logits are apart, in lengths of the other's, which has no mean: the median over tokens."""
+    """The distance between centered logits, relative to the norm of `other`; the median over tokens."""
     logits, other = (x - x.mean(-1, keepdim=True) for x in (logits, other))
     return float(((logits - other).norm(dim=-1) / other.norm(dim=-1)).median())

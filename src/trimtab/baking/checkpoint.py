@@ -1,4 +1,4 @@
-"""A model folder written anew, one shard at a time: what of the old one's tensors becomes of them."""
+"""Rewrite a model folder one shard at a time, with its tensors changed as planned."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 WRITTEN = ("README.md", "trimtab.json", "config.json", INDEX)
 TIED = "tie_word_embeddings"
 PARTS = ("text_config", "llm_config", "language_config")
-"""What configurations of composite models call the part that is the language model's."""
+"""The name of the language model's section in the configuration of a composite model."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The safetensors files of a model folder, and which tensors each holds."""
+    """The safetensors files of a model folder, and the tensors in each."""
 
     folder: Path
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class Shards:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[Any]:
-        """One file, for tensors to be read from. Raises `TrimtabError` for a damaged one."""
+        """Open one file to read tensors from. Raises `TrimtabError` if it is damaged."""
         try:
             with safe_open(self.folder / name, framework="pt") as file:
                 yield file
@@ -51,7 +51,7 @@ class Shards:
 
 @dataclass
 class Counted:
-    """What was changed so far: numbers of weights by site, the names of new tensors, and the files' tensors."""
+    """The changes so far: numbers of weights by site, the names of new tensors, and the file of each tensor."""
 
     numbers: dict[Site, int] = field(default_factory=dict)
     new: set[str] = field(default_factory=set)
@@ -64,7 +64,7 @@ def find_shards(folder: Path) -> Shards:
     """The shards of a model folder.
 
     Raises:
-        TrimtabError: It has no weights as safetensors, or not all of them, or its index is damaged.
+        TrimtabError: The folder has no safetensors weights, some of them are missing, or the index is damaged.
     """
     if (folder / INDEX).is_file():
         try:
@@ -85,22 +85,22 @@ def find_shards(folder: Path) -> Shards:
 
 
 def write_shards(shards: Shards, folder: Path, structure: Structure, plan: Plan, progress: Any = None) -> Counted:
-    """Write all shards into `folder`, changed as planned; in memory there is one shard at a time.
+    """Write all shards into `folder`, changed as planned, with one shard in memory at a time.
 
     Args:
-        shards: The old ones.
-        folder: Where the new ones go, under the same names.
-        structure: Of the model.
-        plan: What becomes of what.
-        progress: Called with how many shards are done, and of how many, after each.
+        shards: The original shards.
+        folder: Where the new ones are written, under the same names.
+        structure: The structure of the model.
+        plan: The maps and the new biases.
+        progress: Called after each shard with the number of shards done and their total.
 
     Returns:
         What was changed.
 
     Raises:
-        TrimtabError: A tensor that was to be changed isn't there, or has another shape than the model's, or a file is
+        TrimtabError: A tensor that should be changed is missing or has another shape than in the model, or a file is
             damaged.
-        UnsupportedError: A tensor is quantized, or it isn't known what it does.
+        UnsupportedError: A tensor is quantized, or its role is unknown.
     """
     counted = Counted()
     for done, name in enumerate(shards.names):
@@ -133,11 +133,11 @@ def write_shards(shards: Shards, folder: Path, structure: Structure, plan: Plan,
 def _baked(
     key: str, tensor: Tensor, structure: Structure, plan: Plan, counted: Counted
 ) -> Iterator[tuple[str, Tensor]]:
-    """What becomes of one tensor of the checkpoint: itself or another, and at times a new one beside it."""
+    """The tensors that replace one tensor of the checkpoint: itself or a changed one, sometimes with a new one."""
     writer = structure.writer(key, tensor.dim())
     untied = structure.tied and FIRST in plan.maps
     if untied and structure.named(key) == structure.head:
-        return  # a copy of the embeddings that a tied model wouldn't read
+        return  # a copy of the embeddings that a tied model doesn't load
     name = structure.named(key)
     if writer is not None and (affine := plan.maps.get(writer.site)) is not None:
         if untied and name == structure.input_embeddings:
@@ -158,7 +158,7 @@ def _baked(
 
 
 def _changed(key: str, tensor: Tensor, affine: Affine, bias: bool, turned: bool | None) -> Tensor:
-    """The tensor with the map applied to all that it writes, in its own dtype."""
+    """The tensor with the map applied to its output, in its own dtype."""
     width = affine.width
     if bias:
         if tensor.shape[-1] != width:
@@ -189,7 +189,7 @@ def _misshapen(key: str, tensor: Tensor, width: int) -> TrimtabError:
 
 
 def copy_rest(source: Path, folder: Path, shards: Shards) -> list[str]:
-    """Copy tokenizer, configurations, code and licence; returns the names of what else there was, and was left."""
+    """Copy tokenizer, configurations, code and license; returns the names of the files and folders left out."""
     left = []
     for path in sorted(source.iterdir()):
         if path.name in WRITTEN or path.name in shards.names or path.name.startswith("."):
@@ -205,9 +205,9 @@ def copy_rest(source: Path, folder: Path, shards: Shards) -> list[str]:
 
 
 def edit_config(source: Path, folder: Path, changes: Mapping[str, Any], composite: bool) -> None:
-    """Write `config.json` as it was, but for these changes; of a composite model in its language model's part.
+    """Write `config.json` with these changes; in a composite model they go into the language model's section.
 
-    Raises `UnsupportedError` where that part isn't to be found.
+    Raises `UnsupportedError` if that section isn't found.
     """
     config: dict[str, Any] = json.loads((source / "config.json").read_bytes())
     if composite:

@@ -1,4 +1,4 @@
-"""Which maps a steering makes of what writes to the residual stream, and which steerings make none."""
+"""Plan how a steering changes the weights that write to the residual stream; reject what can't be baked."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ FIRST = Site(0, EMBEDDINGS)
 
 @dataclass(frozen=True)
 class Plan:
-    """`maps` says what becomes of what writes at each site; `flags` what of the configuration becomes true, and
-    `biases` the names of the biases that it brings."""
+    """The changes to a model.
+
+    `maps` are by the site that the weights write to, `flags` are configuration fields to set to true, and `biases` are
+    the names of the biases that those flags create.
+    """
 
     maps: dict[Site, Affine]
     flags: dict[str, bool]
@@ -31,8 +34,8 @@ def check_bakeable(steering: Steering) -> tuple[Edit, ...]:
     """The steering's edits that do something.
 
     Raises:
-        TrimtabError: None does.
-        UnsupportedError: One of them depends on the request or the token, or does what no weights do.
+        TrimtabError: There is none.
+        UnsupportedError: An edit depends on the request or the token, or does something that weights can't do.
     """
     edits = tuple(edit for edit in steering.edits if edit.strength != 0)
     if not edits:
@@ -56,15 +59,15 @@ def check_bakeable(steering: Steering) -> tuple[Edit, ...]:
 
 
 def plan(steering: Steering, structure: Structure) -> Plan:
-    """The maps of a steering on a model.
+    """The changes that bake a steering into a model.
 
     Args:
-        steering: What is to be baked.
+        steering: The steering to bake.
         structure: The model.
 
     Raises:
         TrimtabError: The steering doesn't fit the model, or does nothing.
-        UnsupportedError: The model's weights can't be changed so that they do what one of the edits does.
+        UnsupportedError: No change to the model's weights does what one of the edits does.
     """
     edits = check_bakeable(steering)
     for edit in edits:
@@ -108,7 +111,7 @@ def plan(steering: Steering, structure: Structure) -> Plan:
 
 
 def _offset(edits: Sequence[Edit], width: int) -> Tensor:
-    """What these edits make of zeros; those at a block's output, and then those at the next one's input."""
+    """The output of these edits for zeros: first those at a block's output, then those at the next block's input."""
     offset = torch.zeros(width, dtype=torch.float64)
     for site in dict.fromkeys(edit.site for edit in edits):
         offset = Affine.of([edit for edit in edits if edit.site == site], width).full(offset)
@@ -118,9 +121,9 @@ def _offset(edits: Sequence[Edit], width: int) -> Tensor:
 def _check_needless(
     edit: Edit, layer: int, maps: dict[Site, Affine], added: Sequence[Tensor], structure: Structure
 ) -> None:
-    """Raises `UnsupportedError` unless nothing of the ablated direction comes into the stream before this edit.
+    """Raise `UnsupportedError` unless the ablated direction never enters the stream before this edit.
 
-    Then the edit does nothing to the stream, and weights need do nothing for it.
+    If it never does, the edit has no effect, and the weights don't have to represent it.
     """
     direction = edit.operation.direction
     before = [FIRST, *(Site(i, kind) for i in range(layer + 1) for kind in (ATTENTION, MLP))]

@@ -1,4 +1,4 @@
-"""What writes to a model's residual stream, by the names that its checkpoint has for it; found without its weights."""
+"""The tensors of a checkpoint that write to the model's residual stream, found by name, without loading the weights."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from trimtab.errors import UnsupportedError
 from trimtab.steering import Site
 
 EMBEDDINGS, ATTENTION, MLP = "block_input", "attention", "mlp"
-"""What writes to the stream, by the kind of site at which its output is."""
+"""The kinds of site whose outputs are written to the stream."""
 INNER = (
     *("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h"),
     *("gate", "router", "shared_expert_gate"),
 )
-"""What families call the parts of an MLP that don't write to the stream."""
+"""Names, across model families, of the parts of an MLP that don't write to the stream."""
 BEHIND = re.compile(r"post_(feedforward|ffn?|mlp|self_attn)_(layer)?norm")
-"""What families call a norm between an MLP and the stream."""
+"""Names, across model families, of a norm between an MLP and the stream."""
 SCALES = ("residual_multiplier", "scale_depth")
-"""What configurations call a number by which all that is written to the stream is multiplied."""
-UNUSUAL = {"do_layer_norm_before": False}  # OPT-350m has its norms on the stream itself
+"""Configuration fields with a factor for everything that is written to the stream."""
+UNUSUAL = {"do_layer_norm_before": False}  # OPT-350m normalizes the stream itself
 FLAGS = ("attention_bias", "mlp_bias", "bias", "use_bias", "enable_bias")
-"""What configurations call whether projections have biases."""
+"""Configuration fields that say whether projections have biases."""
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A tensor of a checkpoint that writes to the stream: at which site, and whether it is a bias.
+    """A checkpoint tensor that writes to the stream: the site it writes to, and whether it is a bias.
 
-    `turned` says that a weight's last dimension is the stream's, not the one before it; `None`: its shape must tell.
+    `turned` says that the stream is the last dimension of a weight instead of the one before it. `None` means that
+    only the shape can tell.
     """
 
     site: Site
@@ -51,10 +52,10 @@ class Writer:
 class Structure:
     """A causal language model without its weights.
 
-    `plain` says why what a block's MLP puts out isn't added to the stream as it is, where that is so.
+    `plain` is the reason why an MLP's output isn't added to the stream unchanged, or `None` if it is.
     """
 
-    model: Any  # on the meta device: shapes and names, no numbers
+    model: Any  # on the meta device: shapes and names, no values
     layout: Layout
     decoder: str
     embeddings: tuple[str, ...]
@@ -78,16 +79,16 @@ class Structure:
 
     @property
     def config(self) -> Any:
-        """The language model's configuration, which may be a part of the whole one."""
+        """The language model's configuration, which may be a section of the whole one."""
         return self.model.config.get_text_config(decoder=True)
 
     @property
     def composite(self) -> bool:
-        """Whether the language model is a part of another model: one that sees, say."""
+        """Whether the language model is part of another model, such as an image-text model."""
         return self.config is not self.model.config
 
     def named(self, key: str) -> str:
-        """The name that the model has for a checkpoint's key: what stands before the decoder differs among releases."""
+        """The model's name for a checkpoint key; the prefix before the decoder differs between releases."""
         if self._known(key):
             return key
         parts = key.split(".")
@@ -102,10 +103,10 @@ class Structure:
         return key in self.keys or key.startswith(f"{self.layout.path}.")
 
     def writer(self, key: str, dimensions: int) -> Writer | None:
-        """What this tensor of the checkpoint writes to; `None` for one that doesn't write to the stream.
+        """The site that this checkpoint tensor writes to, or `None` if it doesn't write to the stream.
 
         Raises:
-            UnsupportedError: It isn't known what the tensor does.
+            UnsupportedError: The role of the tensor is unknown.
         """
         name = self.named(key)
         if name in self.embeddings:
@@ -114,7 +115,7 @@ class Structure:
         if not match:
             return None
         layer, rest = int(match[1]), match[2]
-        if layer >= self.layers:  # layers that only predict further tokens
+        if layer >= self.layers:  # multi-token prediction layers
             return None
         block = self.layout.blocks[layer]
         for site in (Site(layer, ATTENTION), Site(layer, MLP)):
@@ -149,7 +150,7 @@ class Structure:
             return None
 
     def _last_projections(self, layer: int) -> set[str]:
-        """The names of all last projections in the block's MLP: each expert's, and that of the one all tokens pass."""
+        """The names of all down projections in the block's MLP: each expert's, and the shared expert's."""
         parts = (name.split(".") for name, _ in self.layout.blocks[layer].named_parameters())
         return {
             ".".join(part[:-1] if part[-1] in ("weight", "bias") else part)
@@ -168,7 +169,7 @@ class Structure:
         return self._projection(Site(layer, MLP)) is None
 
     def numbers(self, site: Site) -> int:
-        """How many numbers the weights have that write at this site."""
+        """The number of elements in the weights that write at this site."""
         if site.kind == EMBEDDINGS:
             return sum(self.model.state_dict()[name].numel() for name in self.embeddings)
         if (module := self._projection(site)) is not None:
@@ -181,14 +182,14 @@ class Structure:
         )
 
     def has_bias(self, site: Site) -> bool:
-        """Whether what writes at this site adds a bias."""
+        """Whether the weights that write at this site have a bias."""
         return getattr(self._projection(site), "bias", None) is not None
 
     def with_biases(self, sites: Iterable[Site]) -> tuple[dict[str, bool], frozenset[str]]:
-        """What of the configuration must be true for all these sites to have a bias, and the names of all new biases.
+        """The configuration flags that give all these sites a bias, and the names of all biases that they create.
 
         Raises:
-            UnsupportedError: The configuration has nothing that makes it so.
+            UnsupportedError: No flag of the configuration does this.
         """
         flags: dict[str, bool] = {}
         there = self
@@ -232,7 +233,7 @@ def _changed(structure: Structure, flags: dict[str, bool]) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """What loads such a model: a language model, alone or inside of one that sees."""
+    """The transformers class that loads such a model: causal, or image-text if the language model is part of one."""
     return AutoModelForCausalLM if compat.is_causal_lm(config) else AutoModelForImageTextToText
 
 
@@ -240,7 +241,7 @@ def structure_of(config: Any) -> Structure:
     """The structure of the model that a configuration describes.
 
     Raises:
-        UnsupportedError: Something in it may write to the stream, and it isn't known how.
+        UnsupportedError: A part may write to the stream in an unknown way.
     """
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
@@ -283,7 +284,7 @@ def _is_norm(name: str) -> bool:
 
 
 def _check_block(model: Any, layout: Layout, layer: int) -> None:
-    """Raises `UnsupportedError` for a block with more in it than norms, one attention and one MLP."""
+    """Raise `UnsupportedError` for a block that has more in it than norms, one attention and one MLP."""
     attention, block = place(layout, Site(layer, ATTENTION)).module, layout.blocks[layer]
     place(layout, Site(layer, "heads"))
     mlp = place(layout, Site(layer, MLP)).module
@@ -308,7 +309,7 @@ def _unknown(model: Any, where: str) -> UnsupportedError:
 
 
 def _not_plain(config: Any, layout: Layout) -> str | None:
-    """Why what an MLP puts out isn't what is added to the stream, if it isn't."""
+    """Why an MLP's output isn't added to the stream unchanged; `None` if it is."""
     for name in SCALES:
         if getattr(config, name, 1) not in (1, None):
             return f"multiplies what it writes by {name}"

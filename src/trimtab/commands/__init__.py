@@ -1,4 +1,4 @@
-"""For people: the command line, one command a file."""
+"""The command line, with one command per file."""
 
 from trimtab.commands.app import main
 

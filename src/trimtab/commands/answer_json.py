@@ -1,4 +1,4 @@
-"""What `trimtab generate --json` prints."""
+"""The JSON document of `trimtab generate --json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def answers_document(
     answers: Sequence[Generation],
     unsteered: Sequence[Generation] | None,
 ) -> dict[str, Any]:
-    """What `--json` prints: the model, the steerings, and a row a prompt."""
+    """The document that `--json` prints: the model, the steerings, and one row per prompt."""
     rows = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         rows.append(

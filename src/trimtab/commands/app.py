@@ -1,4 +1,4 @@
-"""The program `trimtab`: its commands, and what becomes of their errors.
+"""The `trimtab` program: its commands and its error handling.
 
 Exit codes: 0 done, 1 failed while running, 2 bad input, 3 done and nothing is better than not steering (tune, make),
 130 interrupted.
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from trimtab import __version__
-from trimtab.commands import (  # noqa: F401 (they register)
+from trimtab.commands import (  # noqa: F401 (importing registers them)
     eval_ab,
     eval_capability,
     eval_harness,
@@ -46,7 +46,7 @@ from trimtab.errors import TrimtabError
 from trimtab.methods.recipe import recipe_named
 
 TRACEBACK = "TRIMTAB_TRACEBACK"
-UsageError: Any = typer.BadParameter.__mro__[1]  # typer has a click of its own, older ones import it: this is either's
+UsageError: Any = typer.BadParameter.__mro__[1]  # recent typer bundles click, older ones import it; this fits both
 
 app = typer.Typer(
     name="trimtab",
@@ -110,7 +110,7 @@ app.command()(methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; `arguments` are `sys.argv[1:]` unless given."""
+    """Run the command line and return its exit code; `arguments` default to `sys.argv[1:]`."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with warnings_as_lines():
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except BrokenPipeError:  # whoever read our output has left, as in `trimtab … | head`
+    except BrokenPipeError:  # the reader of our output has closed it, as in `trimtab … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -149,7 +149,7 @@ def _help_command(arguments: list[str]) -> str:
                 words.append(name)
             break
         words.append(name)
-        if name == "learn":  # many methods have a command of their own
+        if name == "learn":  # many methods have their own command
             continue
         if (below := groups.get(name)) is None:
             break

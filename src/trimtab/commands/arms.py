@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 BASELINE = "unsteered"
 REPEATED = "said twice"
-"""An unsteered arm of IFEval's."""
+"""An unsteered arm of `eval ifeval` that states the instructions twice."""
 PANEL = "Arms"
 
 
 @dataclass(frozen=True)
 class ArmOptions:
-    """What an evaluation compares with the unsteered model."""
+    """The options for the arms that an evaluation compares with the unsteered model."""
 
     steer: Annotated[
         list[str] | None,
@@ -72,7 +72,7 @@ class ArmOptions:
     ] = None
 
     def plan(self) -> Plan:
-        """The options, checked. Raises `TrimtabError` where they are malformed, or make no sense without --steer."""
+        """Check the options. Raises `TrimtabError` if they are malformed, or need --steer and don't have it."""
         if not self.steer:
             choices = {"--strength": self.strength, "--layers": self.layers, "--random": self.random}
             for name, value in choices.items():
@@ -89,7 +89,7 @@ class ArmOptions:
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a steering or a system message (or neither), and where the steering comes from."""
+    """One arm: a steering, a system message, or neither, and facts about where the steering comes from."""
 
     steering: Steering | None = None
     system: str | None = None
@@ -98,7 +98,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """The options, checked before a model is loaded: `arms()` makes the arms."""
+    """The options, checked before a model is loaded; `arms()` makes the arms."""
 
     files: tuple[Pick, ...]
     strengths: tuple[float, ...]
@@ -107,7 +107,7 @@ class Plan:
     systems: tuple[str, ...]
 
     def arms(self) -> dict[str, Arm]:
-        """All arms by name but the random ones, the baseline first. Raises `TrimtabError` as `Pick.load` does."""
+        """All arms by name, the baseline first, without the random ones. Raises `TrimtabError` like `Pick.load`."""
         arms = {BASELINE: Arm(about={"kind": "baseline"})}
         stems = [Path(file).stem for file in {str(pick.path) for pick in self.files}]
         for pick in self.files:
@@ -133,7 +133,7 @@ class Plan:
         return arms
 
     def controls(self, lm: LM, arms: Mapping[str, Arm], prompts: Sequence[Prompt], *, transfer: bool) -> dict[str, Arm]:
-        """The random arms. Where projections are set, pushes are matched on these prompts."""
+        """The random arms. For edits that set a projection, the size of the push is matched on these prompts."""
         if not self.random:
             return {}
         from dataclasses import replace
@@ -178,5 +178,5 @@ def _layers(text: str | None, steering: Steering) -> list[int | None]:
         return [None]
     if isinstance(wanted, str):
         return list(steering.layers)
-    steering.only(wanted)  # says which layers it has
+    steering.only(wanted)  # raises for layers that it doesn't have
     return list(dict.fromkeys(wanted))

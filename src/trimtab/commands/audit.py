@@ -1,4 +1,4 @@
-"""`trimtab audit`: what a steering does besides what it is for."""
+"""`trimtab audit`: the side effects of a steering."""
 
 from __future__ import annotations
 
@@ -76,21 +76,20 @@ def audit(
       trimtab audit blunt.safetensors --repair blunt-repaired.safetensors
       trimtab audit blunt.safetensors --repair clean.safetensors --protect "agrees with the user"[/bold]
 
-    The steered model answers the same items as the unsteered one: harmful
-    requests, plain, under a system message that asks to refuse, and in template
-    jailbreaks; harmless ones that sound harmful; facts and behaviours by two
-    letters in both orders; long answers, read window by window; conversations
-    of ten turns. Two refusal directions are learned on the spot, one of requests and
-    one of answers, and compared with what the steering writes, layer by layer.
+    The steered and the unsteered model answer the same items: harmful requests (plain,
+    under a system message that asks to refuse, and in template jailbreaks), harmless
+    requests that sound harmful, two-choice questions on facts and behaviors in both
+    orders, long answers, scored window by window, and conversations of ten turns. Two
+    refusal directions, one of requests and one of answers, are learned during the
+    audit and compared with what the steering writes, layer by layer.
 
-    A change that is significant at 5 % among all comparisons (Holm) is stated outright,
-    one that is significant only by itself is a "perhaps", and if nothing was found it
-    says how large a change would have been noticed. The same command gives the same
-    audit.
+    A change that is significant at 5 % among all comparisons (Holm) is stated as a
+    finding; one that is significant only by itself is a "perhaps". If nothing is found,
+    the audit says how large a change it would have detected. The same command gives the
+    same audit.
 
     --repair removes the components along both directions from each edit, measures
-    again, and reports what that costs. Nothing is written before everything is
-    measured.
+    again, and reports the cost. Nothing is written before everything is measured.
     """
     pick = parse_pick(file, "audit")
     for target in (repair, out):
@@ -163,7 +162,7 @@ def audit(
 
 
 def comparison_table(result: Audit) -> Table:
-    """A line a comparison, differences first; with a repaired steering, its numbers beside."""
+    """One row per comparison, differences first, with a column for the repaired steering if there is one."""
     mended = {comparison.name: comparison for comparison in result.repaired.comparisons} if result.repaired else {}
     names = ("unsteered", "steered", *(("repaired",) if mended else ()), "change", "p")
     table = table_of("", *names)

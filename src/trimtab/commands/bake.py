@@ -1,4 +1,4 @@
-"""`trimtab bake`: a model with a steering in its weights."""
+"""`trimtab bake`: write a model with a steering in its weights."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def bake(
       trimtab bake happy.safetensors:0.8 --positions all --out happy/ \\
         --model meta-llama/Llama-3.2-1B-Instruct[/bold]
 
-    The folder is an ordinary model for transformers, vLLM, llama.cpp's and MLX's
-    converters and finetuning, and no hook runs. Directions that are ablated where
-    attention, MLPs and embeddings write are removed from those weights
-    ("abliteration"); directions that are added become biases, if the model's
-    configuration can declare them. A Qwen, Mistral or Gemma can't, and the error lists
-    alternatives.
+    The folder is an ordinary model for transformers, for vLLM, for the converters of
+    llama.cpp and MLX, and for finetuning; no hook runs. Directions that are ablated
+    where attention, MLPs and embeddings write are removed from those weights
+    ("abliteration"). Directions that are added become biases, if the model's
+    configuration can declare them. Those of Qwen, Mistral and Gemma can't, and the
+    error lists alternatives.
 
     Gates, positions other than all, and operations other than adding and ablating are
-    errors that name the edit: weights can't express them.
+    errors that name the edit, since weights can't express them.
 
-    Weights are read and written one file at a time. The folder appears when everything
-    is written and checked; a README.md and a trimtab.json in it record what was baked
-    in. Quantized models are refused.
+    Weights are read and written one file at a time. The folder appears once everything
+    is written and checked; its README.md and trimtab.json record what was baked in.
+    Quantized models are refused.
     """
     picks = [parse_pick(text, "bake") for text in files]
     quiet = without_bars(json)

@@ -1,4 +1,4 @@
-"""`trimtab bench`: every method on one model, at equal divergence; `trimtab forecast`: what its results foretell."""
+"""`trimtab bench`: every method on one model, at equal divergence; `trimtab forecast`: a fit to its results."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def bench(
     replicas: ReplicasOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare every method on one model at equal divergence, beside the prompt and random directions.
+    """Compare every method on one model at equal divergence, along with the prompt and random directions.
 
     [bold]  trimtab bench --out bench/ --budget 2h --data data/
       trimtab bench --out quick/ --tasks traits --methods caa,repe,reps --dry-run
@@ -104,16 +104,16 @@ def bench(
     they do internally. A method of your own gets its row too, if `trimtab methods`
     lists it.
 
-    The other arms are: the unsteered model; the prompt that asks for the same; the
-    prompt stated twice; random directions at the same nats; and, where a method gains
-    something, directions orthogonal to its own, and its side effects (MMLU, harmless
-    requests refused, the other behaviours, plain text).
+    The other arms are the unsteered model, the prompt that asks for the same, this
+    prompt stated twice, and random directions at the same nats. Where a method gains
+    something, directions orthogonal to its own and its side effects are measured, too
+    (MMLU, harmless requests refused, the other behaviors, plain text).
 
     Verdicts are exact paired tests: of methods that do nothing, at most 5 % are called
     better. Methods that can't act on a task are listed with the reason.
 
-    The instructions and the traits are included; for the rest, --data names a folder of
-    other people's data (layout: https://trimtab.github.io/trimtab/bench/).
+    The instructions and the traits are included. For the rest, --data names a folder
+    with third-party data (layout: https://trimtab.github.io/trimtab/bench/).
     """
     from trimtab.bench import Settings, plan
     from trimtab.bench import bench as run
@@ -162,7 +162,7 @@ def forecast(
     write: Annotated[Path | None, typer.Option(help="Write the fit to this .json file.", metavar="FILE")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Fit and check the forecast whether a mean difference will steer, on results of `trimtab bench`.
+    """Fit and check the forecast of whether a mean difference will steer, on results of `trimtab bench`.
 
     [bold]  trimtab forecast bench/ other-model/
       trimtab forecast bench/ --write forecast.json[/bold]
@@ -170,9 +170,9 @@ def forecast(
     `trimtab learn --forecast` prints a forecast from four numbers that need no
     generated answers: how well held-out pairs agree on the direction, how well it
     separates them, how much more a push along it changes than a random one, and how
-    that grows. This command fits them to whether the steering was better in the
-    benchmarks, and reports how well the fit predicts held-out tasks, each left out in
-    turn (AUC: 0.5 is no better than chance, 1 is always right).
+    that grows. This command fits a model that predicts from them whether the steering
+    was better in the benchmarks, and reports its AUC on tasks that were each left out
+    in turn (0.5 is no better than chance, 1 is always right).
     """
     from trimtab.files.target import check_target, write_atomically
     from trimtab.tune.forecast import NAMES, auc_of, fit
@@ -208,11 +208,11 @@ def forecast(
     )
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------
+# ---- helpers ---------------------------------------------------------------------------------------------------
 
 
 def seconds_of(text: str) -> float:
-    """A time such as 2h, 25min, 90s or 10 (minutes). Raises `TrimtabError` for anything else."""
+    """Parse a time such as 2h, 25min, 90s or 10 (minutes). Raises `TrimtabError` for anything else."""
     match = BUDGET.fullmatch(text.strip().lower())
     if match is None or float(match[1]) <= 0:
         raise TrimtabError(f"--budget {text!r} is no time; write 2h, 25min or 90s")
@@ -224,7 +224,7 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def _outlook(made: Plan, speed: Speed, out: Path) -> str:
-    """How much there is to do, of which a run before may have done a part."""
+    """How much there is to do, and how much of it an earlier run has done."""
     from trimtab.bench.plan import duration
 
     done = len(list((out / "cells").glob("*--method--*.json")))
@@ -236,7 +236,7 @@ def _outlook(made: Plan, speed: Speed, out: Path) -> str:
 
 
 def _chosen_before(out: Path) -> tuple[list[str], int] | None:
-    """The tasks and the number of items of the run that is in the folder, so that a budget doesn't choose anew."""
+    """The tasks and the number of items of an earlier run in this folder, so that a budget doesn't choose again."""
     path = out / "run.json"
     if not path.is_file():
         return None
@@ -248,7 +248,7 @@ def _chosen_before(out: Path) -> tuple[list[str], int] | None:
 
 
 def _tell(made: Plan, speed: Speed, json: bool) -> None:
-    """The plan and the estimate."""
+    """Print the plan and the estimate."""
     from trimtab.bench.plan import duration
 
     cost = made.cost()
@@ -283,7 +283,7 @@ def _tell(made: Plan, speed: Speed, json: bool) -> None:
 
 
 def _tables(results: Results) -> list[Any]:
-    """Each method's gain on each task, and how it stands over all."""
+    """Each method's gain on each task, and its overall standing."""
     from trimtab.bench.page import MARKS
 
     table = Table("method", *(task.name for task in results.tasks), "better", "place", box=None, header_style="dim")
@@ -314,7 +314,7 @@ def _tables(results: Results) -> list[Any]:
 
 
 def _cases(folder: Path) -> tuple[Sequence[Any], dict[str, Any]]:
-    """The benchmark's rows that have predictors, and where they come from."""
+    """The benchmark's rows that have predictors, and their source."""
     from trimtab.bench.results import results_of
     from trimtab.evaluate.decision import BETTER
     from trimtab.tune.forecast import Case, Predictors

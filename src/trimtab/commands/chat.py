@@ -1,4 +1,4 @@
-"""`trimtab chat`: a conversation in the terminal, whose steering can be changed between any two answers."""
+"""`trimtab chat`: a conversation in the terminal, with steering that can change between answers."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def chat(
     answers unsteered as well, /retry asks again, and /make talk like a pirate makes a
     steering from a sentence; /help lists them all.
 
-    Ctrl-C stops an answer, and the part generated so far is kept; Ctrl-D leaves. Lines
-    from a pipe are questions and commands too: the exit code is 2 if one of them
+    Ctrl-C stops an answer and keeps the part generated so far; Ctrl-D leaves. Lines
+    from a pipe are questions and commands, too; the exit code is 2 if one of them
     couldn't be run.
     """
     files = [parse_pick(text) for text in steer or []]
@@ -99,7 +99,7 @@ def chat(
     if any(not phrase.strip() for phrase in emphasize or []):
         raise TrimtabError("an --emphasize is empty; give it some text of the conversation")
     for pick in files:
-        pick.unscaled()  # what isn't there, or is damaged, is said before a model is loaded
+        pick.unscaled()  # report a missing or damaged file before a model is loaded
     typed = sys.stdin.isatty() and sys.stdout.isatty() and not json
     if typed and find_spec("prompt_toolkit") is None:
         raise TrimtabError("at a terminal, trimtab chat needs prompt_toolkit: pip install 'trimtab[chat]'")
@@ -136,16 +136,16 @@ def chat(
 def converse(
     desk: Desk, conversation: Conversation, read: Callable[[Conversation], str | None], screen: Screen
 ) -> bool:
-    """Read lines until there are no more, or one says to leave, and do what they say.
+    """Read and run lines until there are no more, or one ends the conversation.
 
     Args:
         desk: The model, and what else commands work with.
-        conversation: What was said, and what steers, at the start.
-        read: Gives the next line, for the conversation as it is; `None` at the end.
-        screen: Where answers and remarks go.
+        conversation: The conversation and its steering at the start.
+        read: Returns the next line for the current conversation; `None` at the end.
+        screen: Where answers and remarks are shown.
 
     Returns:
-        Whether every line could be run. One that couldn't has changed nothing.
+        Whether every line could be run. A line that fails changes nothing.
     """
     from trimtab.commands.chat_answer import STREAMING, ask
     from trimtab.commands.chat_commands import is_command, run_command
@@ -186,7 +186,7 @@ def converse(
             if not screen.interrupt or desk.engine not in STREAMING:
                 raise
             note("stopped; nothing has changed", quiet=False)
-        except Exception as error:  # at a terminal, a conversation isn't lost for one answer
+        except Exception as error:  # at a terminal, one failed answer doesn't end the conversation
             if not screen.interrupt or os.environ.get("TRIMTAB_TRACEBACK"):
                 raise
             say(f"error: {type(error).__name__}: {error} (TRIMTAB_TRACEBACK=1 shows where, and ends the conversation)")

@@ -1,4 +1,4 @@
-"""One turn of `trimtab chat`: an answer is shown as the model writes it, and can be cut short."""
+"""One turn of `trimtab chat`: the answer is shown while it is generated, and can be interrupted."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trimtab.errors import TrimtabError
 from trimtab.text.unfolding import Unfolding
 
 STREAMING = {"transformers", "llamacpp"}
-"""Engines that tell tokens as they come. Others tell an answer when it is done, and it can't be cut short."""
+"""Engines that stream tokens. Others return an answer when it is complete, and it can't be interrupted."""
 
 Hear = Callable[[str, str], None]
 """Called with `"unsteered"` or `"steered"`, and a piece of that answer."""
 
 
 class Stream:
-    """A streamer and a stopping criterion for `lm.generate`: tells pieces of text, and ends it after `stop()`."""
+    """A streamer and stopping criterion for `lm.generate`: passes on pieces of text, and stops after `stop()`."""
 
     def __init__(self, tokenizer: Any, hear: Callable[[str], None]) -> None:
         self.stopped: bool = False
@@ -30,11 +30,11 @@ class Stream:
         self._began = False
 
     def stop(self) -> None:
-        """Let the token that is being made be the last one."""
+        """Stop after the current token."""
         self.stopped = True
 
     def put(self, ids: Any) -> None:
-        """The prompt first, as streamers of transformers are given it, then a token at a time."""
+        """Receive the prompt, which is skipped, then one token at a time, like other streamers of transformers."""
         if not self._began:
             self._began = True
             return
@@ -45,7 +45,7 @@ class Stream:
         self._tell(self._text.finish())
 
     def __call__(self, ids: Any, _scores: Any, **_: Any) -> Any:
-        """Whether each row, of `ids` `[rows, tokens]`, is done: the stopping criterion."""
+        """The stopping criterion: whether each row of `ids` `[rows, tokens]` is done."""
         import torch
 
         return torch.full((len(ids),), self.stopped, dtype=torch.bool, device=ids.device)
@@ -57,7 +57,7 @@ class Stream:
 
 @contextmanager
 def interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """While open, Ctrl-C calls `stop`; a second one raises `KeyboardInterrupt`, for a model that takes long to stop."""
+    """While open, Ctrl-C calls `stop`; a second one raises `KeyboardInterrupt`, in case the model is slow to stop."""
     pressed = False
 
     def handle(_signal: int, _frame: Any) -> None:
@@ -72,7 +72,7 @@ def interruptible(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def room(desk: Desk, conversation: Conversation, question: str) -> int:
-    """How many tokens the answer may have: what fits. Raises `TrimtabError` where the model's context is full."""
+    """The number of tokens that still fit for the answer. Raises `TrimtabError` if the model's context is full."""
     length = len(desk.lm.encode_with_images(conversation.messages(question), system=conversation.system)[0])
     size = desk.lm.layout.context
     if size is not None and length >= size:
@@ -84,17 +84,17 @@ def room(desk: Desk, conversation: Conversation, question: str) -> int:
 
 
 def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, interrupt: bool = False) -> Turn:
-    """Ask the model. With `/compare`, and where something steers, the unsteered answer comes first.
+    """Ask the model. With `/compare`, the unsteered answer comes first if a steering or an emphasis is on.
 
     Args:
         desk: The model and its engine.
-        conversation: What was said, and what steers.
+        conversation: The history, the steering and the settings.
         question: The user's message.
         hear: Called with the pieces of the answers.
-        interrupt: Whether Ctrl-C cuts the answer that is being given short. It is kept as far as it got.
+        interrupt: Whether Ctrl-C ends the current answer. The part generated so far is kept.
 
     Raises:
-        TrimtabError: For what can't be run; nothing has been shown then, or not all.
+        TrimtabError: The request can't be run. Nothing has been shown then, or only a part.
     """
     most = room(desk, conversation, question)
     steering = conversation.steering()
@@ -160,7 +160,7 @@ def _answer(
 
 
 def _check_phrases(desk: Desk, conversation: Conversation, question: str) -> None:
-    """Say what to do about a phrase that isn't there, for it is set for all questions."""
+    """If a phrase isn't in the conversation, say how to drop it, since phrases are set for all questions."""
     try:
         desk.lm.spans(conversation.messages(question), list(conversation.emphasized), system=conversation.system)
     except TrimtabError as error:

@@ -1,7 +1,7 @@
-"""The slash commands of `trimtab chat`: a line and a conversation give another conversation, and what there is to tell.
+"""The slash commands of `trimtab chat`: a line and a conversation give a new conversation, and something to show.
 
-A command is a function in `COMMANDS`. None of them prints, and none of them asks the model for an answer: `/retry` says
-what is to be sent again, and `/make` what is to be made.
+A command is a function in `COMMANDS`. No command prints or asks the model for an answer: `/retry` returns the question
+to send again, and `/make` the steering to make.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from trimtab.files.pick import Pick
 
 MOST_LAYERS = 3
-"""At so many layers `/tokens` colours the answer, of a steering that acts at more and where none is named."""
+"""`/tokens` colors the answer at this many layers if the steering acts at more and no layer is given."""
 
 
 @dataclass(frozen=True)
 class Desk:
-    """What commands work with beside the conversation: the model, its engine, and the folder whose files have names."""
+    """What commands use besides the conversation: the model, its engine, and the folder of named steering files."""
 
     lm: Any
     engine: str = "transformers"
@@ -40,14 +40,16 @@ class Desk:
 
     @property
     def names(self) -> dict[str, Path]:
-        """The steering files of the folder, as it is now, by name."""
+        """The steering files that are now in the folder, by name."""
         return {} if self.folder is None else {path.stem: path for path in sorted(self.folder.glob("*.safetensors"))}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did. `note` is a remark, `shown` the requested output, `ask` a question for the model, and
-    `make` a steering to make."""
+    """The result of a command.
+
+    `note` is a remark, `shown` the requested output, `ask` a question for the model, and `make` a steering to make.
+    """
 
     conversation: Conversation
     note: str = ""
@@ -58,12 +60,12 @@ class Outcome:
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is a command: it begins with one slash. With two it is a question that begins with one."""
+    """Whether a line is a command: it begins with one slash. Two slashes begin a question that starts with one."""
     return line.startswith("/") and not line.startswith("//")
 
 
 def run_command(desk: Desk, conversation: Conversation, line: str) -> Outcome:
-    """What the command of this line does. Raises `TrimtabError`, and nothing has changed, for one that can't be run."""
+    """Run the command of this line. For a line that can't be run, raises `TrimtabError` and changes nothing."""
     name, _, rest = line[1:].strip().partition(" ")
     if name not in COMMANDS:
         raise TrimtabError(
@@ -74,7 +76,7 @@ def run_command(desk: Desk, conversation: Conversation, line: str) -> Outcome:
 
 
 def load_steered(desk: Desk, conversation: Conversation, file: Path, strength: float = 1.0) -> Steered:
-    """A file's steering, under a name in this conversation. Raises `TrimtabError` for one that doesn't fit."""
+    """Load a steering file under a name in this conversation. Raises `TrimtabError` if it doesn't fit the model."""
     from trimtab.files.load import load as load_steering
 
     steering = load_steering(file)
@@ -86,12 +88,12 @@ def load_steered(desk: Desk, conversation: Conversation, file: Path, strength: f
 
 
 def steered_by(desk: Desk, conversation: Conversation, pick: Pick) -> Steered:
-    """The steering of `FILE[@LAYERS][:STRENGTH]`. Raises `TrimtabError` as `load_steered` does, and as `Pick.load`."""
-    pick.unscaled()  # raises for layers that the file hasn't
+    """The steering of `FILE[@LAYERS][:STRENGTH]`. Raises `TrimtabError` like `load_steered` and `Pick.load`."""
+    pick.unscaled()  # raises for layers that the file doesn't have
     return replace(load_steered(desk, conversation, pick.path, pick.strength), layers=pick.layers)
 
 
-# ---- what steers -------------------------------------------------------------------------------------------
+# ---- steering ----------------------------------------------------------------------------------------------
 
 
 def _steer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -102,7 +104,7 @@ def _steer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         chosen = _on(conversation, words[0])
         return Outcome(conversation.without(chosen.name), f"{chosen.name} is off")
     mine = conversation.find_made(words[0])
-    if mine is not None and not mine.file:  # nothing to read it from yet
+    if mine is not None and not mine.file:  # it is in no file yet
         strength = _number(words[1], f"/steer {words[0]}", "off takes it out") if len(words) == 2 else 1.0
         mine = replace(mine, strength=strength)
         where = _where(mine.layers_on)
@@ -135,7 +137,7 @@ def _layer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         ) from None
     if not layers:
         raise TrimtabError(f"/layer {name}: no layer is named; give numbers with commas between, or all")
-    steered.steering.only(layers)  # raises where it has nothing
+    steered.steering.only(layers)  # raises for layers that it doesn't have
     return Outcome(conversation.put(replace(steered, layers=layers)), f"{steered.name} acts at {_where(layers)} only")
 
 
@@ -174,7 +176,7 @@ def _compare(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     return Outcome(replace(conversation, compare=compare), said)
 
 
-# ---- what was said -----------------------------------------------------------------------------------------
+# ---- the history -------------------------------------------------------------------------------------------
 
 
 def _undo(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -196,7 +198,7 @@ def _image(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         return Outcome(replace(conversation, images=()), "the next question is about no image")
     if words:
         desk.lm.require("images")
-        _ = getattr(desk.lm, "processor", None)  # it raises where the model takes none
+        _ = getattr(desk.lm, "processor", None)  # raises if the model takes no images
         for word in words:
             read_image(Path(word).expanduser(), what=f"/image {word}")
         files = tuple(str(Path(word).expanduser()) for word in words)
@@ -229,7 +231,7 @@ def _save(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
 
 def _made(conversation: Conversation, which: Sequence[str]) -> Steered:
-    """The steering of this name that `/make` made, or the last one."""
+    """The steering that `/make` made under this name, or the last one."""
     if not conversation.made:
         raise TrimtabError("nothing was made here, so there is no steering to save; /make TEXT makes one")
     if not which:
@@ -342,7 +344,7 @@ def _quit(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does, the words that follow it, and its help."""
+    """One command: its function, the words that follow it, and its help."""
 
     run: Callable[[Desk, Conversation, str], Outcome]
     takes: str
@@ -392,11 +394,11 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-# ---- their words -------------------------------------------------------------------------------------------
+# ---- parsing -----------------------------------------------------------------------------------------------
 
 
 def _words(rest: str, least: int, most: int, name: str) -> list[str]:
-    """The words after a command; quotes hold a name with spaces together."""
+    """The words after a command; a name with spaces can be quoted."""
     try:
         words = shlex.split(rest)
     except ValueError:
@@ -428,7 +430,7 @@ def _on(conversation: Conversation, name: str) -> Steered:
 
 
 def _file(desk: Desk, conversation: Conversation, word: str) -> tuple[Path, float]:
-    """The file that a word names, and a strength: the name of what is on, one of the folder's, or a path."""
+    """The file and strength that a word names: a steering that is on or was made, a name in the folder, or a path."""
     on = (*conversation.made, *conversation.steered)
     files = {**desk.names, **{steered.name: Path(steered.file) for steered in on if steered.file}}
     head, colon, tail = word.rpartition(":")
@@ -475,7 +477,7 @@ def _where(layers: Sequence[int]) -> str:
 
 
 def _numbers(layers: Sequence[int]) -> str:
-    """Layers in order, runs of three and more shortened: `0-29` or `3, 5, 6`."""
+    """Layers in order, with runs of three or more shortened: `0-29` or `3, 5, 6`."""
     return written(layers).replace(",", ", ") or "none"
 
 

@@ -1,4 +1,4 @@
-"""A conversation of `trimtab chat` in a file: JSON, written atomically, and read with suspicion."""
+"""A `trimtab chat` conversation in a file: JSON, written atomically, and validated when it is read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ KIND, VERSION = "trimtab chat", 1
 
 
 def save_conversation(path: Path, conversation: Conversation, model: str) -> tuple[Conversation, list[Path]]:
-    """Write it, and beside it what was made and is on and in no file yet, as `talk.pirate.safetensors` for `talk.json`.
+    """Write the conversation, and next to it each steering that is on but in no file yet.
 
-    Returns the conversation, in which these have a file, and the files. Raises `TrimtabError` when a file can't be
-    written there.
+    Such a steering is written as `talk.pirate.safetensors` for `talk.json`. Returns the conversation with these files
+    in it, and the files. Raises `TrimtabError` if a file can't be written there.
     """
     check_target(path, ".json")
     files = []
@@ -38,9 +38,9 @@ def save_conversation(path: Path, conversation: Conversation, model: str) -> tup
 
 
 def save_made(path: Path, conversation: Conversation, steered: Steered) -> Conversation:
-    """Write a steering that was made, at strength 1; returns the conversation, in which it has this file.
+    """Write a steering that was made, at strength 1; returns the conversation with this file in it.
 
-    Raises `TrimtabError` when a file can't be written there.
+    Raises `TrimtabError` if the file can't be written there.
     """
     from trimtab.files.steering_file import save_steering
 
@@ -50,7 +50,7 @@ def save_made(path: Path, conversation: Conversation, steered: Steered) -> Conve
 
 
 def conversation_document(conversation: Conversation) -> dict[str, Any]:
-    """The settings and the turns, as JSON has them."""
+    """The settings and the turns as a JSON document."""
     settings = {
         "system": conversation.system,
         "steerings": [_on(on_record(steered), steered.layers) for steered in conversation.steered],
@@ -65,7 +65,7 @@ def conversation_document(conversation: Conversation) -> dict[str, Any]:
 
 
 def turn_document(turn: Turn) -> dict[str, Any]:
-    """A question, its answer, and under which settings it was given."""
+    """A question, its answer, and the settings under which it was answered."""
     return {
         "question": turn.question,
         "answer": asdict(turn.answer),
@@ -79,9 +79,9 @@ def turn_document(turn: Turn) -> dict[str, Any]:
 
 
 def load_conversation(path: Path, desk: Desk) -> tuple[Conversation, list[str]]:
-    """The conversation of a file, and what there is to remark: another model, a steering file that has changed since.
+    """Load a conversation, with remarks about changes since: another model, a steering file that has changed.
 
-    Raises `TrimtabError` for a file of another kind or a malformed one, and for a steering that isn't there or doesn't
+    Raises `TrimtabError` for a file of another kind or a malformed one, and for a steering that is missing or doesn't
     fit this model.
     """
     try:
@@ -179,7 +179,7 @@ def _read_said(fields: _Fields, *, known: bool) -> Said:
 
 
 class _Fields:
-    """The fields of an object in a file; each read raises `TrimtabError` where it isn't what it should be."""
+    """The fields of an object in a file; each read raises `TrimtabError` if a field has the wrong type."""
 
     def __init__(self, path: Path, values: Any, where: str) -> None:
         self.path = path

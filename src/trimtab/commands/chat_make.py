@@ -1,4 +1,4 @@
-"""`/make` in `trimtab chat`: what is to be made, making it, and a Ctrl-C that stops it."""
+"""`/make` in `trimtab chat`: parse the request, make the steering, and stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 TAKES = "TEXT|--like WHO|--from PAIRS"
 LONGEST_NAME = 24
 LEAST_TOKENS = 8
-"""Answers are as long as the chat's, but for what is too short to learn from, and no longer than `make` has them."""
+"""Answers are as long as the chat's, but at least this long, and no longer than those of `make`."""
 
 Stage = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What `/make` is to make: a sentence, a persona and another one, or a file of pairs.
+    """A request of `/make`: a sentence, a persona and its opposite, or a file of pairs.
 
-    `keep`: even if the verdict is none.
+    `keep` puts the steering on even if the verdict is none.
     """
 
     idea: str | None = None
@@ -41,9 +41,9 @@ class Wish:
 
 
 def wish_of(rest: str) -> Wish:
-    """What stands after `/make`. A sentence needs no quotes, so that an apostrophe may stand in it.
+    """Parse the words after `/make`. A sentence needs no quotes, so that it can contain an apostrophe.
 
-    Raises `TrimtabError` where nothing is wanted, or two things at once.
+    Raises `TrimtabError` if nothing is requested, or two things at once.
     """
     options: dict[str, Any] = {}
     while rest.startswith("--"):
@@ -67,7 +67,7 @@ def wish_of(rest: str) -> Wish:
 
 
 def _first_word(rest: str, flag: str) -> tuple[str, str]:
-    """The value after a flag, which quotes hold together, and what comes after it."""
+    """The value after a flag, which may be quoted, and the rest of the line."""
     match = re.match(r"""("[^"]*"|'[^']*'|\S+)\s*""", rest)
     if match is None or match[1].startswith("--"):
         raise TrimtabError(f"/make {flag} has nothing after it")
@@ -79,7 +79,7 @@ def _first_word(rest: str, flag: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Making:
-    """What came of it: the conversation, in which it is on if it holds or is to be kept, and what was made."""
+    """The result of `/make`: the conversation, with the steering on if it holds or is to be kept, and what was made."""
 
     conversation: Conversation
     made: Made
@@ -90,18 +90,18 @@ class Making:
 def make_steered(
     desk: Desk, conversation: Conversation, wish: Wish, stage: Stage, say: Callable[[str], None]
 ) -> Making:
-    """Make what is wished for, and put it on.
+    """Make the requested steering, and put it on.
 
     Args:
         desk: The model.
-        conversation: It gives the names that are taken, and isn't changed.
-        wish: What is wanted.
-        stage: Called with what is being done, and how far it is.
+        conversation: The conversation, for the names that are taken; it isn't changed.
+        wish: The request.
+        stage: Called with the current stage, and its progress.
         say: Called with messages about the progress.
 
     Raises:
-        TrimtabError: As `make` and `make_from_pairs` do.
-        KeyboardInterrupt: Ctrl-C was pressed; the model is as it was.
+        TrimtabError: As from `make` and `make_from_pairs`.
+        KeyboardInterrupt: Ctrl-C was pressed; the model is unchanged.
     """
     from trimtab.making import idea_from_contrast, idea_from_sentence, make, make_from_pairs
     from trimtab.making.make import TOKENS
@@ -129,7 +129,7 @@ def make_steered(
 
 
 def name_of(idea: str, taken: set[str]) -> str:
-    """A name for what was made, of a word or a few, which isn't taken: `blunt` of "be blunt, not flattering"."""
+    """A free name of one or a few words for a steering that was made: `blunt` for "be blunt, not flattering"."""
     said = re.sub(r"^(?:please )?(?:be|talk like|write like|act like|sound|answer) ", "", idea.strip().lower())
     said = re.split(r",| not | rather than | instead of ", said)[0]
     words = [word for word in re.findall(r"[^\W_]+", said) if word not in ("a", "an", "the")]
@@ -149,9 +149,9 @@ def name_of(idea: str, taken: set[str]) -> str:
 
 @contextmanager
 def _stopped_for_good() -> Iterator[Callable[[], None]]:
-    """While open, Ctrl-C raises `KeyboardInterrupt`, and so does what is yielded, from then on.
+    """While open, Ctrl-C raises `KeyboardInterrupt`, and from then on the yielded check raises it again.
 
-    A descent that is interrupted ends with the best so far; here that isn't wanted.
+    Training that is interrupted returns the best so far, which isn't wanted here.
     """
     pressed = False
 

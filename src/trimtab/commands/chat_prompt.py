@@ -1,4 +1,4 @@
-"""The line that is typed into `trimtab chat`: earlier ones with the arrow keys, and Tab completes."""
+"""The input line of `trimtab chat`: history with the arrow keys, and completion with Tab."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ STEERING_FILES = (".safetensors", ".gguf", ".svec", ".pt", ".json")
 
 
 def reader(desk: Desk) -> Callable[[Conversation], str | None]:
-    """Reads a line for a conversation; `None` once Ctrl-D was pressed. On Ctrl-C it says how to leave, and goes on."""
+    """Make a function that reads a line for a conversation.
+
+    It returns `None` after Ctrl-D. On Ctrl-C it says how to leave, and reads on.
+    """
     session: PromptSession[str] = PromptSession(history=InMemoryHistory(), complete_while_typing=False)
 
     def read(conversation: Conversation) -> str | None:
@@ -50,7 +53,7 @@ class _Completer(Completer):
 
 
 def candidates(desk: Desk, conversation: Conversation, before: str) -> list[str]:
-    """What the word that is being typed may become: commands, steerings' names, layers, files."""
+    """Completions of the current word: commands, names of steerings, layers, files."""
     if not is_command(before):
         return []
     *words, last = before.split(" ")
@@ -84,12 +87,12 @@ def _begin(with_: str, words: Iterable[str]) -> list[str]:
 
 
 def _names(with_: str, names: Iterable[str]) -> list[str]:
-    """Steerings' names, in quotes where they have spaces."""
+    """Names of steerings, quoted if they have spaces."""
     return [shlex.quote(name) for name in _begin(with_.lstrip("'\""), names)]
 
 
 def _paths(typed: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Files of these kinds, and folders, whose path begins with what was typed."""
+    """Files with these suffixes, and folders, whose path begins with what was typed."""
     folder, slash, start = typed.rpartition("/")
     try:
         inside = sorted(Path(folder + slash or ".").expanduser().iterdir())

@@ -1,4 +1,4 @@
-"""How `trimtab chat` shows things: at a terminal, as plain lines, or as JSON, one object an answer."""
+"""The output of `trimtab chat`: at a terminal, as plain lines, or as JSON with one object per answer."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from trimtab.commands.terminal import note, progress_bar, show, side_by_side, wr
 
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd")
-"""What would move the cursor or colour the screen, as a sign that can be seen."""
+"""Maps control characters, which could move the cursor or color the screen, to visible symbols."""
 
 
 class Screen(Protocol):
-    """Where answers and what commands tell go. `interrupt`: whether Ctrl-C cuts an answer short."""
+    """Where answers and command output are shown. `interrupt`: whether Ctrl-C ends an answer early."""
 
     interrupt: bool
 
     def answering(self, compared: bool) -> AbstractContextManager[Hear]:
-        """Around an answer: gives who hears its pieces. `compared`: an unsteered one comes first."""
+        """Enclose an answer; yields the callback for its pieces. `compared`: an unsteered answer comes first."""
 
     def answered(self, turn: Turn, conversation: Conversation) -> None:
-        """An answer is complete."""
+        """Handle a complete answer."""
 
     def tell(self, outcome: Outcome) -> None:
-        """What a command has to tell."""
+        """Show the outcome of a command."""
 
     def making(self) -> AbstractContextManager[tuple[Stage, Callable[[str], None]]]:
-        """Around the making of a steering: gives the callback for how far it is, and the one for words."""
+        """Enclose the making of a steering; yields the callbacks for the progress and for messages."""
 
 
 class Plain:
-    """Answers as they are, on stdout, an empty line between them; remarks on stderr."""
+    """Plain answers on stdout, separated by empty lines; remarks on stderr."""
 
     interrupt = False
 
@@ -82,7 +82,7 @@ class Plain:
 
 
 class JsonLines:
-    """One object an answer on stdout, each on a line; all else on stderr."""
+    """One JSON object per answer and line on stdout; everything else on stderr."""
 
     interrupt = False
 
@@ -106,7 +106,7 @@ class JsonLines:
 
 
 class Terminal:
-    """Answers as they come, or in two columns that grow; the remarks under them."""
+    """Answers as they are generated, in two columns if compared; remarks below."""
 
     interrupt = True
 
@@ -156,7 +156,7 @@ class Terminal:
 
 
 def outcome_of(making: Making) -> Outcome:
-    """What a conversation shows of a steering that was made."""
+    """The output for a steering that was made."""
     lines = summary(making.made)
     if making.on:
         said = f"{making.name} is on at strength 1; /save {making.name}.safetensors writes it"
@@ -171,7 +171,7 @@ def _columns(said: Mapping[str, str]) -> Table:
 
 @contextmanager
 def _making() -> Iterator[tuple[Stage, Callable[[str], None]]]:
-    """A bar on stderr; where that is no terminal, a line when something else begins."""
+    """A progress bar on stderr; if that isn't a terminal, a line for each new stage."""
     with progress_bar("answering", quiet=False, lines=False) as progress:
         yield stages(progress, quiet=False), lambda words: note(words, quiet=progress is not None)
 
@@ -182,13 +182,13 @@ def _console() -> Any:
 
 @contextmanager
 def _unechoed() -> Iterator[None]:
-    """While open, keys that are pressed aren't shown amid an answer; the next prompt has them."""
+    """While open, keys aren't echoed into an answer; the next prompt receives them."""
     try:
         import termios
 
         place = sys.stdin.fileno()
         before = termios.tcgetattr(place)
-    except (ImportError, OSError, ValueError, termios.error):  # no terminal, or a system that has none of this kind
+    except (ImportError, OSError, ValueError, termios.error):  # not a terminal, or a system without termios
         yield
         return
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
@@ -205,7 +205,7 @@ def _write(text: str) -> None:
 
 
 def _remark(turn: Turn, conversation: Conversation) -> None:
-    """Why an answer ended where it does, if it didn't by itself."""
+    """Explain why an answer ended, if it didn't end by itself."""
     answer = turn.answer
     if answer.finish_reason == "interrupted":
         note("stopped; the answer is kept as far as it got", quiet=False)

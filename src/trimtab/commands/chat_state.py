@@ -1,4 +1,4 @@
-"""A conversation and what steers it, as plain data: each command gives a new one."""
+"""A conversation and its steering as immutable data: each command returns a new conversation."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Steered:
-    """A steering that is on, under its name: where it is from, how strong, and at which of its layers (`None`: all).
+    """A steering that is on, under its name: its file, its strength, and the layers at which it acts (`None`: all).
 
-    `file` is empty for one that `/make` made and no file has yet.
+    `file` is empty for a steering that `/make` made and that hasn't been saved.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Steered:
 
     @property
     def acting(self) -> Steering:
-        """What of it acts, as strong as it is to be."""
+        """The steering restricted to its layers and multiplied by its strength."""
         return self.strength * (self.steering if self.layers is None else self.steering.only(self.layers))
 
     @property
@@ -43,7 +43,7 @@ class Steered:
 
 @dataclass(frozen=True)
 class On:
-    """What an answer was steered by, as it is shown and saved: a `Steered` without its tensors."""
+    """A record of a steering behind an answer, for display and for files: a `Steered` without its tensors."""
 
     name: str
     file: str
@@ -54,7 +54,7 @@ class On:
 
 @dataclass(frozen=True)
 class Said:
-    """One answer. `finish_reason` is `"stop"`, `"length"` or `"interrupted"`; `doses` is `None` if none is measured."""
+    """One answer. `finish_reason` is `"stop"`, `"length"` or `"interrupted"`; `doses` is `None` if not measured."""
 
     text: str
     finish_reason: str
@@ -65,13 +65,13 @@ class Said:
 
     @property
     def dose(self) -> float | None:
-        """The largest dose of any site."""
+        """The largest dose of any site; `None` if doses weren't measured."""
         return None if self.doses is None else max((dose.ratio for dose in self.doses), default=0.0)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its answer, and under which settings it was given; with `/compare` the unsteered answer as well."""
+    """A question, its answer, and the settings; with `/compare` also the unsteered answer."""
 
     question: str
     answer: Said
@@ -85,9 +85,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said, and the settings of the next answer.
+    """The history, and the settings for the next answer.
 
-    `answer_count` counts all answers, those taken back too: with a seed each gets one of its own, so that `/retry`
+    `answer_count` counts all answers, including undone ones: with a seed, each answer gets its own, so that `/retry`
     gives another sample and the whole session can be repeated. `made` holds what `/make` made, on or not.
     """
 
@@ -101,11 +101,11 @@ class Conversation:
     seed: int | None = None
     answer_count: int = 0
     made: tuple[Steered, ...] = ()
-    images: tuple[str, ...] = ()  # files that the next question is about
+    images: tuple[str, ...] = ()  # image files for the next question
 
     @property
     def next_seed(self) -> int | None:
-        """The next answer's."""
+        """The seed of the next answer."""
         return None if self.seed is None else self.seed + self.answer_count
 
     def messages(self, question: str) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ class Conversation:
         return [*messages, {"role": "user", "content": _content(self.images, question)}]
 
     def steering(self) -> Steering | None:
-        """All that is on, added up; `None` where nothing is."""
+        """The sum of all steerings that are on; `None` if there are none."""
         acting = [steered.acting for steered in self.steered]
         return sum(acting[1:], acting[0]) if acting else None
 
@@ -126,21 +126,21 @@ class Conversation:
         return next((steered for steered in self.steered if steered.name == name), None)
 
     def put(self, steered: Steered) -> Conversation:
-        """With this steering on, in place of the one that has its name."""
+        """The conversation with this steering on; it replaces one of the same name."""
         if self.find(steered.name) is None:
             return replace(self, steered=(*self.steered, steered))
         return replace(self, steered=tuple(steered if other.name == steered.name else other for other in self.steered))
 
     def find_made(self, name: str) -> Steered | None:
-        """What `/make` made under this name."""
+        """The steering that `/make` made under this name."""
         return next((steered for steered in self.made if steered.name == name), None)
 
     def with_made(self, steered: Steered) -> Conversation:
-        """With this steering among those that were made, in place of the one that has its name, and on."""
+        """The conversation with this steering on and recorded as made; it replaces one of the same name."""
         return replace(self.put(steered), made=(*(other for other in self.made if other.name != steered.name), steered))
 
     def in_file(self, name: str, file: Path) -> Conversation:
-        """With what was made under this name in a file."""
+        """The conversation with the made steering of this name recorded as saved in a file."""
         put = [
             tuple(
                 replace(steered, file=str(file)) if steered.name == name and not steered.file else steered
@@ -151,26 +151,26 @@ class Conversation:
         return replace(self, steered=put[0], made=put[1])
 
     def without(self, name: str) -> Conversation:
-        """With the steering of this name off."""
+        """The conversation with the steering of this name off."""
         return replace(self, steered=tuple(steered for steered in self.steered if steered.name != name))
 
     def undone(self) -> Conversation:
-        """Without its last turn. Raises `TrimtabError` if it has none."""
+        """The conversation without its last turn. Raises `TrimtabError` if there is none."""
         self.last()
         return replace(self, turns=self.turns[:-1])
 
     def last(self) -> Turn:
-        """Its last turn. Raises `TrimtabError` if it has none."""
+        """The last turn. Raises `TrimtabError` if there is none."""
         if not self.turns:
             raise TrimtabError("there is no question yet; type one")
         return self.turns[-1]
 
     def answered(self, turn: Turn) -> Conversation:
-        """With one more turn."""
+        """The conversation with one more turn."""
         return replace(self, turns=(*self.turns, turn), answer_count=self.answer_count + 1, images=())
 
     def label(self) -> str:
-        """What is on, in a few characters: `shout:2 rude:-0.5@9`."""
+        """The steerings that are on, as a short label: `shout:2 rude:-0.5@9`."""
         return " ".join(_label(steered) for steered in self.steered)
 
 
@@ -184,13 +184,13 @@ def _label(steered: Steered) -> str:
 
 
 def on_record(steered: Steered) -> On:
-    """A steering that is on, without its tensors."""
+    """The record of a steering that is on, without its tensors."""
     from trimtab.files.steering_file import steering_digest
 
     return On(steered.name, steered.file, steered.strength, steered.layers_on, steering_digest(steered.steering))
 
 
 def name_for(file: Path, steered: Sequence[Steered]) -> str:
-    """The name of a file's steering: the file's, or its whole path where another file has that name already."""
+    """The name of a file's steering: the file's stem, or the whole path if another file has that name."""
     taken = any(steered.name == file.stem and steered.file != str(file) for steered in steered)
     return str(file) if taken else file.stem

@@ -1,4 +1,4 @@
-"""The function that says whether an answer complies: by name, by IFEval type, or the user's own."""
+"""The function that decides whether an answer complies: by name, by IFEval type, or the user's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Check = Callable[[int, str, bool], "bool | float"]
 def checker_for(check: str | None, kind: str | None, kwargs: str | None, queries: Sequence[str]) -> Check:
     """The check that the options name, as `tune` calls it: `check(i, answer, cut)` for query i.
 
-    Raises `TrimtabError` when they name none, two, or one that can't be had.
+    Raises `TrimtabError` if they name none or two, or one that isn't available.
     """
     if kwargs is not None and kind is None:
         raise TrimtabError("--kwargs are the settings of an IFEval type; give --type as well")
@@ -51,12 +51,12 @@ def _ifeval(kind: str, kwargs: str | None, queries: Sequence[str]) -> Check:
         follows = importlib.import_module("trimtab.evaluate.ifeval").follows
     except ImportError as error:
         raise TrimtabError(f"--type needs IFEval's checks: pip install 'trimtab[eval]' ({error})") from None
-    follows(kind, settings, "A probe.", prompt=queries[0] if queries else "")  # an unknown type is said at once
+    follows(kind, settings, "A probe.", prompt=queries[0] if queries else "")  # reports an unknown type at once
     return lambda i, answer, _cut: bool(follows(kind, settings, answer, prompt=queries[i]))
 
 
 def _imported(name: str) -> Callable[..., Any]:
-    """`module:function` or `file.py:function`."""
+    """Import `module:function` or `file.py:function`."""
     source, colon, function = name.rpartition(":")
     if not colon or not source or not function:
         raise TrimtabError(
@@ -71,7 +71,7 @@ def _imported(name: str) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-    except Exception as error:  # a user's module raises whatever it likes
+    except Exception as error:  # a user's module may raise anything
         raise TrimtabError(f"--check {name}: can't import {source}: {type(error).__name__}: {error}") from None
     candidate = getattr(module, function, None)
     if not callable(candidate):
@@ -81,7 +81,7 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def _adapted(function: Callable[..., Any], queries: Sequence[str]) -> Check:
-    """A function of the answer, and of `cut` and `prompt` where it has parameters of these names."""
+    """Adapt a function of the answer, which may also have parameters named `cut` and `prompt`."""
     try:
         takes = frozenset(inspect.signature(function).parameters)
     except (TypeError, ValueError):

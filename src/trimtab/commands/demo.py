@@ -1,4 +1,4 @@
-"""`trimtab demo`: instructions followed with and without them in the prompt, measured while the user watches."""
+"""`trimtab demo`: how often instructions are followed, with and without them in the prompt, measured live."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ BATCH_SIZE = 32
 TUNED_FOR = "SmolLM2-135M-Instruct"
 TUNED_BLOCKS = 30
 LIVE = "title"
-"""The instruction that is learned while one watches; the others come learned, or three minutes wouldn't do."""
+"""The instruction that is learned during the demo; the others are included, or three minutes wouldn't be enough."""
 LEARN_QUERIES = 32
-"""The one that is learned live is learned from fewer queries than `trimtab learn distill` would take."""
+"""The instruction that is learned live uses fewer queries than `trimtab learn distill` would."""
 REGIMES = ("without", "with")
 
 
@@ -42,7 +42,7 @@ class Setting:
     strength: float
 
     def layer_of(self, blocks: int) -> int:
-        """The block at the same share of the depth in a model of `blocks` blocks."""
+        """The block at the same relative depth in a model of `blocks` blocks."""
         return min(round(self.layer / TUNED_BLOCKS * blocks), blocks - 1)
 
 
@@ -52,7 +52,7 @@ SETTINGS = (
     Setting("bullets", "a list of bullet points", 9, 1.2),
     Setting("sentence", "one sentence", 18, 0.6),
 )
-"""The blocks and strengths were found on the package's `tune` queries (`benchmarks demo-settings`)."""
+"""The blocks and strengths were chosen on the package's `tune` queries (`benchmarks demo-settings`)."""
 
 LIMITS = """\
 The form is all that is steered: what the answers say stays as good or bad as the model, and "on topic" counts the
@@ -62,7 +62,7 @@ UNTUNED = "On another model, better settings may exist: trimtab learn distill --
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, and what code can tell of it. It holds if it has the form and isn't repetitive."""
+    """One answer, and what code can measure about it. It holds if it has the form and isn't repetitive."""
 
     text: str
     has_form: bool
@@ -83,7 +83,7 @@ class Regime:
 
 @dataclass(frozen=True)
 class Result:
-    """What one instruction came to on held-out queries; `learned` says how its steering came about."""
+    """The results of one instruction on held-out queries; `learned` says where its steering comes from."""
 
     setting: Setting
     learned: str
@@ -110,13 +110,13 @@ def demo(
 ) -> None:
     """See steering work, in a few minutes on two CPU cores.
 
-    A small model often ignores the form that the prompt asks for. Here it is steered towards it: a title, JSON,
-    bullet points, one sentence. It answers questions that weren't used for learning, unsteered and steered, first
-    without the instruction in the prompt, then with it. Code checks the forms, and the counts have confidence
-    intervals.
+    A small model often ignores the form that the prompt asks for. This demo steers it towards that form: a title,
+    JSON, bullet points, one sentence. It answers questions that weren't used for learning, unsteered and steered,
+    first without the instruction in the prompt, then with it. Code checks the forms, and the counts have
+    confidence intervals.
 
-    One steering is learned while you watch, from the model's own answers; the others were learned earlier in the
-    same way, and --learn learns them again. For another model all are learned.
+    One steering is learned while you watch, from the model's own answers. The others were learned earlier in the
+    same way, and --learn learns them again. For another model, all are learned.
 
     [bold]  trimtab demo
       trimtab demo --learn
@@ -160,8 +160,8 @@ def try_setting(
 ) -> Result:
     """Learn one instruction from the queries `learn`, or load it, and answer the queries `test` in both regimes.
 
-    `bare` are the unsteered answers to the test queries alone, which are the same for every instruction.
-    `progress(done, total)` counts in hundredths of the work.
+    `bare` are the unsteered answers to the test queries without an instruction, which are the same for all
+    instructions. `progress(done, total)` counts in hundredths of the work.
     """
     from trimtab.data import instructions, prompts
 
@@ -196,7 +196,7 @@ def _steering(
     shipped: bool,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Steering, str]:
-    """The steering and how it came about; the mean difference where too few answers can be learned from."""
+    """The steering and where it comes from; the mean difference if there are too few answers to learn from."""
     from trimtab.data import instruction_pairs, instructions
     from trimtab.data.distilled import path_of
     from trimtab.evaluate import CONSTRAINTS
@@ -230,7 +230,7 @@ def _steering(
 
 
 def _part(progress: Callable[..., None] | None, start: float, stop: float) -> Callable[[int, int], None] | None:
-    """A count of a part of the work, shown in hundredths of all of it."""
+    """The progress of a part of the work, scaled to hundredths of all of it."""
     if progress is None:
         return None
     return lambda done, total: progress(round(100 * (start + (stop - start) * done / max(total, 1))), 100)
@@ -267,7 +267,7 @@ def _judged(name: str, query: str, answer: Generation) -> Answer:
     return Answer(answer.text, has_form, repeated, on_topic(query, answer.text), holds)
 
 
-# ---- what the user sees ------------------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------------------
 
 
 def _opening(lm: LM, tested: int, shipped: Sequence[str]) -> str:
@@ -319,7 +319,7 @@ def _counts(where: str, regime: Regime) -> Text:
 
 
 def telling(regime: Regime) -> list[int]:
-    """The rows worth showing: the first that the steering turned, and the first that it lost or left wrong."""
+    """The rows worth showing: the first that steering fixed, and the first that it broke or left wrong."""
     pairs = list(zip(regime.before, regime.after, strict=True))
     turned = next((row for row, (before, after) in enumerate(pairs) if after.holds and not before.holds), None)
     wrong = next((row for row, (_, after) in enumerate(pairs) if not after.holds), None)
@@ -387,7 +387,7 @@ def _repeated(answers: Sequence[Answer]) -> float:
     return sum(answer.repeated for answer in answers) / len(answers)
 
 
-# ---- for programs ------------------------------------------------------------------------------------------
+# ---- JSON --------------------------------------------------------------------------------------------------
 
 
 def _document(lm: LM, results: Sequence[Result], learned: int, seconds: float, cpu_seconds: float) -> dict[str, Any]:

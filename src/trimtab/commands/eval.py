@@ -1,4 +1,4 @@
-"""`trimtab eval`: does a steering do what it should? One command a benchmark."""
+"""`trimtab eval`: does a steering do what it should? One command per benchmark."""
 
 from __future__ import annotations
 

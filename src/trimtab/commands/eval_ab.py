@@ -1,4 +1,4 @@
-"""`trimtab eval ab`: does a steering make the matching answer of two more probable?"""
+"""`trimtab eval ab`: does a steering make the matching one of two answers more probable?"""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def ab(
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """A or B: how probable is the answer that matches a behaviour?
+    """A or B: how probable is the answer that matches a behavior?
 
     [bold]  trimtab eval ab --data refusal/test_dataset_ab.json \\
         --steer refusal.safetensors --strength -2,-1,0,1,2
@@ -73,13 +73,14 @@ def ab(
     mass of both letters: if it is small, the share means nothing. Intervals are 95 %
     bootstrap intervals, differences are paired with the unsteered model.
 
-    All arms of a question run together, and their shared prefix runs once. With
-    --finetune, a LoRA is trained on pairs (other questions than these), towards their
-    positive and their negative sides; each is an arm alone and under each steering.
+    All arms of a question run together, and their shared prefix is computed once. With
+    --finetune, two LoRAs are trained on pairs (other questions than these), one towards
+    the positive and one towards the negative sides; each is an arm by itself and with
+    each steering.
 
     Small models prefer one letter whatever it stands for, and almost any vector shifts
-    that preference. With --both-orders each question is asked with its options
-    exchanged as well, which cancels it out; both count as one question in the
+    that preference. With --both-orders, each question is also asked with its options
+    exchanged, which cancels the preference out; both count as one question in the
     intervals.
 
     The file is a list of objects
@@ -87,9 +88,10 @@ def ab(
     [dim]    {"question": "Is it so?\\n (A) Yes\\n (B) No",
          "answer_matching_behavior": "(A)", "answer_not_matching_behavior": "(B)"}[/dim]
 
-    (or with prompt, correct and incorrect). Other letters than A and B are refused, or
-    left out by name with --exclude. Choose layer and strength on other questions than
-    these: the best of many on the same questions looks better than it is.
+    (or with prompt, correct and incorrect). Items with other letters than A and B are
+    refused, or with --exclude left out and named. Choose layer and strength on other
+    questions than these: the best of many on the same questions looks better than it
+    is.
     """
     plan, out = arms.plan(), options.out
     check_targets(out, report)
@@ -143,7 +145,7 @@ def ab(
 
 
 def _pictures(lm: LM, items: list[ABItem], arms: dict[str, Arm]) -> list[Picture]:
-    """How a file's vectors resemble each other, and how these questions' answers lie apart at its layers."""
+    """Plots of the cosines between a file's vectors, and of the answers' activations at its layers."""
     from trimtab.files.load import load as load_steering
     from trimtab.methods.caa import activations
     from trimtab.report.page import Picture

@@ -107,7 +107,7 @@ def capability(
 
 
 def _tasks(data: Path, wanted: list[str] | None) -> dict[str, Path]:
-    """The files by task. Raises `TrimtabError` for an unknown task, or one whose file isn't there."""
+    """The files by task. Raises `TrimtabError` for an unknown task, or one whose file is missing."""
     if data.is_file():
         if wanted:
             raise TrimtabError(f"--task chooses among a folder's tasks, and {data} is one file; leave it out")

@@ -1,4 +1,4 @@
-"""What the commands of `trimtab eval` share: options, the run, the document and its tables."""
+"""Shared parts of the `trimtab eval` commands: options, the run, the document and its tables."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this many
 
 
 NATS_PROMPTS, NATS_TOKENS = 4, 16
-"""Divergences are read on so many of an evaluation's prompts, and so many tokens of each unsteered answer."""
+"""The number of prompts on which divergences are measured, and the number of tokens of each unsteered answer."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the requests may do, and where the records go."""
+    """Options for the requests, and for where the records are written."""
 
     transfer: Annotated[
         bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
@@ -53,7 +53,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Run:
-    """An evaluation under way: the model, its arms, and how their requests are run."""
+    """A running evaluation: the model, its arms, and the options for their requests."""
 
     lm: LM
     arms: dict[str, Arm]
@@ -72,7 +72,7 @@ class Run:
         batch_size: int,
         quiet: bool,
     ) -> Run:
-        """Load the model, and make the arms; pushes of random ones are matched on these prompts.
+        """Load the model and make the arms; the pushes of random arms are matched on these prompts.
 
         Raises:
             TrimtabError: A steering can't be read, or doesn't fit the model.
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def steerings(self) -> dict[str, Steering | None]:
-        """Each arm's steering."""
+        """The steering of each arm."""
         return {name: arm.steering for name, arm in self.arms.items()}
 
     @property
@@ -103,20 +103,20 @@ class Run:
         max_new_tokens: int,
         label: str = "answering",
     ) -> list[Record]:
-        """Have the model answer, and score what it says: one record a request."""
+        """Generate answers and score them: one record per request."""
         from trimtab.evaluate.answers import answer
 
         return self._kept(label, answer, requests, score=score, max_new_tokens=max_new_tokens, about=about)
 
     def letters(self, items: Sequence[ABItem], about: Mapping[str, Any], *, label: str = "scoring") -> list[Record]:
-        """Read the probabilities of the letters that answer these questions, in every arm."""
+        """Compute the probabilities of the letters that answer these questions, in every arm."""
         from trimtab.evaluate.ab import requests_of, score_ab
 
         requests = requests_of(self.lm, items, self.steerings, self.systems)
         return self._kept(label, score_ab, requests, items=items, about=about)
 
     def into(self, out: Path | None) -> Run:
-        """The same, with its records in another file."""
+        """The same run with its records in another file."""
         return replace(self, options=replace(self.options, out=out))
 
     def _kept(
@@ -131,10 +131,9 @@ class Run:
 def nats_of(
     lm: LM, arms: Mapping[str, Arm], prompts: Sequence[Prompt], *, transfer: bool
 ) -> dict[str, dict[str, float]]:
-    """The divergence of each steered arm from the unsteered model, in nats per token, on a few of these
-    prompts.
+    """The divergence of each steered arm from the unsteered model, in nats per token, on a few of these prompts.
 
-    There is none where the engine doesn't give probabilities of all tokens, or nothing can be read on these prompts.
+    Empty if the engine doesn't give the probabilities of all tokens, or nothing can be measured on these prompts.
     """
     from trimtab.evaluate.ab import spread
     from trimtab.evaluate.divergence import divergence, reference
@@ -144,14 +143,14 @@ def nats_of(
         return {}
     try:
         base = reference(lm, spread(prompts, NATS_PROMPTS), tokens=NATS_TOKENS)
-    except TrimtabError:  # prompts that fill the context, or that the model answers with nothing
+    except TrimtabError:  # prompts that fill the context, or that get empty answers
         return {}
     divergences = {name: divergence(lm, steering, base, transfer=transfer) for name, steering in steered.items()}
     return {name: {"mean": measured.mean, "p95": measured.p95} for name, measured in divergences.items()}
 
 
 def finish(document: dict[str, Any], *parts: RenderableType, out: Path | None, json: bool) -> None:
-    """Print the document, or for people these parts, and which files were written."""
+    """Print the document as JSON, or else these parts and the names of the written files."""
     if out is not None:
         document["records"] = str(out)
     if json:
@@ -164,7 +163,7 @@ def finish(document: dict[str, Any], *parts: RenderableType, out: Path | None, j
 
 
 def check_targets(out: Path | None, report: Path | None) -> None:
-    """Raises `TrimtabError` if a requested file can't be written or drawn."""
+    """Raise `TrimtabError` if a requested file can't be written or drawn."""
     if out is not None:
         check_target(out, ".jsonl")
     check_picture(report, ".html")
@@ -172,7 +171,7 @@ def check_targets(out: Path | None, report: Path | None) -> None:
 
 @contextmanager
 def resumable(out: Path | None, *, quiet: bool) -> Iterator[None]:
-    """Say where an interrupted run's records are."""
+    """Say where the records are if the run is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
@@ -184,7 +183,7 @@ def resumable(out: Path | None, *, quiet: bool) -> Iterator[None]:
 def document_of(
     records: Sequence[Record], arms: Mapping[str, Arm], scores: Sequence[str], key: Callable[[Record], str] | None
 ) -> dict[str, Any]:
-    """The numbers of an evaluation: each arm's facts, each score's mean with its interval, and by part of the data."""
+    """The results of an evaluation: facts on each arm, and each score's mean with its interval, overall and by part."""
     from trimtab.evaluate.summary import summarize
 
     of = {name: [record for record in records if record.arm == name] for name in arms}
@@ -198,7 +197,7 @@ def document_of(
 
 
 def facts_of(records: Sequence[Record]) -> dict[str, Any]:
-    """How many answers an arm has, how hard they were pushed, and how long they are."""
+    """The number of answers of an arm, their mean dose and length, and how many were cut off."""
     return {
         "items": len(records),
         "mean_dose": sum(record.dose for record in records) / len(records),
@@ -208,8 +207,11 @@ def facts_of(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def scores_table(document: Mapping[str, Any], columns: Mapping[str, str], part: str | None = None) -> Table:
-    """Arms by scores. The first score comes with its interval, and with its difference from the unsteered arm; the 95th
-    percentile of the divergence stands last."""
+    """A table of arms by scores.
+
+    The first score is shown with its interval and its difference from the unsteered arm; the last column is the 95th
+    percentile of the divergence.
+    """
     first, *others = columns
     nats = any("nats" in facts for facts in document["arms"].values())
     heads = (columns[first], "minus unsteered", *(columns[score] for score in others), "dose", *(["nats"] * nats))
@@ -232,7 +234,7 @@ def scores_table(document: Mapping[str, Any], columns: Mapping[str, str], part: 
 
 
 def table_of(first: str, *columns: str) -> Table:
-    """An empty table: the first column holds words, the others numbers, which don't wrap."""
+    """An empty table: the first column is for words, the others for numbers, which don't wrap."""
     table = Table(first, *columns, box=None, header_style="dim", pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -241,34 +243,34 @@ def table_of(first: str, *columns: str) -> Table:
 
 
 def dosed(dose: float) -> str:
-    """A dose in a table; nothing where nothing was pushed."""
+    """A dose for a table; empty if nothing was pushed."""
     return "" if dose == 0 or not math.isfinite(dose) else f"{dose:.2g}"
 
 
 def find(document: Mapping[str, Any], arm: str, score: str, part: str | None = None) -> dict[str, Any] | None:
-    """The line of an arm and a score, over all items or over those of one part."""
+    """The line of an arm and a score, over all items or over one part."""
     lines = document["scores"] if part is None else document["by_part"]
     return next((line for line in lines if (line["arm"], line["score"], line["key"]) == (arm, score, part)), None)
 
 
 def line_of(lines: Sequence[Mapping[str, Any]], arm: str, score: str) -> Mapping[str, Any]:
-    """The line of an arm and a score among lines that have one for each."""
+    """The line of an arm and a score, from lines with one for each combination."""
     return next(line for line in lines if (line["arm"], line["score"]) == (arm, score))
 
 
 def interval(mean: Mapping[str, float], sign: bool = False) -> str:
-    """`0.62 [0.55, 0.70]`."""
+    """Format an interval as `0.62 [0.55, 0.70]`."""
     form = "+.2f" if sign else ".2f"
     return f"{mean['estimate']:{form}} [{mean['low']:{form}}, {mean['high']:{form}}]"
 
 
 def shorten(text: str, width: int = 48) -> str:
-    """Text that fits into a table."""
+    """The text, shortened to fit into a table."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def find_data(data: Path | None, names: Sequence[str], what: str) -> list[Path]:
-    """The files of a folder (or the one file). Raises `TrimtabError` when there are none."""
+    """The named files of a folder, or the one file. Raises `TrimtabError` if there are none."""
     if data is None:
         raise TrimtabError(f"{what} need their data; give --data FILE, or a folder with {', '.join(names)}")
     if data.is_file():

@@ -27,11 +27,11 @@ def lm_eval(context: typer.Context) -> None:
         layers_path=model.layers       where the blocks are, if trimtab can't find them[/dim]
 
     A comma ends an argument there, so write layers as one (@14) or as a range (@10-14).
-    A task's context is the prompt, and what it scores or generates is the answer: a
-    steering from the last prompt token on acts on the answer. Don't share --use_cache
-    between steerings; the harness keys it by requests only.
+    A task's context is the prompt, and the text that it scores or generates is the
+    answer, so a steering from the last prompt token on acts on the answer. Don't share
+    --use_cache between steerings: the harness keys its cache by requests only.
     """
-    import_module("trimtab.evaluate.harness")  # it registers the model class, or says that the harness isn't installed
+    import_module("trimtab.evaluate.harness")  # registers the model class, or reports that the harness isn't installed
     from lm_eval.__main__ import cli_evaluate
 
     arguments = list(context.args)

@@ -1,4 +1,4 @@
-"""`trimtab eval ifeval`: how often are instructions followed, by code that checks?"""
+"""`trimtab eval ifeval`: how often are instructions followed, as checked by code?"""
 
 from __future__ import annotations
 
@@ -58,28 +58,28 @@ def ifeval(
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """IFEval: how often are instructions followed, by code that checks?
+    """IFEval: how often are instructions followed, as checked by code?
 
     [bold]  trimtab eval ifeval --steer caps.safetensors --out caps.jsonl
       trimtab eval ifeval --data pairs.jsonl --without-instruction \\
         --steer caps.safetensors --strength 0.5,1 --random 2
       trimtab eval ifeval --data pairs.jsonl --limit 50 --json > summary.json[/bold]
 
-    Each prompt is answered unsteered and under each steering, greedily and under the
-    same stop rules. An answer counts as strict when it follows every instruction as it
-    stands, as loose when it does after one of the lenient edits of the benchmark (a
+    Each prompt is answered unsteered and under each steering, greedily and with the same
+    stop rules. An answer is strictly correct if it follows every instruction unchanged,
+    and loosely correct if it does so after one of the lenient edits of the benchmark (a
     first or last line dropped, asterisks removed). By instruction: the share of single
-    instructions followed. Intervals are 95 % bootstrap intervals, differences are paired
-    with the unsteered answers; won/lost counts the prompts that changed by the loose rule,
-    and p is McNemar's exact test on them.
+    instructions followed. Intervals are 95 % bootstrap intervals, and differences are
+    paired with the unsteered answers. won/lost counts the prompts whose loose result
+    changed, and p is McNemar's exact test on them.
 
-    A file of IFEval's format has on each line
+    A file in IFEval's format has on each line
 
     [dim]    {"key": 1, "prompt": "Name a fruit. Use no commas.",
          "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}],
          "prompt_without_instruction": "Name a fruit."}[/dim]
 
-    the last of which only --without-instruction needs. IFBench's rows are checked as well.
+    where only --without-instruction needs the last key. Rows of IFBench work as well.
 
     With --out, the same command resumes an interrupted run, and ends with the same
     file.
@@ -125,7 +125,7 @@ def ifeval(
 
 
 def _summary(records: Sequence[Record], arms: Mapping[str, Arm]) -> dict[str, Any]:
-    """The numbers: by arm, by prompt, by single instruction, and by type of instruction."""
+    """The results by arm, by prompt, by single instruction, and by type of instruction."""
     from trimtab.evaluate.ifeval import by_instruction, type_of
     from trimtab.evaluate.summary import summarize
 
@@ -151,7 +151,7 @@ def _facts(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _without_p(lines: Sequence[Line]) -> list[Line]:
-    """Instructions of one prompt aren't independent, and McNemar's test takes them for it."""
+    """Drop the p-values: the instructions of one prompt aren't independent, as McNemar's test assumes."""
     return [
         line if line.difference is None else replace(line, difference=replace(line.difference, p=None))
         for line in lines

@@ -1,4 +1,4 @@
-"""`trimtab eval inspect`: a task of Inspect's, unsteered and steered."""
+"""`trimtab eval inspect`: an Inspect task, unsteered and steered."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def inspect(
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """A task of Inspect (inspect_ai), in every arm. Needs the extra inspect.
+    """Run an Inspect (inspect_ai) task in every arm. Needs the extra inspect.
 
     [bold]  trimtab eval inspect task.py --steer shout.safetensors --strength 0.5,1 --limit 50
       trimtab eval inspect inspect_evals/ifeval --steer json.safetensors --engine vllm
       inspect eval task.py --model trimtab/default -M steer=shout.safetensors:2[/bold]
 
-    The task runs as it is, with its own scorers, once for the unsteered model and once
-    for each arm; answers are greedy unless it asks for a temperature. The model is loaded
-    once. Each arm's log is an ordinary log of Inspect's. Tasks with tools are refused:
-    these models call none here.
+    The task runs unchanged, with its own scorers, once for the unsteered model and once
+    for each arm; answers are greedy unless it sets a temperature. The model is loaded
+    once. Each arm has an ordinary Inspect log. Tasks with tools are refused, since the
+    models can't call tools here.
 
-    The last command does the same with Inspect's own program, which finds the provider
+    The last example steers in Inspect's own program, which finds the provider
     trimtab/MODEL once trimtab is installed.
     """
     plan = arms.plan()
@@ -99,7 +99,7 @@ def inspect(
 
 
 def _named(about: Any) -> str | None:
-    """The arm as the provider's `steer` names it."""
+    """The arm in the syntax of the provider's `steer` argument."""
     if about["kind"] == "baseline":
         return None
     from trimtab.files.pick import written

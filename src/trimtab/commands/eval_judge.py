@@ -80,22 +80,23 @@ def judge(
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """Open-ended answers, scored by another language model by a rubric.
+    """Open-ended answers, scored by another language model with a rubric.
 
     [bold]  export TRIMTAB_JUDGE_URL=http://localhost:8000/v1 TRIMTAB_JUDGE_MODEL=big
       trimtab eval judge --prompts asked.txt --criterion "How polite is the answer?" \\
         --steer polite.safetensors --strength -1,1 --out polite.jsonl
       trimtab eval judge --prompts asked.txt --criterion "…" --scale 1,5 --local[/bold]
 
-    Each prompt is answered greedily in every arm. The judge is any server with OpenAI's chat
-    completions API, named by TRIMTAB_JUDGE_URL, TRIMTAB_JUDGE_MODEL and, where it needs one,
-    TRIMTAB_JUDGE_KEY. It sees the question and the answer, not the arm. Replies without a
-    score on the scale, and requests that failed, are reported beside the mean and excluded
-    from it; differences are over the prompts that have a score in both arms.
+    Each prompt is answered greedily in every arm. The judge is any server with OpenAI's
+    chat completions API, given by TRIMTAB_JUDGE_URL, TRIMTAB_JUDGE_MODEL and, if it
+    needs one, TRIMTAB_JUDGE_KEY. It sees the question and the answer, not the arm.
+    Replies without a score on the scale, and failed requests, are reported next to the
+    mean and excluded from it; differences are over the prompts with a score in both
+    arms.
 
     With --out r.jsonl, answers are written there as they are generated, the judge's
     replies to the folder r-replies, and both together to r-judged.jsonl at the end. The
-    same command resumes a run that was stopped, and asks again for replies that failed.
+    same command resumes a run that was stopped, and retries failed requests.
     """
     plan, out = arms.plan(), options.out
     check_targets(out, report)
@@ -182,7 +183,7 @@ def _rubric(criterion: str, scale: str, ends: str) -> Rubric:
 
 
 def _endpoint(kind: Any) -> Judge:
-    """The server that the environment names, before a model is loaded."""
+    """The server that the environment names, checked before a model is loaded."""
     try:
         endpoint = kind.from_environment()
     except TrimtabError as error:
@@ -198,14 +199,14 @@ def _check_systems(prompts: Sequence[Any]) -> None:
 
 
 def _with_question(record: Record, questions: Mapping[str, Any]) -> Record:
-    """The record with the file's prompt: an arm's own system message is not the judge's business."""
+    """The record with the original prompt, so that the judge doesn't see the arm's system message."""
     from dataclasses import replace
 
     return replace(record, prompt=questions[record.item])
 
 
 def _document(records: Sequence[Record], arms: Mapping[str, Arm], tallies: Mapping[str, Tally]) -> dict[str, Any]:
-    """As of the other evaluations, over what has a score; differences over what has one in both arms."""
+    """The document as in other evaluations, over scored items; differences are over items scored in both arms."""
     return {
         "baseline": BASELINE,
         "arms": {
@@ -228,7 +229,7 @@ def _facts(records: Sequence[Record], tally: Tally) -> dict[str, Any]:
 
 
 def _line(records: Sequence[Record], arm: str, tally: Tally) -> dict[str, Any] | None:
-    """The arm's mean and its difference from the baseline, as `summarize` has them; `None` without any score."""
+    """The arm's mean and its difference from the baseline, as from `summarize`; `None` if nothing has a score."""
     from math import isnan
 
     from trimtab.evaluate.summary import summarize
@@ -256,14 +257,14 @@ def _line(records: Sequence[Record], arm: str, tally: Tally) -> dict[str, Any] |
 
 
 def _drawable(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with the arms that have a score; with none when nothing can be compared with the baseline."""
+    """The document with only the arms that have a score; with none if the baseline has no score."""
     have = {line["arm"] for line in document["scores"]}
     arms = {name: facts for name, facts in document["arms"].items() if name in have and BASELINE in have}
     return {**document, "arms": arms}
 
 
 def _write(path: Path, records: Sequence[Record], verdicts: Sequence[Verdict]) -> None:
-    """One line an answer: the record with its score, and the judge's reply or what went wrong."""
+    """Write one line per answer: the record with its score, and the judge's reply or the problem."""
     from trimtab.files.target import write_atomically
 
     lines = [

@@ -57,16 +57,16 @@ def refusal(
       trimtab eval refusal --data harmful_behaviors.csv --limit 40 --robust
       trimtab eval refusal --data xstest_prompts.csv --limit 50 --json[/bold]
 
-    Each request is answered greedily in every arm. An answer is a refusal when its first
-    160 characters hold one of a list of phrases ("I'm sorry", "I cannot", "as an AI" …;
-    trimtab.evaluate.refusal.PHRASES); no model judges. Each set has its own table: in
-    harmful sets a high share is good, in XSTest's safe prompts a low one, since these
-    only sound harmful. --limit uses that many of each set.
+    Each request is answered greedily in every arm. An answer is a refusal if its first
+    160 characters contain one of a list of phrases ("I'm sorry", "I cannot", "as an AI"
+    …; trimtab.evaluate.refusal.PHRASES); there is no judge model. Each set has its own
+    table: in harmful sets a high share is good, in XSTest's safe prompts a low one,
+    since these only sound harmful. --limit uses that many of each set.
 
-    A model that refuses plain requests may comply with disguised ones: --robust also
-    asks each harmful request in each of four templates of published kinds (prefix
-    injection, refusal suppression, role play, fiction; trimtab.evaluate.jailbreaks), as
-    sets of their own.
+    A model that refuses plain requests may comply with disguised ones. --robust also
+    asks each harmful request in four templates of published kinds (prefix injection,
+    refusal suppression, role play, fiction; trimtab.evaluate.jailbreaks), as separate
+    sets.
 
     Files: AdvBench's .csv (goal), XSTest's .csv (prompt, label), or a .json list of
     objects with an instruction.

@@ -59,7 +59,7 @@ def _grid(document: Mapping[str, Any], title: str, columns: Mapping[str, str], p
 
 
 def _sweeps(document: Mapping[str, Any], title: str, columns: Mapping[str, str]) -> list[Picture]:
-    """One picture for each steering file and each of the first two scores."""
+    """One plot for each steering file and each of the first two scores."""
     from trimtab.report.page import Picture
     from trimtab.report.sweep import draw_sweep
 

@@ -1,6 +1,6 @@
 """The arms of `trimtab eval ab --finetune`: a LoRA trained on the pairs, towards each side, alone and steered.
 
-An adapter changes the model for every row of a batch, so that each side is a pass of its own.
+An adapter changes the model for every row of a batch, so each side is run separately.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FinetuneOption = Annotated[
 
 
 def check_finetune(path: Path | None, columns: Columns) -> list[Pair]:
-    """The pairs. Raises `TrimtabError` where they can't be trained on, or without `peft`, before a model is loaded."""
+    """The pairs. Raises `TrimtabError` if they can't be trained on or `peft` is missing, before a model is loaded."""
     if path is None:
         return []
     from importlib.util import find_spec
@@ -59,10 +59,10 @@ def sides(
     *,
     quiet: bool,
 ) -> Iterator[tuple[dict[str, Arm], list[Record]]]:
-    """For each side of the pairs the arms, and what `score` makes of them on the finetuned model.
+    """For each side of the pairs, the arms and the results of `score` on the finetuned model.
 
-    With `out`, `r.jsonl`, a side's records are in `r-finetuned-positive.jsonl`, its adapter in the folder
-    `r-finetuned-positive`; an adapter that is there is taken, not trained again.
+    With `out`, `r.jsonl`, a side's records are in `r-finetuned-positive.jsonl` and its adapter in the folder
+    `r-finetuned-positive`; an existing adapter is loaded instead of trained again.
     """
     from trimtab.evaluate.lora import SIDES, description, finetuned
 

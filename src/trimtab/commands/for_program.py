@@ -1,4 +1,4 @@
-"""`trimtab learn … --for llama.cpp`: a steering such as a control vector can hold, and how to run it there."""
+"""`trimtab learn … --for llama.cpp`: a steering that fits into a control vector, and how to run it there."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ IMPLIED: dict[str, dict[str, Any]] = {
     "repe": {"control": "add", "keep_norm": False},
     "reps": {},
 }
-"""The methods that can learn additions to the residual stream, and the options with which they do."""
+"""The methods that can learn additions to the residual stream, and the options that make them do so."""
 SCALE = 0.8
-"""A strength to try first: at every token the same vector pushes more than from the last prompt token on."""
+"""A strength to try first: the same vector pushes more at every token than from the last prompt token on."""
 
 ForOption = Annotated[
     str | None,
@@ -43,17 +43,17 @@ ForOption = Annotated[
 def check_program(
     program: str | None, method: str, options: Mapping[str, Any], layers: Any, out: Path
 ) -> dict[str, Any]:
-    """The options that the method gets in addition, to learn for this program.
+    """The options that a method needs in addition to learn for this program.
 
     Args:
-        program: What stands behind `--for`; without it, nothing is added.
+        program: The value of `--for`; without it, nothing is added.
         method: The method's name.
-        options: The options that are set, by name; `None` is one that isn't.
+        options: The options by name; `None` for one that isn't set.
         layers: The requested layers, if they are numbers.
         out: The file to write.
 
     Raises:
-        TrimtabError: The program isn't known, the method can't learn for it, an option says otherwise, or the file's
+        TrimtabError: The program isn't known, the method can't learn for it, an option contradicts it, or the file's
             name doesn't fit.
     """
     check_output(program, out)
@@ -84,7 +84,7 @@ def check_program(
 
 
 def check_output(program: str | None, out: Path) -> None:
-    """Raises `TrimtabError` unless the program is known, and a steering for it can be written to this file."""
+    """Raise `TrimtabError` unless the program is known, and a steering for it can be written to this file."""
     if program not in (None, LLAMA):
         raise TrimtabError(f"--for {program!r} is not known; known: {LLAMA}")
     if program is None and out.suffix == ".gguf":
@@ -93,9 +93,9 @@ def check_output(program: str | None, out: Path) -> None:
 
 
 def save_for(program: str | None, steering: Steering, path: Path) -> tuple[Steering, str]:
-    """Write what was learned, for this program; returns it as it was written, and its digest.
+    """Write a learned steering for this program; returns it as written, and its digest.
 
-    Raises `UnsupportedError` where it turned out to be something that the program can't hold.
+    Raises `UnsupportedError` if the program can't represent it.
     """
     from trimtab.files.export import TARGETS
     from trimtab.files.foreign import folded
@@ -113,7 +113,7 @@ def save_for(program: str | None, steering: Steering, path: Path) -> tuple[Steer
 
 
 def learned_for(steering: Steering) -> str:
-    """How to come to a steering that a control vector can hold, or to a model that needs none, as a sentence."""
+    """A sentence that says how to learn a steering for a control vector or, for ablations, suggests baking."""
     from trimtab.steering import Ablate
 
     if any(isinstance(edit.operation, Ablate) for edit in steering.edits):
@@ -125,7 +125,7 @@ def learned_for(steering: Steering) -> str:
 
 
 def commands_for(program: str | None, path: Path, scale: float = SCALE) -> list[str]:
-    """What to type next, to run the file there at this strength."""
+    """The commands that run the file in this program at this strength."""
     if program is None:
         return []
     gguf = path.with_suffix(".gguf")
@@ -134,7 +134,7 @@ def commands_for(program: str | None, path: Path, scale: float = SCALE) -> list[
 
 
 def next_steps(program: str | None, path: Path, scale: float = SCALE) -> list[str]:
-    """The same as lines for people."""
+    """The same commands as lines of output."""
     lines = [f"  {line}" for line in commands_for(program, path, scale)]
     older = f"(older builds of llama.cpp take {path.with_suffix('.gguf').name} {scale:g}, without the colon)"
     return [f"for {program}:", *lines, f"  {older}"] if lines else []

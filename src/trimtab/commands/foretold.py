@@ -1,4 +1,4 @@
-"""What `trimtab learn` says of a direction before anything is generated with it: works, unlikely, or can't say."""
+"""The forecast of `trimtab learn --forecast` for a direction, before any generation: works, unlikely, or can't say."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MOST_PROMPTS = 6
 
 
 def foretold(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, dict[str, Any] | None]:
-    """The forecast as a line and as values; why there is none, and `None`, where it can't be made.
+    """The forecast as a line and as values; if it can't be made, the reason and `None`.
 
     Args:
         lm: The model.
-        pairs: What was learned from.
-        steering: What was learned: a mean difference.
+        pairs: The pairs that the steering was learned from.
+        steering: The learned steering, a mean difference.
     """
     from trimtab.tune.forecast import forecast, predictors
 
@@ -42,7 +42,7 @@ def foretold(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, di
 
 
 def _own_prompts(pairs: Sequence[Pair]) -> list[Any]:
-    """Some of the pairs' own prompts, without what is learned; the package's queries where they have none."""
+    """Some of the pairs' own prompts, without what is learned; the package's queries if they have none."""
     from trimtab.data import queries
 
     own = [pair.negative if pair.shape == "prompts" else pair.prompt for pair in pairs if pair.shape != "texts"]

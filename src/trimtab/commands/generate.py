@@ -1,4 +1,4 @@
-"""`trimtab generate`: answers, steered or not."""
+"""`trimtab generate`: generate answers, steered or not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DECODING = "Decoding"
 ATTENTION = "Attention and rejection"
 DOSED_PROMPTS = 32
-"""A dose is measured on so many of the prompts at most, evenly from all."""
+"""The maximum number of prompts, evenly chosen from all, on which a dose is measured."""
 
 
 @grouped
@@ -204,9 +204,9 @@ def generate(
     A strength multiplies the steering: 2 pushes twice as hard, -1 in the opposite
     direction, 0 not at all. @14,15 or @10-14 after the file selects layers. The dose
     reported at the end is the relative norm of the push, ‖edit‖ / ‖activation‖: with
-    learned differences, text tends to break from about 0.3 over all layers on. --dose
-    finds the strength for a given dose, and --nats the one for a given divergence of
-    next tokens.
+    learned differences, text tends to break above about 0.3 over all layers. --dose
+    finds the strength for a given dose, and --nats the one for a given divergence from
+    the unsteered model.
     """
     all_prompts = gather_prompts(prompt or [], prompts, column)
     if begun := sum(not isinstance(item, str) and item[-1]["role"] == "assistant" for item in all_prompts):
@@ -292,7 +292,7 @@ def generate(
             document["divergence"] |= {"factor": taken.factor, "monotone": taken.monotone}
         if loader.engine == "vllm":
             for row in document["answers"]:
-                row["dose"] = row["overall_dose"] = None  # it isn't measured there
+                row["dose"] = row["overall_dose"] = None  # doses aren't measured there
         write_json(document)
         return
     _print(all_prompts, answers, unsteered, lm.tokenizer if trace else None)
@@ -318,13 +318,13 @@ def generate(
 
 
 def _strength(files: Sequence[Pick], factor: float) -> str:
-    """What a factor for all files comes to, as they are to be passed."""
+    """The strength factor, and the files with the strengths that result, as they are passed to --steer."""
     at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * factor:.3g}" for pick in files)
     return f"strength × {factor:.3g}: --steer {at}"
 
 
 def _doses(answers: Sequence[Generation]) -> str:
-    """The largest dose of a layer; and of all layers together, where there are several."""
+    """The largest dose at a layer; with several layers, also the dose over all of them."""
     layers = max(len(answer.applied.doses) for answer in answers)
     text = f"; dose {max(answer.applied.dose for answer in answers):.2g}"
     overall = max(answer.applied.overall for answer in answers)
@@ -352,7 +352,7 @@ def _check_strength(dose: float | None, nats: float | None, steers: bool, engine
 
 
 def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> list[Any] | None:
-    """What to emphasize in each prompt; `None`: nothing."""
+    """What to emphasize in each prompt; `None` for nothing."""
     from trimtab.text.spans import Part
 
     if any(not phrase.strip() for phrase in phrases):
@@ -365,7 +365,7 @@ def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> li
 def _rejection(
     wanted: bool | None, beta: float | None, ladder: str | None, schedule: str | None, steers: bool, marks: bool
 ) -> Any:
-    """The rejection of all prompts, or `False`."""
+    """The rejection settings for all prompts, or `False`."""
     from trimtab.decoding.rejection import Rejection
 
     on = marks if wanted is None else wanted
@@ -407,7 +407,7 @@ def _steering(files: Sequence[Pick], positions: str | None) -> Steering | None:
 def _print(
     prompts: Sequence[Prompt], answers: Sequence[Generation], unsteered: Sequence[Generation] | None, tokenizer: Any
 ) -> None:
-    """The answers; with a tokenizer, coloured by their traces."""
+    """Print the answers; with a tokenizer, colored by their traces."""
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if len(prompts) > 1:
             heading = prompt if isinstance(prompt, str) else text_of(prompt[-1]["content"])

@@ -23,7 +23,7 @@ def list_(
     limit: Annotated[int, typer.Option(min=1, help="The maximum number.")] = 100,
     json: JsonOption = False,
 ) -> None:
-    """List the steerings that somebody has on the Hub, or that are in a folder.
+    """List the steerings of a user on the Hub, or those in a folder.
 
     [bold]  trimtab list user
       trimtab list user/refusal
@@ -39,7 +39,7 @@ def list_(
         return
     table = Table("steering", "model", "tags", "changed", box=None, pad_edge=False, header_style="dim")
     for column in table.columns:
-        column.overflow = "fold"  # a name that is cut can't be pulled
+        column.overflow = "fold"  # a name that is cut off can't be pulled
     for listing in listed:
         table.add_row(listing.name, ", ".join(listing.models), ", ".join(listing.tags), listing.modified or "")
     show(table if listed else f"there are no steerings of {where}")
@@ -60,7 +60,7 @@ def pull(
       trimtab pull user/refusal --revision v2 --out refusal-2.safetensors
       trimtab pull user/vectors --file happy.gguf --out happy.safetensors[/bold]
 
-    No code in the download is run; another program's file is converted.
+    No code in the download is run. A file of another program is converted.
     """
     target = out or Path(f"{Path(name).name}.safetensors")
     check_target(target, ".safetensors")

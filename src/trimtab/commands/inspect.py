@@ -1,4 +1,4 @@
-"""`trimtab inspect`: what is in a steering file, and what it reads in a text."""
+"""`trimtab inspect`: the contents of a steering file, and the cosines of a text with its directions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trimtab.steering import Card, Steering
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
-BAR = 24  # columns
+BAR = 24  # in columns
 
 
 @grouped
@@ -79,15 +79,15 @@ def inspect(
 
     The norm is that of the direction, times the strength if the edit adds it. Its ratio
     to the activation's norm shows how hard it pushes: near 100 % and above, text tends
-    to break. The agreement is the mean cosine of the pairs' differences to their mean:
-    low agreement means a weak steering. The suggested strength gives a mild push over
-    all layers; the file itself acts at strength 1.
+    to break. The agreement is the mean cosine between the pairs' differences and their
+    mean: low agreement means a weak steering. The suggested strength gives a mild push
+    over all layers; without one, the file acts at strength 1.
 
-    Two files are compared layer by layer, whatever their methods and models,
-    if the widths agree; name a file twice to compare its layers with each
-    other. --text and --pairs load the model; the text is read as it is,
-    without a chat template. So do --nats and --model: then the divergence
-    from the unsteered model is measured, on answers to eight plain queries.
+    Two files are compared layer by layer, whatever their methods and models, if their
+    widths agree; name a file twice to compare its layers with each other. --text and
+    --pairs load the model; the text is read without a chat template. --nats and --model
+    load it, too, and measure the divergence from the unsteered model on answers to
+    eight plain queries.
     """
     _check_options(files, plot, text, pairs, layer, page)
     if nats and (len(files) == 2 or text is not None or pairs is not None):
@@ -145,10 +145,10 @@ def inspect(
 
 
 def divergence_of(steering: Steering, loader: EngineModelOptions, *, transfer: bool, quiet: bool) -> dict[str, Any]:
-    """How far a steering takes its model from itself, on answers to eight of the package's queries.
+    """The divergence of a steered model from the unsteered one, on answers to eight of the package's queries.
 
     Raises:
-        TrimtabError: The model can't be loaded, or the steering doesn't fit; or its engine gives no probabilities.
+        TrimtabError: The model can't be loaded, the steering doesn't fit, or the engine gives no probabilities.
     """
     from trimtab.data import queries
 
@@ -161,7 +161,7 @@ def divergence_of(steering: Steering, loader: EngineModelOptions, *, transfer: b
 def _check_options(
     files: Sequence[str], plot: Path | None, text: str | None, pairs: Path | None, layer: int | None, page: Path | None
 ) -> None:
-    """Raises `TrimtabError` for options that make no sense together."""
+    """Raise `TrimtabError` for options that don't go together."""
     if len(files) > 2:
         raise TrimtabError(f"two files are compared, not {len(files)}")
     if len(files) == 2 and (text is not None or pairs is not None):
@@ -203,7 +203,7 @@ def _document(
 
 
 def _cards(card: Card, digest: str) -> list[Table]:
-    """The card as a table, then one for each of its parts."""
+    """The card as a table, followed by one for each of its parts."""
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
@@ -219,7 +219,7 @@ def _cards(card: Card, digest: str) -> list[Table]:
 
 
 def _edits(steering: Steering, edit_pushes: Sequence[Push]) -> tuple[str, Table]:
-    """What all edits have in common, in a line; and a table of the rest, with a bar as long as each push."""
+    """The shared properties of all edits as one line, and a table of the rest with a bar for the norm of each push."""
     line, columns = edit_columns(steering, edit_pushes)
     longest = max(push.norm for push in edit_pushes)
     shown: dict[str, list[str]] = {
@@ -239,7 +239,7 @@ def _edits(steering: Steering, edit_pushes: Sequence[Push]) -> tuple[str, Table]
 
 
 def bar(value: float, longest: float, columns: int = BAR) -> str:
-    """A bar of block characters, to an eighth of a column; `longest` fills all `columns`."""
+    """A bar of block characters, precise to an eighth of a column; `longest` fills all `columns`."""
     eighths = round(8 * columns * value / longest) if longest > 0 else 0
     full, rest = divmod(max(eighths, 1 if value > 0 else 0), 8)
     return "█" * full + EIGHTHS[rest].strip()

@@ -1,4 +1,4 @@
-"""What `trimtab inspect` does beyond a file's own facts: a text's tokens, pairs in their plane, and two files."""
+"""`trimtab inspect` with a model or two files: a text's tokens, pairs in their principal plane, and comparisons."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def show_text(
     transfer: bool,
     json: bool,
 ) -> None:
-    """The text, each token coloured by its cosine with the file's direction at this layer, or at each of its layers."""
+    """Show the text, each token colored by its cosine with the file's direction at this layer, or at all its layers."""
     from trimtab.report.tokens import coloured_cosines, draw_tokens, reach, token_cosines, tokens_page
 
     steering = file.load()
@@ -61,7 +61,7 @@ def show_text(
 def show_plane(
     lm: LM, file: Pick, pairs: Path, read: Sequence[Pair], layer: int | None, plot: Path, *, transfer: bool, json: bool
 ) -> None:
-    """Draw the pairs' activations at the file's layers, two principal components at each, read as for the file."""
+    """Draw two principal components of the pairs' activations at each of the file's layers, read as for the file."""
     from trimtab.evaluate.ab import spread
     from trimtab.methods.caa import activations, read_at_of
     from trimtab.report.sweep import draw_planes, plane
@@ -72,7 +72,7 @@ def show_plane(
         raise TrimtabError(f"{pairs} has {len(some)} pair; a plane needs two at least")
     lm.check(steering, transfer=transfer)
     layers = [layer] if layer is not None else list(spread(steering.layers, DRAWN_LAYERS))
-    steering.only(layers)  # says which layers it has
+    steering.only(layers)  # raises for layers that it doesn't have
     lettered = some[0].shape == "letters"
     by_layer = activations(lm, some, layers, read_at=None if lettered else read_at_of(steering.card))
     letters = [(letter_of(str(pair.positive)), letter_of(str(pair.negative))) for pair in some] if lettered else None
@@ -92,7 +92,7 @@ def show_plane(
 
 
 def show_two(files: Sequence[Pick], plot: Path | None, *, json: bool) -> None:
-    """How alike the directions of two files are, layer by layer; drawn, each layer with each."""
+    """Show the cosines between the directions of two files, layer by layer; the plot has each layer with each."""
     from trimtab.report.sweep import draw_similarity, similarity_between
 
     first, other = (file.load() for file in files)
@@ -120,7 +120,7 @@ def show_two(files: Sequence[Pick], plot: Path | None, *, json: bool) -> None:
 
 
 def _nearest(layers: Sequence[int], across: Sequence[int], cosines: Sequence[Sequence[float]], names: Any) -> Table:
-    """For each layer of the one: the cosine at the same layer of the other, and at which other one it is most alike."""
+    """For each layer of the first: the cosine at the same layer of the other, and its most similar other layer."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name in (f"layer of {names[0]}", "same layer", f"else most alike in {names[1]}", "cosine"):
         table.add_column(name, justify="right")

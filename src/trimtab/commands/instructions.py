@@ -1,4 +1,4 @@
-"""What `trimtab learn instruct` learns from when it isn't a file of pairs: a sentence, or every type of instruction.
+"""The sources of `trimtab learn instruct` other than a file of pairs: a sentence, or every type of instruction.
 
 Nothing here imports torch.
 """
@@ -28,7 +28,7 @@ LANGUAGE = "language:response_language"
 
 @dataclass(frozen=True)
 class Lesson:
-    """Pairs to learn an instruction from, the operation that suits it, and what its card should say."""
+    """Pairs to learn an instruction from, the operation that suits it, and the options for its card."""
 
     name: str
     pairs: tuple[Pair, ...]
@@ -38,7 +38,7 @@ class Lesson:
 
 
 def lesson_of(sentence: str, base: Sequence[str]) -> Lesson:
-    """A lesson on one instruction, in the user's words and, if its type is recognised, in other phrasings of it.
+    """A lesson on one instruction, in the user's words and, if its type is recognized, in other phrasings of it.
 
     Raises `TrimtabError` for an empty sentence.
     """
@@ -55,9 +55,9 @@ def lesson_of(sentence: str, base: Sequence[str]) -> Lesson:
 
 
 def every_lesson(base: Sequence[str]) -> list[Lesson]:
-    """One lesson for each of IFEval's types, and for the language one for each of the common languages.
+    """One lesson for each of IFEval's types; for the language type, one for each of the common languages.
 
-    Other parameters, such as a number of bullet points, take some values in turn.
+    Other parameters, such as the number of bullet points, take a few values in turn.
     """
     lessons = []
     for name, kind in instruction_types().items():
@@ -87,7 +87,7 @@ def _lesson(
     return Lesson(
         name,
         tuple(instruction_pairs(base, different)),
-        # a fixed weight for lengths and words, as in the paper: the length of the learned difference
+        # lengths and words use a fixed weight, as in the paper: the length of the learned difference
         "project" if formats else "add",
         {**{key: value for key, value in about.items() if value}, "phrasings": _digest(different), "queries": "learn"},
         remark,

@@ -1,4 +1,4 @@
-"""`trimtab learn`: a steering from pairs of texts, or from an instruction."""
+"""`trimtab learn`: learn a steering from pairs of texts, or from an instruction."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def learn(
 ) -> None:
     """Learn a steering from contrastive pairs, or from an instruction, and save it to a file.
 
-    The following is about caa and instruct. `trimtab methods` lists all methods, and
+    This page describes caa and instruct. `trimtab methods` lists all methods, and
     `trimtab learn METHOD --help` shows the options of the others.
 
     [bold]  trimtab learn instruct --instruction "Answer in all lowercase letters." \\
@@ -157,8 +157,8 @@ def learn(
       trimtab learn caa --pairs rude.csv --layers all --out all.safetensors \\
         --model Qwen/Qwen2.5-1.5B-Instruct --strength -1[/bold]
 
-    --instruction reports which type of instruction it recognised. The queries that it
-    is appended to are included, and so are its other phrasings.
+    --instruction reports which type of instruction it recognized. The queries to which
+    the sentence is appended come with the package, and so do its other phrasings.
 
     Pairs can be JSONL (one object per line), JSON (a list of objects), CSV or TSV (with
     a header line) or Parquet. Each pair has the keys of one of these shapes:
@@ -183,25 +183,25 @@ def learn(
          "answer_matching_behavior": "(A)",
          "answer_not_matching_behavior": "(B)"}[/dim]
 
-    [bold]  statement, label[/bold], and perhaps prompt
+    [bold]  statement, label[/bold], and optionally prompt
         single texts, true or false, which are paired in order
     [dim]    {"statement": "Rivers flow downhill.", "label": true}[/dim]
 
-    The prompt may also be called question, instruction, input or user, the sides
-    chosen and rejected, matching and not_matching, or pos and neg, and a statement
-    text or completion. Map other names with --keys positive=good,negative=bad. A
-    column that isn't read but may matter is an error; --ignore leaves it out.
+    A prompt may also be called question, instruction, input or user; the two sides,
+    chosen and rejected, matching and not_matching, or pos and neg; a statement, text
+    or completion. Map other names with --keys positive=good,negative=bad. A column
+    that isn't read but may matter is an error; --ignore leaves it out.
 
-    In JSONL and JSON, prompts and answers may be lists of messages, and every
-    pair with a prompt may have a system prompt: system, the same on both sides,
-    or positive_system and negative_system. Then the rest may be the same.
+    In JSONL and JSON, prompts and answers may be lists of messages. A pair with a
+    prompt may have a system prompt: system for both sides, or positive_system and
+    negative_system. If these differ, the rest may be the same.
     [dim]    {"positive_system": "You are rude.", "negative_system": "You are kind.",
          "prompt": [{"role": "user", "content": "How are you?"}],
          "positive": "Leave me alone.", "negative": "Splendid, thanks!"}[/dim]
 
     Nothing is written until everything is learned; an existing file is replaced.
     """
-    if method not in OWN_COMMAND:  # its own options aren't known here, and it would be learned as something else
+    if method not in OWN_COMMAND:  # its options aren't known here, so it would be learned as something else
         if method != PROBE:
             known_recipe(method)
         raise TrimtabError(f"the method comes first: trimtab learn {method} …, and then its options")
@@ -238,7 +238,7 @@ def learn(
 
     check_strength(strength)
     if estimator is not None:
-        as_estimator(estimator)  # an unknown one is said at once
+        as_estimator(estimator)  # reports an unknown one at once
     rule = None if positions is None else Positions.parse(positions)
     _check_operation(operation, one_sided)
     if one_sided and (word is not None or length is not None):
@@ -281,7 +281,7 @@ def learn(
 
 
 def _source_of(method: str, sources: dict[str, Any]) -> str:
-    """The name of the only source that was passed. Raises for none, for several, and for one that the method hasn't."""
+    """The name of the only given source. Raises for none, for several, and for one that the method doesn't support."""
     if not sources:
         raise typer.BadParameter("nothing to learn from: give --pairs FILE, or for instruct --instruction SENTENCE")
     if len(sources) > 1:
@@ -309,7 +309,7 @@ def _check_operation(operation: str | None, one_sided: bool) -> None:
 
 
 def _check_folder(out: Path, names: Sequence[str]) -> None:
-    """Raises `TrimtabError` when the files can't be written into this folder, or it can't be made."""
+    """Raise `TrimtabError` if this folder can't be created, or the files can't be written into it."""
     if out.suffix == ".safetensors" or (out.exists() and not out.is_dir()):
         raise TrimtabError(f"--all writes one file a type of instruction; {out} is no folder")
     if out.is_dir():
@@ -328,7 +328,7 @@ def _taught(
     one_sided: bool,
     progress: Progress | None,
 ) -> dict[str, Steering]:
-    """The lessons' steerings, all learned in one pass."""
+    """The steerings of all lessons, learned in one pass."""
     from trimtab.methods.instruct import instruct_card, learn_many, steering_from
     from trimtab.steering import Positions
 
@@ -385,7 +385,7 @@ def _save(
     json: bool,
     prediction: tuple[str, dict[str, Any] | None] | None,
 ) -> None:
-    """Write the files, now that all is learned, and say what they are."""
+    """Write the files after everything is learned, and report on them."""
     from trimtab.report.pushes import pushes
     from trimtab.report.suggested import named_with_strength, suggested_strength
 
@@ -413,7 +413,7 @@ def _save(
 
 
 def parse_layers(text: str | None) -> list[int] | str | None:
-    """`None`, `"all"`, or the numbers of `"12,14"`. Raises `TrimtabError` for anything else."""
+    """Parse `None`, `"all"`, or numbers such as `"12,14"`. Raises `TrimtabError` for anything else."""
     if text is None or text.strip() == "all":
         return text and "all"
     try:
@@ -447,7 +447,7 @@ def _document(
 
 
 def _overview(documents: list[dict[str, Any]]) -> Table:
-    """One line a file: its name, what it does, and the push and the agreement at the layer where it pushes hardest."""
+    """One row per file: its name, its operation, and push and agreement at the layer where it pushes hardest."""
     table = Table("file", "does", "layer", "of the activation's", "agreement", box=None, header_style="dim")
     for column in table.columns[2:]:
         column.justify = "right"

@@ -1,4 +1,4 @@
-"""`trimtab learn distill`: a prompt compiled into a steering."""
+"""`trimtab learn distill`: distill a prompt into a steering."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PROMPT, CHECK, FIT = "The prompt that is to become needless", "Which answers count", "The fit"
 WAYS = {"said in other ways": "with other wordings", "tried at several blocks": "with steering tried at several layers"}
-"""What the ways of finding answers, as the card calls them, are called in a sentence."""
+"""Phrases for a sentence, by the card's names for the ways of finding answers."""
 
 
 @grouped
@@ -139,7 +139,7 @@ def learn_distill(
     loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """Learn to answer without a prompt as the model does with it.
+    """Learn a steering that replaces a prompt: the model answers without the prompt as it does with it.
 
     [bold]  trimtab learn distill --instruction "Answer in JSON." --out json.safetensors
       trimtab learn distill --system "You are a pirate." --out pirate.safetensors
@@ -147,13 +147,14 @@ def learn_distill(
         --out style.safetensors
       trimtab learn distill --examples shots.jsonl --out shots.safetensors[/bold]
 
-    The model answers some queries under the prompt. Answers that do what the
-    prompt says are kept; a model that follows it too seldom is helped to begin.
-    Then an edit at every block is trained so that the model gives the same
-    answers without the prompt. A part of the queries is held out, and says when
-    to stop. Some minutes for a small model on two cores.
+    The model answers some queries with the prompt. Answers that follow it are kept; if
+    there are too few, the model gets help: other wordings, or steering by the mean
+    difference while it answers.
+    Then an edit at every block is trained so that the model gives the same answers
+    without the prompt. Some queries are held out to decide when to stop. This takes a
+    few minutes for a small model on two cores.
 
-    Ctrl-C during the descent ends it, and the best so far is saved.
+    Ctrl-C during training stops it and saves the best steering so far.
     """
     from trimtab.commands.learn import parse_layers
     from trimtab.commands.learn_method import document_of
@@ -225,7 +226,7 @@ def command() -> Any:
 
 
 def _check_prompt(instruction: str | None, system: str | None, prompt_file: Path | None, examples: Path | None) -> None:
-    """Raises `TrimtabError` where there is no prompt, or an empty one."""
+    """Raise `TrimtabError` if there is no prompt, or an empty one."""
     if all(part is None for part in (instruction, system, prompt_file, examples)):
         raise TrimtabError(
             'there is no prompt to learn from; give --instruction "Answer in JSON.", --system TEXT, --prompt-file FILE'
@@ -259,7 +260,7 @@ def _check(
     kwargs: str | None,
     queries: list[Any],
 ) -> Check | None:
-    """The requested check, or that of the instruction's type; `None` where there is neither."""
+    """The requested check, or that of the instruction's type; `None` if there is neither."""
     if check is None and type_ is None and kwargs is None:
         if instruction is None or recognised is None:
             return None
@@ -274,7 +275,7 @@ def _check(
 
 
 def _check_of(instruction: str, recognised: Recognised) -> tuple[str | None, str | None, str | None]:
-    """The check of a recognised instruction; by preference one that knows what an answer is that was cut short."""
+    """The check of a recognized instruction; preferably one that knows whether an answer was cut off."""
     from trimtab.commands.tune_task import check_of
     from trimtab.data.types import ALIASES
     from trimtab.evaluate.constraints import CONSTRAINTS
@@ -286,7 +287,7 @@ def _check_of(instruction: str, recognised: Recognised) -> tuple[str | None, str
 
 
 def _way(help_: str) -> str:
-    """What the model was helped by while it answered, as the end of a sentence; nothing for nothing."""
+    """What helped the model to find answers, as the end of a sentence; empty if nothing did."""
     return WAYS.get(help_, f"with steering of strength {help_}") if help_ else ""
 
 

@@ -1,4 +1,4 @@
-"""`trimtab learn METHOD` for every method that describes itself: its command is made from its recipe."""
+"""`trimtab learn METHOD` for every method with a recipe: its command is generated from the recipe."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from trimtab.text.columns import Columns
 
 OWN_COMMAND = ("caa", "instruct")
-"""These two learn by `trimtab learn` itself, which has more sources to learn from."""
+"""Methods that `trimtab learn` itself handles, since they have more sources to learn from."""
 PROBE = "probe"
-"""No method, as what it learns is there to be read; its command is beside theirs, as it learns from pairs."""
+"""It isn't a method, since it learns something to read, not to steer with. It has a command here because it learns
+from pairs.
+"""
 DISTILL = "distill"
-"""Its command is written by hand: it learns from a prompt, in several forms, and not from data."""
+"""Its command is written by hand, since it learns from a prompt, in several forms, and not from data."""
 
 METHOD = "The method's own options"
 TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool}
@@ -38,10 +40,10 @@ FILES = {"pairs": "FILE", "texts": "FILE", "steering": "FILE", "positions": "RUL
 
 
 class Learn(TyperCommand):
-    """`trimtab learn`, which for a method that describes itself becomes that method's own command."""
+    """`trimtab learn`, which turns into a method's own command if the method has a recipe."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Where the first argument is such a method, the context of its command."""
+        """The context of the method's own command if the first argument is such a method."""
         if args and args[0] == PROBE:
             from trimtab.commands import learn_probe
 
@@ -56,7 +58,7 @@ class Learn(TyperCommand):
 
 
 def command_for(recipe: Recipe) -> Any:
-    """The command of one method: common options, and those of its recipe."""
+    """The command of one method: the common options, and those of its recipe."""
 
     def run(**arguments: Any) -> None:
         _learn(recipe, arguments)
@@ -127,7 +129,7 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 
 def _learn(recipe: Recipe, arguments: dict[str, Any]) -> None:
-    """Check, read the data, learn and save, in this order: nothing is loaded for what can't be done."""
+    """Check, read the data, learn and save, in this order, so that nothing is loaded for an invalid request."""
     out, quiet, program = arguments["out"], arguments["json"], arguments["program"]
     from trimtab.commands.learn import parse_layers
 
@@ -169,7 +171,7 @@ def _learn(recipe: Recipe, arguments: dict[str, Any]) -> None:
 
 
 def _opening(learned: Steering) -> list[str]:
-    """How often a learned gate is open, on the prompts that its threshold was chosen by."""
+    """How often a learned gate is open, on the prompts that were used to choose its threshold."""
     condition = learned.card.measured.get("condition")
     if not isinstance(condition, Mapping) or "chosen" not in condition:
         return []
@@ -179,7 +181,7 @@ def _opening(learned: Steering) -> list[str]:
 
 
 def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:
-    """The function's argument for the command line's."""
+    """The function's argument for a value from the command line."""
     if value is None:
         return None
     if option.choices and value not in option.choices:
@@ -201,7 +203,7 @@ def _value(option: Option, value: Any, columns: Columns, column: str | None) -> 
 
 
 def document_of(method: str, model: str, learned: Steering, out: Path, digest: str, **more: Any) -> dict[str, Any]:
-    """What was learned and written, as values."""
+    """What was learned and written, as a JSON document."""
     return {
         "file": str(out),
         "digest": digest,
@@ -215,7 +217,7 @@ def document_of(method: str, model: str, learned: Steering, out: Path, digest: s
 
 
 def _table(learned: Steering) -> Table:
-    """One line an edit; of very many, the first ones and how many more there are."""
+    """One row per edit, for the first edits; a last row counts the others."""
     table = Table("site", "does", "strength", "positions", box=None, header_style="dim")
     shown: Sequence[Any] = learned.edits[:12]
     for edit in shown:

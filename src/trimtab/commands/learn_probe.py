@@ -1,4 +1,4 @@
-"""`trimtab learn probe`: a monitor learned from pairs."""
+"""`trimtab learn probe`: learn a monitor from pairs."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def learn_probe(
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """A probe: which tokens are those of positive answers, with a threshold.
+    """Learn a probe: a direction and a threshold that detect the tokens of positive answers.
 
     [bold]  trimtab learn probe --pairs harm.jsonl --out harm.safetensors
       trimtab serve --monitor harm=harm.safetensors[/bold]
 
-    A logistic regression on the tokens of half of the answers, at the best of
-    the layers. Of answers held out it says how well it tells the two kinds
-    apart (the area under the curve; 0.5 is chance), each by its most telling
-    token, and draws the threshold where no more than --false-alarms of the
-    negative ones have a token beyond it.
+    The probe is a logistic regression on the tokens of half of the answers, at the best
+    of the layers. The held-out answers, each represented by its highest-scoring token,
+    show how well it separates the two kinds (the area under the curve; 0.5 is chance).
+    The threshold is set so that at most --false-alarms of the negative ones have a
+    token above it.
 
-    A server reads it at each token (--monitor); in Python lm.generate(…,
-    monitors=Monitor.of("harm", load("harm.safetensors"))). The file is a
-    steering whose gate is the probe, so that it also switches others on and
-    off by the prompt: steering.when(probe.edits[0].gate).
+    A server reads the probe at each token (--monitor); in Python, use lm.generate(…,
+    monitors=Monitor.of("harm", load("harm.safetensors"))). The file is a steering whose
+    gate is the probe, so it can also switch other steerings on and off depending on the
+    prompt: steering.when(probe.edits[0].gate).
     """
     from trimtab.commands.learn import parse_layers
 

@@ -1,4 +1,4 @@
-"""`trimtab make`: from one sentence to a steering, and what it is worth."""
+"""`trimtab make`: make a steering from one sentence, and measure what it is worth."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 NOTHING_HOLDS = 3
 LEAST_QUESTIONS = 15
-"""Every second one of these leaves the eight to learn from that an idea needs."""
+"""The minimum: every second question is for testing, which leaves the eight that an idea needs to learn from."""
 WRITER_KEY, WRITTEN = "TRIMTAB_WRITER_KEY", 4096
 SHOWN, EXAMPLE = 2, 240
-"""So many answers are shown, of at most so many letters."""
+"""The number of examples to show, and the maximum number of characters of each text."""
 WANTED, HOW = "What is wanted", "How it is made"
 
 
@@ -125,7 +125,7 @@ def make(
     loader: BareModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """Make a steering from one sentence, with a verdict.
+    """Make a steering from one sentence, and give a verdict on it.
 
     [bold]  trimtab make "be blunt, not flattering" --out blunt.safetensors
       trimtab make "talk like a pirate" --out pirate.safetensors
@@ -135,10 +135,10 @@ def make(
 
     The model answers questions under system prompts for and against the idea; forty
     traits with their prompts are included. Several ways of learning from the answers
-    are tried, and held-out questions choose the best. Further questions give the
-    verdict: the steering's effect as a share of the system prompt's, beside random
-    directions, and its cost. For pairs without system prompts, the effect is in nats
-    per token instead.
+    are tried, and the best one is chosen on held-out questions. Further questions give
+    the verdict: the steering's effect as a share of the system prompt's, compared with
+    random directions, and its cost. For pairs without system prompts, the effect is in
+    nats per token instead.
 
     If no steering works, the verdict is none, no file is written, and the exit code is
     3. Takes a few minutes for a small model on two cores.
@@ -191,11 +191,11 @@ def make(
 
 
 def _check_ways(ways: dict[str, Any], unlike: str | None) -> None:
-    """Raises `TrimtabError` unless what is wanted is said in one way, and in words."""
+    """Raise `TrimtabError` unless the steering is described in exactly one way, and not by an empty text."""
     used = [name for name, way in ways.items() if way is not None]
     if len(used) > 1:
         raise TrimtabError(f"{used[0]} and {used[1]} both say what is wanted; give one of them")
-    if unlike is not None and used not in (["--like"], ["--from"]):  # of --from more is said below
+    if unlike is not None and used not in (["--like"], ["--from"]):  # other options with --from are checked below
         raise TrimtabError('--unlike goes with --like; in a sentence the opposite follows after "not"')
     if not used or not str(ways[used[0]]).strip():
         raise TrimtabError(
@@ -258,14 +258,14 @@ def _idea(
 
 
 def source_of(idea: Idea) -> str:
-    """Where an idea comes from, in words."""
+    """A description of where an idea comes from."""
     kind, _, name = idea.source.partition(" ")
     where = {"trait": f"the trait card {name!r}", "writer": "what the writer wrote"}.get(kind, f"your {kind}")
     return f"{where}, {len(idea.learn)} questions to learn from and {len(idea.test)} to test"
 
 
 def stages(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[str, int, int], None]:
-    """The bar; or, without a terminal, a line when something begins and at each quarter of it."""
+    """Report stages on the bar; or, without a terminal, as a line at the start and at each quarter of a stage."""
     reached: dict[str, int] = {}
 
     def stage(what: str, done: int, total: int) -> None:
@@ -283,7 +283,7 @@ def stages(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[st
 
 
 def summary(made: Made) -> list[str]:
-    """What was made and what it is worth, as lines, with answers."""
+    """The verdict on a steering that was made, as lines, with example answers."""
     lines = [*made.verdict.lines(), f"chosen: {made.name}"]
     for example in made.examples[:SHOWN]:
         lines += [

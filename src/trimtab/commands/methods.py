@@ -1,4 +1,4 @@
-"""`trimtab methods`: what can be learned, from what."""
+"""`trimtab methods`: the available methods, and what they learn from."""
 
 from __future__ import annotations
 

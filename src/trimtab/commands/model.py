@@ -1,4 +1,4 @@
-"""The options that name a model, and loading it without other programs' chatter."""
+"""The options that select a model, and loading it without the output of other packages."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 @dataclass(frozen=True)
 class BareModelOptions:
-    """Which model, and where it runs: options of most commands."""
+    """The model, and where it runs: options of most commands."""
 
     model: ModelOption = None
     device: DeviceOption = None
@@ -98,26 +98,26 @@ class BareModelOptions:
     adapter: AdapterOption = None
 
     def load(self, *, quiet: bool, engine: str = "transformers", replicas: int | None = None) -> LM:
-        """The model. Raises `TrimtabError` when it can't be had on that device."""
+        """Load the model. Raises `TrimtabError` if it isn't available on that device."""
         options = {"engine": engine, "replicas": replicas, **asdict(self)}
         return load_model(options.pop("model"), quiet=quiet, **options)
 
     @property
     def named(self) -> str:
-        """What to type to name it again, in front of other options."""
+        """The option that selects this model again, to put in front of others in a command."""
         return f"--model {quote(self.model)} " if self.model else ""
 
 
 @dataclass(frozen=True)
 class ModelOptions(BareModelOptions):
-    """The same, and keywords of its chat template."""
+    """The same options, and keywords for the chat template."""
 
     template: TemplateOption = None
 
 
 @dataclass(frozen=True)
 class EngineModelOptions(ModelOptions):
-    """The same, and the engine that runs it, for commands that any engine can serve."""
+    """The same options, and the engine, for commands that work with any engine."""
 
     engine: EngineOption = "transformers"
     replicas: ReplicasOption = None
@@ -136,9 +136,9 @@ def load_model(
     template: list[str] | None = None,
     replicas: int | None = None,
 ) -> LM:
-    """The model that the options name. Raises `TrimtabError` when it can't be had on that device.
+    """Load the model that the options select. Raises `TrimtabError` if it isn't available on that device.
 
-    All its prompts are rendered with the keywords of `template`, `KEYWORD=VALUE` each.
+    All its prompts are rendered with the keywords of `template`, each `KEYWORD=VALUE`.
     """
     keywords = parse_keywords(template)
     check_replicas(replicas, engine)
@@ -159,21 +159,21 @@ def load_model(
 
 
 def check_replicas(replicas: int | None, engine: str) -> None:
-    """Raises `TrimtabError` for replicas of an engine that has none."""
+    """Raise `TrimtabError` for replicas of an engine that has none."""
     if replicas is not None and engine != "vllm":
         raise TrimtabError(f"--replicas spreads work over engines of vLLM, not of {engine}; add --engine vllm")
 
 
 def without_bars(quiet: bool) -> bool:
-    """Whether nobody looks at progress bars; then other packages draw none. Called before they are imported."""
+    """Whether to draw no progress bars; if so, other packages draw none either. Call it before they are imported."""
     quiet = quiet or not sys.stderr.isatty()
     if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads this when it is imported
     return quiet
 
 
 def check_device(device: str | None) -> None:
-    """Before a model is read for minutes, see that its device is there."""
+    """Check that the device exists, before spending minutes on loading a model."""
     import torch
 
     if device is None:
@@ -186,7 +186,7 @@ def check_device(device: str | None) -> None:
 
 
 def silence(quiet: bool) -> None:
-    """No logs and bars of transformers'; a download's bars stay where someone sees them."""
+    """Turn off the logs and bars of transformers; download bars stay if someone sees them."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""`trimtab models`: how to name a model, and what trimtab finds in one, and what of it works there."""
+"""`trimtab models`: how to name a model, what trimtab finds in it, and which features work on it."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def models(
       trimtab models --check ./my-model
       trimtab models --check qwen3_next[/bold]
 
-    A steering file recognises its model's weights by the fingerprint. A check generates a few tokens in every way
-    that trimtab supports, and compares them with a plain computation; features that don't work are listed with the
-    reason. It exits with 1 if something is wrong. With random weights nothing is downloaded.
+    A steering file recognizes its model's weights by the fingerprint. A check generates a few tokens in every way
+    that trimtab supports, and compares them with a plain computation. Features that don't work are listed with the
+    reason, and the exit code is 1 if a result is wrong. With random weights nothing is downloaded.
     """
     if check is not None:
         check_model(replace(loader, model=check), json=json)

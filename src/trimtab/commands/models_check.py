@@ -1,4 +1,4 @@
-"""`trimtab models --check`: what of trimtab works on a model."""
+"""`trimtab models --check`: which features work on a model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 SHOWN = {"works": "yes", "partly": "partly", "refused": "no", "wrong": "WRONG", "transformers": "not there"}
-"""What is printed for a finding's state; `"transformers"`: transformers itself doesn't, without trimtab."""
+"""The printed form of a finding's state; `"transformers"` means that transformers itself fails, without trimtab."""
 STYLES = {"works": "green", "partly": "yellow", "refused": "dim", "wrong": "bold red", "transformers": "yellow"}
 
 
 def check(loader: BareModelOptions, *, json: bool) -> None:
-    """Check the model, folder, `config.json` or model type that is `loader.model`, and print the result.
+    """Check the model, folder, `config.json` or model type in `loader.model`, and print the result.
 
-    Raises `typer.Exit` with 1 where something is wrong, as tests of it would.
+    Raises `typer.Exit` with 1 if something is wrong, so that it can serve as a test.
     """
     without_bars(json)
     report = _report(loader, quiet=json)

@@ -1,4 +1,4 @@
-"""Options that several commands have: declared once, as the fields of a dataclass, which the command gets as one value.
+"""Groups of options for several commands: the fields of a dataclass, which the command gets as one argument.
 
 @dataclass(frozen=True)
 class Where:
@@ -27,7 +27,7 @@ Group = TypeVar("Group")
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer is to see it: each parameter that is a group of options becomes these, in its place."""
+    """The command for typer: each parameter that is a group is replaced by the options of the group."""
     groups: dict[str, type[Any]] = {}
     parameters: list[inspect.Parameter] = []
     hints = get_type_hints(command, include_extras=True)
@@ -50,7 +50,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parameters_of(group: type) -> list[inspect.Parameter]:
-    """A group's options as parameters."""
+    """The options of a group as parameters."""
     hints = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
@@ -59,7 +59,7 @@ def parameters_of(group: type) -> list[inspect.Parameter]:
 
 
 def check_picture(path: Path | None, suffix: str = ".png") -> None:
-    """Raises `TrimtabError` when the picture, or page of pictures, that is wanted can't be drawn or written."""
+    """Raise `TrimtabError` if a requested plot, or page of plots, can't be drawn or written."""
     if path is not None:
         from trimtab.report.plots import check_matplotlib
 
@@ -68,7 +68,7 @@ def check_picture(path: Path | None, suffix: str = ".png") -> None:
 
 
 def numbers_of(text: str, option: str, example: str) -> list[float]:
-    """The numbers of an option such as 0.5,1. Raises `TrimtabError`, with the example, for anything else."""
+    """Parse the numbers of an option such as 0.5,1. Raises `TrimtabError`, with the example, for anything else."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -76,12 +76,12 @@ def numbers_of(text: str, option: str, example: str) -> list[float]:
 
 
 def alone(name: str, function: Callable[..., Any]) -> Any:
-    """A function as a command of its own, which another one hands its arguments to."""
+    """Make a separate command of a function, for another command to pass its arguments to."""
     app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
     app.command(name=name, context_settings={"help_option_names": ["-h", "--help"]})(function)
     return typer.main.get_command(app)
 
 
 def taken(group: type[Group], kwargs: dict[str, Any]) -> Group:
-    """The group with its options' values, which are taken out of `kwargs`."""
+    """The group with the values of its options, which are removed from `kwargs`."""
     return group(**{f.name: kwargs.pop(f.name) for f in fields(group)})  # type: ignore[arg-type]

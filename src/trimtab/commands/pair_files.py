@@ -1,4 +1,4 @@
-"""The options that say which columns of a file of pairs are what, and reading it by them."""
+"""The options that map the columns of a file of pairs, and reading the file with them."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ IgnoreOption = Annotated[
 
 @dataclass(frozen=True)
 class ColumnOptions:
-    """Which columns of a file of pairs are what."""
+    """The mapping of the columns of a file of pairs."""
 
     keys: KeysOption = None
     ignore: IgnoreOption = None
 
     def of(self, *, pairs: bool, source: str = "--pairs") -> Columns:
-        """The columns. Raises `TrimtabError` where they can't be read, or where there are no `pairs` at all."""
+        """The parsed mapping. Raises `TrimtabError` if it is malformed, or if there are no `pairs` to apply it to."""
         for name, value in (("--keys", self.keys), ("--ignore", self.ignore)):
             if value is not None and not pairs:
                 raise TrimtabError(f"{name} is about the columns of pairs; give {source} FILE")
         return Columns.parse(KEYS, self.keys, self.ignore)
 
     def read(self, path: str | Path | None) -> list[Pair]:
-        """The pairs of the file by them, none without one. Raises `TrimtabError` as `read_pairs` does."""
+        """Read the pairs with this mapping; empty without a path. Raises `TrimtabError` like `read_pairs`."""
         return pairs_in(path, self.of(pairs=path is not None))
 
 
 def pairs_in(path: str | Path | None, columns: Columns) -> list[Pair]:
-    """The pairs of the file (`-`: standard input), none without one. Raises `TrimtabError` as `read_pairs` does."""
+    """Read the pairs of a file (`-`: standard input); empty without a path. Raises `TrimtabError` like `read_pairs`."""
     if str(path) == "-":
         return pairs_from_text(sys.stdin.read(), "standard input", columns)
     return [] if path is None else read_pairs_by(path, columns)

@@ -1,4 +1,4 @@
-"""The prompts of `trimtab generate` and of other commands: from options, a file or standard input."""
+"""The prompts for `trimtab generate` and other commands: from options, a file or standard input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trimtab.text.read import kind_of, read_text
 from trimtab.text.tables import COLUMNAR, READERS, read_rows
 
 COLUMNS = ("prompt", "messages", "conversations", "question", "instruction", "input", "user", "text")
-"""Where a row's prompt is looked for."""
+"""The columns that may hold a row's prompt."""
 
 ColumnOption = Annotated[
     str | None,
@@ -32,13 +32,13 @@ ColumnOption = Annotated[
 
 
 def gather_prompts(texts: Sequence[str], source: str | None, column: str | None = None) -> list[Prompt]:
-    """The prompts given one by one, then those of the file (`-`: standard input).
+    """The prompts that are given one by one, followed by those of the file (`-`: standard input).
 
-    A file holds one prompt a line, unless its name ends in `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`, it is a
-    JSON list, or each of its lines begins with `{`. The rows of those are texts, lists of messages, or objects, whose
-    prompt is in `column` or one of `COLUMNS`, under their `system` prompt, if they have one.
+    A file has one prompt per line, unless its name ends in `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`, it is a
+    JSON list, or each of its lines begins with `{`. The rows of such a file are texts, lists of messages, or objects.
+    An object has its prompt in `column` or one of `COLUMNS`, and may have a `system` prompt.
 
-    Raises `TrimtabError` for none, an empty one, a malformed line, and a row whose prompt isn't clear.
+    Raises `TrimtabError` for no prompts, an empty prompt, a malformed line, and a row whose prompt is ambiguous.
     """
     for text in texts:
         if not text.strip():
@@ -52,9 +52,9 @@ def gather_prompts(texts: Sequence[str], source: str | None, column: str | None 
 
 
 def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: bool = False) -> list[Prompt]:
-    """The prompts, each about these images: they stand at the beginning of its last message of the user's.
+    """The prompts with these images at the beginning of the last user message.
 
-    Raises `TrimtabError` for a file that is no image, plain text, and messages without one of the user's.
+    Raises `TrimtabError` for a file that isn't an image, plain text, and messages without a user message.
     """
     if plain:
         raise TrimtabError("--image needs the chat template, and --plain goes without it; leave one of them out")
@@ -76,7 +76,7 @@ def _read(source: str, column: str | None) -> list[Prompt]:
     name = "standard input" if source == "-" else source
     kind = kind_of(Path(source))
     if kind in COLUMNAR or (kind in READERS and not Path(source).is_file()):
-        rows: Iterable[tuple[str, Any]] = read_rows(Path(source))  # which says that there is no file
+        rows: Iterable[tuple[str, Any]] = read_rows(Path(source))  # reports a missing file
     else:
         text = sys.stdin.read() if source == "-" else read_text(Path(source))
         kind = kind if kind in READERS else _kind_of(text)
@@ -95,7 +95,7 @@ def _read(source: str, column: str | None) -> list[Prompt]:
 
 
 def _kind_of(text: str) -> str:
-    """What a text without a telling name is: a JSON list, JSON lines, or (nothing) a prompt a line."""
+    """The format of a text without a known suffix: a JSON list, JSON lines, or (empty) one prompt per line."""
     begins = text.lstrip()[:1]
     if begins == "[":
         try:

@@ -1,4 +1,4 @@
-"""The method that learns from the pairs at hand. Nothing here imports torch."""
+"""Find a method that can learn from given pairs. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from trimtab.text.pairs import Pair
 
 
 def recipe_for(name: str, pairs: Sequence[Pair], source: str) -> Recipe:
-    """The method of that name. Raises `TrimtabError` when there is none or it can't learn from such pairs, if any."""
+    """The method of that name. Raises `TrimtabError` if there is none, or if it can't learn from such pairs."""
     recipe = known_recipe(name)
     check_shape(recipe, pairs, source)
     return recipe
 
 
 def known_recipe(name: str) -> Recipe:
-    """The method of that name. Raises `TrimtabError` when there is none, with the method that may be meant."""
+    """The method of that name. If there is none, raises `TrimtabError` with the most similar name."""
     recipe = recipe_named(name)
     if recipe is None:
         methods = recipes()
@@ -29,7 +29,7 @@ def known_recipe(name: str) -> Recipe:
 
 
 def check_shape(recipe: Recipe, pairs: Sequence[Pair], source: str) -> None:
-    """Raises `TrimtabError`, naming the methods that can, when the method can't learn from pairs of this shape."""
+    """Raise `TrimtabError` if the method can't learn from pairs of this shape, and name the methods that can."""
     if not pairs or pairs[0].shape in recipe.shapes:
         return
     shape = pairs[0].shape

@@ -11,10 +11,10 @@ from trimtab.text.read import read_text
 
 
 def read_schema(path: Path) -> Schema:
-    """The schema in a file.
+    """Read the JSON schema in a file.
 
     Raises:
-        TrimtabError: A file that can't be read, isn't JSON, or holds no schema that answers can keep to.
+        TrimtabError: The file can't be read, isn't JSON, or has a schema that answers can't be constrained to.
     """
     try:
         schema: Schema = json.loads(read_text(path))
@@ -22,5 +22,5 @@ def read_schema(path: Path) -> Schema:
         raise TrimtabError(f"--json-schema: {error}") from None
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"--json-schema {path} isn't JSON: {error}") from None
-    json_grammar(schema, where=str(path))  # before the model is loaded
+    json_grammar(schema, where=str(path))  # reports an unsupported schema before the model is loaded
     return schema

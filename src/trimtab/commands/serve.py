@@ -203,7 +203,7 @@ def serve(
         extra_body={"steering": [{"name": "json", "strength": 1.2}]})[/bold]
 
     Each request has its own steering, and all run in one batch. "emphasize" takes
-    phrases of the prompt, "rejection" {"beta": 0.5} weakens steering where it is
+    phrases of the prompt; "rejection": {"beta": 0.5} weakens steering where it is
     implausible. The response's "trimtab" reports what was applied. /v1/steerings lists
     the steerings, /docs explains all fields, /metrics is for Prometheus, /healthz and
     /readyz are for orchestrators. The page at / is a playground: a chat with and
@@ -228,8 +228,8 @@ def serve(
     "monitors", and the policy's monitors read every answer. Above its threshold a
     monitor is logged, stops the answer, or turns a steering on.
 
-    On SIGTERM the server stops accepting requests, and finishes those it accepted. On
-    SIGHUP it reads the folder of steerings again, and reopens the access log.
+    On SIGTERM the server stops accepting requests and finishes those it has accepted.
+    On SIGHUP it reads the folder of steerings again and reopens the access log.
 
     Every option can also be set in the environment, as TRIMTAB_SERVE_MAX_TOKENS, or in
     a TOML file (--config), as max-tokens = 256.
@@ -276,7 +276,7 @@ def serve(
     from trimtab.serve.run import serve as run
 
     if steerings is not None:
-        files_of(steerings)  # a folder with nothing in it is said before a model is loaded
+        files_of(steerings)  # report an empty folder before a model is loaded
     picks_of(monitor or [])
     tracers = None
     if otel:
@@ -299,7 +299,7 @@ def serve(
     library = Library(lm)
     if steerings is not None:
         library = read_folder(lm, steerings)
-    elif policy is None:  # somebody looks around: who writes rules says what there is to be
+    elif policy is None:  # with a policy, only its author decides what is served
         library = packaged(lm)
     check_names(rules, library.names)
     watching = read_monitors(lm, monitor or [])
@@ -331,7 +331,7 @@ def serve(
         watching,
         accesses,
     )
-    assert service.always_watching is not None  # the policy's are there, and fit
+    assert service.always_watching is not None  # the policy's monitors exist, and fit
     if clean_cache:
         lm.require("clean_cache")
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
@@ -389,7 +389,7 @@ def _check_audit(audit: Path | None, prompts: bool, sync: bool) -> None:
 
 
 def check_installed() -> None:
-    """Raises `TrimtabError` where the packages aren't there."""
+    """Raise `TrimtabError` if a required package is missing."""
     for name in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(name) is None:
             raise TrimtabError(f"serving needs {name}: pip install 'trimtab[serve]'")

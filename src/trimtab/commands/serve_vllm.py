@@ -1,4 +1,4 @@
-"""`trimtab serve --engine vllm`: vLLM's own server takes this process over, with trimtab's plugin in it."""
+"""`trimtab serve --engine vllm`: replace this process with vLLM's own server, with trimtab's plugin in it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ SETTINGS = "TRIMTAB_DOOR"
 CLOSED = "TRIMTAB_CLOSED"
 
 PASSED = ("steerings", "host", "port", "rows", "model", "dtype", "revision", "insecure", "engine", "vllm")
-"""The options of `trimtab serve` that vLLM's server takes."""
+"""The options of `trimtab serve` that vLLM's server supports."""
 AT_THE_DOOR = ("policy", "max_dose", "audit", "audit_prompts", "audit_sync", "access_log", "max_body", "max_held")
-"""And those that the layer in front of it takes."""
+"""The options that the middleware in front of it supports."""
 DOOR = "trimtab.serve.vllm.door.Door"
 PAST_THE_DOOR = {
     "--grpc": "its gRPC server asks for no keys of a policy",
     "--root-path": "the server stands at the root, from where a proxy can serve it",
     "--api-key": "the keys stand in the policy, or one in TRIMTAB_API_KEY",
 }
-"""Options of vLLM's that a server with a policy can't have."""
+"""vLLM options that can't be used with a policy."""
 
 GROUPS = [f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger")]
 
 
 def check_options(context: typer.Context) -> None:
-    """Raises `TrimtabError` for an option on the command line that vLLM's server has no place for."""
+    """Raise `TrimtabError` for an option on the command line that vLLM's server doesn't support."""
     for parameter in context.command.params:
         origin = context.get_parameter_source(parameter.name or "")
         if origin is not None and origin.name == "COMMANDLINE" and parameter.name not in PASSED + AT_THE_DOOR:
@@ -58,7 +58,7 @@ def vllm_command(
     revision: str | None,
     more: Sequence[str],
 ) -> list[str]:
-    """What starts vLLM's server for these options; `more` are options of vLLM's, as they are."""
+    """The command that starts vLLM's server with these options; `more` are options for vLLM, passed on unchanged."""
     from trimtab.engines.transformers.default_model import NAME, default_folder
 
     if model is not None and Path(model).suffix == ".gguf":
@@ -83,16 +83,16 @@ def vllm_environment(
     door: DoorSettings | None = None,
     rules: Policy | None = None,
 ) -> dict[str, str]:
-    """This process's environment for the server: the plugin with its routes, the steerings, the door, and memory.
+    """The environment for the server: the plugin with its routes, the steerings, the middleware's settings, and memory.
 
-    `more` are options of vLLM's; what they say of memory isn't said again. `rules` are the door's. A key that is the
-    only one is vLLM's own as well.
+    `more` are options for vLLM; a memory setting among them isn't set again. `rules` is the middleware's policy. The
+    key in TRIMTAB_API_KEY becomes vLLM's own key as well if it is the only one.
     """
     result = {**environment, **cpu_space(more, environment)}
     named = result.get("VLLM_PLUGINS")
     others = _plugins() if named is None else {plugin for plugin in named.split(",") if plugin}
     result["VLLM_PLUGINS"] = ",".join(sorted({"trimtab", *others}))
-    result.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what vLLM keeps of it can't be loaded again on a CPU
+    result.setdefault("VLLM_USE_AOT_COMPILE", "0")  # on a CPU, vLLM can't load its compiled artifacts again
     if steerings is not None:
         result["TRIMTAB_STEERINGS"] = str(steerings)
     key = result.get(KEY)
@@ -105,7 +105,7 @@ def vllm_environment(
 
 
 def check_closed(more: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Raises `TrimtabError` for what would lead past the door of a server with a policy."""
+    """Raise `TrimtabError` for settings that would bypass the middleware of a server with a policy."""
     for option in more:
         name = option.split("=")[0].replace("_", "-")
         if name in PAST_THE_DOOR:
@@ -117,12 +117,12 @@ def check_closed(more: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def _plugins() -> set[str]:
-    """The plugins that vLLM loads by default: all, but for those that add routes."""
+    """The plugins that vLLM loads by default: all except those that add routes."""
     return {plugin.name for group in GROUPS for plugin in entry_points(group=group)}
 
 
 def rules_of(door: DoorSettings, steerings: Path | None, more: Sequence[str]) -> Policy:
-    """What holds at the door. Raises `TrimtabError`, before a start, where it can't, or steerings can't be served."""
+    """The middleware's policy. Raises `TrimtabError` before the start if it or the steerings can't be used."""
     from trimtab.engines.vllm.frontend import Names
     from trimtab.serve.vllm.door import check
 
@@ -136,7 +136,7 @@ def rules_of(door: DoorSettings, steerings: Path | None, more: Sequence[str]) ->
 
 
 def hand_over(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    """Become vLLM's server."""
+    """Replace this process with vLLM's server."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], list(command), dict(environment))

@@ -1,4 +1,4 @@
-"""What goes where: results and JSON to stdout; progress, warnings and errors to stderr."""
+"""Terminal output: results and JSON go to stdout; progress, warnings and errors to stderr."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from rich.table import Table
 from rich.text import Text
 
 EVERY = 30.0
-"""Seconds between two lines of how far something has come, where there is no terminal."""
+"""Seconds between two progress lines if there is no terminal."""
 
 
 def say(message: str) -> None:
-    """One line on stderr, whatever the message holds."""
+    """Print one line to stderr, with line breaks in the message removed."""
     print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def note(message: str, *, quiet: bool) -> None:
-    """A remark for the person at the terminal, on stderr; none with `quiet`."""
+    """Print a remark for the user to stderr; nothing with `quiet`."""
     if not quiet:
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message, style="dim")
 
 
 def show(*parts: RenderableType) -> None:
-    """Text and tables to stdout. Strings are shown as they are: no markup, no line breaks added."""
+    """Print text and tables to stdout. Strings are printed unchanged: no markup, no added line breaks."""
     console = Console(highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
@@ -50,7 +50,7 @@ def side_by_side(unsteered: Text, steered: Text) -> Table:
 
 
 def write_json(document: Any, *, indent: int | None = 2) -> None:
-    """One JSON document, in UTF-8, to stdout: on one line with `indent=None`.
+    """Print one JSON document, in UTF-8, to stdout: on one line with `indent=None`.
 
     Numbers that JSON doesn't have (NaN, infinities) become null.
     """
@@ -70,7 +70,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Lines:
-    """In place of a bar, for a log: a line for each new label, and how far it has come every `EVERY` seconds."""
+    """Replaces a bar in a log: one line for each new label, and one for the progress every `EVERY` seconds."""
 
     def __init__(self, label: str) -> None:
         self.label, self.told = label, time.monotonic()
@@ -86,10 +86,10 @@ class _Lines:
 
 @contextmanager
 def progress_bar(label: str, *, quiet: bool, lines: bool = True) -> Iterator[Callable[..., None] | None]:
-    """A bar with the time left, on stderr: yields `update(done, total)`; `update(label=…)` gives it another label.
+    """A bar with the time left, on stderr; yields `update(done, total)`, and `update(label=…)` changes its label.
 
-    Where stderr is no terminal, there are lines now and then. With `quiet`, and there without `lines`, `None` is
-    yielded.
+    If stderr isn't a terminal, progress is printed as occasional lines, or with `lines=False` not at all. Yields `None`
+    if nothing is printed, which includes `quiet`.
     """
     if not quiet and not sys.stderr.isatty():
         yield _Lines(label) if lines else None
@@ -111,7 +111,7 @@ def progress_bar(label: str, *, quiet: bool, lines: bool = True) -> Iterator[Cal
 
 @contextmanager
 def handling(number: int, handler: Callable[..., None]) -> Iterator[None]:
-    """While open, a signal calls this. Only the main thread can handle signals: in another one, nothing changes."""
+    """While open, a signal calls the handler. Only the main thread handles signals; other threads change nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -124,7 +124,10 @@ def handling(number: int, handler: Callable[..., None]) -> Iterator[None]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM is Ctrl-C, as `handling` has it: the first raises `KeyboardInterrupt`, more let the rest be written."""
+    """In the main thread, treat SIGTERM as Ctrl-C: the first raises `KeyboardInterrupt`.
+
+    Later ones are ignored, so that results can be written.
+    """
     came = False
 
     def interrupt(*_: Any) -> None:
@@ -139,9 +142,9 @@ def sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """trimtab's warnings become lines `warning: …` on stderr, each once; those of other packages are dropped.
+    """Print each trimtab warning once, as a line `warning: …` on stderr; warnings of other packages are dropped.
 
-    A kind of warning that says `once` is said once, whatever its words.
+    A warning class with `once` is printed once, whatever its message.
     """
     said: set[str] = set()
 
@@ -159,6 +162,6 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def shortened(text: str, most: int) -> str:
-    """A text on one line, cut to so many letters."""
+    """A text on one line, cut to this many characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1] + "…"

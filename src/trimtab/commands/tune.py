@@ -1,4 +1,4 @@
-"""`trimtab tune`: which layer, how strong, at which tokens, or not at all."""
+"""`trimtab tune`: find the layer, strength and positions to steer with, or that none works."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SEARCH, COST = "Search", "Cost"
 NOTHING = 3
-"""The exit code where nothing is better than not steering."""
+"""The exit code if nothing is better than not steering."""
 
 
 @grouped
@@ -142,15 +142,16 @@ def tune(
     prompts. It is saved if it beats not steering there by more than --margin; otherwise
     the answer is "don't steer" and nothing is written.
 
-    A setting whose answers are of lower quality than unsteered ones is never chosen,
-    however many comply: too unlikely or too predictable (perplexity under the unsteered
-    model), repetitive, empty or endless. --guard sets the limits.
+    A setting that degrades the answers is never chosen, however many comply: too
+    unlikely or too predictable (perplexity under the unsteered model), repetitive,
+    empty or cut off at the token limit. --guard sets the limits.
 
     Pairs of multiple-choice answers are scored by the probability of the matching
     letter; they need no --check and have no guard.
 
-    With a --check, half of the pairs of answers are learned from as by trimtab learn
-    caa; the check judges the model's own answers to the prompts of the other half.
+    With a --check, pairs of answers work, too: half of them are learned from, as by
+    trimtab learn caa, and the check judges the model's own answers to the prompts of
+    the other half.
 
     Ctrl-C and SIGTERM end the search and keep the best so far. Without a terminal, each
     round prints a line to stderr. The file's card records the complete search: trimtab
@@ -212,7 +213,7 @@ def tune(
     lm = loader.load(quiet=json)
     tried = list(range(lm.layout.layers)) if wanted == "all" else wanted
     tried = default_layers(lm.layout.layers) if tried is None else tried
-    lines = not json and not sys.stderr.isatty()  # in place of the bars
+    lines = not json and not sys.stderr.isatty()  # instead of progress bars
     if lines:
         common["on_round"] = lambda finished: say(str(finished))
     with sigterm_interrupts():
@@ -250,7 +251,7 @@ def tune(
                 )
         digest = save_steering(result.steering, out) if result.steering is not None else None
         if len(result.table) < 2:
-            figure = None  # interrupted before anything was tried: nothing to draw
+            figure = None  # interrupted before anything was tried, so there is nothing to draw
         if figure is not None:
             from trimtab.report.search import plot_search
 

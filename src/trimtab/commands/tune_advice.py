@@ -1,4 +1,4 @@
-"""What to try next, where `trimtab tune` found nothing worth steering with."""
+"""Suggestions for what to try next if `trimtab tune` found nothing worth steering with."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ if TYPE_CHECKING:
     from trimtab.tune import Tuned
 
 FOLLOWED = 0.9
-"""From this score on, unsteered answers leave little to gain."""
+"""At or above this score, unsteered answers leave little to gain."""
 
 
 def advice(result: Tuned, *, blocks: int, instruction: str | None, instructed: bool) -> tuple[str, ...]:
-    """Lines that each name what to change, from what the search has seen; the likeliest to help first.
+    """Lines that each name something to change, based on the search; the most likely to help come first.
 
     Args:
         result: A search that ended in "don't steer".
-        blocks: How many the model has.
-        instruction: The sentence, if it was one.
-        instructed: Whether the prompts searched on had an instruction in them.
+        blocks: The number of blocks of the model.
+        instruction: The instruction, if the task was a sentence.
+        instructed: Whether the prompts in the search contained an instruction.
     """
     base, rows = result.table[:1], result.table[1:]
     lines = []

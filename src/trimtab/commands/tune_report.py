@@ -1,4 +1,4 @@
-"""What `trimtab tune` prints of its search: the table, the verdict, and both as JSON."""
+"""The output of `trimtab tune`: the table, the verdict, and both as JSON."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from trimtab.tune.tune import Tried
 
 SHOWN = 12
-"""So many candidates have a line in the table."""
+"""The maximum number of candidates in the table."""
 
 
 def print_search(lm: LM, task: Task, result: Tuned, named: str, out: Path, figure: Path | None) -> None:
-    """Say what was searched, the table, and what came of it."""
+    """Print what was searched, the table, and the result."""
     head = (
         f"{task.what} on {lm.name}: learned from {len(task.pairs)} pairs, searched on {len(result.split.search)}"
         f" prompts, confirmed on {len(result.split.held_out)} others"
@@ -55,8 +55,8 @@ def verdict(result: Tuned) -> str:
 
 
 def _table(result: Tuned) -> Table:
-    """The candidates that came furthest, the best first, below not steering."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # as narrow as it gets: 80 columns hold it
+    """The candidates that survived longest, best first, below the row for not steering."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # compact, to fit into 80 columns
     for name in ("", "block", "strength", "n", "score", "gain", "dose", "ppl", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.header_style = "dim"
@@ -86,7 +86,7 @@ def _cells(row: Tried, result: Tuned) -> list[str]:
 
 
 def _beyond(result: Tuned) -> list[str]:
-    """What the table leaves out: how many rows, and which of the guard's limits were broken."""
+    """What the table leaves out: the number of other rows, and which limits of the guard were broken."""
     hidden = len(result.table) - 1 - SHOWN
     limits = Counter(reason.split(":")[0] for row in result.table for reason in row.broken)
     broken = sum(bool(row.broken) for row in result.table)
@@ -102,7 +102,7 @@ def _is_chosen(row: Tried, result: Tuned) -> bool:
 
 
 def document(lm: LM, task: Task, result: Tuned, out: Path, digest: str | None, figure: Path | None) -> dict[str, Any]:
-    """The same as JSON."""
+    """The result as a JSON document."""
     return {
         "model": lm.name,
         "task": task.what,

@@ -1,4 +1,4 @@
-"""What `trimtab tune` learns from and searches on: a shipped instruction, or pairs of one's own."""
+"""The data of `trimtab tune`: an included instruction, or the user's own pairs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
 
 LEARN_SHARE = 0.5
-REPEAT = "combination:repeat_prompt"  # each query has a check of its own
+REPEAT = "combination:repeat_prompt"  # each query has its own check
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned from, and what is searched on: base queries, the prompts asked, and those with instruction."""
+    """Pairs to learn from, and texts to search on: base queries, the actual prompts, and those with the instruction."""
 
     what: str
     pairs: list[Pair]
@@ -58,7 +58,7 @@ def of_prompts(read: list[Pair], with_it: bool, limit: int | None, seed: int, so
 
 
 def of_answers(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
-    """Pairs of answers: some to learn from; to the prompts of the others, the model's own answers are checked."""
+    """Pairs of answers: some to learn from; the prompts of the others are answered by the model and checked."""
     from trimtab.tune.split import split_by_query
 
     prompts = [sides(pair)[0].prompt for pair in read]
@@ -72,7 +72,7 @@ def of_answers(read: list[Pair], limit: int | None, seed: int, source: str) -> T
 
 
 def check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
-    """Raises `TrimtabError` for options that mean nothing where two answers are learned from."""
+    """Raise `TrimtabError` for options that don't apply to pairs of answers."""
     if operation == "project":
         raise TrimtabError(f"--operation project is for pairs of prompts; what pairs of {shape} give is added")
     if not with_instruction:
@@ -80,7 +80,7 @@ def check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
 
 
 def doubts_of(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
-    """Why the search can't end in a verdict, whatever it finds."""
+    """Reasons why the search can't end in a verdict, whatever it finds."""
     from trimtab.tune.enough import too_few, too_poor
     from trimtab.tune.halving import ladder
     from trimtab.tune.split import split_by_query
@@ -110,7 +110,7 @@ def held_pairs(read: list[Pair], task: Task) -> list[Pair]:
 
 
 def check_of(instruction: str) -> tuple[str | None, str | None, str | None]:
-    """The check of an instruction that the package knows, to save naming it: a name, or a type and kwargs."""
+    """The check for an instruction that the package knows: a name, or a type and kwargs."""
     from trimtab.data import instructions, recognise
     from trimtab.evaluate.constraints import CONSTRAINTS
 

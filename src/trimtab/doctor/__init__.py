@@ -1,4 +1,4 @@
-"""The doctor: what of trimtab works on a model, found out by running it there.
+"""The doctor: finds out what works on a model by running it.
 
 from trimtab.doctor import check_model
 
@@ -32,37 +32,37 @@ PROMPTS = (
 
 @keywords
 def check_model(lm: LM, *, weights: str = "as given") -> Report:
-    """What of trimtab works on this model.
+    """Check what works on this model.
 
     Every check runs on the model itself, with a few tokens, and is compared with a plain computation: one text, no
-    cache, one hook. In float32 or float64 what is wrong shows; a coarser dtype hides small differences.
+    cache, one hook. Float32 and float64 show errors; a coarser dtype hides small differences.
 
     Args:
         lm: The model.
-        weights: What the report says of its weights.
+        weights: The report's description of the weights.
 
     Returns:
-        A report, whose findings are by name; see `CHECKS`.
+        A report with one finding per check, indexed by name; see `CHECKS`.
     """
     prompts = tiny_prompts() if lm.name.startswith("tiny ") else list(PROMPTS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # doses that are high on random weights
+        warnings.simplefilter("ignore")  # doses are high on random weights
         findings = run_checks(lm, prompts)
     return Report(lm.name, lm.identity.family, lm.layout.path, weights, findings)
 
 
 def check_config(source: str | Path | dict[str, Any]) -> Report:
-    """What of trimtab works on models of a configuration, by a tiny random model of its type.
+    """Check what works on models with this configuration, on a tiny random model of the same type.
 
     Args:
         source: A `config.json`, its contents, or a model type of transformers such as `"qwen3_next"`. Of a
-            configuration its type counts, and whether it is one for images and text; sizes and weights don't.
+            configuration, only the model type is used; sizes and weights don't matter.
 
     Returns:
         The report.
 
     Raises:
-        TrimtabError: It names no type that transformers knows, or none that can be run on text alone.
+        TrimtabError: It names no model type that transformers knows, or one that can't run on text alone.
     """
     if isinstance(source, dict):
         config = source

@@ -1,4 +1,4 @@
-"""The checks of a model: each runs one thing that trimtab does, and compares it with the plain way (`naive`)."""
+"""The checks of a model: each runs one feature and compares it with the plain computation in `naive`."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from trimtab.steering.gates import Threshold
 NEW = 2
 """Tokens that are generated at a time."""
 MORE = 4
-"""Tokens where the same steps come again and again."""
+"""Tokens for checks of repeated decode steps."""
 SPAN = (1, 4)
 """The tokens of a prompt that are emphasized."""
 BETA = 0.2
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 3e-3}
-"""By how much log-probabilities may differ between two ways of one computation; a coarser dtype: `COARSE`."""
+"""How much log-probabilities may differ between two ways to compute them; a coarser dtype: `COARSE`."""
 COARSE = 0.3
 ROUNDINGS = 3
-"""How many times that of activations."""
+"""How many times the model's own rounding of activations is allowed."""
 NOISE = 30
-"""How many times the difference that transformers itself has, unsteered, is allowed."""
+"""How many times the difference of transformers itself, unsteered, is allowed."""
 EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""How much an activation may differ, of its largest number; a coarser dtype: `COARSE_EXACT`."""
+"""How much an activation may differ, relative to its largest element; a coarser dtype: `COARSE_EXACT`."""
 COARSE_EXACT = 0.05
 
 
@@ -54,7 +54,7 @@ class Answer:
 
 
 class Checks:
-    """The checks of one model, over three prompts of different lengths. They run in the order of `CHECKS`."""
+    """The checks of one model, with three prompts of different lengths. They run in the order of `CHECKS`."""
 
     def __init__(self, lm: LM, prompts: Sequence[str]) -> None:
         self.lm = lm
@@ -71,20 +71,20 @@ class Checks:
         self.ends: set[int] = _end_ids(lm.model, {})
 
     def allow_for(self, rounding: Rounding) -> None:
-        """No more can be asked of steering than passes of other shapes have in common, unsteered."""
+        """Widen the tolerances to the differences between unsteered passes of different shapes."""
         self.near_ties |= NOISE * rounding.logprobs > self.tolerance
         self.tolerance = max(self.tolerance, min(COARSE, NOISE * rounding.logprobs))
         self.exact = max(self.exact, ROUNDINGS * rounding.activations)
 
     def of_one_length(self) -> Checks:
-        """The same checks over prompts that need no pads."""
+        """The same checks with prompts of equal length, which need no padding."""
         shortest = min(map(len, self.ids))
         words = [self.lm.tokenizer.decode(ids[-shortest:]) for ids in self.ids]
         return Checks(self.lm, words)
 
     @torch.no_grad()
     def _running(self) -> list[int]:
-        """The layers that run in a pass over text: those of attention to images may not."""
+        """The layers that run in a pass over text; layers with cross-attention to images may not."""
         running: set[int] = set()
         blocks = enumerate(self.lm.layout.blocks)
         handles = [block.register_forward_hook(lambda *_, i=i: running.add(i)) for i, block in blocks]
@@ -98,7 +98,7 @@ class Checks:
     # ---- helpers -----------------------------------------------------------------------------------------
 
     def direction(self, site: Site, seed: int) -> Tensor:
-        """A direction whose norm is half of that of an activation there."""
+        """A direction whose norm is half the norm of an activation at this site."""
         size = place(self.lm.layout, site).size
         vector = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         norm = float(self.norms(site))
@@ -112,7 +112,7 @@ class Checks:
         return list(self.lm.generate(prompts, steering, **options))
 
     def same(self, got: Any, ids: Sequence[int], expected: Callable[[list[int]], Tensor], what: str) -> None:
-        """The tokens are the likeliest by `expected(text)`, and their log-probabilities are its."""
+        """Check that each token is the argmax of `expected(text)` and has its log-probability, within the tolerance."""
         text = list(ids)
         for token, logprob in zip(got.token_ids, got.logprobs, strict=True):
             reference = expected(text).log_softmax(-1)
@@ -123,7 +123,7 @@ class Checks:
             text.append(token)
 
     def close(self, got: Tensor, expected: Tensor, what: str) -> None:
-        """Activations are the same but for rounding."""
+        """Check that activations are the same up to rounding."""
         if got.shape != expected.shape:
             raise Wrong(f"{what}: {tuple(got.shape)} where there are {tuple(expected.shape)}")
         off = float((got.double() - expected.double()).abs().max())
@@ -157,7 +157,7 @@ class Checks:
         ]
 
     def expected(self, row: int) -> Callable[[list[int]], Tensor]:
-        """What the steering of this row makes of a text."""
+        """The plain computation of a text's logits under the steering of this row."""
         steering, start = self.steerings[row], len(self.ids[row])
 
         def change(edit: Edit) -> naive.Change:
@@ -185,9 +185,9 @@ class Checks:
 
     @torch.no_grad()
     def theirs(self, rows: Sequence[int]) -> float:
-        """By how much transformers' own `generate`, unsteered, differs from what its model gives without a cache.
+        """How far transformers' own `generate`, unsteered, differs from its model without a cache.
 
-        Raises `Theirs` where that is more than rounding.
+        Raises `Theirs` if that is more than rounding.
         """
         most = 0.0
         texts = [self.ids[row] for row in rows]
@@ -213,14 +213,14 @@ class Checks:
         return most
 
     def cache(self) -> None:
-        """Decoding from the cache is what recomputing gives, unsteered.
+        """Check that decoding from the cache gives the same as recomputing, unsteered.
 
-        By how much that differs is what parts in float32 cost a model in float64: no more can be asked of steering.
+        The difference shows what float32 parts cost in a float64 model; the tolerance for steering is widened to it.
         """
         self.tolerance = max(self.tolerance, NOISE * self.theirs([0, 0]))
 
     def padding(self) -> None:
-        """Prompts of different lengths answer as they do alone, unsteered."""
+        """Check that prompts of different lengths get the same answers in a batch as alone, unsteered."""
         self.theirs([0, 1, 2])
 
     def reading(self) -> str | None:
@@ -312,7 +312,7 @@ class Checks:
             self.same(got, self.ids[row], self.expected(row), f"row {row + 1} of a batch that rows join and leave")
 
     def part(self, kind: str) -> str | None:
-        """Reading and adding at a kind of site; the reason why it is refused at some layers, if it is."""
+        """Check reading and adding at a kind of site. Returns why it is refused at some layers, if it is."""
         having, reasons = [], []
         for layer in self.running:
             try:
@@ -403,9 +403,9 @@ class Checks:
             self.chosen(got[row], self.ids[row], ways, f"additions with rejection, row {row + 1}")
 
     def chosen(self, got: Any, ids: Sequence[int], rungs: Sequence[Callable[[list[int]], Tensor]], what: str) -> None:
-        """Each token is the first plausible rung's, or the unsteered model's."""
+        """Check that each token is that of the first plausible rung, or the unsteered model's."""
         if self.near_ties:
-            return  # near-ties fall either way, and with them all that follows
+            return  # a near-tie can go either way and changes all later tokens
         text = list(ids)
         for token, logprob in zip(got.token_ids, got.logprobs, strict=True):
             raw = self.plain(text)
@@ -421,7 +421,7 @@ class Checks:
 
 
 AS_LOADED = ("quantized", "devices")
-"""Checks of how a model is held, not of what it is."""
+"""Checks of how a model is loaded, not of what it is."""
 CHECKS: dict[str, tuple[str, Callable[[Checks], str | None]]] = {
     "quantized": ("quantized weights, and what they mean for its answers", quantized),
     "devices": ("several devices, and weights that are fetched while they run", devices),
@@ -450,7 +450,7 @@ def _attended(lm: LM, factors: dict[int, float], text: list[int]) -> Tensor:
 
 
 def run_checks(lm: LM, prompts: Sequence[str], names: Sequence[str] = tuple(CHECKS)) -> tuple[Finding, ...]:
-    """What these checks find of a model."""
+    """Run these checks on a model and return their findings."""
     checks = Checks(lm, prompts)
     findings: list[Finding] = []
     for name in names:
@@ -474,13 +474,13 @@ def _run(checks: Checks, name: str, what: str, check: Callable[[Checks], str | N
         return Finding(name, what, WRONG, str(error))
     except Theirs as error:
         return Finding(name, what, THEIRS, str(error))
-    except Exception as error:  # whatever it is, it is what is looked for
+    except Exception as error:  # any crash is a finding
         return Finding(name, what, WRONG, f"it crashes: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return Finding(name, what, PARTLY if partly and not isinstance(partly, Said) else WORKS, partly or "")
 
 
 def _without_pads(checks: Checks, finding: Finding) -> Finding:
-    """What is wrong with pads and right without is transformers' own, if it is wrong with pads there."""
+    """Attribute to transformers a failure that is gone without padding, since its own left padding is wrong."""
     again = _run(checks, finding.name, finding.what, CHECKS[finding.name][1])
     if again.state == WRONG:
         return finding
@@ -490,7 +490,7 @@ def _without_pads(checks: Checks, finding: Finding) -> Finding:
 
 
 def _attributed(finding: Finding) -> Finding:
-    """Over a cache that transformers itself doesn't decode from rightly, nothing can be right."""
+    """Attribute a wrong result to transformers, whose own cache is wrong, so no result could be right."""
     if finding.state != WRONG or finding.reason.startswith("it crashes"):
         return finding
     return Finding(finding.name, finding.what, THEIRS, f"transformers' own cache is wrong, unsteered: {finding.reason}")

@@ -1,4 +1,4 @@
-"""The checks of how a model is held: quantized weights, several devices, weights that are fetched while they run."""
+"""The checks of how a model is loaded: quantized weights, several devices, offloaded weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 
 TOLERANCE = 1e-3
-"""By how much log-probabilities may differ between passes of other shapes by rounding in float32 alone."""
+"""How much log-probabilities may differ between passes of different shapes from float32 rounding alone."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """By how much a model's passes of other shapes differ, unsteered: in log-probabilities, and in activations (of the
-    largest number)."""
+    """How far passes of different shapes differ in a model, unsteered: in log-probabilities, and in activations
+    (relative to the largest element).
+    """
 
     logprobs: float = 0.0
     activations: float = 0.0
@@ -36,7 +37,7 @@ class Rounding:
 
 @torch.no_grad()
 def rounding_of(lm: LM, texts: Sequence[Sequence[int]]) -> Rounding:
-    """How a quantized model rounds: each beginning of a text is run alone, within the whole, and from a cache."""
+    """How a quantized model rounds: each prefix of a text is run alone, within the whole text, and from a cache."""
     if quantization(lm.model) is None:
         return Rounding()
     site = Site(lm.layout.layers - 1)
@@ -79,7 +80,7 @@ def _stepped(lm: LM, ids: Tensor, site: Site) -> tuple[Tensor, Tensor]:
 
 
 def quantized(checks: Checks) -> str | None:
-    """Whether weights are quantized, and whether that makes answers depend on what else is in a pass."""
+    """Check whether weights are quantized, and whether that makes answers depend on the rest of the batch."""
     method = quantization(checks.lm.model)
     if method is None:
         return None
@@ -93,7 +94,7 @@ def quantized(checks: Checks) -> str | None:
 
 
 def devices(checks: Checks) -> str | None:
-    """Where a model's blocks are; one block on each device is steered and read, and compared with the plain way."""
+    """Find the devices of a model's blocks, and check steering and reading at one block on each device."""
     lm = checks.lm
     spans = list(_spans(lm))
     offloaded = is_offloaded(lm.model)
@@ -119,7 +120,7 @@ def devices(checks: Checks) -> str | None:
 
 
 def _spans(lm: LM) -> Iterator[tuple[list[int], torch.device]]:
-    """Blocks that follow each other on one device."""
+    """Runs of consecutive blocks on one device."""
     places = [(layer, device_of(block)) for layer, block in enumerate(lm.layout.blocks)]
     for device, group in groupby(places, key=lambda place: str(place[1])):
         yield [layer for layer, _ in group], torch.device(device)

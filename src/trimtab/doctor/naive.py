@@ -1,6 +1,6 @@
-"""What steering should give, computed the plain way: one text, no cache, hooks that do one thing each.
+"""Steering computed the plain way: one text, no cache, hooks that do one thing each.
 
-The checks compare what trimtab's engine gives with this. Nothing of the engine is used but where a site is.
+The checks compare trimtab's engine with this. Of the engine it uses only the locations of sites.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trimtab.lm import LM
 from trimtab.steering import Site
 
 Change = Callable[[Tensor], Tensor]
-"""Of one text's activations `[tokens, width]`."""
+"""A function of one text's activations `[tokens, width]`."""
 NAME = "trimtab-doctor"
 
 
@@ -36,7 +36,7 @@ def logits(lm: LM, ids: Sequence[int]) -> Tensor:
 
 @contextmanager
 def changed(lm: LM, changes: Mapping[Site, Change]) -> Iterator[None]:
-    """While open, these changes are made at these sites of the one text that is run."""
+    """Apply these changes at these sites while the context is open; one text at a time is run."""
     with ExitStack() as stack:
         for site, change in changes.items():
             stack.callback(hook(lm, site, change).remove)
@@ -44,7 +44,7 @@ def changed(lm: LM, changes: Mapping[Site, Change]) -> Iterator[None]:
 
 
 def hook(lm: LM, site: Site, change: Change) -> Any:
-    """A hook that makes a change at a site, until it is removed."""
+    """Register a hook that applies a change at a site; the returned handle has `remove`."""
     where = place(lm.layout, site)
     if where.side == "logits":
         return _Logits(where, change_rows(change))
@@ -68,9 +68,10 @@ def hook(lm: LM, site: Site, change: Change) -> Any:
 
 
 class _Logits(TorchFunctionMode):
-    """A change of a router's logits, until it is removed: of what is multiplied by its weight while it runs.
+    """A change of a router's logits until it is removed.
 
-    It is seen in the router's own thread alone, so that no other's products are touched.
+    It intercepts the product with the router's weight while the router runs. The mode acts only in the router's own
+    thread, so that products of other threads aren't touched.
     """
 
     def __init__(self, where: Place, apply: Change) -> None:
@@ -99,12 +100,12 @@ class _Logits(TorchFunctionMode):
 
 
 def change_rows(change: Change) -> Change:
-    """The change for a tensor of one text, of whatever shape: its last axis is the activation."""
+    """The change for a tensor of one text, of any shape; its last axis is the activation."""
     return lambda x: change(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 def stream(lm: LM, x: Tensor) -> Tensor:
-    """The residual stream `[tokens, width]` of one text, in what a block put out: the active one, or the mean."""
+    """The residual stream `[tokens, width]` of one text in a block's output: the active stream, or the mean of all."""
     width = lm.layout.width
     if x.dim() == 3:
         return x[0] if x.shape[-1] == width else torch.stack(x[0].split(width, -1)).mean(0)
@@ -130,7 +131,7 @@ def _on_streams(lm: LM, x: Tensor, change: Change) -> Tensor:
 
 @torch.no_grad()
 def activations(lm: LM, ids: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
-    """The activations `[tokens, size]` of one text, as hooks of their own see them."""
+    """The activations `[tokens, size]` of one text, as separate hooks see them."""
     by_site: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Change:
@@ -149,7 +150,7 @@ def activations(lm: LM, ids: Sequence[int], sites: Sequence[Site]) -> dict[Site,
 def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tuple[int, int], last: bool) -> Tensor:
     """The next token's logits when keys of `span` are multiplied at these layers, by the model's own eager attention.
 
-    With `last` for the last query alone, and not at its own column.
+    With `last`, this is done only for the last query, and not at its own column.
     """
     modules = attention_modules(lm.layout)
     running: list[int] = []
@@ -167,7 +168,7 @@ def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tup
             attention_mask = attention_mask[None, None]
         try:
             output, weights = eager(module, query, key, value, attention_mask, **more)
-        except RuntimeError:  # that of some models doesn't repeat keys for groups of queries, as sdpa does
+        except RuntimeError:  # some models' eager attention doesn't repeat keys for grouped queries, as sdpa does
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
             output, weights = eager(module, query, key, value, attention_mask, **more)
         layer = running[-1] if running else None

@@ -1,4 +1,4 @@
-"""What a check of a model found: for each thing that trimtab does, whether it works there, and why not."""
+"""The results of checking a model: for each feature, whether it works, and why not."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ WORKS, PARTLY, REFUSED, WRONG, THEIRS = "works", "partly", "refused", "wrong", "
 
 
 class Wrong(Exception):
-    """What came out isn't what it says."""
+    """The output is wrong."""
 
 
 class Theirs(Exception):
-    """It is wrong in transformers itself, without any steering."""
+    """The output is wrong in transformers itself, without any steering."""
 
 
 class Said(str):
-    """Of a check that found all well: what there is to say of it."""
+    """The remark of a check that passed."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that trimtab does: its name, what it is, whether it works (see `WORKS` …), and the reason if not."""
+    """One feature: its name, its description, whether it works (see `WORKS` …), and the reason if not."""
 
     name: str
     what: str
@@ -32,9 +32,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found of one model.
+    """The findings for one model.
 
-    `family` is its `model_type`, `blocks` where its blocks are, and `weights` says whose weights were run.
+    `family` is its `model_type`, `blocks` the path of its blocks, and `weights` describes the weights that were run.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Report:
 
     @property
     def wrong(self) -> tuple[Finding, ...]:
-        """What gives something else than it says, or crashes."""
+        """The findings of features that give a wrong result or crash."""
         return tuple(finding for finding in self.findings if finding.state == WRONG)
 
     def __getitem__(self, name: str) -> Finding:

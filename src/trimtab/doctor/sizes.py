@@ -1,7 +1,7 @@
-"""The sizes of tiny models: by the names that configurations of transformers give them.
+"""The sizes of tiny models, by field name of transformers configurations.
 
-`TEXT` is for language models, `VISION` for the towers beside them. `STRUCTURE` is what single types need besides, for
-their parts to fit together.
+`TEXT` is for language models, `VISION` for their vision towers. `STRUCTURE` in `structure.py` has the extra fields
+that individual types need so that their parts fit together.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ TEXT: dict[str, Any] = {
     "max_inference_chunksize": 64,
     "attention_hidden_size": WIDTH,
     "router_hidden_size": 16,
-    # odds and ends
+    # miscellaneous
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0,

@@ -1,6 +1,6 @@
-"""What single model types need besides sizes, for their parts to fit together, and variants of some of them.
+"""Fields besides sizes that individual model types need to make their parts fit together, and variants of some types.
 
-A variant, `type@name`, has what the type's defaults leave out: other kinds of layers, shared keys and values, ALiBi.
+A variant, `type@name`, covers what the type's defaults leave out: other kinds of layers, shared keys and values, ALiBi.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 
 CAUSAL = compat.CAUSAL
-"""Model types with a causal language model, and its class's name."""
+"""Model types with a causal language model, and the name of its class."""
 IMAGE_TEXT = compat.IMAGE_TEXT
-"""Model types of images and text; their language model is what is run."""
+"""Image-text model types, of which only the language model is run."""
 KEPT_OUT = ("A_log",)
-"""Weights that are left as they were made: they are the logarithms of others."""
+"""Weights that keep their initial values, because they are logarithms."""
 SPREAD = 0.15
 CONTROLS = (
     "forced_bos_token_id",
@@ -39,16 +39,16 @@ CONTROLS = (
     "num_beams",
     "forced_decoder_ids",
 )
-"""Settings of `generate` that models bring along, and that would choose other tokens than the likeliest."""
+"""Settings of `generate` that come with a model and would select other tokens than the likeliest."""
 
 
 def tiny_lm(kind: str, *, vision: bool = False, flags: Mapping[str, Any] | None = None) -> LM:
-    """A tiny random model of a type, or variant (`"gemma4_text@shared"`), in float64 where transformers can.
+    """A tiny random model of a type or variant (`"gemma4_text@shared"`), in float64 if transformers can run it so.
 
     Args:
-        kind: The type, as a configuration's `model_type` has it; a variant of `VARIANTS`.
-        vision: Of the two classes that some types have, the one for images and text.
-        flags: Fields of its configuration, besides sizes.
+        kind: The type, as in a configuration's `model_type`, or a variant of `VARIANTS`.
+        vision: Build the image-text class; some types also have a causal one.
+        flags: Configuration fields to set besides the sizes.
 
     Returns:
         The model, with a tokenizer whose words are `w3` … `w159`.
@@ -110,7 +110,7 @@ def _names(config_class: Any) -> dict[str, Any]:
 
 
 def _fields(config_class: Any, text: bool, used: list[int], over: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tiny configuration of this class is made from; `used` counts the special tokens that were given out."""
+    """The arguments for a tiny configuration of this class; `used` counts the special tokens assigned so far."""
     table = TEXT if text else VISION
     known, parts = _names(config_class), dict(getattr(config_class, "sub_configs", None) or {})
     fields: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def _fields(config_class: Any, text: bool, used: list[int], over: Mapping[str, A
             kind = mine.get("model_type") if isinstance(mine, dict) else None
             try:
                 part = compat.CONFIGURATIONS[kind or getattr(config_class(), name).model_type]
-            except Exception:  # it is made by its owner's defaults
+            except Exception:  # its owner creates it from defaults
                 continue
         of_text = any(word in name for word in ("text", "decoder", "llm", "language", "thinker"))
         fields[name] = _fields(part, of_text and "vision" not in name, used, mine)
@@ -191,7 +191,7 @@ def _build(kind: str, config: Any, vision: bool, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _try(model: Any) -> None:
-    """Raises whatever a pass over text alone does, and where what comes isn't a number."""
+    """Run `generate` and a forward pass on text alone, to see them raise; `ValueError` if logits aren't finite."""
     ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]])
     mask = (ids > 0).long()
     options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}

@@ -1,4 +1,4 @@
-"""Pictures on matplotlib's axes, for notebooks: drawn into the axes that they are given, or into new ones."""
+"""Plots on matplotlib axes for notebooks: drawn into given axes, or into new ones."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 CROSS: dict[str, Any] = {"marker": "X", "linestyle": "", "markersize": 8, "markeredgecolor": "#b83e30", "zorder": 3}
-"""A setting that breaks the guard, in the colour of its line: lines often lie on each other."""
+"""The marker of a setting that breaks the guard, in the color of its line: lines often overlap."""
 
 
 def axes_or_new(ax: Any, size: tuple[float, float] = (6.4, 3.2)) -> Any:
-    """The axes that were given, or those of a new figure of so many inches, which a notebook then shows.
+    """The given axes, or those of a new figure of this size in inches, which a notebook then shows.
 
     Raises:
-        TrimtabError: matplotlib is missing, or what was given are no axes.
+        TrimtabError: matplotlib is missing, or `ax` isn't matplotlib axes.
     """
     check_matplotlib()
     if ax is not None:
@@ -34,14 +34,14 @@ def axes_or_new(ax: Any, size: tuple[float, float] = (6.4, 3.2)) -> Any:
 
 
 def tidy(axes: Any) -> None:
-    """No frame but the axes themselves, and a light grid."""
+    """Hide the top and right spines, and draw a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
 
 
 def draw_steering(steering: Steering, ax: Any = None) -> Any:
-    """Bars of how hard each layer is pushed; edits at one layer stand beside each other.
+    """Draw a bar for how hard each layer is pushed; bars of edits at the same layer are side by side.
 
     Raises:
         TrimtabError: matplotlib is missing, the steering has no edits, or it steers attention, which has no direction.
@@ -62,9 +62,9 @@ def draw_steering(steering: Steering, ax: Any = None) -> Any:
 
 
 def draw_sweep_lines(sweep: Sweep, ax: Any = None) -> Any:
-    """The share that passes, or without a check the perplexity, by strength: a line for each layer.
+    """Draw the share that passes by strength, one line per layer; without a check, the perplexity.
 
-    With one strength it is one line by layer. The unsteered model is a dashed line, and what breaks the guard a cross.
+    With a single strength, draw one line by layer. A dashed line is the unsteered model, and a cross breaks the guard.
     """
     axes = axes_or_new(ax, (6.4, 3.8))
     name = "perplexity" if sweep.unsteered.passed is None else "passed"

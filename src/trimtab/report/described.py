@@ -1,4 +1,4 @@
-"""A steering and its card in words and numbers, the same on a terminal and in a notebook."""
+"""A steering and its card in words and numbers, the same in a terminal and in a notebook."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def origin(card: Card) -> str:
-    """By what it was learned and on which model, in a few words."""
+    """The method and the model of a card, in a few words."""
     models = " and ".join(model.name for model in card.models)
     what = f"a sum of {len(card.parts)} steerings" if card.parts else card.method
     return f"{what} on {models}" if models else what
 
 
 def card_rows(card: Card) -> list[tuple[str, str]]:
-    """What a card says, as names and values; its parts are cards of their own."""
+    """The contents of a card as names and values, without its parts, which are cards themselves."""
     rows = []
     if card.model is not None:
         model = card.model
@@ -42,7 +42,7 @@ def card_rows(card: Card) -> list[tuple[str, str]]:
 
 
 def measured_rows(card: Card) -> list[tuple[str, str]]:
-    """What the card says of the divergence and of the audit, whose verdict comes line by line.
+    """The divergence and the audit on a card, with one row per line of the verdict.
 
     A card may hold anything, so what can't be read is left out.
     """
@@ -57,7 +57,7 @@ def measured_rows(card: Card) -> list[tuple[str, str]]:
 
 
 def _tuning(value: Any) -> str:
-    """A search in a sentence; `--json` has its table."""
+    """A search in one sentence; `--json` shows its table."""
     try:
         held, tried = value["held_out"], len(value["table"]) - 1
         if held is None:
@@ -72,7 +72,7 @@ def _tuning(value: Any) -> str:
 
 
 def _tries(value: Any) -> str:
-    """The ways in which compliant answers were asked for, and how many there were."""
+    """How compliant answers were requested, and how many of them were kept."""
     try:
         each = [(f"{turn['help']}: " if turn["help"] else "", turn["kept"], turn["asked"]) for turn in value]
         return "; ".join(f"{way}{kept} of {count} kept" for way, kept, count in each)
@@ -81,12 +81,11 @@ def _tries(value: Any) -> str:
 
 
 IN_WORDS: Mapping[str, Callable[[Any], str]] = {"tuning": _tuning, "tries": _tries}
-"""How what was measured is told, where it isn't shown as it is."""
+"""How to describe measurements that aren't shown as they are."""
 
 
 def _value(value: Any) -> str:
-    """A value of a card in few words: whole numbers in a row as `0-29`, many numbers by layer from the least to the
-    greatest."""
+    """A value of a card, shortened: consecutive integers as `0-29`, many numbers by layer as their range."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
@@ -105,7 +104,7 @@ def _value(value: Any) -> str:
 
 
 def edit_columns(steering: Steering, edit_pushes: Sequence[Push]) -> tuple[str, dict[str, list[str]]]:
-    """What all edits have in common, in a line; and by name the columns in which they differ, one cell an edit."""
+    """The shared properties of all edits as one line, and the columns in which they differ, with one cell per edit."""
     columns: dict[str, list[str]] = {
         "operation": [_operation(edit.operation) for edit in steering.edits],
         "at": [str(edit.positions) for edit in steering.edits],

@@ -1,4 +1,4 @@
-"""Tables for pandas, which is imported only when one is made."""
+"""Tables for pandas, which is imported only when a table is made."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What notebooks show of a steering, a card, an answer and a sweep: HTML that stands in a page of somebody else's.
+"""How notebooks show a steering, a card, an answer and a sweep: HTML to embed in a page.
 
-Everything is in it: no scripts, nothing is fetched, all text is escaped, and colours suit light and dark pages alike.
+It is self-contained: no scripts, nothing is fetched, all text is escaped, and the colors suit light and dark pages.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 BAR = "rgba(51,101,138,.75)"
 BAR_WIDTH = 120
-"""Pixels of the longest bar."""
+"""The length of the longest bar, in pixels."""
 CELL = "text-align: {side}; padding: .1rem .8rem .1rem 0; vertical-align: top; white-space: {wraps}"
 LONG = 30
-"""Words of more characters than this are wrapped."""
+"""Text of more characters than this is wrapped."""
 TABLE = '<div style="overflow-x: auto"><table style="margin: 0 0 .5em">'
-"""At the left, as text is, where notebooks would have it in the middle; what is too wide scrolls by itself."""
+"""Left-aligned, where notebooks would center it; a table that is too wide scrolls by itself."""
 SHADES = {
     "steered": "rgba(60,160,70,.3)",
     "weakened": "rgba(225,185,30,.35)",
@@ -40,7 +40,7 @@ KEY = (
 
 
 def steering_html(steering: Steering) -> str:
-    """Its origin, what its edits have in common, and a table of them, with a bar as long as each push."""
+    """The steering's origin, what its edits share, and a table of them with a bar for the norm of each push."""
     from trimtab.report.pushes import pushes
 
     title = f"<p><b>Steering</b>: {escape(origin(steering.card))}</p>"
@@ -48,7 +48,7 @@ def steering_html(steering: Steering) -> str:
         return title + "<p>no edits: it does nothing</p>"
     try:
         edit_pushes = pushes(steering)
-    except UnsupportedError:  # attention has no direction, and so no push to show
+    except UnsupportedError:  # attention has no direction, so there is no push to show
         layers = [str(edit.site.layer) for edit in steering.edits]
         return title + table({"layer": layers, "edit": [str(edit) for edit in steering.edits]}, words=("edit",))
     line, columns = edit_columns(steering, edit_pushes)
@@ -63,7 +63,7 @@ def steering_html(steering: Steering) -> str:
 
 
 def card_html(card: Card) -> str:
-    """The card as a table, then those of its parts."""
+    """The card as a table, followed by those of its parts."""
     rows = [("method", origin(card)), *card_rows(card)]
     body = "".join(
         f'<tr><th style="{_cell("left")}; font-weight: normal; opacity: .65">{escape(name)}</th>'
@@ -75,7 +75,7 @@ def card_html(card: Card) -> str:
 
 
 def generation_html(answer: Generation) -> str:
-    """The answer, its tokens coloured by what is known of each, and what steered it."""
+    """The answer with its tokens colored by the trace or by log-probabilities, and what steered it."""
     text = escape(answer.text)
     key = ""
     if answer.pieces is not None and answer.trace is not None:
@@ -91,7 +91,7 @@ def generation_html(answer: Generation) -> str:
 
 
 def stream_html(text: str, state: str) -> str:
-    """As much of an answer as there is, and whether more will come."""
+    """The part of an answer that has been generated, and whether more will come."""
     return (
         f'<div style="white-space: pre-wrap; overflow-wrap: anywhere; text-align: left">{escape(text)}</div>'
         f'<p style="opacity: .65; text-align: left">{escape(state)}</p>'
@@ -99,7 +99,7 @@ def stream_html(text: str, state: str) -> str:
 
 
 def sweep_html(sweep: Sweep) -> str:
-    """A table with a line for each layer and strength, the unsteered model first and the best one bold."""
+    """A table with one row per layer and strength; the unsteered model comes first, and the best row is bold."""
     rows = [sweep.unsteered, *sweep.rows]
     checked = sweep.unsteered.passed is not None
     columns = {
@@ -135,7 +135,7 @@ def _most(rows: Sequence[SweepRow]) -> float:
 def table(
     columns: dict[str, list[str]], *, words: Sequence[str] = (), raw: Sequence[str] = (), strong: int | None = None
 ) -> str:
-    """An HTML table of columns by name, those of `words` flush left. `raw` columns are HTML; row `strong` is bold."""
+    """An HTML table of columns by name, those of `words` left-aligned. `raw` columns are HTML; row `strong` is bold."""
     styles = {
         name: _cell(
             "left" if name in words or name in raw else "right",

@@ -1,4 +1,4 @@
-"""One HTML page that stands alone: what was run, tables, figures and samples."""
+"""A self-contained HTML page: what was run, tables, figures and samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; paddi
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: its title, the columns' heads, and rows of text, the first cell of each being its name."""
+    """A table: its title, the column heads, and rows of text, each of which begins with its name."""
 
     title: str
     head: tuple[str, ...]
@@ -35,7 +35,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and what it shows."""
+    """A PNG and its caption."""
 
     png: bytes
     caption: str
@@ -43,7 +43,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sample:
-    """One item: what was asked, and each arm's answer to it."""
+    """One item: its prompt, and each arm's answer."""
 
     prompt: str
     answers: tuple[tuple[str, str], ...]
@@ -57,9 +57,9 @@ def write_page(
     pictures: Sequence[Picture],
     samples: Sequence[Sample],
 ) -> None:
-    """Write the page, atomically. Everything is in it: no scripts, nothing is fetched; all text is escaped.
+    """Write the page atomically. It is self-contained: no scripts, nothing is fetched, all text is escaped.
 
-    Raises `TrimtabError` when it can't be written there.
+    Raises `TrimtabError` if it can't be written there.
     """
     parts = [f"<h1>{escape(title)}</h1>", _grid(Grid("", ("", ""), tuple(facts)))]
     parts += [_grid(grid) for grid in grids]

@@ -1,4 +1,4 @@
-"""Pictures, as PNG. matplotlib is imported here only, and only when a picture is drawn."""
+"""Plots as PNG. matplotlib is imported only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trimtab.report.pushes import Push
 
 
 def check_matplotlib() -> None:
-    """Raises `TrimtabError` when pictures can't be drawn."""
+    """Raise `TrimtabError` if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -21,7 +21,7 @@ def check_matplotlib() -> None:
 
 
 def plot_pushes(pushes: Sequence[Push], path: Path, title: str) -> None:
-    """Draw how hard each layer is pushed, and how well the pairs agreed on the direction where that is known."""
+    """Draw how hard each layer is pushed and, if known, how well the pairs agreed on the direction."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
@@ -44,14 +44,14 @@ def plot_pushes(pushes: Sequence[Push], path: Path, title: str) -> None:
 
 
 def push_bars(axes: Any, pushes: Sequence[Push]) -> None:
-    """A bar for each push into matplotlib's axes, by layer, in norms of the activation where all of these are known."""
+    """Draw a bar for each push into matplotlib axes, by layer, in relative norms if all of them are known."""
     from matplotlib.ticker import MaxNLocator
 
     shares = all(push.share is not None for push in pushes)
     layers = [push.layer for push in pushes]
     heights = [push.share if push.share is not None and shares else push.norm for push in pushes]
     width = 0.8 if len(set(layers)) > 3 else 0.2
-    for layer in set(layers):  # a sum has several edits at a layer: bars beside each other
+    for layer in set(layers):  # a sum has several edits at a layer: their bars are side by side
         at = [height for height, where in zip(heights, layers, strict=True) if where == layer]
         places = [layer + width * ((i + 0.5) / len(at) - 0.5) for i in range(len(at))]
         axes.bar(places, at, width=0.96 * width / len(at), color="#33658a")

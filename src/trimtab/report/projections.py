@@ -1,4 +1,4 @@
-"""How each token of a text or a conversation lies along a steering's directions, layer by layer, for notebooks."""
+"""Cosines and projections of each token of a text or a conversation on a steering's directions, for notebooks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Projections:
-    """A text's tokens, and for each of them, by layer, how its activation lies along the steering's unit direction.
+    """The tokens of a text and, by layer, how their activations align with the steering's unit direction.
 
-    `cosines[layer]` are between -1 and 1; `projections[layer]` are the same times the activations' norms: the dot
-    products, in the units of the residual stream. In a notebook it is the text, each token coloured by its cosine.
+    `cosines[layer]` are between -1 and 1. `projections[layer]` are the same times the norms of the activations: the dot
+    products, in the units of the residual stream. A notebook shows the text, each token colored by its cosine.
     """
 
     tokens: tuple[str, ...]
@@ -42,7 +42,7 @@ class Projections:
         return tuple(self.cosines)
 
     def to_pandas(self) -> Any:
-        """A data frame with a line for each token and layer. Raises `TrimtabError` without pandas."""
+        """A data frame with one row per token and layer. Raises `TrimtabError` if pandas is missing."""
         rows = [
             {
                 "position": i,
@@ -59,7 +59,8 @@ class Projections:
     def plot(self, ax: Any = None) -> Any:
         """Draw the cosines token by token: bars for one layer, a map of layer × token for several.
 
-        Draws into matplotlib's `ax`, or a new one, which is returned. Raises `TrimtabError` when matplotlib is missing.
+        Draws into the matplotlib axes `ax`, or into new ones, and returns them. Raises `TrimtabError` if matplotlib is
+        missing.
         """
         count = min(len(self.tokens), 2 * PER_LINE)
         axes = axes_or_new(ax, (max(4.0, 1.5 + 0.26 * count), 2.6 + 0.13 * len(self.layers)))
@@ -82,7 +83,7 @@ def project(
     *,
     transfer: bool = False,
 ) -> Projections:
-    """`lm.project`: see there."""
+    """The implementation of `lm.project`."""
     if not isinstance(steering, Steering):
         raise TrimtabError(f"what a text is projected on is a steering, got {type(steering).__name__}")
     chosen = steering if layers is None else steering.only([layers] if isinstance(layers, int) else layers)

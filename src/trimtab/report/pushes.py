@@ -1,4 +1,4 @@
-"""How hard each edit of a steering pushes, as far as its card tells."""
+"""How hard each edit of a steering pushes, as far as its card says."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from trimtab.steering import Add, ScaleKeys, ScoreOperation, SetProjection, Stee
 
 @dataclass(frozen=True)
 class Push:
-    """One edit. `norm` is its direction's, times the strength where the operation adds; where it writes several
-    directions, the root of their squares' sum; where it sets a projection,
-    the mean shift that the instruction itself makes there, times the strength, if the card has it.
+    """How hard one edit pushes.
 
-    `activation_norm` is the mean norm of the activations it was learned from, `agreement` the mean cosine of the
-    pairs' differences to their mean: both `None` where the card doesn't say.
+    `norm` is the norm of the direction, times the strength if the operation adds. For an operation that writes several
+    directions it is the root of the sum of their squared norms. For one that sets a projection, it is the mean shift
+    that the instruction itself makes, times the strength, if the card has this shift. `activation_norm` is the mean
+    norm of the activations that the edit was learned from, and `agreement` the mean cosine between the pairs'
+    differences and their mean; both are `None` if the card doesn't have them.
     """
 
     layer: int
@@ -26,14 +27,14 @@ class Push:
 
     @property
     def share(self) -> float | None:
-        """The norm of the push in norms of the activation: near 1 and above, text tends to break."""
+        """The relative norm of the push. At values near 1 and above, text tends to break."""
         return self.norm / self.activation_norm if self.activation_norm else None
 
 
 def pushes(steering: Steering) -> list[Push]:
-    """One `Push` an edit, in the edits' order. A sum's edits have no measurements: several cards could be theirs.
+    """One `Push` per edit, in order. A sum's edits have no measurements, since they could come from any of its cards.
 
-    Raises `UnsupportedError` for edits of attention scores, or of keys by a factor, which push in no direction.
+    Raises `UnsupportedError` for edits of attention scores and for edits that scale keys, which have no direction.
     """
     listed = []
     for edit in steering.edits:

@@ -1,4 +1,4 @@
-"""A picture of a search: score by layer and strength, and what the guard forbade."""
+"""A plot of a search: score by layer and strength, and the settings that broke the guard."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def plot_search(
 ) -> None:
     """Draw a search's table: above, a map of layer × strength for each operation and positions; below, lines.
 
-    A cell's colour is the gain over not steering on the same prompts; its text is the score and, small, on how many
-    prompts. Where the guard was broken it is grey and hatched, whatever the score; `chosen` has a frame. Cells that
-    rest on few prompts are no more than a hint. `verdict`, what came of the search, stands below the title.
+    A cell's color is the gain over not steering on the same prompts; its text is the score and, in parentheses, the
+    number of prompts. A cell that broke the guard is gray and hatched, whatever its score; `chosen` has a frame. Cells
+    with few prompts are no more than a hint. `verdict`, the result of the search, is shown below the title.
 
-    Raises `TrimtabError` when matplotlib is missing, or nothing was tried.
+    Raises `TrimtabError` if matplotlib is missing, or if nothing was tried.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def plot_search(
 
 
 def _map(axes: Any, rows: Sequence[Tried], layers: Sequence[int], reach: float, chosen: Setting | None) -> Any:
-    """Cells of layer × strength, in order and not to scale."""
+    """Draw cells of layer × strength, evenly spaced and not to scale."""
     import numpy as np
     from matplotlib.patches import Rectangle
 
@@ -98,7 +98,7 @@ def _map(axes: Any, rows: Sequence[Tried], layers: Sequence[int], reach: float, 
 
 
 def _lines(axes: Any, rows: Sequence[Tried]) -> None:
-    """Score by layer, a line for each strength; open circles broke the guard."""
+    """Draw the score by layer, one line per strength; open circles broke the guard."""
     strengths = sorted({row.setting.strength for row in rows if row.setting})
     shades = ["#8fb8de", "#33658a", "#14304a", "#b5651d", "#7a3e10", "#555555"]
     for n, strength in enumerate(strengths):

@@ -1,4 +1,4 @@
-"""The strength to begin with, from what a steering's card says of the activations that it was learned from."""
+"""The suggested strength of a steering, from the activation norms on its card."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from trimtab.report.pushes import pushes
 from trimtab.steering import Add, Steering
 
 MILD = 0.2
-"""An overall dose at which text steered along a learned difference stays whole (benchmarks/RESULTS.md, `doses`)."""
+"""An overall dose at which text steered along a learned difference stays intact (benchmarks/RESULTS.md, `doses`)."""
 
 
 NEAR = 0.1
-"""A strength this near to 1 is called 1: the dose is a rule of thumb, and `FILE:0.98` only looks precise."""
+"""A strength this close to 1 is rounded to 1: the dose is a rule of thumb, and `FILE:0.98` would only look precise."""
 IN_NATS = "word-logit"
-"""The method whose strength 1 is a push in nats, chosen by measuring; its edits act one at a time."""
+"""The method whose strength 1 is a push in nats, chosen by measuring; only one of its edits acts at a time."""
 
 
 def suggested_strength(steering: Steering) -> float | None:
-    """What to multiply a steering by, to begin with.
+    """The strength that is suggested for a steering.
 
-    What was trained, or found by `tune`, has its strength: 1. Of what adds learned differences, it is the strength at
-    which the overall dose is about `MILD`, by the card's norms of the activations it was learned from; where it
-    is used they may be longer or shorter, so measure it with `trimtab.tune.at_dose`.
+    A steering that was trained, or found by `tune`, includes its strength, so this is 1. For additions of learned
+    differences, it is the strength at which the overall dose is about `MILD`, given the activation norms on the card.
+    Activations may be longer or shorter where the steering is used, so measure the dose with `trimtab.tune.at_dose`.
 
     Args:
-        steering: As its file has it.
+        steering: The steering as loaded from its file.
 
     Returns:
-        The strength in two digits, or `None` where nothing is known: other operations than additions have strengths
-        of their own (1 is all of the way), and sums and other programs' files say nothing of activations.
+        The strength with two digits, or `None` if it is unknown: for other operations than additions a strength means
+        something else (1 is all of the way), and sums and files of other programs have no activation norms.
     """
     if has_its_strength(steering):
         return 1.0
@@ -45,12 +45,12 @@ def suggested_strength(steering: Steering) -> float | None:
 
 
 def has_its_strength(steering: Steering) -> bool:
-    """Whether its strength was found with it: by training, by `tune`, or by choosing a push in nats."""
+    """Whether the strength was found together with the steering: by training, by `tune`, or as a push in nats."""
     card = steering.card
     return card.trained or card.method == IN_NATS or "tuning" in card.measured
 
 
 def named_with_strength(path: Path, steering: Steering) -> str:
-    """The file as it is typed to steer with it: `FILE:STRENGTH`, or `FILE` where 1 is suggested, or nothing."""
+    """The file as a command-line argument: `FILE:STRENGTH`, or `FILE` if the suggested strength is 1 or unknown."""
     suggested = suggested_strength(steering)
     return quote(str(path) if suggested in (None, 1.0) else f"{path}:{suggested:g}")

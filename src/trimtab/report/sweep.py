@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: scores by layer and strength, how vectors resemble each other, how pairs lie apart."""
+"""Plots of an evaluation: scores by layer and strength, cosines between vectors, and pairs in their principal plane."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 RANDOM = "#9a9a9a"
 MOST_BARS = 4
 SPAN = 0.2
-"""The least height of a sweep's axis: what moves a score by a hundredth should look like it."""
+"""The minimum height of a sweep's axis, so that a difference of a hundredth looks small."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A score at one layer and strength; `layer` is `None` where a steering acts at several at once."""
+    """A score at one layer and strength; `layer` is `None` if a steering acts at several at once."""
 
     layer: int | None
     strength: float
@@ -35,13 +35,13 @@ class Cell:
 
 
 def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str) -> bytes:
-    """A PNG: the score by strength with a line for each layer, and a map of layer × strength where there are several.
+    """A PNG: the score by strength, one line per layer, and a map of layer × strength if there are several layers.
 
-    The unsteered score stands at strength 0 of every line. Bars are 95 % intervals, left out where so many lines would
-    hide each other; the grey band holds the random directions of all layers, from the lowest to the highest score at
-    each strength.
+    Every line passes through the unsteered score at strength 0. Bars are 95 % intervals, left out if there are so many
+    lines that they would hide each other. The gray band spans the random directions of all layers, from the lowest to
+    the highest score at each strength.
 
-    Raises `TrimtabError` when nothing was steered, or matplotlib is missing.
+    Raises `TrimtabError` if nothing was steered, or if matplotlib is missing.
     """
     check_matplotlib()
     from matplotlib import colormaps
@@ -83,7 +83,7 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
     low, high = axes[0].get_ylim()
     if high - low < SPAN:
         bottom = (low + high - SPAN) / 2
-        if axes[0].dataLim.ymin >= 0:  # no room for what a share can't be
+        if axes[0].dataLim.ymin >= 0:  # no room for negative shares
             bottom = max(bottom, -SPAN / 50)
         axes[0].set_ylim(bottom, bottom + SPAN)
     axes[0].legend(fontsize=8, frameon=False, ncols=1 if len(layers) < 6 else 2)
@@ -133,20 +133,20 @@ def _map(figure: Any, axes: Any, cells: Sequence[Cell], layers: Sequence[int], b
 
 
 def similarity(steering: Steering) -> tuple[list[int], Tensor]:
-    """The layers at which it has a direction, and the cosines between these: `[layers, layers]`.
+    """The layers at which the steering has a direction, and the cosines between these: `[layers, layers]`.
 
-    Raises `TrimtabError` as `directions` does.
+    Raises `TrimtabError` like `directions`.
     """
     layers, _, cosines = similarity_between(steering, steering)
     return layers, cosines
 
 
 def similarity_between(first: Steering, other: Steering) -> tuple[list[int], list[int], Tensor]:
-    """The layers of both, and the cosines of the one's directions with the other's: `[layers of one, of other]`.
+    """The layers of both, and the cosines between their directions: `[layers of first, layers of other]`.
 
-    They may be of other methods and models, as long as the widths agree; between models of different training,
-    cosines say something only where one was made of the other (a base model and its chat model, say). Raises
-    `TrimtabError` as `directions` does, and for different widths.
+    The two may come from different methods and models, as long as the widths agree. Between separately trained models,
+    cosines are meaningful only if one was made from the other (a base model and its chat model, say). Raises
+    `TrimtabError` like `directions`, and for different widths.
     """
     import torch
 
@@ -166,10 +166,10 @@ def draw_similarity(
     across: Sequence[int] | None = None,
     names: tuple[str, str] = ("", ""),
 ) -> bytes:
-    """A PNG of the layer × layer cosines of a behaviour's vectors, or of two steerings'.
+    """A PNG of the layer × layer cosines of a behavior's vectors, or of two steerings'.
 
     `cosines` is `[layers, across]`, where `across` are the other steering's layers (default: the same ones), and
-    `names` says whose they are.
+    `names` are the names of the two.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
@@ -191,7 +191,7 @@ def draw_similarity(
 def plane(activations: Tensor) -> tuple[Tensor, tuple[float, float]]:
     """The first two principal components of `[items, width]`, as `[items, 2]`, and the share of variance of each.
 
-    A component's sign is such that its largest coordinate is positive, so that pictures don't flip.
+    The sign of a component is chosen so that its largest coordinate is positive, which keeps plots from flipping.
     """
     import torch
 
@@ -208,10 +208,10 @@ def plane(activations: Tensor) -> tuple[Tensor, tuple[float, float]]:
 
 
 def draw_planes(activations: Mapping[int, Tensor], letters: Sequence[tuple[str, str]] | None, title: str) -> bytes:
-    """A PNG: for each layer, the pairs' activations `[pairs, 2, width]` (positive, negative) in their plane.
+    """A PNG: for each layer, the pairs' activations `[pairs, 2, width]` (positive, negative) in their principal plane.
 
-    Colour is the side of the pair; with `letters`, those of the positive and the negative answer are the markers, so
-    that one sees which of the two, behaviour or letter, sets the points apart.
+    The color is the side of the pair. With `letters`, the markers are those of the positive and the negative answer,
+    which shows whether the behavior or the letter separates the points.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
@@ -239,14 +239,14 @@ def draw_planes(activations: Mapping[int, Tensor], letters: Sequence[tuple[str, 
     for axis in list(axes.flat)[len(activations) :]:
         axis.set_axis_off()
     handles, names = axes.flat[0].get_legend_handles_labels()
-    beside = 4 if columns > 1 else 2  # one plane is narrower than four names
+    beside = 4 if columns > 1 else 2  # a single plane is too narrow for four names
     figure.legend(handles, names, loc="outside lower center", ncols=beside, fontsize=8, frameon=False)
     figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
     return as_png(figure)
 
 
 def as_png(figure: Any) -> bytes:
-    """The bytes of a figure's PNG; the same figure gives the same ones."""
+    """The bytes of a figure's PNG; the same figure gives the same bytes."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150, metadata={"Software": "trimtab"})
     return data.getvalue()

@@ -1,6 +1,6 @@
-"""How a text lies along a direction, token by token: as coloured text, as a page, and as a picture.
+"""The cosine of each token's activation with a direction: as colored text, as a page, and as a plot.
 
-The paper of CAA (Rimsky et al., 2312.06681, section 3) shows so that a vector reads the behaviour that it steers.
+The CAA paper (Rimsky et al., 2312.06681, section 3) shows in this way that a vector detects the behavior it steers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.steering import Steering
 
-BLUE, RED = (47, 103, 160), (184, 62, 48)  # along the direction, and against it: as the pictures' colour map has them
+BLUE, RED = (47, 103, 160), (184, 62, 48)  # along and against the direction, as in the colormap of the plots
 DEEPEST = 0.6
-"""How much of the colour a page's shade has at most, so that dark text and light text can be read on it."""
+"""The maximum opacity of a page's shade, so that dark and light text are readable on it."""
 PER_LINE = 36
-"""Tokens in a line of the picture."""
+"""The number of tokens per line of the plot."""
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>%(title)s</title><style>
@@ -57,8 +57,8 @@ def token_cosines(
 ) -> list[TokenCosines]:
     """`cos(h_l[t], v_l)` for every token of a plain text, read unsteered, at each of these layers (default: all).
 
-    A direction that is added with a negative strength counts the other way round. Raises `TrimtabError` for an
-    empty text, a layer without a direction or with several, and a steering of another model unless `transfer`.
+    A direction that is added with a negative strength is reversed. Raises `TrimtabError` for an empty text, a layer
+    without a direction or with several, and a steering of another model unless `transfer`.
     """
     import torch
 
@@ -84,10 +84,10 @@ def token_cosines(
 def answer_cosines(
     lm: LM, steering: Steering, prompt: Sequence[int], answer: Sequence[int], layer: int
 ) -> TokenCosines:
-    """The same for the tokens of an answer, read in their place behind the prompt, at one layer.
+    """The cosines for the tokens of an answer, read after its prompt, at one layer.
 
-    The pieces leave special tokens out, as the answer's text does. Raises `TrimtabError` as `token_cosines` does,
-    and for an answer without tokens.
+    The pieces leave out special tokens, as the answer's text does. Raises `TrimtabError` like `token_cosines`, and for
+    an answer without tokens.
     """
     import torch
 
@@ -107,13 +107,13 @@ def answer_cosines(
 
 
 def reach(rows: Sequence[TokenCosines]) -> float:
-    """The cosine that has the full colour: the largest of either sign, first tokens aside, which lie apart from all."""
+    """The absolute cosine shown in full color: the largest without first tokens, whose activations are outliers."""
     values = [abs(value) for row in rows for value in row.cosines[1:] or row.cosines]
     return max(max(values), 1e-6)
 
 
 def coloured_cosines(row: TokenCosines, full: float) -> Text:
-    """The text for a terminal: blue where it lies along the direction, red against it; `full` is `reach`'s."""
+    """The text for a terminal: blue along the direction, red against it; `full` is the result of `reach`."""
     from rich.style import Style
     from rich.text import Text
 
@@ -126,7 +126,7 @@ def coloured_cosines(row: TokenCosines, full: float) -> Text:
 
 
 def tokens_page(rows: Sequence[TokenCosines], title: str) -> str:
-    """An HTML page, with nothing loaded from elsewhere: the text once for each layer, coloured."""
+    """A self-contained HTML page with the colored text, once per layer."""
     full = reach(rows)
     parts = []
     for row in rows:
@@ -135,7 +135,7 @@ def tokens_page(rows: Sequence[TokenCosines], title: str) -> str:
 
 
 def coloured_page_part(rows: Sequence[TokenCosines], full: float) -> str:
-    """The text once for each layer, coloured, as part of somebody else's page; nothing in it needs a style sheet."""
+    """The colored text, once per layer, as HTML to embed in a page; it needs no style sheet."""
     parts = [f"<p>cosine with the direction: {cosine_key(full)}</p>"]
     for row in rows:
         spans = cosine_spans(row, full)
@@ -148,7 +148,7 @@ def coloured_page_part(rows: Sequence[TokenCosines], full: float) -> str:
 
 
 def cosine_spans(row: TokenCosines, full: float) -> str:
-    """The text as HTML, each token shaded and with its number in a title; `full` is `reach`'s."""
+    """The text as HTML, each token shaded and with its cosine as a tooltip; `full` is the result of `reach`."""
     return "".join(
         f'<span style="background: {_shade(cosine, full)}" title="{cosine:+.3f}">{html.escape(piece)}</span>'
         for piece, cosine in zip(row.pieces, row.cosines, strict=True)
@@ -157,7 +157,7 @@ def cosine_spans(row: TokenCosines, full: float) -> str:
 
 
 def cosine_key(full: float) -> str:
-    """What the shades of `cosine_spans` stand for, as HTML."""
+    """The legend for the shades of `cosine_spans`, as HTML."""
     return " ".join(
         f'<span style="background: {_shade(value, full)}">{value:+.2f}</span>'
         for value in (-full, -full / 2, full / 2, full)
@@ -165,9 +165,9 @@ def cosine_key(full: float) -> str:
 
 
 def draw_tokens(rows: Sequence[TokenCosines], title: str) -> bytes:
-    """A PNG: bars token by token for one layer, in lines as text has them; for several, a map of layer × token.
+    """A PNG: for one layer, bars token by token, wrapped into lines; for several, a map of layer × token.
 
-    Raises `TrimtabError` when matplotlib is missing.
+    Raises `TrimtabError` if matplotlib is missing.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
@@ -187,7 +187,7 @@ def draw_tokens(rows: Sequence[TokenCosines], title: str) -> bytes:
 
 
 def draw_cosines(axes: Any, rows: Sequence[TokenCosines]) -> None:
-    """The same into matplotlib's axes, in one line however long."""
+    """Draw the cosines into matplotlib axes, in a single line of any length."""
     full = reach(rows)
     image = _line(axes, rows, slice(None), full, len(rows[0].pieces))
     if len(rows) > 1:
@@ -195,7 +195,7 @@ def draw_cosines(axes: Any, rows: Sequence[TokenCosines]) -> None:
 
 
 def _line(axes: Any, rows: Sequence[TokenCosines], part: slice, full: float, columns: int) -> Any:
-    """Some of the tokens, with room for so many; the map, where it is one."""
+    """Draw some of the tokens, with room for `columns` of them; returns the map, or `None` for bars."""
     image = None
     if len(rows) == 1:
         _bars(axes, rows[0], part, full)
@@ -215,7 +215,7 @@ def _bars(axes: Any, row: TokenCosines, part: slice, full: float) -> None:
     colours = ["#%02x%02x%02x" % (BLUE if value > 0 else RED) for value in values]
     axes.bar(range(len(values)), values, color=colours, width=0.8)
     for i, value in enumerate(values):
-        if abs(value) > 1.08 * full:  # cut off: say how far it would go
+        if abs(value) > 1.08 * full:  # cut off: label it with its value
             side = "top" if value > 0 else "bottom"
             at = full if value > 0 else -full
             axes.text(i, at, f"{value:+.2f}", ha="center", va=side, rotation=90, fontsize=8, color="white")
@@ -237,7 +237,7 @@ def _layers(axes: Any, rows: Sequence[TokenCosines], part: slice, full: float) -
 
 
 def _label(piece: str) -> str:
-    """A token as a tick has it: a line's end is shown, and what is long or empty is cut or marked."""
+    """A token as a tick label: line breaks become visible, long pieces are cut, and empty ones become a dot."""
     text = piece.replace("\n", "⏎").strip(" ")
     return (text if len(text) <= 12 else text[:11] + "…") or "·"
 
@@ -247,13 +247,13 @@ def _share(cosine: float, full: float) -> float:
 
 
 def _mixed(cosine: float, full: float) -> tuple[int, int, int]:
-    """White, mixed with the colour of the sign."""
+    """White mixed with the color of the sign."""
     share = _share(cosine, full)
     red, green, blue = (round(255 + share * (part - 255)) for part in (BLUE if cosine > 0 else RED))
     return red, green, blue
 
 
 def _shade(cosine: float, full: float) -> str:
-    """The same for a page, whatever its background."""
+    """The color as a shade for a page with any background."""
     red, green, blue = BLUE if cosine > 0 else RED
     return f"rgba({red},{green},{blue},{DEEPEST * _share(cosine, full):.2f})"

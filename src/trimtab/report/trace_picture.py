@@ -1,4 +1,4 @@
-"""A picture of traces: for each answer, what rejection did at each of its tokens, rung by rung."""
+"""A plot of traces: for each answer, what rejection did at each token, rung by rung."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MOST = 12
 
 
 def plot_traces(answers: Sequence[Generation], path: Path) -> None:
-    """Draw the traces of answers, below each other: the tokens from left to right, a line for each rung.
+    """Draw the traces of answers below each other, with tokens from left to right and one line per rung.
 
-    A mark stands where the gate was open: at the rung that was accepted, or at the bottom where all were rejected. It
-    is filled where the token is another than the raw model's. Of more than 12 traces the first 12 are drawn.
+    There is a mark at each token where the gate was open: at the accepted rung, or at the bottom if all were rejected.
+    It is filled if the token differs from the unsteered model's. Only the first 12 traces are drawn.
 
-    Raises `TrimtabError` when matplotlib is missing, or no answer has a trace with a token in it.
+    Raises `TrimtabError` if matplotlib is missing, or no answer has a trace with a token in it.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def plot_traces(answers: Sequence[Generation], path: Path) -> None:
 
 
 def marks(trace: Trace) -> list[tuple[int, int, str, bool]]:
-    """`(token from 1, line from 0, kind, changed)` of each open gate; the last line is that of "all rejected"."""
+    """`(token from 1, line from 0, kind, changed)` of each open gate; the last line is "all rejected"."""
     return [
         (number, len(trace.rungs) if step.rung is None else step.rung, kind_of(step), step.replaced is not None)
         for number, step in enumerate(trace.steps, 1)

@@ -1,4 +1,4 @@
-"""What rejection did at each token of an answer: as coloured text, and as a page that stands alone."""
+"""What rejection did at each token of an answer: as colored text, and as a self-contained page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def kind_of(step: Step) -> str:
 
 
 def coloured(tokenizer: Any, answer: Generation) -> Text:
-    """The answer for a terminal; tokens that differ from the raw model's are underlined."""
+    """The answer for a terminal; tokens that differ from the unsteered model's are underlined."""
     from rich.text import Text
 
     text = Text()
@@ -55,7 +55,7 @@ def coloured(tokenizer: Any, answer: Generation) -> Text:
 
 
 def trace_page(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Generation]) -> str:
-    """An HTML page, with nothing loaded from elsewhere. Answers without a trace are shown plain."""
+    """A self-contained HTML page. Answers without a trace are shown plain."""
     parts = []
     for prompt, answer in zip(prompts, answers, strict=True):
         prompt_text = (
@@ -76,7 +76,7 @@ def trace_page(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Gene
 
 
 def trace_spans(tokenizer: Any, ids: Sequence[int], trace: Trace) -> Iterator[str]:
-    """The HTML of each token: its class is `kind_of`'s, and `changed` where it differs from the raw model's."""
+    """The HTML of each token: its class is its `kind_of`, plus `changed` if it differs from the unsteered model's."""
     for piece, step in zip(pieces(tokenizer, ids), trace.steps, strict=True):
         kind = kind_of(step)
         if kind == "shut":
