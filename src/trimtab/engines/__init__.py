@@ -1,4 +1,4 @@
-"""Where steerings run."""
+"""The engines that run steerings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ENGINES = {
     "llamacpp": "trimtab.engines.llamacpp.model:LlamaCpp",
     "vllm": "trimtab.engines.vllm.lm:VllmLM",
 }
-"""trimtab's engines beside transformers, which `LM` itself is: the class of each, whose `load` makes one of it.
+"""trimtab's engines besides transformers, which is `LM` itself: the class of each, with a `load` method.
 
-Another distribution's is found by its entry point, which names such a class:
+An engine in another distribution is found through its entry point, which names such a class:
 
     [project.entry-points."trimtab.engines"]
     mine = "trimtab_mine:MyEngine"
@@ -27,7 +27,7 @@ def engine(name: str) -> Any:
     """The class of an engine other than transformers.
 
     Raises:
-        TrimtabError: There is no engine of this name, there are two, or it is a distribution's that can't be loaded.
+        TrimtabError: There is no engine of this name, there are two, or another distribution's engine can't be loaded.
     """
     plugin = plugins.plugin(plugins.ENGINES, name, OWN)
     if plugin is None:
@@ -42,10 +42,10 @@ def engine(name: str) -> Any:
 
 
 def load(name: str, model: Any, options: dict[str, Any]) -> Any:
-    """A model on an engine other than transformers, under these options of its own.
+    """Load a model on an engine other than transformers, with that engine's own options.
 
     Raises:
-        TrimtabError: As `engine` does; an option that the engine doesn't have; and what its loading raises.
+        TrimtabError: As in `engine`; for an option that the engine doesn't have; and as its `load` does.
     """
     if options.pop("adapter", None) is not None:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""What an engine answers: the text, and what steered it."""
+"""What an engine returns for a request: the answer, and what steered it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from trimtab.steering.monitors import Monitored
 
 @dataclass(frozen=True)
 class Dose:
-    """How hard one site was pushed in one request: `‖edit‖ / ‖activation‖`, mean over `tokens` steered tokens.
+    """How hard one site was steered in one request: the mean `‖edit‖ / ‖activation‖` over `tokens` steered tokens.
 
-    `tokens` is a count. For the mean an engine may measure one generated token in several, which then stands for those
-    since the last.
+    `tokens` counts all steered tokens. For the mean, an engine may measure only every nth generated token, which then
+    represents the tokens since the previous measurement.
     """
 
     layer: int
@@ -47,9 +47,9 @@ class Applied:
     def overall(self) -> float:
         """The dose over all sites: the root of the sum of their squares; 0 when nothing was steered.
 
-        Edits at several sites add up in the residual stream, and each is about as long as its dose says. This is how
-        long they come to if their directions have nothing to do with each other, in lengths of the activation. The
-        logits of routers and the keys of attention, which aren't added to the stream, aren't part of it.
+        Edits at several sites add up in the residual stream, each with a norm of about its dose. This is the relative
+        norm of their sum if their directions are orthogonal. Doses of router logits and attention keys are left out,
+        since those aren't added to the stream.
         """
         return math.sqrt(sum(dose.ratio * dose.ratio for dose in self.doses if dose.kind not in ("router", "keys")))
 
@@ -58,12 +58,18 @@ class Applied:
 class Generation:
     """One answer.
 
-    `token_ids` are the generated ids, the end-of-text token included; `finish_reason` is `"stop"`, `"length"`, or
-    `"content_filter"` where a monitor ended it; `logprobs`, where requested, holds the natural log-probability of each
-    generated token under the (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered
-    prompt; `trace` tells what rejection did at each token, where there was rejection; `pieces` is the text that each
-    token adds, which join to `text`: on the transformers engine, where there are log-probabilities or a trace;
-    `monitors` is what each monitor read, by name, where there were any.
+    Attributes:
+        text: The answer's text.
+        token_ids: The generated ids, including the end-of-text token.
+        finish_reason: `"stop"`, `"length"`, or `"content_filter"` if a monitor ended the answer.
+        prompt_tokens: The length of the rendered prompt.
+        applied: What steered the answer.
+        logprobs: If requested, the natural log-probability of each generated token under the (steered) model, before
+            temperature, top-k and the like.
+        trace: What rejection did at each token, if there was rejection.
+        pieces: The text that each token adds; joined, they are `text`. On the transformers engine, if there are
+            log-probabilities or a trace.
+        monitors: What each monitor read, by name, if there were any.
     """
 
     text: str

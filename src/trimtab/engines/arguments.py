@@ -1,4 +1,4 @@
-"""What users give `generate` and its like: one for all prompts, or one for each."""
+"""Validate the arguments of `generate` and similar methods, and expand them to one value per prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trimtab.text.spans import Emphasis
 
 
 def marks_for(emphasize: Any, count: int) -> list[Any]:
-    """What to emphasize in each prompt, `None` where nothing."""
+    """The phrases to emphasize in each prompt, or `None`."""
     if emphasize is None or isinstance(emphasize, Emphasis):
         return [emphasize] * count
     if not isinstance(emphasize, (list, tuple)):
@@ -32,7 +32,7 @@ def marks_for(emphasize: Any, count: int) -> list[Any]:
 
 
 def rejections_for(rejection: Any, marks: list[Any]) -> list[Rejection | None]:
-    """Each prompt's rejection: as given, or by default where something is emphasized."""
+    """Each prompt's rejection: the given one, or the default if the prompt has emphasis."""
     if rejection is None:
         return [Rejection() if mark is not None else None for mark in marks]
     if isinstance(rejection, bool):
@@ -47,7 +47,7 @@ def rejections_for(rejection: Any, marks: list[Any]) -> list[Rejection | None]:
 
 
 def grammars_for(json_schema: Any, count: int) -> list[Grammar | None]:
-    """The grammar of each prompt's answers: by one schema for all, or one for each. Raises as `json_grammar` does."""
+    """Each prompt's grammar, from one schema for all prompts or from one for each. Raises as `json_grammar` does."""
     if not isinstance(json_schema, (list, tuple)):
         return [_grammar(json_schema)] * count
     if len(json_schema) != count:
@@ -62,28 +62,28 @@ def _grammar(schema: Any, where: str = "the JSON schema") -> Grammar | None:
 
 
 def check_batch_size(size: Any) -> None:
-    """Raises `TrimtabError` for what isn't a number of prompts."""
+    """Raises `TrimtabError` if this isn't a number of prompts."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise TrimtabError(f"batch_size is a whole number from 1 up, got {size!r}")
 
 
 DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h")
-"""Options of `generate` that say how a token is drawn, and nothing where the likeliest one is taken."""
-SEEDS = range(-(2**63), 2**64)  # torch's
+"""Options of `generate` that affect sampling, and have no effect in greedy decoding."""
+SEEDS = range(-(2**63), 2**64)  # what torch accepts
 
 
 def sampling_for(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, in which temperature 0 is greedy decoding.
+    """The options, with temperature 0 turned into greedy decoding.
 
-    Raises `TrimtabError` for options that say how tokens are drawn where none says that they are, as with vLLM or
-    OpenAI's API: they would change nothing.
+    Raises `TrimtabError` for sampling options without `do_sample`: users of vLLM or OpenAI's API expect them to enable
+    sampling, and here they would have no effect.
     """
     drawing = [name for name in DRAWING if options.get(name) is not None]
     temperature = options.get("temperature")
     if temperature is not None and temperature == 0:
         rest = {name: value for name, value in options.items() if name not in drawing}
         return {**rest, "do_sample": False}
-    if options.get("penalty_alpha") is not None:  # contrastive search, which has a top_k of its own
+    if options.get("penalty_alpha") is not None:  # contrastive search, where top_k isn't a sampling option
         drawing = [name for name in drawing if name != "top_k"]
     if drawing and options.get("do_sample") is None:
         name = drawing[0]
@@ -95,7 +95,7 @@ def sampling_for(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seed_for(seed: Any) -> int | None:
-    """The seed. Raises `TrimtabError` for what is no whole number of 64 bits."""
+    """The seed as an `int`. Raises `TrimtabError` unless it is a whole number of at most 64 bits."""
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) not in SEEDS:
@@ -104,7 +104,7 @@ def seed_for(seed: Any) -> int | None:
 
 
 def check_said(logprobs: Any, system: Any) -> None:
-    """Raises `TrimtabError` for what says neither yes nor no, or is no text."""
+    """Raises `TrimtabError` if `logprobs` isn't a boolean or `system` isn't a string."""
     if not isinstance(logprobs, bool):
         raise TrimtabError(
             f"logprobs is True or False, got {logprobs!r}; an answer has the log-probability of each of its own tokens,"
@@ -117,7 +117,7 @@ def check_said(logprobs: Any, system: Any) -> None:
 
 
 def of_equal_length(batch: list[int], lengths: Sequence[int]) -> list[list[int]]:
-    """A batch's prompts in batches that need no pads, in order; `lengths` are those of all prompts, in tokens."""
+    """Split a batch of prompt indices by length, so that none needs padding; `lengths` are all prompts', in tokens."""
     by_length: dict[int, list[int]] = {}
     for i in batch:
         by_length.setdefault(lengths[i], []).append(i)
@@ -127,7 +127,7 @@ def of_equal_length(batch: list[int], lengths: Sequence[int]) -> list[list[int]]
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """The prompts as a list; a list of messages is one prompt.
 
-    Raises `TrimtabError` for an empty list, and for what is neither text nor messages.
+    Raises `TrimtabError` for an empty list, and for anything that is neither text nor messages.
     """
     if isinstance(prompts, str):
         return [prompts]
@@ -164,9 +164,9 @@ def _fix(value: Any) -> str:
 def one_each(
     steering: Steering | str | Sequence[Steering | str | None] | None, count: int, *, named: bool = False
 ) -> list[Any]:
-    """One steering or `None` for all prompts, or one for each; where they have names (`named`), a name will do.
+    """Expand the steering argument to one per prompt: a steering or `None`; with `named`, also a registered name.
 
-    Raises `TrimtabError` for another count, and for a name where there are none.
+    Raises `TrimtabError` if the counts differ, and for a name without `named`.
     """
     if steering is None or isinstance(steering, Steering) or (named and isinstance(steering, str)):
         return [steering] * count

@@ -1,4 +1,4 @@
-"""What `lm.capture` is asked for, sites, and what it gives: the activations of a prompt at each of them."""
+"""The argument and the result of `lm.capture`: sites, and a prompt's activations at each of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trimtab.steering.whole import whole
 
 
 class Captured(dict[Site, Tensor]):
-    """The activations of one prompt, `{site: [positions, width]}`; a number is the residual stream of its layer."""
+    """The activations of one prompt, `{site: [positions, width]}`; an integer key is a layer's residual stream."""
 
     def __missing__(self, key: Any) -> Tensor:
         layer = whole(key)
@@ -30,7 +30,7 @@ class MissingSite(TrimtabError, KeyError):
 
 
 def sites_of(sites: Any) -> list[Site]:
-    """The sites that are captured. Raises `TrimtabError` for none, and for what is neither a layer nor a site."""
+    """The sites to capture, as a list. Raises `TrimtabError` for none, or for something that isn't a layer or site."""
     if isinstance(sites, Site):
         return [sites]
     if (number := whole(sites)) is not None:

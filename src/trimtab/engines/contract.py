@@ -1,7 +1,7 @@
-"""What an engine is to whoever uses one: the verbs, the sizes of its model, and what it says that it can't do.
+"""The engine contract: its methods, the sizes of its model, and how it declares what it can't do.
 
-Learning, tuning, evaluating and inspecting know this and nothing else of an engine, so they run on every engine that
-can do what they need. What one can't do it says before anything runs.
+Learning, tuning, evaluating and inspecting depend on nothing else of an engine, so they run on every engine that
+supports what they need. An engine declares what it doesn't support before anything runs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from trimtab.errors import TrimtabError
 from trimtab.steering import Site, Steering
 
 TOKENS_PER_BATCH = 4096
-"""Tokens that are read together unless a caller says otherwise."""
+"""The default number of tokens that are read together."""
 ENOUGH = 1024
-"""So many tokens keep a processor busy."""
+"""About this many tokens keep a processor busy."""
 
 FEATURES = {
     "emphasis": "emphasis, which steers attention scores",
@@ -34,13 +34,14 @@ FEATURES = {
     "grammar": "answers by a JSON schema",
     "images": "images in prompts",
 }
-"""What not every engine can do, and what it is called in errors."""
+"""The features that not every engine supports, with the wording that errors use."""
 
 
 def fitting(lengths: Sequence[int], budget: int) -> int:
-    """How many of these texts to read together, padded to the longest of them: at least one, and what fits the budget.
+    """The number of leading texts to read in one batch, padded to the longest: at least one, within the token budget.
 
-    Beyond `ENOUGH` tokens, where more of them at a time are hardly faster, no more than a tenth of them are pads.
+    A batch of more than `ENOUGH` tokens, beyond which a larger batch is hardly faster, has at most 10 % padding on top
+    of its real tokens.
     """
     longest = total = 0
     for rows, length in enumerate(lengths):
@@ -52,7 +53,7 @@ def fitting(lengths: Sequence[int], budget: int) -> int:
 
 
 class Shape(Protocol):
-    """The sizes of a model: how many blocks, how wide the residual stream, and how many tokens fit (`None`: any)."""
+    """The sizes of a model: its blocks, the width of its residual stream, and its context length (`None`: no limit)."""
 
     @property
     def layers(self) -> int: ...
@@ -66,7 +67,7 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """A `Shape` that was read from a file or asked of another process."""
+    """A `Shape` that was read from a file or received from another process."""
 
     layers: int
     width: int
@@ -74,19 +75,19 @@ class Sizes:
 
 
 class Engine(Protocol):
-    """What runs a model. `LanguageModel` is one, and what users hold; its subclasses are the engines there are."""
+    """Runs a model. `LanguageModel` implements it, and is what users hold; its subclasses are the available engines."""
 
     engine: str
     cannot: Mapping[str, str]
-    """Which of `FEATURES` it hasn't, and why."""
+    """The `FEATURES` that the engine doesn't support, and why."""
 
     layout: Shape
 
     def supports(self, steering: Steering | None = None, *features: str) -> str | None:
-        """Why this engine can't run a steering, or hasn't one of these `FEATURES`; `None` where it can."""
+        """Why this engine can't run a steering, or lacks one of these `FEATURES`; `None` if it can do all."""
 
     def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
-        """The answers to requests that were checked, in their order; each has as many as the options ask for."""
+        """Answer checked requests, in order, each with as many answers as the options say."""
 
     def read(
         self,
@@ -96,11 +97,11 @@ class Engine(Protocol):
         tokens_per_batch: int = TOKENS_PER_BATCH,
         steering: Steering | None = None,
     ) -> Iterator[Batch]:
-        """The activations of every text of every group at every site, batch by batch, in an order of its own."""
+        """The activations of every text of every group at every site, in batches whose order the engine chooses."""
 
 
 def check_length(layout: Shape, length: int, what: str) -> None:
-    """Raises `TrimtabError` for an empty text or one that exceeds the model's context."""
+    """Raises `TrimtabError` for an empty text, or one that exceeds the model's context."""
     if length == 0:
         raise TrimtabError(f"{what} is empty: it has no tokens")
     if layout.context is not None and length > layout.context:
@@ -108,7 +109,7 @@ def check_length(layout: Shape, length: int, what: str) -> None:
 
 
 def check_answers(layout: Shape, lengths: Sequence[int], max_new_tokens: int) -> None:
-    """Raises `TrimtabError` for prompts of these lengths whose answers of so many tokens don't fit the context."""
+    """Raises `TrimtabError` if prompts of these lengths plus `max_new_tokens` don't fit the model's context."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise TrimtabError(f"max_new_tokens is a whole number from 1 up, got {max_new_tokens!r}")
     for i, length in enumerate(lengths):
@@ -121,7 +122,7 @@ def check_answers(layout: Shape, lengths: Sequence[int], max_new_tokens: int) ->
 
 
 def check_texts(layout: Shape, groups: Sequence[Sequence[Text]]) -> None:
-    """Raises `TrimtabError` for a text that is empty or too long, or is read where it has no token."""
+    """Raises `TrimtabError` for a text that is empty or too long, or that is to be read at a position outside it."""
     for g, group in enumerate(groups):
         for text in group:
             check_length(layout, len(text.ids), f"text {g + 1}")
@@ -132,7 +133,7 @@ def check_texts(layout: Shape, groups: Sequence[Sequence[Text]]) -> None:
 
 
 def check_choices(layout: Shape, choices: Sequence[Choice]) -> None:
-    """Raises `TrimtabError` for a text that is empty or too long, a prompt longer than it, or no candidates."""
+    """Raises `TrimtabError` for an empty or overlong text, a prompt that is longer than its text, or no candidates."""
     for i, choice in enumerate([choices] if isinstance(choices, str) else choices):
         if not isinstance(choice, Choice):
             raise TrimtabError(

@@ -1,4 +1,4 @@
-"""A warning where a steering pushed so hard that the text is likely to break."""
+"""A warning for doses at which the text is likely to break."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from trimtab.keywords import outside
 from trimtab.steering import Steering
 
 DOSE_WARNING = 0.3
-"""Above this overall dose (`Applied.overall`), text steered along a learned difference is likely to break."""
+"""Above this overall dose (`Applied.overall`), text steered along an activation difference is likely to break."""
 
 TRAINED_DOSE_WARNING = 2.0
-"""The same for steerings that were trained on the model's own text, which stays whole under much harder pushes."""
+"""The same for steerings that were trained on the model's own text, which stays intact at much higher doses."""
 
 
 class DoseWarning(UserWarning):
-    """A steering pushed harder than `DOSE_WARNING`, or a trained one harder than `TRAINED_DOSE_WARNING`."""
+    """The dose exceeds `DOSE_WARNING`, or for a trained steering `TRAINED_DOSE_WARNING`."""
 
-    once = True  # the command line says it once: batch after batch the numbers differ, and not what they mean
+    once = True  # the command line shows only the first: from batch to batch just the numbers differ
 
 
 def warn_of_doses(answers: Sequence[Generation], steerings: Sequence[Steering | None]) -> None:
-    """Warn, for the caller of `generate`, of the answer whose dose is furthest above what its steering may have.
+    """Warn the caller of `generate` about the answer whose dose exceeds its steering's limit by the largest factor.
 
     Args:
-        answers: All answers, as many to each request as to any other, in the requests' order.
-        steerings: The requests' own. A sum counts as trained if all of its parts were.
+        answers: All answers, in the requests' order, equally many per request.
+        steerings: The steering of each request. A sum counts as trained if all of its parts do.
     """
     each = len(answers) // len(steerings) if steerings else 0
     worst, most, limit = None, 1.0, DOSE_WARNING

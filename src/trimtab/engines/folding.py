@@ -1,7 +1,7 @@
-"""Edits folded into rows of parameters: what acts together becomes one row, and rows of a kernel one call of it.
+"""Fold edits into rows of parameters: edits that act together become one row, and rows of one kernel one kernel call.
 
-An engine asks at which stretches of tokens which edits act (`sweep`), what a request's edits at a site come to there
-(`slots_at`), and for the calls that run all requests' at once (`stages_of`).
+An engine asks which edits act on which ranges of tokens (`sweep`), what a request's edits at a site fold to there
+(`slots_at`), and for the calls that run all requests' edits at once (`stages_of`).
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from trimtab.steering.meanings import Meaning
 from trimtab.steering.operations import NEUTRAL, TOGETHER, WRITING, Kernel, Rows, add, with_norm_of
 
 KEPT = 512
-"""Of so many slots the vectors are kept once they are compiled, with their edits."""
+"""The number of slots whose compiled vectors are cached, together with their edits."""
 
-Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
+Slot = tuple[Edit, ...]  # one operation, or neighboring edits that act together
 Active = Tensor | bool | None
-"""Where a stage acts: `[..., tokens]`, `True` for everywhere; `None` where its rows see to it themselves."""
+"""Where a stage acts: `[..., tokens]`, or `True` for everywhere; `None` if its rows already encode that."""
 
 
 @dataclass(frozen=True)
 class States:
-    """The state of each token of a pass: on the device, and the same on the CPU, so that nobody has to wait to know."""
+    """The state of each token of a forward pass: on the device, and a copy on the CPU that is read without a sync."""
 
     index: Tensor
     known: Tensor
 
     @classmethod
     def of(cls, numbers: Tensor, device: torch.device) -> States:
-        """Of numbers on the CPU."""
+        """The states with these numbers, which are on the CPU."""
         return cls(numbers.to(device), numbers)
 
     def to(self, device: torch.device) -> States:
@@ -46,7 +46,7 @@ class States:
 
     @cached_property
     def common(self) -> int | None:
-        """The one state that all of these tokens are in, if there is one."""
+        """The state that all of these tokens share, or `None`."""
         if not self.known.numel():
             return None
         low, high = self.known.aminmax()
@@ -60,7 +60,7 @@ class States:
 class Stage:
     """One kernel call at one site: `rows[name]` is `[states, size]`, `active` is `[states]`.
 
-    `keep_norm` is the share of the old norm that is kept.
+    `keep_norm` is how much of the old norm is restored, as a share.
     """
 
     kernel: Kernel
@@ -70,7 +70,7 @@ class Stage:
     _moved: dict[torch.device, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Stage:
-        """The same with its parameters on this device, where they are kept."""
+        """This stage with its parameters on a device; copies are cached."""
         if self.active.device == device:
             return self
         if device not in self._moved:
@@ -81,20 +81,20 @@ class Stage:
 
     @property
     def sorts(self) -> bool:
-        """Whether gathering sorts tokens by their maps: what comes of it is small, and worth keeping."""
+        """Whether gathering sorts tokens by their maps; the result is small, and worth caching."""
         return any(isinstance(bank, LowRanks) for bank in self.rows.values())
 
     def gather(self, states: States) -> Rows:
-        """The rows of tokens in these states, on the states' device: one for each of them."""
+        """The rows of tokens in these states, one per token, on the states' device."""
         return {
             name: bank.pick(states.known) if isinstance(bank, LowRanks) else bank[states.index]
             for name, bank in self.to(states.index.device).rows.items()
         }
 
     def prepare(self, states: States, dtype: torch.dtype) -> tuple[Rows, Active]:
-        """What `apply` wants of tokens in these states, with activations of this dtype; no device is waited for.
+        """The arguments of `apply` for tokens in these states, with activations of this dtype; without a device sync.
 
-        What acts in place on all tokens alike is one row, which stands for them all.
+        If a stage acts in place on all tokens alike, its rows are a single row that broadcasts over them.
         """
         common = states.common if self.in_place else None
         rows = self.gather(states) if common is None else self._row(common, states.index.device)
@@ -107,7 +107,7 @@ class Stage:
         return rows, self.to(states.index.device).active[states.index]
 
     def _row(self, state: int, device: torch.device) -> Rows:
-        """What this state's tokens have in place, `[size]`."""
+        """The parameters of one state, `[size]`, for a stage that acts in place."""
         banks = self.to(device).rows
         return {name: bank[state] for name, bank in banks.items() if isinstance(bank, Tensor)}
 
@@ -117,16 +117,16 @@ class Stage:
 
     @property
     def in_place(self) -> bool:
-        """Whether it is one addition or multiplication, with rows that do nothing where it is inactive."""
+        """Whether it is a single addition or multiplication whose rows have no effect where the stage is inactive."""
         return self.kernel in NEUTRAL and not self.keep_norm
 
 
 Prepared = list[tuple[Stage, Rows, Active]]
-"""What is done at a site, in order, to the tokens of a pass: `apply` takes each with their activations."""
+"""The operations at a site, in order, for the tokens of a pass: arguments of `apply`, except the activations."""
 
 
 def check_together(steering: Steering) -> None:
-    """Raises `TrimtabError` for edits that always act together and can't; what depends on a prompt comes later."""
+    """Raises `TrimtabError` for edits that always act together but can't. What depends on a prompt is checked later."""
     possible = tuple(e for e in steering.edits if e.strength != 0 and not isinstance(e.operation, ScoreOperation))
     possible = tuple(e for e in possible if not hasattr(e.operation, "settled"))
     by_site: dict[Site, list[Edit]] = {}
@@ -145,10 +145,10 @@ def check_together(steering: Steering) -> None:
 def sweep(
     edits: tuple[Edit, ...], length: int, holding: Collection[Meaning] | None = None
 ) -> list[tuple[int, int | None, frozenset[Positions]]]:
-    """The stretches of tokens over which the set of a request's active position rules stays the same.
+    """The ranges of tokens over which a request's set of active position rules stays the same.
 
-    `holding` as `Positions.resolve` has it: with positions by meaning, what is given is right for the prompt, and for a
-    generated token of which these hold. Raises `TrimtabError` as it does.
+    `holding` is as in `Positions.resolve`: with positions by meaning, the result is valid for the prompt, and for a
+    generated token that has these meanings. Raises `TrimtabError` as that does.
     """
     resolved = {rule: rule.resolve(length, holding) for rule in {edit.positions for edit in edits}}
     marks = {bound for spans in resolved.values() for span in spans for bound in span if bound is not None}
@@ -165,7 +165,7 @@ def sweep(
 
 
 def slots_at(edits: tuple[Edit, ...], site: Site) -> list[Slot]:
-    """A request's edits at a site, in order, with neighbours that act together in one slot."""
+    """A request's edits at a site, in order; neighbors that act together share a slot."""
     slots: list[Slot] = []
     for edit in edits:
         if edit.site != site:
@@ -183,7 +183,7 @@ def _acts_together(edit: Edit, other: Edit) -> bool:
 
 
 def call_of(edits: Sequence[Edit]) -> tuple[Kernel, Rows]:
-    """The kernel of one slot, and its parameters. Raises `TrimtabError` for projections that can't all be had."""
+    """The kernel of one slot, and its parameters. Raises `TrimtabError` for projections that contradict each other."""
     kernel = edits[0].operation.kernel
     together = TOGETHER.get(kernel)
     if together is None:
@@ -192,9 +192,9 @@ def call_of(edits: Sequence[Edit]) -> tuple[Kernel, Rows]:
 
 
 def as_rows(row: Rows, dtype: torch.dtype, edits: Sequence[Edit]) -> Rows:
-    """One slot's parameters in the dtype that an engine computes with.
+    """One slot's parameters in the dtype that an engine computes in.
 
-    Raises `TrimtabError` for a number that is finite and no longer is in that dtype.
+    Raises `TrimtabError` if a finite number overflows in that dtype.
     """
     cast = {name: value.to(dtype) for name, value in row.items()}
     for name, value in row.items():
@@ -216,9 +216,9 @@ def _tensors(value: Tensor | LowRank) -> tuple[Tensor, ...]:
 
 
 def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
-    """Slot i of every state runs in step i; within a step, one stage a kernel.
+    """The stages of a site: slot i of every state runs in step i, and each step has one stage per kernel.
 
-    Raises `TrimtabError` for numbers that the dtype can't hold.
+    Raises `TrimtabError` for numbers that overflow the dtype.
     """
     every = [slot for row_slots in slots.values() for slot in row_slots]
     if len(every) == 1 and _is_small(every[0]):
@@ -228,7 +228,7 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
 
 def _stages_of(slots: Mapping[int, Sequence[Slot]], dtype: torch.dtype) -> list[Stage]:
     stages = []
-    for step in range(max(map(len, slots.values()), default=0)):  # a rule may hold nowhere
+    for step in range(max(map(len, slots.values()), default=0)):  # there may be no slots
         groups: dict[tuple[Kernel, float], dict[int, Rows]] = {}
         for state, row_slots in slots.items():
             if step < len(row_slots):
@@ -241,19 +241,19 @@ def _stages_of(slots: Mapping[int, Sequence[Slot]], dtype: torch.dtype) -> list[
 
 
 def compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
-    """One slot's kernel, the share of the norm that is kept, and its parameters, for activations of this dtype.
+    """One slot's kernel, its share of the norm to keep, and its parameters, for activations of this dtype.
 
-    Vectors that were added or multiplied by lately are kept (`KEPT`): each request's prompt and answer need the same.
+    Recently compiled vectors are cached (`KEPT`), since a request's prompt and its answer need the same ones.
     """
     return (_kept if _is_small(slot) else _compiled)(slot, dtype)
 
 
 def _is_small(slot: Slot) -> bool:
-    """Whether its parameters are a vector, and no map."""
+    """Whether the slot's parameters are a vector, not a low-rank map."""
     return slot[0].operation.kernel in NEUTRAL
 
 
-@torch.inference_mode(False)  # what is kept may be asked for again where there are gradients
+@torch.inference_mode(False)  # a cached vector may be used again where gradients are computed
 def _compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
     kernel, row = call_of(slot)
     keep_norm = slot[0].operation.keep_norm
@@ -266,22 +266,22 @@ _kept = lru_cache(KEPT)(_compiled)
 @lru_cache(KEPT)
 @torch.inference_mode(False)
 def _kept_stages(slots: tuple[tuple[int, tuple[Slot, ...]], ...], dtype: torch.dtype) -> tuple[Stage, ...]:
-    """Those of one vector, which stay on the devices where they were."""
+    """The stages of a single vector, cached together with their copies on devices."""
     return tuple(_stages_of(dict(slots), dtype))
 
 
 def compute_dtype(kernel: Kernel, keep_norm: float, dtype: torch.dtype) -> torch.dtype:
-    """What a stage computes in where the model computes in `dtype`."""
+    """The dtype that a stage computes in, for a model that computes in `dtype`."""
     return dtype if kernel is add and not keep_norm else torch.promote_types(dtype, torch.float32)
 
 
 def missing_of(name: str, kernel: Kernel) -> float:
-    """What a row that hasn't a parameter of this name has in its place, so that it does nothing."""
+    """The value of a parameter that a row doesn't have, with which it has no effect."""
     return -torch.inf if name.startswith("floor.") else NEUTRAL.get(kernel, -0.0)
 
 
 def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
-    """What some rows have more than others (a second projection, say) does nothing to these (see `missing_of`)."""
+    """One stage from the rows of its states. A parameter that a row lacks gets a neutral value (see `missing_of`)."""
     active = torch.zeros(count, dtype=torch.bool)
     values: dict[str, dict[int, Any]] = {}
     for state, row in rows_of.items():
@@ -301,7 +301,7 @@ def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int
 
 
 def apply(stage: Stage, rows: Rows, active: Active, x: Tensor) -> Tensor:
-    """One stage applied to activations, with its rows and activity gathered: one for each of them."""
+    """Apply one stage to activations, given its gathered rows and activity, one per activation."""
     if active is None:
         return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
     new = _changed(stage, rows, x).to(x.dtype)
@@ -309,20 +309,20 @@ def apply(stage: Stage, rows: Rows, active: Active, x: Tensor) -> Tensor:
 
 
 def apply_all(prepared: Prepared, x: Tensor) -> Tensor:
-    """All of a site's stages applied, one after the other."""
+    """Apply all stages of a site, one after the other."""
     for stage, rows, active in prepared:
         x = apply(stage, rows, active, x)
     return x
 
 
 def apply_to(stage: Stage, rows: Rows, active: Active, x: Tensor) -> None:
-    """As `apply`, in place, and without a copy where the last kernel can write there."""
+    """Like `apply`, in place; without a temporary copy if the last kernel can write to `x`."""
     if active is None:
         x.copy_(apply(stage, rows, active, x))
     elif isinstance(active, Tensor):
         torch.where(active[..., None], _changed(stage, rows, x).to(x.dtype), x, out=x)
     elif next(iter(rows.values())).dtype != x.dtype or not (stage.keep_norm or stage.kernel in WRITING):
-        x.copy_(_changed(stage, rows, x))  # which rounds as well
+        x.copy_(_changed(stage, rows, x))  # this also casts
     elif stage.keep_norm:
         with_norm_of(x, stage.kernel(x, rows), stage.keep_norm, out=x)
     else:
@@ -330,7 +330,7 @@ def apply_to(stage: Stage, rows: Rows, active: Active, x: Tensor) -> None:
 
 
 def _changed(stage: Stage, rows: Rows, x: Tensor) -> Tensor:
-    """What the stage makes of all of these activations, in what it computes in."""
+    """The stage's result for all of these activations, in the dtype that it computes in."""
     wide = x.to(next(iter(rows.values())).dtype)
     new = stage.kernel(wide, rows)
     return with_norm_of(wide, new, stage.keep_norm) if stage.keep_norm else new

@@ -1,4 +1,4 @@
-"""What an image processor has made of a prompt's images: further inputs of the model's pass over that prompt."""
+"""The output of an image processor for a prompt's images: additional model inputs for the prefill."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 from torch import Tensor
 
 BY_TOKEN = ("token_type_ids",)
-"""How the names end of inputs that have a column a token."""
+"""Suffixes of the names of inputs that have one column per token."""
 
 
 @dataclass(frozen=True, eq=False)
 class PromptImages:
-    """The images of one prompt, whose token ids hold their places.
+    """The images of one prompt, whose token ids contain their placeholders.
 
     Attributes:
-        inputs: By name, for one row: pixels, sizes, and what else of its processor's the model takes.
-        count: How many images they are.
+        inputs: By name, for one row: pixels, sizes, and any other outputs of the processor that the model takes.
+        count: The number of images.
     """
 
     inputs: Mapping[str, Any]
     count: int
 
     def until(self, stop: int) -> dict[str, Any]:
-        """The inputs of a pass over the first so many tokens, which hold all images' places."""
+        """The inputs for a pass over the first `stop` tokens, which contain all the images' placeholders."""
         return {
             name: value[:, :stop] if name.endswith(BY_TOKEN) and isinstance(value, Tensor) else value
             for name, value in self.inputs.items()

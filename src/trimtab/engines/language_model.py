@@ -1,7 +1,7 @@
-"""What users hold, whatever the engine: prompts go in, and answers and activations come out.
+"""The interface that users hold, on every engine: prompts go in, answers and activations come out.
 
-What doesn't depend on the engine is done here, once: prompts are rendered, steerings matched with them and checked,
-phrases found, lengths compared. What an engine can't do is refused here, before anything runs.
+Whatever doesn't depend on the engine happens here, once: rendering prompts, checking and matching steerings, finding
+phrases, comparing lengths. Anything that an engine can't do is refused here, before anything runs.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ LEARNED = ", and what it has learned runs on this one wherever it can be honoure
 
 @method_keywords("encode", "encode_with_images", "spans", "next_logprobs", "project", "capture", "read")
 class LanguageModel(ABC):
-    """A model that can be steered and read: `LM`, `VllmLM` and `LlamaCpp` are its engines.
+    """A model that can be steered and read. Its implementations are `LM`, `VllmLM` and `LlamaCpp`.
 
     Attributes:
-        engine: Its engine's name, as `LM.load(engine=…)` has it.
-        cannot: Which of `contract.FEATURES` the engine hasn't, and why.
+        engine: The engine's name, as in `LM.load(engine=…)`.
+        cannot: The `contract.FEATURES` that the engine doesn't support, and why.
         name: The model's name.
-        tokenizer: As transformers knows tokenizers.
-        layout: How many blocks the model has, how wide its residual stream is, and how many tokens its context holds.
+        tokenizer: A tokenizer with the interface of transformers.
+        layout: The number of blocks, the width of the residual stream, and the context length in tokens.
     """
 
     engine: ClassVar[str]
@@ -78,7 +78,7 @@ class LanguageModel(ABC):
     tokenizer: Any
     layout: Shape
 
-    # ---- what an engine is -------------------------------------------------------------------------------
+    # ---- implemented by engines -------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -88,42 +88,54 @@ class LanguageModel(ABC):
     @property
     @abstractmethod
     def runs_in(self) -> dict[str, str]:
-        """The `dtype` in which the model computes, and the kind of `device`."""
+        """The `dtype` that the model computes in, and the kind of `device`."""
 
     @abstractmethod
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
-        """Raises `TrimtabError` when a steering doesn't fit this model, `UnsupportedError` where the engine can't run
-        it. It must have been learned on this model, unless `transfer` is true."""
+        """Check that the engine can run a steering on this model.
+
+        Args:
+            steering: The steering. It must have been learned on this model, unless `transfer` is true.
+            transfer: Allow a steering learned on another model of the same width.
+
+        Raises:
+            TrimtabError: The steering doesn't fit this model.
+            UnsupportedError: The engine can't run it.
+        """
 
     @abstractmethod
     def check_sites(self, sites: Sequence[Site]) -> None:
-        """Raises `TrimtabError` for a site that the model doesn't have, `UnsupportedError` where it can't be read."""
+        """Raises `TrimtabError` for a site that the model lacks, `UnsupportedError` for one that can't be read."""
 
     @abstractmethod
     def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
-        """How requests will be decoded, with the engine's own defaults. Raises `TrimtabError` for what it can't do."""
+        """The decoding options with the engine's defaults. Raises `TrimtabError` for anything that it can't do."""
 
     @abstractmethod
     def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
-        """The answers to requests that were checked, in their order; each has as many as the options ask for."""
+        """Answer checked requests, in order, each with as many answers as the options say."""
 
     @abstractmethod
     def _read(
         self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
     ) -> Iterator[Batch]:
-        """`read`, of what was checked."""
+        """The implementation of `read`; its arguments are already checked."""
 
     @abstractmethod
     def _next_logprobs(
         self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
     ) -> list[NextToken]:
-        """`next_logprobs`, of what was checked."""
+        """The implementation of `next_logprobs`; its arguments are already checked."""
 
     @abstractmethod
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """The mean negative log-probability, in nats, of each answer's tokens under the unsteered model, in one batch.
+        """The mean negative log-probability per token of each answer under the unsteered model, in nats, in one batch.
 
-        A text is `(context ids, answer ids)`, neither empty. Raises `UnsupportedError` where there are no perplexities.
+        Args:
+            texts: Pairs of `(context ids, answer ids)`, neither of them empty.
+
+        Raises:
+            UnsupportedError: The engine can't compute perplexities.
         """
 
     if not TYPE_CHECKING:
@@ -133,23 +145,23 @@ class LanguageModel(ABC):
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token with which texts begin; `None` where the model has none."""
+        """The token that texts begin with; `None` if the model has none."""
         token = self.tokenizer.bos_token_id
         return token if isinstance(token, int) else None
 
     @property
     def is_steered(self) -> bool:
-        """Whether this thread is inside `lm.steered(…)`."""
+        """Whether the current thread is inside `lm.steered(…)`."""
         return False
 
-    # ---- what it can't -----------------------------------------------------------------------------------
+    # ---- supported features -----------------------------------------------------------------------------
 
     def supports(self, steering: Steering | None = None, *features: str) -> str | None:
-        """Why this can't run a steering, or what of these features it hasn't, in a sentence; `None` where it can.
+        """Why this engine can't run a steering, or lacks one of the features, as a sentence; `None` if it can do all.
 
         Args:
-            steering: Checked as `check` does, but for which model it was learned on.
-            features: Names of `trimtab.engines.contract.FEATURES`, such as `"rejection"`.
+            steering: Checked as by `check`, except for the model that it was learned on.
+            features: Names from `trimtab.engines.contract.FEATURES`, such as `"rejection"`.
 
         Raises:
             TrimtabError: There is no such feature.
@@ -169,7 +181,8 @@ class LanguageModel(ABC):
         return None
 
     def require(self, *features: str) -> None:
-        """Raises `UnsupportedError`, with the reason and what can do it instead, where the engine hasn't a feature."""
+        """Raises `UnsupportedError`, with the reason and an alternative, if the engine doesn't support one of the
+        features."""
         for feature in features:
             if feature not in FEATURES:
                 raise TrimtabError(f"there is no feature {feature!r}; features: {', '.join(FEATURES)}")
@@ -184,7 +197,7 @@ class LanguageModel(ABC):
     def encode(
         self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
     ) -> list[int]:
-        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
+        """The token ids of a prompt (a string or messages), rendered up to where the answer begins or continues."""
         return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
 
     def encode_with_images(
@@ -196,13 +209,21 @@ class LanguageModel(ABC):
         template: Template | None = None,
         bounds: Bounds = BOUNDS,
     ) -> tuple[list[int], PromptImages | None]:
-        """The token ids of a prompt, as `encode` has them, and its images, whose places these ids hold.
+        """The token ids of a prompt, as from `encode`, and its images; the ids contain the images' placeholder tokens.
 
-        An image is a part of a message's content: `{"type": "image", "image": …}` with one of Pillow's, a path, the
-        bytes of a file or a `data:` URL, or OpenAI's `{"type": "image_url", "image_url": {"url": "data:…"}}`. `bounds`
-        are how many are taken, and how large.
+        An image is a part of a message's content: `{"type": "image", "image": …}` with a Pillow image, a path, the
+        bytes of a file or a `data:` URL, or OpenAI's `{"type": "image_url", "image_url": {"url": "data:…"}}`.
 
-        Raises `TrimtabError` for an image that can't be read, `UnsupportedError` where the engine or model takes none.
+        Args:
+            prompt: A string or messages.
+            system: A system message before the prompt.
+            chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+            template: Keywords of the chat template.
+            bounds: Limits on the number and the size of the images.
+
+        Raises:
+            TrimtabError: An image can't be read.
+            UnsupportedError: The engine or the model takes no images.
         """
         if not has_images(prompt):
             return self.encode(prompt, system=system, chat=chat, template=template), None
@@ -214,7 +235,7 @@ class LanguageModel(ABC):
     def _encode_images(
         self, prompt: Sequence[Message], system: str | None, template: Template | None, bounds: Bounds
     ) -> tuple[list[int], PromptImages]:
-        """`encode_with_images`, of messages that have some."""
+        """The implementation of `encode_with_images` for messages that contain images."""
         raise UnsupportedError(f"the {self.engine} engine takes no images")
 
     def spans(
@@ -226,7 +247,7 @@ class LanguageModel(ABC):
         chat: bool | None = None,
         template: Template | None = None,
     ) -> tuple[tuple[int, int], ...]:
-        """The token positions `(start, stop)` of phrases in the rendered prompt; raises as `find_spans` does."""
+        """The token positions `(start, stop)` of phrases in the rendered prompt. Raises as `find_spans` does."""
         if not has_images(prompt):
             return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat, template=template)
         return self._spans_beside_images(prompt, emphasize, system, template)
@@ -234,7 +255,7 @@ class LanguageModel(ABC):
     def _spans_beside_images(
         self, prompt: Any, emphasize: Any, system: str | None, template: Template | None
     ) -> tuple[tuple[int, int], ...]:
-        """`spans`, of messages that have images."""
+        """The implementation of `spans` for messages that contain images."""
         raise UnsupportedError(f"the {self.engine} engine takes no images")
 
     @arguments
@@ -262,42 +283,43 @@ class LanguageModel(ABC):
         """Answer prompts, each under its own steering (or one for all, or none).
 
         Args:
-            prompts: A string, a list of chat messages, or a list of either. A last message of the assistant's is
-                continued. To image-text models messages may have images; see `encode_with_images`.
-            steering: One for all prompts, or a list with one for each (`None`: none). On the vLLM engine also the name
-                of a registered one.
-            max_new_tokens: Tokens of an answer at most.
+            prompts: A string, a list of chat messages, or a list of either. If the last message is the assistant's, it
+                is continued. For image-text models, messages may contain images; see `encode_with_images`.
+            steering: One for all prompts, or a list with one per prompt (`None`: unsteered). The vLLM engine also takes
+                the names of registered steerings.
+            max_new_tokens: Maximum tokens per answer.
             system: A system message before each prompt.
             chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
             template: Keywords of the chat template, such as `{"enable_thinking": False}`.
-            logprobs: Let the answers have the log-probability of each token.
-            batch_size: On the transformers engine, prompts that are answered at a time, longest first; rows leave the
-                batch as they end, and the next prompts take their places. Others decide by themselves.
-            seed: For repeatable samples: each answer has random numbers of its own, which its place in the list
-                decides.
+            logprobs: Return the log-probability of each token.
+            batch_size: On the transformers engine, the number of prompts that are answered at the same time, longest
+                first; rows leave the batch as they finish, and the next prompts take their places. Other engines choose
+                their own batches.
+            seed: Makes samples repeatable. Each answer has its own random numbers, determined by its index in the list.
             transfer: Allow a steering learned on another model of the same width.
-            emphasize: What the model should heed: a phrase of every prompt, or one item for each prompt (several
-                phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
-            rejection: Weakens or rejects steering, of whatever kind, where its token is implausible; the answers then
-                have a `trace`. With `emphasize` it is on unless it is `False`.
-            clean_cache: Steer over the cache of the unsteered model: what is stored of the text isn't coloured by what
-                steers it, and each token is chosen by a steered reading of the newest token alone. Costs a second row a
-                prompt. With rejection it is always so.
-            monitors: Directions that are read at each token; they may end the answer or switch a steering on, and the
-                answers' `monitors` tell what was read.
-            json_schema: Let each answer be JSON that this schema describes, however it is steered: a token that would
-                break it is never chosen. One for all prompts, or a list with one for each (`None`: any text). An
-                answer that ends at `max_new_tokens` may be cut off; its `finish_reason` is then `"length"`.
+            emphasize: What the model should follow: a phrase that every prompt contains, or a list with one item per
+                prompt (several phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as
+                DIRECTER does.
+            rejection: Weaken or reject any steering where its token is implausible; the answers then have a `trace`.
+                Default: on with `emphasize`, otherwise off.
+            clean_cache: Steer over the unsteered model's KV cache: the cached text isn't influenced by the steering,
+                and only the pass over the newest token, which chooses the next one, is steered. This costs a second row
+                per prompt. Rejection always works this way.
+            monitors: Directions that are read at each token. They can end the answer or switch a steering on; the
+                answers' `monitors` contain what they read.
+            json_schema: Constrain each answer to JSON that matches this schema, under any steering: tokens that would
+                break it are never chosen. One for all prompts, or a list with one per prompt (`None`: any text). An
+                answer that reaches `max_new_tokens` may be cut off; its `finish_reason` is then `"length"`.
             progress: `progress(done, total)` is called as prompts are answered.
-            options: Those of transformers' `generate`; decoding is greedy unless they say `do_sample=True`, without
-                which `temperature` and its like (but for temperature 0) are refused. Other
-                engines take those that they have too, under the same names. Rejection, and options that choose tokens
-                otherwise than by `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens` and
-                `eos_token_id` (beams, further processors or criteria), go through transformers' own `generate`, in
-                batches that stay whole. So does a model whose rows can't share such a batch.
+            options: Options of transformers' `generate`. Decoding is greedy unless `do_sample=True`; without it,
+                sampling options such as `temperature` are refused (except temperature 0). Other engines take the ones
+                that they support, under the same names. Rejection, and options that choose tokens by anything other
+                than `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens` and `eos_token_id`
+                (beams, other logits processors or stopping criteria), use transformers' own `generate`, with static
+                batches. So does a model whose rows can't share a continuous batch.
 
         Returns:
-            The answers in the prompts' order, `num_return_sequences` of each.
+            The answers in the prompts' order, `num_return_sequences` for each.
 
         Raises:
             TrimtabError: Before anything runs, for a steering, prompt or option that doesn't fit.
@@ -358,34 +380,34 @@ class LanguageModel(ABC):
         json_schema: Schema | Grammar | None = None,
         **options: Any,
     ) -> Stream:
-        """Answer one prompt, and give its text piece by piece while it is generated.
+        """Answer one prompt, and yield its text piece by piece while it is generated.
 
-        What comes is what `generate` gives for the prompt alone, under the same options. The model runs in a thread of
-        its own, and others wait for it as for `generate`.
+        The text is the one that `generate` returns for this prompt alone under the same options. The model runs in a
+        separate thread; other callers wait for it as they do for `generate`.
 
         Args:
             prompt: A string, or a list of chat messages.
-            steering: What steers the answer.
+            steering: The answer's steering.
             max_new_tokens: Maximum tokens per answer.
             system: A system message before the prompt.
             chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
             template: Keywords of the chat template.
-            logprobs: Let the result have log-probabilities.
-            seed: Of a sampled answer.
+            logprobs: Return log-probabilities in the result.
+            seed: The seed of a sampled answer.
             transfer: Allow a steering learned on another model of the same width.
             emphasize: One phrase of the prompt, or several.
-            rejection: As `generate` has it.
-            clean_cache: As `generate` has it.
-            monitors: As `generate` has them; what they read is in the result.
-            json_schema: As `generate` has it.
-            options: As `generate` takes them.
+            rejection: As in `generate`.
+            clean_cache: As in `generate`.
+            monitors: As in `generate`; what they read is in the result.
+            json_schema: As in `generate`.
+            options: As in `generate`.
 
         Returns:
-            An iterator of pieces, whose `result` is the `Generation` after the last one. Leaving its loop early or
-            `close()` stops the generation.
+            An iterator over pieces of text, whose `result` is the `Generation` after the last one. Leaving the loop
+            early or calling `close()` stops the generation.
 
         Raises:
-            TrimtabError: As `generate` does, before anything runs; for several prompts, beams or answers; and inside
+            TrimtabError: As in `generate`, before anything runs; for several prompts, beams or answers; and inside
                 `lm.steered(…)`.
         """
         self.require("streaming")
@@ -423,13 +445,25 @@ class LanguageModel(ABC):
         transfer: bool = False,
         progress: Any = None,
     ) -> list[NextToken]:
-        """How likely each text's candidate tokens are to come next, each text under its own steering.
+        """The log-probabilities of candidate next tokens after each text, each text under its own steering.
 
-        Nothing is generated: a row costs one pass, and what rows of the same text have in common before anything is
-        steered runs once for all of them. Rows are sorted so that such ones meet in a batch of `batch_size`; the
-        results come in the order of `choices`. `progress(done, total)` is called after each batch.
+        Nothing is generated: a row costs one forward pass, and the unsteered prefix that rows of the same text share is
+        computed once for all of them. Rows are sorted so that those with a common prefix are in the same batch.
 
-        Raises `TrimtabError` before anything runs for a steering or a text that doesn't fit.
+        Args:
+            choices: The texts and their candidate tokens.
+            steering: One for all texts, or a list with one per text (`None`: unsteered).
+            batch_size: Rows per batch.
+            transfer: Allow a steering learned on another model of the same width.
+            progress: `progress(done, total)` is called after each batch.
+
+        Returns:
+            One result per text, in the order of `choices`.
+
+        Raises:
+            TrimtabError: Before anything runs, for a steering or a text that doesn't fit.
+            UnsupportedError: Before anything runs, for a steering of attention scores, or one that the engine can't
+                run.
         """
         steerings = one_each(steering, len(choices))
         for each_steering in {each_steering for each_steering in steerings if each_steering is not None}:
@@ -441,7 +475,7 @@ class LanguageModel(ABC):
             check_prompt(each_steering, choice.prompt_length)
         return self._next_logprobs(choices, steerings, batch_size, progress)
 
-    # ---- what users ask of a steering ----------------------------------------------------------------------
+    # ---- looking at a steering --------------------------------------------------------------------------
 
     def project(
         self,
@@ -451,19 +485,20 @@ class LanguageModel(ABC):
         *,
         transfer: bool = False,
     ) -> Projections:
-        """How each token's activation lies along a steering's directions: what the steering reads in a text.
+        """How each token's activation projects onto a steering's directions: what the steering would read in a text.
 
         Args:
-            text: A string, read as it is, or messages; after a last one of the assistant's nothing is rendered.
-            steering: What has the directions. What is added with a negative strength is turned round.
-            layers: Of the steering's layers, these; by default all.
+            text: A string, read as it is, or messages. If the last message is the assistant's, nothing is rendered
+                after it.
+            steering: The steering with the directions. A direction that is added with negative strength is reversed.
+            layers: A selection of the steering's layers; by default all.
             transfer: Allow a steering learned on another model of the same width.
 
         Returns:
-            Tokens, with cosines and projections by layer; in a notebook the coloured text.
+            The tokens, with cosines and projections by layer; notebooks display it as colored text.
 
         Raises:
-            TrimtabError: An empty text, a layer without a direction or with several, a steering of another model.
+            TrimtabError: An empty text, a layer with no direction or with several, or a steering from another model.
         """
         from trimtab.report.projections import project
 
@@ -481,25 +516,25 @@ class LanguageModel(ABC):
         max_new_tokens: int = 48,
         **options: Any,
     ) -> Sweep:
-        """Try a steering at each of its layers alone, at several strengths, as rows of shared batches.
+        """Try a steering at each of its layers separately, at several strengths, as rows of shared batches.
 
         Args:
-            steering: What was learned, best at several layers at once.
-            layers: Of the steering's layers, these; by default all.
+            steering: A learned steering, preferably with several layers.
+            layers: A selection of the steering's layers; by default all.
             strengths: Multiples of the steering.
-            prompts: What is asked; by default eight of the package's queries.
-            check: A function of an answer's text that says whether it passes: yes or no, or a number.
-            max_new_tokens: Tokens of an answer at most.
+            prompts: The prompts; by default eight of the package's queries.
+            check: A function of an answer's text that returns whether it passes: a boolean or a number.
+            max_new_tokens: Maximum tokens per answer.
             options: `batch_size` (64), `system`, `chat`, `transfer`, `progress`, `guard` (the limits of
-                `trimtab.tune.Guard`, or `None`), and what `generate` takes.
+                `trimtab.tune.Guard`, or `None`), and the options of `generate`.
 
         Returns:
-            A row for each layer and strength: the share that passes, the dose, the repeated share and the perplexity
-            under the unsteered model. `best()` is one of them, whose `steering` is ready to use.
+            One row per layer and strength: the share that passes, the dose, the share of repeated four-grams, and the
+            perplexity under the unsteered model. `best()` returns one of the rows; its `steering` is ready to use.
 
         Raises:
-            TrimtabError: A layer that the steering hasn't, a strength of 0, a check that says neither, and as
-                `generate` does.
+            TrimtabError: A layer that isn't in the steering, a strength of 0, a check that returns neither a boolean
+                nor a number, and as in `generate`.
         """
         self.require("perplexity")
         from trimtab.tune.sweep import sweep
@@ -523,12 +558,22 @@ class LanguageModel(ABC):
     ) -> list[dict[Site, Tensor]]:
         """The activations of prompts: for each prompt, `{site: [positions, width]}`.
 
-        They are in the model's dtype on the transformers engine, in float32 on others. An integer site is the residual
-        stream after that block; one site needs no list. With `steering` it is what that makes of the activations; so
-        it is inside `lm.steered(…)`.
+        They are in the model's dtype on the transformers engine, in float32 on others.
 
-        Raises `TrimtabError` for a prompt without a token at these positions, a site that isn't there, and a steering
-        that doesn't fit; `UnsupportedError` for what the engine can't read.
+        Args:
+            prompts: A string, a list of chat messages, or a list of either.
+            sites: Where to read. An integer is the residual stream after that block; a single site needs no list.
+            positions: The tokens to read; by default the last prompt token.
+            system: A system message before each prompt.
+            chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+            template: Keywords of the chat template.
+            steering: Read the activations under this steering. Inside `lm.steered(…)` they are read under its steering.
+            transfer: Allow a steering learned on another model of the same width.
+
+        Raises:
+            TrimtabError: A prompt that has no token at these positions, a site that the model doesn't have, or a
+                steering that doesn't fit.
+            UnsupportedError: The engine can't read this.
         """
         wanted = sites_of(sites)
         if not isinstance(positions, Positions):
@@ -558,16 +603,16 @@ class LanguageModel(ABC):
         tokens_per_batch: int = TOKENS_PER_BATCH,
         steering: Steering | None = None,
     ) -> Iterator[Batch]:
-        """Read every text of every group at every site, batch by batch, in an order of the engine's own.
+        """Read every text of every group at every site, batch by batch, in an order that the engine chooses.
 
         Args:
-            groups: Texts that belong together, such as the two sides of a pair; those of a group come in one batch.
-            sites: Where. What all engines can read is the residual stream after a block.
-            tokens_per_batch: So many tokens, about, are read together, and their activations held.
-            steering: What steers the texts, each of which is a whole prompt then; `check` is the caller's.
+            groups: Texts that belong together, such as the two sides of a pair; a group is never split over batches.
+            sites: Where to read. All engines can read the residual stream after a block.
+            tokens_per_batch: Approximate number of tokens that are read together and whose activations are in memory.
+            steering: The steering of the texts, each of which is then a whole prompt. The caller has to `check` it.
 
         Raises:
-            TrimtabError: A site that isn't there, an empty text or one longer than the model's context.
+            TrimtabError: A site that the model doesn't have, an empty text, or one longer than the model's context.
             UnsupportedError: A site that the engine can't read.
         """
         self.check_sites(sites)
@@ -594,7 +639,7 @@ class LanguageModel(ABC):
             self.require("rejection")
 
     def _check_free(self) -> None:
-        """Raises `TrimtabError` where a stream can't begin now."""
+        """Raises `TrimtabError` if a stream can't start now."""
         return
 
     def _emphasised(self) -> Iterable[int]:
@@ -602,5 +647,5 @@ class LanguageModel(ABC):
         return range(self.layout.layers)
 
     def _named(self, steering: Any, count: int) -> list[Any]:
-        """Each request's steering."""
+        """The steering of each request."""
         return one_each(steering, count)

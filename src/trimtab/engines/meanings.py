@@ -1,8 +1,8 @@
-"""Positions by meaning, followed while a text is generated: which meanings hold of its newest token.
+"""Positions by meaning, tracked while text is generated: which meanings apply to its newest token.
 
-A request's text is followed from where its answer begins. That may be in the prompt, where the answer's beginning is
-given: a template's `<think>`, or a message of the assistant's that is continued. Other turns of the prompt, with
-whatever thinking and tool calls they have, don't count, and no token of the prompt has any meaning.
+A request's text is tracked from the start of its answer. That may be in the prompt, if the prompt contains the
+beginning of the answer: a template's `<think>`, or an assistant message that is continued. Other turns of the prompt
+don't count, nor do any thinking and tool calls in them, and no prompt token has a meaning.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from trimtab.text.machine import Machine, State, Step
 from trimtab.text.token_text import TokenText
 
 Holding = frozenset[Meaning]
-"""The meanings that hold of a token."""
+"""The meanings that apply to a token."""
 NOTHING: Holding = frozenset()
 MOST = 6
-"""So many meanings a steering, each of which may hold or not."""
+"""The maximum number of meanings per steering; each of them may apply or not."""
 
 
 def meanings_of(edits: Iterable[Edit]) -> Holding:
-    """All that has to be known of generated tokens, for these edits to act where they are to."""
+    """All meanings that these edits need to know of generated tokens."""
     return frozenset(meaning for edit in edits for meaning in edit.positions.meanings)
 
 
 def possible(meanings: Holding) -> list[Holding]:
-    """All sets of these that may hold: a token isn't in the thinking and in the answer."""
+    """All subsets of these that can apply at the same time: no token is in both the thinking and the answer."""
     listed = sorted(meanings)
     every = [frozenset(some) for n in range(len(listed) + 1) for some in combinations(listed, n)]
     apart = [
@@ -46,7 +46,7 @@ def possible(meanings: Holding) -> list[Holding]:
 
 
 def check_meanings(steering: Steering, tokenizer: Any) -> None:
-    """Raises `TrimtabError` for a meaning that a tokenizer's text can't have, or too many of them."""
+    """Raises `TrimtabError` for too many meanings, or for one that can't occur in this tokenizer's text."""
     meanings = meanings_of(steering.edits)
     if len(meanings) > MOST:
         raise TrimtabError(f"a steering has at most {MOST} positions by meaning, this one has {len(meanings)}")
@@ -57,7 +57,7 @@ def check_meanings(steering: Steering, tokenizer: Any) -> None:
 
 
 def machine_of(tokenizer: Any, meaning: Meaning) -> Machine:
-    """What follows a text for this meaning. Raises `TrimtabError` where the model has no such markers."""
+    """The state machine that tracks this meaning. Raises `TrimtabError` if the model has no such markers."""
     key = meaning, str(getattr(tokenizer, "chat_template", None))
     known = _machines.setdefault(tokenizer, {})
     if key not in known:
@@ -91,7 +91,7 @@ def _holds(meaning: Meaning, step: Step) -> bool:
 
 @dataclass(frozen=True)
 class Followed:
-    """Where a text is: what holds of its newest token (of the prompt's nothing does), and each machine's state."""
+    """The state after a token: the meanings that apply to it (a prompt token has none), and each machine's state."""
 
     holding: Holding
     states: tuple[State, ...]
@@ -99,15 +99,15 @@ class Followed:
 
 
 class Follower:
-    """Follows the text of one request. What it says of a token is plain data, so that going back is easy.
+    """Tracks the text of one request. Its states are plain data, so that going back is easy.
 
     Args:
-        tokenizer: The model's.
-        meanings: What is to be known.
+        tokenizer: The model's tokenizer.
+        meanings: The meanings to track.
         prompt: The prompt's ids; at least one.
 
     Raises:
-        TrimtabError: As `check_meanings` does.
+        TrimtabError: As in `check_meanings`.
     """
 
     def __init__(self, tokenizer: Any, meanings: Iterable[Meaning], prompt: Sequence[int]) -> None:
@@ -115,17 +115,17 @@ class Follower:
         self._machines = [machine_of(tokenizer, meaning) for meaning in self._meanings]
         self._text = _text_of(tokenizer)
         self.start: Followed = Followed(NOTHING, self._begin(tokenizer, prompt), prompt[-1])
-        """Before the first generated token."""
+        """The state before the first generated token."""
 
     def after(self, before: Followed, token: int) -> Followed:
-        """Of the next token, which is this one."""
+        """The state after one more token."""
         piece = self._text.added(before.last, token)
         steps = [machine.read(state, piece) for machine, state in zip(self._machines, before.states, strict=True)]
         holding = [meaning for meaning, step in zip(self._meanings, steps, strict=True) if _holds(meaning, step)]
         return Followed(_kept(frozenset(holding)), tuple(step.state for step in steps), token)
 
     def of(self, tokens: Iterable[int]) -> list[Followed]:
-        """Of each of these generated tokens, from the first one on."""
+        """The states after each of these generated tokens, from the first one on."""
         states, at = [], self.start
         for token in tokens:
             at = self.after(at, token)
@@ -133,10 +133,11 @@ class Follower:
         return states
 
     def _begin(self, tokenizer: Any, prompt: Sequence[int]) -> tuple[State, ...]:
-        """Each machine's state behind the prompt.
+        """Each machine's state after the prompt.
 
-        In one without the template's header there may be no answer yet, only text that goes on: then a text that is
-        looked for is looked for in what is generated, but thinking or a tool call that has begun has.
+        A prompt without the template's header may have no answer yet, only text to be continued. Then a marker text
+        (`AFTER`, `AT`) is only searched for in the generated text, but thinking or a tool call that was opened in the
+        prompt counts.
         """
         pieces = [self._text.added(prompt[max(0, i - 1)], token) for i, token in enumerate(prompt)]
         whole, header = b"".join(pieces), markers.answer_header(tokenizer)
@@ -157,11 +158,11 @@ def _text_of(tokenizer: Any) -> TokenText:
 
 @lru_cache(maxsize=4096)
 def _kept(holding: Holding) -> Holding:
-    """The same object for the same meanings, which is quickly compared."""
+    """One object for equal sets of meanings, so that comparisons are fast."""
     return holding
 
 
 def follower(tokenizer: Any, edits: Iterable[Edit], prompt: Sequence[int]) -> Follower | None:
-    """What follows a request's text for these edits; `None` where they don't ask what is generated."""
+    """The tracker of a request's text for these edits; `None` if they don't depend on the generated text."""
     meanings = meanings_of(edits)
     return Follower(tokenizer, meanings, prompt) if meanings else None

@@ -1,4 +1,4 @@
-"""What engines are asked, and what comes back: plain data, the same for every engine. Answers are in `answer`."""
+"""Requests to engines and their results: plain data, the same for every engine. Answers are in `answer`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trimtab.steering.monitors import Monitor
 
 @dataclass(frozen=True)
 class Request:
-    """A rendered prompt that is to be answered, under its own steering, rejection and grammar; `images` are its own."""
+    """A rendered prompt to be answered, with its own steering, rejection, grammar and `images`."""
 
     ids: list[int]
     steering: Steering | None = None
@@ -32,14 +32,14 @@ class Decoding:
     """How all requests of one call are decoded.
 
     Args:
-        max_new_tokens: Tokens of an answer at most.
-        logprobs: Whether the log-probability of each token is wanted.
-        seed: Of sampled answers; `None` draws one.
-        batch_size: Requests that run together, where the engine leaves that to its caller.
-        options: Under transformers' names for them, those of `generate`.
-        progress: Called with how many requests are done, and of how many.
-        clean_cache: Whether what is stored of the texts is what the unsteered model would store.
-        monitors: What is read of each token while it is generated.
+        max_new_tokens: Maximum tokens per answer.
+        logprobs: Whether to return the log-probability of each token.
+        seed: The seed for sampling; `None` draws one.
+        batch_size: Requests that run together, if the engine leaves that to the caller.
+        options: Further options, under their names in transformers' `generate`.
+        progress: `progress(done, total)` is called as requests are answered.
+        clean_cache: Whether the KV cache is the one that the unsteered model would write.
+        monitors: Monitors that read each token while it is generated.
     """
 
     max_new_tokens: int = 128
@@ -54,9 +54,9 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, and the positions at which to read (each at least 0 and below the number of ids).
+    """Token ids, and the positions to read (each at least 0 and less than the number of ids).
 
-    `images` are those whose places the ids hold.
+    `images` are the ones whose placeholders are in the ids.
     """
 
     ids: Sequence[int]
@@ -66,7 +66,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one batch of a reading gave: `values[site][g][m]` is `[positions, width]` for member m of `groups[g]`."""
+    """The activations of one batch of `read`.
+
+    `values[site][g][m]` is `[positions, width]` for member m of `groups[g]`.
+    """
 
     groups: list[int]
     values: dict[Site, list[list[Tensor]]]
@@ -74,10 +77,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Choice:
-    """A text to read to its end, and the tokens that may come next.
+    """A text that is read to its end, and candidates for the next token.
 
-    The prompt is the first `prompt_length` ids, which is what position rules count from; what follows are the first
-    tokens of an answer. `candidates` are the ids whose probability is requested.
+    The first `prompt_length` ids are the prompt, which position rules refer to; the others are the first tokens of an
+    answer. `candidates` are the ids whose probability is requested.
     """
 
     ids: Sequence[int]
@@ -87,7 +90,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class NextToken:
-    """The natural log-probability of each candidate, over the whole vocabulary, and what steered it."""
+    """The natural log-probability of each candidate, normalized over the whole vocabulary, and what steered it."""
 
     logprobs: tuple[float, ...]
     applied: Applied

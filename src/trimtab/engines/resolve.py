@@ -1,9 +1,9 @@
-"""From steerings to the edits that act on each request, once what depends on its prompt is known.
+"""From steerings to the edits that act on each request, once everything that depends on its prompt is known.
 
-Three things wait for the prompt: gates, whose conditions read its activations; operations that it decides, such as a
-mask of the neurons that were large in it; and positions, which engines resolve themselves. Prompts are read unsteered.
-A batch with one gated request, and one in which all are, are decided by the same rows: a prompt's reading doesn't
-depend on its neighbours.
+Three things depend on the prompt: gates, whose conditions read its activations; operations that are computed from it,
+such as a mask of the neurons that were large in it; and positions, which engines resolve themselves. Prompts are read
+unsteered. The same computation decides a batch with one gated request and a batch in which all are gated: reading a
+prompt doesn't depend on its neighbors.
 """
 
 from __future__ import annotations
@@ -19,28 +19,33 @@ from trimtab.steering.conditional import conditional
 from trimtab.steering.gates import NEVER, Reading
 
 TOKENS_TO_DECIDE = 1024
-"""For operations that prompts decide, all tokens of all such sites are held: so many at a time, as neurons are many."""
+"""The number of tokens read together for operations that are computed from prompts.
+
+It is small because the activations of all tokens at all of their sites are kept, and there are many neurons.
+"""
 
 Where = Mapping[int, Sequence[int]]
-"""For each of these requests, by its number, the positions of its prompt that are read, in order."""
+"""Request numbers, with the prompt positions to read for each, in order."""
 Read = Callable[[Where, Sequence[Site], int], Mapping[int, Mapping[Site, Tensor]]]
-"""`read(where, sites, tokens)`: by request and site the activations `[positions, width]` of prompts, unsteered;
-`tokens` is how many may be read together, where that is the reader's choice."""
+"""`read(where, sites, tokens)`: the unsteered activations `[positions, width]` of prompts, by request and site.
+
+`tokens` is how many may be read together, if the reader has a choice.
+"""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What acts on each request: its `edits` as an engine runs them, and what they are called in an answer."""
+    """What acts on each request: its `edits` as an engine runs them, and their `names` in an answer."""
 
     edits: list[tuple[Edit, ...]]
     names: list[tuple[str, ...]]
 
 
 def resolve(steerings: Sequence[Steering | None], lengths: Sequence[int], read: Read) -> Resolved:
-    """Decide the gates of requests with prompts of these lengths, then the operations that the prompts decide.
+    """Decide the gates of requests with prompts of these lengths, then the operations that depend on the prompts.
 
-    Edits of strength 0 and behind a shut gate are gone. A condition on each token is part of its edit's operation.
-    `read` isn't called where nothing is to be decided.
+    Edits with strength 0 or a shut gate are removed. A condition on each token is part of its edit's operation. `read`
+    isn't called if there is nothing to decide.
     """
     wanted_readings = [wanted(steering) for steering in steerings]
     where = {i: tokens_of(readings, lengths[i]) for i, readings in enumerate(wanted_readings) if readings}
@@ -56,22 +61,22 @@ def resolve(steerings: Sequence[Steering | None], lengths: Sequence[int], read: 
 
 
 def acting(steering: Steering | None) -> tuple[Edit, ...]:
-    """The edits that act where their gates let them: all but those of strength 0."""
+    """The edits that act if their gates are open: all except those of strength 0."""
     return tuple(edit for edit in steering.edits if edit.strength != 0) if steering is not None else ()
 
 
 def wanted(steering: Steering | None) -> frozenset[Reading]:
-    """What a steering's gates read of a prompt."""
+    """What a steering's gates read from a prompt."""
     return frozenset(reading for edit in acting(steering) for reading in edit.gate.readings)
 
 
 def waits_for_prompt(edit: Edit) -> bool:
-    """Whether the request's prompt decides the edit's operation."""
+    """Whether the edit's operation depends on the request's prompt."""
     return hasattr(edit.operation, "settled")
 
 
 def check_prompt(steering: Steering | None, length: int) -> None:
-    """Raises `TrimtabError` when an edit names a token that a prompt of this length hasn't, or a gate reads none."""
+    """Raises `TrimtabError` if an edit or a gate refers to tokens that a prompt of this length doesn't have."""
     for edit in steering.edits if steering is not None else ():
         edit.positions.reach(length)
     for reading in wanted(steering):
@@ -86,13 +91,13 @@ def tokens_of(readings: Iterable[Reading], length: int) -> list[int]:
 def pooled(
     readings: Iterable[Reading], length: int, positions: Sequence[int], values: Mapping[Site, Tensor]
 ) -> dict[Reading, Tensor]:
-    """What is read of one prompt, `[width]` each, from its activations `[positions, width]` at these positions."""
+    """One prompt's readings, `[width]` each, from its activations `[positions, width]` at these positions."""
     row = {position: at for at, position in enumerate(positions)}
     return {r: r.pooled(values[r.site][[row[p] for p in r.tokens(length)]]) for r in readings}
 
 
 def _decided(steering: Steering | None, readings: Mapping[Reading, Tensor]) -> tuple[Edit, ...]:
-    """The edits whose gate isn't shut by these readings; what is left of it to decide at each token stays in it."""
+    """The edits whose gates these readings don't shut; conditions to decide at each token stay in their gates."""
     decided = []
     for edit in acting(steering):
         left = edit.gate.settled(readings)
@@ -102,7 +107,7 @@ def _decided(steering: Steering | None, readings: Mapping[Reading, Tensor]) -> t
 
 
 def _settled(requests: list[tuple[Edit, ...]], lengths: Sequence[int], read: Read) -> list[tuple[Edit, ...]]:
-    """The edits with the operations that their prompts decide."""
+    """The edits, with the operations that depend on their prompts replaced by concrete ones."""
     sites = [sorted({edit.site for edit in edits if waits_for_prompt(edit)}) for edits in requests]
     where = {i: range(lengths[i]) for i, row_sites in enumerate(sites) if row_sites}
     if not where:

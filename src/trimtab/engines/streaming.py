@@ -1,7 +1,7 @@
-"""An answer while it comes: pieces of text, out of a generation that runs in a thread of its own.
+"""A streamed answer: pieces of text from a generation that runs in its own thread.
 
-The thread never waits for who reads: it goes on to the end, or to the token at which it is stopped. So a stream
-that lies around unread holds nobody up for longer than its answer takes.
+The thread never waits for the reader. It continues to the end, or to the token at which it is stopped, so an unread
+stream blocks others for no longer than its answer takes.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ REFUSED = {
 }
 
 Tell = Callable[[Sequence[int]], None]
-"""Takes tokens as they are generated; an empty list says that all checks have passed."""
+"""Called with tokens as they are generated; an empty list means that all checks have passed."""
 
 
 class _Stopped(BaseException):
-    """Nobody wants the rest of the answer."""
+    """The rest of the answer is no longer needed."""
 
 
 class Stream:
     """The text of one answer, piece by piece: `for piece in lm.stream(…): print(piece, end="", flush=True)`.
 
-    The pieces join to the answer's text; one has several tokens where a character needs them. After the last one
-    `result` is the `Generation`. Leaving the loop early, however, stops the generation at the token it is at, and so
-    do `close()` and leaving the stream's `with` block.
+    Joined, the pieces are the answer's text; a piece has several tokens if a character needs them. After the last
+    piece, `result` is the `Generation`. Leaving the loop early stops the generation at the current token, and so do
+    `close()` and leaving the stream's `with` block.
     """
 
     def __init__(self, tokenizer: Any, generate: Callable[[Tell], Generation]) -> None:
-        """Start `generate`, which tells tokens as they come. Raises what it raises before the first one."""
+        """Start `generate`, which reports tokens as they are generated. Raises what it raises before the first one."""
         self._unfolding = Unfolding(tokenizer)
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._stop = threading.Event()
@@ -62,7 +62,7 @@ class Stream:
 
     @property
     def result(self) -> Generation:
-        """The whole answer, with its doses. Raises `TrimtabError` before the end, and after a stop."""
+        """The whole answer, with its doses. Raises `TrimtabError` before the end, and for a stopped stream."""
         if self._result is None:
             why = "was stopped before its end" if self._over else "isn't at its end yet; take all of its pieces first"
             raise TrimtabError(f"there is no result of this stream: it {why}")
@@ -88,7 +88,7 @@ class Stream:
         raise StopIteration
 
     def __iter__(self) -> Iterator[str]:
-        """The pieces. When what goes through them leaves early, this ends, and the generation with it."""
+        """The pieces. If the consumer leaves the loop early, the generation is stopped."""
         try:
             while True:
                 try:
@@ -100,7 +100,7 @@ class Stream:
             self.close()
 
     def close(self) -> None:
-        """Stop the generation, and wait until it has: a token later at most the model is as it was before."""
+        """Stop the generation and wait for it, one more token at most. The model is then as it was before."""
         if not self._over:
             self._finish()
 
@@ -114,7 +114,7 @@ class Stream:
         return f"Stream({self._state})"
 
     def _repr_html_(self) -> str:
-        """The whole answer; before its end, and after a stop, what was taken of it so far."""
+        """The whole answer; before its end, and for a stopped stream, the pieces taken so far."""
         from trimtab.report.notebook import stream_html
 
         if self._result is not None:
@@ -128,7 +128,7 @@ class Stream:
     def _next_item(self) -> Any:
         try:
             return self._queue.get()
-        except BaseException:  # an interrupt while it waits
+        except BaseException:  # such as an interrupt while waiting
             self._finish()
             raise
 
@@ -138,7 +138,7 @@ class Stream:
 
 
 def one_request(prompt: Prompt, steering: Steering | None, rejection: Any, options: Mapping[str, Any]) -> Prompt:
-    """The one prompt of a stream. Raises `TrimtabError` for several, and for options that one answer can't have."""
+    """The prompt of a stream. Raises `TrimtabError` for several, and for options that one answer can't have."""
     prompts = as_list(prompt)
     if len(prompts) != 1:
         raise TrimtabError(f"a stream answers one prompt, got {len(prompts)}; make one for each, or use lm.generate(…)")
@@ -152,19 +152,19 @@ def one_request(prompt: Prompt, steering: Steering | None, rejection: Any, optio
 
 
 class TokenTeller:
-    """What transformers calls a streamer: it is handed the prompt first, and then each token."""
+    """A streamer in the sense of transformers: it receives the prompt first, and then each token."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
         self._begun = False
 
     def put(self, value: Any) -> None:
-        """The prompt's ids `[1, tokens]`, then the ids of new tokens `[1]`."""
+        """Takes the prompt's ids `[1, tokens]`, then the ids of new tokens `[1]`."""
         self._tell(value.flatten().tolist() if self._begun else [])
         self._begun = True
 
     def end(self) -> None:
-        """There are no more: the answer itself says so."""
+        """Does nothing; the `Generation` marks the end."""
 
 
 def _run(generate: Callable[[Tell], Generation], queue: SimpleQueue[Any], stop: threading.Event) -> None:
@@ -175,9 +175,9 @@ def _run(generate: Callable[[Tell], Generation], queue: SimpleQueue[Any], stop: 
 
     try:
         queue.put(generate(tell))
-    except _Stopped:  # nobody reads on; kept, it would hold on to the cache of keys and values
+    except _Stopped:  # nobody reads it, and a stored exception would keep the KV cache alive
         return
-    except BaseException as error:  # whoever reads gets to know
+    except BaseException as error:  # raised again in the reader's thread
         queue.put(error)
 
 

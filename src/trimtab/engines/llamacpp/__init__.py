@@ -1,1 +1,1 @@
-"""The engine `llamacpp`: GGUF models run by llama.cpp, steered by its control vectors. Needs `trimtab[llamacpp]`."""
+"""The `llamacpp` engine: GGUF models run by llama.cpp, steered by control vectors. Needs `trimtab[llamacpp]`."""

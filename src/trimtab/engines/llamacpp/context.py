@@ -1,8 +1,8 @@
-"""A model in llama.cpp's memory, and a run of one text through it: steered, and read.
+"""A model loaded by llama.cpp, and a context that runs one text through it: steered, and read.
 
-llama.cpp has no way to ask which control vector is set. But it hands over results of its graph, and a steered block's
-output is a sum whose second term is that block's vector. So in the first run after each change the terms are compared
-with the vectors that were meant to be added there, and in each run after that one of them, block after block.
+llama.cpp has no way to ask which control vector is set. But it exposes results of its graph, and a steered block's
+output is a sum whose second term is that block's vector. So the first run after each change compares these terms with
+the vectors that should be added at all blocks, and each later run compares one of them, block after block.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from trimtab.errors import TrimtabError, UnsupportedError
 
 CACHES = {"float32": F32, "float16": F16}
 STEP = 256  # llama.cpp pads its caches to multiples of this
-OUTPUT = b"l_out-"  # what llama.cpp calls a block's output, after the control vector
+OUTPUT = b"l_out-"  # llama.cpp's name for a block's output, after the control vector
 
 Vectors = Mapping[int, np.ndarray]
 
 
 class Weights:
-    """A GGUF model, loaded."""
+    """A loaded GGUF model."""
 
     def __init__(self, path: Path, gpu_layers: int = 0) -> None:
         self.library = open_library()
@@ -51,7 +51,7 @@ class Weights:
             raise TrimtabError(f"llama.cpp finds no vocabulary in {path}: {last_errors()}")
 
     def metadata(self, key: str) -> str | None:
-        """A text of the file's metadata, `None` where it has none of that name."""
+        """A string from the file's metadata; `None` if it has no such key."""
         size = self.library.llama_model_meta_val_str(self.pointer, key.encode(), None, 0)
         if size < 0:
             return None
@@ -67,32 +67,33 @@ class Weights:
 
 
 class Context:
-    """A cache for one text of at most `size` tokens, and the control vector that acts on it now.
+    """A KV cache for one text of at most `size` tokens, and the control vector that is currently set.
 
-    llama.cpp asks Python at every step of the graph whether it wants the result, which takes about a hundredth of the
-    time of the smallest model, and less of others'. `steered` says for each block at how many tokens it was steered.
+    llama.cpp calls back into Python at every node of the graph to ask whether its result is wanted. With the smallest
+    model this takes about a hundredth of the time, with others less. `steered` counts, for each block, the tokens at
+    which it was steered.
     """
 
     def __init__(self, weights: Weights, size: int, *, threads: int, cache: str = "float16") -> None:
         self.weights, self.library = weights, weights.library
         self.size: int = -(-size // STEP) * STEP
         self.steered: Counter[int] = Counter()
-        self._vectors: Vectors = {}  # what is set
-        self._before: Vectors = {}  # what was set until the last change, where that hasn't been checked
+        self._vectors: Vectors = {}  # the vectors that are set
+        self._before: Vectors = {}  # the vectors that were set before the last change, until it has been checked
         self._unchecked = False
-        self._node = 0  # how many results of the graph llama.cpp has requested
-        self._places: dict[int, int] = {}  # which of them a block's output is
-        self._watched = 0  # the one that is compared in this run
-        self._added: dict[int, int] = {}  # the blocks that were seen to add their vector: at how many tokens
+        self._node = 0  # the number of graph nodes that llama.cpp has asked about
+        self._places: dict[int, int] = {}  # which node is each block's output
+        self._watched = 0  # the node that this run compares
+        self._added: dict[int, int] = {}  # blocks that were seen to add their vector, with the number of tokens
         self._faults: list[str] = []
-        self._seen: dict[int, list[np.ndarray]] = {}  # what is being read
+        self._seen: dict[int, list[np.ndarray]] = {}  # outputs that are being read, by block
         params = self.library.llama_context_default_params()
         params.n_ctx = self.size
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = CACHES[cache]
-        params.flash_attn_type = 0  # one way of attention, whatever the length
+        params.flash_attn_type = 0  # the same attention kernel for every length
         params.no_perf = 1
-        self._callback = EvalCallback(self._wants)  # kept for as long as llama.cpp may call it
+        self._callback = EvalCallback(self._wants)  # a reference must live as long as llama.cpp may call it
         params.cb_eval = c.cast(self._callback, c.c_void_p)
         self.batch: int = min(int(params.n_batch), self.size)
         self.pointer = self.library.llama_init_from_model(weights.pointer, params)
@@ -101,7 +102,7 @@ class Context:
 
     @property
     def failed(self) -> bool:
-        """Whether its last run found a fault, after which it isn't used any more."""
+        """Whether the last run found a fault, after which the context must not be used any more."""
         return bool(self._faults)
 
     def close(self) -> None:
@@ -110,7 +111,7 @@ class Context:
             self.pointer = None
 
     def clear(self) -> None:
-        """Forget the text, and what was counted of it. The control vector stays."""
+        """Clear the KV cache and the token counts. The control vector stays."""
         self.steered.clear()
         memory = self.library.llama_get_memory(self.pointer)
         if not memory:
@@ -118,14 +119,14 @@ class Context:
         self.library.llama_memory_clear(memory, True)
 
     def steer(self, vectors: Vectors | None) -> None:
-        """Add these vectors `[width]` at the outputs of their blocks from now on; nothing where `None` or empty.
+        """Add these vectors `[width]` to the outputs of their blocks from now on; `None` or an empty mapping adds none.
 
-        Raises `TrimtabError` where llama.cpp says that it can't; where it merely doesn't, `run` does.
+        Raises `TrimtabError` if llama.cpp reports a failure. If it silently doesn't add them, `run` raises.
         """
         if not vectors:
             done = self.library.llama_set_adapter_cvec(self.pointer, None, 0, self.weights.width, 0, 0)
         else:
-            table = np.zeros((self.weights.layers - 1, self.weights.width), dtype=np.float32)  # of blocks 1, 2, …
+            table = np.zeros((self.weights.layers - 1, self.weights.width), dtype=np.float32)  # blocks 1, 2, …
             for block, vector in vectors.items():
                 table[block - 1] = vector
             data = table.ctypes.data_as(c.POINTER(c.c_float))
@@ -139,11 +140,14 @@ class Context:
         self._unchecked = bool(self._before or self._vectors)
 
     def run(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
-        """Continue the text with these tokens. The logits `[vocabulary]` after the last of them.
+        """Continue the text with these tokens, and return the logits `[vocabulary]` after the last one.
 
-        With `every`, all tokens are computed to the end of the last block, so that it can be read.
+        Args:
+            tokens: The token ids.
+            every: Compute all tokens up to the end of the last block, so that its output can be read.
 
-        Raises `TrimtabError` where llama.cpp fails, or where it doesn't add exactly the vectors that are set.
+        Raises:
+            TrimtabError: llama.cpp fails, or doesn't add exactly the vectors that are set.
         """
         self._added, self._faults = {}, []
         self._watched = self._next_place()
@@ -158,7 +162,7 @@ class Context:
         if self._unchecked or self._faults:
             self._check(len(tokens), every)
         elif self._vectors and not self._added:
-            self._unchecked = True  # the graph is another one now
+            self._unchecked = True  # the graph has changed
         self.steered.update(dict.fromkeys(self._vectors, len(tokens)))
         logits = self.library.llama_get_logits_ith(self.pointer, -1)
         if not logits:
@@ -166,8 +170,8 @@ class Context:
         return np.ctypeslib.as_array(logits, (self.library.llama_vocab_n_tokens(self.weights.vocabulary),)).copy()
 
     def _check(self, tokens: int, every: bool) -> None:
-        """Raises `TrimtabError` unless this run, the first under these vectors, added them at all of its tokens."""
-        last = self.weights.layers - 1  # of the last block only tokens whose logits are wanted are computed
+        """Raises `TrimtabError` unless this run, the first with these vectors, added them at all of its tokens."""
+        last = self.weights.layers - 1  # the last block is only computed for tokens whose logits are requested
         for block in self._vectors:
             steered, wanted = self._added.get(block, 0), 1 if block == last and not every else tokens
             if steered < wanted:
@@ -177,10 +181,10 @@ class Context:
         self._before, self._unchecked = {}, False
 
     def read(self, blocks: Sequence[int], runs: Callable[[], np.ndarray]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """What `runs` gives, and the outputs `[tokens, width]` of these blocks in what it runs here.
+        """The result of `runs`, and the outputs `[tokens, width]` of these blocks during it.
 
-        Of the last block only those whose logits were requested. Raises `UnsupportedError` where llama.cpp has no
-        name for them.
+        Of the last block, only tokens whose logits were requested are included. Raises `UnsupportedError` if llama.cpp
+        has no name for a block's output.
         """
         self._seen = {block: [] for block in blocks}
         try:
@@ -192,7 +196,7 @@ class Context:
             self._seen = {}
 
     def _wants(self, pointer: int, asks: bool, _data: object) -> bool:
-        """llama.cpp asks of each result whether it is wanted, and then hands it over."""
+        """llama.cpp's callback: first it asks whether a node's result is wanted, then it passes the result."""
         self._node += asks
         if not (self._seen or self._unchecked) and self._node != self._watched:
             return False
@@ -209,17 +213,17 @@ class Context:
                 self._compare(block, GraphTensor.from_address(pointer), name)
             if reads:
                 self._seen[block].append(self._values(pointer).reshape(-1, self.weights.width))
-        except Exception as error:  # in a callback it would only be printed
+        except Exception as error:  # ctypes would only print it
             self._faults.append(f"the output of block {block} can't be read ({error})")
         return True
 
     def _next_place(self) -> int:
-        """The place in the graph of one of the blocks that are steered, each time of the next; 0: not known yet."""
+        """The graph node of one of the steered blocks, each time of the next block; 0 if not known yet."""
         known = sorted(place for block, place in self._places.items() if block in self._vectors)
         return next((place for place in known if place > self._watched), known[0] if known else 0)
 
     def _compare(self, block: int, output: GraphTensor, name: bytes) -> None:
-        """Whether what a block puts out is a sum with the vector that is to be added there, or with none."""
+        """Record a fault unless a block's output adds the vector that is set for it, or none if none is set."""
         if output.name != name or output.ne[0] != self.weights.width:
             self._faults.append(f"a tensor of its graph isn't laid out as is known here; install {TESTED}")
             return
@@ -234,7 +238,7 @@ class Context:
             self._faults.append(f"block {block} still adds a vector that was taken away")
 
     def _values(self, pointer: int) -> np.ndarray:
-        """A float32 tensor's numbers, in a row."""
+        """A float32 tensor's numbers, flattened."""
         size = self.library.ggml_nbytes(pointer)
         values = np.empty(size // 4, dtype=np.float32)
         self.library.ggml_backend_tensor_get(pointer, values.ctypes.data_as(c.c_void_p), 0, values.nbytes)

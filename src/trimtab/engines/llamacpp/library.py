@@ -1,9 +1,9 @@
-"""llama.cpp's C functions, out of the package `xllamacpp`, whose one extension file exports them.
+"""llama.cpp's C functions, from the package `xllamacpp`, whose only extension file exports them.
 
-Of the bindings of llama.cpp, `llama-cpp-python` has to be compiled for half an hour, and `llama-cpp-py-sync`'s wheels
-ask for a newer C library than many systems have; `xllamacpp`'s wheels run anywhere, but its own classes can't set a
-control vector. Structures that are passed by value are mirrored here as they are in the version that
-`trimtab[llamacpp]` pins, and `open_library` makes sure of it.
+Of the bindings of llama.cpp, `llama-cpp-python` takes half an hour to compile, and the wheels of `llama-cpp-py-sync`
+need a newer C library than many systems have. The wheels of `xllamacpp` run anywhere, but its own classes can't set a
+control vector. Structures that are passed by value are mirrored here as in the version that `trimtab[llamacpp]` pins;
+`open_library` verifies their layout.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from typing import Any, ClassVar
 from trimtab.errors import TrimtabError
 
 TESTED = "xllamacpp 2026.10.11549"
-F32, F16 = 0, 1  # numbers of ggml's types
-ERROR = 4  # the level of a log message
+F32, F16 = 0, 1  # ggml's type numbers
+ERROR = 4  # the log level
 
 EvalCallback = c.CFUNCTYPE(c.c_bool, c.c_void_p, c.c_bool, c.c_void_p)
 LogCallback = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
 Room = c.c_char * 512
-"""After the end of a structure: one that has grown doesn't write into something else before that is noticed."""
+"""Padding at the end of a structure.
+
+If a newer version has more fields, they overwrite nothing else before the mismatch is noticed.
+"""
 
 
 class ModelParams(c.Structure):
@@ -99,7 +102,7 @@ class ContextParams(c.Structure):
 
 
 class Batch(c.Structure):
-    """`llama_batch`: without positions, tokens follow those before; without logits, only the last has some."""
+    """`llama_batch`. Without `pos`, tokens continue the text; without `logits`, only the last token has logits."""
 
     _fields_: ClassVar = [
         ("n_tokens", c.c_int32),
@@ -113,7 +116,7 @@ class Batch(c.Structure):
 
 
 class GraphTensor(c.Structure):
-    """`ggml_tensor`, as far as its name."""
+    """`ggml_tensor`, up to its name."""
 
     _fields_: ClassVar = [
         ("type", c.c_int32),
@@ -177,9 +180,10 @@ def _log(level: int, text: bytes, _data: object) -> None:
 
 @cache
 def open_library() -> Any:
-    """llama.cpp, with its functions' types set. It logs nothing.
+    """llama.cpp, with its functions' types set and its log silenced.
 
-    Raises `TrimtabError` where `xllamacpp` isn't installed, or has another layout of parameters than is known here.
+    Raises `TrimtabError` if `xllamacpp` isn't installed, or if its parameters have another layout than the tested
+    version.
     """
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or not spec.submodule_search_locations:
@@ -200,7 +204,7 @@ def open_library() -> Any:
 
 
 def _check_layout(model: ModelParams, context: ContextParams) -> None:
-    """Raises `TrimtabError` when the parameters' defaults aren't where they are in the version known here."""
+    """Raises `TrimtabError` if the parameters' defaults aren't at their offsets in the tested version."""
     flags = [getattr(p, field[0]) for p in (model, context) for field in p._fields_ if field[1] is c.c_uint8]
     pointers = [getattr(p, field[0]) for p in (model, context) for field in p._fields_ if field[1] is c.c_void_p]
     expected = {
@@ -225,7 +229,7 @@ def _check_layout(model: ModelParams, context: ContextParams) -> None:
 
 
 def last_errors() -> str:
-    """What llama.cpp last complained of, in one line, and forget it."""
+    """llama.cpp's last error messages in one line; this clears them."""
     text = "; ".join(dict.fromkeys(said))
     said.clear()
     return text or "llama.cpp gave no reason"

@@ -1,4 +1,4 @@
-"""A GGUF model that llama.cpp runs, steered: `LM.load("model.gguf", engine="llamacpp")`."""
+"""A GGUF model run and steered by llama.cpp: `LM.load("model.gguf", engine="llamacpp")`."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from trimtab.text.chat import Template, template_digest
 from trimtab.text.templates import with_keywords
 
 TELLING = ("streamer", "stopping_criteria")
-"""Options that hear of tokens as they come, and don't choose them."""
+"""Options that receive tokens as they are generated, without affecting how they are chosen."""
 
 
 class LlamaCpp(LanguageModel):
-    """A GGUF model in llama.cpp, which answers as `LM` does where it can.
+    """A GGUF model in llama.cpp, with the interface of `LM`.
 
-    Steerings that add directions to the residual stream are honoured, at any positions, each prompt under its own;
-    others raise `UnsupportedError` before anything runs. Prompts run one after the other, whatever `batch_size`, so
-    that an answer can't depend on its neighbours. Of the options of `generate` there are `do_sample`, `temperature`,
-    `top_k`, `top_p` and `stop_strings`, and a `streamer` and `stopping_criteria`, which are called as transformers
-    calls them, with `[1, tokens]` ids and no scores. Doses are those of the prompt's tokens; where only generated ones
-    are steered there are none.
+    It runs steerings that add directions to the residual stream, at any positions, each prompt with its own; others
+    raise `UnsupportedError` before anything runs. Prompts run one after the other, regardless of `batch_size`, so an
+    answer can't depend on its neighbors. The supported options of `generate` are `do_sample`, `temperature`, `top_k`,
+    `top_p`, `stop_strings`, and `streamer` and `stopping_criteria`, which are called as transformers calls them, with
+    `[1, tokens]` ids and no scores. Doses are measured at the prompt's tokens; if only generated tokens are steered,
+    there are none.
     """
 
     engine = "llamacpp"
@@ -98,9 +98,17 @@ class LlamaCpp(LanguageModel):
     ) -> LlamaCpp:
         """Load a `.gguf` file or, without a name, SmolLM2-135M-Instruct as it is stored (Q4_1).
 
-        Options: `template` (as for `LM`), `threads` (torch's number), `cache` of keys and values (`"float16"` or
-        `"float32"`), `gpu_layers`, how many blocks a GPU holds. Raises `TrimtabError` for anything but a GGUF model
-        that llama.cpp can load.
+        Args:
+            name: The path of the file.
+            layers: Not supported.
+            device: Only `None` or `"cpu"`.
+            dtype: Only `None` or `"auto"`.
+            revision: Not supported.
+            options: `template` (as for `LM`), `threads` (default: torch's number), `cache`, the dtype of the KV cache
+                (`"float16"` or `"float32"`), and `gpu_layers`, the number of blocks on a GPU.
+
+        Raises:
+            TrimtabError: The file isn't a GGUF model that llama.cpp can load, or an option isn't supported.
         """
         settings = {"layers": layers, "revision": revision, "dtype": None if dtype == "auto" else dtype}
         settings["device"] = None if device is None or str(device) == "cpu" else device
@@ -122,7 +130,7 @@ class LlamaCpp(LanguageModel):
 
     @property
     def runs_in(self) -> dict[str, str]:
-        """The `dtype` of the cache of keys and values; the weights are computed with as they are stored."""
+        """The `dtype` of the KV cache, since weights are used as they are stored, and the kind of `device`."""
         return {"dtype": self.cache, "device": "cpu" if self.gpu_layers == 0 else "gpu"}
 
     @cached_property
@@ -140,20 +148,20 @@ class LlamaCpp(LanguageModel):
         )
 
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
-        """Raises `TrimtabError` for a steering that doesn't fit this model, `UnsupportedError` for what it can't do."""
+        """Raises `TrimtabError` for a steering that doesn't fit this model, `UnsupportedError` if it can't be run."""
         check_learned_on(steering, self.identity, transfer=transfer)
         check_additions(steering, self.weights.layers, self.weights.width)
         check_meanings(steering, self.tokenizer)
 
     def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
-        """Raises `TrimtabError` for options that make no sense, `UnsupportedError` for those that it hasn't."""
+        """Raises `TrimtabError` for invalid option values, `UnsupportedError` for options that don't exist here."""
         sampling_of(_choosing(decoding))
         if decoding.options.get("streamer") is not None and len(requests) > 1:
             raise TrimtabError("a streamer takes one prompt at a time; give one, or leave the streamer out")
         return decoding
 
     def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
-        """The answers to requests that were checked, one after the other."""
+        """Answer checked requests, one after the other."""
         sampling = sampling_of(_choosing(decoding))
         seed = decoding.seed if decoding.seed is not None else torch.seed()
         generator = torch.Generator().manual_seed(seed)
@@ -244,16 +252,16 @@ class LlamaCpp(LanguageModel):
         return results
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """Not here: a pass gives the logits of its last token alone."""
+        """Not supported: a pass returns the logits of its last token only."""
         self.require("perplexity")
         raise AssertionError
 
     def steered(self, *_: Any, **__: Any) -> Any:
-        """Not here: the model is llama.cpp's own."""
+        """Not supported: the model runs inside llama.cpp."""
         self.require("steered")
 
     def check_sites(self, sites: Sequence[Site]) -> None:
-        """Raises `UnsupportedError` for all but the outputs of blocks, `TrimtabError` for a block that isn't there."""
+        """Raises `UnsupportedError` for sites other than block outputs, `TrimtabError` for blocks that don't exist."""
         for site in sites:
             if site.kind != "residual":
                 raise UnsupportedError(
@@ -283,13 +291,13 @@ class LlamaCpp(LanguageModel):
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """A prompt's last logits, and the outputs of these blocks at its tokens."""
         context.clear()
-        every = self.weights.layers - 1 in blocks  # the last block runs only where there are to be logits
+        every = self.weights.layers - 1 in blocks  # the last block only runs for tokens whose logits are requested
         logits, values = context.read(blocks, lambda: _prefill(context, ids, schedule, every))
         check_counts(context.steered, schedule, len(ids))
         return logits, values
 
     def _context(self, size: int) -> Context:
-        """The context; a larger one where it is too small, and a new one after a fault."""
+        """The context; it is replaced if it is too small, or after a fault."""
         kept = self._kept
         if kept is None or kept.size < size or kept.failed:
             if kept is not None:
@@ -298,7 +306,7 @@ class LlamaCpp(LanguageModel):
         return kept
 
     def close(self) -> None:
-        """Free llama.cpp's memory; the model can't be used any more."""
+        """Free llama.cpp's memory. The model can't be used afterwards."""
         if self._kept is not None:
             self._kept.close()
             self._kept = None
@@ -315,9 +323,9 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _prefill(context: Context, ids: Sequence[int], schedule: Schedule, every: bool = False) -> np.ndarray:
-    """Run a prompt, each stretch of it under the vectors that act there. The logits after its last token.
+    """Run a prompt, each range of tokens with the vectors that act there, and return the logits after its last token.
 
-    What acts after it isn't set yet.
+    The vectors of the generated tokens aren't set yet.
     """
     logits = np.empty(0)
     for start, stop, numbers in schedule.stretches(len(ids)):
@@ -330,7 +338,7 @@ def _prefill(context: Context, ids: Sequence[int], schedule: Schedule, every: bo
 
 
 def _fingerprint(path: Path, family: str) -> str:
-    """The digest that transformers' engine has of the same weights, dequantized."""
+    """The fingerprint that the transformers engine computes for the same weights, dequantized."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quant_shape_to_byte_shape
 

@@ -1,4 +1,4 @@
-"""The next token from its logits: the likeliest, or a sample."""
+"""Choose the next token from its logits: greedy, or sampled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trimtab.errors import TrimtabError, UnsupportedError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `temperature=None` is greedy; `top_k=0` and `top_p=1` keep all tokens."""
+    """Sampling settings. `temperature=None` is greedy; `top_k=0` and `top_p=1` keep all tokens."""
 
     temperature: float | None = None
     top_k: int = 0
@@ -23,20 +23,22 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()
 
     def pick(self, logits: np.ndarray, generator: torch.Generator) -> int:
-        """A token for logits `[vocabulary]`."""
+        """Choose a token, given logits `[vocabulary]`."""
         if self.temperature is None:
             return int(logits.argmax())
         scores = torch.from_numpy(logits).double() / self.temperature
         order = torch.argsort(scores, descending=True, stable=True)
         order = order[: self.top_k] if self.top_k else order
         shares = torch.softmax(scores[order], -1)
-        keep = int((shares.cumsum(-1) - shares < self.top_p).sum())  # the fewest whose shares reach top_p
+        keep = int((shares.cumsum(-1) - shares < self.top_p).sum())  # the fewest whose probabilities add up to top_p
         return int(order[torch.multinomial(shares[: max(1, keep)], 1, generator=generator)])
 
 
 def sampling_of(options: Mapping[str, Any]) -> Sampling:
-    """What `generate`'s options mean here. Raises `TrimtabError` for values that make no sense, and `UnsupportedError`
-    for options that this engine hasn't."""
+    """The sampling settings that `generate`'s options specify.
+
+    Raises `TrimtabError` for invalid values, and `UnsupportedError` for options that this engine doesn't have.
+    """
     known = {"do_sample", "temperature", "top_k", "top_p", "stop_strings"}
     if unknown := sorted(name for name, value in options.items() if name not in known and value is not None):
         raise UnsupportedError(f"the engine llamacpp has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")

@@ -1,4 +1,4 @@
-"""Which vectors act on which tokens: a steering's additions, as llama.cpp's control vectors can carry them."""
+"""Which vectors act on which tokens: a steering's additions as llama.cpp control vectors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ NOTHING: Vectors = {}
 
 
 def check_additions(steering: Steering, layers: int, width: int) -> None:
-    """Raises `UnsupportedError` for edits that a control vector can't carry, `TrimtabError` for ones that don't fit.
+    """Raises `UnsupportedError` for edits that a control vector can't express, `TrimtabError` for ones that don't fit.
 
-    It adds directions to the residual stream after any block but the first, at any positions, on every request.
+    A control vector adds directions to the residual stream after any block except the first, at any positions, without
+    a gate.
     """
     for edit in acting(steering):
         if not isinstance(edit.operation, Add) or edit.operation.keep_norm:
@@ -46,24 +47,25 @@ def check_additions(steering: Steering, layers: int, width: int) -> None:
 class Schedule:
     """The edits of one request, and the intervals of token positions at which each acts.
 
-    Where some ask what is generated, `text` follows that, and each generated token is to be `read` before it is run.
+    If some edits depend on the generated text, `text` tracks it, and each generated token must be passed to `read`
+    before it is run.
     """
 
     edits: tuple[Edit, ...]
     intervals: tuple[Intervals, ...]
     prompt_length: int
     text: Follower | None = None
-    _read: list[tuple[Followed, tuple[int, ...]]] = field(default_factory=list, compare=False)  # of generated tokens
+    _read: list[tuple[Followed, tuple[int, ...]]] = field(default_factory=list, compare=False)  # generated tokens
 
     @classmethod
     def of(cls, steering: Steering | None, prompt: Sequence[int], tokenizer: Any) -> Schedule:
-        """Raises `TrimtabError` for positions that the prompt hasn't."""
+        """The schedule of a steering for a prompt. Raises `TrimtabError` for positions that the prompt doesn't have."""
         edits, length = acting(steering), len(prompt)
         intervals = tuple(edit.positions.resolve(length, NO_MEANING) for edit in edits)
         return cls(edits, intervals, length, follower(tokenizer, edits, prompt))
 
     def read(self, tokens: Iterable[int]) -> None:
-        """These are the next generated tokens."""
+        """Take the next generated tokens into account."""
         if self.text is None:
             return
         for token in tokens:
@@ -73,13 +75,13 @@ class Schedule:
             self._read.append((followed, _within(spans, position)))
 
     def at(self, position: int) -> tuple[int, ...]:
-        """The numbers of the edits that act at this token."""
+        """The indices of the edits that act at this token."""
         if self.text is not None and position >= self.prompt_length:
             return self._read[position - self.prompt_length][1]
         return _within(self.intervals, position)
 
     def stretches(self, length: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """A text of `length` tokens in stretches `(start, stop, edits)` within which the same edits act."""
+        """Split a text of `length` tokens into ranges `(start, stop, edits)`, each with the same edits throughout."""
         edges = {0, length}
         for spans in self.intervals:
             for start, stop in spans:
@@ -91,7 +93,7 @@ class Schedule:
             yield start, stop, self.at(start)
 
     def vectors(self, numbers: Sequence[int]) -> Vectors:
-        """The sum of these edits at each block, in float32; the same object for the same edits."""
+        """The sum of these edits at each block, in float32."""
         sums: dict[int, torch.Tensor] = {}
         for i in numbers:
             edit = self.edits[i]
@@ -100,12 +102,12 @@ class Schedule:
         return {block: vector.float().numpy() for block, vector in sums.items()} or NOTHING
 
     def layers(self) -> tuple[int, ...]:
-        """The blocks at which anything acts."""
+        """The blocks at which any edit acts."""
         return tuple(sorted({edit.site.layer for edit in self.edits}))
 
 
 def _within(intervals: Sequence[Intervals], position: int) -> tuple[int, ...]:
-    """The numbers of those that have this position."""
+    """The indices of the interval sets that contain this position."""
     return tuple(
         i
         for i, spans in enumerate(intervals)
@@ -114,7 +116,7 @@ def _within(intervals: Sequence[Intervals], position: int) -> tuple[int, ...]:
 
 
 def check_counts(steered: Mapping[int, int], schedule: Schedule, length: int) -> None:
-    """Raises `TrimtabError` unless each block was steered at as many of a text's `length` tokens as were requested."""
+    """Raises `TrimtabError` unless each block was steered at exactly as many of a text's `length` tokens as planned."""
     expected: Counter[int] = Counter()
     for start, stop, numbers in schedule.stretches(length):
         expected.update(dict.fromkeys({schedule.edits[i].site.layer for i in numbers}, stop - start))
@@ -125,7 +127,7 @@ def check_counts(steered: Mapping[int, int], schedule: Schedule, length: int) ->
 
 
 def doses(after: dict[int, np.ndarray], schedule: Schedule) -> dict[int, tuple[float, int]]:
-    """At each block the mean `‖edit‖ / ‖activation‖` over the steered tokens of a prompt, and how many those are.
+    """At each block, the mean `‖edit‖ / ‖activation‖` over the steered tokens of a prompt, and their number.
 
     `after` are the steered activations `[tokens, width]` of the prompt.
     """

@@ -1,4 +1,4 @@
-"""Who hears of an answer's tokens as they come, and may end it: streams, transformers' streamers and criteria."""
+"""Report an answer's tokens as they are generated, to streams and transformers' streamers and stopping criteria."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Listener:
     prompt: tuple[int, ...]
 
     def begin(self) -> None:
-        """Tell the prompt."""
+        """Pass the prompt to the streamer."""
         if self.streamer is not None:
             self.streamer.put(torch.tensor([self.prompt]))
 
     def token(self, tokens: list[int]) -> bool:
-        """Tell the last of these generated tokens; whether the answer is to end with it."""
+        """Report the last of these generated tokens, and return whether the answer should end with it."""
         if self.streamer is not None:
             self.streamer.put(torch.tensor(tokens[-1:]))
         if not self.criteria:
@@ -31,6 +31,6 @@ class Listener:
         return any(bool(torch.as_tensor(done(ids, None)).any()) for done in self.criteria)
 
     def end(self) -> None:
-        """Tell that there are no more."""
+        """Tell the streamer that the answer is complete."""
         if self.streamer is not None:
             self.streamer.end()

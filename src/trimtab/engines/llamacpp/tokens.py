@@ -1,4 +1,4 @@
-"""A GGUF model's own tokenizer and chat template, as the rest of trimtab knows tokenizers."""
+"""A GGUF model's own tokenizer and chat template, with the interface of a transformers tokenizer that trimtab needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimtab.errors import TrimtabError
 
 
 class GgufTokenizer:
-    """llama.cpp's tokenizer of a model: `tokenizer(text)["input_ids"]`, `decode`, and the template in its file."""
+    """llama.cpp's tokenizer of a model: `tokenizer(text)["input_ids"]`, `decode`, and the chat template in its file."""
 
     def __init__(self, library: Any, vocabulary: int, template: str | None) -> None:
         self._library, self._vocabulary = library, vocabulary
@@ -21,7 +21,7 @@ class GgufTokenizer:
         self.eos_token: str = self._text(int(library.llama_vocab_eos(vocabulary)))
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """The ids of plain text, with what the model begins texts with, unless that isn't to be added."""
+        """The ids of plain text, with the model's special tokens around it unless `add_special_tokens` is false."""
         return {"input_ids": self._ids(text, special=add_special_tokens)}
 
     def _ids(self, text: str, special: bool) -> list[int]:
@@ -36,8 +36,8 @@ class GgufTokenizer:
     def apply_chat_template(
         self, messages: Sequence[Any], *, tokenize: bool = True, return_dict: bool = True, **keywords: Any
     ) -> Any:
-        """The rendered messages: text, or with `tokenize` `{"input_ids": …}`. The template is given the keywords."""
-        del return_dict  # for the same signature
+        """The rendered messages: text, or with `tokenize`, `{"input_ids": …}`. Keywords are passed to the template."""
+        del return_dict  # only for compatibility with transformers
         from trimtab.engines.transformers.compat import render_chat_template
 
         text = render_chat_template(
@@ -58,18 +58,18 @@ class GgufTokenizer:
         return str(text.decode())
 
     def convert_ids_to_tokens(self, token: int) -> str:
-        """How the vocabulary writes a token."""
+        """The token as written in the vocabulary."""
         return self._text(token)
 
     def is_end(self, token: int) -> bool:
-        """Whether a token ends a text."""
+        """Whether this is an end-of-text token."""
         return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
 
     def decode(
         self, tokens: Sequence[int], skip_special_tokens: bool = True, clean_up_tokenization_spaces: bool = False
     ) -> str:
-        """The text of generated tokens, in which no spaces are tidied; bytes that are no UTF-8 become `\\ufffd`."""
-        del clean_up_tokenization_spaces  # for the same signature
+        """The text of generated tokens, without cleanup of spaces; bytes that aren't valid UTF-8 become `\\ufffd`."""
+        del clean_up_tokenization_spaces  # only for compatibility with transformers
         ids = (c.c_int32 * max(1, len(tokens)))(*tokens)
         room = 16 * len(tokens) + 64
         while True:

@@ -1,6 +1,6 @@
-"""vLLM, unmodified: per-request steering under continuous batching, as an ordinary plugin of it.
+"""Per-request steering on an unmodified vLLM, with continuous batching, as an ordinary vLLM plugin.
 
-A request for steering is checked and resolved in the front end (`frontend`), keeps apart what it must in the prefix
-cache and waits for room in the engine core (`core`), and acts in the workers (`rig`), through an operator in the
-compiled graph that reads buffers filled before each step.
+A request's steering is checked and resolved in the front end (`frontend`). In the engine core (`core`) it separates
+prefix cache blocks where necessary, and the request waits for free slots. In the workers (`rig`) it acts through an
+operator in the compiled graph, which reads buffers that are filled before each step.
 """

@@ -1,4 +1,4 @@
-"""What this engine can honour. All else is refused before the request is taken, with the reason; nothing is dropped."""
+"""What this engine can run. Anything else is refused with a reason before the request is accepted, never dropped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimtab.steering.gates import thresholds
 INSTEAD = "the transformers engine can (leave out engine=)"
 SITES = "start the engine with TRIMTAB_SITES={} in its environment, or leave out engine="
 BLOCK = (*INSIDE, "act_fn", "router")
-"""Sites inside of a block."""
+"""Sites inside a block."""
 
 
 def check_supported(
@@ -31,11 +31,12 @@ def check_supported(
     """Raises `TrimtabError` for a steering that doesn't fit a model of these sizes, or that this engine can't run.
 
     Args:
-        layers: The model's.
-        widths: The kinds of sites at which the engine steers, and how wide activations are there.
-        split: Those of them whose activations are split over workers.
-        capacity: The engine replays captured graphs, and that is what they can do. Each edit is looked at alone here;
-            whether those that act together fit is known when a request comes.
+        steering: The steering.
+        layers: The model's number of layers.
+        widths: The kinds of sites that the engine can steer, with the width of the activations there.
+        split: The kinds whose activations are split over tensor-parallel workers.
+        capacity: What the operators of captured graphs can do, if the engine replays captured graphs. Each edit is
+            checked separately here; whether edits that act together fit is checked per request.
     """
     for edit in steering.edits:
         operation = edit.operation
@@ -72,7 +73,7 @@ def _check_graphs(edit: Edit, capacity: Capacity) -> None:
             f"{edit}: its gate reads the prompt, and this engine replays captured graphs, which keep no activations;"
             " start it with TRIMTAB_KERNEL=all, or with enforce_eager=True"
         )
-    if not (edit.gate.readings and edit.gate.token_sites):  # what is left of it is known once the prompt was read
+    if not (edit.gate.readings and edit.gate.token_sites):  # otherwise it is checked once the prompt has been read
         check_edit(edit, capacity)
 
 

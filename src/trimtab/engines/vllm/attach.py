@@ -1,4 +1,4 @@
-"""The operator put at the sites of a model that vLLM has loaded, before it is compiled."""
+"""Attach the operator to the sites of a model that vLLM has loaded, before it is compiled."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from trimtab.errors import UnsupportedError
 from trimtab.steering import Site
 
 PARTS = ("heads", "neurons", "attention", "mlp")
-"""Those at the linear layers with which attention and the MLP end."""
+"""The kinds of sites at the linear layers that end attention and MLP."""
 INSIDE = (*PARTS, "keys")
-"""The kinds of sites inside of a block."""
+"""The kinds of sites inside a block."""
 PLACE = "trimtab_place"
 
 
 def find_blocks(model: Any, count: int) -> dict[int, nn.Module]:
-    """The blocks by layer; under pipeline parallelism, those that this worker has.
+    """The blocks by layer; under pipeline parallelism, this worker's blocks.
 
-    They are the one list of `count` items, of one class but for placeholders, in the language model. Raises
-    `UnsupportedError`, naming the candidates, where that leaves none or several.
+    They are the only list of `count` items in the language model that are all blocks, apart from placeholders. Raises
+    `UnsupportedError`, naming the candidates, if there is no such list or more than one.
     """
     inner = model.get_language_model() if hasattr(model, "get_language_model") else model
     lists: dict[str, dict[int, nn.Module]] = {}
@@ -42,17 +42,16 @@ def find_blocks(model: Any, count: int) -> dict[int, nn.Module]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """A block has parts of its own; lists of single norms or projections, one a layer, don't."""
+    """Whether a module has several submodules; lists with one norm or one projection per layer don't qualify."""
     return sum(1 for _ in module.children()) > 1
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A module at whose input (`before`) or output a site is, and how wide the activations there are.
+    """A module with a site at its input (`before`) or its output, and the width of the activations there.
 
-    Before attention it is the second input, the keys.
-
-    Where each tensor-parallel worker has a part of them, this one has `width` of `whole`.
+    At an attention module, the site is the second input, the keys. If activations are split over tensor-parallel
+    workers, this worker has `width` of `whole`.
     """
 
     module: nn.Module
@@ -64,17 +63,18 @@ class Place:
 def find_places(
     blocks: Mapping[int, nn.Module], width: int, kinds: Collection[str], key_heads: int = 0
 ) -> dict[Site, Place]:
-    """Where the sites of these kinds, and the residual stream behind each block, are.
+    """The locations of the sites of these kinds, and of the residual stream after each block.
 
     Args:
         blocks: By layer.
-        width: The residual stream's.
-        kinds: Of `INSIDE`.
-        key_heads: How many heads all workers' keys have together; 0: as many as this one's.
+        width: The width of the residual stream.
+        kinds: A subset of `INSIDE`.
+        key_heads: The number of key heads over all workers; 0: as many as this worker has.
 
     Raises:
-        UnsupportedError: A block isn't one attention and one MLP, each of which ends with a linear layer whose input
-            is split over workers; or where keys are wanted, it stores none of its own, or other ones than the rest.
+        UnsupportedError: A block doesn't consist of one attention and one MLP, each ending with a linear layer whose
+            input is split over workers; or keys are requested and a block stores no keys of its own, or of another
+            width than the other blocks.
     """
     places: dict[Site, Place] = {}
     for layer, block in blocks.items():
@@ -111,7 +111,7 @@ def _inside(layer: int, block: nn.Module, width: int) -> dict[str, Place]:
 
 
 def _keys(layer: int, block: nn.Module, key_heads: int) -> Place:
-    """Where vLLM's attention is given a block's keys: projected, normed and rotated, as it stores them."""
+    """The attention module that receives a block's keys: projected, normalized and rotated, as they are cached."""
     attentions: list[Any] = [m for m in block.modules() if "Attention" in {base.__name__ for base in type(m).__mro__}]
     attentions = [m for m in attentions if all(hasattr(m, name) for name in ("num_kv_heads", "head_size"))]
     if len(attentions) != 1 or getattr(attentions[0], "kv_sharing_target_layer_name", None):
@@ -126,10 +126,11 @@ def _keys(layer: int, block: nn.Module, key_heads: int) -> Place:
 
 
 def attach(places: Mapping[Site, Place], rig: int, *, adds_only: Collection[Site] = ()) -> None:
-    """Let the operator act on what stands at each site: a tensor, or behind a block a pair whose sum is the stream.
+    """Register the operator at each site.
 
-    To add, it needs the first of the two alone (at the sites `adds_only`). One that is shown the other as well makes
-    the compiler keep that in memory, in the model's dtype, where it would have kept a sum in float32 for itself.
+    It takes the tensor at the site, or after a block the pair whose sum is the residual stream. Additions only need the
+    first tensor of a pair (at the sites `adds_only`). If the operator also received the second one, the compiler would
+    have to keep that in memory, in the model's dtype, where it would otherwise have kept a sum in float32.
     """
     define()
     for number, (site, place) in enumerate(places.items()):
@@ -166,7 +167,7 @@ def _before(linear: nn.Module, args: Any) -> None:
 
 
 def _storing(attention: nn.Module, args: Any) -> None:
-    """Attention is given queries, keys and values `[tokens, heads * size]`, or `[tokens, heads, size]`."""
+    """Attention receives queries, keys and values as `[tokens, heads * size]`, or `[tokens, heads, size]`."""
     if len(args) < 3 or not isinstance(args[1], Tensor) or not args[1].is_floating_point():
         raise UnsupportedError("this model's attention isn't given its keys as they are; trimtab can't steer them")
     keys = args[1]

@@ -1,4 +1,4 @@
-"""The bank of what is added: one row a state and layer, and for each token the number of its row."""
+"""The bank of additions: one row per state and layer, and for each token the index of its row."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
 NOTHING = 0
-"""The slot of tokens to which nothing is added: its rows are negative zeros, and `x + -0.0` is `x` bit for
-bit."""
+"""The slot of tokens to which nothing is added: its rows are negative zeros, and `x + -0.0` is `x` bit for bit."""
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on the device; where that is a GPU, from pinned memory, so that the host doesn't wait."""
+    """Copy a tensor from the host to the device; to a GPU from pinned memory, so that the host doesn't wait."""
     return _pinned(x, device).to(device, non_blocking=True)
 
 
 def send(x: Tensor, to: Tensor) -> None:
-    """Likewise, into a tensor that is there."""
+    """Copy a tensor from the host into an existing tensor in the same way."""
     to.copy_(_pinned(x, to.device), non_blocking=True)
 
 
@@ -32,7 +31,7 @@ def _pinned(x: Tensor, device: torch.device) -> Tensor:
 
 
 class Slots:
-    """Which state has which slot, from 1. A state whose last user has gone keeps its slot until another needs it."""
+    """Assigns slots to states, counting from 1. A state without users keeps its slot until another state needs it."""
 
     def __init__(self, capacity: int, setting: str = "TRIMTAB_SLOTS") -> None:
         self.capacity, self._setting = capacity, setting
@@ -42,7 +41,10 @@ class Slots:
         self._idle: OrderedDict[str, None] = OrderedDict()
 
     def take(self, key: str) -> tuple[int, bool]:
-        """The slot of a state with one more user, and whether it is newly written. Raises `TrimtabError` if none is."""
+        """Add a user to a state. Returns the state's slot, and whether it is new and must be written.
+
+        Raises `TrimtabError` if no slot is free.
+        """
         if key in self._slot:
             self._users[key] = self._users.get(key, 0) + 1
             self._idle.pop(key, None)
@@ -71,10 +73,10 @@ class Slots:
 
 
 class Bank:
-    """`rows[site]`, behind a block, is `[slots, width]` on the model's device, in its dtype.
+    """The additions after blocks: `rows[site]` is `[slots, width]` on the model's device, in its dtype.
 
-    `index` is `[tokens]`, one slot each.
-    Both stay where they are, so that captured graphs read what was last written there.
+    `index` is `[tokens]`, the slot of each token. Both keep their addresses, so that captured graphs read what was
+    written there last.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Bank:
         self.index: Tensor = torch.zeros(tokens, dtype=torch.long, device=device)
 
     def take(self, state: State) -> None:
-        """One more user of a state, whose rows are written, in one copy, if they aren't there yet."""
+        """Add a user to a state. If its rows aren't in the bank yet, they are written in one copy."""
         slot, new = self.slots.take(state.key)
         if not new:
             return
@@ -101,14 +103,14 @@ class Bank:
 
 
 class Filled:
-    """What stands in an index of captured graphs, `[tokens]`: a step's slots at the front, and nothing behind them."""
+    """The contents of a captured graph's index, `[tokens]`: a step's slots at the start, and `NOTHING` after them."""
 
     def __init__(self, index: Tensor) -> None:
         self.index = index
         self._length = 0
 
     def fill(self, slots: Tensor) -> None:
-        """The slots of a step's first tokens, given on the host; all others get nothing."""
+        """Write the slots of a step's first tokens, given on the host; all other tokens get `NOTHING`."""
         length = max(self._length, len(slots))
         if length:
             send(torch.nn.functional.pad(slots, (0, length - len(slots)), value=NOTHING), self.index[:length])

@@ -1,4 +1,4 @@
-"""How much the operators of a captured graph can do: they are the same at each step, so it is chosen at the start."""
+"""What the operators of a captured graph can do: fixed when the engine starts, since each step runs the same ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Capacity:
     """What captured graphs can do after blocks, besides adding.
 
     Args:
-        rank: So many rows a low-rank map may have (a projection is one); 0: there are additions alone.
-        steps: So many edits in a row that can't be folded into one map.
-        scales: Whether elements are scaled.
-        norms: Whether norms are kept, and additions measured in norms.
-        gates: Whether there are conditions on each token.
-        reads: Whether activations can be read (by prompt gates, and by `capture`).
-        layers: After which blocks there is more than addition; `None`: all.
+        rank: The maximum number of rows of a low-rank map (a projection is one row); 0: only additions.
+        steps: The maximum number of consecutive edits that can't be folded into one map.
+        scales: Whether elements can be scaled.
+        norms: Whether norms can be kept, and additions measured in norms.
+        gates: Whether there can be conditions on each token.
+        reads: Whether activations can be read (by gates on the prompt, and by `capture`).
+        layers: The blocks after which more than addition is possible; `None`: all.
     """
 
     rank: int = 0
@@ -35,15 +35,15 @@ class Capacity:
 
     @property
     def maps(self) -> bool:
-        """Whether there is more than addition anywhere."""
+        """Whether more than addition is possible anywhere."""
         return self.rank > 0 or self.scales
 
     def at(self, layer: int) -> bool:
-        """Whether there is more than addition after this block."""
+        """Whether more than addition is possible after this block."""
         return self.maps and (self.layers is None or layer in self.layers)
 
     def __or__(self, other: Capacity) -> Capacity:
-        """The smallest that can do what either can."""
+        """The smallest capacity that can do what either can."""
         layers = None
         if not self.maps or not other.maps:
             layers = self.layers if self.maps else other.layers
@@ -53,37 +53,37 @@ class Capacity:
         return Capacity(max(self.rank, other.rank), max(self.steps, other.steps), layers=layers, **flags)
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The capacity as JSON-compatible data."""
         plain = {name: getattr(self, name) for name in ("rank", "steps", *FEATURES)}
         return {**plain, "layers": None if self.layers is None else list(self.layers)}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Capacity:
-        """From what `to_plain` gives."""
+        """The inverse of `to_plain`."""
         layers = data["layers"]
         return cls(**{**data, "layers": None if layers is None else tuple(layers)})
 
 
 ADDITIONS = Capacity()
-"""Nothing else."""
+"""Only additions."""
 
 KERNELS = {
     "additions": ADDITIONS,
     "projections": Capacity(rank=4),
     "all": Capacity(rank=4, scales=True, norms=True, gates=True, reads=True),
 }
-"""The names by which `$TRIMTAB_KERNEL` asks for them."""
+"""The capacities that `$TRIMTAB_KERNEL` can name."""
 
 
 def capacity_from(environment: Mapping[str, str]) -> Capacity | None:
-    """The capacity that an environment sets; `None` where it says nothing.
+    """The capacity that an environment sets; `None` if it sets none.
 
     Args:
-        environment: `TRIMTAB_KERNEL`, one of `KERNELS`; `TRIMTAB_RANK`, `TRIMTAB_STEPS`, and `TRIMTAB_LAYERS`
-            (`10-14,20`) say more of it.
+        environment: `TRIMTAB_KERNEL`, one of `KERNELS`, refined by `TRIMTAB_RANK`, `TRIMTAB_STEPS`, and
+            `TRIMTAB_LAYERS` (`10-14,20`).
 
     Raises:
-        TrimtabError: One of them isn't understood.
+        TrimtabError: One of the variables can't be parsed.
     """
     names = ("TRIMTAB_KERNEL", "TRIMTAB_RANK", "TRIMTAB_STEPS", "TRIMTAB_LAYERS")
     kernel, rank, steps, layers = (environment.get(name) for name in names)
@@ -112,7 +112,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def union(several: Iterable[Capacity]) -> Capacity:
-    """The smallest that can do what any of them can."""
+    """The smallest capacity that can do what any of these can."""
     total = ADDITIONS
     for capacity in several:
         total = total | capacity

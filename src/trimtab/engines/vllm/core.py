@@ -1,8 +1,8 @@
-"""The plugin's part in vLLM's engine core: keys of the prefix cache, waiting for slots, and an end for what went wrong.
+"""The plugin in vLLM's engine core: prefix cache keys, waiting for slots, and ending requests that went wrong.
 
-A block of the cache is keyed by what acts on its own tokens; what acted on those before it is in its parent's key. So
-a request that is steered while it generates shares its prompt's blocks with unsteered ones, blocks of generated
-tokens are reused only under the same steering, and so are prompt blocks that a steering has touched.
+A cache block's key contains what acts on the block's own tokens; what acted on earlier tokens is in its parent's key. A
+request that is steered only while it generates therefore shares its prompt's blocks with unsteered requests. Blocks of
+steered tokens, generated or in the prompt, are reused only under the same steering.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NO_RECEIPT: tuple[int, dict[str, str], dict[str, Measured]] = (0, {}, {})
 
 
 def block_keys(wire: Wire | None, start: int, stop: int) -> list[Key]:
-    """What a block of tokens `start` to `stop` is keyed by, besides its tokens: nothing, where nothing acts on it."""
+    """The extra keys of a block with tokens `start` to `stop`; empty if nothing acts on it."""
     acting = [
         f"{max(span.start, start) - start}:{(stop if span.stop is None else min(span.stop, stop)) - start}:{span.key}"
         for span in (wire.spans if wire else ())
@@ -32,8 +32,8 @@ def block_keys(wire: Wire | None, start: int, stop: int) -> list[Key]:
 
 
 def patch_keys(module: Any) -> None:
-    """Let vLLM's `kv_cache_utils` put `block_keys` among a block's extra keys."""
-    original = module._gen_prompt_embeds_extra_hash_keys  # of its parts, the one that gets the block's bounds
+    """Make vLLM's `kv_cache_utils` add `block_keys` to a block's extra keys."""
+    original = module._gen_prompt_embeds_extra_hash_keys  # the helper that receives the block's bounds
 
     def keys(request: Any, start_token_idx: int, end_token_idx: int) -> list[Any]:
         original_keys = original(request, start_token_idx, end_token_idx)
@@ -43,7 +43,7 @@ def patch_keys(module: Any) -> None:
 
 
 def _wire(request: Any) -> Wire | None:
-    """A request's wire, which is read from plain data once."""
+    """A request's wire, parsed from plain data once."""
     try:
         return request._trimtab_wire
     except AttributeError:
@@ -52,9 +52,10 @@ def _wire(request: Any) -> Wire | None:
 
 
 class Room:
-    """Which slots the requests of a scheduler need, and which requests wait for one, in the order of their arrival.
+    """The slots that a scheduler's requests occupy, and the requests that wait for one, in order of arrival.
 
-    There are `slots` for what is added and `maps` for what else captured graphs do; one of each is that of nothing.
+    There are `slots` slots for additions, and `maps` for the other operations of captured graphs; one of each is the
+    empty one.
     """
 
     def __init__(self, slots: int, maps: int = 1) -> None:
@@ -63,12 +64,12 @@ class Room:
         self.waiting: deque[Any] = deque()
         self.held: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         self.doses: dict[str, Measured] = {}
-        """Of capped requests, as long as no output of theirs has taken them along."""
+        """Doses of capped requests that haven't been attached to an output yet."""
         self.steered: set[str] = set()
-        """The requests that are with the scheduler and have a wire."""
+        """The requests in the scheduler that have a wire."""
 
     def enter(self, request: Any) -> bool:
-        """Whether there is room for a request, which then holds it."""
+        """Reserve slots for a request. Returns whether there was room."""
         wire = _wire(request)
         if wire is None:
             return True
@@ -83,7 +84,7 @@ class Room:
         return True
 
     def leave(self, request: str) -> None:
-        """A request is done; what it held is free."""
+        """Release the slots of a finished request."""
         self.steered.discard(request)
         self.doses.pop(request, None)
         for users, held in zip(self.users, self.held.pop(request, ()), strict=False):
@@ -112,7 +113,7 @@ def _room(scheduler: Any) -> Room:
 
 
 def unsteered(room: Room, scheduled: Any, output: Any) -> dict[str, str]:
-    """The requests of a step that weren't steered as planned, and why; by the receipt that its output brings."""
+    """The requests of a step that weren't steered as planned, with reasons, according to the receipt in its output."""
     here = room.steered & scheduled.num_scheduled_tokens.keys()
     if not here:
         return {}
@@ -124,7 +125,7 @@ def unsteered(room: Room, scheduled: Any, output: Any) -> dict[str, str]:
 
 
 class Failure(NamedTuple):
-    """vLLM's names for a request that ends with an error: its status, and what is sent of it to a front end."""
+    """vLLM's classes and constants for ending a request with an error: its status, and what is sent to a front end."""
 
     status: Any
     reason: Any
@@ -133,9 +134,9 @@ class Failure(NamedTuple):
 
 
 def patch_scheduler(scheduler: Any, failure: Failure) -> None:
-    """Let vLLM's `Scheduler` keep back requests for whose steering there is no slot, until there is one.
+    """Make vLLM's `Scheduler` hold back requests for whose steering there is no free slot.
 
-    And let it end with an error, before the step's token is sent, requests that were to be steered and weren't.
+    It also ends requests that should have been steered and weren't with an error, before the step's token is sent.
     """
     add, free, finish = scheduler.add_request, scheduler._free_request, scheduler.finish_requests
     update = scheduler.update_from_output
@@ -145,7 +146,7 @@ def patch_scheduler(scheduler: Any, failure: Failure) -> None:
         wrong = unsteered(room, scheduled, output)
         measured = getattr(output, RECEIPT, NO_RECEIPT)[2]
         room.doses |= {request: doses for request, doses in measured.items() if request in self.requests}
-        doses = dict(room.doses)  # of those that end here too
+        doses = dict(room.doses)  # a copy: `update` drops the doses of requests that end
         failed = [self.requests[request] for request in wrong if request in self.requests]
         if failed:
             self.finish_requests([request.request_id for request in failed], failure.status)
@@ -158,13 +159,13 @@ def patch_scheduler(scheduler: Any, failure: Failure) -> None:
             sent.setdefault(request.client_index, failure.outputs()).outputs.append(last)
         for item in (item for several in sent.values() for item in several.outputs if doses):
             if item.request_id in doses:
-                item.kv_transfer_params = {DOSES: doses[item.request_id]}  # there is no connector that uses it
+                item.kv_transfer_params = {DOSES: doses[item.request_id]}  # free: no KV connector uses it
                 room.doses.pop(item.request_id, None)
         return sent
 
     def add_request(self: Any, request: Any) -> None:
         room = _room(self)
-        if request.request_id in self.requests:  # a session goes on
+        if request.request_id in self.requests:  # a session continues
             add(self, request)
         elif (room.waiting and _parts(request)) or not room.enter(request):
             room.waiting.append(request)
@@ -196,7 +197,7 @@ def patch_scheduler(scheduler: Any, failure: Failure) -> None:
 
 
 def patch_core(core: Any) -> None:
-    """Let vLLM's `EngineCore` keep what requests still need, and refuse steering that no front end has resolved."""
+    """Make vLLM's `EngineCore` keep steerings that requests still need, and refuse unresolved requests for steering."""
     call, preprocess = core.collective_rpc, core.preprocess_add_request
 
     def collective_rpc(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:

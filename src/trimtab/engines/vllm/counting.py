@@ -1,8 +1,8 @@
-"""Whether a pass steered what it was to steer: what was counted at each site, against the plan.
+"""Verify that a pass steered what it should: the counts at each site are compared with the plan.
 
-Where Python runs in every pass, the operator's calls are counted. Where a captured graph is replayed, the graph counts
-by itself: at each site it adds to a number on the device. The numbers come to the host along with the sampled
-tokens, and compared before these leave the worker: a token that should have been steered and wasn't is never sent.
+If Python runs in every pass, the operator's calls are counted. In a captured graph, the graph itself counts: at each
+site it adds to a number on the device. The numbers are copied to the host along with the sampled tokens and compared
+before these leave the worker, so a token that should have been steered and wasn't is never sent.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch import Tensor
 from trimtab.steering import Site
 
 RECEIPT = "_trimtab_receipt"
-"""The attribute of a worker's output in which its receipt travels to the scheduler."""
+"""The attribute of a worker's output that carries its receipt to the scheduler."""
 
 MARK = "trimtab: "
-"""How the reason begins for which a request is failed."""
+"""The prefix of the reasons with which trimtab fails requests."""
 
 DOSE = f"{MARK}the doses "
-"""And where that is since it was pushed harder than it may be."""
+"""The prefix of the reason if a request's dose exceeded its cap."""
 
 DOSES = "trimtab_doses"
-"""Under which name the doses of a capped request travel with vLLM's outputs."""
+"""The key under which the doses of a capped request are sent with vLLM's outputs."""
 
 Measured = list[tuple[int, str, float, int]]
-"""A request's doses as plain data: layer and kind of each site, the mean dose there, of so many tokens."""
+"""A request's doses as plain data: layer and kind of each site, the mean dose there, and the number of tokens."""
 
 CALL = 1 << 32
-"""What a call of the operator adds to a site's count, besides its tokens: calls stand above this, tokens below."""
+"""What a call of the operator adds to a site's count, besides its tokens: high bits count calls, low bits tokens."""
 
 
 def fault(site: Site, count: int, tokens: int) -> str | None:
-    """What is wrong where the operator was to run once at a site, on at least `tokens` tokens; `None`: nothing."""
+    """What went wrong at a site where the operator should have run once, on at least `tokens` tokens, or `None`."""
     if CALL + tokens <= count < 2 * CALL:
         return None
     calls, seen = divmod(count, CALL)
@@ -47,10 +47,10 @@ def fault(site: Site, count: int, tokens: int) -> str | None:
 
 @dataclass
 class Receipt:
-    """What a worker says of a pass: how many requests with a steering it held, and why some of them weren't steered.
+    """A worker's report on a pass: how many steered requests it had, and why some of them weren't steered.
 
-    And the `doses` so far of those that have a cap. `late` finds further faults, once the pass has ended on the device;
-    it is called once, and so is `weighed`, which says the doses.
+    It also has the `doses` so far of requests with a cap. `late` finds further faults after the pass has ended on the
+    device; it is called once, as is `weighed`, which returns the doses.
     """
 
     requests: int
@@ -58,7 +58,7 @@ class Receipt:
     doses: dict[str, Measured] = field(default_factory=dict)
     weighed: Callable[[], tuple[Mapping[str, Measured], Mapping[str, str]]] | None = None
     late: Callable[[], Mapping[str, str]] | None = None
-    ready: Callable[[], bool] = lambda: True  # whether `late` has nothing to wait for
+    ready: Callable[[], bool] = lambda: True  # whether `late` returns without waiting
 
     def settle(self) -> dict[str, str]:
         """All faults, by request."""
@@ -73,21 +73,21 @@ class Receipt:
         return self.faults
 
     def plain(self) -> tuple[int, dict[str, str], dict[str, Measured]]:
-        """What the scheduler gets."""
+        """The receipt as plain data for the scheduler."""
         faults = self.settle()
         return self.requests, faults, self.doses
 
 
 class GraphCounts:
-    """Numbers on the device, one a site, to which a graph adds at each replay: a call, and its tokens."""
+    """One number per site, on the device. At each replay the graph adds a call and its tokens to it."""
 
     def __init__(self, sites: Collection[Site], device: torch.device) -> None:
         self.sites: tuple[Site, ...] = tuple(sites)
         self._all = torch.zeros(len(sites), dtype=torch.int64, device=device)
-        self._numbers = dict(zip(sites, self._all.unbind(), strict=True))  # views, which stay where they are
+        self._numbers = dict(zip(sites, self._all.unbind(), strict=True))  # views with fixed addresses
 
     def count(self, site: Site, tokens: int) -> None:
-        """Part of the graph: one number is added to, in place."""
+        """Add to a site's number in place, as part of the graph."""
         self._numbers[site].add_(CALL + tokens)
 
     def number_at(self, site: Site) -> Tensor:
@@ -95,11 +95,14 @@ class GraphCounts:
         return self._numbers[site]
 
     def clear(self) -> None:
-        """Before a pass."""
+        """Reset all numbers before a pass."""
         self._all.zero_()
 
     def copy(self) -> tuple[Callable[[], dict[Site, int]], Callable[[], bool]]:
-        """What is counted by now, on its way to the host: how to read it, and whether it has arrived. Nothing waits."""
+        """Start copying the counts to the host, without waiting.
+
+        Returns how to read them, and whether they have arrived.
+        """
         on_gpu = self._all.is_cuda
         host = torch.empty(len(self.sites), dtype=torch.int64, pin_memory=on_gpu)
         host.copy_(self._all, non_blocking=on_gpu)
@@ -110,7 +113,7 @@ class GraphCounts:
 
         def read() -> dict[Site, int]:
             if event is not None:
-                event.synchronize()  # the sampled tokens are here, so it has arrived
+                event.synchronize()  # the sampled tokens are here, so the counts are too
             return dict(zip(self.sites, host.tolist(), strict=True))
 
         return read, lambda: event is None or event.query()

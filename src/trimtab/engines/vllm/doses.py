@@ -1,9 +1,9 @@
-"""How hard requests are pushed, for those whose doses are capped: measured in each pass, before its tokens leave.
+"""Measure the doses of requests that have a cap, in each pass, before its tokens are sent.
 
-A dose is ‖x' - x‖ / ‖x‖ at a site, as a mean over the tokens that were steered there; those of all sites are added up.
-Keys that are scaled say what is heeded and push nothing, so that they have none.
-Where Python runs in a pass, an activation is looked at before and after its edit. Of captured graphs, what they have
-kept is looked at after the pass, from which what was added is taken off again; so there it is additions alone.
+A dose is ‖x' - x‖ / ‖x‖ at a site, averaged over the tokens that were steered there; the doses of all sites are added
+up. Scaled keys direct attention and push nothing, so they have no dose. If Python runs in a pass, the activation is
+measured before and after its edit. With captured graphs, the activations that they keep are measured after the pass,
+and the additions are subtracted again; so only additions can be measured there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trimtab.steering import Edit, Site
 
 @dataclass(frozen=True, eq=False)
 class Weighed:
-    """So many rows of a pass, `at` these numbers, are tokens of a request that is steered at one site."""
+    """The rows of a pass (`rows` of them, at the indices `at`) that belong to a request and are steered at one site."""
 
     request: str
     rows: int
@@ -32,18 +32,18 @@ class Weighed:
 
 @dataclass
 class Doses:
-    """Of the requests that have a cap, and of nothing else.
+    """The doses of requests that have a cap.
 
     Args:
-        heard: Whether the scheduler hears of what this worker finds; otherwise another one measures the same.
-        caps: By request, what its doses may add up to.
-        here: What this pass steers of them.
+        heard: Whether the scheduler receives this worker's results; otherwise another worker measures the same.
+        caps: By request, the maximum for the sum of its doses.
+        here: The rows of these requests that the current pass steers.
     """
 
     heard: bool = True
     caps: dict[str, float] = field(default_factory=dict)
     here: Mapping[Site, Sequence[Weighed]] = field(default_factory=dict)
-    _sums: dict[str, dict[Site, tuple[Tensor, int]]] = field(default_factory=dict)  # of ratios, and of how many tokens
+    _sums: dict[str, dict[Site, tuple[Tensor, int]]] = field(default_factory=dict)  # sums of ratios, and token counts
 
     def start(self, request: str, cap: float | None) -> None:
         if cap is not None and self.heard:
@@ -60,7 +60,10 @@ class Doses:
         segments: Callable[[str], Sequence[Segment]],
         device: torch.device,
     ) -> None:
-        """What a pass steers: of these requests so many tokens from these positions on."""
+        """Find the rows that a pass steers.
+
+        `chunks` are the pass's requests, the first position of each, and the number of tokens.
+        """
         self.here = {}
         if not self.caps:
             return
@@ -81,16 +84,16 @@ class Doses:
         self.here = by_site
 
     def before(self, site: Site, hidden: Tensor, residual: Tensor | None) -> list[Tensor]:
-        """What stands at a site before it is edited."""
+        """The activations at a site before they are edited."""
         return [_stream(hidden, residual, weighed.at) for weighed in self.here.get(site, ())]
 
     def after(self, site: Site, hidden: Tensor, residual: Tensor | None, old: Sequence[Tensor]) -> None:
-        """And after."""
+        """Add the doses, from the activations at a site after they are edited."""
         for weighed, x in zip(self.here.get(site, ()), old, strict=True):
             self._add(site, weighed, _stream(hidden, residual, weighed.at) - x, x)
 
     def replayed(self, kept: Mapping[Site, Tensor], bank: Bank) -> None:
-        """A pass of captured graphs is over, which have kept the edited activations."""
+        """Add the doses of a replayed pass, from the edited activations that the captured graphs have kept."""
         for site, several in self.here.items():
             if site not in kept or site not in bank.rows:
                 continue
@@ -104,8 +107,10 @@ class Doses:
         self._sums[weighed.request][site] = (total + ratios.sum(), count + weighed.rows)
 
     def weighed(self) -> Callable[[], tuple[dict[str, Measured], dict[str, str]]]:
-        """The doses of this pass's requests so far, and which are pushed too hard; whoever asks waits for the device,
-        once."""
+        """Returns a function for the doses of this pass's requests so far, and why requests exceed their caps.
+
+        Calling the function waits for the device once.
+        """
         present = {weighed.request for several in self.here.values() for weighed in several}
         sums = {r: sorted(self._sums[r].items()) for r in present if self._sums.get(r)}
         caps = {request: self.caps[request] for request in sums}
@@ -132,7 +137,7 @@ class Doses:
 
 
 def adds_only(edit: Edit) -> bool:
-    """Whether an edit does nothing but add to the residual stream, whatever the token."""
+    """Whether an edit only adds to the residual stream, regardless of the token."""
     return not State("", (edit,)).mapped
 
 

@@ -1,8 +1,8 @@
-"""What a request emphasizes: phrases of its prompt, looked up in the tokens that vLLM reads, whose keys it then scales.
+"""Emphasis in requests: phrases are located in the tokens of the prompt, and their keys are scaled.
 
-A request says so with `extra_args={"emphasize": [...]}`, or over HTTP with the field `emphasize`: a list of phrases,
-`{"text", "occurrence"}`, or `{"role", "index"}` for a whole message. All requests share one content, which the workers
-are sent once; where each one's phrases stand travels beside it.
+A request specifies it with `extra_args={"emphasize": [...]}`, or over HTTP with the field `emphasize`: a list of
+phrases, `{"text", "occurrence"}`, or `{"role", "index"}` for a whole message. All requests share one content, which is
+sent to the workers once; the positions of each request's phrases are sent separately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trimtab.text.spans import Emphasis, Part, Phrase, Span, spans_in
 
 EMPHASIZED = "emphasize"
 MOST = 16
-"""So many phrases a request has at most."""
+"""The maximum number of phrases per request."""
 PHRASE, PART = {"text", "occurrence"}, {"role", "index"}
 METHOD = "directer"
 
@@ -30,7 +30,7 @@ _tokenizing = threading.Lock()
 
 @dataclass(frozen=True)
 class Marked:
-    """Phrases and whole messages of a prompt; these can be named where its `messages` are known."""
+    """Phrases and whole messages of a prompt; messages can only be named if `messages` is known."""
 
     marks: tuple[Emphasis, ...]
     messages: Sequence[Message] | None = None
@@ -38,7 +38,7 @@ class Marked:
 
 
 def marked(wanted: Any, messages: Any = None, template: Template | None = None) -> Marked:
-    """What a request asks to emphasize. Raises `TrimtabError` for what isn't understood."""
+    """The emphasis that a request asks for. Raises `TrimtabError` if it can't be parsed."""
     if isinstance(wanted, Marked):
         return wanted
     items = [wanted] if isinstance(wanted, (str, Mapping)) else wanted
@@ -70,19 +70,19 @@ def _is_whole(number: Any) -> bool:
 
 @lru_cache
 def content(layers: int) -> Steering:
-    """What emphasis does at the tokens of whatever spans, in a model of so many layers."""
+    """The emphasis in a model with this many layers, at all tokens; requests restrict it to their spans."""
     return emphasis(ScaleScores(), [(0, 1)], range(layers), METHOD).at(Positions.all())
 
 
 def towards(spans: Sequence[Span], layers: int) -> Steering:
-    """The same, at these spans."""
+    """The emphasis of these spans."""
     return emphasis(ScaleScores(), spans, range(layers), METHOD)
 
 
 def find(engine: Any, prompt: Any, wanted: Marked) -> tuple[Span, ...]:
-    """Where the marks stand in a prompt as vLLM's front end has rendered it.
+    """The token spans of the marks in a prompt, as rendered by vLLM's front end.
 
-    Takes as long as tokenizing the prompt. Raises `TrimtabError` where they can't be placed.
+    Takes as long as tokenizing the prompt. Raises `TrimtabError` if a mark can't be located.
     """
     fields = prompt if isinstance(prompt, Mapping) else {}
     text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
@@ -93,7 +93,7 @@ def find(engine: Any, prompt: Any, wanted: Marked) -> tuple[Span, ...]:
 
 
 def _tokenizer(engine: Any) -> Any:
-    """A tokenizer of our own: one that vLLM's threads change while it is in use raises."""
+    """A copy of the tokenizer: a tokenizer raises if vLLM's threads modify it while it is in use."""
     try:
         return engine._trimtab_tokenizer
     except AttributeError:

@@ -1,8 +1,8 @@
-"""Steerings over HTTP while `vllm serve` runs: registered, replaced, removed, listed.
+"""Manage steerings over HTTP while `vllm serve` runs: register, replace, remove, list.
 
-vLLM adds a plugin's routes to its server only where `VLLM_PLUGINS` names the plugin; and these answer only to who has
-the key in `$TRIMTAB_ADMIN_KEY`, which is not the key that clients of the model have. `GET /trimtab`, without a key,
-tells clients that every worker can steer, and by which names.
+vLLM adds a plugin's routes to its server only if `VLLM_PLUGINS` names the plugin. Changes need the key in
+`$TRIMTAB_ADMIN_KEY`, which is not the key that the model's clients have. `GET /trimtab` needs no key; it confirms to
+clients that every worker can steer, and lists the registered names.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
 
 ADMIN_KEY = "TRIMTAB_ADMIN_KEY"
-LARGEST = 256 * 2**20  # bytes of a steering's file
+LARGEST = 256 * 2**20  # maximum size of a steering file in bytes
 
 
 class Endpoint:
-    """What vLLM asks of an endpoint plugin."""
+    """vLLM's interface for endpoint plugins."""
 
     name = "trimtab"
     required_tasks = ("generate",)
@@ -30,7 +30,7 @@ class Endpoint:
         self.names = names
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """The engine is checked before the first client is served; where it can't steer, the server doesn't start."""
+        """Check the engine before the first client is served. If it can't be steered, the server doesn't start."""
         workers = getattr(args, "api_server_count", None) or 1
         if workers > 1:
             raise TrimtabError("steerings are registered with one server process; start with --api-server-count 1")
@@ -41,7 +41,7 @@ class Endpoint:
         state.trimtab_engine = engine_client
 
     def attach_router(self, app: Any) -> None:
-        """The routes: `GET /trimtab`, `PUT` and `DELETE /trimtab/steerings/{name}`."""
+        """Add the routes `GET /trimtab`, `PUT` and `DELETE /trimtab/steerings/{name}`."""
         from starlette.requests import Request
         from starlette.responses import JSONResponse
 
@@ -74,7 +74,7 @@ class Endpoint:
 
 
 def _refused(request: Any) -> tuple[int, str] | None:
-    """Status and reason, where a request may not change anything."""
+    """Status and reason if a request may not change anything, otherwise `None`."""
     key = os.environ.get(ADMIN_KEY)
     if not key:
         return 403, f"the server was started without {ADMIN_KEY}, so that steerings can't be changed over HTTP"

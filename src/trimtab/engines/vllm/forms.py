@@ -1,8 +1,8 @@
-"""Edits in the one form that a captured graph knows: additions folded into low-rank maps, with a scale, a norm, a gate.
+"""Edits in the one form that captured graphs can run: a low-rank map with bounds, a scale, a vector, a norm and a gate.
 
-A form is `x' = factor * x + clamp(x Aᵀ + c + |x| n, low, high) B + vector`, rescaled to the norm of x by a share, and
-only where a condition on x holds. Edits in sequence fold into one form as long as none reads what another has clamped;
-projections of any number, additions, scales and maps do. It is worked out once a state, in float64.
+A form is `x' = factor * x + clamp(x Aᵀ + c + |x| n, low, high) B + vector`, rescaled toward the norm of x by a share,
+and only where a condition on x holds. Consecutive edits fold into one form as long as none reads what another has
+clamped: any number of projections, additions, scales and maps. Forms are computed once per state, in float64.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ from trimtab.steering.read_write import read_write
 from trimtab.steering.scaled import by_norm, opposed
 
 BLIND = 1e-7
-"""What reads so little of what another writes, as a cosine, doesn't read it."""
+"""Below this cosine between what one edit reads and another writes, the first counts as not reading the second."""
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Open where `x . direction > threshold`, both by the norm of x (`by_norm`), in size (`either_way`), or not so."""
+    """Holds where `x . direction > threshold`.
+
+    With `by_norm`, the threshold is in norms of x; with `either_way`, the absolute value of the projection counts;
+    `negated` inverts the condition.
+    """
 
     direction: Tensor
     threshold: float
@@ -47,10 +51,11 @@ class Condition:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """`read` and `write` are `[rank, width]`, what belongs to their rows `[rank]`, `factor` and `vector` `[width]`.
+    """One form, in float64 and on the CPU.
 
-    All are float64 and on the CPU. A `factor` or `vector` that is `None` does nothing. What scales all elements alike,
-    and does nothing else, is of width 1.
+    `read` and `write` are `[rank, width]`, the numbers that belong to their rows `[rank]`, `factor` and `vector`
+    `[width]`. A `factor` or `vector` of `None` has no effect. A form that only scales all elements by the same factor
+    has width 1.
     """
 
     read: Tensor
@@ -71,7 +76,7 @@ class Form:
 
     @property
     def needs(self) -> Capacity:
-        """The smallest capacity that has it, whatever its layer."""
+        """The smallest capacity that can run the form, leaving its layer aside."""
         return Capacity(
             rank=max(len(self.read), int(self.factor is None)),
             scales=self.factor is not None,
@@ -81,7 +86,7 @@ class Form:
 
 
 def forms_of(slots: Sequence[Slot]) -> tuple[Form, ...]:
-    """What these slots at one layer come to, in as few forms as they fold into.
+    """The forms of these slots at one layer, folded into as few as possible.
 
     Raises:
         UnsupportedError: A slot has no such form.
@@ -99,7 +104,7 @@ def forms_of(slots: Sequence[Slot]) -> tuple[Form, ...]:
 
 @lru_cache(maxsize=512)
 def state_forms(state: State) -> dict[Site, tuple[Form, ...]]:
-    """A state's forms, at the sites at which it doesn't merely add. Kept by the state's key."""
+    """A state's forms, at the sites where it does more than add. Cached by the state's key."""
     return _forms(state)
 
 
@@ -108,7 +113,7 @@ def _forms(state: State) -> dict[Site, tuple[Form, ...]]:
 
 
 def needed(state: State) -> Capacity:
-    """The smallest capacity that a state fits in. Raises `UnsupportedError` for one that fits in none."""
+    """The smallest capacity that a state fits in. Raises `UnsupportedError` if it fits in none."""
     capacity = ADDITIONS
     for site, forms in _forms(state).items():
         here = replace(union(form.needs for form in forms), steps=len(forms), layers=(site.layer,))
@@ -117,7 +122,7 @@ def needed(state: State) -> Capacity:
 
 
 def capacity_for(steering: Steering) -> Capacity:
-    """The smallest in which all of a steering's edits fit at once; of one that fits in none, that of additions."""
+    """The smallest capacity that all of a steering's edits fit in together; `ADDITIONS` if they fit in none."""
     try:
         return needed(State("", tuple(edit for edit in steering.edits if _could_fit(edit))))
     except TrimtabError:
@@ -129,12 +134,12 @@ def _could_fit(edit: Edit) -> bool:
 
 
 def check_fits(state: State, capacity: Capacity) -> None:
-    """Raises `UnsupportedError` for a state that the operators of a captured graph have no room for, saying why."""
+    """Raises `UnsupportedError`, with reasons, for a state that exceeds the capacity of the captured graphs."""
     _check(state, state_forms(state), capacity)
 
 
 def check_edit(edit: Edit, capacity: Capacity) -> None:
-    """Likewise for an edit alone."""
+    """The same as `check_fits`, for a single edit."""
     alone = State("", (edit,))
     _check(alone, _forms(alone), capacity)
 
@@ -190,7 +195,7 @@ def _made(kernel: Kernel, rows: Rows, slot: Slot) -> Form:
 
 
 def _rows(read: Tensor, write: Tensor, **fields: Any) -> Form:
-    """A form of these rows, with what isn't given at what does nothing."""
+    """A form with these rows, and neutral values for all other fields that aren't given."""
     zeros = read.new_zeros(len(read))
     nothing = {"bias": zeros, "per_norm": zeros, "low": zeros - math.inf, "high": zeros + math.inf}
     return Form(read, write, **{**nothing, **fields})
@@ -259,14 +264,15 @@ MAKERS: dict[Kernel, Callable[[Rows], Form]] = {
     by_norm: _in_norms,
     opposed: _against,
 }
-"""The kernels that have a form, and how it is made of their parameters."""
+"""How to make a form of a kernel's parameters; kernels that aren't listed have none."""
 
 
 def condition_of(gate: Gate) -> Condition:
     """A gate that is decided at each token, as a condition.
 
     Raises:
-        UnsupportedError: It is of several conditions, or of a measure that isn't a projection, by the norm or not.
+        UnsupportedError: The gate combines several conditions, or measures something other than a projection or a
+            projection relative to the norm.
     """
     if isinstance(gate, Not):
         inner = condition_of(gate.gate)
@@ -293,7 +299,7 @@ def condition_of(gate: Gate) -> Condition:
 
 
 def _folded(first: Form, other: Form) -> Form | None:
-    """`other` after `first`, as one form; `None` where that isn't one.
+    """`other` after `first`, folded into one form; `None` if that isn't possible.
 
     With y = f x + z B + v, what `other` reads is `A y = (A f) x + (A Bᵀ) z + A v`, in which every z that isn't clamped
     is itself read from x.
@@ -334,7 +340,7 @@ def _folded(first: Form, other: Form) -> Form | None:
 
 
 def _as_wide(form: Form, width: int) -> Form:
-    """The form for activations of this width, where it is one for any."""
+    """The form for activations of this width, if it applies to any width."""
     if form.read.shape[1] == width or form.factor is None:
         return form
     return replace(form, read=_none(width), write=_none(width), factor=form.factor.expand(width))

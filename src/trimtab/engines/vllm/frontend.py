@@ -1,8 +1,8 @@
-"""The plugin's part in vLLM's front end: steerings by name, and requests for them checked, resolved and counted.
+"""The plugin in vLLM's front end: named steerings, and requests for them, which it checks and resolves.
 
-A request asks with `extra_args={"steering": …}` (over HTTP: `vllm_xargs`): a list of `{"name": …}`, each with a
-`"strength"` (1 unless given) and `"positions"` (a rule, as on the command line; otherwise the steering's own), or the
-same as JSON text, or one name. Several are added up. What can't be honoured raises before the request is taken.
+A request has `extra_args={"steering": …}` (over HTTP: `vllm_xargs`): a list of `{"name": …}`, each with a `"strength"`
+(default: 1) and `"positions"` (a rule as on the command line; default: the steering's own), or the same as JSON text,
+or a single name. Several steerings are added up. A request that the engine can't run raises before it is accepted.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from trimtab.steering.identity import check_learned_on
 from trimtab.text.spans import Span
 
 UNNAMED = 256
-"""So many contents that no name stands for, the last ones that were used, stay with the workers."""
+"""The number of most recently used contents without a registered name that the workers keep."""
 
 REMEMBERED = 1024
 LONGEST = 4096
-"""So many different requests for steering, the last ones, of so many characters at most, are resolved by a look."""
+"""Requests for steering that are at most this long, in characters, are cached (the last `REMEMBERED` of them)."""
 
 GRACE = 60.0
-"""Seconds that a content stays after that: a request that was just resolved may not have reached the core yet."""
+"""Seconds that a content is kept after that: a request that was just resolved may not have reached the core yet."""
 
 FIELDS = {"name", "strength", "positions"}
 
@@ -58,12 +58,12 @@ class Names:
     def __init__(self) -> None:
         self._steerings: dict[str, Steering] = {}
         self.version = 0
-        """Another one whenever a name comes, goes or changes."""
+        """Changes whenever a name is added, removed or replaced."""
         self.pinned: dict[str, str] = {}
-        """Names that stand for what they stand for as long as the server runs, and why."""
+        """Names that can't be changed as long as the server runs, and why."""
 
     def register(self, name: str, steering: Steering) -> None:
-        """Make a steering known, or put it in place of the one that had this name."""
+        """Register a steering, replacing any of the same name."""
         if not name or not isinstance(name, str):
             raise TrimtabError(f"a steering's name is a text, got {name!r}")
         self._check_free(name)
@@ -78,7 +78,7 @@ class Names:
         self.version += 1
 
     def unregister(self, name: str) -> None:
-        """Raises `TrimtabError` where there is none of this name."""
+        """Remove a name. Raises `TrimtabError` if it isn't registered."""
         self[name]
         self._check_free(name)
         del self._steerings[name]
@@ -99,7 +99,7 @@ class Names:
         return iter(sorted(self._steerings))
 
     def load(self, folder: str | Path) -> None:
-        """All `.safetensors` files of a folder, by their names without the ending."""
+        """Register all `.safetensors` files of a folder, under their names without the extension."""
         folder = Path(folder)
         if not folder.is_dir():
             raise TrimtabError(f"there is no folder {folder} of steerings")
@@ -107,25 +107,25 @@ class Names:
             self.register(file.stem, load_steering(file))
 
     def capacity(self) -> Capacity:
-        """What captured graphs must be able to do for any one of them; one that they can't do asks for nothing."""
+        """The capacity of captured graphs that the steerings need; one that fits in none counts as `ADDITIONS`."""
         return union(capacity_for(by_keys(steering)) for steering in self._steerings.values())
 
     def sites(self) -> frozenset[str]:
-        """The kinds of sites inside of blocks at which any one of them acts."""
+        """The kinds of sites inside blocks at which any of the steerings acts."""
         return frozenset(e.site.kind for s in self._steerings.values() for e in by_keys(s).edits) & frozenset(INSIDE)
 
     def load_environment(self) -> None:
-        """The folder that `$TRIMTAB_STEERINGS` names, if it names one."""
+        """Load the folder that `$TRIMTAB_STEERINGS` names, if it is set."""
         if folder := os.environ.get(STEERINGS):
             self.load(folder)
 
 
 NAMES = Names()
-"""This process's, for whatever engines run in it."""
+"""The names of this process, shared by its engines."""
 
 
 def parse(requested: Any, names: Names) -> Steering:
-    """The steering of a request. Raises `TrimtabError` for one that isn't understood or known."""
+    """The steering that a request specifies. Raises `TrimtabError` if it can't be parsed, or for unknown names."""
     if isinstance(requested, str):
         try:
             requested = json.loads(requested) if requested.lstrip()[:1] in ("[", "{") else [{"name": requested}]
@@ -147,23 +147,23 @@ def parse(requested: Any, names: Names) -> Steering:
 
 @dataclass
 class Link:
-    """What a front end knows of its engine: what it can do, and which contents its workers have."""
+    """A front end's knowledge of its engine: what it supports, and which contents its workers have."""
 
     slots: int
     layers: int
     width: int
     static: bool
-    sent: OrderedDict[str, Steering] = field(default_factory=OrderedDict)  # by digest; the last used is the last
-    retired: dict[str, float] = field(default_factory=dict)  # what workers may still have, and since when needlessly
+    sent: OrderedDict[str, Steering] = field(default_factory=OrderedDict)  # by digest, most recently used last
+    retired: dict[str, float] = field(default_factory=dict)  # digests to drop, and since when they are unused
     dtype: torch.dtype = torch.float32  # of the residual stream
     capacity: Capacity = ADDITIONS  # of captured graphs
     maps: int = 1
-    inside: Mapping[str, int] = field(default_factory=dict)  # by kind, how wide activations are where they are steered
+    inside: Mapping[str, int] = field(default_factory=dict)  # widths of the activations, by kind of site
     split: frozenset[str] = frozenset()  # the kinds of sites that are split over workers
-    unmeasured: str = "this worker doesn't say"  # why doses aren't measured; empty: they are
-    tokens_unknown: str = ""  # why workers don't know each token before the next pass; empty: they do
-    identity: ModelId | None = None  # once it was requested
-    known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
+    unmeasured: str = "this worker doesn't say"  # why doses can't be measured, or empty
+    tokens_unknown: str = ""  # why workers don't know each token before the next pass, or empty
+    identity: ModelId | None = None  # once it has been requested
+    known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by names' version and request text
 
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""
@@ -182,8 +182,8 @@ class Link:
     def place(self, wire: Wire, prompt_length: int) -> Wire:
         """The wire for a prompt of this length.
 
-        Raises `TrimtabError` where it reaches past the prompt, needs more slots than there are, or adds numbers that
-        the model's dtype can't hold.
+        Raises `TrimtabError` if a span reaches past the prompt, if more slots are needed than exist, or for additions
+        that overflow the model's dtype.
         """
         edits: list[Identified] = []
         for part in wire.parts:
@@ -207,7 +207,7 @@ class Link:
 
 
 def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
-    """The link to an engine whose workers have answered so. Raises `UnsupportedError` unless all of them can steer."""
+    """The link to an engine, from its workers' replies. Raises `UnsupportedError` unless all of them can steer."""
     workers = config.parallel_config.world_size
     if len(hellos) < workers:
         raise UnsupportedError(f"{len(hellos)} of {workers} workers answered trimtab; its plugin isn't in all of them")
@@ -243,7 +243,7 @@ LINK = "_trimtab_link"
 
 
 def connect(engine: Any) -> Rpc:
-    """The engine's link; at first use its workers are called."""
+    """The engine's link; the first call queries its workers."""
     link = getattr(engine, LINK, None)
     if link is None:
         try:
@@ -271,7 +271,10 @@ def check(link: Link, engine: Any, steering: Steering) -> Rpc:
 
 
 def send(link: Link, steering: Steering) -> Rpc:
-    """The part that stands for a steering, whose content every worker has from now on. Scores are scaled by keys."""
+    """Send a steering's content to every worker that doesn't have it, and return the part that refers to it.
+
+    `ScaleScores` is sent as scaled keys.
+    """
     digest, content, strengths = content_of(by_keys(steering))
     link.retired.pop(digest, None)
     if digest not in link.sent:
@@ -283,7 +286,7 @@ def send(link: Link, steering: Steering) -> Rpc:
 
 
 def tidy(link: Link, names: Names) -> Rpc:
-    """Let the workers forget contents that no name stands for, but for the `UNNAMED` that were used last."""
+    """Make the workers drop contents without a registered name, except the `UNNAMED` most recently used ones."""
     if len(link.sent) <= UNNAMED and not link.retired:
         return
     named = {content_of(by_keys(names[name]))[0] for name in names}
@@ -295,13 +298,13 @@ def tidy(link: Link, names: Names) -> Rpc:
     if not gone:
         return
     for digest in gone:
-        link.sent.pop(digest, None)  # whoever asks for it again sends it again
+        link.sent.pop(digest, None)  # it is sent again if it is needed again
     kept = yield "trimtab_drop", (gone,)
     link.retired = {d: t for d, t in link.retired.items() if d not in gone or any(d in digests for digests in kept)}
 
 
 def resolve(engine: Any, params: Any, names: Names, ticket: Ticket | None = None, spans: Sequence[Span] = ()) -> Rpc:
-    """The parameters with the steering that they ask for, or that a ticket has, resolved; or as they are.
+    """The sampling parameters with their steering, or the ticket's, resolved; unchanged if they have none.
 
     `spans` of the prompt are emphasized.
     """
@@ -327,12 +330,12 @@ def resolve(engine: Any, params: Any, names: Names, ticket: Ticket | None = None
 
 
 def check_measured(link: Link, steering: Steering) -> None:
-    """Raises `UnsupportedError` for a steering whose doses this engine can't measure, which are to be capped."""
+    """Raises `UnsupportedError` for a steering with capped doses that this engine can't measure."""
     if link.unmeasured:
         raise UnsupportedError(f"this server caps doses, and they can't be measured here: {link.unmeasured}")
     for edit in steering.edits:
         if isinstance(edit.operation, (ScaleScores, ScaleKeys)):
-            continue  # it says what is heeded, and pushes nothing
+            continue  # it directs attention, and pushes nothing
         if edit.strength and link.static and not adds_only(edit):
             raise UnsupportedError(
                 f"this server caps doses, and where graphs are replayed those of additions to the residual stream alone"
@@ -343,7 +346,7 @@ def check_measured(link: Link, steering: Steering) -> None:
 
 
 def _part_of(link: Link, engine: Any, requested: Any, names: Names, ticket: Ticket | None) -> Rpc:
-    """The part that stands for a request's steering; one that was requested before isn't checked and hashed again."""
+    """The part that refers to a request's steering; repeated requests aren't checked and hashed again."""
     text = _as_text(requested) if ticket is None else f"ticket {ticket.name}"
     key = None if text is None or len(text) > LONGEST else (names.version, text)
     part = None if key is None else link.known.get(key)
@@ -364,7 +367,7 @@ def _part_of(link: Link, engine: Any, requested: Any, names: Names, ticket: Tick
 
 
 def _as_text(requested: Any) -> str | None:
-    """A request's steering as text, by which it is known again; `None` for what JSON can't say, such as a tensor."""
+    """A request's steering as text, used as a cache key; `None` if it isn't JSON-serializable, such as a tensor."""
     if isinstance(requested, str):
         return requested
     try:

@@ -1,7 +1,7 @@
-"""The operators of a captured graph at a site as one kernel, in Triton: a program for each token.
+"""The operators of a captured graph at a site as one Triton kernel, with one program per token.
 
-Where a token's slots are those of nothing, its program ends after it has read them, so that unsteered tokens cost next
-to nothing. It does what `Rig` and `Maps` do with torch's operators, in one pass over the activation.
+If a token's slots are the empty ones, its program ends after reading them, so unsteered tokens cost next to nothing.
+The kernel does the same as `Rig` and `Maps` do with torch's operators, in one pass over the activation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trimtab.steering import Site
 from trimtab.steering.operations import SHORTEST
 
 WIDEST = 16384
-"""A program holds one activation of at most this width."""
+"""The maximum width of an activation that one program holds."""
 
 
 @triton.jit(do_not_specialize=["amount", "kept_rows"])
@@ -59,7 +59,7 @@ def steer_token(  # type: ignore[no-untyped-def]  # Triton's types are those of 
     GATES: tl.constexpr,
     KEEPS: tl.constexpr,
 ):
-    """One token's activation, `hidden + residual` where it is a `PAIR`; see `Maps` for what the banks hold."""
+    """Edit one token's activation: `hidden`, or with `PAIR` `hidden + residual`. The banks are those of `Maps`."""
     token = tl.program_id(0).to(tl.int64)
     if token == 0:
         tl.atomic_add(count, amount)
@@ -133,19 +133,19 @@ def steer_token(  # type: ignore[no-untyped-def]  # Triton's types are those of 
 
 
 class Fused:
-    """The kernel at each site of a rig: additions, maps, the count, and what is kept to be read."""
+    """The kernel at each site of a rig: additions, maps, the count, and the activations that are kept for reading."""
 
     def __init__(self, bank: Bank, maps: Maps | None, counts: GraphCounts, kept: dict[Site, Tensor]) -> None:
         self._bank, self._maps, self._counts, self._kept = bank, maps, counts, kept
 
     def takes(self, hidden: Tensor, residual: Tensor | None) -> bool:
-        """Whether the kernel is made for such activations, `[tokens, width]`."""
+        """Whether the kernel supports these activations, `[tokens, width]`."""
         tensors = [hidden] if residual is None else [hidden, residual]
         fits = hidden.shape[-1] <= WIDEST and hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
         return fits and all(tensor.stride(-1) == 1 and tensor.dtype == hidden.dtype for tensor in tensors)
 
     def act(self, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
-        """At a site whose activation is `hidden + residual`, `[tokens, width]` each: `hidden` takes the edit."""
+        """Edit the activation `hidden + residual`, `[tokens, width]` each, at a site, by changing `hidden` in place."""
         tokens, width = hidden.shape
         if not tokens:
             self._counts.count(site, 0)
@@ -177,7 +177,7 @@ class Fused:
 
 
 def constants(width: int, maps: Maps | None) -> dict[str, Any]:
-    """What a kernel is compiled for, but for which tensors it is given."""
+    """The compile-time constants of a kernel, except those that depend on which tensors are present."""
     common: dict[str, Any] = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "TINY": SHORTEST}
     if maps is None:
         nothing = ("SLOTS", "STEPS", "READS", "ROWS", "ROOM", "SIZE", "VECTORS")
@@ -200,17 +200,19 @@ def constants(width: int, maps: Maps | None) -> dict[str, Any]:
     }
 
 
-# ---- whether it does what torch's operators do ----------------------------------------------------------------
+# ---- comparison with torch's operators ------------------------------------------------------------------------
 
 NEAR = 1e-2
-"""How far the two may be apart, of how far torch's operators move an activation: more than matrix units round."""
+"""The tolerance, relative to how far torch's operators move an activation: more than the rounding of tensor cores."""
 
 
 def check_fused(rig: Rig) -> None:
-    """Run both on random banks of the rig's shapes, where it is. This compiles the kernel, before a graph is captured.
+    """Run the kernel and torch's operators on random banks of the rig's shapes, on its device.
+
+    This also compiles the kernel, before a graph is captured.
 
     Raises:
-        TrimtabError: They differ, or leave what doesn't act otherwise than bit for bit.
+        TrimtabError: They differ, or an activation that isn't steered changes.
     """
     kinds = {(site.kind, width, _has(rig, site)): site for site, width in rig.sites.items()}
     for site in kinds.values():
@@ -228,7 +230,7 @@ def check_fused(rig: Rig) -> None:
         apart = (actual - wanted).float().norm(dim=-1)
         rounded = torch.finfo(rig.dtype).eps * wanted.float().norm(dim=-1)
         idle = moved == 0
-        near = bool((apart <= NEAR * moved + rounded).all())  # which NaN isn't
+        near = bool((apart <= NEAR * moved + rounded).all())  # false for NaN
         if not near or not torch.equal(actual[idle], hidden[idle]):
             raise TrimtabError(
                 f"at {site} it differs from torch's operators by {float((apart / rounded).max()):.3g} eps"
@@ -242,7 +244,7 @@ def _has(rig: Rig, site: Site) -> tuple[bool, bool]:
 
 
 def _random(rig: Rig, site: Site) -> Rig:
-    """A rig like this one of one site, with random banks, the same at each call."""
+    """A rig like this one with a single site and random banks, the same in each call."""
     generator = torch.Generator().manual_seed(0)
     rows, mapped = _has(rig, site)
     width, tokens = rig.sites[site], 16
@@ -255,7 +257,7 @@ def _random(rig: Rig, site: Site) -> Rig:
         vectors[:, :, 1:] = (torch.randn(vectors[:, :, 1:].shape, generator=generator) / width**0.5).to(rig.device)
         drawn = torch.rand(numbers[:, 1:].shape, generator=generator)
         reads, rows_of = numbers.shape[-1] - TAIL - 3 * (rig.capacity.rank + 1), rig.capacity.rank + 1
-        drawn[..., reads + rows_of : reads + 2 * rows_of] -= 1  # what is low is below what is high
+        drawn[..., reads + rows_of : reads + 2 * rows_of] -= 1  # makes `low` smaller than `high`
         tail = drawn[..., -TAIL:]
         tail[..., 0] = torch.where(tail[..., 0] < 0.5, -torch.inf, tail[..., 0] - 0.5)
         tail[..., 2:] = torch.where(tail[..., 2:] < 0.5, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Which model an engine has, as it stands in a steering's card. The weights are looked at where they are."""
+"""The identity of an engine's model, as recorded in a steering's card, from the weights that the workers hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trimtab.text.chat import template_digest
 
 
 def identify(engine: Any, name: str | None = None) -> Rpc:
-    """The `ModelId` of an engine's model: as `LM.identity`, from the rows of the embeddings that each worker has."""
+    """The `ModelId` of an engine's model, equal to `LM.identity`, from the embedding rows that each worker has."""
     config = engine.vllm_config.model_config
     text = config.hf_text_config
     family, shape = str(text.model_type), [text.vocab_size, text.hidden_size]

@@ -1,4 +1,4 @@
-"""`LM` on vLLM: the same prompts, steerings and answers, in an engine of its own processes."""
+"""`LM` on vLLM: the same prompts, steerings and answers, with the model in vLLM's own processes."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from trimtab.text.templates import with_keywords
 
 
 class EngineDied(TrimtabError, RuntimeError):
-    """The engine's processes are gone, a worker with them; load it again."""
+    """The engine's processes have died, or one of its workers has; load it again."""
 
 
 class VllmLM(LanguageModel):
-    """A model in a vLLM engine that this process starts, steered request by request.
+    """A model in a vLLM engine that this process starts, steered per request.
 
-    `LM.load(name, engine="vllm", …)` makes one. What `trimtab.LM` can do and this can't raises `UnsupportedError`. The
-    engine makes batches by itself, so `batch_size` does nothing.
+    Created by `LM.load(name, engine="vllm", …)`. What `trimtab.LM` supports and this doesn't raises `UnsupportedError`.
+    The engine makes its own batches, so `batch_size` has no effect.
     """
 
     engine = "vllm"
@@ -84,13 +84,18 @@ class VllmLM(LanguageModel):
     ) -> VllmLM:
         """Start an engine for a Hub id, a folder or, without a name, SmolLM2-135M-Instruct.
 
-        `template` is as for `LM`. With `replicas` so many engines start on the machines of a Ray cluster, each with the
-        whole model, and requests are spread over them. `options` are vLLM's engine arguments
-        (`tensor_parallel_size`, `dtype`, `enforce_eager` …), under its names. Raises `TrimtabError` where vLLM isn't
-        there, is of another version, or its workers can't steer.
+        On a CPU the KV cache gets a quarter of the available memory, unless `kv_cache_memory_bytes`,
+        `gpu_memory_utilization` or `$VLLM_CPU_KVCACHE_SPACE` is set.
 
-        On a CPU the KV cache gets a quarter of the memory that is available, unless `kv_cache_memory_bytes`,
-        `gpu_memory_utilization` or `$VLLM_CPU_KVCACHE_SPACE` say otherwise.
+        Args:
+            name: A Hub id or a folder.
+            template: As for `LM`.
+            replicas: Start this many engines on the machines of a Ray cluster, each with the whole model, and spread
+                the requests over them.
+            options: vLLM's engine arguments (`tensor_parallel_size`, `dtype`, `enforce_eager` …), under vLLM's names.
+
+        Raises:
+            TrimtabError: vLLM isn't installed, its version isn't supported, or its workers can't steer.
         """
         check_version()
         for option, instead in (("device", "vLLM takes the device that it was built for"), ("layers", "it finds them")):
@@ -104,7 +109,7 @@ class VllmLM(LanguageModel):
             from trimtab.engines.vllm.replicated import ReplicatedLM
 
             return ReplicatedLM.start(name, replicas, template=template, **options)
-        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what vLLM keeps of it can't be loaded again on a CPU
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # vLLM's saved compiled model can't be loaded on a CPU
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -127,21 +132,21 @@ class VllmLM(LanguageModel):
         core = self._engine.engine_core
         core.shutdown()
 
-    # ---- who this is -------------------------------------------------------------------------------------
+    # ---- identity ----------------------------------------------------------------------------------------
 
     @property
     def runs_in(self) -> dict[str, str]:
-        """The `dtype` in which the model computes, and the kind of `device`."""
+        """The `dtype` that the model computes in, and the kind of `device`."""
         return {"dtype": str(self._link.dtype), "device": str(self._engine.vllm_config.device_config.device_type)}
 
     @cached_property
     def identity(self) -> ModelId:
-        """As `LM.identity`; the weights are looked at where they are, in the workers."""
+        """Equal to `LM.identity`; the fingerprint is computed from the weights in the workers."""
         with self._alive():
             return run(identify(self._engine, self.name), self._engine)
 
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
-        """Raises `TrimtabError` when the steering doesn't fit this model, or this engine can't run it."""
+        """Raises `TrimtabError` if the steering doesn't fit this model, or if this engine can't run it."""
         check_learned_on(steering, self.identity, transfer=transfer)
         self._link.check(steering)
         check_meanings(steering, self.tokenizer)
@@ -149,14 +154,14 @@ class VllmLM(LanguageModel):
     # ---- steerings by name -------------------------------------------------------------------------------
 
     def register(self, name: str, steering: Steering, *, transfer: bool = False) -> None:
-        """Let requests name this steering: new ones, from now on. One that had the name before is replaced."""
+        """Register a steering under a name that new requests can use, replacing any of the same name."""
         self.check(steering, transfer=transfer)
         NAMES.register(name, steering)
         self._send(steering)
         self._tidy()
 
     def unregister(self, name: str) -> None:
-        """Forget a name; requests that run keep their steering. Raises `TrimtabError` where there is none."""
+        """Remove a name; running requests keep their steering. Raises `TrimtabError` if it isn't registered."""
         NAMES.unregister(name)
         self._tidy()
 
@@ -166,17 +171,17 @@ class VllmLM(LanguageModel):
         return [NAMES[item] if isinstance(item, str) else item for item in one_each(steering, count, named=True)]
 
     def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
-        """Raises `TrimtabError` for options that vLLM hasn't; it has them under transformers' names."""
+        """Raises `TrimtabError` for options that vLLM doesn't have. Options have transformers' names."""
         sampling_of(decoding.max_new_tokens, decoding.logprobs, decoding.seed, decoding.options)
         return decoding
 
     def run(
         self, requests: Sequence[Request], decoding: Decoding, places: Sequence[int] | None = None
     ) -> list[list[Generation]]:
-        """The answers to requests that were checked, in their order. Their doses aren't measured.
+        """Answer checked requests, in order. Doses aren't measured.
 
-        Each is sampled by a seed of its own, which follows from `decoding.seed` and its place: in this list, or in a
-        longer one where `places` says so.
+        Each request is sampled with its own seed, which is derived from `decoding.seed` and its index: in this list, or
+        in a longer one if `places` has the indices.
         """
         resolved = self._resolved([request.steering for request in requests], [request.ids for request in requests])
         params = []
@@ -213,12 +218,12 @@ class VllmLM(LanguageModel):
         return next_tokens
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """As `LanguageModel` has it; in float32, as vLLM computes log-probabilities."""
+        """As in `LanguageModel`; in float32, as vLLM computes log-probabilities."""
         params = []
         for _ in texts:
             sampling = sampling_of(1, False, None, {})
             sampling.prompt_logprobs = 0
-            sampling.skip_reading_prefix_cache = True  # what a block holds isn't scored again
+            sampling.skip_reading_prefix_cache = True  # tokens in cached blocks wouldn't be scored
             params.append(sampling)
         nlls = []
         outputs = self._run([[*context, *answer] for context, answer in texts], params)
@@ -241,7 +246,7 @@ class VllmLM(LanguageModel):
         return resolve(steerings, [len(prompt) for prompt in prompts], read)
 
     def _parts(self, requests: Sequence[tuple[Edit, ...]]) -> list[Part | None]:
-        """What stands for each request's edits on its way, whose content the workers have been sent."""
+        """The parts that refer to each request's edits; their contents are sent to the workers."""
         parts = [self._send(Steering(_open(edits))) if edits else None for edits in requests]
         self._tidy()
         return parts
@@ -281,12 +286,12 @@ class VllmLM(LanguageModel):
         except RuntimeError as error:
             if MARK not in str(error):
                 raise
-            raise TrimtabError(str(error)) from error  # a worker's that the scheduler doesn't hear
+            raise TrimtabError(str(error)) from error  # from a worker whose receipts the scheduler doesn't receive
 
     # ---- activations -------------------------------------------------------------------------------------
 
     def check_sites(self, sites: Sequence[Site]) -> None:
-        """Raises `UnsupportedError` for all but the residual stream, and where captured graphs are replayed."""
+        """Raises `UnsupportedError` for sites that this engine can't read, and if it can't read activations at all."""
         check_readable(self._link, sites)
 
     def _read(
@@ -304,9 +309,9 @@ class VllmLM(LanguageModel):
     def _capture(
         self, texts: Sequence[Text], sites: Sequence[Site], parts: Sequence[Part | None] | None = None
     ) -> list[Mapping[Site, Any]]:
-        """These texts' activations `[positions, width]` at each site, under what each part stands for.
+        """The activations `[positions, width]` of these texts at each site, each text steered by its part.
 
-        Without parts, texts run as far as they are read.
+        Without parts, texts are only run up to the last position that is read.
         """
         if parts is None:
             texts = [Text(text.ids[: max(text.positions) + 1], text.positions) for text in texts]
@@ -316,14 +321,14 @@ class VllmLM(LanguageModel):
         return taken(self._rpc("trimtab_take", names), sites)
 
     def steered(self, *_: Any, **__: Any) -> Any:
-        """Not here: the model runs in processes of its own."""
+        """Not supported: the model runs in separate processes."""
         self.require("steered")
 
 
 def _open(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """Edits that act, without the gates that let them, so that what does the same is the same.
+    """Edits that act, without their open gates, so that edits with the same effect are equal.
 
-    A condition on each token stays, and stands in the gate, as in a file.
+    A condition on each token is kept, in the gate as in a file.
     """
     return tuple(unconditional(edit) if edit.gate.token_sites else replace(edit, gate=ALWAYS) for edit in edits)
 
@@ -344,7 +349,10 @@ def _answer(output: Any, choice: Any, edits: tuple[str, ...], prompt_tokens: int
 
 
 def _bar(progress: Any) -> Any:
-    """`progress(done, total)` as a kind of bar for vLLM to make: one over prompts to render, and one that counts."""
+    """`progress(done, total)` as a progress bar class for vLLM, which instantiates it twice.
+
+    One bar is for rendering the prompts, and one counts the requests.
+    """
     from tqdm import tqdm
 
     class Bar(tqdm):

@@ -1,11 +1,11 @@
-"""The maps of a captured graph: the same operators at each step, which read what stands in banks on the device.
+"""The maps of a captured graph: the same operators in each step, which read banks on the device.
 
-A bank holds the forms (see `forms`) of as many states as there are slots, at each site; a token has the number of its
-state's slot, and 0 for nothing. What a token's slot does to it is selected, never multiplied by zero: where a slot
-doesn't act, or a gate is shut, the activation stays as it is bit for bit, whatever stands in other slots.
+At each site, a bank holds the forms (see `forms`) of one state per slot; each token has the index of its state's slot,
+or 0 for none. The effect of a token's slot is selected, never multiplied by zero: where a slot doesn't act, or a gate
+is shut, the activation is unchanged bit for bit, regardless of the other slots.
 
-A pass of few tokens gathers each token's own map. In one of many, where that would be the larger copy, all tokens are
-multiplied by all maps, and each takes its own.
+In a pass with few tokens, each token's own map is gathered. In a pass with many tokens, where that would be the larger
+copy, all tokens are multiplied by all maps, and each selects its own result.
 """
 
 from __future__ import annotations
@@ -23,22 +23,28 @@ from trimtab.steering import Site
 from trimtab.steering.operations import SHORTEST
 
 TAIL = 5
-"""A slot's last numbers: a threshold (infinite where it doesn't act, minus infinity where it always does), the share of
-the norm that is kept, 1 for a threshold in norms, -1 where a projection's size counts and else 1, 1 for a negation."""
+"""A slot's last numbers, in order:
+
+- the threshold: infinity if the slot doesn't act, minus infinity if it always does
+- the share of the norm that is kept
+- 1 if the threshold is in norms
+- -1 if the absolute value of the projection counts, otherwise 1
+- 1 for a negated condition
+"""
 GATHERED = 3
-"""What gathering costs for a token (its map is read, written and read again), in what reading a slot's map does."""
+"""The cost of gathering a token's map (it is read, written and read again), in units of reading one slot's map."""
 
 
 class Maps:
     """Banks at some sites; `index` is `[tokens]`, each token's slot.
 
     Args:
-        capacity: What there is room for; its rank is that of each map.
-        sites: Where there are maps, and the width of the activations there.
-        slots: So many states, that of nothing among them.
-        tokens: A pass's, at most.
-        dtype: The model's; the maps compute in at least float32.
-        device: Where the model is.
+        capacity: What the maps can do; its rank is that of each map.
+        sites: The sites that have maps, with the width of the activations there.
+        slots: The number of states, including the empty one.
+        tokens: The maximum number of tokens per pass.
+        dtype: The model's dtype; the maps compute in at least float32.
+        device: The model's device.
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class Maps:
         self._reads = self._rows + capacity.gates
         shape = (len(sites), capacity.steps, slots)
         made: dict[str, Any] = {"dtype": self.dtype, "device": device}
-        vectors = self._reads + self._rows + capacity.scales  # what reads, what is written, and a scale less 1
+        vectors = self._reads + self._rows + capacity.scales  # rows that read, rows that write, and the scale minus 1
         self._vectors = [torch.zeros(capacity.steps, vectors, slots, width, **made) for width in sites.values()]
         self._numbers = torch.zeros(*shape, self._size, **made)
         self._numbers[..., -TAIL] = torch.inf
@@ -68,20 +74,20 @@ class Maps:
 
     @property
     def _size(self) -> int:
-        """Of a slot's numbers: a bias for each row that reads, three more for each that writes, and the last few."""
+        """The size of a slot: a bias for each row that reads, three numbers for each row that writes, and the tail."""
         return self._reads + 3 * self._rows + TAIL
 
-    # ---- what stands in a slot ---------------------------------------------------------------------------
+    # ---- the contents of a slot --------------------------------------------------------------------------
 
     def take(self, key: str, forms: Mapping[Site, Sequence[Form]]) -> None:
-        """One more user of a state, whose forms are written if they aren't there yet."""
+        """Add a user to a state. Its forms are written if they aren't in the banks yet."""
         slot, new = self.slots.take(key)
         if not new:
             return
         numbers = torch.zeros(len(self.sites), self.capacity.steps, self._size, dtype=self.dtype)
         numbers[..., -TAIL] = torch.inf
         for site, several in forms.items():
-            if site not in self.sites:  # another stage's
+            if site not in self.sites:  # on another pipeline stage
                 continue
             at = self.sites[site]
             for step, form in enumerate(several):
@@ -93,7 +99,7 @@ class Maps:
         self.slots.release(key)
 
     def _put(self, at: int, step: int, slot: int, form: Form) -> None:
-        """A form's matrices, filled up with zeros, which read and write nothing."""
+        """Write a form's matrices, padded with zeros, which have no effect."""
         rank, vectors = len(form.read), self._vectors[at][step, :, slot]
         every = torch.zeros(vectors.shape, dtype=self.dtype)
         read, write, excess = every.split([self._reads, self._rows, int(self.capacity.scales)])
@@ -111,7 +117,7 @@ class Maps:
         numbers = torch.zeros(self._size, dtype=torch.float64)
         bias, per_norm, low, high, tail = numbers.split([self._reads, rows, rows, rows, TAIL])
         bias[:rank], per_norm[:rank], low[:rank], high[:rank] = form.bias, form.per_norm, form.low, form.high
-        bias[rows - 1] = low[rows - 1] = high[rows - 1] = 1.0  # the vector's
+        bias[rows - 1] = low[rows - 1] = high[rows - 1] = 1.0  # for the vector
         gate = form.gate
         tail[:] = torch.tensor([-torch.inf, form.keep_norm, 0, 1, 0])
         if gate is not None:
@@ -127,7 +133,7 @@ class Maps:
     # ---- the operators -----------------------------------------------------------------------------------
 
     def act(self, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
-        """At a site whose activation is `hidden + residual`, `[tokens, width]` each: `hidden` takes the edit."""
+        """Edit the activation `hidden + residual`, `[tokens, width]` each, at a site, by changing `hidden` in place."""
         at, index = self.sites[site], self.index[: hidden.shape[0]]
         x = hidden.to(self.dtype)
         if residual is not None:
@@ -138,8 +144,10 @@ class Maps:
         hidden.add_(delta)
 
     def _delta(self, at: int, step: int, x: Tensor, index: Tensor) -> Tensor:
-        """What is added to each token's activation; `-0.0`, which leaves it bit for bit, where its slot doesn't
-        act."""
+        """What to add to each token's activation.
+
+        If its slot doesn't act, that is `-0.0`, which leaves the activation unchanged bit for bit.
+        """
         capacity, rows, reads = self.capacity, self._rows, self._reads
         numbers = self._numbers[at, step].index_select(0, index)
         bias, per_norm, low, high, tail = numbers.split([reads, rows, rows, rows, TAIL], dim=-1)
@@ -152,7 +160,7 @@ class Maps:
             z = _own(x @ vectors[:reads].flatten(0, 1).T, reads, index) + bias
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) if capacity.norms else None
         threshold, share, by_norm, mirror, negated = tail.split(1, dim=-1)
-        if capacity.gates:  # x.v or its size, against a threshold, which may be in norms of x
+        if capacity.gates:  # compare x.v or |x.v| with a threshold, which may be in norms of x
             value, least = z[:, rows:], threshold
             if length is not None:
                 least = threshold * torch.lerp(self._unit, length, by_norm)
@@ -177,20 +185,19 @@ class Maps:
 
 
 def _own(every: Tensor, rows: int, index: Tensor) -> Tensor:
-    """Of what all maps read in each token, `[tokens, rows * slots]`, that of the token's own: `[tokens, rows]`."""
+    """Of the readings of all maps, `[tokens, rows * slots]`, those of each token's own map, `[tokens, rows]`."""
     each = every.view(len(index), rows, -1)
     return each.gather(2, index[:, None, None].expand(-1, rows, 1))[..., 0]
 
 
 def _placed(z: Tensor, slots: int, index: Tensor) -> Tensor:
-    """What each token's own map writes of, `[tokens, rows]`, where that map stands, `[tokens, rows * slots]`."""
+    """Scatter what each token's own map writes, `[tokens, rows]`, to that map's columns, `[tokens, rows * slots]`."""
     each = z.new_zeros(*z.shape, slots)
     return each.scatter_(2, index[:, None, None].expand(-1, z.shape[1], 1), z[..., None]).flatten(1)
 
 
 def _kept(x: Tensor, delta: Tensor, length: Tensor, share: Tensor) -> Tensor:
-    """What is added so that x's norm, `length`, is kept by this share. At 0 it is `delta`, bit for
-    bit."""
+    """`delta`, adjusted so that x's norm, `length`, is kept by this share. At 0 it is `delta` bit for bit."""
     norm = torch.linalg.vector_norm(x + delta, dim=-1, keepdim=True)
     factor = torch.lerp(norm, length, share) / norm.clamp_min(SHORTEST)
     return torch.addcmul(delta * factor, x, factor - 1)

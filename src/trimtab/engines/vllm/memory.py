@@ -1,6 +1,7 @@
-"""How much memory a KV cache gets on a CPU, where the machine's memory is not the model's alone.
+"""The size of the KV cache on a CPU, where other processes need the machine's memory too.
 
-Left alone vLLM takes 92 % of it, as of a GPU's: a model of 135 million parameters then makes a machine of 24 GiB swap.
+By default vLLM takes 92 % of it, as on a GPU. With a model of 135 million parameters, a machine with 24 GiB of memory
+then swaps.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 SPACE = "VLLM_CPU_KVCACHE_SPACE"
-"""vLLM's variable for it, in GiB; where it is set, it outdoes vLLM's options."""
+"""vLLM's environment variable for the size, in GiB; it overrides vLLM's options."""
 OPTIONS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "device_memory_utilization")
 SHARE = 4
-"""One part in so many of what is available."""
+"""The KV cache gets this fraction, 1 / `SHARE`, of the available memory."""
 GIB = 2**30
 
 
 def available_memory() -> int:
-    """The bytes that processes can have without swapping."""
+    """The number of bytes that processes can allocate without swapping."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -28,12 +29,12 @@ def available_memory() -> int:
 
 
 def cpu_options(options: Mapping[str, Any], environment: Mapping[str, str], engines: int = 1) -> dict[str, Any]:
-    """What an engine on a CPU gets besides: the KV cache of each worker, unless it is set already.
+    """Additional options for an engine on a CPU: the size of each worker's KV cache, unless it is already set.
 
     Args:
-        options: vLLM's engine arguments, as they are given.
-        environment: This process's.
-        engines: So many engines share the machine's memory.
+        options: The given engine arguments of vLLM.
+        environment: This process's environment variables.
+        engines: The number of engines that share the machine's memory.
     """
     if environment.get(SPACE) or any(options.get(name) is not None for name in OPTIONS):
         return {}
@@ -45,7 +46,7 @@ def cpu_options(options: Mapping[str, Any], environment: Mapping[str, str], engi
 
 
 def cpu_space(more: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """Likewise as a variable, which does nothing on a GPU, for a server with these options of vLLM's command line."""
+    """The same as an environment variable, for a server with these options of vLLM's; it has no effect on a GPU."""
     names = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in more}
     if environment.get(SPACE) or names & set(OPTIONS):
         return {}

@@ -1,7 +1,7 @@
-"""Engines as Ray's actors, each a whole one in one process, on whatever machine of the cluster Ray starts it.
+"""Engines as Ray actors: each is a complete engine in one process, on any machine of the cluster.
 
-The engine runs in the actor's own process. So an actor that is killed takes its engine with it, and leaves no process
-that holds a GPU or memory.
+The engine runs in the actor's own process. If an actor is killed, its engine dies with it, and no process is left that
+holds a GPU or memory.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import ModelId, Site, Steering
 
 PASSED_ON = ("TRIMTAB_", "VLLM_")
-"""Variables of this process that begin so are those of every engine, on other machines too."""
+"""Environment variables with these prefixes are passed on to every engine, including those on other machines."""
 SPREAD = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 STARTS = 3
-"""So often a cluster is started on this machine: Ray gives it 30 seconds, which aren't enough for a busy one."""
+"""How often starting a cluster on this machine is tried: Ray allows 30 seconds, which a busy machine can exceed."""
 PATIENCE = 60.0
-"""Seconds after which the cluster is queried again whether there is room, while no engine runs."""
+"""While no call returns, the cluster is checked at this interval, in seconds, for room for at least one engine."""
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What an engine is, for whoever asks it things; the same for all engines of a model but for `process`."""
+    """The description of an engine for its callers; the same for all engines of a model, except for `process`."""
 
     name: str
     identity: ModelId
@@ -45,7 +45,7 @@ class Hello:
     process: str
 
     def check_same(self, other: Hello) -> None:
-        """Raises `TrimtabError` where another engine's model isn't this one's."""
+        """Raises `TrimtabError` if another engine has a different model."""
         for what in ("identity", "runs_in", "layout"):
             here, there = getattr(self, what), getattr(other, what)
             if here != there:
@@ -57,13 +57,13 @@ class Hello:
 
 @dataclass(frozen=True)
 class Refused:
-    """Instead of an answer: the error of ours that an engine raised. Ray would wrap it in a text of its own."""
+    """Returned instead of a result: the `TrimtabError` that an engine raised, which Ray would wrap in its own text."""
 
     error: TrimtabError
 
 
 class Replica:
-    """What an actor does: it loads an engine when it is greeted, and then runs the calls that it gets."""
+    """The actor: it loads an engine when `hello` is called, and then runs the calls that it receives."""
 
     def __init__(self, model: str | None, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         os.environ.update({**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
@@ -71,7 +71,7 @@ class Replica:
         self.lm: Any = None
 
     def ask(self, method: str, arguments: Sequence[Any]) -> Any:
-        """What comes of a method; `Refused` where it raises an error of trimtab's."""
+        """The result of a method; `Refused` if it raises a `TrimtabError`."""
         try:
             return getattr(self, method)(*arguments)
         except TrimtabError as error:
@@ -103,11 +103,14 @@ class Replica:
 
 
 class RayCluster:
-    """The cluster that this process is connected to, or that `$RAY_ADDRESS` names or `ray start` made on this machine;
-    otherwise one is started here. It ends with this process."""
+    """The Ray cluster that the engines run on.
+
+    It is the cluster that this process is connected to, or that `$RAY_ADDRESS` names or `ray start` created on this
+    machine; otherwise one is started here, which ends with this process.
+    """
 
     def __init__(self, model: str | None, count: int, options: Mapping[str, Any]) -> None:
-        """Nothing is started yet. Raises `TrimtabError` for what can't be had."""
+        """Store the options, without starting anything. Raises `TrimtabError` for ones that aren't supported."""
         check_version()
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise TrimtabError(f"the number of replicas is a whole number from 1 up, got {count!r}")
@@ -123,14 +126,17 @@ class RayCluster:
         self.count = count
         self.options = dict(options)
         self.started = 0
-        self.gpus: int | None = None  # how many an engine takes, once the cluster is known
+        self.gpus: int | None = None  # per engine, once the cluster is known
 
     def connect(self) -> None:
-        """Connect to the cluster, or start one. Raises `TrimtabError` where it can't, or hasn't room for all engines.
+        """Connect to the cluster, or start one.
 
-        Without GPUs an engine takes a core, and so many on one machine share its memory.
+        Without GPUs, an engine takes one core, and engines on one machine share its memory.
+
+        Raises:
+            TrimtabError: There is no cluster and none can be started, or it doesn't have room for all engines.
         """
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody requested reports on the use
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports unless the user enables them
         import ray
 
         for left in reversed(range(STARTS if not ray.is_initialized() else 0)):
@@ -138,19 +144,19 @@ class RayCluster:
                 ray.init(log_to_driver=False, logging_level="ERROR")
                 silence()
                 break
-            except Exception as error:  # a bare one where a cluster didn't start in time
+            except Exception as error:  # a plain `Exception` if a cluster doesn't start in time
                 ray.shutdown()
                 if not left or isinstance(error, ConnectionError):
                     raise TrimtabError(f"Ray can't be had: {_line(error)}") from error
         self.gpus = check_room(ray.cluster_resources(), self.count)
 
     def options_of(self, number: int) -> dict[str, Any]:
-        """What an engine is loaded with; its own seed, or all would draw the same samples for unseeded requests."""
+        """An engine's options. Seeds differ, or all engines would draw the same samples for unseeded requests."""
         options = self.options | {"seed": seed_at(self.options.get("seed") or 0, number) % 2**31}
         return options if self.gpus else options | cpu_options(options, os.environ, self.count)
 
     def start(self) -> Any:
-        """An actor without its engine yet."""
+        """An actor that hasn't loaded its engine yet."""
         import ray
 
         if self.gpus is None:
@@ -174,7 +180,7 @@ class RayCluster:
             check_room(ray.cluster_resources(), 1)
 
     def take(self, answer: Any) -> Any:
-        """Raises `LostEngine` for an engine that is gone, and `TrimtabError` for what it refused or failed with."""
+        """Raises `LostEngine` if the engine is gone, and `TrimtabError` if it refused the call or failed."""
         import ray
 
         from trimtab.engines.vllm.lm import EngineDied
@@ -200,16 +206,16 @@ class RayCluster:
 
 
 def silence() -> None:
-    """No pages of Ray's on standard output, where results go, when an actor dies: it is said in our own words."""
+    """Keep Ray's messages about dead actors off standard output, which is for results; trimtab reports them itself."""
     from ray._private import worker
 
     worker._worker_logs_enabled = False
 
 
 def check_room(resources: Mapping[str, float], count: int) -> int:
-    """How many GPUs an engine takes, of a cluster with these resources in all.
+    """The number of GPUs per engine, for a cluster with these total resources.
 
-    Raises `TrimtabError` where it hasn't room for so many engines, for which Ray would wait for ever.
+    Raises `TrimtabError` if there isn't room for `count` engines; Ray would wait forever for it.
     """
     what = "GPU" if resources.get("GPU") else "CPU"
     if resources.get(what, 0) < count:
@@ -220,7 +226,7 @@ def check_room(resources: Mapping[str, float], count: int) -> int:
 
 
 def lost(error: Exception) -> str:
-    """Why an engine is gone, from what Ray raises: by its class, since its texts are pages."""
+    """Why an engine is gone, by the class of Ray's exception, since its messages are pages long."""
     words = {
         "OutOfMemoryError": "its machine ran out of memory, and Ray ended it",
         "ActorUnavailableError": "its machine can't be reached",

@@ -1,6 +1,6 @@
-"""The operator that stands in the model's graph at each site. What it does is decided anew at each step.
+"""The operator in the model's graph at each site. Its effect is determined in each step.
 
-To the compiler it is opaque: a Python hook, in contrast, would be traced once, and be frozen as it was then.
+It is opaque to the compiler. A Python hook, in contrast, would be traced once and never change afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trimtab.engines.vllm.rig import Rig
 
 RIGS: list[Rig] = []
-"""This process's engines' rigs; the operator gets a rig's number."""
+"""The rigs of the engines in this process; the operator receives a rig's index."""
 
 _library = torch.library.Library("trimtab", "FRAGMENT")
 
@@ -30,21 +30,21 @@ def _steer_fake(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
 
 
 SITES = 1 << 16
-"""More than any model has."""
+"""More sites than any model has."""
 
 
 def place_of(rig: int, number: int) -> Tensor:
-    """What tells the operator at which site of which rig it stands.
+    """The location of an operator, that is, its rig and site, as a tensor on the CPU.
 
-    It is a tensor, on the CPU, and so an input of the graph and no constant in it: alike blocks are compiled once.
+    Since it is a tensor, it is an input of the graph and not a constant, so identical blocks are compiled once.
     """
     return torch.tensor(rig * SITES + number)
 
 
 def define() -> None:
-    """Make `torch.ops.trimtab.steer(hidden, residual, place)` known, once a process.
+    """Define `torch.ops.trimtab.steer(hidden, residual, place)`, once per process.
 
-    `hidden` and `residual` are `[tokens, width]`; the activation is their sum, and `hidden` takes the edit.
+    `hidden` and `residual` are `[tokens, width]`; the activation is their sum, and `hidden` is edited in place.
     """
     if hasattr(torch.ops.trimtab, "steer"):
         return

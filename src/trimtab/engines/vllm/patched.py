@@ -1,7 +1,7 @@
-"""vLLM's front-end classes with the plugin's part in them: what requests ask for is resolved before they are taken.
+"""Patches for vLLM's front-end classes, which resolve the steering of requests before they are accepted.
 
-And what the core says of them is heard: why a request was ended that wasn't steered as planned, and how hard those with
-a cap of dose were pushed.
+They also process the core's reports: why a request that wasn't steered as planned was ended, and the doses of requests
+with a cap.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from trimtab.engines.vllm.wire import RESOLVED, wire_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.text.spans import Span
 
-FAILURES = "_trimtab_failures"  # the reasons of an engine's requests that have failed, until they are raised
+FAILURES = "_trimtab_failures"  # attribute of an engine: reasons of failed requests, until one is raised
 
 
 def failed_because(output: Any) -> str | None:
-    """Why a request was ended that was to be steered and wasn't."""
+    """Why a request that should have been steered and wasn't was ended, or `None`."""
     for choice in output.outputs if output.finished and hasattr(output.outputs, "__iter__") else ():
         if choice.finish_reason == "error" and str(choice.stop_reason).startswith(MARK):
             return str(choice.stop_reason)
@@ -31,7 +31,7 @@ def failed_because(output: Any) -> str | None:
 
 
 def _is_delta(args: Any, kwargs: Any) -> bool:
-    """Whether what `generate` was called with asks for what is new each time."""
+    """Whether `generate` was called with parameters for which each output has only the new tokens."""
     params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
     return getattr(getattr(params, "output_kind", None), "name", "") == "DELTA"
 
@@ -43,11 +43,11 @@ def patch_engines(
     refusal: Callable[[str], Exception] = TrimtabError,
     failure: Callable[[str], Exception] = TrimtabError,
 ) -> None:
-    """Let vLLM's `LLMEngine` and `AsyncLLM` resolve what requests ask for before they are taken.
+    """Make vLLM's `LLMEngine` and `AsyncLLM` resolve the steering of requests before they accept them.
 
-    And let them raise for requests that weren't steered as planned, which the scheduler has ended with an error.
-    A server takes any error for one of its own but for vLLM's `refusal`, which it answers with a reason; `failure` is
-    one that it answers so while it generates.
+    They also raise for requests that weren't steered as planned, which the scheduler has ended with an error. vLLM's
+    server reports any exception as an internal error, except `refusal`, for which it returns the reason to the client;
+    `failure` is the equivalent while it generates.
     """
     step, generate = sync.step, asynchronous.generate
     add_sync, add_async = sync.add_request, asynchronous.add_request
@@ -72,7 +72,7 @@ def patch_engines(
             raise refusal(str(error)) from error
 
     def step_and_tell(self: Any) -> Any:
-        """Of several requests each goes on to its end; then the first that wasn't steered is raised."""
+        """Run all requests to their end; then raise for the first one that wasn't steered."""
         outputs = step(self)
         failures = self.__dict__.setdefault(FAILURES, [])
         failures += filter(None, map(failed_because, outputs))
@@ -99,7 +99,7 @@ def patch_engines(
 
 
 def _marked(params: Any, ticket: Ticket | None) -> emphasized.Marked | None:
-    """What is to be emphasized. Raises `TrimtabError` for what isn't understood."""
+    """What to emphasize, or `None`. Raises `TrimtabError` if it can't be parsed."""
     if ticket is not None and ticket.marked is not None:
         return ticket.marked
     wanted = (getattr(params, "extra_args", None) or {}).get(emphasized.EMPHASIZED)
@@ -107,13 +107,13 @@ def _marked(params: Any, ticket: Ticket | None) -> emphasized.Marked | None:
 
 
 def _spans(engine: Any, prompt: Any, params: Any, ticket: Ticket | None = None) -> tuple[Span, ...]:
-    """Where it stands in the prompt. Raises `TrimtabError` where it doesn't."""
+    """The spans to emphasize in the prompt. Raises `TrimtabError` if a phrase isn't in it."""
     wanted = _marked(params, ticket)
     return () if wanted is None else emphasized.find(engine, prompt, wanted)
 
 
 def patch_outputs(processor: Any) -> None:
-    """Let vLLM's `OutputProcessor` tell tickets the doses that come with the core's outputs."""
+    """Make vLLM's `OutputProcessor` pass the doses in the core's outputs to the tickets."""
     add, process = processor.add_request, processor.process_outputs
 
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +139,7 @@ def patch_outputs(processor: Any) -> None:
 
 
 def patch_inputs(processor: Any) -> None:
-    """Let vLLM's `InputProcessor` say over which tokens of a request which steering acts."""
+    """Make vLLM's `InputProcessor` compute over which of a request's tokens each steering acts."""
     original = processor.process_inputs
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:

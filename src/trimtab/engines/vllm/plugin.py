@@ -1,7 +1,7 @@
-"""The entry point of vLLM's plugins: it puts trimtab's parts into vLLM's classes, in every process, and once.
+"""The entry point for vLLM plugins: it patches vLLM's classes, once in every process.
 
-vLLM logs a plugin that fails and goes on without it. So nothing here is trusted to have worked: whoever asks for
-steering first asks every worker (see `frontend.connect`).
+If a plugin fails, vLLM logs that and continues without it. So the front end doesn't trust that this has worked: before
+the first steered request, it asks every worker (see `frontend.connect`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _registered = False
 
 
 def register() -> None:
-    """Raises `UnsupportedError` for a version of vLLM that this engine isn't made for."""
+    """Patch vLLM's classes. Raises `UnsupportedError` for a version of vLLM that this engine doesn't support."""
     global _registered
     if _registered:
         return
@@ -44,7 +44,7 @@ def register() -> None:
 
     def started(arguments: EngineArgs) -> tuple[Capacity, frozenset[str]]:
         NAMES.load_environment()
-        if isinstance(arguments, AsyncEngineArgs):  # a server's, or whoever answers requests as they come
+        if isinstance(arguments, AsyncEngineArgs):  # a server, or another user of the asynchronous engine
             patch_server()
         return NAMES.capacity(), NAMES.sites()
 

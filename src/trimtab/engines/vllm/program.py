@@ -1,7 +1,7 @@
-"""A request's steering as a program: over which of its tokens it is in which state, and what a state does.
+"""A request's steering as a program: which of its tokens are in which state, and what each state does.
 
-Positions are absolute, so that a program is the same however its prompt is cut into chunks, and however often the
-request is preempted and resumed.
+Positions are absolute, so a program doesn't depend on how the prompt is split into chunks, or on how often the request
+is preempted and resumed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trimtab.steering.operations import add
 
 @dataclass(frozen=True)
 class Identified:
-    """An edit, and a name that is the same exactly for edits of the same content and strength."""
+    """An edit, with a name that is equal exactly for edits of equal content and strength."""
 
     name: str
     edit: Edit
@@ -31,20 +31,20 @@ class Identified:
 
 @dataclass(frozen=True)
 class State:
-    """What acts on a token: these edits, in order. States of the same `key` are the same."""
+    """The edits that act on a token, in order. States with the same `key` are equal."""
 
     key: str
     edits: tuple[Edit, ...] = field(compare=False)
 
     @cached_property
     def slots(self) -> dict[Site, list[Slot]]:
-        """By site."""
+        """The slots by site."""
         edits = tuple(conditional(edit) for edit in self.edits)
         return {site: slots_at(edits, site) for site in sorted({edit.site for edit in edits})}
 
     @cached_property
     def added(self) -> dict[Site, Slot]:
-        """The blocks behind which it only adds."""
+        """The blocks after which the state only adds."""
         return {
             site: slots[0]
             for site, slots in self.slots.items()
@@ -58,28 +58,28 @@ class State:
 
     @cached_property
     def pushed(self) -> frozenset[Site]:
-        """Where it pushes activations: all its sites but those of keys that are merely scaled."""
+        """The sites at which the state changes activations, except those where it only scales keys."""
         return frozenset(edit.site for edit in self.edits if not isinstance(edit.operation, ScaleKeys))
 
     @property
     def banked(self) -> bool:
-        """Whether it adds anywhere, and so needs a slot of the bank."""
+        """Whether the state adds anywhere, and therefore needs a slot of the bank."""
         return bool(self.added)
 
     @property
     def mapped(self) -> bool:
-        """Whether it does more than add anywhere, and so needs a slot of the maps of captured graphs."""
+        """Whether the state does more than add anywhere, and therefore needs a slot of the maps of captured graphs."""
         return bool(self.staged)
 
     def row(self, site: Site, dtype: torch.dtype) -> Tensor:
-        """What it adds after a block: `[width]`. Raises `TrimtabError` for numbers that the dtype can't hold."""
+        """The vector that the state adds after a block, `[width]`. Raises `TrimtabError` if it overflows the dtype."""
         slot = self.added[site]
         return as_rows(call_of(slot)[1], dtype, slot)["vector"]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """From token `start` to `stop` (`None`: the end) a request is in this state."""
+    """A request is in this state from token `start` to `stop` (`None`: the end)."""
 
     start: int
     stop: int | None
@@ -89,10 +89,11 @@ class Segment:
 def compile_program(
     edits: Sequence[Identified], prompt_length: int, holding: Collection[Meaning] | None = None
 ) -> tuple[Segment, ...]:
-    """The segments, in order; between them nothing acts. Raises `TrimtabError` for a span that reaches past the prompt.
+    """The segments, in order; between them nothing acts.
 
-    What is next to each other and the same is one segment. With positions by meaning they are right for the prompt, and
-    for a generated token of which the meanings of `holding` hold; without these it raises.
+    Adjacent segments with the same state are merged. With positions by meaning, the segments are valid for the prompt,
+    and for a generated token to which the meanings of `holding` apply; without `holding` this raises. Raises
+    `TrimtabError` for a span that reaches past the prompt.
     """
     plain = tuple(identified.edit for identified in edits)
     segments: list[Segment] = []
@@ -109,14 +110,13 @@ def compile_program(
 
 @lru_cache(maxsize=512)
 def _kept(state: State) -> State:
-    """The state of this key that was made first, with what it has worked out since."""
+    """The first state that was made with this key, with its cached properties."""
     return state
 
 
 @lru_cache(maxsize=512)
 def check_range(state: State, dtype: torch.dtype) -> None:
-    """Raises `TrimtabError` where what a state adds can't be held in the model's dtype, or its edits don't go
-    together."""
+    """Raises `TrimtabError` if a state's additions overflow the model's dtype, or if its edits can't be combined."""
     for site in state.added:
         state.row(site, dtype)
     for slots in state.staged.values():
@@ -126,7 +126,7 @@ def check_range(state: State, dtype: torch.dtype) -> None:
 
 
 def runs(segments: Sequence[Segment], first: int, count: int) -> Iterator[tuple[int, State | None]]:
-    """Tokens `first` to `first + count` as stretches `(length, state)`, `None` where nothing acts."""
+    """Tokens `first` to `first + count` as ranges `(length, state)`; the state is `None` where nothing acts."""
     at, end = first, first + count
     for segment in segments:
         if segment.stop is not None and segment.stop <= at:
@@ -146,7 +146,7 @@ def runs(segments: Sequence[Segment], first: int, count: int) -> Iterator[tuple[
 
 
 def next_border(segments: Sequence[Segment], position: int) -> int | None:
-    """The first position from `position` on at which the state changes; `None`: it doesn't any more."""
+    """The first position at or after `position` at which the state changes; `None` if it doesn't change any more."""
     borders = (bound for s in segments for bound in (s.start, s.stop) if bound is not None and bound >= position)
     return min(borders, default=None)
 

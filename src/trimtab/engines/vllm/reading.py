@@ -1,4 +1,4 @@
-"""Activations read by an engine's workers: requests of one token, for which they keep the named activations."""
+"""Read activations through an engine's workers, with requests for one token that make the workers keep activations."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from trimtab.errors import UnsupportedError
 from trimtab.steering import Site
 
 AHEAD = 4
-"""The engine is given so many times the tokens that are to be read together: it makes batches of its own of them."""
+"""The engine is given this many times the tokens that should be read together, since it makes its own batches."""
 
 
 def check_readable(link: Link, sites: Sequence[Site]) -> None:
-    """Raises `UnsupportedError` for a site that an engine can't read, and for an engine that can't read."""
+    """Raises `UnsupportedError` for a site that the engine can't read, and for an engine that can't read at all."""
     if link.static and not link.capacity.reads:
         raise UnsupportedError(
             "this engine replays captured graphs, which keep no activations to be read (by gates, too); start it with"
@@ -39,7 +39,7 @@ def check_readable(link: Link, sites: Sequence[Site]) -> None:
 
 
 def batches(groups: Sequence[Sequence[Text]], tokens: int, ahead: int = AHEAD) -> Iterator[list[int]]:
-    """The groups by their numbers, shortest first, in batches of about `ahead` times so many tokens at a time."""
+    """The indices of the groups, shortest first, in batches of about `ahead * tokens` tokens."""
     sizes = [sum(len(text.ids) for text in group) for group in groups]
     chosen: list[int] = []
     for g in sorted(range(len(groups)), key=lambda g: (sizes[g], g)):
@@ -54,13 +54,13 @@ def batches(groups: Sequence[Sequence[Text]], tokens: int, ahead: int = AHEAD) -
 def params_of(
     texts: Sequence[Text], sites: Sequence[Site], parts: Sequence[Part | None]
 ) -> tuple[list[str], list[Any]]:
-    """The names of the readings, one for each text, and the sampling parameters of the requests that make them."""
+    """The ids of the readings, one per text, and the sampling parameters of the requests that perform them."""
     kept = tuple(sorted(set(sites)))
     names, params = [], []
     for text, part in zip(texts, parts, strict=True):
         reading = Reading(uuid.uuid4().hex, kept, tuple(text.positions))
         plain = sampling_of(1, False, None, {})
-        plain.skip_reading_prefix_cache = True  # what a block holds isn't computed again
+        plain.skip_reading_prefix_cache = True  # tokens in cached blocks wouldn't be computed
         plain.extra_args = {RESOLVED: Wire(() if part is None else (part,), reading).to_plain()}
         names.append(reading.id)
         params.append(plain)
@@ -68,7 +68,7 @@ def params_of(
 
 
 def taken(workers: Sequence[Sequence[Mapping[Any, Any]]], sites: Sequence[Site]) -> list[Mapping[Site, Tensor]]:
-    """For each reading `{site: [positions, width]}` in float32, from what each worker has kept of it."""
+    """For each reading `{site: [positions, width]}` in float32, from the parts that each worker has kept."""
     readings: list[Mapping[Site, Tensor]] = []
     for each in zip(*workers, strict=True):
         kept = {name: value for part in each for name, value in part.items()}

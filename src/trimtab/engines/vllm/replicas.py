@@ -1,6 +1,6 @@
-"""Work for several engines, any of which may be lost: in portions, with retries, and answers in the portions' order.
+"""Distribute work over several engines, any of which may fail: in portions, with retries and ordered results.
 
-Nothing here knows what starts an engine or what it runs. `on_ray` says how on a Ray cluster.
+Nothing here depends on how engines are started or what they run. `on_ray` implements it for a Ray cluster.
 """
 
 from __future__ import annotations
@@ -15,52 +15,52 @@ from typing import Any, Protocol
 from trimtab.errors import TrimtabError
 
 RETRIES = 3
-"""So often a portion is tried again whose engine was lost; so many engines in a row may be lost while they start."""
+"""How often a portion is retried after losing its engine, and how many engines in a row may be lost while starting."""
 AHEAD = 4
-"""So many portions for each engine are done ahead of the one that is wanted: what comes early is held in memory."""
+"""How many portions per engine are computed ahead of the next one to be returned; early results are kept in memory."""
 PORTION = 256
-"""Requests in a portion at most: as many as vLLM runs at a time by default."""
+"""The maximum number of requests per portion: as many as vLLM runs at a time by default."""
 
 Answer = Hashable
-"""What stands for an answer that is still to come."""
+"""A handle for a result that is still being computed."""
 
 
 class LostEngine(Exception):
-    """An engine is gone, and its call with it; the reason, in words."""
+    """An engine is gone, and its call with it. The message says why."""
 
 
 class LostEngineWarning(UserWarning):
-    """One of several engines was lost, and another takes its place."""
+    """One of several engines was lost, and is being replaced."""
 
 
 class Cluster(Protocol):
     """Where engines run."""
 
     def start(self) -> Any:
-        """A new engine, which may take minutes. Raises `TrimtabError` where it never could."""
+        """Start a new engine, which may take minutes. Raises `TrimtabError` if none can ever start."""
 
     def ask(self, engine: Any, method: str, arguments: Sequence[Any]) -> Answer:
-        """Have an engine run a call; it runs one at a time."""
+        """Start a call on an engine; an engine runs one at a time."""
 
     def wait(self, answers: Sequence[Answer]) -> Answer:
-        """The first of these that has come. Raises `TrimtabError` where none ever can."""
+        """Wait for the first of these results. Raises `TrimtabError` if none can ever arrive."""
 
     def take(self, answer: Answer) -> Any:
-        """An answer that has come. Raises `LostEngine`, and the `TrimtabError` that the engine refused with."""
+        """The value of a result that has arrived. Raises `LostEngine`, or the `TrimtabError` that the engine raised."""
 
     def stop(self, engine: Any) -> None:
-        """End an engine, at once, whatever it is doing; nothing where it is gone already."""
+        """Stop an engine immediately, whatever it is doing; no effect if it is already gone."""
 
 
 @dataclass(eq=False)
 class Deal:
-    """Portions of one piece of work: which wait for an engine, and what came of those that are done."""
+    """The portions of one piece of work: those that wait for an engine, and the results of those that are done."""
 
     method: str
     portions: Sequence[Sequence[Any]]
     came: Callable[[int], None] | None = None
-    following: int = 0  # the portion whose answer is wanted next
-    over: bool = False  # nobody wants answers any more
+    following: int = 0  # the next portion to be returned
+    over: bool = False  # no more results are needed
     refused: TrimtabError | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Deal:
             self.came(number)
 
     def lose(self, number: int, reason: str) -> None:
-        """A portion's engine is lost: it is tried again, unless that happened too often."""
+        """A portion's engine was lost: retry the portion, unless that has happened too often."""
         self.losses[number] += 1
         if self.losses[number] > RETRIES:
             self.refused = TrimtabError(
@@ -86,13 +86,13 @@ class Deal:
 
 @dataclass
 class Replicas:
-    """So many engines of one model, which start at the first call and run until `close`.
+    """Several engines of one model, which start with the first call and run until `close`.
 
     Args:
         cluster: Where they run.
-        count: How many there are; one that is lost is replaced.
-        check: Called with what each engine answers to `"hello"` once it has started; it raises for one that differs
-            from the others.
+        count: The number of engines; a lost engine is replaced.
+        check: Called with each engine's response to `"hello"` after it has started; raises if the engine differs from
+            the others.
     """
 
     cluster: Cluster
@@ -102,11 +102,11 @@ class Replicas:
     _idle: list[Any] = field(default_factory=list)
     _starting: dict[Answer, Any] = field(default_factory=dict)
     _busy: dict[Answer, tuple[Any, Deal, int]] = field(default_factory=dict)
-    _failed: int = 0  # engines lost while they started, since one did start
+    _failed: int = 0  # engines lost while starting, since the last successful start
     _reason: str = ""
 
     def open(self) -> None:
-        """Start the engines, and wait for the first. Raises `TrimtabError` where they can't be had."""
+        """Start the engines, and wait for the first. Raises `TrimtabError` if none starts."""
         try:
             while not self._idle and not self._busy:
                 self._fill()
@@ -116,7 +116,7 @@ class Replicas:
             raise
 
     def close(self) -> None:
-        """End all engines. The next call starts new ones."""
+        """Stop all engines. The next call starts new ones."""
         engines = [*self._idle, *self._starting.values(), *(engine for engine, _, _ in self._busy.values())]
         self._idle, self._starting, self._busy, self._failed = [], {}, {}, 0
         for engine in engines:
@@ -125,18 +125,17 @@ class Replicas:
     def deal(
         self, method: str, portions: Sequence[Sequence[Any]], came: Callable[[int], None] | None = None
     ) -> Iterator[Any]:
-        """Have the engines do all portions, and yield what comes of each in the portions' order.
+        """Run all portions on the engines, and yield each result in the portions' order.
 
-        Which engine does what depends on who is free. A portion whose engine is lost goes to the next one that is free.
+        Any free engine takes the next portion. If its engine is lost, the portion goes to the next free one.
 
         Args:
-            method: What engines run.
+            method: The method that engines run.
             portions: The arguments of each call.
-            came: Called with the number of each portion as its answer comes, in whatever order.
+            came: Called with the index of each portion when its result arrives, in any order.
 
         Raises:
-            TrimtabError: What an engine refused with; a portion that was lost with its engine `RETRIES` + 1 times; no
-                engine is left.
+            TrimtabError: An engine refused a call; a portion lost its engine `RETRIES` + 1 times; or no engine is left.
         """
         deal = Deal(method, portions, came)
         try:
@@ -156,18 +155,18 @@ class Replicas:
             deal.over = True
 
     def _fill(self) -> None:
-        """Start as many engines as are lacking. Raises `TrimtabError` where there are none and none will start."""
+        """Start the missing engines. Raises `TrimtabError` if there are none and none will start."""
         while len(self._idle) + len(self._busy) + len(self._starting) < self.count:
             if self._failed > RETRIES:
                 if self._idle or self._busy or self._starting:
-                    return  # those that run go on
+                    return  # the running ones continue
                 failed = self._failed
                 self.close()
                 raise TrimtabError(f"{failed} engines in a row were lost as they started; the last time {self._reason}")
             engine = self.cluster.start()
             self._starting[self.cluster.ask(engine, "hello", ())] = engine
 
-    # An interrupt may come between any two lines below, so an engine is on its new list before it leaves the old one.
+    # An interrupt may occur between any two lines below, so an engine is on its new list before it leaves the old one.
 
     def _hand_out(self, deal: Deal) -> None:
         while self._idle and deal.waiting and deal.waiting[0] < deal.following + AHEAD * self.count:
@@ -176,7 +175,7 @@ class Replicas:
             del self._idle[0]
 
     def _hear(self) -> None:
-        """Wait for an answer, and take it to whom it is for. Its engine is idle then; or it is gone."""
+        """Wait for a result and store it in its deal. The engine is then idle, or gone."""
         answer = self.cluster.wait([*self._busy, *self._starting])
         if answer in self._starting:
             self._hear_hello(answer)
@@ -220,7 +219,7 @@ class Replicas:
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Ends all engines where somebody interrupts, as Ctrl-C does: else they would go on for nobody."""
+        """Stop all engines on an interrupt such as Ctrl-C; otherwise they would keep running."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -229,9 +228,9 @@ class Replicas:
 
 
 def parted(count: int, replicas: int) -> list[range]:
-    """The places of so many requests in portions: at least one for each engine, where there are so many requests.
+    """Split the indices of `count` requests into portions: at least one per engine, if there are enough requests.
 
-    Places that follow each other go to different portions, so that a list that is sorted by length is spread evenly.
+    Neighboring indices go to different portions, so that a list sorted by length is spread evenly.
     """
     portions = min(count, replicas * -(-count // (replicas * PORTION)))
     return [range(first, count, portions) for first in range(portions)]

@@ -1,4 +1,4 @@
-"""`LM` on several vLLM engines that each have the whole model: requests are spread over them."""
+"""`LM` on several vLLM engines, each with the whole model: requests are spread over them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from trimtab.text.templates import with_keywords
 class ReplicatedLM(VllmLM):
     """A model in several vLLM engines, on the machines of a Ray cluster: `LM.load(name, engine="vllm", replicas=8)`.
 
-    It answers as `VllmLM` does, whichever engine answers what: requests are sampled by their own seeds, and what is
-    read together depends on the texts alone. An engine that is lost is replaced, and its call is repeated.
+    Answers are those of `VllmLM`, regardless of which engine computes them: each request is sampled with its own seed,
+    and what is read together depends only on the texts. A lost engine is replaced, and its call is repeated.
     """
 
     def __init__(self, cluster: Cluster, count: int, *, template: Template | None = None) -> None:
@@ -50,7 +50,7 @@ class ReplicatedLM(VllmLM):
     def start(
         cls, name: str | Path | None, replicas: int, *, template: Template | None = None, **options: Any
     ) -> ReplicatedLM:
-        """Start so many engines. Raises `TrimtabError` as `VllmLM.load` does, and where the cluster has no room."""
+        """Start the engines. Raises `TrimtabError` as `VllmLM.load` does, and if the cluster has no room."""
         cluster = RayCluster(None if name is None else str(name), replicas, options)
         cluster.connect()
         return cls(cluster, replicas, template=template)
@@ -69,16 +69,16 @@ class ReplicatedLM(VllmLM):
 
     @property
     def runs_in(self) -> dict[str, str]:
-        """The `dtype` in which the model computes, and the kind of `device`."""
+        """The `dtype` that the model computes in, and the kind of `device`."""
         return self._hello.runs_in
 
     @property
     def identity(self) -> ModelId:
-        """As `LM.identity`; each engine has looked at its weights, which are the same."""
+        """Equal to `LM.identity`; each engine has computed it from its weights, and all have the same."""
         return self._hello.identity
 
     def register(self, name: str, steering: Steering, *, transfer: bool = False) -> None:
-        """As `VllmLM.register`; the engines get a steering with the requests that name it."""
+        """Like `VllmLM.register`; the engines receive a steering with the requests that name it."""
         self.check(steering, transfer=transfer)
         NAMES.register(name, steering)
 
@@ -90,7 +90,7 @@ class ReplicatedLM(VllmLM):
     def run(
         self, requests: Sequence[Request], decoding: Decoding, places: Sequence[int] | None = None
     ) -> list[list[Generation]]:
-        """As `VllmLM.run`. `decoding.progress` is called as portions of the requests come back."""
+        """Like `VllmLM.run`. `decoding.progress` is called as portions of the requests are completed."""
         quiet = replace(decoding, progress=None)
         numbers = range(len(requests)) if places is None else places
         return self._spread(
@@ -116,7 +116,7 @@ class ReplicatedLM(VllmLM):
     def _spread(
         self, method: str, count: int, portion: Callable[[range], tuple[Any, ...]], progress: Any = None
     ) -> list[Any]:
-        """What comes of so many requests, in their order; `portion` has the arguments of those at some places."""
+        """The results of `count` requests, in order; `portion` returns a call's arguments for some of the requests."""
         parts = parted(count, self._replicas.count)
         done = 0
 
@@ -135,7 +135,7 @@ class ReplicatedLM(VllmLM):
     def _read(
         self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
     ) -> Iterator[Batch]:
-        """Batches depend on the texts alone, and come in one order, so that sums over them are the same to the bit."""
+        """Read in batches that depend only on the texts, in a fixed order, so that sums are equal bit for bit."""
         chosen = list(batches(groups, tokens, 1))
         portions = [([groups[g] for g in part], sites, steering) for part in chosen]
         for part, answer in zip(chosen, self._replicas.deal("read", portions), strict=True):

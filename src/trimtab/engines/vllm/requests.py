@@ -1,7 +1,7 @@
-"""What clients of vLLM's own server ask, in the shape that `trimtab serve` takes: `steering` as a field of its own.
+"""The request format of `trimtab serve` for vLLM's own server: `steering` and `emphasize` as fields of the request.
 
-vLLM takes any field and ignores those that it doesn't know. So the fields that this engine can't honour are refused
-here, and so is steering where vLLM would drop it.
+vLLM accepts any field and ignores unknown ones. So fields that this engine can't honor are refused here, and so is
+steering where vLLM would drop it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ WITH_REJECTION = (
 
 
 def patch_server() -> None:
-    """Let requests to vLLM's server, which this process has or may have, carry `steering` as a field."""
+    """Make requests to vLLM's server, if this process has one, accept `steering` as a field."""
     for module, name in PROTOCOLS.items():
         patch_request(getattr(import_module(module), name))
 
 
 def patch_request(request: Any) -> None:
-    """Let a kind of request put its fields `steering` and `emphasize` among the sampling parameters. A second time does
-    nothing."""
+    """Make a request class add its fields `steering` and `emphasize` to the sampling parameters.
+
+    Patching a class twice has no effect.
+    """
     if "_trimtab" in request.__dict__:
         return
     request._trimtab = True
@@ -62,7 +64,7 @@ def patch_request(request: Any) -> None:
 
 
 def _requested(request: Any) -> Any:
-    """The steering that a request asks for, in either place; what it can't have raises `TrimtabError`."""
+    """The steering that a request specifies, in either place. Raises `TrimtabError` for unsupported fields."""
     fields = request.model_extra or {}
     for name, why in REFUSED.items():
         if fields.get(name):
@@ -71,7 +73,7 @@ def _requested(request: Any) -> Any:
 
 
 def _heeded(request: Any) -> Marked | None:
-    """What a request emphasizes, in either place. Raises `TrimtabError` for what isn't understood or can't be had."""
+    """What a request emphasizes, in either place. Raises `TrimtabError` if it can't be parsed or isn't supported."""
     wanted = _in_either(request, EMPHASIZED)
     if not wanted:
         return None
@@ -83,7 +85,7 @@ def _heeded(request: Any) -> Marked | None:
 
 
 def _in_either(request: Any, name: str) -> Any:
-    """What stands in a field of the request's, or in its `vllm_xargs`."""
+    """The value of a field of the request, or of the same key in its `vllm_xargs`."""
     fields, beside = request.model_extra or {}, (request.vllm_xargs or {}).get(name)
     if beside and fields.get(name):
         raise TrimtabError(f"{name} is in the request and in its vllm_xargs; give it once")

@@ -1,8 +1,8 @@
-"""What a worker holds: the steerings it was given, its requests' programs, the bank, and what the next pass does.
+"""The state of a worker: the steerings that it has received, its requests' programs, the bank, and the next pass.
 
-`expect` comes with each step that vLLM takes, `begin` before its forward pass, with the requests and the stretch of
-tokens of each; the operator in the graph then calls `apply` at each site; `end` comes when the pass is done, and
-compares what was done with what was planned.
+`expect` is called with each of vLLM's steps. `begin` is called before its forward pass, with the requests and the range
+of tokens of each. The operator in the graph then calls `apply` at each site. `end` is called after the pass, and
+compares what was done with the plan.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trimtab.steering import Site, Steering
 
 
 class Chunks(NamedTuple):
-    """What a pass computes: of each of these requests, in this order, `counts` tokens from position `firsts` on."""
+    """What a pass computes: for each of these requests, in this order, `counts` tokens from position `firsts` on."""
 
     requests: Sequence[str]
     firsts: Sequence[int]
@@ -41,7 +41,7 @@ class Chunks(NamedTuple):
 
 
 class ReadRows(NamedTuple):
-    """What one reading takes of a pass: these of its rows, which are tokens at these positions, in order."""
+    """What one reading takes from a pass: these rows, which are the tokens at these positions, in order."""
 
     reading: str
     rows: list[int]
@@ -51,16 +51,16 @@ class ReadRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """What a request wants done, and read."""
+    """The plan for a request: what acts on it, and what is read."""
 
     segments: tuple[Segment, ...] = ()
     reading: Reading | None = None
     states: tuple[State, ...] = ()
-    turning: Turning | None = None  # where what acts depends on what is generated
+    turning: Turning | None = None  # if the steering depends on the generated text
 
     @cached_property
     def sites(self) -> frozenset[Site]:
-        """Where it needs the operator."""
+        """The sites at which the request needs the operator."""
         read = self.reading.sites if self.reading is not None else ()
         return frozenset(site for state in self.states for site in state.slots).union(read)
 
@@ -74,9 +74,9 @@ NOT_CALLED = f"{MARK}vLLM took a step in which the plugin wasn't asked to steer 
 class Rig:
     """The steering of one worker, for the sites that it has, with the width of each one's activation.
 
-    Where the device replays captured graphs (`static`), Python runs at capture alone. Then the operators at a site
-    are the same whatever acts: they read banks on the device, which are filled before a step, and can do what
-    `capacity` says. Passes of more tokens than are `captured` (`None`: all are) run in Python, and so as elsewhere.
+    If the device replays captured graphs (`static`), Python only runs at capture. The operators at a site are then
+    always the same: they read banks on the device, which are filled before each step, and they support what `capacity`
+    says. Passes with more tokens than `captured` (`None`: no limit) run in Python, as on other engines.
     """
 
     sites: Mapping[Site, int]
@@ -88,33 +88,31 @@ class Rig:
     maps: Maps | None = None
     captured: int | None = None
     shard: Shard = WHOLE
-    fused: Any = None  # a `Fused`, where the operators are one kernel
+    fused: Any = None  # a `Fused`, if the operators are one kernel
     steerings: dict[str, Steering] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
     readings: dict[str, dict[Site, list[tuple[list[int], Tensor]]]] = field(default_factory=dict)
     fired: set[Site] = field(default_factory=set)
     counts: GraphCounts | None = None
-    kept: dict[Site, Tensor] = field(default_factory=dict)  # what captured graphs keep to be read, `[tokens, width]`
-    tokenizer: Callable[[], Any] | None = None  # the model's, where it is needed
+    kept: dict[Site, Tensor] = field(default_factory=dict)  # activations that captured graphs keep, `[tokens, width]`
+    tokenizer: Callable[[], Any] | None = None  # the model's, loaded when needed
     doses: Doses = field(default_factory=Doses)
 
     _step: Step | None = None
     _reads: dict[Site, list[ReadRows]] = field(default_factory=dict)
     _staged: Staged = field(default_factory=lambda: Staged({}, {}))
     _last: Sequence[str] = ()
-    _lasts: int | None = None  # passes of one token each for which the step still holds; `None`: all
+    _lasts: int | None = None  # for how many one-token passes the step is still valid; `None`: all
     _adding: Filled | None = None  # the indices of captured graphs
     _mapping: Filled | None = None
-    _replays: bool = False  # whether this pass is one of captured graphs
+    _replays: bool = False  # whether this pass replays captured graphs
     _open: bool = False
-    _seen: dict[Site, int] = field(default_factory=dict)  # calls and tokens at each site, as `CALL` says
-    _due: Set[str] = frozenset()  # the requests with a program that vLLM's step is about
-    _here: Mapping[str, frozenset[Site]] = field(
-        default_factory=dict
-    )  # those that `begin` was called with, their sites
-    _needed: dict[Site, int] = field(default_factory=dict)  # on how many rows each site acts or reads
+    _seen: dict[Site, int] = field(default_factory=dict)  # calls and tokens at each site, encoded as in `CALL`
+    _due: Set[str] = frozenset()  # the requests of vLLM's step that have a program
+    _here: Mapping[str, frozenset[Site]] = field(default_factory=dict)  # the same for `begin`, with their sites
+    _needed: dict[Site, int] = field(default_factory=dict)  # the number of rows on which each site acts or is read
     _pass: Chunks = NO_CHUNKS
-    _next: dict[str, int] = field(default_factory=dict)  # where each request goes on, passes before the last counted
+    _next: dict[str, int] = field(default_factory=dict)  # each request's next position, not counting the last pass
     _faults: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,10 +127,10 @@ class Rig:
             made: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
             self.kept = {site: torch.zeros(rows, width, **made) for site, width in self.sites.items()}
 
-    # ---- what the worker gets to know --------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------------------
 
     def start(self, request: str, wire: Wire, ids: Sequence[int] | None = None) -> None:
-        """A request arrives, with these tokens. Raises `TrimtabError` for what the worker wasn't given."""
+        """Add a request, with its tokens. Raises `TrimtabError` if the worker doesn't have a steering that it needs."""
         if request in self.programs:
             self.resume([request])
             return
@@ -168,7 +166,7 @@ class Rig:
         self._last = ()
 
     def sampled(self, requests: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
-        """The tokens that a pass has given these requests, none to those whose prompts aren't read yet."""
+        """Take into account the tokens that a pass has sampled; a request whose prompt isn't complete has none."""
         for request, new in zip(requests, tokens, strict=True):
             program = self.programs.get(request, IDLE)
             if program.turning is None:
@@ -188,13 +186,13 @@ class Rig:
         return Turning.of(tables, self.tokenizer(), ids, prompt_length)
 
     def resume(self, requests: Iterable[str]) -> None:
-        """These were preempted, and go on from wherever the cache now lets them."""
+        """These requests were preempted, and continue at a position that depends on the cache."""
         for request in requests:
             self._fold()
             self._next.pop(request, None)
 
     def finish(self, requests: Iterable[str]) -> None:
-        """These requests are done."""
+        """Remove finished requests."""
         for request in requests:
             program = self.programs.pop(request, None)
             self.doses.finish(request)
@@ -208,16 +206,16 @@ class Rig:
                 self._last = ()
 
     def take(self, reading: str) -> dict[Site, Tensor]:
-        """What was read, `{site: [positions, width]}`, in the order of positions; it is forgotten here."""
+        """The activations of a reading, `{site: [positions, width]}`, in the order of positions; this removes them."""
         activations = {}
         for site, parts in self.readings.pop(reading, {}).items():
             every = torch.cat([rows for _, rows in parts])
-            last = {p: i for i, p in enumerate(p for positions, _ in parts for p in positions)}  # of those read twice
+            last = {p: i for i, p in enumerate(p for positions, _ in parts for p in positions)}  # if read twice
             activations[site] = every[[last[p] for p in sorted(last)]]
         return activations
 
     def _stage(self) -> None:
-        """Compile what doesn't merely add, for the requests that are here, where it isn't yet."""
+        """Compile the operations that are more than additions for the current requests, unless that has been done."""
         alive = [state for program in self.programs.values() for state in program.states]
         if all(state.key in self._staged.numbers for state in alive if state.mapped):
             return
@@ -234,11 +232,11 @@ class Rig:
     # ---- passes ------------------------------------------------------------------------------------------
 
     def expect(self, requests: Mapping[str, int]) -> None:
-        """vLLM takes a step for these requests; `begin` must be called with the same."""
+        """vLLM begins a step for these requests; `begin` must be called with the same ones."""
         self._due = self.programs.keys() & requests.keys()
 
     def begin(self, chunks: Chunks) -> None:
-        """The next pass computes these stretches. Passes outside of `begin` and `end` are vLLM's own, to warm up."""
+        """Prepare the pass over these ranges. Passes outside `begin` and `end` are vLLM's own, for warmup."""
         self.fired.update(self._seen)
         self._open = True
         self._seen.clear()
@@ -251,7 +249,7 @@ class Rig:
             self.counts.clear()
 
     def _turn_to(self, chunks: Chunks) -> None:
-        """A pass that isn't like the last one."""
+        """Prepare a pass that differs from the previous one."""
         self._fold()
         self._replays = self.static and (self.captured is None or sum(chunks.counts) <= self.captured)
         self._step, self._needed = None, {}
@@ -274,7 +272,7 @@ class Rig:
                 self._need({*self._step.adds, *self._step.staged.sites}, self._step.high)
 
     def _fill(self, token_runs: Runs) -> None:
-        """What captured graphs find in the indices of their banks."""
+        """Fill the indices of the captured graphs' banks."""
         assert self._adding is not None
         present = {state.key: state for _, state in token_runs if state is not None}.values()
         slots = slots_of(token_runs, self.bank.slots, lambda state: state.banked)
@@ -286,19 +284,19 @@ class Rig:
             self._need({site for state in present for site in state.staged}, len(slots))
 
     def _need(self, sites: Set[Site], tokens: int) -> None:
-        """At these of the sites that are here the operator has something to do, on so many tokens."""
+        """Record that the operator must run on this many tokens at these sites, as far as the worker has them."""
         for site in sites & self.sites.keys():
             self._needed[site] = max(tokens, self._needed.get(site, 0))
 
     def _fold(self) -> None:
-        """Remember where the requests of the last pass go on."""
+        """Record where the requests of the last pass continue."""
         for request, first, count in zip(*self._pass, strict=True):
             if request in self.programs:
                 self._next[request] = first + count
         self._pass, self._last = NO_CHUNKS, ()
 
     def _check_known(self, chunks: Chunks) -> None:
-        """Of requests whose steering goes by what is generated, all tokens of a pass must be known before it."""
+        """Record a fault if a request's steering depends on generated tokens that aren't known before the pass."""
         for request, first, count in zip(*chunks, strict=True):
             turning = self.programs.get(request, IDLE).turning
             if turning is not None and first + count > turning.known:
@@ -308,7 +306,7 @@ class Rig:
                 )
 
     def _check_order(self, chunks: Chunks) -> None:
-        """Tokens between this stretch of a request and its last one were computed, and nothing was said of them."""
+        """Record a fault for requests of which tokens were computed in between without a call to the plugin."""
         for request, first, _ in zip(*chunks, strict=True):
             if request in self._here and first > self._next.get(request, first):
                 self._faults[request] = (
@@ -317,7 +315,8 @@ class Rig:
                 )
 
     def _goes_on(self, chunks: Chunks) -> bool:
-        """Whether the last step holds for this pass too: the same requests, each's next token, in the same states."""
+        """Whether the last step is still valid for this pass: each of the same requests' next token, in the same
+        state."""
         if not self._last or self._last != chunks.requests or max(chunks.counts) > 1:
             return False
         if list(chunks.firsts) != [first + 1 for first in self._pass.firsts]:
@@ -327,7 +326,7 @@ class Rig:
         return self._lasts is None or self._lasts >= 0
 
     def _runs_of(self, chunks: Chunks) -> Runs:
-        """The states of a pass's tokens; and how many passes like it may follow."""
+        """The states of a pass's tokens. This also sets how many similar passes may follow."""
         token_runs: list[tuple[int, State | None]] = []
         lasts: int | None = None
         for request, first, count in zip(*chunks, strict=True):
@@ -341,7 +340,7 @@ class Rig:
         return token_runs
 
     def _reads_in(self, chunks: Chunks) -> dict[Site, list[ReadRows]]:
-        """What is read at each site."""
+        """What to read at each site."""
         by_site: dict[Site, list[ReadRows]] = {}
         offset = 0
         for request, first, count in zip(*chunks, strict=True):
@@ -351,20 +350,20 @@ class Rig:
                 if here:
                     rows = [offset + p - first for p in here]
                     read_rows = ReadRows(reading.id, rows, here, to_device(torch.tensor(rows), self.device))
-                    for site in self.sites.keys() & reading.sites:  # of a pipeline's stages each has some
+                    for site in self.sites.keys() & reading.sites:  # each pipeline stage has some of them
                         by_site.setdefault(site, []).append(read_rows)
                 self._last = ()
             offset += count
         return by_site
 
     def apply(self, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
-        """At a site whose activation is `hidden + residual` (`None`: `hidden` alone): `[tokens, width]` each."""
+        """Edit and read the activation at a site: `hidden + residual`, or just `hidden`, `[tokens, width]` each."""
         self._seen[site] = self._seen.get(site, 0) + CALL + hidden.shape[0]
         if self.counts is not None and (self._replays or not self._open):
             self._apply_always(site, hidden, residual, self.counts)
             return
         if not self._open or hidden.shape[0] < self._needed.get(site, 0):
-            return  # outside of a pass, or a fault that `end` finds
+            return  # outside a pass, or a fault that `end` will find
         if self._step is not None:
             old = self.doses.before(site, hidden, residual)
             self._step.apply(self.bank, site, hidden, residual)
@@ -375,7 +374,7 @@ class Rig:
             self.readings.setdefault(read.reading, {}).setdefault(site, []).append((read.positions, x))
 
     def _apply_always(self, site: Site, hidden: Tensor, residual: Tensor | None, counts: GraphCounts) -> None:
-        """The same operators whatever acts, as a captured graph has them."""
+        """Run the operators that are the same in every pass, as in a captured graph."""
         if self.fused is not None and self.fused.takes(hidden, residual):
             self.fused.act(site, hidden, residual)
             return
@@ -394,16 +393,16 @@ class Rig:
         counts.count(site, tokens)
 
     def _read_replayed(self) -> None:
-        """What is read of a pass of captured graphs, from what they have kept."""
+        """Read from the activations that the captured graphs have kept."""
         for site, reads in self._reads.items():
             for read in reads:
                 x = self.kept[site].index_select(0, read.at)
                 self.readings.setdefault(read.reading, {}).setdefault(site, []).append((read.positions, x))
 
     def end(self) -> Receipt | None:
-        """The pass is done: what is to be said of it, `None` where no request in it has a program.
+        """Finish the pass. Returns a receipt, or `None` if no request in it has a program.
 
-        Its faults are of requests that weren't steered, or read, at exactly the tokens and sites that the plan names.
+        The faults in it are for requests that weren't steered, or read, at exactly the planned tokens and sites.
         """
         self.fired.update(self._seen)
         opened, self._open = self._open, False
@@ -431,7 +430,7 @@ class Rig:
         return receipt if receipt.requests else None
 
     def describe(self) -> Mapping[str, int]:
-        """How full it is."""
+        """How full the rig is."""
         return {
             "steerings": len(self.steerings),
             "requests": len(self.programs),
@@ -442,14 +441,14 @@ class Rig:
 
     @property
     def unfired(self) -> list[Site]:
-        """The sites at which the graph has not called the operator yet."""
+        """The sites at which the graph hasn't called the operator yet."""
         return sorted(self.sites.keys() - self.fired - self._seen.keys())
 
 
 def _miscounted(
     seen: Mapping[Site, int], needed: Mapping[Site, int], here: Mapping[str, frozenset[Site]]
 ) -> dict[str, str]:
-    """Of these requests those that need the operator at a site where it didn't run as it was to."""
+    """The faults of the requests that need the operator at a site where it didn't run as planned."""
     faults: dict[str, str] = {}
     for site, tokens in needed.items():
         wrong = fault(site, seen.get(site, 0), tokens)

@@ -1,4 +1,4 @@
-"""Calls of every worker, written once for vLLM's engine and for its asynchronous one."""
+"""Calls to every worker, written once for vLLM's synchronous and asynchronous engines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Generator
 from typing import Any
 
 Rpc = Generator[tuple[str, tuple[Any, ...]], Any, Any]
-"""Calls `(method, arguments)` of every worker; what is sent back is the list of their answers."""
+"""Yields calls `(method, arguments)` to every worker, and is sent the list of their return values."""
 
 
 def run(calls: Rpc, engine: Any) -> Any:
-    """Make the calls through an `LLMEngine`; what the generator returns."""
+    """Make the calls through an `LLMEngine`, and return the generator's return value."""
     answer: Any = None
     error: Exception | None = None
     while True:
@@ -25,7 +25,7 @@ def run(calls: Rpc, engine: Any) -> Any:
 
 
 async def run_async(calls: Rpc, engine: Any) -> Any:
-    """As `run`, through an `AsyncLLM`; under data parallelism every engine is called."""
+    """Like `run`, through an `AsyncLLM`; under data parallelism, every engine is called."""
     answer: Any = None
     error: Exception | None = None
     while True:

@@ -1,4 +1,4 @@
-"""Transformers' names of generation options as vLLM's sampling parameters."""
+"""Translate transformers' generation options to vLLM's sampling parameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAMPLES = ("temperature", "top_p", "min_p", "top_k")
 def sampling_of(max_new_tokens: int, logprobs: bool, seed: int | None, options: Mapping[str, Any]) -> Any:
     """The `SamplingParams` for transformers' `options`: greedy unless `do_sample` is true.
 
-    Raises `TrimtabError` for an option that vLLM hasn't.
+    Raises `TrimtabError` for an option that vLLM doesn't have.
     """
     from vllm import SamplingParams
 
@@ -58,15 +58,15 @@ def sampling_of(max_new_tokens: int, logprobs: bool, seed: int | None, options: 
 
 
 def seed_at(seed: int, place: int) -> int:
-    """The seed of the request at a place of a list that is sampled with one seed; the first one's is the seed itself.
+    """The seed for the request at an index of a list that is sampled with one seed; the first one's is the seed itself.
 
-    vLLM's samplers hold seeds in 64 bits, the sign among them.
+    vLLM's samplers store seeds as signed 64-bit numbers.
     """
     return seed if place == 0 else seed_of(seed, place) >> 1
 
 
 def check_candidates(choices: Sequence[Choice]) -> None:
-    """Raises `UnsupportedError` for more candidates of a next token than vLLM scores, or a vLLM that scores none."""
+    """Raises `UnsupportedError` for more candidate tokens than vLLM scores, or for a vLLM that can't score any."""
     from vllm import sampling_params
 
     if not hasattr(sampling_params.SamplingParams, "logprob_token_ids"):

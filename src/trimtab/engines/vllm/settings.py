@@ -1,6 +1,7 @@
-"""An engine's settings of steering when it starts: they travel in vLLM's own configuration, to every process and node.
+"""An engine's settings for steering: part of vLLM's configuration, which reaches every process and node.
 
-There they are also part of the key of compiled graphs: one with the operator in it is never taken for one without.
+There they are also part of the cache key of compiled graphs, so a graph with the operator is never mistaken for one
+without.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ STEERINGS = "TRIMTAB_STEERINGS"
 
 @dataclass(frozen=True)
 class Settings:
-    """What an engine starts with.
+    """An engine's settings.
 
     Args:
-        slots: How many different states (a steering at a strength, in one phase) that add can be in the workers at a
-            time, that of nothing among them.
-        maps: Likewise of states that do more than add, where captured graphs are replayed.
+        slots: How many different states with additions can be in the workers at a time, including the empty one. A
+            state is a steering at a strength, in one phase.
+        maps: Likewise for states that do more than add, if captured graphs are replayed.
         capacity: What captured graphs can do, as plain data.
-        sites: The kinds of sites inside of blocks at which there is an operator as well.
-        static: Passes of at most so many tokens run the operators of captured graphs even where none is captured.
-        fused: Whether these operators are one kernel, where there is Triton and it does the same here.
-        version: trimtab's.
+        sites: The kinds of sites inside blocks that also have an operator.
+        static: Passes of at most this many tokens run the operators of captured graphs even if no graph is captured.
+        fused: Whether these operators are one kernel, if Triton is available and gives the same results here.
+        version: trimtab's version.
     """
 
     slots: int = 128
@@ -49,10 +50,10 @@ class Settings:
 
 
 def settings_from_environment(wanted: Capacity = ADDITIONS, sites: Collection[str] = ()) -> Settings:
-    """The settings that the environment names; where it says nothing of graphs and sites, those that are wanted.
+    """The settings in the environment. If it doesn't set graphs or sites, they are those that are passed.
 
     Raises:
-        TrimtabError: A variable isn't understood.
+        TrimtabError: A variable can't be parsed.
     """
     capacity = capacity_from(os.environ)
     return Settings(
@@ -82,9 +83,9 @@ def _number(name: str, otherwise: int, least: int) -> int:
 
 
 def patch_arguments(arguments: type, started: Callable[[Any], tuple[Capacity, Collection[str]]]) -> None:
-    """Let vLLM's `EngineArgs`, from which a front end starts its engine, put the settings into the configuration.
+    """Make vLLM's `EngineArgs`, from which a front end starts its engine, add the settings to the configuration.
 
-    `started` is called then, with the arguments; it says what the steerings that are known by then need.
+    `started` is then called with the arguments; it returns what the steerings known at this point need.
     """
     original = arguments.create_engine_config  # type: ignore[attr-defined]
 

@@ -1,7 +1,7 @@
-"""Sites whose activations are split over tensor-parallel workers: each worker has so many of the heads, or neurons.
+"""Sites whose activations are split over tensor-parallel workers: each worker has some of the heads, or neurons.
 
-What is done there element by element, to add or to scale, each worker does to its own. What takes the whole activation,
-such as a projection, is refused before a request runs.
+Elementwise operations, additions and scales, are done by each worker on its part. Operations on the whole activation,
+such as projections, are refused before a request runs.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ BY_ELEMENT = (Add, ScaleElements, ScaleKeys)
 
 
 def splits(edit: Edit) -> bool:
-    """Whether each worker can do its part of an edit."""
+    """Whether each worker can apply its part of an edit."""
     operation: Any = edit.operation
     return type(operation) in BY_ELEMENT and not operation.keep_norm and not edit.gate.token_sites
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of split activations a worker has: number `rank` of `workers`.
+    """The part of split activations that a worker has: number `rank` of `workers`.
 
     Args:
         split: The kinds of sites that are split, and the width of the whole activation.
-        own: How wide a worker's part is, where it isn't one of as many as there are workers: of fewer heads of keys
-            than workers several have the same one.
+        own: The width of a worker's part, if it isn't 1 / `workers` of the whole: if there are fewer key heads than
+            workers, several workers have the same head.
     """
 
     split: Mapping[str, int] = field(default_factory=dict)
@@ -38,11 +38,11 @@ class Shard:
     own: Mapping[str, int] = field(default_factory=dict)
 
     def whole(self, site: Site, width: int) -> int:
-        """How wide the whole activation is where a worker has this much."""
+        """The width of the whole activation at a site where this worker has `width`."""
         return self.split.get(site.kind, width)
 
     def of(self, identified: Identified) -> Identified:
-        """This worker's part of an edit. Raises `ValueError` for one that doesn't split."""
+        """This worker's part of an edit. Raises `ValueError` for an edit that can't be split."""
         whole = self.split.get(identified.edit.site.kind)
         if whole is None:
             return identified

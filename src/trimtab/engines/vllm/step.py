@@ -1,4 +1,4 @@
-"""One forward pass: what is done to which of its tokens, site by site."""
+"""One forward pass: what is done to which of its tokens, at each site."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from trimtab.steering import Site
 from trimtab.steering.operations import Rows
 
 KEPT = 512
-"""Passes of at most so many tokens keep what they have gathered, for the next pass that is alike."""
+"""Passes with at most this many tokens keep their gathered rows, for following passes that are alike."""
 
 Runs = Sequence[tuple[int, State | None]]
-"""A pass's tokens as stretches `(length, state)`."""
+"""A pass's tokens as ranges `(length, state)`."""
 Prepared = Iterable[tuple[Stage, Rows, Active]]
 
 
 @dataclass(frozen=True)
 class Staged:
-    """What doesn't merely add: calls of kernels for all requests' states at once, which are numbered from 1."""
+    """Everything that is more than an addition: kernel calls for all requests' states, which are numbered from 1."""
 
     numbers: Mapping[str, int]
     sites: Mapping[Site, Sequence[Stage]]
@@ -32,10 +32,10 @@ class Staged:
 
 @dataclass(eq=False)
 class Step:
-    """What acts on tokens `low` to `high` of a pass. Tokens before and behind are left alone, as are other sites.
+    """What acts on tokens `low` to `high` of a pass. Tokens before and after, and other sites, aren't changed.
 
-    `index` are these tokens' slots of the bank, `[high - low]`, `numbers` their states as `staged` counts them; `adds`
-    the blocks behind which something is added.
+    `index` are the bank slots of these tokens, `[high - low]`, `numbers` their states as numbered by `staged`; `adds`
+    are the blocks after which something is added.
     """
 
     low: int
@@ -48,7 +48,7 @@ class Step:
     _sorted: dict[tuple[Site, int], tuple[Rows, Active]] = field(default_factory=dict)
 
     def apply(self, bank: Bank, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
-        """Edit the residual stream `hidden + residual`, `[tokens, width]` each, by changing `hidden` alone."""
+        """Edit the residual stream `hidden + residual`, `[tokens, width]` each, by changing only `hidden`."""
         whole = self.low == 0 and self.high == hidden.shape[0]
         if site in self.adds:
             (hidden if whole else hidden[self.low : self.high]).add_(self._added(bank, site))
@@ -59,7 +59,7 @@ class Step:
             x.copy_(_edited(x, residual_rows, ((s, *self._gathered(site, i, s)) for i, s in enumerate(stages))))
 
     def _gathered(self, site: Site, number: int, stage: Stage) -> tuple[Rows, Active]:
-        """A stage's rows and activity, one for each token."""
+        """A stage's rows and activity, one per token."""
         ready = self._sorted.get((site, number))
         if ready is None:
             ready = stage.gather(self.numbers), None if stage.in_place else stage.active[self.numbers.index]
@@ -77,7 +77,7 @@ class Step:
 
 
 def slots_of(runs: Runs, slots: Slots, acts: Callable[[State], bool]) -> Tensor:
-    """The slot of each token, up to the last one whose state `acts`, on the host."""
+    """The slots of the tokens up to the last one whose state `acts`, on the host."""
     numbers = [slots[state.key] if state is not None and acts(state) else NOTHING for _, state in runs]
     while numbers and numbers[-1] == NOTHING:
         numbers.pop()
@@ -86,7 +86,7 @@ def slots_of(runs: Runs, slots: Slots, acts: Callable[[State], bool]) -> Tensor:
 
 
 def make_step(runs: Runs, bank: Bank, staged: Staged) -> Step | None:
-    """The step for a pass over these tokens; `None` where nothing acts."""
+    """The step for a pass over these tokens; `None` if nothing acts."""
     while runs and runs[-1][1] is None:
         runs = runs[:-1]
     skipped = 0
@@ -114,8 +114,7 @@ def make_step(runs: Runs, bank: Bank, staged: Staged) -> Step | None:
 
 
 def _edited(hidden: Tensor, residual: Tensor | None, prepared: Prepared) -> Tensor:
-    """The new `hidden`, after these stages have acted on the residual stream; where nothing changes, bit for
-    bit."""
+    """The new `hidden` after these stages have edited the residual stream; unchanged tokens are kept bit for bit."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     old = hidden.to(wide) if residual is None else hidden.to(wide) + residual.to(wide)
     x = old

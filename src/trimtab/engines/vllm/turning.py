@@ -1,7 +1,8 @@
-"""A request whose steering goes by what is generated: in which state each of its tokens is, once that token is known.
+"""Requests with steering that depends on the generated text: the state of each token, once that token is known.
 
-A worker gets each token that it has sampled before the next pass. In the prefix cache a block of generated tokens is
-keyed by all that may act there: together with the tokens before it, which its key has too, that decides what did.
+A worker knows each token that it has sampled before the next pass. In the prefix cache, the key of a block of generated
+tokens contains everything that may act there: together with the earlier tokens, which the key also contains, that
+determines what did act.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from trimtab.engines.vllm.program import Identified, Segment, State, compile_pro
 
 
 def compile_turning(edits: Sequence[Identified], prompt_length: int) -> dict[Holding, tuple[Segment, ...]]:
-    """The segments for each set of meanings that may hold of a generated token; one, where nothing goes by that.
+    """The segments for each set of meanings that a generated token may have; a single entry if nothing depends on that.
 
     Raises `TrimtabError` as `compile_program` does.
     """
@@ -25,7 +26,7 @@ def compile_turning(edits: Sequence[Identified], prompt_length: int) -> dict[Hol
 
 
 def reserved(edits: Sequence[Identified], prompt_length: int) -> tuple[Segment, ...]:
-    """What a request may need, over which tokens: for its slots, and for the keys of its blocks.
+    """The segments for everything that a request may need: they determine its slots, and the keys of its blocks.
 
     Raises `TrimtabError` as `compile_program` does.
     """
@@ -41,11 +42,11 @@ def reserved(edits: Sequence[Identified], prompt_length: int) -> tuple[Segment, 
 
 @dataclass
 class Turning:
-    """One request's text, as far as it is known, and the segments that are right for all of its tokens."""
+    """One request's text, as far as it is known, and the segments that are valid for all of its tokens."""
 
     tables: Mapping[Holding, tuple[Segment, ...]]
     follower: Follower
-    known: int  # so many tokens, the prompt's included
+    known: int  # the number of known tokens, including the prompt
     segments: tuple[Segment, ...]
     at: Followed
 
@@ -53,7 +54,7 @@ class Turning:
     def of(
         cls, tables: Mapping[Holding, tuple[Segment, ...]], tokenizer: Any, ids: Sequence[int], prompt_length: int
     ) -> Turning:
-        """Of a request with these tokens, of which those after its prompt are begun answers."""
+        """For a request with these tokens. Those after its prompt are the beginning of an answer."""
         meanings = frozenset().union(*tables)
         follower = Follower(tokenizer, meanings, ids[:prompt_length])
         turning = cls(tables, follower, prompt_length, tables[NOTHING], follower.start)
@@ -63,11 +64,11 @@ class Turning:
 
     @property
     def states(self) -> tuple[State, ...]:
-        """All that it may be in."""
+        """All states that the request may be in."""
         return tuple({s.state.key: s.state for table in self.tables.values() for s in table}.values())
 
     def read(self, token: int) -> bool:
-        """The next generated token. Whether other segments are right now."""
+        """Take the next generated token into account. Returns whether the segments have changed."""
         before, self.at = self.at, self.follower.after(self.at, token)
         self.known += 1
         if before.holding == self.at.holding:
@@ -79,7 +80,7 @@ class Turning:
 
 
 def _between(segments: Sequence[Segment], first: int, stop: int | None) -> tuple[Segment, ...]:
-    """What of them lies between these positions."""
+    """The parts of the segments that are between these positions."""
     inside = []
     for segment in segments:
         start = max(segment.start, first)

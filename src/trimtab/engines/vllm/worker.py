@@ -1,7 +1,7 @@
-"""The plugin's part in vLLM's workers: a rig for each, filled before each step, and the calls that it answers.
+"""The plugin in vLLM's workers: each has a rig, which is filled before each step, and answers the front end's calls.
 
-The worker's class and its model runner stay as they are on disk; the runner that a worker has made gets its methods
-wrapped, V1's (`GPUModelRunner`, `CPUModelRunner`) as well as V2's.
+The classes of the worker and its model runner aren't changed on disk. The methods of the runner instance that a worker
+has created are wrapped, for V1 (`GPUModelRunner`, `CPUModelRunner`) as well as V2.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log: logging.Logger = logging.getLogger("vllm.trimtab")
 
 
 def patch_worker(wrapper: type) -> None:
-    """Let vLLM's `WorkerWrapperBase` give each worker a rig once its model is loaded, and answer calls."""
+    """Make vLLM's `WorkerWrapperBase` give each worker a rig once its model is loaded, and answer these calls."""
     inherited = wrapper.__dict__.get("load_model")
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ def patch_worker(wrapper: type) -> None:
 
 
 def _fit(worker: Any) -> None:
-    """A rig for this worker's model, unless it can't be steered; then `trimtab_hello` says why."""
+    """Create a rig for this worker's model, unless it can't be steered; `trimtab_hello` then reports why."""
     runner, config = worker.model_runner, worker.vllm_config
     reasons = unsupported(config) + unlike(runner)
     worker._trimtab_reasons = reasons
@@ -78,7 +78,7 @@ def _fit(worker: Any) -> None:
 
 
 def _rig_for(config: Any, places: Mapping[Site, Place], device: torch.device) -> Rig:
-    """A rig with banks for these sites; of what captured graphs can do, as much as is requested."""
+    """A rig with banks for these sites, and with the captured graphs' capacity that the settings ask for."""
     settings, dtype = settings_of(config), config.model_config.dtype
     width = config.model_config.hf_text_config.hidden_size
     graphs = config.compilation_config.cudagraph_mode
@@ -103,12 +103,12 @@ def _rig_for(config: Any, places: Mapping[Site, Place], device: torch.device) ->
 
 
 def _fuse(rig: Rig) -> None:
-    """Let one kernel do what many operators do, if it does the same on this device; else the log says why not."""
+    """Replace the operators by one kernel, if it gives the same results on this device; otherwise log why not."""
     try:
         from trimtab.engines.vllm.fused import Fused, check_fused
 
         check_fused(rig)
-    except Exception as error:  # Triton's compiler raises what it likes
+    except Exception as error:  # Triton's compiler can raise anything
         log.warning("trimtab runs its operators one by one: its kernel can't be used here (%s)", error)
         return
     assert rig.counts is not None
@@ -122,14 +122,14 @@ def _tensor_parallel_rank() -> int:
 
 
 def _is_heard(worker: Any) -> bool:
-    """Whether the scheduler gets this worker's output: of all workers it is the first of the last stage."""
+    """Whether the scheduler receives this worker's output: that is the first worker of the last pipeline stage."""
     parallel = worker.vllm_config.parallel_config
     side = parallel.tensor_parallel_size * getattr(parallel, "prefill_context_parallel_size", 1)
     return bool(worker.rank == parallel.world_size - side)
 
 
 def unsupported(config: Any) -> list[str]:
-    """Why an engine of this configuration can't be steered; empty if it can."""
+    """Why an engine with this configuration can't be steered; empty if it can."""
     compilation, parallel = config.compilation_config, config.parallel_config
     reasons = {
         "speculative decoding is on, whose drafts aren't steered": config.speculative_config is not None,
@@ -137,7 +137,7 @@ def unsupported(config: Any) -> list[str]:
             config.kv_transfer_config is not None
         ),
         "sequence parallelism is on, which spreads a block's output over workers": bool(
-            getattr(compilation.pass_config, "enable_sp", False)  # a pass of the compiler, up to vLLM 0.31
+            getattr(compilation.pass_config, "enable_sp", False)  # a compiler pass, up to vLLM 0.31
             or getattr(parallel, "use_sequence_parallel_moe", False)
         ),
         "micro-batches overlap (DBO), so that a pass's tokens don't come together": bool(
@@ -153,7 +153,7 @@ def unsupported(config: Any) -> list[str]:
 
 
 def unlike(runner: Any) -> list[str]:
-    """Why a model runner can't be listened to; empty if it is one of the two that the plugin knows."""
+    """Why a model runner can't be wrapped; empty if it is one of the two that the plugin knows."""
     first, second = ("_model_forward",), ("prepare_inputs",)
     common = ("execute_model", "sample_tokens", "get_model")
     if any(all(hasattr(runner, name) for name in (*common, *kind)) for kind in (first, second)):
@@ -166,13 +166,13 @@ def unlike(runner: Any) -> list[str]:
 
 
 def _wrap_runner(runner: Any, rig: Rig, heard: bool = True) -> None:
-    """Tell the rig of each step: before the forward pass, and after it; and with the sampled tokens send its receipt.
+    """Call the rig before and after each forward pass, and send its receipt with the sampled tokens.
 
-    A worker that isn't `heard` has nobody to send it to, and raises `RuntimeError` instead, which ends the engine.
+    A worker that isn't `heard` has no one to send it to. It raises `RuntimeError` instead, which ends the engine.
     """
     firsts: dict[str, int] = {}
     planned: list[Any] = []
-    receipts: deque[Receipt] = deque()  # of the step whose tokens are yet to be sampled
+    receipts: deque[Receipt] = deque()  # of the step whose tokens haven't been sampled yet
     unheard: deque[Receipt] = deque()
 
     def begin(requests: Sequence[str]) -> None:
@@ -223,12 +223,12 @@ def _wrap_runner(runner: Any, rig: Rig, heard: bool = True) -> None:
 
 
 def send_with(receipt: Receipt, output: Any) -> Any:
-    """The sampled tokens with their receipt, which is settled when they are on the host."""
-    if hasattr(output, "get_output"):  # they are on their way
+    """The sampled tokens with their receipt, which is settled once they are on the host."""
+    if hasattr(output, "get_output"):  # they are still being copied
         arrive = output.get_output
         output.get_output = lambda: send_with(receipt, arrive())
         return output
-    output = copy(output)  # one of vLLM's is shared, and sent whenever there is nothing to say
+    output = copy(output)  # vLLM shares one empty output among steps
     setattr(output, RECEIPT, receipt.plain())
     return output
 
@@ -249,7 +249,7 @@ def _wrap(thing: Any, name: str, around: Callable) -> None:
 
 
 def _follow(rig: Rig, firsts: dict[str, int], scheduled: Any) -> None:
-    """Requests that finish, arrive and go on, and at which position each one's next tokens stand."""
+    """Update the rig with finished, new and continued requests, and the position of each one's next tokens."""
     for request in scheduled.finished_req_ids:
         firsts.pop(request, None)
     rig.finish(scheduled.finished_req_ids)
@@ -263,7 +263,7 @@ def _follow(rig: Rig, firsts: dict[str, int], scheduled: Any) -> None:
     firsts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
 
 
-# ---- the calls that every worker answers, through `collective_rpc` ----------------------------------------------
+# ---- calls that every worker answers, through `collective_rpc` -------------------------------------------------
 
 
 def _rig(wrapper: Any) -> Rig:
@@ -274,7 +274,7 @@ def _rig(wrapper: Any) -> Rig:
 
 
 def trimtab_hello(self: Any) -> dict[str, Any]:
-    """That the plugin is here, and what it can do; `"reasons"` why it can't steer."""
+    """Report that the plugin is loaded, and what it supports; `"reasons"` says why the worker can't steer."""
     rig: Rig | None = getattr(self.worker.model_runner, RIG, None)
     text = self.worker.model_config.hf_text_config
     hello = {
@@ -302,7 +302,7 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
 
 
 def _tokens_unknown(worker: Any) -> str:
-    """Why a worker doesn't know each token on the host before the next pass, and what helps; empty: it does."""
+    """Why a worker doesn't know each token on the host before the next pass, and what helps; empty if it does."""
     config = worker.vllm_config
     if getattr(config.scheduler_config, "async_scheduling", False):
         return "async scheduling leaves it on the device; start the engine with async_scheduling=False"
@@ -314,7 +314,7 @@ def _tokens_unknown(worker: Any) -> str:
 
 
 def _unmeasured(worker: Any, rig: Rig) -> str:
-    """Why this engine can't measure doses, and what helps; empty: it can."""
+    """Why this engine can't measure doses, and what helps; empty if it can."""
     if worker.vllm_config.parallel_config.pipeline_parallel_size > 1:
         return "each stage of a pipeline knows those of its own blocks alone; start it with pipeline_parallel_size=1"
     if rig.static and not rig.capacity.reads:
@@ -323,30 +323,30 @@ def _unmeasured(worker: Any, rig: Rig) -> str:
 
 
 def _tokenizer(config: Any) -> Any:
-    """The model's; vLLM keeps it."""
+    """The model's tokenizer, which vLLM caches."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
     return cached_tokenizer_from_config(config)
 
 
 def _runs_before_use(worker: Any) -> bool:
-    """Whether the model has run by the time that anybody can ask: on a GPU to measure memory, compiled to warm up."""
+    """Whether the model runs before the first call: on a GPU to measure memory, or if compiled, for warmup."""
     return worker.device_config.device_type != "cpu" or worker.compilation_config.mode != 0
 
 
 def trimtab_put(self: Any, digest: str, content: bytes) -> None:
-    """Give a steering's content."""
+    """Store a steering's content."""
     _rig(self).steerings[digest] = steering_from_bytes(content, digest[:12])
 
 
 def trimtab_drop(self: Any, digests: list[str]) -> None:
-    """Forget steerings that no request needs any more."""
+    """Remove steerings that no request needs any more."""
     for digest in digests:
         _rig(self).steerings.pop(digest, None)
 
 
 def trimtab_take(self: Any, readings: list[str]) -> list[dict[str, tuple[list[int], bytes]]]:
-    """What was read: for each reading, for each site of this worker's, shape and bytes, in float32."""
+    """The activations of readings: shape and bytes, in float32, for each reading and each site of this worker."""
     rig = _rig(self)
     taken = [rig.take(reading) for reading in readings]
     return [{str(site): (list(x.shape), _bytes(x)) for site, x in activations.items()} for activations in taken]
@@ -362,7 +362,7 @@ def trimtab_rows(self: Any, rows: list[int]) -> dict[int, bytes]:
 
 
 def _embeddings(model: Any) -> Any:
-    """The table of input embeddings, of which each tensor-parallel worker has some rows; not every stage has one."""
+    """The table of input embeddings, or `None` if this stage has none. Each tensor-parallel worker has some rows."""
     inner = model.get_language_model() if hasattr(model, "get_language_model") else model
     return next((m for m in inner.modules() if type(m).__name__ == "VocabParallelEmbedding"), None)
 
