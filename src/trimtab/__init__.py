@@ -1,7 +1,6 @@
 """trimtab steers language models: it edits their activations while they generate.
 
-The public names are imported when they are first used, so that `import trimtab` and the command line don't wait
-for torch.
+The public names are imported on first use, so that `import trimtab` and the command line start without importing torch.
 """
 
 from __future__ import annotations
@@ -203,7 +202,7 @@ _HOMES = {
     "trimtab.steering.monitors": ("Monitor",),
     "trimtab.text.pairs": ("Pair", "read_pairs"),
 }
-_PUBLIC = {name: ("trimtab.steering", name) for name in __all__}  # what isn't said to be elsewhere
+_PUBLIC = {name: ("trimtab.steering", name) for name in __all__}  # the default module
 _PUBLIC |= {name: (f"trimtab.methods.{name[6:]}", name) for name in __all__ if name.startswith("learn_")}
 _PUBLIC |= {name: (home, name) for home, names in _HOMES.items() for name in names}
 _PUBLIC["save"] = ("trimtab.files.steering_file", "save_steering")

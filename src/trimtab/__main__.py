@@ -1,4 +1,4 @@
-"""`python -m trimtab` is the command `trimtab`."""
+"""`python -m trimtab` runs the command `trimtab`."""
 
 import sys
 

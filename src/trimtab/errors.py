@@ -1,4 +1,4 @@
-"""The error that trimtab raises for bad input: it names the input, the reason and the fix."""
+"""The errors that trimtab raises for bad input. Their messages name the input, the reason and the fix."""
 
 
 class TrimtabError(ValueError):
@@ -6,7 +6,7 @@ class TrimtabError(ValueError):
 
 
 class UnsupportedError(TrimtabError):
-    """An engine or a model can't honour the request. Raised before anything runs."""
+    """The engine or the model doesn't support the request. Raised before anything runs."""
 
 
 class UntestedVersionWarning(UserWarning):

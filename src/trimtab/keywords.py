@@ -1,8 +1,7 @@
-"""Keywords that a function doesn't have: an error that says which one is meant, or where what it says belongs.
+"""Errors for unknown keyword arguments that suggest the intended name, or the call that takes the argument.
 
-A stray keyword is a bare `TypeError` in Python, which knows nothing of what is meant. `enable_thinking` is about the
-chat template, a strength multiplies a steering, a device is for loading a model: people write them where other
-libraries have them.
+Python raises a bare `TypeError`, without a hint. But users write arguments where other libraries take them:
+`enable_thinking` belongs to the chat template, a strength multiplies a steering, a device is for loading a model.
 """
 
 from __future__ import annotations
@@ -68,16 +67,16 @@ MEANT = {
     "chosen": "the two sides of a pair are positive=… and negative=…",
     "rejected": "the two sides of a pair are positive=… and negative=…",
 }
-"""What is meant by keywords that are often written where they aren't. A function that has one of the name takes it."""
+"""Hints for keywords that are often passed to functions that don't take them."""
 SHOWN = 12
 
 
 class KeywordError(TrimtabError, TypeError):
-    """A keyword that isn't known where it was given."""
+    """A function was called with arguments that it doesn't take, or without one that it needs."""
 
 
 def keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which raises `KeywordError` for keywords that it doesn't have, and as `arguments` does."""
+    """Decorate a function to raise `KeywordError` for unknown keywords, in addition to the checks of `arguments`."""
     takes = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
         raise TypeError(f"{function.__qualname__} takes any keyword")
@@ -96,7 +95,10 @@ def keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which raises `KeywordError` where too much is given by position, or something is missing."""
+    """Decorate a function to raise `KeywordError` for too many positional arguments or a missing argument.
+
+    It also checks that `progress` is callable.
+    """
     takes = inspect.signature(function).parameters.values()
     placed = [parameter for parameter in takes if parameter.kind <= parameter.POSITIONAL_OR_KEYWORD]
     needed = [parameter.name for parameter in placed if parameter.default is parameter.empty]
@@ -131,13 +133,13 @@ def _missing(what: str, name: str, names: list[str], kwargs: Mapping[str, Any]) 
 
 
 def class_keywords(kind: Class) -> Class:
-    """The class, whose making raises `KeywordError` for keywords that it doesn't have. Above `@dataclass`."""
+    """Decorate a class to raise `KeywordError` for unknown keywords of its constructor. Goes above `@dataclass`."""
     kind.__init__ = keywords(kind.__init__)  # type: ignore[misc]
     return kind
 
 
 def method_keywords(*names: str) -> Callable[[Class], Class]:
-    """For a class: these methods of it raise `KeywordError` for keywords that they don't have."""
+    """A class decorator that applies `keywords` to the methods of these names."""
 
     def checked(kind: Class) -> Class:
         for name in names:
@@ -148,7 +150,7 @@ def method_keywords(*names: str) -> Callable[[Class], Class]:
 
 
 def check_fields(kind: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raises `KeywordError` for what isn't a field of a dataclass."""
+    """Raise `KeywordError` for a keyword that isn't a field of the dataclass's constructor."""
     known = [name for name, field in kind.__dataclass_fields__.items() if field.init]
     for name in kwargs:
         if name not in known:
@@ -156,7 +158,15 @@ def check_fields(kind: Any, kwargs: Mapping[str, Any]) -> None:
 
 
 def stray(what: str, name: str, known: Iterable[str], args: tuple[Any, ...] = ()) -> KeywordError:
-    """The error for a keyword that `what` doesn't have, having the `known` ones; `args` are what else it was given."""
+    """The error for an unknown keyword.
+
+    Args:
+        what: The name of the function that was called.
+        name: The unknown keyword.
+        known: The keywords that the function takes.
+        args: The positional arguments of the call. If one has a tokenizer whose chat template uses `name`, the error
+            points to `template`.
+    """
     listed = [known_name for known_name in known if known_name not in ("self", "cls")]
     near = get_close_matches(name, listed, 1, 0.75)
     if name in ("layer", "layers", "site") and "sites" in listed:
@@ -174,13 +184,17 @@ def stray(what: str, name: str, known: Iterable[str], args: tuple[Any, ...] = ()
 
 
 def stray_of(error: TypeError, what: str, names: Iterable[str], known: Iterable[str]) -> KeywordError | None:
-    """What a `TypeError` of another package's says about a keyword that was handed on to it; `None`: something else."""
+    """The error for a keyword that another package rejected with this `TypeError`.
+
+    Returns:
+        `None` if the error isn't about one of the keywords `names`.
+    """
     name = next((keyword for keyword in names if f"unexpected keyword argument '{keyword}'" in str(error)), None)
     return None if name is None else stray(what, name, known)
 
 
 def outside() -> int:
-    """The `stacklevel` at which the caller's warning is about the line outside of trimtab that called it."""
+    """The `stacklevel` with which a warning of the caller points to the line outside of trimtab that called it."""
     frame: Any = sys._getframe(1)
     level = 1
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("trimtab."):
@@ -189,7 +203,7 @@ def outside() -> int:
 
 
 def _called(function: Any) -> str:
-    """A function as users call it: a method of a model is `lm.name`, what makes a class is the class."""
+    """A function's name as users call it: `lm.name` for a method of `LM`, the class's name for a constructor."""
     owner, _, name = function.__qualname__.rpartition(".")
     if name == "__init__":
         return str(owner)
@@ -197,6 +211,6 @@ def _called(function: Any) -> str:
 
 
 def _in_template(thing: Any, name: str) -> bool:
-    """Whether the chat template of a model speaks of this name."""
+    """Whether `thing` has a tokenizer whose chat template mentions this name."""
     template = getattr(getattr(thing, "tokenizer", None), "chat_template", None)
     return re.search(rf"\b{re.escape(name)}\b", str(template or "")) is not None

@@ -1,4 +1,4 @@
-"""A language model: the model, its tokenizer, and where its blocks are. Generation and capture start here."""
+"""`LM`: a transformers model with its tokenizer and layout. Generation and capture start here."""
 
 from __future__ import annotations
 
@@ -81,13 +81,24 @@ if TYPE_CHECKING:
 
 
 class LM(LanguageModel):
-    """A transformers model that can be steered and read.
+    """A transformers model that can be steered and whose activations can be read.
 
-    `LM.load(…)` loads one; `LM(model, tokenizer)` wraps an existing model. The model isn't changed: hooks exist only
-    while something is steered or read. `layers` names the list of blocks (`"model.layers"`) if it can't be found.
-    `template` has keywords of the chat template, such as `{"enable_thinking": False}`, which apply to all prompts,
-    including those that are learned from. `processor` renders an image-text model's messages with images
-    (transformers' `AutoProcessor`); `LM.load` finds it.
+    `LM.load(…)` loads a model; `LM(model, tokenizer)` wraps one that is already loaded. The model isn't modified: hooks
+    are attached only while it is steered or read.
+
+    Args:
+        model: A causal language model or an image-text model of transformers.
+        tokenizer: The model's tokenizer.
+        layers: The path of the list of blocks, such as `"model.layers"`, if it can't be found automatically.
+        name: The name recorded in cards; by default the one in the model's configuration.
+        template: Keyword arguments of the chat template, such as `{"enable_thinking": False}`. They apply to all
+            prompts, including the training data of steerings.
+        processor: The processor (transformers' `AutoProcessor`) that renders messages with images for an image-text
+            model. `LM.load` finds it.
+
+    Raises:
+        TrimtabError: `model` or `tokenizer` has the wrong type, or the model's blocks can't be found.
+        UnsupportedError: trimtab can't steer this kind of model, such as an encoder-decoder.
     """
 
     engine = "transformers"
@@ -110,7 +121,7 @@ class LM(LanguageModel):
         self.model = model
         self.tokenizer: Any = with_keywords(tokenizer, template)
         self._processor: Any = processor
-        self._processor_of: tuple[str, dict[str, Any]] | None = None  # from where to load it
+        self._processor_of: tuple[str, dict[str, Any]] | None = None  # name and options to load the processor with
         compat.check_version()
         self.layout = find_layout(model, layers)
         check_adapters(model)
@@ -155,15 +166,22 @@ class LM(LanguageModel):
         template: Template | None = None,
         **options: Any,
     ) -> Any:
-        """Load a Hub id, a folder, a GGUF file (dequantized) or, without a name, SmolLM2-135M-Instruct.
+        """Load a model from the Hub, a folder or a GGUF file.
 
-        Options: `device` (CUDA, then MPS, then CPU), `dtype` (`"auto"`: as stored), `revision`, `adapter` (the
-        folder or Hub id of a LoRA to put on it), and anything that `from_pretrained` takes. `template` holds keywords
-        of the chat template, as for `LM(…)`. Raises `TrimtabError` where the model can't be had.
+        Args:
+            name: A Hub id, a model folder or a GGUF file (which is dequantized). Without a name,
+                SmolLM2-135M-Instruct is loaded.
+            layers: The path of the list of blocks, as for `LM(…)`.
+            engine: An engine of `trimtab.engines.ENGINES` or of an installed plugin. `"vllm"` starts a vLLM engine,
+                `"llamacpp"` runs a GGUF file without dequantizing it. Each has its own options, and `load` returns
+                its class.
+            template: Keyword arguments of the chat template, as for `LM(…)`.
+            options: `device` (default: CUDA if available, then MPS, then CPU), `dtype` (default `"auto"`: as stored),
+                `revision`, `adapter` (the folder or Hub id of a LoRA to load into the model), and anything that
+                `from_pretrained` takes.
 
-        `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
-        starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored. Or it is one that another installed
-        distribution brings.
+        Raises:
+            TrimtabError: The model can't be loaded.
         """
         if name is not None and not isinstance(name, (str, Path)):
             raise TrimtabError(
@@ -180,11 +198,11 @@ class LM(LanguageModel):
     def __repr__(self) -> str:
         return f"LM({self.name}, {self.layout.layers} layers, width {self.layout.width})"
 
-    # ---- who this is -------------------------------------------------------------------------------------
+    # ---- identity ----------------------------------------------------------------------------------------
 
     @property
     def runs_in(self) -> dict[str, str]:
-        """The `dtype` in which the model computes, and the kind of `device`."""
+        """The model's `dtype` and the type of its `device`."""
         parameter = next(self.model.parameters())
         return {"dtype": str(parameter.dtype), "device": device_of(self.model).type}
 
@@ -192,7 +210,7 @@ class LM(LanguageModel):
     def identity(self) -> ModelId:
         """Name, shape and a fingerprint of the weights, as recorded in a steering's card.
 
-        The adapters are those that act now; what else there is, is looked at once for each choice of them.
+        It lists the adapters that are active now. The result is cached for each set of active adapters.
         """
         adapters = active_adapters(self.model)
         if adapters not in self._identities:
@@ -201,10 +219,17 @@ class LM(LanguageModel):
 
     @keywords
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
-        """Raises `TrimtabError` when the steering doesn't fit this model, saying precisely what differs.
+        """Check that a steering fits this model.
 
-        Layers and width must fit. It must also have been learned on this model, unless `transfer` is true; a
-        different chat template or revision is warned about.
+        Args:
+            steering: The steering. Its layers and width must fit the model.
+            transfer: Also accept a steering that was learned on another model of the same width.
+
+        Raises:
+            TrimtabError: The steering doesn't fit; the message says what differs.
+
+        Warns:
+            MismatchWarning: The chat template, the revision or the weights differ.
         """
         check_learned_on(steering, self.identity, transfer=transfer)
         check_edits(steering, self.layout)
@@ -216,7 +241,7 @@ class LM(LanguageModel):
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token with which texts begin, by the tokenizer or by the model; `None` where neither has one."""
+        """The beginning-of-sequence token of the tokenizer or else of the model; `None` if neither has one."""
         by_model = self.model.config.get_text_config(decoder=True).bos_token_id
         return super().bos_token_id if super().bos_token_id is not None else by_model
 
@@ -224,7 +249,12 @@ class LM(LanguageModel):
 
     @property
     def processor(self) -> Any:
-        """What makes prompts of messages with images. Raises `TrimtabError` where the model takes none, or has none."""
+        """The processor that renders messages with images.
+
+        Raises:
+            UnsupportedError: The model takes no images.
+            TrimtabError: The processor can't be found or loaded.
+        """
         check_takes_images(self.model)
         if self._processor is None:
             self._processor = load_processor(self._processor_of)
@@ -243,12 +273,16 @@ class LM(LanguageModel):
         tokenizer = with_template(self.tokenizer, self.processor)
         return spans_beside_images(tokenizer, prompt, emphasize, ids, system=system, template=template)
 
-    # ---- what is asked -----------------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------------------
 
     def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
-        """The options that transformers' `generate` is given. Raises `TrimtabError` for what it can't take."""
+        """The decoding with the options to pass to transformers' `generate`.
+
+        Raises:
+            TrimtabError: A request or an option that this engine can't run.
+        """
         options = {"do_sample": False, **decoding.options}
-        options.pop("pad_token_id", None)  # a model without one is called with it, and pads are never part of an answer
+        options.pop("pad_token_id", None)  # callers pass it for models without one; answers never contain pads
         if isinstance(options.get("eos_token_id"), Tensor):
             options["eos_token_id"] = options["eos_token_id"].tolist()
         check_options(self.model, options)
@@ -277,16 +311,20 @@ class LM(LanguageModel):
             check_clean(self.layout)
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """The beginning of a grammar, for a row of a batch of steps. Raises `TrimtabError` for one that is too much."""
+        """A matcher at the start of a grammar, for one row of a batch session.
+
+        Raises:
+            TrimtabError: The grammar is invalid or too complex.
+        """
         return self._grammars({}).matcher(grammar)
 
     def _matchers(self, requests: Sequence[Request], options: Mapping[str, Any]) -> list[Matcher | None]:
-        """At the beginning of each request's grammar, `None` where it has none. Raises `TrimtabError` for a bad one."""
+        """A matcher for each request with a grammar, else `None`. Raises `TrimtabError` for an invalid grammar."""
         grammars = [request.grammar for request in requests]
         return [None if grammar is None else self._grammars(options).matcher(grammar) for grammar in grammars]
 
     def _grammars(self, options: Mapping[str, Any]) -> Grammars:
-        """What compiles grammars for answers that end as these options say."""
+        """The cached compiler of grammars for the end-of-sequence tokens of these options."""
         ends = frozenset(_end_ids(self.model, dict(options)))
         known: dict[frozenset[int], Grammars] = self.__dict__.setdefault("_compilers", {})
         if ends not in known:
@@ -295,7 +333,7 @@ class LM(LanguageModel):
         return known[ends]
 
     def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
-        """The answers to requests that were checked, in their order, sorted by length into batches."""
+        """Answer checked requests, in batches of similar length; the answers are in the order of the requests."""
         kwargs: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "logprobs": decoding.logprobs}
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
         size: Any = 32 if decoding.batch_size is None else decoding.batch_size
@@ -341,9 +379,10 @@ class LM(LanguageModel):
         return [[self._with_pieces(generation) for generation in answers[i]] for i in range(len(requests))]
 
     def _joins(self, request: Request, decoding: Decoding) -> bool:
-        """Whether a request can be decoded in batches of steps, as far as its images go.
+        """Whether the request's images allow it to be decoded by continuous batching.
 
-        Raises `UnsupportedError` where it can't, and asks for what only these have.
+        Raises:
+            UnsupportedError: They don't, and the request needs a feature that only continuous batching has.
         """
         images = request.images
         if images is None or goes_on(self.model, self.layout, request.ids, images):
@@ -353,18 +392,19 @@ class LM(LanguageModel):
         return False
 
     def divergence(self, steering: Steering | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> Divergence:
-        """The divergence of the steered from the unsteered model, before each token of its unsteered answers.
+        """Measure the divergence between the unsteered and the steered model at each token of the unsteered answers.
 
         Args:
-            steering: Any steering: also with gates, at some positions, or of attention scores.
+            steering: Any steering, including gated ones, edits at certain positions, and edits of attention scores.
             prompts: The prompts.
-            options: `tokens` of each unsteered answer at most (32), `system`, `chat`, `transfer`.
+            options: `tokens` (the maximum number of tokens per unsteered answer, default 32), `system`, `chat` and
+                `transfer`.
 
-        Returns: `mean` and `p95` (the 95th percentile), in nats per token, and each token's
-            `nats`.
+        Returns:
+            The `mean` and `p95` (95th percentile) in nats per token, and the `nats` of each token.
 
         Raises:
-            TrimtabError: A steering that doesn't fit, or no prompts.
+            TrimtabError: The steering doesn't fit, or there are no prompts.
         """
         from trimtab.evaluate.divergence import divergence
 
@@ -376,7 +416,7 @@ class LM(LanguageModel):
     def _check_free(self) -> None:
         super()._check_free()
         with self._exclusive():
-            pass  # it raises inside of lm.steered(…), whose end a stream's thread would wait for
+            pass  # raises inside lm.steered(…): the stream's thread would wait for that context to end
 
     def _next_logprobs(
         self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
@@ -396,14 +436,14 @@ class LM(LanguageModel):
         return [results[i] for i in range(len(choices))]
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """As `LanguageModel` has it. Raises `TrimtabError` while the model is being steered."""
-        with self._exclusive():  # nobody else's hooks: a steered model would judge itself
+        """See `LanguageModel.answer_nlls`. Raises `TrimtabError` while the model is being steered."""
+        with self._exclusive():  # without hooks: the answers are scored by the unsteered model
             return mean_nlls(self.model, self.layout, self.name, texts, self._prefix_cache)
 
-    # ---- how it is answered ------------------------------------------------------------------------------
+    # ---- steering ----------------------------------------------------------------------------------------
 
     def _with_pieces(self, answer: Generation) -> Generation:
-        """The answer with the text of each token, where something is known of each."""
+        """Add the text of each token to an answer that has log-probabilities or a trace."""
         if answer.logprobs is None and answer.trace is None:
             return answer
         return replace(answer, pieces=tuple(pieces(self.tokenizer, answer.token_ids)))
@@ -416,15 +456,28 @@ class LM(LanguageModel):
         prompt_lengths: Sequence[int] | None = None,
         transfer: bool = False,
     ) -> AbstractContextManager[Session]:
-        """Steer whatever runs the model inside the context: `model.generate`, a pipeline, your own loop.
+        """Steer all forward passes of the model inside the context: `model.generate`, a pipeline or your own loop.
 
-        One steering for every row, or one for each row of the batch. For calls of `model.generate` the prompts'
-        lengths are known; in your own loop the first pass over a text is taken for its whole prompt, unless
-        `prompt_lengths` (in tokens, without pads) says otherwise. Yields the session, whose `doses(row)` tell how
-        hard each row was pushed. The model is as it was when the context is left, however it is left.
+        When the context exits, normally or by an exception, the hooks are removed and the model is unchanged.
 
-        Raises `TrimtabError` for a steering that doesn't fit, and inside, before the first token, for a batch
-        that doesn't match. Without a `with` it steers nothing, of which it warns.
+        Args:
+            steering: One steering for all rows, or a list with one for each row of the batch.
+            prompt_lengths: The length of each prompt in tokens, without padding, for your own decoding loop. By
+                default the first forward pass over a text is taken to be its whole prompt. Calls of `model.generate`
+                don't need it.
+            transfer: Allow a steering learned on another model of the same width.
+
+        Returns:
+            A context manager that yields the session. The session's `doses(row)` are the doses of a row.
+
+        Raises:
+            TrimtabError: The steering doesn't fit. Inside the context, before the first token: the batch doesn't
+                match the steerings or `prompt_lengths`. When the context exits: the model didn't run inside, or its
+                text ended before the given prompt length.
+            UnsupportedError: The steering edits attention scores.
+
+        Warns:
+            RuntimeWarning: The result was discarded without a `with` statement, so nothing was steered.
         """
         everything, lengths = steerings_of(steering), lengths_of(prompt_lengths)
         for each_steering in set(everything):
@@ -441,11 +494,11 @@ class LM(LanguageModel):
         prompt_lengths: list[int] | None,
         transfer: bool,
     ) -> Iterator[Session]:
-        """`steered`, of what was checked."""
+        """The context of `steered`, with checked arguments."""
         growing = Growing([edit for each_steering in everything for edit in acting(each_steering)])
 
         def decide(count: int, first: FirstPass) -> list[tuple[Edit, ...]]:
-            for each_steering in set(everything):  # adapters are switched while a model is held
+            for each_steering in set(everything):  # checked again: adapters may have been switched since
                 check_learned_on(each_steering, self.identity, transfer=transfer)
             if session.prompt_lengths is None:
                 growing.check(first)
@@ -457,7 +510,7 @@ class LM(LanguageModel):
         session = Session(self.model, self.layout, decide, prompt_lengths, self.tokenizer)
         sites = sorted({edit.site for each_steering in everything for edit in acting(each_steering)})
         stays = any(meanings_of(acting(each_steering)) for each_steering in everything)
-        with steering_of(self.layout.decoder, lent=True):  # in whatever mode the model is: it is the caller who runs it
+        with steering_of(self.layout.decoder, lent=True):  # the caller runs the model, in training or evaluation mode
             with session.hooked(sites, any_thread=True), known_prompts(self.model, session, bool(sites), stays):
                 yield session
             if sites and not session.ran:
@@ -470,14 +523,14 @@ class LM(LanguageModel):
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """One steered run at a time, in evaluation mode: hooks sit on the model that all threads share."""
+        """Hold the model for one run, in evaluation mode. Other threads wait, as hooks act on the passes of all."""
         decoder = self.layout.decoder
-        with steering_of(decoder), evaluating(self.model), evaluating(decoder):  # a wrapper's mode may be its own
+        with steering_of(decoder), evaluating(self.model), evaluating(decoder):  # a wrapper may be in another mode
             yield
 
     @contextmanager
     def _caching_prefixes(self) -> Iterator[None]:
-        """While open, unsteered prefixes of the texts whose probabilities are computed are cached."""
+        """Within the context, `next_logprobs` and `answer_nlls` cache the keys and values of unsteered prefixes."""
         before = self._prefix_cache
         self._prefix_cache = before or PrefixCache(self.model, self.layout)
         try:
@@ -486,18 +539,18 @@ class LM(LanguageModel):
             self._prefix_cache = before
 
     def _ready(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
-        """Each request's edits as a session runs them: gates decided, masks settled, conditions on tokens put in."""
+        """Each request's edits as a session runs them: with gates, masks and per-token conditions resolved."""
         return resolve(steerings, [len(prompt) for prompt in ids], reader(self.layout, ids)).edits
 
     @property
     def is_steered(self) -> bool:
-        """Whether this thread is inside `lm.steered(…)`, of this `LM` or another over the same model."""
+        """Whether this thread is inside `lm.steered(…)` of this `LM` or of another `LM` that wraps the same model."""
         return steered_here(self.layout.decoder)
 
     # ---- activations -------------------------------------------------------------------------------------
 
     def check_sites(self, sites: Sequence[Site]) -> None:
-        """Raises `TrimtabError` for a site that the model doesn't have."""
+        """Raise `TrimtabError` if the model doesn't have one of the sites."""
         check_sites(self.layout, sites)
 
     def _read(
@@ -508,7 +561,7 @@ class LM(LanguageModel):
             yield replace(batch, groups=[plain[g] for g in batch.groups])
         for g in sorted(set(range(len(groups))) - set(plain)):
             members = []
-            for text in groups[g]:  # each text alone, and whole: its end is where position rules count from
+            for text in groups[g]:  # each text alone and whole, as positions are relative to the end of the prompt
                 with nullcontext() if steering is None else self.steered(steering, transfer=True):
                     whole = self._read_whole(text, sites)
                 members.append({site: whole[site][list(text.positions)] for site in sites})

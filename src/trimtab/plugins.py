@@ -1,9 +1,9 @@
-"""What other distributions bring: methods and engines, found by their entry points.
+"""Plugins: methods and engines of other distributions, found by their entry points.
 
     [project.entry-points."trimtab.methods"]
     median = "trimtab_median:RECIPE"
 
-Nothing of a distribution is imported until it is requested by name, or all are listed.
+A plugin is imported only when it is requested by name or when all plugins are listed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ Made = TypeVar("Made")
 
 
 class PluginWarning(UserWarning):
-    """Another distribution's method or engine can't be loaded, and the others go on without it."""
+    """Another distribution's method or engine can't be loaded and is skipped."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """An entry point of another distribution: `kind` is "method" or "engine", `distribution` its name and version."""
+    """An entry point of another distribution.
+
+    `kind` is "method" or "engine"; `distribution` is the distribution's name and version.
+    """
 
     kind: str
     name: str
@@ -38,38 +41,42 @@ class Plugin:
         return f"the {self.kind} {self.name!r} of {self.distribution}"
 
     def load(self) -> Any:
-        """What the entry point names. Raises `TrimtabError`, naming the distribution, where it can't be imported."""
+        """Import the object that the entry point names.
+
+        Raises:
+            TrimtabError: It can't be imported. The message names the distribution.
+        """
         try:
             return self.entry.load()
-        except (Exception, SystemExit) as error:  # foreign code raises whatever it likes
+        except (Exception, SystemExit) as error:  # the plugin's code may raise anything
             raise self.broken(error) from error
 
     def broken(self, reason: object) -> TrimtabError:
-        """The error that says why this plugin can't be used, and what to do about it."""
+        """The error for a plugin that can't be loaded, with the reason and the fix."""
         why = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else reason
         return TrimtabError(f"{self} ({self.entry.value}) can't be loaded: {why}; update or uninstall it")
 
 
 def plugin(group: str, name: str, own: Collection[str]) -> Plugin | None:
-    """The plugin of that name, of the group `METHODS` or `ENGINES`; `None` where there is none.
+    """The plugin with this name in the group `METHODS` or `ENGINES`; `None` if there is none.
 
     Raises:
-        TrimtabError: There are two of that name, or `own`, trimtab's names, has it too.
+        TrimtabError: Two plugins have this name, or it is among trimtab's own names `own`.
     """
     return _one_each(group, entry_points(group=group, name=name), own).get(name)
 
 
 def plugins(group: str, own: Collection[str]) -> dict[str, Plugin]:
-    """All plugins of the group by name, in the order of their names; none of them is imported.
+    """All plugins of the group, by name in alphabetical order, without importing them.
 
     Raises:
-        TrimtabError: There are two of a name, or `own`, trimtab's names, has it too.
+        TrimtabError: Two plugins have the same name, or a name is among trimtab's own names `own`.
     """
     return dict(sorted(_one_each(group, entry_points(group=group), own).items()))
 
 
 def loaded(by_name: Mapping[str, Plugin], make: Callable[[Plugin], Made]) -> dict[str, Made]:
-    """What `make` gives for each plugin; one that can't be loaded is left out, with a `PluginWarning`."""
+    """Call `make` on each plugin. A plugin that can't be loaded is skipped, with a `PluginWarning`."""
     made: dict[str, Made] = {}
     for name, candidate in by_name.items():
         try:

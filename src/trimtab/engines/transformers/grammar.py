@@ -1,9 +1,9 @@
-"""Answers that keep to a grammar: which tokens may come next, as a mask over the logits of a batch.
+"""Grammar-constrained decoding: masks over a batch's logits that allow only tokens that the grammar permits.
 
-Each constrained row has a matcher, on the host, which knows how far its answer has come. Before a step's tokens are
-chosen the matchers of all rows write their masks into one buffer of bits, which goes to the device in one copy and is
-unpacked there: a forbidden token has a logit of minus infinity, whatever steered it, and the host waits for nothing.
-The tokens that were chosen come to the matchers with the step's one wait.
+Each constrained row has a matcher on the host that tracks its position in the grammar. Before each step's tokens are
+chosen, the matchers of all rows write their masks into one bit buffer, which is copied to the device once and
+unpacked there. Forbidden tokens get a logit of minus infinity, regardless of steering. Masking needs no device
+synchronization; the matchers receive the chosen tokens at the step's single one.
 """
 
 from __future__ import annotations
@@ -26,38 +26,39 @@ REFUSED = {
     "min_new_tokens": "the grammar says where an answer ends",
     "prompt_lookup_num_tokens": "drafts aren't checked against the grammar",
 }
-"""Options of `generate` that grammars can't run with, and why."""
+"""Options of `generate` that can't be combined with a grammar, and why."""
 STUCK = (
     "the answer can't keep to its grammar here: no token that it allows is left by the other settings, the logits are"
     " no numbers any more, or the grammar is too complex"
 )
 KEPT = 64
-"""So many compiled grammars are kept, those that were used last."""
+"""The number of most recently used compiled grammars to keep."""
 
 
 class Matcher:
-    """How far one answer has come in its grammar."""
+    """One answer's position in its grammar."""
 
     def __init__(self, state: Any, vocabulary: int) -> None:
         self._state = state
         self._over = False
-        self.words: int = (vocabulary + 31) // 32  # of 32 bits each, in a mask
+        self.words: int = (vocabulary + 31) // 32  # 32-bit words in a mask
 
     def copy(self) -> Matcher:
-        """Another one, as far as this."""
+        """An independent copy at the same position."""
         copied = copy(self)
         copied._state = self._state.deep_copy()
         return copied
 
     @property
     def done(self) -> bool:
-        """Whether nothing can follow any more but an end."""
+        """Whether only an end token can follow."""
         return self._over or (self._state.is_stopped() and not self._state.is_error())
 
     def take(self, token: int) -> None:
-        """The answer's next token. What comes after its end is left alone.
+        """Advance by the answer's next token. Tokens after the end are ignored.
 
-        Raises `TrimtabError` for one that the grammar forbids, or where the grammar is too complex to go on.
+        Raises:
+            TrimtabError: The grammar forbids the token, or is too complex to continue.
         """
         if self._over:
             return
@@ -68,15 +69,15 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles grammars for one model; from any thread.
+    """A thread-safe compiler of grammars for one model.
 
     Args:
-        tokenizer: The model's; a fast one.
-        size: How many logits the model gives.
-        ends: The tokens that end an answer.
+        tokenizer: The model's tokenizer, which must be a fast one.
+        size: The number of logits of the model.
+        ends: The tokens that end an answer; if empty, the tokenizer's end-of-sequence token.
 
     Raises:
-        UnsupportedError: A tokenizer whose tokens aren't known as bytes, or a model without a token that ends answers.
+        UnsupportedError: The bytes of the tokenizer's tokens aren't known, or the model has no token that ends answers.
     """
 
     def __init__(self, tokenizer: Any, size: int, ends: Collection[int]) -> None:
@@ -98,7 +99,7 @@ class Grammars:
         self._known: OrderedDict[str, Matcher] = OrderedDict()
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """A matcher at the beginning of an answer. Raises `TrimtabError` for a grammar that doesn't compile."""
+        """A matcher at the start of an answer. Raises `TrimtabError` if the grammar doesn't compile."""
         with self._lock:
             if (known := self._known.get(grammar.text)) is not None:
                 self._known.move_to_end(grammar.text)
@@ -114,12 +115,12 @@ class Grammars:
 
 
 class Masks:
-    """The masks of these rows, for as long as the batch stays the same; `None` for a row that may say anything.
+    """The grammar masks of a batch whose rows don't change.
 
     Args:
-        matchers: Each row's. Whoever chooses the tokens lets them know.
-        size: How many logits there are.
-        device: Where the logits are.
+        matchers: One for each row; `None` for an unconstrained row. The caller advances them with the chosen tokens.
+        size: The number of logits.
+        device: The device of the logits.
     """
 
     def __init__(self, matchers: Sequence[Matcher | None], size: int, device: torch.device) -> None:
@@ -133,15 +134,16 @@ class Masks:
         self._bits = torch.zeros(len(chosen), words, dtype=torch.int32, pin_memory=pinned)
         self._shifts = torch.arange(32, dtype=torch.int32, device=device)
         self._executor = load_llguidance().LLExecutor() if len(chosen) > 1 else None
-        self._forbidden: Tensor | None = None  # at the token at hand
+        self._forbidden: Tensor | None = None  # for the current token
         self._known: dict[tuple[int, ...], tuple[Tensor, Tensor] | None] = {}
 
     def apply(self, scores: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
-        """Scores with minus infinity where a token is forbidden; the given ones stay as they are.
+        """The scores with minus infinity for forbidden tokens. `scores` itself isn't modified.
 
         Args:
             scores: `[rows, vocabulary]`.
-            rows: Which rows of the batch they are of, perhaps several times; `None` is the batch as it is.
+            rows: The batch row of each row of `scores`; a batch row may occur more than once. `None`: `scores` has the
+                rows of the batch in order.
         """
         rows = self._every if rows is None else rows
         chosen = self._chosen(rows)
@@ -156,11 +158,11 @@ class Masks:
         return scores.index_copy(0, index, masked)
 
     def advance(self) -> None:
-        """The token at hand is chosen: what comes is masked anew."""
+        """Discard the masks after the current token was chosen; the next `apply` computes new ones."""
         self._forbidden = None
 
     def _computed(self) -> Tensor:
-        """`[constrained rows, vocabulary]`: what mustn't come. A row whose answer is over may say anything."""
+        """`[constrained rows, vocabulary]`: the forbidden tokens. None are forbidden once a row's answer has ended."""
         going = [(place, matcher) for place, matcher in enumerate(self._matchers) if not matcher._over]
         if len(going) < len(self._matchers):
             self._bits.fill_(-1)
@@ -175,7 +177,7 @@ class Masks:
         return ((bits[:, :, None] >> self._shifts) & 1 == 0).flatten(1)[:, : self._size]
 
     def _chosen(self, rows: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """Which of these rows are constrained, and where their masks are; `None` where none is."""
+        """The indices of the constrained ones among these rows, and of their masks; `None` if there are none."""
         if rows not in self._known:
             chosen = [(i, self._places[row]) for i, row in enumerate(rows) if row in self._places]
             if len(self._known) >= KEPT:
@@ -186,10 +188,10 @@ class Masks:
 
 
 class GrammarProcessor(LogitsProcessor):
-    """The masks as a processor of logits, for loops that are transformers' own or stand in its `generate`.
+    """A logits processor that applies grammar masks, for decoding loops that run through transformers' `generate`.
 
-    `matchers` are those of the prompts; each has as many rows as there are answers to a prompt. It may be asked several
-    times before the same token.
+    There is one of `matchers` for each prompt; each is copied for every answer to its prompt. The processor may be
+    called several times before the same token.
     """
 
     def __init__(self, matchers: Sequence[Matcher | None]) -> None:
@@ -199,7 +201,7 @@ class GrammarProcessor(LogitsProcessor):
         self._read = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores `[rows, vocabulary]`, masked."""
+        """The masked scores `[rows, vocabulary]`."""
         if self._masks is None:
             each = len(input_ids) // len(self._prompts)
             self._rows = [matcher and matcher.copy() for matcher in self._prompts for _ in range(each)]
@@ -213,20 +215,20 @@ class GrammarProcessor(LogitsProcessor):
             self._masks.advance()
         masked = self._masks.apply(scores)
         going = [i for i, row in enumerate(self._rows) if row is not None and not row.done]
-        if not masked[going].isfinite().any(-1).all():  # the loop would take some token all the same
+        if not masked[going].isfinite().any(-1).all():  # or the loop would still pick a token
             raise TrimtabError(STUCK)
         return masked
 
 
 def check_grammar_options(options: Mapping[str, Any]) -> None:
-    """Raises `TrimtabError` for options of `generate` that a grammar can't run with."""
+    """Raise `TrimtabError` for options of `generate` that can't be combined with a grammar."""
     for name, why in REFUSED.items():
         if options.get(name) not in (None, 0, 1):
             raise TrimtabError(f"answers by a JSON schema can't run with {name}: {why}")
 
 
 def with_grammars(options: Mapping[str, Any], matchers: Sequence[Matcher | None]) -> dict[str, Any]:
-    """Options of `generate` by which the answers to these prompts keep to their grammars."""
+    """The options of `generate`, with a logits processor that constrains these prompts' answers to their grammars."""
     if not any(matchers):
         return dict(options)
     return {**options, "logits_processor": [*(options.get("logits_processor") or ()), GrammarProcessor(matchers)]}

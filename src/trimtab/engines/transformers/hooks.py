@@ -1,7 +1,7 @@
-"""Hooks that are put on a model's modules and taken off many times: once a token, where rows come and go.
+"""Hooks that are attached and removed many times, such as once per token in continuous batching.
 
-Registering a hook anew costs more than an addition does. Here each is registered once; from then on it is put into the
-module's table of hooks and taken out again, under the number that it was given.
+Registering a hook costs more than a steering's addition. So each hook is registered once; afterwards it is inserted
+into and deleted from its module's hook dictionary directly, under the id that it was given.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 
 Attach = Callable[[], Any]
-"""Puts something on the model, and returns what has `remove()`."""
+"""Attaches something to the model and returns a handle with `remove()`."""
 
 
 class Hooks:
-    """What is on the model while `open`; it is attached once here, and taken off at once.
+    """Hooks that are on the model while `open`. The constructor attaches each once, to get its id, and removes it.
 
-    A module whose table of hooks was replaced since is left without: whoever opens these counts their calls.
+    If a module's hook dictionary is replaced afterwards, its hook isn't attached. Callers detect this by counting the
+    calls of their hooks.
 
     Args:
-        attachers: What puts each of them there.
+        attachers: A function for each hook that attaches it.
     """
 
     def __init__(self, attachers: Sequence[Attach]) -> None:
         self._entries: list[tuple[dict[Any, Any], int, Any]] = []
-        self._others: list[Attach] = []  # what is more than a hook
+        self._others: list[Attach] = []  # handles that aren't plain hooks
         for attach in attachers:
             handle = attach()
             try:
@@ -41,7 +42,7 @@ class Hooks:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """The hooks are on the model for as long as the context is open."""
+        """Keep the hooks on the model within the context."""
         entries = self._entries
         with ExitStack() as others:
             try:
@@ -56,7 +57,7 @@ class Hooks:
 
 
 def _entries(handle: Any) -> list[tuple[dict[Any, Any], int, Any]] | None:
-    """Where a module notes this hook, each table with what is noted there; `None` where that can't be seen."""
+    """The entries of this hook in its module's dictionaries: `(dictionary, hook id, value)`; `None` if unavailable."""
     if type(handle) is not RemovableHandle or not hasattr(handle, "hooks_dict_ref"):
         return None
     tables = [handle.hooks_dict_ref(), *(reference() for reference in getattr(handle, "extra_dict_ref", ()))]

@@ -1,4 +1,4 @@
-"""Which model this is, as it stands in the card of what is learned on it."""
+"""The identity of a model, as recorded in the cards of steerings that are learned on it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trimtab.text.chat import template_digest
 
 
 def identify(model: Any, layout: Layout, tokenizer: Any, name: str, adapters: tuple[Adapter, ...]) -> ModelId:
-    """The `ModelId` of a model on which these adapters act.
+    """The `ModelId` of a model with these active adapters.
 
     Raises:
-        UnsupportedError: Its embeddings have no numbers.
+        UnsupportedError: The values of its embeddings can't be read.
     """
     family = str(model.config.get_text_config(decoder=True).model_type)
     shape, rows = embedding_rows(model, sampled_rows)

@@ -1,8 +1,8 @@
-"""Prompts with images: rendered by the model's own processor, and read in a pass that is given their pixels.
+"""Prompts with images: rendered by the model's processor, and prefilled in a forward pass that gets the pixels.
 
-In a prompt's token ids each image has as many places as it has features, so positions are those of the tokens that the
-model computes. Only the pass over the prompt sees pixels; what follows goes on from its cache, at positions that the
-model counts as its own pass says: some let an image take up fewer positions than tokens.
+In the token ids each image has one placeholder token per feature, so token positions are the columns that the model
+computes. Only the prefill gets the pixels; decoding continues from its KV cache. The position ids of generated tokens
+follow from the prefill's, because in some models an image takes up fewer positions than tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trimtab.text.spans import Span, found_in_text
 from trimtab.text.templates import set_keywords
 
 AXES = 3
-"""Of positions with axes of their own for time, height and width, so many; another before them counts tokens."""
+"""The number of axes of multimodal position ids (time, height, width). An additional first axis counts tokens."""
 
 
 def encode_with_images(
@@ -47,9 +47,11 @@ def encode_with_images(
     template: Template | None,
     bounds: Bounds = BOUNDS,
 ) -> tuple[list[int], PromptImages]:
-    """The token ids of messages with images, in which each image has its places, and what the model is given of them.
+    """The token ids of messages with images, with placeholder tokens for each image, and the image inputs of the model.
 
-    Raises `TrimtabError` for messages or images that can't be read, and for a processor that refuses them.
+    Raises:
+        TrimtabError: Messages or images can't be read, or the processor rejects them.
+        UnsupportedError: The processor returns inputs that the model doesn't take.
     """
     messages = with_images(checked_messages(prompt, system), bounds)
     tokenizer = with_template(tokenizer, processor)
@@ -65,7 +67,7 @@ def encode_with_images(
     how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     try:
         encoded = processor.apply_chat_template([dict(message) for message in messages], **how, **keywords)
-    except Exception as error:  # templates and processors raise whatever their authors chose
+    except Exception as error:  # templates and processors may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise TrimtabError(f"the model's processor refuses these messages: {reason}") from error
     ids = encoded["input_ids"]
@@ -75,7 +77,7 @@ def encode_with_images(
 
 
 def with_template(tokenizer: Any, processor: Any) -> Any:
-    """The tokenizer, with its processor's chat template where it has none. Raises `TrimtabError` where neither has."""
+    """The tokenizer, with the processor's chat template if it has none. Raises `TrimtabError` if neither has one."""
     if has_template(tokenizer):
         return tokenizer
     if not getattr(processor, "chat_template", None):
@@ -91,7 +93,7 @@ def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inputs(model: Any, encoded: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a processor's output the model takes, where its inputs go and in its dtype."""
+    """The image inputs in a processor's output, on the model's input device and in its dtype."""
     takes, device = compat.parameters(model), input_device(model)
     inputs: dict[str, Any] = {}
     for name, value in encoded.items():
@@ -113,9 +115,9 @@ def _inputs(model: Any, encoded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Counted:
-    """What the decoder was told of its tokens' positions: where the one after them stands, counted from their number.
+    """The position ids that the decoder got in a prefill.
 
-    `shift` is 0 where the next token's position is the number of tokens before it.
+    `shift` is the position id of the next token minus the number of tokens before it: 0 without images.
     """
 
     shift = 0
@@ -123,10 +125,13 @@ class Counted:
 
 @contextmanager
 def counting(layout: Layout, tokens: int | None) -> Iterator[Counted]:
-    """While open, a pass of the whole model over a prompt of so many tokens from its beginning on.
+    """Record the position ids of one forward pass over the first `tokens` tokens of a prompt.
 
-    `None`: several passes, of which nothing is counted. Raises `UnsupportedError` where the decoder computes another
-    number of tokens than the prompt has, and `TrimtabError` where the model can't place the images.
+    `None` allows several passes and records nothing.
+
+    Raises:
+        UnsupportedError: The decoder computes a different number of tokens than the prompt has.
+        TrimtabError: The model can't process the images.
     """
     counted, owner = Counted(), get_ident()
 
@@ -150,13 +155,13 @@ def counting(layout: Layout, tokens: int | None) -> Iterator[Counted]:
             yield counted
     except (TrimtabError, RuntimeError):
         raise
-    except Exception as error:  # a model that can't place features raises whatever its authors chose
+    except Exception as error:  # models may raise anything for images that they can't process
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise TrimtabError(f"the model can't read this prompt's images: {reason}") from error
 
 
 def images_reader(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> Read:
-    """Reads one prompt with images, the only request there is, by a pass of its own."""
+    """A function that reads the activations of a single request, a prompt with images, in a separate forward pass."""
 
     def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
         activations = read_with_images(model, layout, ids, images, sites)
@@ -169,7 +174,7 @@ def images_reader(model: Any, layout: Layout, ids: Sequence[int], images: Prompt
 def read_with_images(
     model: Any, layout: Layout, ids: Sequence[int], images: PromptImages, sites: Sequence[Site]
 ) -> dict[Site, Tensor]:
-    """The activations `[tokens, width]` of a whole prompt with images, at each site."""
+    """The activations `[tokens, width]` of a whole prompt with images at each site."""
     row = torch.tensor([list(ids)], device=input_device(model))
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), **images.inputs, "use_cache": False}
     with recording(layout, sites, lambda x: x[0], to_the_end=True) as activations, counting(layout, len(ids)):
@@ -179,7 +184,7 @@ def read_with_images(
 
 
 def check_takes_images(model: Any) -> None:
-    """Raises `UnsupportedError` for a model of text alone."""
+    """Raise `UnsupportedError` for a text-only model."""
     if not compat.takes_images(model):
         raise UnsupportedError(
             f"{type(model).__name__} is a model of text alone, and these messages have images; leave them out, or load"
@@ -188,9 +193,13 @@ def check_takes_images(model: Any) -> None:
 
 
 def load_processor(source: tuple[str, Mapping[str, Any]] | None) -> Any:
-    """The processor of an image-text model, from where the model was loaded: a Hub id or folder, and the options.
+    """Load the processor of an image-text model.
 
-    Raises `TrimtabError` where it can't be had.
+    Args:
+        source: The Hub id or folder that the model was loaded from, and the options it was loaded with.
+
+    Raises:
+        TrimtabError: `source` is `None`, or the processor can't be loaded.
     """
     if source is None:
         raise TrimtabError("images need the model's processor: LM(model, tokenizer, processor=processor)")
@@ -217,21 +226,28 @@ def spans_beside_images(
     system: str | None,
     template: Template | None,
 ) -> tuple[Span, ...]:
-    """The token positions of phrases in a prompt with images, whose token ids these are.
+    """The token positions of phrases in a prompt with images that has these token ids.
 
-    A phrase is found in the text that the chat template writes, in which an image has one mark. The tokens of that
-    text are the prompt's but for the images' places; so a span is moved by what the images before it take up.
+    Phrases are found in the text that the chat template renders, where each image is one marker. Apart from the
+    images' placeholder tokens, that text has the tokens of the prompt. So a span moves by the tokens that the images
+    before it take up.
 
-    Raises `TrimtabError` as `find_spans` does, `UnsupportedError` where the one can't be laid beside the other.
+    Raises:
+        TrimtabError: As `find_spans` does.
+        UnsupportedError: The rendered text and the token ids can't be aligned.
     """
     short, spans = found_in_text(tokenizer, prompt, emphasize, system=system, template=template)
-    first = int(ids[:1] != short[:1] and ids[1:2] == short[:1])  # a token that the processor begins with
+    first = int(ids[:1] != short[:1] and ids[1:2] == short[:1])  # a first token that the processor adds
     moved = [_moved(short, ids[first:], start, stop) for start, stop in spans]
     return tuple((first + start, first + stop) for start, stop in moved)
 
 
 def _moved(short: Sequence[int], long: Sequence[int], start: int, stop: int) -> Span:
-    """Where a stretch of a text stands in the same text with some tokens put in between; from either end, one place."""
+    """The position of a span of `short` in `long`, which is `short` with tokens inserted in one place before or after.
+
+    Raises:
+        UnsupportedError: There are insertions on both sides of the span.
+    """
     if list(short[:stop]) == list(long[:stop]):
         return start, stop
     behind = len(long) - len(short)
@@ -247,10 +263,11 @@ _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def goes_on(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> bool:
-    """Whether what follows such a prompt needs its cache alone, so that its row can join others.
+    """Whether decoding after a prompt with images needs only its KV cache, so that the row can join a batch.
 
-    It is tried once a model, on a prompt that it is asked about: the last token read over the cache of those before
-    gives what a pass over all of them does. Not so where blocks attend to an image beside the text.
+    This is tested once per model, on the first such prompt: a pass over the last token with the cache of the tokens
+    before it must give the same logits as a pass over the whole prompt. It fails for models whose blocks cross-attend
+    to the image.
     """
     if layout.decoder not in _known:
         _known[layout.decoder] = _try(model, layout, ids, images)
@@ -267,7 +284,7 @@ def _try(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -
             with counting(layout, len(ids)):
                 expected = last_logits(model, row, mask, None, whole, more=images.inputs)
             if any(_columns(layer) not in (None, len(ids)) for layer in whole.layers):
-                return False  # keys of an image, beside the text's
+                return False  # keys of an image in addition to the text's
             cache = compat.whole_cache(model.config)
             with counting(layout, last) as counted:
                 last_logits(model, row[:, :last], mask[:, :last], None, cache, more=images.until(last))
@@ -285,7 +302,7 @@ def _columns(layer: Any) -> int | None:
 
 
 def check_goes_on(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> None:
-    """Raises `UnsupportedError` where a row with images can't join a batch of steps."""
+    """Raise `UnsupportedError` if a row with images can't join a batch in continuous batching."""
     if not goes_on(model, layout, ids, images):
         raise UnsupportedError(
             f"{type(model).__name__} needs a prompt's images at every token, not in the pass over the prompt alone, so"

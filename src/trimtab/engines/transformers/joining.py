@@ -1,4 +1,4 @@
-"""Prompts of rows that join a batch, read together in one pass: padded on the left, each under its own steering."""
+"""Prefill of the prompts that join a batch: together in one left-padded pass, each under its own steering."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from trimtab.steering import Edit, Site, Steering
 
 @dataclass(frozen=True)
 class PromptsRead:
-    """Prompts that were read: what acts on each, what was measured, the next token's logits, and the cache.
+    """The result of a prefill: each prompt's edits and measured doses, the next token's logits, and the cache.
 
-    `past` is what their last tokens' rows go on from, where some will be verified. `shift`: how many positions more
-    than tokens there were.
+    `past` is the state that the rows of the last prompt token continue from, if next tokens will be verified. `shift`
+    is the next token's position id minus the number of tokens (see `Counted`).
     """
 
     edits: Sequence[tuple[Edit, ...]]
@@ -56,16 +56,16 @@ class PromptsRead:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads prompts for one batch.
+    """Prefills prompts for one batch.
 
     Args:
         model: The whole model.
         layout: Its layout.
-        masks: Of padded batches.
-        pad: The token that pads prompts.
-        device: Where inputs go.
-        new_cache: Makes an empty cache.
-        counts: Whether the model counts its tokens' positions by itself.
+        masks: Masks of padded batches.
+        pad: The padding token.
+        device: The input device.
+        new_cache: Creates an empty cache.
+        counts: Whether the model computes its position ids itself.
         watch: Reads the last tokens for monitors.
     """
 
@@ -79,7 +79,7 @@ class Reader:
     watch: Watch | None = None
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, mask and positions `[prompts, columns]` of prompts that are padded on the left."""
+        """Ids, mask and position ids `[prompts, columns]` of left-padded prompts."""
         width = max(map(len, prompts))
         pads = [width - len(prompt) for prompt in prompts]
         rows = [[self.pad] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
@@ -95,13 +95,13 @@ class Reader:
         copied: bool = False,
         images: PromptImages | None = None,
     ) -> PromptsRead:
-        """Read these prompts, each under its own steering.
+        """Prefill these prompts, each under its own steering.
 
         Args:
-            texts: Token ids, and what steers them.
-            verified: Whether rows are going to verify the next tokens.
-            copied: Whether they go over copies of the cache; then the last token has a pass of its own.
-            images: Those of the one prompt, where it has any.
+            texts: Token ids and steering of each prompt.
+            verified: Whether the next tokens will be verified.
+            copied: Whether verification uses copies of the cache; the last token is then computed in a separate pass.
+            images: The images of the prompt, which is then the only one.
         """
         prompts = [list(ids) for ids, _ in texts]
         width = max(map(len, prompts))
@@ -114,7 +114,7 @@ class Reader:
         def run() -> Tensor:
             nonlocal counted
             start = width - 1 if copied else 0
-            if images is not None:  # the model counts by itself what its images take up
+            if images is not None:  # the model computes the position ids of images itself
                 with counting(self.layout, start or width) as counted:
                     how = (cache, None if copied else self.watch, images.until(start or width))
                     logits = last_logits(self.model, ids[:, : start or None], mask[:, : start or None], None, *how)
@@ -140,7 +140,7 @@ class Reader:
             check_goes_on(self.model, self.layout, prompts[0], images)
         if images is None and decides_at_prefill(self.layout, steerings, lengths, {}):
             prefill = Prefill(self.model, self.layout, steerings, lengths)
-            edits, names = prefill.edits, prefill.names  # from the pass on
+            edits, names = prefill.edits, prefill.names  # filled during the pass
             session = Session(self.model, self.layout, prefill.decide)
             session.expect(lengths, width)
             with prefill.watching(session), session.hooked(prefill.sites):
@@ -167,7 +167,7 @@ class Reader:
         return PromptsRead(edits, names, tallies, logits, cache, lengths, past, counted.shift)
 
     def reads(self, prompts: Sequence[Sequence[int]], images: PromptImages | None) -> Read:
-        """Reads these prompts, or the one that has images, by passes of their own."""
+        """A function that reads the activations of these prompts, or of the one with images, in separate passes."""
         if images is None:
             return reader(self.layout, prompts)
         (ids,) = prompts
@@ -175,7 +175,7 @@ class Reader:
 
 
 def compiled(layout: Layout, scored: Sequence[ScoredRow], width: int) -> dict[int, LayerScores]:
-    """What each layer does to the attention scores of these rows; nothing where none is edited."""
+    """The edits of these rows' attention scores by layer; empty if there are none."""
     if not any(row.edits for row in scored):
         return {}
     return compile_scores(scored, width, head_count(layout), torch.device("cpu"))
@@ -191,7 +191,7 @@ def steering(
     columns: Callable[[], int],
     padded: bool = False,
 ) -> Iterator[None]:
-    """Hooks at these sites for a pass of rows; `scores` is what is done to attention scores."""
+    """Attach the hooks for a pass: the session's at `sites`, and those that apply `scores` to attention scores."""
     with session.hooked(sites):
         if scores:
             with steered_scores(layout, scores, columns, masks.of(padded)):

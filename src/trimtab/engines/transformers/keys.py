@@ -1,10 +1,11 @@
-"""The keys that attention stores: edited, and read, where a block's attention hands them to its cache.
+"""Edit and read attention keys at the point where a block's attention passes them to its KV cache.
 
-There a key is all that it will be: projected, normed and rotated. What is written is what every query finds from then
-on, so that a cache with edited keys is exact, whatever its layers keep, and the model's own attention reads it.
+There the keys are final: projected, normalized and rotated. The edited keys are stored, and all later queries attend to
+them. So a cache with edited keys is exact for any type of cache layer, and the model's own attention reads it.
 
-How many heads of which size a block's keys have isn't declared in one way. So a few made-up tokens are run, once a
-model, and what is written is compared with what attention is given: latents that keys are made of are no keys.
+Models declare the number and size of their key heads in different ways. So a few arbitrary tokens are run once per
+model, and the tensors written to the cache are compared with the keys that attention gets: if a model caches latents
+that the keys are computed from, it has no keys to edit.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
 Change = Callable[[Tensor], Tensor | None]
-"""What is made of activations `[rows, tokens, width]`; `None`: they stay, or were changed in place."""
+"""Maps activations `[rows, tokens, width]` to new ones; `None`: unchanged, or changed in place."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """A block's keys: its attention, and how many heads of which size it stores."""
+    """A block's keys: its attention module, and the number and size of the heads that it stores."""
 
     attention: nn.Module
     heads: int
@@ -46,13 +47,13 @@ _known: WeakKeyDictionary[nn.Module, tuple[Keys | str, ...]] = WeakKeyDictionary
 
 
 def keys_of(layout: Layout, site: Site) -> Keys:
-    """What a block's attention stores.
+    """The keys that a block's attention stores.
 
     Raises:
-        UnsupportedError: It stores no keys of its own, or it isn't known what it stores.
+        UnsupportedError: It stores no keys, or what it stores can't be determined, such as while the model is steered.
     """
     if layout.decoder not in _known:
-        if steered_here(layout.decoder):  # this run's hooks would take the pass for one of theirs
+        if steered_here(layout.decoder):  # this run's hooks would steer the pass
             raise UnsupportedError(
                 f"which keys {type(layout.decoder).__name__} stores is found out by a pass of its own, which this run's"
                 " hooks would take for theirs; lm.check(steering) finds it out before"
@@ -64,17 +65,17 @@ def keys_of(layout: Layout, site: Site) -> Keys:
     return examined
 
 
-# ---- a pass in which they are edited ---------------------------------------------------------------------------
+# ---- editing keys in a pass ------------------------------------------------------------------------------------
 
 
 def attach(keys: Keys, change: Change) -> Any:
-    """A hook that lets `change` act on the keys, heads side by side, before they are stored."""
+    """Attach a hook that applies `change` to the keys, with heads concatenated, before they are stored."""
 
     def before(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         arguments = compat.bound(attention, args, kwargs)
         name = compat.cache_name(attention)
         cache = arguments.get(name)
-        if isinstance(cache, _Storing):  # another hook's, which came first
+        if isinstance(cache, _Storing):  # from another hook, which ran first
             cache.changes.append((keys, change))
             return args, kwargs
         cache = _Storing(cache, [(keys, change)])
@@ -87,7 +88,7 @@ def attach(keys: Keys, change: Change) -> Any:
 
 
 class _Storing:
-    """A cache as a block's attention is given it; what is stored there passes some changes first."""
+    """A wrapper of a block's cache that applies changes to the keys before it stores them."""
 
     def __init__(self, cache: Any, changes: list[tuple[Keys, Change]]) -> None:
         self.cache = _Nothing() if cache is None else cache
@@ -109,7 +110,7 @@ class _Storing:
 
 
 class _Nothing(DynamicCache):
-    """What stands in for a cache in a pass without one: it keeps nothing."""
+    """A cache that stores nothing, for passes without a cache."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
@@ -118,16 +119,16 @@ class _Nothing(DynamicCache):
 
 
 def _changed(keys: Tensor, change: Change) -> Tensor:
-    """Keys `[rows, heads, tokens, size]` after a change of them, heads side by side; they lie in memory as before."""
+    """Apply a change to keys `[rows, heads, tokens, size]`, with heads concatenated. Keeps the memory layout."""
     x = keys.transpose(1, 2).flatten(2)
     new = change(x)
     if new is None and x.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr():
-        return keys  # a view, in which it was done
+        return keys  # changed in place, through a view
     made = (x if new is None else new).unflatten(-1, keys.shape[1::2]).transpose(1, 2)
     return made if made.requires_grad else torch.empty_like(keys).copy_(made)
 
 
-# ---- what a model stores ---------------------------------------------------------------------------------------
+# ---- examining which keys a model stores -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -159,7 +160,7 @@ def _examine(layout: Layout) -> tuple[Keys | str, ...]:
                 for module in {m for m in modules if m is not None}:
                     hooks.enter_context(_listen(module, cache))
                 layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception as error:  # what it can't run is reported, with its reason, when it is to run
+        except Exception as error:  # reported, with its reason, when the keys are requested
             failed = f"a pass over a few tokens failed ({type(error).__name__}: {error})"
     if failed:
         return (failed,) * len(modules)
@@ -189,7 +190,7 @@ def _listen(attention: nn.Module, cache: Any) -> Any:
 
 
 def _keys_stored(module: nn.Module | None, stored: list[Tensor], attended_keys: list[Tensor]) -> Keys | str:
-    """What one block stores, or why that is nothing to steer."""
+    """The keys that one block stores, or the reason why they can't be steered."""
     if module is None:
         return "the block has no attention that goes through transformers' attention interface"
     if len(stored) != 1 or len(attended_keys) != 1:

@@ -1,4 +1,4 @@
-"""Calls of `model.generate` by whoever steers around them: the session learns how long their prompts are."""
+"""A wrapper of `model.generate` that passes the prompts' lengths to the session inside `lm.steered(…)`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from trimtab.errors import TrimtabError, UnsupportedError
 
 @contextmanager
 def known_prompts(model: Any, session: Session, steers: bool, stays: bool = False) -> Iterator[None]:
-    """While open, `model.generate` tells the session how long its prompts are.
+    """Within the context, `model.generate` passes the lengths of its prompts to the session.
 
-    With `stays` it refuses options under which rows change places.
+    Args:
+        model: The model.
+        session: The session that steers it.
+        steers: Whether the session has anything to steer; if not, `model.generate` isn't wrapped.
+        stays: Reject options under which rows are reordered.
     """
     if not steers:
         yield
@@ -29,13 +33,13 @@ def known_prompts(model: Any, session: Session, steers: bool, stays: bool = Fals
     generating = Generating()
 
     def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        session.ran = True  # or it raises here, or finds at its end that the passes weren't seen
+        session.ran = True  # if no pass is seen, `check_reached` raises below
         tokens = next(
             (t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None
         )
         mask = kwargs.get("attention_mask")
         settings = {**_settings(kwargs), **kwargs}
-        for name in ("assistant_early_exit", "guidance_scale"):  # before transformers changes the model for it
+        for name in ("assistant_early_exit", "guidance_scale"):  # before transformers modifies the model for it
             if settings.get(name) not in (None, 1):
                 raise TrimtabError(f"model.generate inside lm.steered(…) can't take {name}: {REFUSED[name]}")
         if stays:
@@ -54,7 +58,7 @@ def known_prompts(model: Any, session: Session, steers: bool, stays: bool = Fals
             try:
                 output = original(inputs, *args, **{"disable_compile": True, **kwargs})
                 sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
-                if isinstance(sequences, Tensor):  # the last token isn't fed to the model
+                if isinstance(sequences, Tensor):  # no pass runs over the last token
                     before = 0 if tokens.dim() == 2 else tokens.shape[1]
                     session.check_reached(before + sequences.shape[1] - 1)
                 return output
@@ -74,8 +78,8 @@ def known_prompts(model: Any, session: Session, steers: bool, stays: bool = Fals
 
 @contextmanager
 def _in_place_of(model: Any, name: str, function: Any) -> Iterator[None]:
-    """While open, the model has this function by the name."""
-    own = vars(model).get(name)  # somebody may have put one there before
+    """Replace the model's method of this name within the context."""
+    own = vars(model).get(name)  # it may have been replaced before
     setattr(model, name, function)
     try:
         yield

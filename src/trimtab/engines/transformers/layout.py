@@ -1,4 +1,4 @@
-"""Where a model's blocks are, found from what the model declares; never guessed."""
+"""The location of a model's blocks, found from what the model declares and never guessed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from trimtab.errors import TrimtabError, UnsupportedError
 
 @dataclass(frozen=True)
 class Layout:
-    """The decoder (what runs the blocks), its blocks in order, and the width of the residual stream."""
+    """The decoder (the module that runs the blocks), its blocks in order, and the width of the residual stream.
+
+    `path` is the path of the list of blocks in the model; `context` is the maximum number of positions, `None` if there
+    is no limit.
+    """
 
     decoder: nn.Module
     blocks: tuple[nn.Module, ...]
@@ -29,10 +33,10 @@ class Layout:
 
 
 def stream_dtype(layout: Layout) -> torch.dtype:
-    """The dtype of the residual stream: that of the norms and embeddings, which quantization leaves alone.
+    """The dtype of the residual stream: that of the norms and embeddings, which aren't quantized.
 
     Raises:
-        UnsupportedError: There is no weight in floating point.
+        UnsupportedError: The model has no floating-point weights.
     """
     for parameter in layout.decoder.parameters():
         if parameter.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -41,7 +45,7 @@ def stream_dtype(layout: Layout) -> torch.dtype:
 
 
 def check_wrapped(model: Any, tokenizer: Any) -> None:
-    """Raises `TrimtabError` unless this is a model of transformers, with a tokenizer (or `None`), saying what it is."""
+    """Raise `TrimtabError`, naming what was passed, unless this is a transformers model and a tokenizer or `None`."""
     if isinstance(model, (str, Path)):
         raise TrimtabError(f"LM(model, tokenizer) wraps a loaded model; LM.load({str(model)!r}) loads one")
     if isinstance(tokenizer, nn.Module):
@@ -63,14 +67,19 @@ def check_wrapped(model: Any, tokenizer: Any) -> None:
 
 
 def find_layout(model: Any, layers: str | None = None) -> Layout:
-    """The layout of a causal language model, or of the language model inside a vision-language one.
+    """Find the layout of a causal language model, or of the language model inside a vision-language model.
 
-    The blocks are the one list of the decoder that has as many items as the configuration declares hidden
-    layers, of the class that the model itself declares as the source of its hidden states; where it declares
-    none, the one list of that length; where none has that length (two layers a block), the one of that class.
-    `layers`, a dotted path such as `"model.layers"`, overrides it.
+    The blocks are the one `ModuleList` in the decoder that has as many items as the configuration declares hidden
+    layers, all of the class that the model declares as the source of its hidden states. If the model declares no class,
+    it is the one list of that length; if no list has that length (two layers per block), the one of that class.
 
-    Raises `TrimtabError`, naming the candidates, when that leaves none or several.
+    Args:
+        model: The model.
+        layers: A dotted path of the list, such as `"model.layers"`, that overrides the search.
+
+    Raises:
+        TrimtabError: No list or several lists qualify; the message names the candidates.
+        UnsupportedError: This isn't a decoder-only transformers model.
     """
     if isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "config"):
         kind = type(model).__name__
@@ -85,7 +94,7 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
         raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder; trimtab steers decoder-only models")
     text = config.get_text_config(decoder=True)
     said = model.get_decoder()
-    said = said if hasattr(said, "config") else model  # some models call their head a decoder
+    said = said if hasattr(said, "config") else model  # some models return their head as the decoder
     path, blocks = _named(model, layers) if layers else _declared(model, said, text.num_hidden_layers)
     decoder = _runner(model, path) if said is model else said
     return Layout(
@@ -98,13 +107,16 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
 
 
 def _context(text: Any) -> int | None:
-    """How many positions the configuration allows; none or a negative number is no limit."""
+    """The maximum number of positions in the configuration; `None` if it has none or it isn't positive."""
     limit = getattr(text, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _runner(model: nn.Module, path: str) -> nn.Module:
-    """The innermost module around the blocks that takes a text: a model that says it is its own decoder has a head."""
+    """The innermost module around the blocks that takes token ids or embeddings.
+
+    A model that returns itself as its decoder includes the language-model head.
+    """
     parts = path.split(".")[:-1]
     for stop in range(len(parts), 0, -1):
         module = model.get_submodule(".".join(parts[:stop]))

@@ -1,4 +1,4 @@
-"""How likely given answers are under the unsteered model."""
+"""Likelihoods of given answers under the unsteered model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimtab.errors import TrimtabError
 from trimtab.steering.tensors import to_float64
 
 LOGITS = 16_000_000
-"""How many logits are held at a time: 64 MiB in float32, whatever the size of the vocabulary."""
+"""The number of logits in memory at a time, for any vocabulary size: 64 MiB in float32."""
 
 
 @torch.no_grad()
@@ -28,19 +28,19 @@ def mean_nlls(
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     prefix_cache: PrefixCache | None = None,
 ) -> list[float]:
-    """The mean negative log-probability of each answer's tokens, in nats. One pass of the decoder.
+    """The mean negative log-probability of each answer's tokens, in nats, from one pass of the decoder.
 
     A context that several answers share, or that is in `prefix_cache`, is computed once.
 
     Args:
-        model: The model, whose decoder `layout` has.
-        layout: Where the decoder is.
-        name: What errors call the model.
-        texts: `(context ids, answer ids)`, neither of them empty.
-        prefix_cache: Supplies keys and values of contexts; default: one for these texts alone.
+        model: The model.
+        layout: Its layout.
+        name: The model's name in error messages.
+        texts: `(context ids, answer ids)` pairs, both non-empty.
+        prefix_cache: Supplies the keys and values of contexts. By default, a temporary cache if contexts repeat.
 
     Raises:
-        TrimtabError: Logits that aren't numbers.
+        TrimtabError: The logits contain NaN.
     """
     decoder = layout.decoder
     device = input_device(decoder)
@@ -71,7 +71,7 @@ def mean_nlls(
 
 
 def _token_nlls(give: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
-    """`[tokens]`, float64: the negative log-probability of each token, from the hidden state `[width]` before it."""
+    """The negative log-probability of each token, `[tokens]` in float64, from the hidden states `[tokens, width]`."""
     parts = []
     each = max(1, LOGITS // vocabulary)
     for some, wanted in zip(hidden.split(each), tokens.split(each), strict=True):
@@ -84,10 +84,11 @@ def _token_nlls(give: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor
 
 @contextmanager
 def _decoder_gives(model: Any, layout: Layout, output: type) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields hidden states `[tokens, width]` → logits `[tokens, vocabulary]`, as the whole model computes them.
+    """Yield a function from hidden states `[tokens, width]` to logits `[tokens, vocabulary]`.
 
-    The model's own forward runs, with a decoder that hands it these states: so the scales and caps that some
-    families put on their logits are there, without a list of families. `output` is the class of what it returns.
+    It runs the model's own forward with a decoder that is replaced by one that returns these states. So the logit
+    scaling and soft-capping of some model families are applied, without a list of families. `output` is the class of
+    the decoder's output.
     """
     decoder = layout.decoder
     own = vars(decoder).get("forward")  # accelerate puts one there

@@ -18,9 +18,9 @@ from trimtab.keywords import stray, stray_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 TAKEN = ("device", "dtype", "revision", "adapter", "layers", "engine", "template", "device_map", "quantization_config")
-"""The options of `LM.load` that are most in use; the others are `from_pretrained`'s."""
+"""The most common options of `LM.load`, for error messages; others are those of `from_pretrained`."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""What holds an adapter, as `peft` saves it."""
+"""The files of an adapter saved by `peft`."""
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -33,14 +33,19 @@ def load(
     adapter: str | Path | None = None,
     **options: Any,
 ) -> tuple[Any, Any, str]:
-    """The model, its tokenizer and its name. `options` go to `from_pretrained` (quantization and the like).
+    """Load a model. Returns the model, its tokenizer and its name.
 
-    `adapter` is the folder or Hub id of a LoRA, or another adapter of `peft`, that is put on it.
+    Args:
+        name: A Hub id, a model folder or a GGUF file; `None` loads the default model.
+        device: `None` uses CUDA if available, then MPS, then the CPU. `device_map` in the options overrides it. A
+            quantized model is placed on the device while it is loaded, as it can't be moved afterwards.
+        dtype: The dtype of the weights; `"auto"`: as stored.
+        revision: The revision on the Hub.
+        adapter: The folder or Hub id of a LoRA or another adapter of `peft` to load into the model.
+        options: Passed to `from_pretrained` (quantization and so on).
 
-    `device=None` takes CUDA, then MPS, then the CPU; `device_map` among the options overrides it. A quantized model is
-    put there while it is loaded, as it can't be moved afterwards.
-    Raises `TrimtabError` when there is no such model, it isn't a language model, or it is quantized in a way that the
-    device can't run.
+    Raises:
+        TrimtabError: There is no such model, it isn't a language model, or the device can't run its quantization.
     """
     if "torch_dtype" in options:
         raise stray("LM.load", "torch_dtype", ())
@@ -69,7 +74,7 @@ def load(
 
 
 def _put_on(model: Any, adapter: str | Path) -> None:
-    """Loads an adapter's weights into a model. Raises `TrimtabError` where they can't be had or don't fit it."""
+    """Load an adapter into a model. Raises `TrimtabError` if it can't be loaded or doesn't fit the model."""
     if find_spec("peft") is None:
         raise TrimtabError(f"the adapter {adapter} needs peft: pip install 'trimtab[finetune]'")
     folder = Path(adapter)
@@ -92,8 +97,8 @@ def _put_on(model: Any, adapter: str | Path) -> None:
 
 
 def read_gguf(path: Path, dtype: Any = torch.float32, **options: Any) -> tuple[Any, Any]:
-    """A GGUF file's model, dequantized, and its tokenizer."""
-    gguf_config = getattr(transformers, "GgufConfig", None)  # before it existed, files were always dequantized
+    """The dequantized model in a GGUF file, and its tokenizer."""
+    gguf_config = getattr(transformers, "GgufConfig", None)  # older versions always dequantize
     if gguf_config is not None:
         options.setdefault("quantization_config", gguf_config(dequantize=True))
     where, file = str(path.parent), path.name
@@ -118,7 +123,7 @@ def _read(
         config = AutoConfig.from_pretrained(source, revision=revision, **known)
         kind: Any = AutoModelForCausalLM
         if not compat.is_causal_lm(config) and "trust_remote_code" not in options:
-            kind = transformers.AutoModelForImageTextToText  # the language model inside is found by the layout
+            kind = transformers.AutoModelForImageTextToText  # `find_layout` finds the language model in it
         quantized = getattr(config, "quantization_config", None) or options.get("quantization_config")
         if quantized is not None and "device_map" not in options:
             placed = _device(device)
@@ -150,7 +155,7 @@ def _read(
 
 
 def _same(device: torch.device) -> set[torch.device]:
-    """The names of a device: without a number it is the current one of its kind."""
+    """The device as given and with its index: a device without an index is the current one of its type."""
     return {device, torch.empty(0, device=device).device}
 
 

@@ -1,7 +1,7 @@
-"""Masks of padded batches that are made without the host waiting for the device.
+"""Attention masks of padded batches, created without a device synchronization.
 
-transformers looks at each pass whether a batch has pads at all, as attention is faster without a mask; on a GPU the
-host waits for the answer. Whoever knows that there are pads needn't ask.
+At each pass transformers checks whether the batch has any padding, as attention is faster without a mask. On a GPU this
+check waits for the device. It is skipped for batches that are known to be padded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trimtab.engines.transformers.weights import input_device
 
 
 class PaddedMasks:
-    """For one model, whose attention must be transformers' `sdpa`; to other models nothing is done."""
+    """The masks for one model. Without effect on the CPU, or if its attention isn't transformers' `sdpa`."""
 
     def __init__(self, layout: Layout) -> None:
         decoder: Any = layout.decoder
@@ -28,12 +28,12 @@ class PaddedMasks:
         self._configs: Sequence[Any] = configurations(layout) if suits else ()
 
     def of(self, padded: bool) -> Callable[..., Tensor | None] | None:
-        """What makes the masks of a batch with pads, if it is `padded`; `None`: what the model has for it."""
+        """The mask function for a batch, if it is `padded`; `None`: use the model's own."""
         return _mask if padded and self._configs else None
 
     @contextmanager
     def open(self, padded: bool) -> Iterator[None]:
-        """While open, passes are of a batch with pads, if it is `padded`."""
+        """Within the context, passes use the mask function for padded batches, if `padded`."""
         if self.of(padded) is None:
             yield
             return

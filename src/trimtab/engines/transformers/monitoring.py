@@ -1,7 +1,7 @@
-"""Monitors of a batch's rows: their readings are taken for all rows at once, one product a site and pass.
+"""Monitors on the rows of a batch: all rows are read together, with one matrix product per site and pass.
 
-The reading comes behind the edits of its site, so that it is of the activation that goes on. Its values stay on the
-device until a step reports its choice, for which the host waits in any case.
+A monitor's hook runs after the edits of its site, so it reads the edited activation. The values stay on the device
+until the step returns its chosen tokens, which synchronizes with the device anyway.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from trimtab.steering.gates import Threshold
 from trimtab.steering.monitors import Monitor, Monitored, measured
 
 KEPT = 64
-"""Of so many sets of conditions the directions are kept on the device."""
+"""The number of sets of conditions whose directions are kept on the device."""
 
 
 def check_watched(monitors: Sequence[Monitor], steering: Steering | None, layout: Layout) -> None:
-    """Raises `TrimtabError` for monitors that don't fit the model, or what they switch on not beside a steering."""
+    """Check that monitors fit the model, and that the steerings they switch on can be combined with `steering`.
+
+    Raises:
+        TrimtabError: One of them doesn't fit.
+    """
     for monitor in monitors:
         where = place(layout, monitor.site)
         if len(monitor.condition.direction) != where.size:
@@ -43,20 +47,20 @@ def check_watched(monitors: Sequence[Monitor], steering: Steering | None, layout
 
 
 def switched_on(monitor: Monitor, prompt_length: int) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
-    """The edits that a monitor switches on, as a batch runs them, and what they are called in the answer."""
+    """The edits that a monitor switches on, as a batch runs them, and their names in the answer."""
     resolved = resolve([monitor.steering], [prompt_length], lambda *_: {})
     return resolved.edits[0], resolved.names[0]
 
 
 @dataclass
 class Log:
-    """What monitors have read of one row so far."""
+    """The readings of one row's monitors so far."""
 
     values: list[tuple[float, ...]] = field(default_factory=list)
     fired: dict[str, int] = field(default_factory=dict)
 
     def add(self, monitors: Sequence[Monitor], values: tuple[float, ...]) -> tuple[Monitor, ...]:
-        """One more token's; the monitors that fire at it, for the first time."""
+        """Add the readings of one token. Returns the monitors that fire for the first time."""
         new = tuple(
             monitor
             for monitor, value in zip(monitors, values, strict=True)
@@ -67,7 +71,7 @@ class Log:
         return new
 
     def readings(self, monitors: Sequence[Monitor]) -> dict[str, Monitored]:
-        """All of it, by name."""
+        """All readings, by the monitors' names."""
         columns = list(zip(*self.values, strict=True)) or [()] * len(monitors)
         return {
             monitor.name: Monitored(tuple(values), self.fired.get(monitor.name))
@@ -76,26 +80,26 @@ class Log:
 
 
 class Watch:
-    """Reads the newest token of each row in a pass, for the conditions that monitors of these rows have."""
+    """Reads the last token of each row in a pass, for the conditions of these rows' monitors."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._kept: dict[tuple[Any, ...], Tensor] = {}
         self.conditions: tuple[Threshold, ...] = ()
-        self.values: Tensor | None = None  # [rows, conditions], of the last pass
+        self.values: Tensor | None = None  # [rows, conditions], from the last pass
 
     def of(self, each: Iterable[Sequence[Monitor]]) -> None:
-        """The next passes are of rows with these monitors."""
+        """Set the monitors of each row for the following passes."""
         self.conditions = tuple(dict.fromkeys(monitor.condition for monitors in each for monitor in monitors))
         self.values = None
 
     def columns(self, monitors: Sequence[Monitor]) -> list[int]:
-        """Which of the values are those of these monitors."""
+        """The columns of `values` for these monitors."""
         return [self.conditions.index(monitor.condition) for monitor in monitors]
 
     @contextmanager
     def open(self, rows: int) -> Iterator[None]:
-        """While open, a pass over so many rows is read."""
+        """Read one pass over this number of rows within the context."""
         if not self.conditions:
             yield
             return
@@ -137,7 +141,7 @@ class Watch:
 
 
 def _reading(where: Place, keep: Callable[[Place, Any], None]) -> Any:
-    """A hook that is shown what is at a place, and changes nothing."""
+    """Attach a hook that passes a place's activations to `keep` and changes nothing."""
     if where.side == "output":
         return where.module.register_forward_hook(lambda _m, _args, output: keep(where, output))
     return where.module.register_forward_pre_hook(

@@ -1,7 +1,7 @@
-"""How likely given tokens are to come next, for many texts and many steerings of each text, in few passes.
+"""Next-token probabilities of candidate tokens, for many texts under many steerings each, in few forward passes.
 
-Rows that read the same text under different steerings have everything in common up to the first token at which one
-of them steers. That part runs once a text, unsteered; its keys and values are repeated for the text's rows.
+Rows with the same text and different steerings are identical up to the first steered token. That prefix is computed
+once per text, unsteered, and its keys and values are repeated for the text's rows.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from trimtab.steering.tensors import to_float64
 
 
 def first_steered(edits: Sequence[Edit], prompt_length: int, length: int) -> int:
-    """The first position of a text of so many tokens at which one of these edits acts; its length if none does."""
+    """The first position at which one of these edits acts in a text of `length` tokens; `length` if none does."""
     starts = [start for edit in edits for start, _ in edit.positions.reach(prompt_length)]
     return min([*starts, length])
 
 
 def in_batches(choices: Sequence[Choice], edits: Sequence[Sequence[Edit]], batch_size: int) -> Iterator[list[int]]:
-    """The numbers of the rows of each batch: those of a text side by side, and together no more than is read at once.
+    """Split the rows into batches within the token budget, with rows of the same text next to each other.
 
-    Of the rows of a text only the first one reads what comes before the steering.
+    Only the first row of a text counts with the tokens before the steering, as these are computed once per text.
+
+    Returns:
+        The indices of the rows of each batch.
     """
     lengths = [len(choice.ids) for choice in choices]
     steered = [
@@ -68,9 +71,15 @@ def next_tokens(
     edits: Sequence[tuple[Edit, ...]],
     prefix_cache: PrefixCache | None = None,
 ) -> list[NextToken]:
-    """One batch of rows, each under its own edits, in their order. `session` decides the same `edits`.
+    """The next-token results of one batch of rows, in order, each under its own edits.
 
-    `prefix_cache` supplies the keys and values of the tokens before the first steered one.
+    Args:
+        model: The whole model.
+        layout: Its layout.
+        choices: The text and the candidate tokens of each row.
+        session: The session that steers the batch; it decides on the same `edits`.
+        edits: The edits of each row.
+        prefix_cache: Supplies the keys and values of the tokens before the first steered one.
     """
     sites = sorted({edit.site for row_edits in edits for edit in row_edits})
     texts: dict[tuple[int, ...], int] = {}
@@ -114,6 +123,6 @@ def next_tokens(
 
 
 def _run(module: Callable[..., Any], ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Any:
-    """A pass over ids, of which the mask covers those in the cache as well; logits for the last column only."""
+    """A forward pass over ids, with logits for the last column only. The mask also covers the tokens in the cache."""
     keep = {"logits_to_keep": 1} if "logits_to_keep" in compat.parameters(module) else {}
     return module(**inputs_of(module, ids, mask, cache), **keep)

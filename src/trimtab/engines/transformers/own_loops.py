@@ -1,4 +1,4 @@
-"""What `lm.steered(…)` gives to whoever runs the model in a loop of their own, and what it checks of that loop."""
+"""The context manager that `lm.steered(…)` returns, and checks of its arguments and of the user's decoding loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimtab.steering.steering import check_steering
 
 
 class SteeredContext(ContextDecorator):
-    """`with lm.steered(…):`, as often as it is written; it warns if it goes away without having been entered."""
+    """The context of `with lm.steered(…):`. It can be entered repeatedly, and warns if it is never entered."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[Session]]) -> None:
         self._make = make
@@ -47,7 +47,11 @@ class SteeredContext(ContextDecorator):
 
 
 def steerings_of(steering: Any) -> tuple[Steering, ...]:
-    """Those for `lm.steered`: one, or what a list has for its rows. Raises `TrimtabError` for anything else."""
+    """The steerings passed to `lm.steered`: a single one, or those of a list, without `None`.
+
+    Raises:
+        TrimtabError: `steering` is neither a steering nor a non-empty list of steerings and `None`.
+    """
     if not isinstance(steering, (list, tuple)):
         check_steering(steering)
         return (steering,)
@@ -60,7 +64,7 @@ def steerings_of(steering: Any) -> tuple[Steering, ...]:
 
 
 def lengths_of(prompt_lengths: Any) -> list[int] | None:
-    """The prompts' lengths in tokens. Raises `TrimtabError` for what isn't a whole number from 1 up for each row."""
+    """The prompts' lengths in tokens as a list. Raises `TrimtabError` for anything but positive integers."""
     if prompt_lengths is None:
         return None
     listed = prompt_lengths.tolist() if hasattr(prompt_lengths, "tolist") else prompt_lengths
@@ -73,14 +77,14 @@ def lengths_of(prompt_lengths: Any) -> list[int] | None:
 
 
 class Growing:
-    """Sees a loop without a cache, in which each pass would be taken for a prompt of its own, one token longer."""
+    """Detects a decoding loop without a cache, where each pass would be taken for a new prompt, one token longer."""
 
     def __init__(self, edits: Sequence[Edit]) -> None:
         self._matters = any(edit.positions.follows_prompt or edit.gate != ALWAYS for edit in edits)
         self._last: Tensor | None = None
 
     def check(self, first: FirstPass) -> None:
-        """Raises `TrimtabError` where this first pass repeats the last one's texts and each has one token more."""
+        """Raise `TrimtabError` if this pass has the texts of the last one with one more token each."""
         ids, last = first.inputs.get("input_ids"), self._last
         self._last = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
         if not self._matters or self._last is None or last is None or last.device != self._last.device:

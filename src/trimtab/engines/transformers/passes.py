@@ -1,4 +1,4 @@
-"""A pass of the whole model over a cache that grows, as decoding loops run it."""
+"""A forward pass of the whole model with a KV cache, as decoding loops run it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ def last_logits(
     watch: Watch | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """The last column's logits `[rows, vocabulary]`, in float32, where the ids are.
+    """The last column's logits `[rows, vocabulary]`, in float32 on the device of `ids`.
 
     Args:
         model: The whole model.
         ids: `[rows, tokens]`.
-        mask: `[rows, columns of the cache and these tokens]`, 0 at pads; `None` where there are none.
-        positions: `[rows, tokens]`, left out where the model doesn't take them; `None` lets it count by itself.
-        cache: What has been read before, to which these tokens are added.
+        mask: `[rows, columns of the cache and these tokens]`, 0 at padding; `None` if there is no padding.
+        positions: Position ids `[rows, tokens]`, ignored if the model doesn't take them; `None` lets the model compute
+            them.
+        cache: The KV cache of the preceding tokens, to which these tokens are added.
         watch: Reads the last column for monitors.
-        more: Further inputs: what the tokens' images are.
+        more: Further inputs of the model, for the tokens' images.
     """
     takes = compat.parameters(model)
     inputs = compat.with_cache(model, {"input_ids": ids, "attention_mask": mask}, cache)
     if mask is not None and mask.shape[1] > ids.shape[1] and compat.is_state_alone(cache):
-        del inputs["attention_mask"]  # a state has no columns
+        del inputs["attention_mask"]  # a recurrent state has no columns
     if "position_ids" in takes and positions is not None:
         inputs["position_ids"] = positions
     if "logits_to_keep" in takes:

@@ -1,4 +1,4 @@
-"""Which module of a model has a site's activations, on which side of it; found in its blocks, never guessed."""
+"""The module and side (input or output) where a site's activations are, found in the model's blocks, never guessed."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
 MIXERS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "linear_o", "out_linear")
-"""What families call the projection that mixes the heads' outputs."""
+"""Names of the projection that mixes the heads' outputs, in various model families."""
 SELF = ("self_attn", "self_attention", "attention", "attn")
-"""What families call attention to the text itself, where a block has attention to an encoder's output as well."""
+"""Names of self-attention, for blocks that also have cross-attention."""
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp")
-"""What families call the MLP of a block."""
+"""Names of a block's MLP."""
 BESIDE = (*MLPS, "mlps", "experts", "moe", "router")
-"""Parts that together are a block's MLP, where it has several of them."""
+"""Names of modules that are parts of the MLP if a block has several of them."""
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")
-"""What families call the expert that every token passes."""
+"""Names of the shared expert, which processes every token."""
 DOWNS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "fc_out", "output_linear", "lin2")
-"""What families call the MLP's last projection."""
+"""Names of the MLP's last projection."""
 ACTS = ("act_fn", "act", "activation_fn")
-"""What families call the MLP's activation function."""
+"""Names of the MLP's activation function."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A module, which of its sides (`"input"`, `"output"`), and the width of the activations there.
+    """A module, a side of it (`"input"` or `"output"`), and the width of the activations there.
 
-    On the side `"logits"` of a router they are what its own linear map puts out, inside of it; on the side `"cache"` of
-    an attention the keys that it stores.
-    `streams`: the tensor there holds several residual streams, of which one, or the mean, is meant.
+    The side `"logits"` of a router is the output of the linear map inside it; the side `"cache"` of an attention module
+    is the keys that it stores. With `streams` the tensor holds several residual streams, and the site is one of them or
+    their mean.
     """
 
     module: nn.Module
@@ -52,15 +52,17 @@ class Place:
     keys: keys.Keys | None = None
 
     def read(self, x: Tensor) -> Tensor:
-        """The site's activations in the tensor that is there."""
+        """The site's activations in the module's tensor."""
         return x if self.streams is None else self.streams.read(x)
 
 
 def place(layout: Layout, site: Site) -> Place:
-    """Where the activations of a site are.
+    """Find the module and side of a site's activations.
 
-    Raises `TrimtabError` for a layer that isn't there, and `UnsupportedError`, saying what the block has, where the
-    model hasn't such a site: a mixture of experts has no one row of neurons.
+    Raises:
+        TrimtabError: The model doesn't have this layer.
+        UnsupportedError: The model doesn't have such a site: a mixture of experts, for example, doesn't have a single
+            layer of neurons. The message names the parts of the block.
     """
     if not 0 <= site.layer < layout.layers:
         raise TrimtabError(f"there is no layer {site.layer}; this model has layers 0 to {layout.layers - 1}")
@@ -80,7 +82,7 @@ def place(layout: Layout, site: Site) -> Place:
 
 
 def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
-    """A hook that puts what `edit` makes of a place's activations in their stead (`None`: they stay)."""
+    """Attach a hook that replaces a place's activations by the result of `edit` (`None`: they stay as they are)."""
     streams = where.streams
     if streams is not None:
         edit = partial(_edited_streams, streams, edit)
@@ -107,7 +109,7 @@ def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
 
 
 def _edited_streams(streams: Streams, edit: Callable[[Tensor], Tensor | None], stacked: Tensor) -> Tensor:
-    """The streams after an edit of the residual stream among them."""
+    """Apply an edit to the residual stream in a tensor of several streams."""
     before = streams.read(stacked)
     x = before.clone()
     after = edit(x)
@@ -135,10 +137,10 @@ def _streams(layout: Layout, site: Site) -> Streams | None:
 
 
 def query_heads(layout: Layout) -> int:
-    """How many query heads a layer has.
+    """The number of query heads per layer.
 
     Raises:
-        UnsupportedError: The layers differ in it.
+        UnsupportedError: The configuration doesn't have a single number for all layers.
     """
     count = compat.query_heads(layout.decoder.config)
     if count is None:
@@ -149,7 +151,7 @@ def query_heads(layout: Layout) -> int:
 
 
 def head_size(layout: Layout, layer: int) -> int:
-    """The width of one head's output, which need not be the residual stream's divided by the number of heads."""
+    """The width of one head's output; not always the residual stream's width divided by the number of heads."""
     return place(layout, Site(layer, "heads")).size // query_heads(layout)
 
 
@@ -157,7 +159,7 @@ _shared: WeakKeyDictionary[nn.Module, frozenset[nn.Module]] = WeakKeyDictionary(
 
 
 def shared_modules(layout: Layout) -> frozenset[nn.Module]:
-    """The modules that stand in several blocks."""
+    """The modules that occur in several blocks."""
     if layout.decoder not in _shared:
         counts = Counter(module for block in layout.blocks for module in set(block.modules()))
         _shared[layout.decoder] = frozenset(module for module, count in counts.items() if count > 1)
@@ -165,9 +167,10 @@ def shared_modules(layout: Layout) -> frozenset[nn.Module]:
 
 
 def output_weight(layout: Layout, site: Site) -> Tensor:
-    """The weight `[width, size]` of the projection that a site of heads or neurons goes into.
+    """The weight `[width, size]` of the projection whose input is a site of heads or neurons.
 
-    Raises `UnsupportedError` for other sites, and where the weight is stored in another form (quantized).
+    Raises:
+        UnsupportedError: The site is of another kind, or the weight isn't a plain matrix (it is quantized).
     """
     if site.kind not in ("heads", "neurons"):
         raise UnsupportedError(f"{site} doesn't go into one projection; heads and neurons do")
@@ -218,7 +221,7 @@ def _neurons_place(layout: Layout, block: nn.Module, site: Site) -> Place:
 
 
 def _act_fn_place(layout: Layout, block: nn.Module, site: Site) -> Place:
-    """The activation function beside the MLP's last projection, whose inputs are made of what it puts out."""
+    """The activation function in the module that contains the MLP's last projection."""
     neurons = place(layout, Site(site.layer, "neurons"))
     parent = next(part for part in block.modules() if any(child is neurons.module for child in part.children()))
     functions = [child for name, child in parent.named_children() if name in ACTS]
@@ -251,7 +254,7 @@ _PARTS = {
 
 
 def _attention(layout: Layout, block: nn.Module, site: Site) -> nn.Module:
-    """The block's attention: of the class that the model declares, else the one that is called so."""
+    """The block's attention: of the class that the model declares, or else the one whose class name says so."""
     kinds = compat.declared(layout.decoder, "attentions")
     parts: dict[str, nn.Module] = dict(block.named_modules())
     modules: dict[str, nn.Module] = {name: part for name, part in parts.items() if kinds and isinstance(part, kinds)}
@@ -266,7 +269,7 @@ def _attention(layout: Layout, block: nn.Module, site: Site) -> nn.Module:
 
 
 def _mixer(layout: Layout, block: nn.Module, attention: nn.Module, site: Site) -> nn.Module:
-    """The projection of the heads' outputs: attention's own, or that of the part beside it (BERT's `output.dense`)."""
+    """The projection of the heads' outputs, in the attention module or in its sibling `output` (BERT)."""
     projections = _named(attention, MIXERS, layout.width)
     if not projections:
         path = next(name for name, part in block.named_modules() if part is attention)
@@ -281,7 +284,7 @@ def _mixer(layout: Layout, block: nn.Module, attention: nn.Module, site: Site) -
 
 
 def _mlp(block: nn.Module) -> nn.Module | None:
-    """The block's MLP, if it is one part: by what it is called, or by what its class is."""
+    """The block's MLP, if it is one module, found by its name or else by its class name."""
     children = dict(block.named_children())
     parts = [part for name, part in children.items() if name in MLPS and name not in SHARED]
     parts = parts or [part for name, part in children.items() if name in SHARED]
@@ -290,7 +293,7 @@ def _mlp(block: nn.Module) -> nn.Module | None:
 
 
 def _down(layout: Layout, block: nn.Module, part: nn.Module | None, site: Site) -> nn.Module:
-    """The MLP's last projection; in a mixture of experts that of the expert that every token passes."""
+    """The MLP's last projection; in a mixture of experts, that of the shared expert."""
     children = dict(block.named_children())
     if part is None and "intermediate" in children and "output" in children:
         projections = _named(children["output"], MIXERS, layout.width)  # BERT's
@@ -310,7 +313,7 @@ def _down(layout: Layout, block: nn.Module, part: nn.Module | None, site: Site) 
 
 
 def _named(parent: nn.Module, names: tuple[str, ...], width: int, *, deep: bool = True) -> list[nn.Module]:
-    """The projections to this width that are called so: the parent's own parts, or else those of its parts."""
+    """The projections to this width with one of these names: direct children, or else any submodules if `deep`."""
     own = [part for name, part in parent.named_children() if name in names and _outputs(part) == width]
     if own or not deep:
         return own
@@ -318,18 +321,18 @@ def _named(parent: nn.Module, names: tuple[str, ...], width: int, *, deep: bool 
 
 
 def _adds_stream(part: nn.Module) -> bool:
-    """Whether the part is given the residual stream and adds it itself, so that what it puts out isn't its own."""
+    """Whether the module takes the residual stream as an input and adds it, so that its output includes it."""
     return "residual" in compat.parameters(part)
 
 
 def _inputs(projection: Any) -> int:
-    counts = (getattr(projection, name, None) for name in ("in_features", "infeatures"))  # GPTQ's write it as one word
+    counts = (getattr(projection, name, None) for name in ("in_features", "infeatures"))  # `infeatures` in GPTQ
     inputs = next((count for count in counts if isinstance(count, int)), None)
     return int(projection.weight.shape[0]) if inputs is None else inputs
 
 
 def _outputs(projection: nn.Module) -> int | None:
-    """`Conv1D`, which GPT-2 has, counts them as `nf`; mixtures' own linear parts as `output_size`."""
+    """The output width of a projection: `nf` in GPT-2's `Conv1D`, `output_size` in the linear layers of mixtures."""
     counts = (getattr(projection, name, None) for name in ("out_features", "outfeatures", "nf", "output_size"))
     return next((count for count in counts if isinstance(count, int)), None)
 

@@ -1,13 +1,14 @@
-"""A batch of requests, each with its own steering, compiled into banks of rows that a block indexes.
+"""A batch of requests, each with its own steering, compiled into banks of parameters that hooks index by state.
 
-At any token a request is in one *state*: which steering it has, and which of that steering's position rules
-hold there. State 0 is "nothing". Each site keeps, for each of its stages, a bank with one row of parameters
-a state; a forward pass carries one state a token. What a site's hook does then doesn't depend on how many
-different steerings the batch mixes.
+At each token a request is in one *state*, which stands for its steering and for the set of the steering's position
+rules that apply at the token. State 0 means "nothing". For each of its stages, a site has a bank with one row of
+parameters per state; a forward pass has one state per token. So the cost of a site's hook doesn't depend on how many
+different steerings are in the batch.
 
-Neighbours of a request at a site that act together (`TOGETHER`: additions add up, projections are solved for) become
-one row beforehand, from those that are active in the state. Where a site only adds, the rows of inactive states are
-*negative* zeros: `x + -0.0` is `x` bit for bit, for every `x`; where it only scales, they are ones (`NEUTRAL`).
+Consecutive edits of a request at a site that act together (`TOGETHER`: additions add up, projections are solved
+jointly) are merged in advance into one row, from those that are active in the state. At a site that only adds, the rows
+of inactive states are *negative* zeros: `x + -0.0` is `x` bit for bit, for every `x`. At a site that only scales, they
+are ones (`NEUTRAL`).
 """
 
 from __future__ import annotations
@@ -30,38 +31,39 @@ from trimtab.steering.operations import Operation
 
 @dataclass(frozen=True)
 class Plan:
-    """`segments[r]` are request r's `(start, stop, state)`, in order, without gaps in state 0 filled in.
+    """The states of each request's tokens, and the stages of each site.
 
-    Of a request with positions by meaning they are right for its prompt, and `turning[r]` has those that are right for
-    a generated token of which these meanings hold.
+    `segments[r]` are the `(start, stop, state)` of request r in order; gaps between them are in state 0. If the request
+    has positions by meaning, they apply to its prompt, and `turning[r]` has the segments for a generated token by the
+    meanings that hold for it.
     """
 
     segments: tuple[Segments, ...]
     stages: dict[Site, tuple[Stage, ...]]
-    touches: dict[Site, frozenset[int]]  # site -> the states in which it does something
+    touches: dict[Site, frozenset[int]]  # site -> the states in which it has an effect
     turning: tuple[Mapping[Holding, Segments] | None, ...] = ()
 
     @property
     def turns(self) -> bool:
-        """Whether any request's generated tokens have to be known."""
+        """Whether a request has positions by meaning, so that its generated tokens must be known."""
         return any(self.turning)
 
     @property
     def count(self) -> int:
-        """How many states there are, with the one of nothing."""
+        """The number of states, including state 0."""
         every = [*self.segments, *(segments for turns in self.turning if turns for segments in turns.values())]
         return 1 + max((state for segments in every for _, _, state in segments), default=0)
 
     def at(self, request: int, holding: Holding) -> Segments:
-        """A request's segments, for a generated token of which these meanings hold."""
+        """A request's segments for a generated token for which these meanings hold."""
         turning = self.turning[request] if self.turning else None
         return self.segments[request] if turning is None else turning[holding]
 
 
 def check_edits(steering: Steering, layout: Layout) -> None:
-    """Raises `TrimtabError` unless every edit, and what every gate reads, fits the model."""
+    """Raise `TrimtabError` unless the sites of all edits and gates fit the model."""
     for edit in steering.edits:
-        scores = isinstance(edit.operation, ScoreOperation)  # checked with the model's attention, see `scores`
+        scores = isinstance(edit.operation, ScoreOperation)  # checked in `scores`, with the model's attention
         if not scores and not isinstance(edit.operation, Operation):
             raise UnsupportedError(f"the transformers engine can't run {type(edit.operation).__name__}")
         for site in (*(() if scores else (edit.site,)), *edit.gate.sites):
@@ -79,9 +81,10 @@ def check_edits(steering: Steering, layout: Layout) -> None:
 
 
 def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[int], dtype: torch.dtype) -> Plan:
-    """The plan for these requests' effective edits and prompt lengths (in tokens), in the model's dtype.
+    """Compile the plan for these requests' effective edits and prompt lengths (in tokens), in the model's dtype.
 
-    Raises `TrimtabError` when a span reaches past a prompt.
+    Raises:
+        TrimtabError: A span reaches past the end of its prompt.
     """
     states: dict[tuple[int, frozenset[Positions]], int] = {}
     programs: dict[tuple[Edit, ...], int] = {}
@@ -116,7 +119,7 @@ def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[
 
 
 def activity(plan: Plan) -> Tensor:
-    """`[sites, states]`: whether a site does something in a state."""
+    """`[sites, states]`: whether a site has an effect in a state."""
     table = torch.zeros(len(plan.stages), plan.count, dtype=torch.bool)
     for row, site in enumerate(sorted(plan.stages)):
         table[row, list(plan.touches[site])] = True

@@ -1,7 +1,7 @@
-"""Which token is which: what a forward pass computes, from the inputs that the decoder is given.
+"""The text positions of the tokens that a forward pass computes, derived from the decoder's inputs.
 
-A pass computes `length` columns of every row, after the `past` columns that the cache holds. Which position a token has
-in its row's own text follows from how many of the columns before it are padding.
+A pass computes `length` columns of every row, after the `past` columns in the cache. A token's position in its row's
+text is its column minus the number of padding columns before it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from trimtab.engines.transformers import compat
 from trimtab.errors import TrimtabError, UnsupportedError
 
 Segments = tuple[tuple[int, int | None, int], ...]
-"""A request's `(start, stop, state)`, in order of position; positions in none of them are in state 0."""
+"""A request's `(start, stop, state)` spans in order of position; positions outside of them are in state 0."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the decoder: `rows` by `length` tokens behind `past` columns.
+    """One forward pass of the decoder: `rows` by `length` tokens after `past` columns.
 
-    `mask` is `[rows, past + length]`, 1 where there is text; `None` where there is none, or none of that shape.
+    `mask` is the padding mask `[rows, past + length]`, 1 at text; `None` without a mask of that shape.
     """
 
     rows: int
@@ -36,21 +36,21 @@ class Pass:
 
     @property
     def stop(self) -> int:
-        """The columns that are there after the pass, padding included."""
+        """The number of columns after the pass, including padding."""
         return self.past + self.length
 
 
 def read_pass(decoder: nn.Module, arguments: dict[str, Any], outer_mask: Any, reached: int | None) -> Pass:
-    """What a pass computes.
+    """Derive the `Pass` from the decoder's arguments.
 
     Args:
         decoder: The module that is called.
         arguments: Its arguments by name.
-        outer_mask: The attention mask that the whole model was given, which the decoder may get in another shape.
-        reached: How many columns of this text have been computed so far; `None` for a new text.
+        outer_mask: The attention mask that the whole model got; the decoder may get it in another shape.
+        reached: The number of columns of this text that have been computed so far; `None` for a new text.
 
     Raises:
-        TrimtabError: The position of its tokens can't be told.
+        TrimtabError: The positions of its tokens can't be determined.
     """
     name = type(decoder).__name__
     ids = arguments.get("input_ids")
@@ -62,7 +62,7 @@ def read_pass(decoder: nn.Module, arguments: dict[str, Any], outer_mask: Any, re
     mask = flat(outer_mask) if mask is None else mask
     cache = compat.cache_of(arguments, name)
     past = 0 if cache is None else compat.past_length(cache)
-    if past is None:  # a recurrent state, which counts nothing; each pass since the text began has been counted here
+    if past is None:  # a recurrent state doesn't know its length, but all passes since the start of the text were seen
         past = reached
     if mask is not None:
         by_mask = mask.shape[1] - length
@@ -85,7 +85,7 @@ def read_pass(decoder: nn.Module, arguments: dict[str, Any], outer_mask: Any, re
 
 
 def _check_first(name: str, arguments: dict[str, Any], length: int, reached: int | None) -> None:
-    """Without a cache and a mask this must be a text from its beginning on; the position ids, if any, say so."""
+    """Check that a pass without a cache and a mask starts at the beginning of a text, by its position ids if any."""
     positions = arguments.get("position_ids")
     if isinstance(positions, Tensor):
         first = int(positions[..., 0].min())
@@ -103,11 +103,11 @@ def _check_first(name: str, arguments: dict[str, Any], length: int, reached: int
 
 
 def check_not_packed(forward_pass: Pass, position_ids: Any) -> None:
-    """Raises `UnsupportedError` where the positions begin anew inside a row: several texts, one behind the other."""
+    """Raise `UnsupportedError` if position ids restart inside a row: several texts are packed into it."""
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or forward_pass.length < 2:
         return
     falls = position_ids[:, 1:] < position_ids[:, :-1]
-    if forward_pass.mask is not None:  # pads may have any
+    if forward_pass.mask is not None:  # padding may have any position ids
         text = forward_pass.mask[:, -forward_pass.length :].bool()
         falls = falls & text[:, 1:] & text[:, :-1]
     if bool(falls.any()):
@@ -118,25 +118,28 @@ def check_not_packed(forward_pass: Pass, position_ids: Any) -> None:
 
 
 def flat(mask: Any) -> Tensor | None:
-    """The mask, if it is one of padding: `[rows, columns so far]`."""
+    """The mask, if it is a padding mask `[rows, columns so far]`, else `None`."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     return mask != 0 if mask.is_floating_point() else mask
 
 
 def left_padded(mask: Tensor) -> bool:
-    """Whether all padding stands before the text."""
+    """Whether all padding is on the left."""
     return bool((mask[:, 1:] >= mask[:, :-1]).all())
 
 
 def count_pads(forward_pass: Pass, unseen: Any, lengths: Sequence[int] | None, columns: int | None) -> list[int]:
-    """How many columns of each row have been pads so far.
+    """The number of padding columns in each row so far.
 
-    `unseen` is the mask that the model was given, where the pass has none of the known shape; `lengths` are the
-    requests' prompts, where they are known, and `columns` their width when they are padded to the same one.
+    Args:
+        forward_pass: The pass.
+        unseen: The mask that the model got, if the pass has no two-dimensional one.
+        lengths: The requests' prompt lengths, if known.
+        columns: The width to which the prompts are left-padded, if known.
 
     Raises:
-        UnsupportedError: A mask that doesn't tell.
+        UnsupportedError: The padding can't be determined from the mask.
     """
     if forward_pass.mask is not None:
         return (forward_pass.mask.shape[1] - forward_pass.mask.sum(-1)).tolist()
@@ -149,12 +152,12 @@ def count_pads(forward_pass: Pass, unseen: Any, lengths: Sequence[int] | None, c
 
 
 def last_column(row: list[int]) -> int:
-    """The last column of a row of a mask that is text; -1 if none is."""
+    """The last text column in a row of a mask; -1 if there is none."""
     return next((i for i in reversed(range(len(row))) if row[i]), -1)
 
 
 def states_from(segments: Segments, first: int, length: int) -> tuple[int, ...]:
-    """The states of positions `first` to `first + length`; negative positions are padding."""
+    """The states of `length` positions from `first` on; negative positions are padding."""
     states = [0] * length
     for start, stop, state in segments:
         low = max(0, start - first)
@@ -170,7 +173,7 @@ def state_at(segments: Segments, position: int) -> int:
 
 
 def states_of(segments: Sequence[Segments], forward_pass: Pass, pads: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Each row's states in a pass, one a column. Neighbouring rows may be of one request (beams, several answers)."""
+    """Each row's states in a pass, one per column. Several adjacent rows may belong to one request (beams, samples)."""
     repeat = forward_pass.rows // len(segments)
     if in_order(forward_pass):
         return tuple(
@@ -183,12 +186,12 @@ def states_of(segments: Sequence[Segments], forward_pass: Pass, pads: Sequence[i
 
 
 def in_order(forward_pass: Pass) -> bool:
-    """Whether each column of a pass stands one position behind the one before it."""
+    """Whether the positions of a pass increase by one from column to column."""
     return forward_pass.length == 1 or forward_pass.mask is None or left_padded(forward_pass.mask)
 
 
 def where_of(forward_pass: Pass, pads: Sequence[int]) -> list[list[int]]:
-    """Each row's positions in a pass, one a column; negative ones are padding."""
+    """Each row's positions in a pass, one per column; negative ones are padding."""
     if forward_pass.mask is None or in_order(forward_pass):
         return [
             [forward_pass.past - pads[r] + column for column in range(forward_pass.length)]
@@ -201,7 +204,7 @@ def where_of(forward_pass: Pass, pads: Sequence[int]) -> list[list[int]]:
 
 
 def count_steered(segments: Segments, touched: frozenset[int], start: int, stop: int) -> int:
-    """How many positions from `start` to `stop` are in one of these states."""
+    """The number of positions from `start` to `stop` that are in one of these states."""
     count = 0
     for first, after, state in segments:
         if state in touched:

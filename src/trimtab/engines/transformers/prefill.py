@@ -1,12 +1,12 @@
-"""Gates decided by the pass over the prompt that generation makes anyway, instead of by one of their own.
+"""Evaluate gates during the prefill that generation runs anyway, instead of in a separate pass over the prompts.
 
-Where every edit of a batch is at a deeper layer than what its gates read, they are decided on the way: the pass runs
-unsteered as far as that, and goes on steered.
+If all edits of a batch are at deeper layers than its gates read, the gates are evaluated during the pass: it runs
+unsteered up to the deepest layer that they read, and steered from there on.
 
-Otherwise it is possible where no edit acts before the last prompt token: up to there the prompt is read unsteered in
-any case. The pass runs unsteered and is recorded; then gates are decided. Requests whose gates stay shut keep all of
-it, bit for bit, and so do those whose edits act on generated tokens alone. For the others the last token is run
-again, steered, in place of the first reading of it: one more column.
+Otherwise it works if no edit acts before the last prompt token, as the prompt is unsteered up to that token anyway. The
+pass runs unsteered and is recorded; then the gates are evaluated. Requests whose gates stay shut, or whose edits only
+act on generated tokens, keep its result bit for bit. For the others the last token is computed again, steered, and
+replaces the unsteered one: one additional column.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
 CUT = ("input_ids", "position_ids", "cache_position", "token_type_ids")
-"""The inputs of a pass that have a column a token, of which the last is run again."""
+"""The inputs of a pass with one column per token, of which the last column is computed again."""
 OTHERS = (
     "cache_implementation",
     "cache_config",
@@ -47,15 +47,16 @@ OTHERS = (
     "prefill_chunk_size",
     "prompt_lookup_num_tokens",
 )
-"""Options of `generate` under which the first pass isn't one over the whole prompt, to a cache that can be cut."""
+"""Options of `generate` under which the first pass isn't over the whole prompt, or its cache can't be cropped."""
 
 
 def decides_at_prefill(
     layout: Layout, steerings: Sequence[Steering | None], lengths: Sequence[int], options: Mapping[str, Any]
 ) -> bool:
-    """Whether this batch has something to decide, and its first pass can tell.
+    """Whether this batch has gates or prompt-dependent operations, and its prefill can decide them.
 
-    `options` are those of `generate` that will hold, the model's generation configuration's included (see `OTHERS`).
+    `options` are the effective options of `generate`, including those of the model's generation configuration (see
+    `OTHERS`).
     """
     edits = [acting(steering) for steering in steerings]
     deciding = [
@@ -81,9 +82,9 @@ def decides_at_prefill(
 
 
 class Prefill:
-    """One batch whose edits its own first pass decides; `edits` and `names` are there from then on.
+    """A batch whose edits are decided during its prefill; `edits` and `names` are filled then.
 
-    `names` is filled in place: whoever tells what was applied can hold it before.
+    `names` is modified in place, so callers can hold a reference to it before the pass.
     """
 
     def __init__(
@@ -107,12 +108,12 @@ class Prefill:
         self._decided = False
 
     def decide(self, _requests: int, _first: Any) -> Sequence[tuple[Edit, ...]]:
-        """For the session: what was decided."""
+        """The decided edits, as the session's `decide` function."""
         return self.edits
 
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
-        """The first pass of the whole model inside decides, and the session goes on from it."""
+        """Within the context, the first pass of the whole model decides the edits; the session continues from it."""
         decoder = self.layout.decoder
         owner = get_ident()
 
@@ -125,11 +126,11 @@ class Prefill:
             first.callback(session.pause, False)
             if self._deepest is not None:
                 first.callback(decoder.register_forward_pre_hook(note, with_kwargs=True).remove)
-                # behind the recorder's own hook there
+                # after the recorder's own hook on this block
                 first.callback(self.layout.blocks[self._deepest].register_forward_hook(on_the_way).remove)
 
         def note(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            call[:] = args, compat.without_cache(kwargs)  # empty now, not when it goes on
+            call[:] = args, compat.without_cache(kwargs)  # the cache is empty now, but no longer in `on_the_way`
 
         def on_the_way(*_: Any) -> None:
             self._decide()
@@ -159,12 +160,15 @@ class Prefill:
             yield
 
     def _tokens(self, request: int) -> list[int]:
-        """The prompt's tokens that are read, in order."""
+        """The positions of the prompt whose activations are read, in order."""
         length = self.lengths[request]
         return list(range(length)) if self._waits[request] else tokens_of(self._readings[request], length)
 
     def _places(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
-        """What is kept of activations `[rows, columns, width]`: `[tokens, width]`, request after request."""
+        """A function that picks the read tokens from activations `[rows, columns, width]`.
+
+        It returns `[tokens, width]`, ordered by request.
+        """
         count, width = ids.shape
         repeat = count // len(self.lengths)
         rows = [i * repeat for i, tokens in enumerate(self._where) for _ in tokens]
@@ -188,13 +192,13 @@ class Prefill:
         self._kept, self._decided = {}, True
 
     def _begins(self, request: int) -> bool:
-        """Whether an edit acts at the last prompt token; what acts later finds all as it was."""
+        """Whether an edit acts at the last prompt token. Edits of later tokens don't change the prefill."""
         last = self.lengths[request] - 1
         spans = [span for edit in self.edits[request] for span in edit.positions.resolve(last + 1, ())]
         return any(start <= last and (stop is None or last < stop) for start, stop in spans)
 
     def _again(self, kwargs: dict[str, Any], output: Any, rows: list[int]) -> None:
-        """Run the last column again, steered, and put what comes of these rows in place of what there was."""
+        """Compute the last column again, steered, and replace the cache entries and logits of these rows."""
         cache = compat.cache_of(kwargs, type(self.model).__name__)
         if not compat.grows_plainly(cache):
             raise UnsupportedError(f"a gate can't be decided over a {type(cache).__name__}; use the default cache")
@@ -215,7 +219,7 @@ class Prefill:
 
 
 def _on_the_way(steerings: Sequence[Steering | None]) -> int | None:
-    """The deepest layer that gates read, if all that is decided there is about edits of deeper ones."""
+    """The deepest layer that gates read, if all edits are at deeper layers and none waits for the prompt."""
     edits = [edit for steering in steerings for edit in acting(steering)]
     read = max((reading.site.layer for steering in steerings for reading in wanted(steering)), default=None)
     if read is None or any(map(waits_for_prompt, edits)) or min(edit.site.layer for edit in edits) <= read:
@@ -224,5 +228,5 @@ def _on_the_way(steerings: Sequence[Steering | None]) -> int | None:
 
 
 def _plain(layout: Layout) -> bool:
-    """Whether the cache is one of keys and values without windows, whose last column can be taken off."""
+    """Whether the cache has plain keys and values without windows, so that its last column can be cropped."""
     return compat.grows_plainly(DynamicCache(config=layout.decoder.config))  # type: ignore[arg-type]

@@ -1,8 +1,7 @@
-"""A cache of the keys and values of unsteered text prefixes: prompts that are read many times are computed once.
+"""A cache of keys and values of unsteered text prefixes, so that prompts used many times are computed once.
 
-The strengths of a steering that acts on answers only, the methods that are compared on the same questions and the steps
-of a gradient descent all read the same prompts, and nothing is steered there. The cache empties itself when a weight of
-the model changes.
+The same unsteered prompts occur for each strength of a steering that acts on answers only, for each method compared on
+the same questions, and in each step of gradient descent. The cache is cleared when a weight of the model changes.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class PrefixCache:
 
     Args:
         model: The whole model.
-        layout: Its places.
+        layout: Its layout.
         limit: The maximum size in bytes; default: a share of the weights' size.
     """
 
@@ -54,8 +53,11 @@ class PrefixCache:
             self.limit = max(LEAST_BYTES, int(SHARE_OF_WEIGHTS * size))
 
     def usable_for(self, prefixes: Sequence[Ids]) -> bool:
-        """Whether generation can continue from these: the model caches plain keys and values, and no sliding window is
-        shorter than a prefix."""
+        """Whether passes can continue from these prefixes.
+
+        The model must cache plain keys and values, with sliding windows longer than the prefixes, the prefixes must be
+        long enough to be worth it, and changes of the weights must be detectable.
+        """
         if min(map(len, prefixes), default=0) < SHARE_FROM or not can_share(self.layout):
             return False
         longest = max(map(len, prefixes))
@@ -64,9 +66,9 @@ class PrefixCache:
         return all(isinstance(window, int) and window > longest for window in windows) and self._tracked()
 
     def cache_for(self, prefixes: Sequence[Ids]) -> tuple[DynamicCache, Tensor]:
-        """A new key-value cache with a row for each of these, padded on the left, and its mask `[rows, tokens]`.
+        """A new KV cache with a left-padded row for each prefix, and its mask `[rows, tokens]`.
 
-        Prefixes that aren't cached yet are computed first. `usable_for` must have said yes.
+        Prefixes that aren't cached yet are computed first. Requires that `usable_for` is true for them.
         """
         weights = _versions(self.model)
         if weights != self._weights:
@@ -86,14 +88,14 @@ class PrefixCache:
         return self._side_by_side([rows[ids] for ids in prefixes])
 
     def _tracked(self) -> bool:
-        """Whether in-place changes of the weights can be noticed: torch doesn't count those of inference tensors."""
+        """Whether in-place changes of the weights can be detected: torch doesn't count those of inference tensors."""
         return not any(parameter.is_inference() for parameter in self.model.parameters())
 
     def _read(self, texts: Sequence[Ids]) -> list[Layers]:
-        """The keys and values of each, in one pass."""
+        """The keys and values of each text, from one pass."""
         cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
         ids, mask = padded([list(text) for text in texts], left=True, device=input_device(self.model))
-        with torch.inference_mode(False), torch.no_grad():  # usable with gradients later, and without a graph
+        with torch.inference_mode(False), torch.no_grad():  # tensors without a graph, usable with autograd
             self.layout.decoder(**inputs_of(self.layout.decoder, ids, mask, cache))
         entries: list[Any] = list(cache.layers)
         return [
@@ -136,5 +138,5 @@ def _bytes(layers: Layers) -> int:
 
 
 def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced or modified in place."""
+    """A value that changes when a weight is replaced or modified in place."""
     return tuple((id(parameter), parameter._version) for parameter in model.parameters())

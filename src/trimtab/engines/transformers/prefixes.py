@@ -1,9 +1,9 @@
-"""Keys and values of texts that were decoded, kept for those that go on from them: the next turn of a conversation.
+"""Prefix caching across requests: keys and values of decoded texts are kept, for the next turn of a conversation.
 
-What is kept of a text is known by its tokens and by what acted on each of them: which operation, where, how strong.
-Another request reuses it as far as its tokens are the same and the same would act on them, and not a token further;
-so what it gets is what it would get without. A turn that was steered over a clean cache, or at none of its tokens, is
-worth the same to everybody. Recurrent states aren't kept: they can't be taken back to a token before their last.
+A cached text is identified by its tokens and by the edits that acted on each of them: operation, site and strength.
+Another request reuses the longest prefix with the same tokens and the same edits, so its result doesn't depend on the
+cache. A turn that was steered over a clean cache, or at none of its tokens, can be reused under any steering. Recurrent
+states aren't cached, as they can't be cropped to an earlier token.
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ from trimtab.steering import Edit
 from trimtab.steering.conditional import conditional
 
 LEAST = 16
-"""Tokens that are worth taking over: fewer are read as quickly."""
+"""The minimum number of tokens to reuse: fewer are computed as quickly."""
 
 Acted = tuple[tuple[int, int | None, tuple[Any, ...]], ...]
-"""From which position to which (`None`: to the end) what acts; nothing elsewhere."""
+"""`(start, stop, edits)` spans of a text in which edits act; a `stop` of `None` is the end of the text."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """A text's keys and values, `[1, heads, tokens, size]` a layer (`None`: it keeps none), and what acted on them."""
+    """A text's keys and values, and the edits that acted on it.
+
+    `layers` has the keys and values `[1, heads, tokens, size]` of each layer; `None` for a layer that caches none.
+    """
 
     scope: str
     ids: tuple[int, ...]
@@ -49,9 +52,9 @@ class Prefix:
 
 @dataclass
 class Prefixes:
-    """What is kept, at most `tokens` of it; what was used least lately goes first.
+    """The cached texts, with at most `tokens` tokens together; the least recently used are dropped first.
 
-    A text is kept for its own `scope`. `shared`: as far as nothing acted on it, it is everybody's.
+    A text can be reused in its own `scope` only. With `shared`, its unsteered part can be reused in all scopes.
     """
 
     tokens: int
@@ -61,7 +64,10 @@ class Prefixes:
     _numbers: Any = field(default_factory=count, init=False)
 
     def find(self, scope: str, ids: Sequence[int], acts: Acted) -> tuple[Prefix, int] | None:
-        """The text with which most tokens of another can be taken over, and how many; its last one never is."""
+        """The cached text that shares the longest reusable prefix with `ids`, and the prefix's number of tokens.
+
+        The last token of `ids` is never reused, as its logits are needed.
+        """
         best: tuple[int, int] | None = None
         whole = tuple(ids)[:-1]
         for number, kept in self._kept.items():
@@ -76,7 +82,7 @@ class Prefixes:
         return self._kept[best[0]], best[1]
 
     def add(self, prefix: Prefix) -> None:
-        """Keep one more; those that it goes on from, under the same, aren't needed beside it."""
+        """Add a text. Cached texts that are prefixes of it, under the same edits, are dropped."""
         size = len(prefix.ids)
         if not LEAST <= size <= self.tokens:
             return
@@ -86,7 +92,7 @@ class Prefixes:
             shorter = min(len(kept.ids), size)
             if _common(kept.ids, prefix.ids) < shorter or _agreeing(kept.acted, prefix.acted, shorter) < shorter:
                 continue
-            if len(kept.ids) >= size:  # it is there already
+            if len(kept.ids) >= size:  # it is cached already
                 self._kept.move_to_end(number)
                 return
             self._drop(number)
@@ -107,14 +113,14 @@ class Prefixes:
 
 
 class PrefixBatch(CleanBatch):
-    """A batch that keeps what its rows have read when they end, and lets others go on from there.
+    """A batch with prefix caching: it caches its rows' keys and values when they end, and reuses them for new rows.
 
     Args:
-        model: The model, `tokenizer`, `layout` and `options` as `GenerationBatch` has them.
-        tokenizer: See there.
-        layout: See there.
-        prefixes: Where it is kept; `None` keeps nothing, and so does a model that keeps recurrent states.
-        options: See there.
+        model: As for `GenerationBatch`.
+        tokenizer: As for `GenerationBatch`.
+        layout: As for `GenerationBatch`.
+        prefixes: The cache; `None` disables it. It is also disabled for models with recurrent states.
+        options: As for `GenerationBatch`.
     """
 
     def __init__(
@@ -148,7 +154,7 @@ class PrefixBatch(CleanBatch):
                 prefill = self._going_on(request, *match)
                 prefill.watch = self._watch
                 logits = prefill.advance()
-                assert logits is not None  # a prompt that is admitted is no longer than a chunk
+                assert logits is not None  # prompts that are read here fit one chunk
                 responses += self._seat_read(alike, prefill, logits)
             except (TrimtabError, RuntimeError) as error:
                 responses += [GenerationResponse(row.key, error=error) for row in alike]
@@ -164,11 +170,14 @@ class PrefixBatch(CleanBatch):
         return super()._seat_read(rows, prefill, logits)
 
     def _match(self, request: GenerationRequest) -> tuple[Prefix, int] | None:
-        """What this request can go on from. Where its whole prompt has to be read, to decide something: nothing."""
+        """The cached text that this request can reuse, and how many tokens of it; `None` if there is none.
+
+        Requests whose gates or operations depend on the prompt need activations of the whole prompt, and reuse nothing.
+        """
         scope, prefixes = request.scope, self.prefixes
         if prefixes is None or scope is None or request.rejection is not None or wanted(request.steering):
             return None
-        if request.images is not None:  # its tokens don't say which
+        if request.images is not None:  # the token ids don't identify the images
             return None
         edits = acting(request.steering)
         if any(waits_for_prompt(edit) or is_score_edit(edit) for edit in edits):
@@ -187,7 +196,7 @@ class PrefixBatch(CleanBatch):
         return prefill
 
     def _keep(self, batch: GenerationBatch, place: int) -> None:
-        """A row has ended: keep what it has read."""
+        """Cache the keys and values of a row that has ended."""
         row, cache = batch._rows[place], batch._cache
         if self.prefixes is None or row.request.scope is None or any(map(is_score_edit, row.edits)):
             return
@@ -218,18 +227,18 @@ def _by_text(rows: Sequence[BatchRow]) -> list[list[BatchRow]]:
 
 
 def _acted(edits: tuple[Edit, ...], prompt_length: int) -> Acted:
-    """What acts where in a prompt of so many tokens, of which none has a meaning."""
+    """The edits by span in a prompt of this length, without positions by meaning."""
     spans = sweep(edits, prompt_length, NOTHING)
     return tuple((a, b, _what([edit for edit in edits if edit.positions in rules])) for a, b, rules in spans)
 
 
 def _what(edits: Sequence[Edit]) -> tuple[Any, ...]:
-    """What edits do to a token at which they act, in order; gates that the prompt has decided say nothing any more."""
+    """What identifies the effect of these edits on a token, in order. Gates are left out, as they are decided."""
     return tuple((edit.site, edit.operation, edit.strength) for edit in edits)
 
 
 def _common(ids: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many tokens both begin with."""
+    """The length of the common prefix."""
     low, high = 0, min(len(ids), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -241,7 +250,7 @@ def _common(ids: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 
 def _agreeing(acts: Acted, other: Acted, length: int) -> int:
-    """Up to which of so many tokens the same acted in both."""
+    """The length of the prefix, at most `length`, on which the same edits act in both."""
     marks = {0} | {mark for part in (*acts, *other) for mark in part[:2] if mark is not None and mark < length}
     return next((mark for mark in sorted(marks) if _at(acts, mark) != _at(other, mark)), length)
 
@@ -251,5 +260,5 @@ def _at(acted: Acted, position: int) -> tuple[Any, ...]:
 
 
 def _untouched(acted: Acted, length: int) -> int:
-    """Up to which of so many tokens nothing acted."""
+    """The length of the unsteered prefix, at most `length`."""
     return _agreeing(acted, (), length)

@@ -1,5 +1,5 @@
-"""Which layers of a model matter most to a request: the pass in which each is steered alone (DIRECTER, 2603.06745,
-section 3; the formula is in `decoding/ranking.py`)."""
+"""Rank a request's layers by sensitivity, in a pass that steers each layer alone (DIRECTER, 2603.06745, section 3; the
+formula is in `decoding/ranking.py`)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,26 @@ def rank_layers(
     pads: list[int],
     ranking: str,
 ) -> tuple[int, ...]:
-    """The order of the layers of one request's edits, best first, from one pass with a row for each of them.
+    """The order of the layers of one request's edits, best first, from one pass with one row per layer.
 
-    `lengths` and `pads` are those of the batch's prompts, `columns` counts the cache's with the last prompt token. A
-    row joins at its layer where it can, so that the pass costs about half of what so many rows cost; `Forks` run whole
-    rows, a few at a time. Observed is the attention of the layers that have one; in a model without attention its
-    blocks are, and so they are where attention's input is wider than the stream (Zamba).
+    With `Rows` a row joins the pass at its layer, so the pass costs about half of that many full rows; `Forks` runs
+    full rows, a few at a time. The outputs of the attention modules are observed, or those of the blocks if the model
+    has no attention or if attention's input is wider than the residual stream (Zamba).
+
+    Args:
+        rows: Runs the passes: `Rows` or `Forks`.
+        layout: The model's layout.
+        token: The last prompt tokens.
+        cache: The cache of the unsteered prompts.
+        columns: The number of the cache's columns, including the last prompt token.
+        request: The index of the request in the batch.
+        edits: Its edits.
+        lengths: The lengths of the batch's prompts.
+        pads: The left padding of the batch's prompts.
+        ranking: `"paper"` or `"repo"`, see `Rejection`.
+
+    Raises:
+        UnsupportedError: The layers can't be ranked in this model.
     """
     layers = sorted({edit.site.layer for edit in edits})
     if len(layers) == 1:
@@ -47,7 +61,7 @@ def rank_layers(
         raise UnsupportedError(
             f"ranking='repo' goes by the attention of the steered layers, and layer {without[0]} has none; use 'paper'"
         )
-    tables: list[list[Tensor]] = []  # by observed layer: for each layer the distances, in lots of rows
+    tables: list[list[Tensor]] = []  # per lot of rows, for each observed layer: the distances of the rows
     raws: list[Tensor] = []
     for start in range(0, len(layers), rows.together):
         lot = list(range(start, min(len(layers), start + rows.together)))
@@ -68,11 +82,11 @@ def rank_layers(
 
 
 class _Uneven(Exception):
-    """An attention's input and output have different widths, and no angle between them."""
+    """The input and output of an attention module have different widths, so their cosine distance is undefined."""
 
 
 def _whole(column: Tensor, raw: Tensor, rows: int) -> Tensor:
-    """The distances of all rows at an observed layer; those that join later are still row 0 there."""
+    """The distances of all rows at an observed layer; rows that join later are still identical to row 0 there."""
     return torch.cat([column, 2 * raw.expand(rows - len(column))]).cpu()
 
 
@@ -87,7 +101,7 @@ def _observe(
     lot: list[int],
     layers: list[int],
 ) -> list[tuple[Tensor, Tensor]]:
-    """What each observed module makes of row 0 and of these versions, one a row, in one pass."""
+    """The `disturbance` at each observed module, from one pass over row 0 (unsteered) and one row per version."""
     observations: list[tuple[Tensor, Tensor]] = []
     before: list[Tensor] = []
 

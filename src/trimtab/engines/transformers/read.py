@@ -1,9 +1,9 @@
-"""Reading activations: nothing is computed that isn't read.
+"""Read activations, computing only what is requested.
 
-A pass stops at the deepest requested site and never reaches the language-model head; texts are cut after the
-last requested position, sorted by length into batches of a bounded number of tokens, and what texts begin with
-runs once: what all of them have in common (a chat template's system prompt, say), then what the texts of a group
-have (the two members of a contrastive pair). Of the activations only the requested positions are kept.
+A pass stops at the deepest requested site and never runs the language-model head. Texts are cut after the last
+requested position and sorted by length into batches of a limited number of tokens. Shared prefixes run once: first the
+prefix of all texts (such as the chat template's system prompt), then that of each group (the two sides of a contrastive
+pair). Only the activations at the requested positions are kept.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from trimtab.steering import Site
 if TYPE_CHECKING:
     from trimtab.engines.transformers.session import FirstPass
 
-SHARE_FROM = 8  # a shared beginning shorter than this isn't worth a pass of its own
+SHARE_FROM = 8  # a shared prefix shorter than this isn't worth a separate pass
 
 
 @dataclass(frozen=True)
 class _Opening:
-    """What all texts begin with, already run: the number of tokens, and their keys and values in one row."""
+    """The prefix that all texts share, already computed: the number of tokens, and a one-row KV cache."""
 
     length: int
     cache: DynamicCache
 
 
 class _Enough(BaseException):
-    """Raised by the deepest hook: all that is needed has been computed. Only ever in the thread that reads."""
+    """Raised by the last hook to end the pass, in the reading thread only: all requested activations are computed."""
 
 
 @torch.no_grad()
@@ -58,10 +58,12 @@ def read_groups(
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Iterator[Batch]:
-    """Read every text of every group at every site, batch by batch, in order of length.
+    """Read all texts of all groups at all sites, in batches by length.
 
-    A batch holds groups of equally many members, and at most `tokens_per_batch` tokens (or one group).
-    Raises `TrimtabError` for an unknown layer, an empty text or one longer than the model's context.
+    The groups in a batch have the same number of texts. A batch has at most `tokens_per_batch` tokens, or one group.
+
+    Raises:
+        TrimtabError: A layer doesn't exist, or a text is empty or longer than the model's context.
     """
     check_sites(layout, sites)
     check_texts(layout, groups)
@@ -69,7 +71,7 @@ def read_groups(
     share = can_share(layout)
     shared = [_shared_length(group) if share else 0 for group in cut]
     opening = _run_opening(layout, [group for group, n in zip(cut, shared, strict=True) if n], sites)
-    # the cost of a group, in tokens; batches are made of neighbours in this order
+    # batches are consecutive groups in this order: alike, and of similar length
     order = sorted(range(len(cut)), key=lambda g: (len(cut[g]), shared[g] > 0, max(len(t.ids) for t in cut[g]), g))
     for chosen in _batches(order, cut, shared, tokens_per_batch):
         prefix = [shared[g] for g in chosen]
@@ -80,7 +82,7 @@ def read_groups(
 
 
 def check_sites(layout: Layout, sites: Sequence[Site]) -> None:
-    """Raises `TrimtabError` for a site that the model doesn't have."""
+    """Raise `TrimtabError` if the model doesn't have one of the sites."""
     for site in sites:
         if site.kind == "scores":
             raise UnsupportedError("attention scores are steered, not read; read the residual stream")
@@ -88,7 +90,7 @@ def check_sites(layout: Layout, sites: Sequence[Site]) -> None:
 
 
 def reader(layout: Layout, prompts: Sequence[Sequence[int]]) -> Read:
-    """Reads prompts, given by their token ids, by passes of their own."""
+    """A function that reads the activations of prompts, given as token ids, in separate passes."""
 
     def read(where: Where, sites: Sequence[Site], tokens: int) -> dict[int, dict[Site, Tensor]]:
         numbers = list(where)
@@ -103,7 +105,14 @@ def reader(layout: Layout, prompts: Sequence[Sequence[int]]) -> Read:
 
 
 def reader_of_pass(layout: Layout, count: int, lengths: Sequence[int] | None, first: FirstPass) -> Read:
-    """Reads the prompts of so many requests, of these lengths, by a pass like the first one over them."""
+    """A function that reads the activations of prompts in a pass with the same inputs as the first pass over them.
+
+    Args:
+        layout: The model's layout.
+        count: The number of requests.
+        lengths: The prompt lengths, if known; the first pass must then be over whole prompts.
+        first: The first pass.
+    """
 
     def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
         activations = run_decoder(layout, {**compat.without_cache(first.inputs), "use_cache": False}, sites)
@@ -138,33 +147,33 @@ def _batches(order: list[int], cut: list, shared: list[int], budget: int) -> Ite
 
 
 def _shared_length(group: Sequence[Text]) -> int:
-    """How many tokens all members begin with, leaving each at least one of its own; 0 if not worth a pass."""
+    """The length of the prefix that all texts share, leaving at least one token of each; 0 if not worth a pass."""
     same = _common(group) if len(group) > 1 else 0
     return same if same >= SHARE_FROM else 0
 
 
 def _common(texts: Sequence[Text]) -> int:
-    """How many tokens all these texts begin with, leaving each at least one of its own."""
+    """The length of the prefix that all texts share, leaving at least one token of each."""
     longest = min(len(text.ids) for text in texts) - 1
     first = texts[0].ids
     return next((i for i in range(longest) if any(t.ids[i] != first[i] for t in texts)), longest)
 
 
 def can_share(layout: Layout) -> bool:
-    """Whether rows of the model's cache can be repeated, with pads between what they share and what they don't.
+    """Whether rows of the model's cache can be repeated, with padding between a shared prefix and the rest.
 
-    It is one of plain keys and values, and the model takes its tokens' positions as they are given.
+    It requires a cache of plain keys and values, and a model that uses the position ids that it is given.
     """
     if not positions_of(layout).takes_positions:
         return False
     try:
         return compat.keeps_plain_cache(layout.decoder)
-    except UnsupportedError:  # it takes no cache that is known
+    except UnsupportedError:  # it takes no known type of cache
         return False
 
 
 def inputs_of(module: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> dict[str, Any]:
-    """What a pass over ids `[rows, tokens]` is given, of which the mask covers those in the cache as well."""
+    """The inputs of a pass over ids `[rows, tokens]`. The mask also covers the tokens in the cache."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
         inputs = compat.with_cache(module, inputs, cache)
@@ -174,9 +183,9 @@ def inputs_of(module: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None
 
 
 def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> _Opening:
-    """Run what all texts of these groups begin with, up to the first position that is read.
+    """Compute the prefix that all texts of these groups share, up to the first position that is read.
 
-    Pads may come after it, so the model must take positions as they are given, and no window may count columns.
+    Padding may follow it, so the model must use the given position ids, and its cache must have no sliding windows.
     """
     cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
     texts = [text for group in groups for text in group]
@@ -184,7 +193,7 @@ def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]
     if len(groups) < 2 or not plain:
         return _Opening(0, cache)
     read_from = min(min(text.positions) for text in texts)
-    # each group keeps a token of its own, after what all have and before its members part
+    # leaves at least one token between this prefix and the end of each group's shared prefix
     length = min(_common(texts), read_from, *(_common(group) - 1 for group in groups))
     if length < SHARE_FROM:
         return _Opening(0, cache)
@@ -205,7 +214,7 @@ def _read_plain(layout: Layout, groups: list[list[Text]], sites: Sequence[Site])
 def _read_shared(
     layout: Layout, groups: list[list[Text]], prefix: list[int], opening: _Opening, sites: Sequence[Site]
 ) -> dict[Site, list[list[Tensor]]]:
-    """The columns are: the opening, pads, a row for each group of what its members share; then each member's tail."""
+    """Read groups with a shared prefix. Columns: the opening, padding and the group's prefix; then each text's tail."""
     members = len(groups[0])
     device = _device(layout)
     texts = [text for group in groups for text in group]
@@ -224,7 +233,7 @@ def _read_shared(
     head = _run(layout, ids, head_mask, sites, _unzip(in_head), cache)
     cache.batch_repeat_interleave(members)
     tail = _run(layout, tails, tail_mask, sites, _unzip(in_tail), cache)
-    order = sorted(range(len(places)), key=lambda i: places[i][2] >= 0)  # heads first, as they are put together
+    order = sorted(range(len(places)), key=lambda i: places[i][2] >= 0)  # heads first, as in the concatenation below
     back = torch.tensor(order).argsort()
     return {site: _regroup(torch.cat([head[site], tail[site]])[back.to(head[site].device)], groups) for site in sites}
 
@@ -239,7 +248,7 @@ def _regroup(values: Tensor, groups: list[list[Text]]) -> list[list[Tensor]]:
 
 
 def padded(sequences: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask `[rows, columns]` of texts of different lengths, padded on the left or on the right."""
+    """Ids and mask `[rows, columns]` of texts of different lengths, padded on the left or the right."""
     width = max(len(sequence) for sequence in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -271,7 +280,7 @@ def _run(
 def run_decoder(
     layout: Layout, inputs: dict[str, Any], sites: Sequence[Site], keep: Callable[[Tensor], Tensor] = lambda x: x
 ) -> dict[Site, Tensor]:
-    """What `keep` makes of the activations `[rows, tokens, width]` at `sites`, for these inputs of the decoder."""
+    """Run the decoder and return the result of `keep` on the activations `[rows, tokens, width]` at each site."""
     with recording(layout, sites, keep) as activations:
         with suppress(_Enough):
             layout.decoder(**inputs)
@@ -280,7 +289,7 @@ def run_decoder(
 
 
 def check_read(sites: Sequence[Site], activations: Mapping[Site, Any]) -> None:
-    """Raises `TrimtabError` unless something was read at every site."""
+    """Raise `TrimtabError` unless activations were read at every site."""
     if missing := sorted(set(sites) - set(activations)):
         raise TrimtabError(
             f"the part of the model at {missing[0]} didn't run in a pass that reads there; something runs the model"
@@ -292,9 +301,9 @@ def check_read(sites: Sequence[Site], activations: Mapping[Site, Any]) -> None:
 def recording(
     layout: Layout, sites: Sequence[Site], keep: Callable[[Tensor], Tensor], *, to_the_end: bool = False
 ) -> Iterator[dict[Site, Tensor]]:
-    """Hooks that record what `keep` makes of the activations at `sites`, and end the pass when all are there.
+    """Record the result of `keep` on the activations at `sites`, and end the pass when all are recorded.
 
-    `to_the_end` lets it go on. Passes of other threads are left alone, and other runs wait until this one is done.
+    With `to_the_end` the pass continues. Passes of other threads aren't recorded, and other runs wait for this one.
     """
     activations: dict[Site, Tensor] = {}
     owner = get_ident()

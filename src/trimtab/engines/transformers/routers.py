@@ -1,9 +1,10 @@
-"""The routers of a mixture of experts: where a block's router is, its logits, and which experts it chooses by them.
+"""Routers of mixtures of experts: finding a block's router, editing its logits, and computing the experts it chooses.
 
-A router of transformers' is a module that multiplies a token's activation by its weight `[experts, width]`, and makes
-of these logits its choice: by softmax or sigmoid, with biases and groups as the family has them. The logits are inside
-of it. So its linear map is listened to while its forward runs, and what it puts out can be changed before anything is
-chosen. A family that computes its logits in another way is refused when it runs: just one such map must be seen.
+A router in transformers is a module that multiplies a token's activation by its weight `[experts, width]` and selects
+experts by these logits, by softmax or sigmoid, with biases and groups depending on the model family. The logits are
+internal. So the linear map is intercepted while the router's forward runs, and its output is edited before experts are
+selected. Exactly one such linear map must occur; a family that computes its logits differently raises an error when it
+runs.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from trimtab.errors import TrimtabError, UnsupportedError
 Edit = Callable[[Tensor], Tensor | None]
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-"""What configurations call the number of routed experts."""
+"""Names of the number of routed experts in configurations."""
 CALLED = re.compile(r"(Router|Gate|Gating)$")
-"""How the classes of routers are called, where the model doesn't declare one."""
+"""Class names of routers, for models that don't declare their class."""
 PRODUCTS: set[Any] = {torch.nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
@@ -38,8 +39,8 @@ PRODUCTS: set[Any] = {torch.nn.functional.linear, torch.matmul, torch.mm, Tensor
 class Router:
     """A block's router.
 
-    `source` is the module whose linear map gives the logits: the router itself, which has a weight, or a linear part of
-    it, whose output they are (`inside`). `experts` is their number, `width` that of what the router is given.
+    `source` is the module whose linear map computes the logits: the router itself, or a linear layer whose output the
+    logits are (`inside`). `experts` is the number of experts, `width` the width of the router's input.
     """
 
     module: nn.Module
@@ -56,7 +57,7 @@ def router_of(layout: Layout, layer: int) -> Router:
     """A block's router.
 
     Raises:
-        UnsupportedError: The block has none, several, or one in which no weight of logits can be told.
+        UnsupportedError: The block has no router or several, or the router's weight can't be identified.
     """
     block, name = layout.blocks[layer], type(layout.decoder).__name__
     routers = _routers(layout, block)
@@ -85,7 +86,7 @@ def router_of(layout: Layout, layer: int) -> Router:
 
 
 def _routers(layout: Layout, block: nn.Module) -> dict[str, nn.Module]:
-    """The block's routers by path: of the class that the model declares, else those that are called so."""
+    """The block's routers by path: modules of the class that the model declares, or else found by their names."""
     kinds = compat.declared(layout.decoder, "router_logits")
     parts: dict[str, nn.Module] = {path: part for path, part in block.named_modules() if path}
     routers: dict[str, nn.Module] = {path: part for path, part in parts.items() if kinds and isinstance(part, kinds)}
@@ -101,7 +102,7 @@ def _routers(layout: Layout, block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _counts(layout: Layout) -> set[int]:
-    """The numbers of experts that the configuration, or a part of it, declares."""
+    """The numbers of experts that the configuration or one of its sub-configurations declares."""
     config: Any = layout.decoder.config
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))]
     counts = (getattr(part, name, None) for part in parts for name in COUNTS)
@@ -109,13 +110,13 @@ def _counts(layout: Layout) -> set[int]:
 
 
 class _Chosen(BaseException):
-    """Raised when a router has chosen: its experts needn't run. Only ever in the thread that asks."""
+    """Raised after a router has run, to skip its experts. Raised in the calling thread only."""
 
 
 def _output(block: nn.Module, router: Router, x: Tensor) -> Any:
-    """What a router makes of `x` `[tokens, width]`, called as the part of the block that it is in calls it.
+    """The output of a router for `x` `[tokens, width]`, called by its parent module as usual.
 
-    Where it puts out its logits alone, that part chooses by them.
+    If the router returns only logits, the parent's `route_tokens_to_experts` selects the experts.
     """
     parent: Any = next(part for part in block.modules() if any(child is router.module for child in part.children()))
     outputs: list[Any] = []
@@ -130,14 +131,14 @@ def _output(block: nn.Module, router: Router, x: Tensor) -> Any:
     return outside(outputs[0]) if isinstance(outputs[0], Tensor) and outside is not None else outputs[0]
 
 
-# ---- listening to the linear map -----------------------------------------------------------------------------------
+# ---- intercepting the linear map -----------------------------------------------------------------------------------
 
 _edits: WeakKeyDictionary[nn.Module, list[Edit]] = WeakKeyDictionary()
-"""By router, what is done to its logits, in order."""
+"""The edits of each router's logits, in order."""
 
 
 class Listening:
-    """An edit of a router's logits, until it is removed."""
+    """Applies an edit to a router's logits until it is removed."""
 
     def __init__(self, router: Router, edit: Edit) -> None:
         self._module, self._edit = router.module, edit
@@ -179,7 +180,7 @@ class Listening:
 
 
 class _Listener(TorchFunctionMode):
-    """While open, the edits are made where the router's linear map puts out its logits."""
+    """Within the context, applies the edits to the output of the router's linear map."""
 
     def __init__(self, router: Router, edits: list[Edit]) -> None:
         super().__init__()
@@ -203,12 +204,12 @@ class _Listener(TorchFunctionMode):
 
 @torch.no_grad()
 def chosen_experts(layout: Layout, layer: int, logits: Tensor) -> Tensor:
-    """Which experts a block's router chooses by these logits `[tokens, experts]`: booleans of that shape, on the CPU.
+    """The experts that a block's router chooses for logits `[tokens, experts]`: booleans of that shape, on the CPU.
 
-    The router itself chooses: its forward runs, with these logits in place of its own.
+    The router's own forward runs, with its logits replaced by these.
 
     Raises:
-        UnsupportedError: The router doesn't put out its choice, or needs more than activations for it.
+        UnsupportedError: The router doesn't return its choice, or needs more inputs than activations.
     """
     router = router_of(layout, layer)
     parameter = next(p for p in router.source.parameters())
@@ -241,6 +242,6 @@ def chosen_experts(layout: Layout, layer: int, logits: Tensor) -> Tensor:
         chosen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
         return chosen.scatter_(1, indices[0].long(), True).cpu()
     scores = [tensor for tensor in listed if tensor.shape == logits.shape and bool((tensor == 0).any())]
-    if len(scores) == 1:  # zeros where an expert isn't chosen
+    if len(scores) == 1:  # 0 for experts that aren't chosen
         return (scores[0] != 0).cpu()
     raise UnsupportedError(f"{type(router.module).__name__} doesn't put out which experts it chooses")

@@ -1,11 +1,11 @@
-"""Rows: several versions of the token that is being decoded, in one forward pass over one shared cache.
+"""Rows: several versions of the token that is being decoded, in one forward pass over one shared KV cache.
 
-A row is one request's newest token under one steering. All rows stand in one batch entry, as queries side by side;
-each attends to the past of its own request, which it shares with that request's other rows, and to itself. Nothing
-of the past is copied, and a row's own key and value are forgotten, except those of raw rows.
+A row is one request's newest token under one steering. All rows are queries in one batch entry. Each attends to the
+cache of its request, which it shares with the request's other rows, and to itself. The cache isn't copied, and a row's
+own key and value are discarded, except for unsteered rows.
 
-Beside them may stand draft tokens: unsteered rows of the token *after* the newest, so that the raw pass of the next
-step is done already when a draft comes true (see `Drafts`).
+The pass may also contain draft tokens: unsteered rows for the token *after* the newest. If a draft token is accepted,
+the unsteered pass of the next step is already done (see `Drafts`).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from trimtab.steering import Edit, Site
 from trimtab.steering.operations import Rows as Gathered
 
 KEPT_PATTERNS = 64
-"""Of so many patterns of rows what they need is kept: the same ones come again and again."""
+"""The number of row patterns whose prepared tensors are cached, as the same patterns recur."""
 
 
 class _RowCache(DynamicCache):
-    """What a pass of rows is given for a cache: raw rows go on into the raw one, the others stay outside."""
+    """The cache object for a pass of rows: only unsteered rows are appended to the unsteered cache."""
 
     def __init__(self, run: _Run) -> None:
         super().__init__()
@@ -84,44 +84,44 @@ class _RowCache(DynamicCache):
 
 @dataclass
 class _Run:
-    """One pass: which request each row is of, and what is done in it."""
+    """One pass: the request of each row, and the edits."""
 
-    cache: Any  # of the unsteered stream
+    cache: Any  # the unsteered cache
     rows: int
-    columns: int  # of the cache with the token that is being decoded, pads included
-    spans: list[tuple[int, slice]]  # a request and neighbouring rows of it
-    tensor: Callable[[tuple[int, ...], torch.device], Tensor]  # of numbers that are known here
-    requests: tuple[int, ...]  # each row's
+    columns: int  # of the cache, including the token that is being decoded and padding
+    spans: list[tuple[int, slice]]  # a request and adjacent rows of it
+    tensor: Callable[[tuple[int, ...], torch.device], Tensor]  # a cached device tensor of these integers
+    requests: tuple[int, ...]  # of each row
     padding: Tensor | None  # [requests, columns]
     scores: dict[int, LayerScores]
-    states: tuple[int, ...] | None  # each row's, for edits of activations
+    states: tuple[int, ...] | None  # of each row, for edits of activations
     raw_rows: tuple[int, ...] | None
     drafts: Drafts | None
     layer: int | None = None
-    past: tuple[Tensor, Tensor] | None = None  # the keys and values that this layer's rows attend to
+    past: tuple[Tensor, Tensor] | None = None  # the cached keys and values that this layer's rows attend to
     attended: set[int] = field(default_factory=set)  # the layers that have called our attention
-    edited: set[Site] = field(default_factory=set)  # the sites that came by
+    edited: set[Site] = field(default_factory=set)  # the sites whose hooks have run
 
     @property
     def ahead(self) -> tuple[int, ...]:
-        """Of each row 1 for a draft, else 0."""
+        """For each row, 1 if it is a draft token, else 0."""
         drafts = 0 if self.drafts is None else len(self.drafts.ids)
         return (0,) * (self.rows - drafts) + (1,) * drafts
 
 
 @dataclass(frozen=True)
 class Token:
-    """The newest token of each request of a batch: its id and its position, both `[requests, 1]`.
+    """The newest token of each request of a batch: its id and position id, both `[requests, 1]`.
 
-    Without positions the model counts them by itself, which rows over one cache can't do with.
+    Without position ids the model computes them itself; this doesn't work for rows over one shared cache.
     """
 
     ids: Tensor
     positions: Tensor | None
-    mask: Tensor | None  # [requests, columns], 0 at pads; `None` where there are none
+    mask: Tensor | None  # [requests, columns], 0 at padding; `None` without padding
 
     def rows(self, picked: Tensor, drafts: Drafts | None = None) -> dict[str, Tensor]:
-        """The inputs of a pass with one row for each of these requests, `[rows]`, drafts last: `[1, rows]`."""
+        """The inputs `[1, rows]` of a pass with one row for each request in `picked` (`[rows]`), draft tokens last."""
         if self.positions is None:
             raise UnsupportedError("rows over one cache need a model that is told its tokens' positions")
         count = len(picked) - (0 if drafts is None else len(drafts.ids))
@@ -134,16 +134,16 @@ class Token:
 
 @dataclass(frozen=True)
 class Versions:
-    """What rows may be: for each of a batch's steerings its request, and its edits compiled.
+    """The versions that rows can have: for each steering of a batch, its request and its compiled edits.
 
-    `sites` are those whose activations some version edits.
+    `sites` are the sites whose activations a version edits.
     """
 
     requests: tuple[int, ...]
     scores: dict[int, LayerScores]
     plan: Plan
     pads: tuple[int, ...]
-    padded: bool  # whether any prompt of the batch has pads
+    padded: bool  # whether any prompt of the batch is padded
     _selected: dict[tuple[int | None, ...], dict[int, LayerScores]] = field(default_factory=dict, init=False)
     _prepared: dict[Any, list[tuple[Stage, Gathered, Active]]] = field(default_factory=dict, init=False)
 
@@ -152,14 +152,14 @@ class Versions:
         return tuple(sorted(self.plan.stages))
 
     def select(self, chosen: tuple[int | None, ...]) -> dict[int, LayerScores]:
-        """Each layer's parameters for rows of these versions (`None`: nothing is done); on the CPU."""
+        """Each layer's score edits for rows of these versions (`None`: unsteered), on the CPU."""
         if chosen not in self._selected:
             bound(self._selected)
             self._selected[chosen] = _select(self.scores, chosen)
         return self._selected[chosen]
 
     def prepare(self, site: Site, states: tuple[int, ...], x: Tensor) -> list[tuple[Stage, Gathered, Active]]:
-        """What is done at a site to rows in these states, where `x` is and in its dtype."""
+        """The prepared edits at a site for rows in these states, on the device and in the dtype of `x`."""
         key = site, states, x.device, x.dtype
         if key not in self._prepared:
             bound(self._prepared, len(self.plan.stages))
@@ -171,7 +171,7 @@ class Versions:
 def compile_versions(
     layout: Layout, versions: Sequence[tuple[int, tuple[Edit, ...]]], lengths: Sequence[int], pads: Sequence[int]
 ) -> Versions:
-    """The versions `(request, edits)` of a batch whose prompts have these lengths and pads on their left."""
+    """Compile versions, given as `(request, edits)`, for a batch whose prompts have these lengths and left padding."""
     rows = [ScoredRow(score_edits(edits), lengths[request], pads[request]) for request, edits in versions]
     width = max(length + pad for length, pad in zip(lengths, pads, strict=True))
     residual = [activation_edits(edits) for _, edits in versions]
@@ -186,7 +186,7 @@ def compile_versions(
 
 
 class KeptNumbers:
-    """Numbers on a device. Passes have the same ones again and again, and a copy is one to wait for."""
+    """A cache of small integer tensors on devices. Passes reuse the same ones, and copying each time would be slow."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -199,10 +199,10 @@ class KeptNumbers:
 
 
 class Rows:
-    """Passes of rows through a model, while `open`. The model is as it was outside of the passes."""
+    """Passes of rows through a model, within `open`. Outside of the passes the model is unchanged."""
 
     together = 1_000
-    shares = True  # whether rows of one request share its cache
+    shares = True  # whether the rows of a request share its cache
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         check_attention(layout)
@@ -220,7 +220,7 @@ class Rows:
 
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
-        """Hooks at the sites that some version edits, and our attention known to transformers."""
+        """Attach hooks at the edited sites, and register our attention with transformers."""
         self._owner = get_ident()
         if self._hooks is None or self._hooked != tuple(sites):
             self._hooked = tuple(sites)
@@ -249,16 +249,20 @@ class Rows:
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
-        `requests[i]` is the request of row i; the rows of one are neighbours. `columns` counts the cache's columns
-        with this token; windows are kept whole in it. With `raw_enters_cache`, the unsteered rows, one for each request
-        in order, put their keys and values into the cache; otherwise the raw pass has done so.
-
-        With `joining`, all rows are of one request, row 0 is unsteered, and row i + 1 isn't steered before block
-        `joining[i]` (these rise): until there it is row 0, and is computed from there on. Only row 0's logits come.
-
-        With `drafts`, whose logits come last, the raw pass must have entered the cache already.
-
-        `holding` are the meanings that hold of each request's newest token; none for one of its prompt.
+        Args:
+            token: The newest token of each request.
+            cache: The unsteered cache, with full keys and values also for sliding windows.
+            columns: The number of the cache's columns, including this token.
+            versions: The compiled versions.
+            chosen: The version of each row.
+            requests: The request of each row; the rows of a request are adjacent.
+            raw_enters_cache: The unsteered rows, one for each request in order, append their keys and values to the
+                cache. Otherwise the unsteered pass has done so before.
+            joining: Steer one layer per row, to rank layers. All rows belong to one request, row 0 is unsteered, and
+                row i + 1 isn't steered before block `joining[i]` (in ascending order): it is a copy of row 0 up to
+                that block, and computed from there on. Only row 0's logits are returned.
+            drafts: Draft tokens to compute; their logits come last. The unsteered pass must have entered the cache.
+            holding: The meanings that hold for each request's newest token; empty for prompt tokens.
         """
         rows = tuple(chosen)
         of = tuple(requests)
@@ -293,7 +297,7 @@ class Rows:
         return output.logits[0]
 
     def _check(self, run: _Run) -> None:
-        """Raises `TrimtabError` unless every layer called our attention, and every edited site ran."""
+        """Raise `TrimtabError` unless every layer called our attention and every edited site ran."""
         if missing := sorted(set(range(len(run.cache.layers))) - run.attended):
             raise TrimtabError(
                 f"the attention of layer {missing[0]} didn't see the rows of this pass: it doesn't look up the"
@@ -305,7 +309,7 @@ class Rows:
 
     @contextmanager
     def _joined(self, joining: Sequence[int]) -> Iterator[None]:
-        """Hooks by which a row joins before each of these blocks, as a copy of row 0."""
+        """Attach hooks that append a copy of row 0 before each of these blocks."""
 
         def join(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -330,10 +334,10 @@ class Rows:
         return edited(versions, site, run.states, activations)
 
     def _mask(self, *_: Any, **kwargs: Any) -> Tensor | None:
-        """Which columns each row does not see, `[1, 1, rows, columns]`; `None`: it sees all.
+        """The columns that each row doesn't attend to, `[1, 1, rows, columns]`; `None`: it attends to all.
 
-        Made by the rule that the model asks for (causal, or a sliding window), for the newest token of each request,
-        and where there are drafts, for the one after it.
+        Computed with the mask function that the model passes (causal or sliding window) for the newest token of each
+        request and, with draft tokens, for the token after it.
         """
         run = self._run
         if run is None or get_ident() != self._owner:
@@ -358,16 +362,16 @@ class Rows:
             unseen = ~(
                 visible[rows, 0, 0] if queries == 1 else visible[rows, 0, self.tensor(run.ahead, visible.device)]
             )
-        if run.drafts is not None:  # they alone see the newest column: the others have one of their own instead
+        if run.drafts is not None:  # only drafts attend to the newest column: the other rows use their own key
             unseen[: run.rows - len(run.drafts.ids), -2] = True
         else:
-            unseen[:, -1] = False  # left out of what is attended to
+            unseen[:, -1] = False  # `_attend` leaves out this column
         return unseen[None, None]
 
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """`[1, rows, heads, size]` for the rows' queries `[1, heads, rows, size]` and their own keys and values."""
+        """The attention output `[1, rows, heads, size]` for queries `[1, heads, rows, size]`, keys and values."""
         run = self._run
         if get_ident() != self._owner:
             return compat.attention_function(self._own, module)(module, query, key, value, attention_mask, **kwargs)
@@ -378,7 +382,7 @@ class Rows:
         past_keys, past_values = run.past
         if past_keys.shape[1::2] != key.shape[1::2] or past_values.shape[1::2] != value.shape[1::2]:
             raise UnsupportedError(f"{type(module).__name__} attends to other keys than those that it caches")
-        if run.drafts is None:  # nobody sees the newest column but drafts; the others have one of their own instead
+        if run.drafts is None:  # only drafts attend to the newest column: the other rows use their own key
             past_keys, past_values = past_keys[:, :, :-1], past_values[:, :, :-1]
         own = 1 if run.drafts is None else 2
         steered = run.scores.get(run.layer)
@@ -392,7 +396,7 @@ class Rows:
         wide = torch.promote_types(query.dtype, torch.float32)
         scaling = kwargs.get("scaling")
         scaling = size**-0.5 if scaling is None else scaling
-        spans = run.spans if rows == run.rows else [(run.spans[0][0], slice(0, rows))]  # rows that join are of one
+        spans = run.spans if rows == run.rows else [(run.spans[0][0], slice(0, rows))]  # joining: one request
 
         past = queries_by_keys(query[0], past_keys, spans)
         alone = (query[0].view(groups, -1, rows, size) * key[0][:, None]).sum(-1, keepdim=True).view(heads, rows, 1)
@@ -417,10 +421,10 @@ class Rows:
 
 
 def seen(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The keys and values `[requests, groups, columns, size]` that a layer of the unsteered stream's cache holds.
+    """A layer's keys and values `[requests, groups, columns, size]` in the unsteered cache.
 
     Raises:
-        TrimtabError: There aren't so many columns.
+        TrimtabError: The cache has a different number of columns.
     """
     held = cache.layers[layer]
     window = getattr(held, "window", None)
@@ -435,7 +439,7 @@ def seen(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def edited(versions: Versions, site: Site, states: tuple[int, ...], activations: Tensor) -> Tensor:
-    """What rows in these states make of a site's activations, one a row."""
+    """Apply the edits to a site's activations, one per row, for rows in these states."""
     x = activations.reshape(1, -1, activations.shape[-1])
     for stage, rows, active in versions.prepare(site, states[: x.shape[1]], x):
         x = apply(stage, rows, active, x)
@@ -443,14 +447,14 @@ def edited(versions: Versions, site: Site, states: tuple[int, ...], activations:
 
 
 def _with_another(x: Tensor) -> Tensor:
-    """Rows `[1, rows, width]` and one more, a copy of the first."""
+    """Append a copy of the first row to rows `[1, rows, width]`."""
     return torch.cat([x, x[:, :1]], 1)
 
 
 def states_at(
     versions: Versions, chosen: Sequence[int | None], columns: int, holding: Sequence[Holding] = ()
 ) -> tuple[int, ...] | None:
-    """Each row's state; `None` where nothing is done to any. `holding` is what each request's newest token means."""
+    """Each row's state; `None` if no row is edited. `holding` are the meanings of each request's newest token."""
     if not versions.plan.stages:
         return None
     states = tuple(
@@ -466,7 +470,7 @@ def states_at(
 
 
 def _select(layers: dict[int, LayerScores], chosen: Sequence[int | None]) -> dict[int, LayerScores]:
-    """Each layer's parameters for these rows."""
+    """Each layer's score edits for rows of these versions."""
     raw = torch.tensor([version is None for version in chosen])
     picked = torch.tensor([0 if version is None else version for version in chosen])
     made: dict[int, LayerScores] = {}
@@ -478,13 +482,13 @@ def _select(layers: dict[int, LayerScores], chosen: Sequence[int | None]) -> dic
 
 
 def bound(kept: dict[Any, Any], each: int = 1) -> None:
-    """Make room for another entry."""
+    """Clear the cache if it is full."""
     if len(kept) >= KEPT_PATTERNS * each:
         kept.clear()
 
 
 def _neighbours(requests: Sequence[int]) -> list[tuple[int, slice]]:
-    """The runs of equal requests, as slices of rows."""
+    """The adjacent rows of each request, as slices."""
     spans: list[tuple[int, slice]] = []
     for row, request in enumerate(requests):
         if spans and spans[-1][0] == request:

@@ -1,7 +1,7 @@
-"""How the rows of a batch choose their tokens: transformers' processors of logits, done for the batch as tensors.
+"""Token selection for the rows of a batch: transformers' logits processors, vectorized over the batch.
 
-Each row has its own settings and its own random numbers, so that what it gets doesn't depend on its neighbours. What
-isn't known here (a processor for bad words, say) is left to transformers, row by row.
+Each row has its own settings and random numbers, so its tokens don't depend on the other rows. Processors that aren't
+implemented here (such as the one for bad words) are run by transformers, row by row.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from trimtab.engines.transformers.grammar import Masks, Matcher
 from trimtab.errors import TrimtabError
 
 AHEAD = 64
-"""So many of a row's random numbers are on the device at a time."""
+"""The number of each row's random numbers that are on the device at a time."""
 KEPT_PATTERNS = 64
-"""Of so many choices of a batch's rows what they need is kept."""
+"""The number of row selections of a batch whose prepared tensors are cached."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row's tokens are chosen. Temperature 0 is greedy.
+    """The sampling parameters of one row. Temperature 0 is greedy.
 
-    `top_p` keeps the likeliest tokens that together have this share of the probability, `top_k` so many of the
-    likeliest (0: all), `min_p` what has at least this share of the likeliest token's probability. `repetition_penalty`
-    divides the logits of tokens that have come before; `None` leaves it to the model's generation settings. Without a
-    seed, samples differ from run to run.
+    `top_p` keeps the most likely tokens whose probabilities add up to this share, `top_k` this number of the most
+    likely tokens (0: all), and `min_p` the tokens with at least this share of the most likely token's probability.
+    `repetition_penalty` lowers the logits of tokens that have occurred before: positive ones are divided by it,
+    negative ones multiplied; `None` uses the model's generation configuration. Without a seed, samples differ from run
+    to run.
     """
 
     temperature: float = 0.0
@@ -64,12 +65,12 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether decoding is greedy."""
         return self.temperature == 0
 
     @property
     def options(self) -> dict[str, Any]:
-        """The same, as options of `lm.generate`."""
+        """The parameters as options of `lm.generate`, without the seed."""
         more = {} if self.repetition_penalty is None else {"repetition_penalty": float(self.repetition_penalty)}
         if self.greedy:
             return {"do_sample": False, **more}
@@ -85,14 +86,14 @@ class Sampling:
 
 GREEDY = Sampling()
 PLAIN: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-"""Options of `generate` by which the likeliest token is taken, whatever the model's settings say of sampling."""
+"""Options of `generate` for greedy decoding that override the model's generation configuration."""
 
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """While open, torch's random numbers are those of this seed; then the caller's go on as if nothing had been drawn.
+    """Seed torch's random number generators within the context, and restore the caller's states afterwards.
 
-    Nothing changes without a seed.
+    Without a seed it has no effect.
     """
     if seed is None:
         yield
@@ -109,7 +110,7 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def seed_of(seed: int, answer: int) -> int:
-    """The seed of one of several answers that are requested with one seed; the first one's is the seed itself."""
+    """The seed of one of several answers that share a request's seed; the first answer uses the seed itself."""
     if answer == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}:{answer}".encode()).digest()[:8], "big")
@@ -117,12 +118,12 @@ def seed_of(seed: int, answer: int) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is done to one row's logits, in this order. With `others`, these processors do all of it."""
+    """The processing of one row's logits, in the order of the fields. If `others` is set, it does all of it."""
 
     sampled: bool
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
-    ends: tuple[int, ...] = ()  # the tokens that `min_new_tokens` keeps away
+    ends: tuple[int, ...] = ()  # the tokens that `min_new_tokens` forbids
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
@@ -131,7 +132,7 @@ class Settings:
 
     @classmethod
     def of(cls, model: Any, options: Mapping[str, Any], prompt_length: int, device: torch.device) -> Settings:
-        """From options of `generate`, and the model's own settings of generation."""
+        """The settings for options of `generate` and the model's generation configuration."""
         processors = compat.logits_processors(model, options, prompt_length, device)
         settings = compat.processor_settings(processors)
         sampled = bool(options["do_sample"])
@@ -139,14 +140,14 @@ class Settings:
 
     @property
     def filters(self) -> bool:
-        """Whether some tokens are left out before one is drawn."""
+        """Whether sampling excludes some tokens (`top_k`, `top_p` or `min_p`)."""
         return self.top_k is not None or self.top_p < 1 or self.min_p > 0
 
 
 class RowSampler:
-    """One row's settings, and its random numbers: one for each token, the same on every device.
+    """One row's settings and its random numbers: one for each token, the same on every device.
 
-    `matcher` is how far its answer has come in its grammar, where it has one; it is advanced by each token as it comes.
+    `matcher` tracks the answer's position in its grammar, if it has one; it advances with each token.
     """
 
     def __init__(self, settings: Settings, seed: int | None, tokens: int, matcher: Matcher | None = None) -> None:
@@ -162,7 +163,7 @@ class RowSampler:
             self.numbers = torch.rand(tokens, generator=generator)
 
     def ahead(self, token: int) -> Tensor:
-        """The random numbers `[AHEAD]` from this token of the answer on; zeros behind its end, and where none are."""
+        """The random numbers `[AHEAD]` from this token of the answer on; zeros after its end or for greedy rows."""
         padded = torch.zeros(AHEAD)
         if self.numbers is not None:
             numbers = self.numbers[token : token + AHEAD]
@@ -171,17 +172,17 @@ class RowSampler:
 
 
 class BatchSampler:
-    """How these rows choose their tokens, for as long as the batch stays the same. The host waits for nothing.
+    """Chooses tokens for a batch whose rows don't change, without device synchronization.
 
-    `choose` does it all. Whoever verifies tokens does it in steps: `processed` logits, the `warped` scores that tokens
-    are drawn by, `draw`, and `advance` once each row's token is known. These take `rows`: the batch's numbers of the
-    rows that the logits are of, which may come several times; `None` stands for the batch as it is.
+    `choose` does all of it. Verification does it in steps: `processed` gives the logits, `warped` the scores to sample
+    from, `draw` the tokens, and `advance` is called once each row's token is known. These methods take `rows`: the
+    batch row of each row of logits, possibly with repetitions; `None` means all rows of the batch in order.
 
     Args:
-        rows: Each row's settings and numbers.
-        prompts: Each row's prompt.
-        answers: Each row's tokens so far, which whoever calls `advance` goes on with.
-        device: Where the logits are.
+        rows: The sampler of each row.
+        prompts: The prompt of each row.
+        answers: Each row's tokens so far. The caller of `advance` appends to them.
+        device: The device of the logits.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class BatchSampler:
         self._seen: Tensor | None = None
         self._constrained = any(row.matcher is not None for row in rows)
         self._masks: Masks | None = None
-        self._steps = 0  # since the numbers on the device were put there
+        self._steps = 0  # since the random numbers on the device were copied
         self._numbers = self._numbers_ahead() if any(row_settings.sampled for row_settings in every) else None
         self._ends = self._missing = None
         if any(len(tokens) < row_settings.min_new_tokens for row_settings, tokens in zip(every, answers, strict=True)):
@@ -215,16 +216,16 @@ class BatchSampler:
                 [n if end in row_settings.ends else 0 for end in ends]
                 for row_settings, n in zip(every, missing, strict=True)
             ]
-            self._missing = torch.tensor(of, device=device)  # [rows, ends]: for how many tokens an end is kept away
+            self._missing = torch.tensor(of, device=device)  # [rows, ends]: tokens for which an end stays forbidden
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next tokens `[rows]`, by logits `[rows, vocabulary]`, which are left as they are."""
+        """The next tokens `[rows]` for logits `[rows, vocabulary]`, which aren't modified."""
         tokens = self.pick(self.processed(logits))
         self.advance(tokens)
         return tokens
 
     def processed(self, logits: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
-        """The logits with penalties, and `-inf` for what mustn't come. They are left as they are."""
+        """The logits with penalties applied, and `-inf` for forbidden tokens. `logits` itself isn't modified."""
         picked, scores = self._pick(rows), logits
         if self._penalties is not None:
             seen, penalties = picked.of(self._seen_in(logits.shape[-1])), picked.of(self._penalties)
@@ -238,14 +239,14 @@ class BatchSampler:
             for i, row in picked.apart:
                 ids = torch.tensor([[*self.prompts[row], *self.answers[row]]], device=self.device)
                 scores[i : i + 1] = self.rows[row].settings.others(ids, logits[i : i + 1].clone())
-        if self._constrained:  # last: what a grammar forbids, nothing brings back
+        if self._constrained:  # last, so that no processor re-allows forbidden tokens
             if self._masks is None:
                 self._masks = Masks([row.matcher for row in self.rows], logits.shape[-1], self.device)
             scores = self._masks.apply(scores, rows)
         return scores
 
     def pick(self, scores: Tensor) -> Tensor:
-        """The next tokens `[rows]` by processed scores: the likeliest, or drawn."""
+        """The next tokens `[rows]` for processed scores: the most likely ones, or samples."""
         best = scores.argmax(-1)
         sampled = self._batch.sampled
         if not sampled:
@@ -254,18 +255,18 @@ class BatchSampler:
         return sampled.put(best, draw(weights, sampled.take(self._number()), sampled.take(best)[:, None])[:, 0])
 
     def warped(self, scores: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
-        """Processed scores as tokens are chosen by them: of sampled rows the logarithms of the weights to draw by."""
+        """The scores to choose tokens by: for sampled rows log-weights after filtering, for others unchanged."""
         picked = self._pick(rows)
         if not picked.sampled:
             return scores
         return picked.sampled.put(scores, self._weights(picked.sampled.take(scores), picked).log())
 
     def draws(self, rows: tuple[int, ...] | None = None) -> bool:
-        """Whether a token of any of these rows is drawn."""
+        """Whether any of these rows is sampled."""
         return bool(self._pick(rows).sampled)
 
     def draw(self, warped: Tensor, best: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
-        """Tokens `[rows]` by warped scores: `best` in greedy rows, and drawn in the others."""
+        """Tokens `[rows]` for warped scores: `best` for greedy rows, samples for the others."""
         picked = self._pick(rows)
         sampled = picked.sampled
         if not sampled:
@@ -274,7 +275,7 @@ class BatchSampler:
         return sampled.put(best, draw(weights, numbers, sampled.take(best)[:, None])[:, 0])
 
     def advance(self, tokens: Tensor) -> None:
-        """Each row of the batch goes on with its token `[rows]`."""
+        """Update the state of all rows with their chosen tokens `[rows]`."""
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
         if self._missing is not None:
@@ -284,7 +285,7 @@ class BatchSampler:
         self._steps += 1
 
     def _weights(self, scores: Tensor, picked: _Picked) -> Tensor:
-        """The weights `[sampled rows, vocabulary]` to draw by, which needn't sum to one; 0 for what is left out."""
+        """The sampling weights `[sampled rows, vocabulary]`, not normalized; 0 for excluded tokens."""
         if self._temperatures is not None:
             scores = scores / picked.sampled.take(picked.of(self._temperatures))
         weights = scores.softmax(-1)
@@ -310,11 +311,11 @@ class BatchSampler:
         return self._kept
 
     def _column(self, values: Sequence[float], nothing: float) -> Tensor | None:
-        """`[rows, 1]` on the device; `None` where all of them do nothing."""
+        """The values `[rows, 1]` on the device; `None` if all of them equal `nothing`."""
         return torch.tensor(values, device=self.device)[:, None] if any(x != nothing for x in values) else None
 
     def _number(self) -> Tensor:
-        """Each row's random number `[rows, 1]` for the token at hand."""
+        """Each row's random number `[rows, 1]` for the current token."""
         if self._steps == AHEAD:
             self._numbers, self._steps = self._numbers_ahead(), 0
         assert self._numbers is not None
@@ -325,7 +326,7 @@ class BatchSampler:
         return torch.stack([row.ahead(len(tokens)) for row, tokens in pairs]).to(self.device)
 
     def _seen_in(self, size: int) -> Tensor:
-        """`[rows, vocabulary]`: which tokens have come before, where that is penalized."""
+        """`[rows, vocabulary]`: which tokens have occurred, for rows with a repetition penalty."""
         if self._seen is None:
             seen = self._seen = torch.zeros(len(self.rows), size, dtype=torch.bool, device=self.device)
             for i, (row, prompt, answer) in enumerate(zip(self.rows, self.prompts, self.answers, strict=True)):
@@ -335,7 +336,7 @@ class BatchSampler:
         return self._seen
 
     def _pick(self, rows: tuple[int, ...] | None) -> _Picked:
-        """What is known of these rows of the batch; the same ones come again and again."""
+        """The cached tensors for a selection of the batch's rows; the same selections recur."""
         rows = None if rows == self._every else rows
         if rows not in self._picked:
             if len(self._picked) >= KEPT_PATTERNS:
@@ -345,7 +346,7 @@ class BatchSampler:
 
 
 class _Picked:
-    """Some rows of a batch, in this order, which may come several times; `None`: all of it."""
+    """A selection of a batch's rows, in this order and possibly with repetitions; `None`: all rows."""
 
     def __init__(self, every: Sequence[Settings], rows: tuple[int, ...] | None, device: torch.device) -> None:
         numbers = range(len(every)) if rows is None else rows
@@ -355,15 +356,15 @@ class _Picked:
         self.sampled = _Some([row_settings.sampled for row_settings in settings], device)
         self.filtered = _Some([row_settings.filters for row_settings in settings if row_settings.sampled], device)
         filters = [row for row in numbers if every[row].sampled and every[row].filters]
-        self.filters = torch.tensor(filters, dtype=torch.long, device=device)  # the batch's numbers of these
+        self.filters = torch.tensor(filters, dtype=torch.long, device=device)  # indices in the batch
 
     def of(self, x: Tensor) -> Tensor:
-        """These rows of what the batch has one of for each row."""
+        """Select these rows of a tensor with one entry per row of the batch."""
         return x if self.index is None else x.index_select(0, self.index)
 
 
 class _Some:
-    """Some rows of several: all are taken without a copy. It is true where there are any."""
+    """A subset of rows, true if it isn't empty. A subset of all rows is taken without a copy."""
 
     def __init__(self, chosen: Sequence[bool], device: torch.device) -> None:
         rows = [i for i, is_chosen in enumerate(chosen) if is_chosen]
@@ -377,5 +378,5 @@ class _Some:
         return x if self.every else x.index_select(0, self.rows)
 
     def put(self, x: Tensor, some: Tensor) -> Tensor:
-        """The whole, and in it these rows as they are here."""
+        """`x` with these rows replaced by `some`."""
         return some if self.every else x.index_copy(0, self.rows, some)

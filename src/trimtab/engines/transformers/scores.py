@@ -1,8 +1,8 @@
-"""Edits of attention scores, compiled into tensors over rows: what is done to the scores of one layer.
+"""Edits of attention scores, compiled into tensors over rows for each layer.
 
-A row is a request, or one of its rungs; it has its own prompt, padded on the left to the same width. A layer keeps
-its rows' factors, biases and target masses by prompt column; scores are `[rows, heads, queries, columns]`, and may
-show only the last columns (a sliding window), so that each call says how many columns are missing on the left.
+A row is a request or one of its candidate steerings, with its prompt left-padded to the same width. A layer has its
+rows' factors, biases and target masses by prompt column. Scores are `[rows, heads, queries, columns]`; with a sliding
+window they have only the last columns, so each call gets the number of columns missing on the left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALLEST_MASS = 1e-10
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """The edits of attention scores in force in one row, its prompt's length, and the pads before it."""
+    """The edits of one row's attention scores, its prompt's length, and its left padding."""
 
     edits: tuple[Edit, ...]
     prompt_length: int
@@ -55,7 +55,7 @@ class _Bias:
 @dataclass(frozen=True)
 class _Mass:
     columns: Tensor  # [rows, columns], whether in the span
-    target: Tensor  # [rows]; nothing is done where it is 0
+    target: Tensor  # [rows]; 0 for rows that aren't edited
     pool: str
     exact: bool
 
@@ -89,7 +89,7 @@ class _Mass:
 
 @dataclass(frozen=True)
 class LayerScores:
-    """What is done to one layer's scores: `factor` `[rows, columns]` first, then the stages in order."""
+    """The edits of one layer's scores: `factor` `[rows, columns]` first, then the stages in order."""
 
     factor: Tensor | None
     stages: tuple[_Bias | _Mass, ...]
@@ -97,22 +97,22 @@ class LayerScores:
     _chosen: dict[Any, tuple[Tensor, LayerScores]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def select(self, rows: Tensor) -> LayerScores:
-        """The same for these rows, in this order."""
+        """The edits of these rows, in this order."""
         factor = None if self.factor is None else self.factor[rows]
         return LayerScores(factor, tuple(stage.select(rows) for stage in self.stages))
 
     def to(self, device: torch.device) -> LayerScores:
-        """The same on this device, where it is kept."""
+        """The edits on this device, cached."""
         if device not in self._moved:
             factor = None if self.factor is None else self.factor.to(device)
             self._moved[device] = LayerScores(factor, tuple(stage.to(device) for stage in self.stages))
         return self._moved[device]
 
     def steered_rows(self, count: int, device: torch.device) -> tuple[Tensor, LayerScores]:
-        """Which rows of a batch of `count` are steered, and what is done to them; on this device, where it is kept.
+        """The indices of the steered rows in a batch of `count` rows, and their edits; on this device, cached.
 
-        A request may stand in several neighbouring rows. Of scores that were compiled on the CPU, no device is waited
-        for.
+        A request may have several adjacent rows. If the scores were compiled on the CPU, this needs no device
+        synchronization.
         """
         if (count, device) not in self._chosen:
             touched = self.touched
@@ -122,38 +122,38 @@ class LayerScores:
         return self._chosen[count, device]
 
     def without(self, rows: Tensor) -> LayerScores:
-        """The same, with nothing done where `rows`, `[rows]`, is true."""
+        """The edits without those of rows where `rows` (`[rows]`) is true."""
         factor = None if self.factor is None else self.factor.masked_fill(rows[:, None], 1)
         return LayerScores(factor, tuple(stage.without(rows) for stage in self.stages))
 
     @property
     def touched(self) -> Tensor:
-        """`[rows]`: in which rows anything is done."""
+        """`[rows]`: whether a row is edited."""
         parts = [stage.touched for stage in self.stages]
         return torch.stack(parts if self.factor is None else [*parts, self.factor.ne(1).any(-1)]).any(0)
 
     def scale(self, scores: Tensor, missing: int, own: int = 0) -> None:
-        """In place, before soft caps and the mask: what stands for other keys.
+        """Multiply scores by `factor` in place, before soft caps and the mask: equivalent to scaling the keys.
 
-        The last `own` columns are left alone: in a pass of rows, a row's own, which no cache holds.
+        The last `own` columns are left unchanged: in a pass of rows, a row's own column, which isn't in the cache.
         """
         if self.factor is not None:
             part = _part(scores, self.factor.shape[-1], missing, own)
             part *= self.factor[:, None, None, missing : missing + part.shape[-1]].to(part.dtype)
 
     def shift(self, scores: Tensor, missing: int, own: int = 0) -> None:
-        """In place, after soft caps and the mask; the last `own` columns are left alone."""
+        """Apply the stages in place, after soft caps and the mask. The last `own` columns are left unchanged."""
         for stage in self.stages:
             stage.apply(scores, missing, own)
 
 
 def _part(scores: Tensor, width: int, missing: int, own: int) -> Tensor:
-    """The scores' columns of the prompt: of `width` columns the first `missing` aren't there."""
+    """The prompt's columns of the scores: `width` columns, of which the first `missing` are absent."""
     return scores[..., : max(0, min(width - missing, scores.shape[-1] - own))]
 
 
 def check_score_edits(edits: Sequence[Edit], layers: int, heads: int) -> None:
-    """Raises `TrimtabError` unless every edit of scores fits a model with so many layers and heads."""
+    """Raise `TrimtabError` unless all score edits fit a model with this number of layers and heads."""
     for edit in edits:
         if edit.site.layer >= layers:
             raise TrimtabError(f"the steering acts at layer {edit.site.layer}; this model has layers 0 to {layers - 1}")
@@ -168,9 +168,9 @@ def check_score_edits(edits: Sequence[Edit], layers: int, heads: int) -> None:
 
 
 def compile_scores(rows: Sequence[ScoredRow], width: int, heads: int, device: torch.device) -> dict[int, LayerScores]:
-    """What each steered layer does to these rows, whose prompts are padded to `width` columns.
+    """Compile the score edits of each steered layer for these rows, whose prompts are padded to `width` columns.
 
-    Layers in which the same is done share one `LayerScores`.
+    Layers with the same edits share one `LayerScores`.
     """
     layers = sorted({edit.site.layer for row in rows for edit in row.edits})
     made: dict[tuple, LayerScores] = {}
@@ -211,7 +211,7 @@ def _compile(
 
 
 def _kind(operation: object) -> tuple:
-    """Operations of one kind run together."""
+    """The kind of an operation. Operations of the same kind run together."""
     if isinstance(operation, TargetMass):
         return ("mass", operation.pool, operation.exact)
     if isinstance(operation, BiasScores):
@@ -245,12 +245,12 @@ def _stage(
 
 
 def _precise(device: torch.device) -> torch.dtype:
-    """What scores are computed in beside the model's own dtype."""
+    """The dtype of the parameters of score edits."""
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def _columns(positions: Positions, row: ScoredRow, width: int) -> Tensor:
-    """`[width]`: the row's columns at which these positions are."""
+    """`[width]`: whether a column of the row is at one of these positions."""
     columns = torch.zeros(width, dtype=torch.bool)
     for start, stop in positions.resolve(row.prompt_length):
         assert stop is not None
@@ -259,7 +259,7 @@ def _columns(positions: Positions, row: ScoredRow, width: int) -> Tensor:
 
 
 def is_score_edit(edit: Edit) -> bool:
-    """Whether it acts on attention scores."""
+    """Whether the edit acts on attention scores."""
     return isinstance(edit.operation, ScoreOperation)
 
 
@@ -274,5 +274,5 @@ def activation_edits(edits: Sequence[Edit]) -> tuple[Edit, ...]:
 
 
 def edited_sites(edits: Sequence[Edit]) -> list[Site]:
-    """Where activations are edited."""
+    """The sites at which activations are edited."""
     return sorted({edit.site for edit in activation_edits(edits)})

@@ -1,12 +1,12 @@
-"""Hooks that steer the forward passes of a model while a session is open, and leave nothing behind.
+"""Hooks that steer the forward passes of a model while a session is open, and are removed without a trace.
 
-One hook before the decoder works out which absolute positions this pass computes, and so the state of every
-token (see `plan`). One hook at each steered site applies that site's stages. In steady decoding the states don't
-change from step to step, and the hook of a site that only adds, or only scales, is one in-place addition or
-multiplication of a prepared tensor.
+A pre-hook of the decoder determines the absolute positions that the pass computes, and with them the state of each
+token (see `plan`). A hook at each steered site applies the site's stages. In steady decoding the states don't change
+from step to step, and the hook of a site that only adds or only scales is one in-place addition of, or multiplication
+by, a prepared tensor.
 
-Doses are measured over whole prompts; in decoding at the first token of a state and at every `STRIDE`-th after it,
-each standing for those since the last.
+Doses are measured at all prompt tokens. In decoding they are measured at the first token of a state and at every
+`STRIDE`-th token after it, each of which counts for all tokens since the previous one.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Positions, Site
 
 STRIDE = 8
-"""In steady decoding one token in so many is measured for the doses."""
+"""In steady decoding, doses are measured at every `STRIDE`-th token."""
 
 
 @dataclass(frozen=True)
 class FirstPass:
-    """What a decision about gates may look at: the decoder's inputs, and each row's prompt length and last column."""
+    """The first pass over a text, for gate decisions: the decoder's inputs, and each row's length and last column."""
 
     inputs: dict[str, Any]
     lengths: list[int]
@@ -56,27 +56,31 @@ class FirstPass:
 
 
 Tally = dict[Site, tuple[float, float, int]]
-"""By site: the sum of the ratios that were measured, how many tokens they stand for, and how many were steered."""
+"""By site: the sum of the measured ratios, the number of tokens they count for, and the number of steered tokens."""
 
 Decide = Callable[[int, FirstPass], Sequence[tuple[Edit, ...]]]
 
 
 def always(edits: list[tuple[Edit, ...]]) -> Decide:
-    """The decision for edits that are known beforehand."""
+    """A `decide` function that returns these edits."""
     return lambda _requests, _first: edits
 
 
 class Session:
-    """The state of one steered run: the compiled plan, where each request stands, and the doses so far.
+    """The state of one steered run: the compiled plan, the position of each request, and the doses so far.
 
-    It counts what it does: every pass must begin where the last one ended, call the hook of every site once, and give
-    it the activations of just these tokens; else the run raises `TrimtabError`. `check_reached` says at the end whether
-    all passes came by.
+    It verifies that steering is complete: every pass must begin where the last one ended, call the hook of every site
+    once, and give it the activations of exactly these tokens; otherwise the run raises `TrimtabError`. At the end,
+    `check_reached` verifies that all passes were seen.
 
-    `decide(requests, first)` gives the effective edits of each request; it is asked at the first pass over a
-    text. `prompt_lengths` are those of the requests, in tokens; `None` takes each
-    first pass for the whole prompt, and then refuses to guess about further long passes. `tokenizer` says what tokens
-    mean, where edits go by that.
+    Args:
+        model: The whole model.
+        layout: Its layout.
+        decide: Called as `decide(requests, first)` at the first pass over a text, with the number of requests. Returns
+            the effective edits of each request.
+        prompt_lengths: The requests' prompt lengths in tokens. `None` takes each first pass to be the whole prompt; a
+            further pass of more than one token then raises `TrimtabError`.
+        tokenizer: The tokenizer, for edits at positions by meaning.
     """
 
     def __init__(
@@ -92,27 +96,27 @@ class Session:
         self.decide = decide
         self.tokenizer = tokenizer
         self.plan: Plan | None = None
-        self.ran: bool = False  # whether any pass came by
+        self.ran: bool = False  # whether any pass was seen
         self._dtype = stream_dtype(layout)
         self._owner: int | None = None  # the thread whose passes are steered; `None`: any
         self._places: dict[Site, Place] = {}
-        self._hooked: dict[Site, int] = {}  # the sites that have a hook, and its number
-        self._hooks: Hooks | None = None  # those, with the decoder's
-        self._nothing: list[Steady | None] = []  # as many as there are hooks
-        self._steady_edits: list[Steady | None] = []  # what each of them does in this pass, where that is all
-        self._called: list[int] = []  # how often each of their hooks was called in this pass
+        self._hooked: dict[Site, int] = {}  # site -> the index of its hook
+        self._hooks: Hooks | None = None  # the hooks at these sites and on the decoder
+        self._nothing: list[Steady | None] = []  # a `None` for each hook
+        self._steady_edits: list[Steady | None] = []  # each hook's edits in this pass, if it needs nothing else
+        self._called: list[int] = []  # how often each hook was called in this pass
         self._deciding = False
-        self._kept = 0  # how many columns, the last ones, logits are wanted of
+        self._kept = 0  # the number of last columns for which logits are computed
         self._step: SteeredPass | None = None
         self._pass: Pass | None = None
         self._measures = True
-        self._steady: int | None = None  # from this column on every row stays in its state
+        self._steady: int | None = None  # from this column on the rows' states don't change
         self._live: Tensor | None = None
         self._outer_ids: Tensor | None = None
         self._outer_mask: Any = None
         self._outer_seen = False
-        self._pads: list[int] = []  # a row's masked columns so far
-        self._texts: Texts | None = None  # the rows', where edits ask what is generated
+        self._pads: list[int] = []  # the padding columns of each row so far
+        self._texts: Texts | None = None  # the rows' texts, if edits have positions by meaning
         self._first: list[int] = []  # the first position of each row that this session saw
         self.expect(prompt_lengths)
 
@@ -125,12 +129,14 @@ class Session:
         resumed: bool = False,
         prompts: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """What comes next is a new batch, with prompts of these lengths (`None`: not known beforehand).
+        """Expect a new batch.
 
-        `columns` is their width when they are padded on the left to the same one. A row to which one of `ends` is
-        fed has ended: what runs on behind it isn't part of its answer, and not of its doses. `resumed` says that the
-        next pass goes on from a cache of tokens that no edit touches. `prompts` are the requests' tokens; without them,
-        they are those of the passes.
+        Args:
+            prompt_lengths: The lengths of its prompts; `None` if they aren't known.
+            columns: The width of the prompts, if they are left-padded.
+            ends: The end tokens. A row has ended once one of them is its input: later tokens don't count in its doses.
+            resumed: The next pass continues from a cache of tokens that no edit affects.
+            prompts: The requests' tokens; by default those of the passes.
         """
         self._resumed = resumed
         self._prompts = prompts
@@ -138,18 +144,18 @@ class Session:
         self.prompt_lengths = prompt_lengths
         self._columns = columns
         self._fresh = True
-        self._reached: int | None = None  # the columns of the text that have been computed, by passes seen here
+        self._reached: int | None = None  # the number of columns computed by passes that were seen
 
     def pause(self, still: bool) -> None:
-        """Leave passes unsteered, until this is called with `False`."""
+        """Leave passes unsteered until this is called with `False`."""
         self._deciding = still
 
     def resume(self) -> None:
-        """The next pass goes on from a cache of tokens that no edit touches; all else is as expected."""
+        """The next pass continues from a cache of tokens that no edit affects; all else is as set by `expect`."""
         self._resumed = True
 
     def check_reached(self, columns: int) -> None:
-        """Raises `TrimtabError` unless the text was computed up to this column by passes that came by here."""
+        """Raise `TrimtabError` unless the hooks saw all passes up to this column."""
         if self._hooked and (self._reached or 0) < columns:
             raise TrimtabError(
                 f"{columns} columns of tokens were computed, and {self._reached or 0} of them by passes that trimtab"
@@ -158,7 +164,7 @@ class Session:
             )
 
     def check_prompts_reached(self) -> None:
-        """Raises `TrimtabError` where the text at hand ends inside a prompt of the length that was said."""
+        """Raise `TrimtabError` if the current text is shorter than one of the given prompt lengths."""
         if self._fresh or self.prompt_lengths is None or self._reached is None:
             return
         repeat = len(self._pads) // len(self.prompt_lengths)
@@ -170,14 +176,14 @@ class Session:
                     " computed: what was generated was steered as if it were prompt"
                 )
 
-    # ---- what the decoder is about to compute ------------------------------------------------------------
+    # ---- before the decoder's forward --------------------------------------------------------------------
 
     def _foreign(self) -> bool:
-        """Whether the pass at hand is another thread's, which only happens to run the same model."""
+        """Whether the current forward pass belongs to another thread that runs the same model."""
         return self._owner is not None and get_ident() != self._owner
 
     def outside(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The whole model's pre-hook: some models turn the mask of pads into others before their decoder sees it."""
+        """The pre-hook of the whole model. It notes the padding mask, which some models convert for their decoder."""
         if self._foreign():
             return
         arguments = compat.bound(model, args, kwargs)
@@ -186,7 +192,7 @@ class Session:
         self._outer_seen = True
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The decoder's pre-hook: the step's states, from the inputs of this pass."""
+        """The decoder's pre-hook: determines the states of the pass from its inputs."""
         if self._foreign():
             return
         if torch.compiler.is_compiling():
@@ -214,7 +220,7 @@ class Session:
             )
 
     def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
-        """What this pass does to its tokens; `begins`: it is the first over a text that this session steers."""
+        """The `SteeredPass` of this pass. `begins`: it is the first pass over a text that this session steers."""
         if not begins and self._reached is not None and forward_pass.past > self._reached:
             raise TrimtabError(
                 f"columns {self._reached} to {forward_pass.past - 1} were computed by passes that trimtab didn't see,"
@@ -243,7 +249,7 @@ class Session:
         return self._step
 
     def _still_live(self, ids: Tensor | None, past: int) -> Tensor | None:
-        """`[rows]`: the rows that haven't ended yet; `None` when that can't be seen or doesn't matter."""
+        """`[rows]`: whether a row hasn't ended yet; `None` if unknown or irrelevant."""
         if past == 0 or not len(self._ends) or ids is None:
             return None
         self._ends = self._ends.to(ids.device)
@@ -310,12 +316,13 @@ class Session:
         steady = forward_pass.length == 1 and forward_pass.past >= settled and texts is None
         self._steady = forward_pass.past + 1 if steady else None
 
-    # ---- what a site's hook does -------------------------------------------------------------------------
+    # ---- the hook of a site ------------------------------------------------------------------------------
 
     def edit(self, site: Site, activations: Tensor) -> Tensor | None:
-        """Apply the site's stages to its activations, in place where nothing needs the old ones.
+        """Apply the site's stages to its activations, in place if the old ones aren't needed.
 
-        `None`: there was nothing to do, or it is done; otherwise the tensor that takes their place.
+        Returns:
+            The tensor that replaces the activations; `None` if there is nothing to edit or it was done in place.
         """
         step, plan = self._step, self.plan
         if self._deciding or step is None or plan is None or site not in plan.stages:
@@ -324,7 +331,7 @@ class Session:
         if absent > 0 and activations.dim() == 3 and activations.shape[:2] == (len(step.states), self._kept):
             whole = torch.cat(
                 [activations[:, :1].expand(-1, absent, -1), activations], 1
-            )  # the layer runs for the last ones alone
+            )  # the layer only computes the last columns
             new = self.edit(site, whole)
             return (whole if new is None else new)[:, absent:]
         if activations.numel() != len(step.states) * len(step.states[0]) * activations.shape[-1]:
@@ -334,7 +341,7 @@ class Session:
             )
         if step.present.isdisjoint(plan.touches[site]):
             return None
-        own = site.kind == "block_input"  # the tensor that the block before gave out, or the caller's embeddings
+        own = site.kind == "block_input"  # the previous block's output or the caller's embeddings
         if own and not activations.requires_grad:
             activations = activations.clone()
         # some blocks run their MLP over the tokens of all rows as one list
@@ -384,16 +391,16 @@ class Session:
         return activations if own else None
 
     def _prepare(self, site: Site, step: SteeredPass, x: Tensor) -> Prepared:
-        """What is done at a site to these activations, those of the step's tokens."""
+        """Prepare the edits of a site for these activations of the pass's tokens."""
         assert self.plan is not None
         tokens = step.tokens.to(x.device)
         prepared = [(stage, *stage.prepare(tokens, x.dtype)) for stage in self.plan.stages[site]]
-        if len(prepared) == 1 and prepared[0][0].only_adds:  # how long edits are is known before they are made
+        if len(prepared) == 1 and prepared[0][0].only_adds:  # the edits' norms are known in advance
             self._norms[1, self._row[site]].copy_(norm(prepared[0][1]["vector"]))
         return prepared
 
     def _steadily(self, site: Site, step: SteeredPass, x: Tensor) -> bool:
-        """Whether the site is one whose one addition or multiplication is prepared; then it is done."""
+        """Apply the site's addition or multiplication if it is prepared. Returns whether it was."""
         ready = step.adds.get(site)
         if ready is not None:
             if self._measures:
@@ -411,7 +418,7 @@ class Session:
         return True
 
     def finish(self, *_: Any) -> None:
-        """The decoder's hook: see that every site was edited, and add this pass's doses to the sums."""
+        """The decoder's forward hook: checks that every site was edited, and adds this pass's doses to the sums."""
         step, forward_pass = self._step, self._pass
         if self._foreign() or forward_pass is None:
             return
@@ -436,11 +443,11 @@ class Session:
         self._sums[1] += weight * steered.reshape(shape).sum(-1)
 
     def _weight(self, step: SteeredPass) -> Tensor | int:
-        """How many tokens those of this pass stand for in the doses: one number, or one a row."""
+        """The number of tokens that each token of this pass counts for in the doses: one number, or one per row."""
         return STRIDE if step.passes > STRIDE and len(step.states[0]) == 1 else 1
 
     def _complain(self) -> None:
-        """A pass has ended in which a site's hook wasn't called once: raise, if anything was to be done there."""
+        """Raise if a site with edits in this pass ran more or less than once. Called at the end of the pass."""
         assert self.plan is not None
         assert self._step is not None
         for site, calls in zip(self._hooked, self._called, strict=True):
@@ -452,14 +459,16 @@ class Session:
                 )
 
     def doses(self, request: int, tokens: int | None = None) -> tuple[Dose, ...]:
-        """The doses that a request has had at each site at which it was steered.
+        """The doses of a request at each site where it was steered.
 
-        `tokens` of its text count, the prompt's included; by default all that were computed.
+        Args:
+            request: The index of the request.
+            tokens: The length of its text that counts, including the prompt; by default all computed tokens.
         """
         return doses_of(self.tally(request, tokens))
 
     def tally(self, request: int, tokens: int | None = None) -> Tally:
-        """What `doses` are made of, so that it can be added to another session's of the same request."""
+        """The sums behind `doses`, which can be added to those of another session for the same request."""
         if self.plan is None:
             return {}
         row = request * (len(self._pads) // len(self.plan.segments))
@@ -482,9 +491,9 @@ class Session:
 
     @contextmanager
     def hooked(self, sites: Sequence[Site], *, any_thread: bool = False) -> Iterator[None]:
-        """The hooks, on the decoder and at these sites, for as long as the context is open.
+        """Attach the hooks on the decoder and at these sites within the context.
 
-        Passes of other threads are left alone, unless `any_thread`.
+        Passes of other threads aren't steered, unless `any_thread` is true.
         """
         self._owner = None if any_thread else get_ident()
         if self._hooks is None or list(self._hooked) != list(sites):
@@ -493,7 +502,7 @@ class Session:
             yield
 
     def _hooks_at(self, sites: Sequence[Site]) -> Hooks:
-        """Hooks on the decoder and at these sites, which are those that count from now on."""
+        """Create the hooks on the decoder and at these sites, and reset the bookkeeping of hooks to them."""
         places = [(site, self._place(site)) for site in sites]
         self._hooked = {site: i for i, site in enumerate(sites)}
         self._steady_edits = self._nothing = [None] * len(places)
@@ -515,7 +524,7 @@ class Session:
         return self._places[site]
 
     def _hook(self, number: int, site: Site) -> Callable[[Tensor], Tensor | None]:
-        """A site's hook: count the call, and edit. What goes on from token to token is done here, at once."""
+        """Create a site's hook. In steady decoding it applies the prepared edits directly, else it calls `_at_site`."""
 
         def hook(activations: Tensor) -> Tensor | None:
             steady = self._steady_edits[number]
@@ -534,12 +543,12 @@ class Session:
         return hook
 
     def _at_site(self, number: int, site: Site, activations: Tensor) -> Tensor | None:
-        """A site's hook: count the call, and edit."""
+        """Count the call of a site's hook, and edit."""
         if self._foreign():
             return None
         if self._pass is not None and not self._deciding:
             self._called[number] += 1
-        elif self._pass is None and not torch.is_grad_enabled():  # with gradients, a checkpointed block may run anew
+        elif self._pass is None and not torch.is_grad_enabled():  # with gradients: a checkpointed block may run again
             raise TrimtabError(
                 f"the part of the model at {site} ran outside of a pass of the decoder: something runs the model past"
                 " trimtab's hooks (a captured graph, a replaced forward)"
@@ -548,6 +557,6 @@ class Session:
 
 
 def doses_of(tally: Tally) -> tuple[Dose, ...]:
-    """The doses of one request."""
+    """The doses for one request's tally."""
     each = (Dose(site.layer, total / measured, n, site.kind) for site, (total, measured, n) in tally.items())
     return tuple(sorted(each, key=lambda dose: (dose.layer, dose.kind)))

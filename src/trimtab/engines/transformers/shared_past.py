@@ -1,6 +1,6 @@
-"""Products of rows with the past that they share with the other rows of their request, none of which is copied.
+"""Products of rows with the cached keys and values that they share with the other rows of their request, not copied.
 
-Where all requests of a batch have equally many rows, in their order, that is one batched product; else one a request.
+If all requests of a batch have the same number of rows, in order, this is one batched product, else one per request.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 Spans = Sequence[tuple[int, slice]]
-"""A request, and neighbouring rows of it."""
+"""A request, and adjacent rows of it."""
 
 
 def queries_by_keys(queries: Tensor, keys: Tensor, spans: Spans) -> Tensor:
-    """Each row's products with the keys of its request.
+    """The products of each row's query with the keys of its request.
 
     Args:
-        queries: `[heads, rows, size]`; neighbouring heads share a group of keys.
+        queries: `[heads, rows, size]`; adjacent heads share a group of keys.
         keys: `[requests, groups, columns, size]`.
-        spans: Which rows are of which request.
+        spans: The rows of each request.
 
     Returns:
         `[heads, rows, columns]`.
@@ -29,12 +29,12 @@ def queries_by_keys(queries: Tensor, keys: Tensor, spans: Spans) -> Tensor:
 
 
 def weights_by_values(weights: Tensor, values: Tensor, spans: Spans) -> Tensor:
-    """Each row's sum of its request's values, weighted.
+    """Each row's weighted sum of the values of its request.
 
     Args:
         weights: `[heads, rows, columns]`.
         values: `[requests, groups, columns, size]`.
-        spans: Which rows are of which request.
+        spans: The rows of each request.
 
     Returns:
         `[heads, rows, size]`.

@@ -1,8 +1,8 @@
-"""Which way rows go through a model: over one shared cache (`rows`), or over copies of it (`forks`).
+"""The choice of how rows run through a model: over one shared cache (`rows`), or over copies of it (`forks`).
 
-Sharing is faster, and takes a model whose attention is all that remembers, over keys and values just as they are
-cached. Whether a model is one isn't told from its name: four made-up tokens are decoded in both ways and compared, once
-a model.
+Sharing is faster. It requires that attention is the model's only memory, and attends to keys and values exactly as they
+are cached. This isn't derived from the model's name: rows over a shared cache are compared with the model's own pass on
+two made-up prompts, once per model.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from trimtab.errors import TrimtabError
 
 _shares: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 PROMPTS = ((1, 2, 3), (3, 1, 2, 4))
-"""Tokens of the two requests that are tried; the first is padded."""
+"""The token ids of the two test prompts; the first one is padded."""
 
 COARSE = 0.05
-"""How far two ways of one computation of a quantized model may differ, of the largest logit: passes of other shapes may
-round activations in other ways."""
+"""The tolerance for quantized models, as a share of the largest logit: passes of other shapes may round activations
+differently."""
 
 
 def rows_for(model: Any, layout: Layout) -> Rows | Forks:
-    """Passes of rows through this model, in the way that it can."""
+    """`Rows` if rows of this model can share one cache, else `Forks`."""
     return Rows(model, layout) if shares_cache(model, layout) else Forks(model, layout)
 
 
 def shares_cache(model: Any, layout: Layout) -> bool:
-    """Whether rows of this model can share one cache; it is tried at the first call."""
+    """Whether rows of this model can share one cache; tested at the first call."""
     if layout.decoder not in _shares:
         _shares[layout.decoder] = _can_be_tried(model, layout) and _gives_the_same(model, layout)
     return _shares[layout.decoder]
@@ -58,7 +58,7 @@ def _can_be_tried(model: Any, layout: Layout) -> bool:
 
 @torch.no_grad()
 def _gives_the_same(model: Any, layout: Layout) -> bool:
-    """Whether rows over a shared cache are what the model's own pass gives."""
+    """Whether rows over a shared cache give the same logits as the model's own pass."""
     width, device = max(map(len, PROMPTS)), input_device(model)
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in PROMPTS], device=device)
     ids = ids % model.get_input_embeddings().weight.shape[0]
@@ -73,22 +73,22 @@ def _gives_the_same(model: Any, layout: Layout) -> bool:
         kwargs = compat.with_cache(model, inputs, cache)
         expected = model(**kwargs, use_cache=True, return_dict=True).logits[:, -1]
         if len(cache.layers) != layout.layers:
-            return False  # blocks that run several times, or attend to what others cached
+            return False  # some blocks run several times, or attend to another block's cache
         token = Token(ids[:, -1:], positions[:, -1:], mask)
         with rows.open([]):
             logits = rows.run(token, cache, width, versions, [None] * 3, [0, 0, 1])
             joined = rows.run(token, cache, width, versions, [None] * 2, [0, 0], joining=[layout.layers - 1])
     except (TrimtabError, RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError):
-        return False  # it isn't made for rows that stand side by side
+        return False  # the model can't run several rows in one batch entry
     coarse = quantization(model) is not None
     return _near(logits, expected[[0, 0, 1]], coarse) and _near(joined[:1], expected[:1], coarse)
 
 
 def _near(logits: Tensor, other: Tensor, coarse: bool) -> bool:
-    """Whether two ways of one computation differ by rounding alone: half of the dtype's digits are the same.
+    """Whether two results of the same computation differ only by rounding: half of the dtype's digits agree.
 
-    Rounding adds up over the layers: to three digits of seven in a model of thirty. What is really another
-    computation has no digit in common.
+    Rounding errors accumulate over the layers: to three of seven digits in a model with thirty layers. Results of
+    different computations don't agree in any digit.
     """
     limit = (COARSE if coarse else torch.finfo(logits.dtype).eps ** 0.5) * float(other.abs().max())
     return bool((logits - other).abs().max() <= limit)

@@ -1,4 +1,4 @@
-"""A forward pass of a session: the states of its tokens, what its sites have prepared, and norms of activations."""
+"""A forward pass of a session: the states of its tokens, the prepared edits of its sites, and norms of activations."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from trimtab.engines.folding import Prepared, States
 from trimtab.steering import Site
 
 Steady = tuple[torch.Size, Prepared]
-"""What is done in place to activations of this shape, at each token alike."""
+"""Prepared edits that are applied in place to activations of this shape, the same at each decoded token."""
 
 
 @dataclass
 class SteeredPass:
-    """One forward pass, from the first column on in which anything is steered.
+    """One forward pass, from the first steered column on.
 
-    What sites prepare is kept for passes of one token, which repeat; for a prompt it would hold a batch of
-    activations a site.
+    Prepared edits are kept for passes of one token, which repeat. For a prompt they would take as much memory as a
+    batch of activations per site.
     """
 
-    states: tuple[tuple[int, ...], ...]  # one tuple a row, all columns
+    states: tuple[tuple[int, ...], ...]  # one tuple per row, all columns
     first: int
     tokens: States  # from column `first` on: [rows, tokens]
     present: frozenset[int]
     prepared: dict[Site, Prepared] = field(default_factory=dict)
-    # sites that only add, in a pass of one token: the rows to add, and where the activations' norms go
+    # in passes of one token, for sites that only add: the vectors to add, and the buffer for the activations' norms
     adds: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # sites that only scale, likewise: the factors, and where the norms of activations and edits go
+    # likewise, for sites that only scale: the factors, and the buffers for the norms of activations and edits
     scales: dict[Site, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    # by hook, what is done in a pass of one token that isn't measured; `None` where that isn't known yet
+    # for each hook, the edits in a pass of one token whose dose isn't measured; `None` if not known yet
     steady: list[Steady | None] = field(default_factory=list)
-    steered: Tensor | None = None  # [sites, rows, tokens], what `present` says token by token
-    passes: int = 0  # how many passes in a row had these states
+    steered: Tensor | None = None  # [sites, rows, tokens]: whether the site edits the token
+    passes: int = 0  # the number of consecutive passes with these states
 
     @property
     def index(self) -> Tensor:
-        """The states' numbers on the device."""
+        """The states `[rows, tokens]` on the device."""
         return self.tokens.index
 
 
@@ -48,7 +48,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def norm_into(out: Tensor, x: Tensor) -> None:
-    """Put the norms of activations there, which may be on another device."""
+    """Write the norms of activations to `out`, which may be on another device."""
     if out.device == x.device:
         torch.linalg.vector_norm(x, dim=-1, dtype=out.dtype, out=out)
     else:

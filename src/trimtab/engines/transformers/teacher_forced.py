@@ -1,4 +1,4 @@
-"""What a model predicts at each token of given answers, each under its own edits: one pass, nothing generated."""
+"""Teacher forcing: the logits before each token of given answers, each under its own edits, in one forward pass."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from trimtab.steering import Edit
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and the answer that is read after it, as token ids."""
+    """A prompt and its answer, as token ids."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
 def check_answered(layout: Layout, texts: Sequence[Answered]) -> None:
-    """Raises `TrimtabError` for a text without a prompt or an answer, or one that is too long; it says which."""
+    """Raise `TrimtabError`, naming the text, if one has no prompt or answer or is too long."""
     for i, text in enumerate(texts):
         if not text.prompt or not text.answer:
             raise TrimtabError(f"text {i + 1} has no {'answer' if text.prompt else 'prompt'} to read")
@@ -52,14 +52,15 @@ def teacher_forced(
 
     Args:
         model: The whole model.
-        layout: Its places.
-        texts: What is read; padded on the left.
-        session: It decides the same edits, but for those of attention scores.
-        edits: Of each text. Where attention scores are steered, texts have prompts and answers of the same lengths.
+        layout: Its layout.
+        texts: The texts, which are left-padded.
+        session: The session that steers them. It decides on the same edits, without those of attention scores.
+        edits: The edits of each text. If they steer attention scores, all prompts must have the same length, and all
+            answers.
         prefix_cache: Supplies the keys and values of tokens before the first steered one; default: no cache.
 
     Raises:
-        TrimtabError: Texts of different lengths whose attention scores are steered, or a pass that came by no hook.
+        TrimtabError: Attention scores are steered in texts of different lengths, or the pass bypassed the hooks.
     """
     residual = [activation_edits(row_edits) for row_edits in edits]
     scores = [score_edits(row_edits) for row_edits in edits]

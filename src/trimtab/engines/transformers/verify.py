@@ -1,17 +1,19 @@
-"""Rejection as a stage of a decoding step: rows whose steered tokens have to be plausible to the unsteered model.
+"""Rejection as part of a decoding step: rows whose steered tokens must be plausible to the unsteered model.
 
-To the batch such rows are unsteered: its cache holds the unsteered model's keys and values. Where a row's gate opens,
-the rungs of its ladder are computed as rows over that cache (see `rows`), and the first plausible one gives the token.
-So each decision depends on the text so far and on nothing else, and schedules differ only in their speed:
+In the batch such rows are unsteered: the cache holds the unsteered model's keys and values. If a row's gate is open,
+its candidate steerings are computed as rows over that cache (see `rows`), and the first plausible candidate gives the
+token. So each decision depends only on the text so far, and the schedules differ only in speed:
 
-    optimistic   the step's pass; then, if a gate is open, all rungs in one pass. Draft tokens go with it, the two
-                 likeliest of an open row and the token of any other, and where they come true the next step needs no
-                 pass of its own. Where rows cost something: on CPUs
-    fused        the step's pass has all rungs of all rows in it. Where rows cost next to nothing: on GPUs
+    optimistic   the decode pass; then, if a gate is open, one verify pass with all candidates. It includes draft
+                 tokens: the two most likely tokens of each row with an open gate, and the chosen token of every other
+                 row. If they are accepted, the next step needs no decode pass. For CPUs, where additional rows are
+                 costly.
+    fused        the decode pass includes all candidates of all rows. For GPUs, where additional rows cost little.
 
-Both need a batch in which no row is steered at every token. In others rungs have a pass of their own, without drafts.
+Both need a batch in which no row is steered at every token. In other batches the candidates have a separate pass,
+without draft tokens.
 
-The host waits once for the step's facts, and once more where a gate is open and its rungs weren't fused.
+A step synchronizes with the device once, and a second time if a gate is open and its candidates weren't fused.
 """
 
 from __future__ import annotations
@@ -37,17 +39,17 @@ from trimtab.errors import UnsupportedError
 from trimtab.steering import Edit
 
 DRAFTS = 2
-"""How many draft tokens an open row takes along in the pass of its rungs."""
+"""The number of draft tokens of a row with an open gate in its verify pass."""
 
 Facts = Callable[[Tensor, Tensor], Tensor]
-"""The facts `[rows, facts]` of tokens `[rows]` and of the logits `[rows, vocabulary]` that they came from."""
+"""Computes the facts `[rows, facts]` of tokens `[rows]` and their logits `[rows, vocabulary]`."""
 Places = Sequence[tuple[int, int]]
-"""Rungs, as `(row of the batch, rung)`; those of a row are neighbours, the strongest first."""
+"""Candidates as `(row of the batch, candidate index)`; those of a row are adjacent, the strongest first."""
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """How the tokens of one row are verified: its rungs, strongest first, and the ranking of its layers."""
+    """How one row's tokens are verified: its candidate steerings, strongest first, and its layers' ranking."""
 
     rejection: Rejection
     schedule: str
@@ -56,20 +58,20 @@ class Ladder:
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """What steers the row at all."""
+        """The edits of all candidates."""
         return tuple(dict.fromkeys(edit for edits in self.rungs for edit in edits))
 
     def descriptions(self) -> tuple[str, ...]:
-        """Each rung in words."""
+        """A description of each candidate."""
         return tuple(map(_describe, self.rungs))
 
 
 @dataclass(frozen=True)
 class Past:
-    """What rows go on from: their newest tokens, the cache of the unsteered stream, and its columns with these tokens.
+    """The state that rows continue from: their newest tokens, the unsteered cache, and its columns with these tokens.
 
-    Where rows go over copies of the cache, `cache` is what makes copies of it as it was before these tokens. `holding`
-    are the meanings of the newest tokens; none where these are of prompts.
+    If rows run over copies of the cache, `cache` is a function that copies it as it was before these tokens. `holding`
+    are the meanings of the newest tokens; empty for prompt tokens.
     """
 
     token: Token
@@ -79,12 +81,13 @@ class Past:
 
 
 def schedule_for(layout: Layout) -> str:
-    """What `auto` is: by the device, and not by trying, so that every run on a machine rounds alike."""
+    """The schedule for `"auto"`. It depends on the device only, not on timing, so that all runs on a machine round
+    alike."""
     return "optimistic" if input_device(layout.decoder).type == "cpu" else "fused"
 
 
 def check_rejection(edits: Sequence[Edit], prompt_length: int) -> None:
-    """Raises `UnsupportedError` where an edit never acts on a token that is being decoded."""
+    """Raise `UnsupportedError` if an edit never acts on a token that is being decoded."""
     for edit in activation_edits(edits):
         spans = edit.positions.reach(prompt_length)
         if not any(stop is None or stop >= prompt_length for _, stop in spans):
@@ -102,19 +105,19 @@ def make_ladder(
     request: int,
     lengths: Sequence[int],
 ) -> Ladder:
-    """The ladder of one request, whose layers are ranked here if they have to be.
+    """Create the ladder of one request, ranking its layers if necessary.
 
     Args:
-        passes: Runs rows.
-        layout: The model's.
-        rejection: How it is to be weakened.
-        edits: What steers it: nothing where its gates are shut.
-        past: The prompts that have just been read.
-        request: Which of them is its own.
-        lengths: Those of the prompts, in tokens.
+        passes: Runs rows: `Rows` or `Forks`.
+        layout: The model's layout.
+        rejection: The rejection settings.
+        edits: The request's edits; empty if its gates are shut.
+        past: The state after the prefill.
+        request: The index of the request in it.
+        lengths: The lengths of the prompts, in tokens.
 
     Raises:
-        TrimtabError: No rung is left, or the ranking leaves a layer out.
+        TrimtabError: No candidate is left, or the ranking leaves out a layer.
     """
     schedule = schedule_for(layout) if rejection.schedule == "auto" else rejection.schedule
     if not edits:
@@ -132,7 +135,7 @@ def make_ladder(
 
 @dataclass(frozen=True)
 class _Gates:
-    """What the unsteered model says of rows that are verified, on the device."""
+    """The unsteered model's results for the verified rows, on the device."""
 
     scores: Tensor  # [verified, vocabulary], warped
     tau: Tensor  # [verified]
@@ -142,10 +145,10 @@ class _Gates:
 
 @dataclass(frozen=True)
 class Verified:
-    """A step's tokens `[rows]` on the device, each row's facts, what became of each verified row, and the drafts.
+    """A step's tokens `[rows]` on the device, each row's facts, the outcome of each verified row, and the draft tokens.
 
-    `ran` says whether rungs had a pass of their own; `drafts` are there with their logits `[drafts, vocabulary]` where
-    it took some along.
+    `ran`: whether there was a separate verify pass. `drafts` are its draft tokens, if any, with their logits
+    `[drafts, vocabulary]`.
     """
 
     tokens: Tensor
@@ -156,16 +159,16 @@ class Verified:
 
 
 class Verifier:
-    """The rows of a batch that have rungs, for as long as the batch stays the same.
+    """Verifies the rows of a batch that have candidate steerings, as long as the batch's rows don't change.
 
     Args:
         passes: Runs rows: `Rows` or `Forks`.
-        layout: The model's.
-        ladders: Each row's; `None` where its tokens aren't verified.
-        requests: Which entry of the past each row goes on from.
-        lengths: Of each entry of the past, its prompt's length in tokens.
-        pads: Of each, its pads.
-        device: Where logits are.
+        layout: The model's layout.
+        ladders: The ladder of each row; `None` if its tokens aren't verified.
+        requests: The entry of the cache that each row continues from.
+        lengths: The prompt length of each entry, in tokens.
+        pads: The left padding of each entry.
+        device: The device of the logits.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class Verifier:
         }
         self.rows: tuple[int, ...] = tuple(by_row)
         versions: list[tuple[int, tuple[Edit, ...]]] = []
-        begun: dict[tuple, int] = {}  # where a ladder's versions begin; several answers to a prompt share one
+        begun: dict[tuple, int] = {}  # the index of a ladder's first version; several answers to a prompt share one
         self._first: dict[int, int] = {}
         self._rungs = {row: len(row_ladder.rungs) for row, row_ladder in by_row.items()}
         for row, row_ladder in by_row.items():
@@ -211,7 +214,7 @@ class Verifier:
         return self.passes.tensor(tuple(numbers), self.device)
 
     def run_fused(self, past: Past) -> tuple[Tensor, Tensor]:
-        """One pass of the unsteered rows, which enter the cache, and of all rungs: the logits of both."""
+        """The logits of the unsteered rows, which enter the cache, and of all candidates, from one pass."""
         chosen: list[int | None] = []
         requests: list[int] = []
         unsteered: list[int] = []
@@ -244,16 +247,16 @@ class Verifier:
         ends: frozenset[int] = frozenset(),
         fused: Tensor | None = None,
     ) -> Verified:
-        """The next token of every row of the batch, by logits `[rows, vocabulary]` of the step's pass.
+        """Choose the next token of every row of the batch.
 
         Args:
-            sampler: How rows choose.
-            logits: Of the step's pass, in which verified rows weren't steered.
-            facts: Gives the facts of a token.
-            past: The batch, with the tokens that gave the logits.
-            drafting: For each row whether a draft of its token after is wanted; empty where there are to be none.
-            ends: Tokens after which there is no other.
-            fused: The logits of all rungs, where the step's pass had them.
+            sampler: Chooses the rows' tokens.
+            logits: The logits `[rows, vocabulary]` of the decode pass, in which verified rows weren't steered.
+            facts: Computes the facts of tokens.
+            past: The state of the batch, with the tokens that gave the logits.
+            drafting: For each row whether to draft its following token; empty for no drafts.
+            ends: The end tokens, which no token follows.
+            fused: The logits of all candidates, if the decode pass included them.
         """
         scores = sampler.processed(logits)
         gates, own = self._gates(sampler, scores)
@@ -288,7 +291,7 @@ class Verifier:
     # ---- on the device -----------------------------------------------------------------------------------
 
     def _gates(self, sampler: BatchSampler, scores: Tensor) -> tuple[_Gates, Tensor]:
-        """The gates, and the tokens `[verified]` that the unsteered model gives, drawn from what is plausible."""
+        """The gates, and the unsteered model's tokens `[verified]`, restricted to plausible ones."""
         every = len(self.rows) == self.count
         scores = sampler.warped(scores if every else scores[self._index], self.rows)
         tau = threshold(scores, self._betas)
@@ -297,11 +300,11 @@ class Verifier:
         return _Gates(scores, tau, best, gate_open(scores, tau)), tokens
 
     def _put(self, x: Tensor, verified: Tensor) -> Tensor:
-        """The batch, with verified rows as they are here."""
+        """`x` with the verified rows replaced by `verified`."""
         return verified if len(self.rows) == self.count else x.index_copy(0, self._index, verified)
 
     def _gate_facts(self, gates: _Gates, drafting: bool) -> Tensor:
-        """`[rows, WIDTH]`: whether a row's gate is open, its best token, and its likeliest ones if they are wanted."""
+        """`[rows, WIDTH]`: whether a row's gate is open, its best token, and its most likely tokens if drafting."""
         parts = [gates.opened[:, None].float(), gates.best[:, None].float()]
         likeliest = gates.scores.topk(DRAFTS, dim=-1).indices if drafting else gates.best[:, None].expand(-1, DRAFTS)
         values = torch.cat([*parts, likeliest.float()], -1)
@@ -317,15 +320,16 @@ class Verifier:
         facts: Facts,
         width: int,
     ) -> tuple[Tensor, Tensor]:
-        """The batch's tokens `[rows]`, the first plausible rung's where there is one; facts of rungs `[rungs, width]`.
+        """The batch's tokens `[rows]` after verification, and the facts of the candidates `[candidates, width]`.
 
-        The last but `WIDTH` says whether a rung's best token is plausible, and the next one which it is.
+        A row with a plausible candidate gets the token of the first one. The last `WIDTH` facts begin with whether the
+        candidate's best token is plausible, and that token.
         """
         of = tuple(row for row, _ in places)
         place = self._tensor([self._place[row] for row in of])
         scores = sampler.warped(sampler.processed(logits, of), of)
         candidates, tau = scores.argmax(-1), gates.tau[place]
-        # of numbers and a NaN, the NaN is the largest
+        # `amax` propagates NaN
         accepted = plausible(gates.scores, tau, candidates, place) & logits.amax(-1).isfinite()
         accepted &= gates.opened[place]
         drawn = _draw(sampler, scores, candidates, of, gates.scores, tau, place)
@@ -341,7 +345,7 @@ class Verifier:
     def _drafts(
         self, lines: list[list[float]], opened: set[int], drafting: Sequence[bool], ends: frozenset[int]
     ) -> Drafts | None:
-        """The likeliest tokens of rows whose gate is open, and what the others go on with."""
+        """The draft tokens: the most likely tokens of rows with an open gate, and the chosen tokens of other rows."""
         rows: list[int] = []
         ids: list[int] = []
         for row, wanted in enumerate(drafting):
@@ -359,7 +363,7 @@ class Verifier:
         places: Places,
         judged: list[list[float]],
     ) -> Verified:
-        """What a row's token came of: its first plausible rung, or the unsteered model."""
+        """The outcome of each row: its token is from its first plausible candidate, or from the unsteered model."""
         accepted: dict[int, tuple[int, list[float]]] = {}
         for (row, rung), line in zip(places, judged, strict=True):
             if line[-WIDTH] and row not in accepted:
@@ -383,7 +387,7 @@ def _draw(
     tau: Tensor,
     place: Tensor | None = None,
 ) -> Tensor:
-    """The best tokens `[rows]` by warped scores, or drawn by them from what is plausible to the unsteered model."""
+    """The best tokens `[rows]` by warped scores, or samples restricted to what the unsteered model finds plausible."""
     if not sampler.draws(rows):
         return best
     unsteered = unsteered if place is None else unsteered[place]
@@ -391,7 +395,7 @@ def _draw(
 
 
 WIDTH = 2 + DRAFTS
-"""The facts of a row that is verified, after those of any: whether its gate is open, its best token, its likeliest."""
+"""The number of additional facts of a verified row: whether its gate is open, its best token, its likeliest tokens."""
 
 
 def _describe(edits: tuple[Edit, ...]) -> str:

@@ -1,7 +1,7 @@
-"""How a model's weights are held, and reading a few: dense or quantized, in memory or fetched while they are run.
+"""How a model's weights are stored (dense or quantized, in memory or offloaded), and reading some of their values.
 
-accelerate keeps weights of its offloaded parts elsewhere, and puts them in place while the part runs; what is in the
-model meanwhile are tensors without numbers. Here they are fetched through the same hooks.
+accelerate keeps the weights of offloaded modules elsewhere and loads them while a module runs; otherwise the model has
+meta tensors in their place. Here they are loaded through the same hooks.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from torch import Tensor, nn
 from trimtab.errors import UnsupportedError
 
 SAMPLE = 16
-"""How many numbers of a tensor are looked at."""
+"""The number of values of a tensor that are sampled."""
 PACKAGES = frozenset(
     {"aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum", "quark"}
     | {"torchao", "vptq"}
 )
-"""Whose modules and tensors hold weights in codes."""
+"""The packages whose modules and tensors store quantized weights."""
 
 
 def best_device() -> str:
-    """The device of the first kind that this machine has, of CUDA's, Apple's and the CPU."""
+    """The first available device type of CUDA, MPS and CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def sampled(tensors: Sequence[Tensor]) -> Tensor:
-    """A few numbers of each tensor, in bfloat16 so that a change of dtype doesn't matter, on the CPU."""
+    """A few values of each tensor, on the CPU, in bfloat16 so that the dtype of the weights matters less."""
     by_device: dict[torch.device, list[Tensor]] = {}
     order: list[tuple[torch.device, int]] = []
     for tensor in tensors:
         count = min(SAMPLE, tensor.numel())
         last = tensor.numel() - 1
-        where = [i * last // max(1, count - 1) for i in range(count)]  # in floats large numbers would be off
+        where = [i * last // max(1, count - 1) for i in range(count)]  # integers: floats would be inexact
         chosen = tensor.detach().reshape(-1)[where].to(torch.bfloat16)
         here = by_device.setdefault(tensor.device, [])
         order.append((tensor.device, count))
@@ -50,10 +50,10 @@ def sampled(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def embedding_rows(model: Any, chosen: Callable[[int], list[int]]) -> tuple[tuple[int, ...], Tensor]:
-    """The shape of the input embeddings, and those of their rows that `chosen` says, given how many there are.
+    """The shape of the input embeddings, and the rows that `chosen` selects, given the number of rows.
 
     Raises:
-        UnsupportedError: They are nowhere to be had: on the meta device, without a hook that fetches them.
+        UnsupportedError: The embeddings are on the meta device, and no hook loads them.
     """
     module = model.get_input_embeddings()
     with in_memory(module):
@@ -67,9 +67,9 @@ def embedding_rows(model: Any, chosen: Callable[[int], list[int]]) -> tuple[tupl
 
 
 def blocks_digest(blocks: Sequence[nn.Module]) -> str | None:
-    """A digest of a few weights of each block, adapters left out; `None` where they aren't held as they were trained.
+    """A digest of a few weights of each block, without adapters; `None` if the weights are quantized.
 
-    It is the same for a model within adapters and without, and another one once they are merged into its weights.
+    It is the same for a model with and without adapters, and changes when they are merged into the weights.
     """
     if any(_package(module) in PACKAGES for block in blocks for module in block.modules()):
         return None
@@ -88,7 +88,7 @@ def blocks_digest(blocks: Sequence[nn.Module]) -> str | None:
 
 
 def _of_adapter(block: nn.Module, name: str) -> bool:
-    """Whether a parameter of a block is in what `peft` put there beside the model's own weights."""
+    """Whether a parameter of a block belongs to an adapter that `peft` added."""
     parts = name.split(".")
     for stop in range(len(parts)):
         module = block.get_submodule(".".join(parts[:stop]))
@@ -98,7 +98,7 @@ def _of_adapter(block: nn.Module, name: str) -> bool:
 
 
 def is_dense(weight: Any) -> TypeGuard[Tensor]:
-    """Whether this holds the numbers that it stands for: no codes, no tensor of a quantizing package, not meta."""
+    """Whether this is a plain floating-point tensor with values: not quantized and not on the meta device."""
     return (
         isinstance(weight, Tensor)
         and weight.is_floating_point()
@@ -112,7 +112,7 @@ def _is_quantized_tensor(weight: Tensor) -> bool:
 
 
 def quantization(model: Any) -> str | None:
-    """By what method a model's weights are quantized, as it says itself or as they are; `None` where they aren't."""
+    """The quantization method of a model, from its configuration or else its weights; `None` if not quantized."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is not None:
         method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
@@ -132,11 +132,11 @@ def _package(thing: Any) -> str:
     return type(thing).__module__.split(".")[0]
 
 
-# ---- what accelerate keeps elsewhere ------------------------------------------------------------------------------
+# ---- weights offloaded by accelerate ------------------------------------------------------------------------------
 
 
 def _fetching(module: nn.Module) -> Any:
-    """The hook of accelerate's that puts a module's weights in place while it runs; `None` where there is none."""
+    """accelerate's hook that loads a module's weights while it runs; `None` if there is none."""
     hook = getattr(module, "_hf_hook", None)
     for candidate in (hook, *getattr(hook, "hooks", ())):
         if getattr(candidate, "offload", False):
@@ -145,13 +145,13 @@ def _fetching(module: nn.Module) -> Any:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights are fetched only while their part of the model runs."""
+    """Whether some weights are offloaded, and loaded only while their module runs."""
     return any(_fetching(module) is not None for module in model.modules())
 
 
 @contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
-    """While open, the module's own weights are in place, as while it runs."""
+    """Load the module's own weights within the context, if they are offloaded."""
     hook = _fetching(module)
     if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         yield
@@ -164,7 +164,7 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 
 def vocabulary_size(model: Any) -> int:
-    """How many logits the model gives a token. A quantized head may hold no weight of that shape."""
+    """The number of logits per token. The weight of a quantized head may not have that shape."""
     head = model.get_output_embeddings()
     count = getattr(head, "out_features", None)
     if isinstance(count, int):
@@ -174,12 +174,12 @@ def vocabulary_size(model: Any) -> int:
 
 
 def input_device(model: Any) -> torch.device:
-    """The device that token ids are put on: that of the input embeddings, or on which they are run."""
+    """The device for token ids: the one on which the input embeddings run."""
     return device_of(model.get_input_embeddings())
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where they are put while it runs."""
+    """The device on which a module runs: that of its weights, or the one that offloaded weights are loaded to."""
     for parameter in module.parameters():
         if not parameter.is_meta:
             return parameter.device

@@ -1,4 +1,4 @@
-"""Batches that stay whole: answers by transformers' own `generate`, each batch steered in the way that suits it."""
+"""Static batches: answers by transformers' own `generate`, for requests that continuous batching can't run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trimtab.steering import Steering
 
 
 def whole_batches(layout: Layout, order: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Requests in batches of this size, without pads where these would count as positions."""
+    """Split requests into batches of this size, of equal length if the model would count padding as positions."""
     batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
     if len({lengths[i] for i in order}) < 2 or positions_of(layout).ignores_pads:
         return batches
@@ -38,10 +38,10 @@ def answer_whole(
     kwargs: dict[str, Any],
     images: PromptImages | None = None,
 ) -> list[Generation]:
-    """The answers to one batch. `images` are those of the one prompt, where it has any."""
+    """The answers to one batch. With `images`, the batch has a single prompt, to which they belong."""
 
     def steered(resolved: Resolved, **more: Any) -> list[Generation]:
-        """The answers, steered at every token."""
+        """The answers under edits that are known before generation."""
         session = Session(model, layout, always([activation_edits(row) for row in resolved.edits]), tokenizer=tokenizer)
         sites = edited_sites([edit for row in resolved.edits for edit in row])
         with attending(layout, [score_edits(row) for row in resolved.edits], lengths):
