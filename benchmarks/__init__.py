@@ -1,1 +1,1 @@
-"""Ratios, measured side by side: trimtab against the same engine unsteered, and against its peers."""
+"""Benchmarks as ratios, from interleaved runs: trimtab against the same engine unsteered, and against peers."""

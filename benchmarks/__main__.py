@@ -56,7 +56,7 @@ def static(
 
 @app.command()
 def joins(rounds: Rounds = 30, json_file: Json = None, check: Check = False, as_markdown: Markdown = False) -> None:
-    """What it costs a running batch of 32 that a steered request joins or leaves."""
+    """What it costs a running batch of 32 when a steered request joins or leaves."""
     from benchmarks.joins import run
 
     finish(run(rounds), json_file, check, as_markdown)
@@ -91,7 +91,7 @@ def instruct(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """The search for a layer, as the paper's code does it against `tune`."""
+    """The search for a layer: the paper's code against `tune`."""
     from benchmarks.instruct import run
 
     finish(run(prompts, tokens, layers), json_file, check, as_markdown)
@@ -134,7 +134,7 @@ def doses(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """At which dose text falls apart: learned and trained vectors, over few and many layers."""
+    """The dose at which text breaks: learned and trained vectors, over few and many layers."""
     from benchmarks.doses import run
 
     spreads = [int(count) for count in layers.split(",")]
@@ -158,7 +158,7 @@ def following(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """Instruction following (IFEval, single instructions) with tuned steerings against none."""
+    """Instruction following (IFEval, single instructions) with tuned steerings against unsteered."""
     from benchmarks.following import DATASET, run
 
     file = data / DATASET
@@ -192,7 +192,7 @@ def following_distilled(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """Instruction following (IFEval, single instructions) with distilled steerings against none and said twice."""
+    """Instruction following (IFEval, single instructions) with distilled steerings against unsteered and said twice."""
     from benchmarks.following import DATASET
     from benchmarks.following_distilled import run
     from trimtab.learn.descent import Descent
@@ -236,7 +236,7 @@ def traits(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """What `make` makes of the trait cards: the share of the system prompt's effect, random directions, costs."""
+    """Steerings that `make` makes from trait cards: share of the system prompt's effect, random directions, costs."""
     from benchmarks.traits import run
 
     finish(run(model, names.split(",") if names else None, folder, dtype, seed), json_file, check, as_markdown)
@@ -263,7 +263,7 @@ def words(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """Words to include or exclude, lengths, and two instructions at once, with tuned steerings against none."""
+    """Words to include or exclude, lengths, and two instructions at once, with tuned steerings against unsteered."""
     from benchmarks.words import WORDS, both, lengths
     from benchmarks.words import words as one_word
     from benchmarks.words_learned import LEARNERS, Fit
@@ -299,7 +299,7 @@ def demo_settings(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """What `tune` chooses for the demo's instructions on the default model."""
+    """The settings that `tune` chooses for the demo's instructions on the default model."""
     from benchmarks.demo_settings import run
 
     finish(run(limit), json_file, check, as_markdown)
@@ -321,7 +321,7 @@ def directer(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """Emphasis with rejection (DIRECTER): time a token of each schedule, unsteered, and of the naive form."""
+    """Emphasis with rejection (DIRECTER): time per token of each schedule, unsteered, and of the naive form."""
     from benchmarks.directer import PROMPTS, SCHEDULES, bench_model, run
 
     if unknown := sorted(set(schedule or ()) - set(SCHEDULES)):
@@ -445,7 +445,7 @@ def methods(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """Every method, and gates, against unsteered generation: time a token and peak memory."""
+    """Every method, and gates, against unsteered generation: time per token and peak memory."""
     from benchmarks.methods import run
 
     finish(run(batch or [1, 16], rounds, tokens, only or (), memory), json_file, check, as_markdown)
@@ -489,7 +489,7 @@ def sadi(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """SADI against CAA at two-option questions, both tuned on questions put aside."""
+    """SADI against CAA on two-option questions, both tuned on held-out questions."""
     from benchmarks.sadi import TASKS, missing, run
 
     tasks = task or list(TASKS)
@@ -514,7 +514,7 @@ def dialogues(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """Dialogues of ten turns with and without a clean cache: drift of perplexity and trait, and what a token costs."""
+    """Dialogues of ten turns with and without a clean cache: drift of perplexity and trait, and cost per token."""
     from benchmarks.dialogues import run
 
     finish(run(model, count, turns, tokens, nats, layer, rounds), json_file, check, as_markdown)
@@ -539,7 +539,7 @@ def llamacpp(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """llama.cpp beside transformers: equal texts with equal weights, and what steering costs there."""
+    """llama.cpp against transformers: equal texts with equal weights, and the cost of steering there."""
     from benchmarks.llamacpp import run
 
     finish(run(rounds, tokens), json_file, check, as_markdown)
@@ -628,7 +628,7 @@ def gaps(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """The server: how long a stream stands still while another client's long prompt is read."""
+    """The server: how long a stream stalls while another client's long prompt is prefilled."""
     from benchmarks.gaps import run
 
     finish(run(model, tokens, rounds), json_file, check, as_markdown)
@@ -643,14 +643,14 @@ def soak(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """A server under mixed load: nothing breaks, nothing is lost, and its memory stays where it was."""
+    """A server under mixed load: no errors, no lost requests, and stable memory."""
     from benchmarks.soak import run
 
     finish(run(minutes, tokens, model), json_file, check, as_markdown)
 
 
 def finish(report: Report, json_file: Path | None, check: bool, as_markdown: bool) -> None:
-    """Date, write, print and check a report. Exits with status 1 when `check` and a target is missed."""
+    """Date, write, print and check a report. Exits with status 1 if `check` is set and a target is missed."""
     from benchmarks.machine import commit
 
     command = f"python -m benchmarks {shlex.join(_that_matter(sys.argv[1:]))}"

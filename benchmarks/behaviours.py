@@ -1,10 +1,10 @@
-"""What vectors do to five behaviours, and what they cost: CAA's (Rimsky et al., 2312.06681, sections 4, 5 and 7), or
+"""The effect of vectors on five behaviours, and their costs: CAA's (Rimsky et al., 2312.06681, sections 4, 5 and 7), or
 trained ones (BiPO, Cao et al., 2406.00045).
 
 Vectors are learned, and the layer of CAA's is chosen, on pairs of the generate sets; the test sets are only scored.
-With `both_orders` each question is learned from and asked with its answers exchanged, too: a small model likes one
-letter better whatever it stands for, and almost any direction shifts that liking, which then hides all else. What a run
-has done is kept in a folder, so that it can be stopped and started again.
+With `both_orders` each question is learned from and asked with its answers swapped, too: a small model prefers one
+letter whatever it stands for, and almost any direction shifts that preference, which then hides everything else.
+Intermediate results are stored in a folder, so that a run can be resumed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ TOKENS = 30
 
 @dataclass(frozen=True)
 class Data:
-    """A behaviour's items: to learn from, to choose a layer on, and to test on. `shared` were left out of learning,
-    as the test asks the same; `excluded` were left out of the test, as their answers aren't A and B."""
+    """A behaviour's items: to learn from, to choose a layer on, and to test on.
+
+    `shared` items were left out of learning because the test contains them; `excluded` ones were left out of the test
+    because their answers aren't A and B.
+    """
 
     learn: list[ABItem]
     held_out: list[ABItem]
@@ -61,13 +64,13 @@ class Data:
     excluded: int
 
     def in_both_orders(self) -> Data:
-        """Each question with its answers exchanged, too."""
+        """Each question with its answers swapped, too."""
         learn, held_out, test = map(in_both_orders, (self.learn, self.held_out, self.test))
         return replace(self, learn=learn, held_out=held_out, test=test)
 
     @property
     def questions(self) -> int:
-        """How many questions the test has, in one order or both."""
+        """The number of questions in the test, in one order or both."""
         return len({item.group or item.item for item in self.test})
 
 
@@ -75,7 +78,8 @@ class Data:
 class Curve:
     """The test of one behaviour: p(matching) and the letters' mass by strength, and each arm's change from unsteered.
 
-    `change` and `random` (for every seed) are of the strongest push each way; the former's interval is paired too.
+    `change` and `random` (one per control, random or orthogonal) are for the strongest push in each direction; the
+    interval of `change` is paired too.
     """
 
     layers: tuple[int, ...]
@@ -98,12 +102,12 @@ class Curve:
         return f"layers {first} to {more[-1]}" if more else f"layer {first}"
 
     def band(self, strength: float) -> tuple[float, float]:
-        """From the lowest to the highest end of the intervals of the change by random and orthogonal directions."""
+        """The lowest and the highest end of the intervals of the change by random and orthogonal directions."""
         return min(each.low for each in self.random[strength]), max(each.high for each in self.random[strength])
 
     @property
     def beyond(self) -> bool:
-        """Whether the vector changes the score further than the band, in both directions."""
+        """Whether the vector changes the score beyond the band, in both directions."""
         down, up = min(STRENGTHS), max(STRENGTHS)
         return self.change[down].estimate < self.band(down)[0] and self.change[up].estimate > self.band(up)[1]
 
@@ -123,10 +127,10 @@ def run(
     both_orders: bool = False,
     dtype: str = "float32",
 ) -> Report:
-    """Learn, choose, test, and write the tables (`tables.md`) and figures into the folder; of some behaviours, or all.
+    """Learn, choose, test, and write the tables (`tables.md`) and figures into the folder, for some behaviours or all.
 
-    With a `dose`, strength 1 is a push of that share of the pairs' activations; without it, the mean length of the
-    behaviours' own vectors. Trained vectors have the length that was learned.
+    With a `dose`, strength 1 is a push of that share of the pairs' activations; without it, it is the mean norm of the
+    behaviours' own vectors. Trained vectors keep their learned norm.
     """
     lm = LM.load(model, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +163,7 @@ def run(
 
 
 def read(folder: Path, limit: int | None, pairs: int, held_out: int) -> Data:
-    """A behaviour's data: pairs drawn with a seed from the generate set, as many with (A) matching as with (B)."""
+    """A behaviour's data: pairs sampled with a seed from the generate set, half with (A) matching and half with (B)."""
     test, excluded = read_ab(folder / "test_dataset_ab.json", exclude=True)
     generate, _ = read_ab(folder / "generate_dataset.json", exclude=True)
     stems = {stem(item.question) for item in test}
@@ -175,7 +179,7 @@ def read(folder: Path, limit: int | None, pairs: int, held_out: int) -> Data:
 def learn(
     lm: LM, items: Mapping[str, Sequence[ABItem]], layers: Sequence[int], folder: Path, dose: float | None
 ) -> dict[str, Steering]:
-    """The behaviours' vectors at all the layers, equally long at each (the paper's normalisation), or of a dose."""
+    """The behaviours' vectors at all layers, with equal norms at each (the paper's normalization), or with a dose."""
     norm: Norm = "raw" if dose is None else "relative"
     pairs = {
         name: [Pair(f"({i.matching})", f"({i.other})", i.question, "letters") for i in of] for name, of in items.items()
@@ -216,7 +220,7 @@ def trained(lm: LM, name: str, items: Sequence[ABItem], folder: Path) -> Steerin
 
 
 def choose(lm: LM, name: str, items: Sequence[ABItem], vector: Steering, folder: Path) -> int:
-    """The layer at which p(matching) rises most with the strength, on pairs that were not learned from."""
+    """The layer at which p(matching) rises most with the strength, on held-out pairs."""
     at = {(layer, s): s * vector.only([layer]) for layer in vector.layers for s in STRENGTHS}
     arms = {BASELINE: None} | {f"layer {layer} {s:+g}": steering for (layer, s), steering in at.items()}
     records = scored(lm, f"{name}-layers", items, arms, {}, folder)
@@ -231,7 +235,7 @@ def choose(lm: LM, name: str, items: Sequence[ABItem], vector: Steering, folder:
 
 
 def slope(means: Mapping[float, float]) -> float:
-    """Of the least-squares line through the means, by strength; the strengths lie evenly around 0."""
+    """The slope of the least-squares line through the means, by strength; the strengths are symmetric around 0."""
     return sum(strength * value for strength, value in means.items()) / sum(strength**2 for strength in means)
 
 
@@ -276,7 +280,7 @@ def scored(
     systems: Mapping[str, str],
     folder: Path,
 ) -> dict[str, dict[str, Record]]:
-    """Every item in every arm, by arm and item."""
+    """The records of every item in every arm, by arm and item."""
     requests = requests_of(lm, items, arms, systems)
     out = folder / f"{run}.jsonl"
     records = score_ab(lm, requests, items, out=out, batch_size=BATCH, progress=say(run), about={"run": run})
@@ -300,7 +304,7 @@ def interval(records: Mapping[str, Record], before: Mapping[str, Record] | None 
     return paired_bootstrap([before[item].scores["matching"] for item in names], after, groups=groups)
 
 
-# ---- what it costs -----------------------------------------------------------------------------------------
+# ---- costs -------------------------------------------------------------------------------------------------
 
 
 def capability(
@@ -311,8 +315,10 @@ def capability(
 
 
 def fluency(lm: LM, arms: Mapping[str, Steering | None], folder: Path) -> dict[str, tuple[float, float]]:
-    """Of each arm's answers to a few open prompts: the median perplexity unsteered, and the mean share of different
-    word pairs."""
+    """The fluency of each arm's answers to a few open prompts.
+
+    The median perplexity under the unsteered model, and the mean share of distinct word pairs.
+    """
     requests = [
         ArmPrompt(arm, str(n), prompt, steering)
         for n, prompt in enumerate(OPEN_PROMPTS)
@@ -338,7 +344,7 @@ def fluency(lm: LM, arms: Mapping[str, Steering | None], folder: Path) -> dict[s
     return {arm: (median(of) if of else float("inf"), distinct[arm]) for arm, of in collected.items()}
 
 
-# ---- what came of it ---------------------------------------------------------------------------------------
+# ---- results -----------------------------------------------------------------------------------------------
 
 
 def results(
@@ -347,7 +353,7 @@ def results(
     known: Mapping[str, Interval],
     fluent: Mapping[str, tuple[float, float]],
 ) -> list[Result]:
-    """Every number as a line."""
+    """All numbers, as one result each."""
     lines = []
     for name, curve in curves.items():
         case = f"{name}, {curve.where}, {parts[name].questions} questions"
@@ -385,7 +391,7 @@ def tables(
     known: Mapping[str, Interval],
     fluent: Mapping[str, tuple[float, float]],
 ) -> str:
-    """The tables in Markdown: what moved, against what, and what it cost."""
+    """The tables in Markdown: the changes in score, the controls, and the costs."""
     strengths = sorted((0.0, *STRENGTHS))
     heads = [f"{s:+g}" if s else "0" for s in strengths]
     down, up = min(STRENGTHS), max(STRENGTHS)

@@ -1,4 +1,4 @@
-"""Choosing a layer, an operation and a strength for a benchmark, each prompt with a direction of its own."""
+"""Chooses a layer, an operation and a strength for a benchmark in which each prompt has its own direction."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEPTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 BATCH = 96
 
 Form = tuple[str, float, Positions | None]
-"""An operation, a strength, and where it acts; `None`: where the operation does by default."""
+"""An operation, a strength, and its positions (`None`: the operation's default)."""
 
 Progress = Callable[[int, int], None]
 Moments = Mapping[int, PairMoments]
@@ -40,7 +40,7 @@ Moments = Mapping[int, PairMoments]
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search chose: a setting, or `None` for not steering, and why; what it cost, and its score held out."""
+    """The search's choice: a setting, or `None` for not steering, and the reason; its cost, and its held-out score."""
 
     setting: Setting | None
     reason: str
@@ -53,8 +53,8 @@ class Choice:
 class Task:
     """Prompts to search on, `SEARCH_QUERIES + HELD_OUT_QUERIES` of them, each with the moments of its own instruction.
 
-    `instructed` are the prompts with the instruction, after which perplexities are taken; `complies(i, answer, cut)`
-    judges.
+    `instructed` are the prompts with the instruction, which perplexities are conditioned on; `complies(i, answer, cut)`
+    judges an answer.
     """
 
     name: str
@@ -70,7 +70,7 @@ def layers_of(lm: LM) -> list[int]:
 
 
 def steering_of(moments: Moments, setting: Setting | None) -> Steering | None:
-    """The steering that a setting makes of these moments."""
+    """The steering with this setting, from these moments."""
     if setting is None:
         return None
     where = Positions.parse(setting.positions)
@@ -131,7 +131,7 @@ def choose(lm: LM, task: Task, grid: Sequence[Form], tokens: int) -> Choice:
 
     tuned = attempt(candidates, RUNGS)
     if tuned.held_out is not None and tuned.held_out.broken:
-        # perplexities are read where a choice is confirmed, and only there: the next best gets its turn
+        # perplexities are measured only in the confirmation: if a choice fails there, the next best is tried
         last = [row for row in tuned.table if row.setting is not None and row.items == SEARCH_QUERIES]
         last.sort(key=lambda row: (-row.score, row.dose))
         beaten = [row.setting for row in last[1:] if row.score > row.unsteered]
@@ -144,7 +144,8 @@ def choose(lm: LM, task: Task, grid: Sequence[Form], tokens: int) -> Choice:
 
 
 def by_nats(lm: LM, task: Task, nats: float) -> Choice:
-    """The strength at which the mean difference, added at 0.6 of the depth, takes the model so many nats from itself.
+    """The strength at which the mean difference, added at 0.6 of the depth, has this divergence from the unsteered
+    model.
 
     Nothing is generated under a steering, and no answer is judged. `tokens` are those that are read and generated.
     """
@@ -165,12 +166,12 @@ def by_nats(lm: LM, task: Task, nats: float) -> Choice:
 
 
 def better(choices: Sequence[Choice]) -> Choice:
-    """The choice that steers with the best score on held-out queries, the first of equals; else the first."""
+    """The choice that steers with the best score on held-out queries, the first of ties; else the first."""
     return max(choices, key=lambda choice: (choice.setting is not None, choice.score if choice.setting else 0.0))
 
 
 def _read(lm: LM, prompts: Sequence[str], answers: Sequence[Generation], *, confirm: bool) -> list[Fluency]:
-    """How the answers read; perplexities, which cost as much as the answers, only where the choice is confirmed."""
+    """The answers' fluency. Perplexities cost as much as the answers, so they are measured only if `confirm` is set."""
     if confirm:
         return fluencies(lm, prompts, answers)
     return [
@@ -187,7 +188,7 @@ def _read(lm: LM, prompts: Sequence[str], answers: Sequence[Generation], *, conf
 
 
 def keep(path: Path, make: Callable[[], Choice]) -> Choice:
-    """The choice in a file; if there is none yet, one is made and written."""
+    """The choice in a file; if there is none yet, it is made and written."""
     if not path.is_file():
         choice = make()
         path.write_text(json.dumps(asdict(choice), indent=2) + "\n")
@@ -202,5 +203,5 @@ def kept(path: Path) -> Choice:
 
 
 def say(what: str) -> Progress:
-    """A line that counts."""
+    """A callback that prints the progress on one line."""
     return lambda done, total: print(f"\r{what}: {done}/{total}   ", end="", flush=True)

@@ -1,8 +1,7 @@
-"""The demo's blocks and strengths: what `tune` chooses for each of its instructions on the default model.
+"""The demo's blocks and strengths: `tune`'s choices for each of its instructions on the default model.
 
-Learned from the package's `learn` queries, searched and confirmed on its `tune` queries; the demo answers the `test`
-ones.
-An answer counts when it has the form, doesn't turn in circles and stays on its query's topic.
+They are learned from the package's `learn` queries, and searched and confirmed on its `tune` queries; the demo answers
+the `test` ones. An answer counts if it has the form, isn't repetitive and stays on its query's topic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A quantized GGUF model with its weights dequantized: what transformers makes of it, in llama.cpp's file."""
+"""A quantized GGUF model with its weights dequantized, as transformers loads it, in llama.cpp's file format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gguf.quants import dequantize
 
 
 def dequantized(source: Path, path: Path) -> Path:
-    """The same GGUF model with every tensor in float32."""
+    """Write the same GGUF model with every tensor in float32."""
     reader = GGUFReader(source)
     writer = GGUFWriter(path, reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():

@@ -1,11 +1,11 @@
-"""Dialogues of many turns, steered: trait and perplexity from turn to turn, with and without a clean cache.
+"""Steered dialogues of many turns: trait and perplexity from turn to turn, with and without a clean cache.
 
-A persona's direction is learned from the model's own answers with and without it. Every arm has the strength at which
-the 95th percentile of its divergence from the unsteered model is the same, on other queries. Each then answers the same
-queries turn by turn, its own answers in its prompt. What comes of it is read by the unsteered model: how likely the
-answer is (perplexity), and how far its activations lie along the direction, less those of the unsteered dialogue.
-Intervals are 95 % over dialogues, each paired with the unsteered one of the same queries. Drift is what changes from
-the first turn that is read to the last. Without rounds, what a token costs isn't measured.
+A persona's direction is learned from the model's own answers with and without it. All arms have the same divergence
+from the unsteered model (95th percentile), measured on other queries. Each then answers the same queries turn by turn,
+with its own answers in its prompt. The unsteered model scores the answers: how likely an answer is (perplexity), and
+the projection of its activations on the direction, minus that of the unsteered dialogue. Intervals are 95 % over
+dialogues, each paired with the unsteered one of the same queries. Drift is the change from the first measured turn to
+the last. Without rounds, the cost per token isn't measured.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from trimtab.text.pairs import Pair
 
 PERSONA = "You are a pirate of the high seas. Talk like a pirate in every sentence."
 LEARN, BASE = 24, 8
-"""Queries that the direction is learned from, and on which strengths are found."""
+"""The numbers of queries for learning the direction, and for finding strengths."""
 MEASURED = (1, 4, 7, 10)
-"""The turns that are read."""
+"""The turns that are measured."""
 PERPLEXITY = "Perplexity of the answers"
 RATIO = "Perplexity, as a ratio to that of the unsteered dialogue"
 PROJECTION = "Projection on the direction, less that of the unsteered dialogue"
@@ -43,7 +43,7 @@ UNSTEERED, ALL, GENERATED, CLEAN = "unsteered", "all tokens", "generated tokens"
 
 
 Reading = tuple[float, float]
-"""Of an answer: its mean negative log-likelihood in nats a token, and its mean projection."""
+"""An answer's mean negative log-likelihood in nats per token, and its mean projection."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Arm:
 def run(
     model: str | None, dialogues: int, turns: int, tokens: int, nats: float, layer: int | None, rounds: int
 ) -> Report:
-    """All arms over the same queries, and what a token costs."""
+    """All arms over the same queries, and the cost per token."""
     lm = LM.load(model, dtype="float32")
     layer = lm.layout.layers // 2 if layer is None else layer
     questions = queries()
@@ -106,7 +106,7 @@ def arms_at(lm: LM, learned: Steering, base: Reference, nats: float) -> dict[str
 
 
 def strength_of(far: Callable[[float], float], nats: float) -> float:
-    """The weakest factor of doubled ones that reaches a divergence, and then the interval halved."""
+    """The weakest factor that reaches a divergence: found by doubling, and then by bisection."""
     high = 1 / 8
     while far(high) < nats:
         high *= 2
@@ -120,9 +120,10 @@ def strength_of(far: Callable[[float], float], nats: float) -> float:
 
 
 def clean_divergence(lm: LM, steering: Steering, base: Reference) -> Divergence:
-    """As `divergence`, over a clean cache: each token is read steered over unsteered ones, all of them in one pass.
+    """`divergence` with a clean cache: each token is steered on top of unsteered ones, all of them in one forward pass.
 
-    The text stands in it twice. A token of the second, steered, sees those of the first before it, and itself.
+    The text is in it twice. A token of the second, steered copy attends to the tokens of the first copy before it, and
+    to itself.
     """
     (edit,) = steering.edits
     vector = edit.strength * edit.operation.direction
@@ -157,7 +158,7 @@ def clean_divergence(lm: LM, steering: Steering, base: Reference) -> Divergence:
 def held(
     lm: LM, name: str, arm: Arm, plan: Sequence[Sequence[str]], tokens: int, layer: int, direction: Tensor
 ) -> dict[int, dict[int, Reading]]:
-    """By turn and dialogue, how the unsteered model reads the answer; an empty answer has no reading."""
+    """By turn and dialogue, the unsteered model's reading of the answer; an empty answer has none."""
     talks: list[list[dict[str, str]]] = [[] for _ in plan]
     by_turn: dict[int, dict[int, Reading]] = {}
     count = len(plan[0])
@@ -178,7 +179,7 @@ def held(
 
 
 def read_unsteered(lm: LM, prompt: Sequence[int], answer: Sequence[int], layer: int, direction: Tensor) -> Reading:
-    """How likely an answer is, and how far it lies along a direction, in one pass of the unsteered model."""
+    """An answer's negative log-likelihood and its projection on a direction, in one unsteered forward pass."""
     kept: list[Tensor] = []
 
     def keep(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -198,8 +199,11 @@ def read_unsteered(lm: LM, prompt: Sequence[int], answer: Sequence[int], layer: 
 def lines(
     name: str, read: Mapping[str, Mapping[int, Mapping[int, Reading]]], arms: Mapping[str, Arm], learned: Steering
 ) -> list[Result]:
-    """What is said of one arm: at each turn its perplexity, how much higher that is than in the unsteered dialogues of
-    the same queries, how much further the projection, and by how much both change from the first turn to the last."""
+    """The results of one arm.
+
+    For each turn: its perplexity, the ratio to that of the unsteered dialogues of the same queries, and the difference
+    in projection. Also how much both change from the first turn to the last.
+    """
     turns = list(read[name])
     results = []
     for turn in turns:
@@ -225,7 +229,7 @@ def lines(
 
 
 def _beyond(steered: Mapping[int, Reading], plain: Mapping[int, Reading]) -> dict[int, Reading]:
-    """Of each dialogue that both have, the steered reading less the unsteered one."""
+    """The steered reading minus the unsteered one, for each dialogue that has both."""
     return {i: (steered[i][0] - plain[i][0], steered[i][1] - plain[i][1]) for i in steered if i in plain}
 
 
@@ -237,7 +241,7 @@ def _with(
 
 
 def costs(lm: LM, learned: Steering, questions: Sequence[str], tokens: int, rounds: int) -> list[Result]:
-    """Tokens a second, as ratios to unsteered ones, for one prompt and for all."""
+    """Tokens per second, as ratios to unsteered ones, for one prompt and for all."""
     timed = {UNSTEERED: Arm(None), ALL: Arm(learned), CLEAN: Arm(learned, clean=True)}
     results = []
     for count in (1, len(questions)):

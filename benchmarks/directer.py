@@ -1,11 +1,11 @@
-"""Emphasis with rejection against unsteered generation: time a token of each schedule, and of the naive form.
+"""Emphasis with rejection against unsteered generation: time per token of each schedule, and of the naive form.
 
-IFEval prompts whose instructions are a clean suffix, the suffix emphasized, greedy, a fixed number of new tokens.
-Targets: `auto` takes at most 1.2 times the unsteered time a token on a CPU (1.1 on a GPU), and at most a quarter of
-the naive form's; memory at most 1.1 times the unsteered.
+Uses the IFEval prompts whose instructions are a clean suffix. The suffix is emphasized; decoding is greedy, with a
+fixed number of new tokens. Targets: `auto` takes at most 1.2 times the unsteered time per token on a CPU (1.1 on a
+GPU), and at most a quarter of the naive form's; memory is at most 1.1 times the unsteered.
 
-The naive form is the algorithm as its released code runs it: the whole cache is copied once a token and once a rung,
-keys are multiplied in the copies, and rungs and the ranking of layers are one pass each.
+The naive form is the algorithm as its released code runs it: the whole cache is copied once per token and once per
+rung, keys are multiplied in the copies, and each rung and each step of the layer ranking is a separate forward pass.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ class EmphasizedPrompt:
 
 @dataclass
 class Seen:
-    """What the traces of one schedule said."""
+    """Statistics from the traces of one schedule."""
 
     first: list[float] = field(default_factory=list)
-    later: list[float] = field(default_factory=list)  # seconds a token after the first, of a whole batch's step
+    later: list[float] = field(default_factory=list)  # seconds per token after the first, for a step of the whole batch
     passes: list[float] = field(default_factory=list)
     opened: list[bool] = field(default_factory=list)
     changed: list[bool] = field(default_factory=list)
-    rungs: list[int | None] = field(default_factory=list)  # at open gates
+    rungs: list[int | None] = field(default_factory=list)  # for open gates
 
 
 def clean_suffixes(folder: Path) -> list[EmphasizedPrompt]:
-    """The IFEval prompts that are a query followed by their instructions, in the file's order."""
+    """The IFEval prompts that consist of a query followed by its instructions, in the file's order."""
     without = {row["key"]: row["prompt_without_instruction"] for row in _rows(folder / WITHOUT)}
     suffixes = []
     for row in _rows(folder / PROMPTS):
@@ -76,7 +76,7 @@ def clean_suffixes(folder: Path) -> list[EmphasizedPrompt]:
 
 
 def _after(prompt: str, query: str) -> str:
-    """What follows a query that the prompt begins with, as sentences of their own; empty where nothing does."""
+    """The text after a query that the prompt begins with, if it is separate sentences; else empty."""
     if prompt.startswith(query):
         rest = prompt[len(query) :]
         return rest.strip() if rest[:1].isspace() else ""
@@ -95,8 +95,7 @@ def run(
     default: bool = True,
     schedules: Sequence[str] = SCHEDULES,
 ) -> Report:
-    """Speed and memory on the default model (unless that is turned off) and, where there is one, on the bench model (a
-    `.gguf` file), there without memory."""
+    """Speed and memory on the default model (unless turned off), and speed on the bench model (a GGUF file), if any."""
     prompts = clean_suffixes(folder)[:COUNT]
     results: list[Result] = []
     for name, path in (("default model", None), ("bench model", bench_model or None)):
@@ -112,7 +111,7 @@ def run(
 
 
 def bench_model(script: Path) -> str:
-    """The bench model's file, fetched by this script; empty where that can't be."""
+    """The bench model's file, fetched by this script; empty if that fails."""
     if not script.is_file():
         return ""
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
@@ -203,7 +202,7 @@ def _memory(case: str, folder: Path, batch: int, tokens: int) -> Result:
 def _each(
     chunks: Sequence[list[EmphasizedPrompt]], work: Callable[[list[EmphasizedPrompt]], float]
 ) -> Callable[[], float]:
-    """A run that takes the chunks in turn; all contenders start at the same one."""
+    """A run that takes the chunks in turn; all contenders start with the same one."""
     turn = cycle(chunks)
     return lambda: work(next(turn))
 
@@ -242,7 +241,7 @@ def _traced(lm: LM, chunk: Sequence[EmphasizedPrompt], tokens: int, schedule: st
 
 @torch.no_grad()
 def naive(lm: LM, request: EmphasizedPrompt, tokens: int) -> tuple[list[int], float]:
-    """The token ids, and the seconds they took, with copied caches and one pass a rung and a ranked layer."""
+    """The token ids, and the time in seconds, with copied caches and one forward pass per rung and per ranked layer."""
     start = time.perf_counter()
     ids = lm.encode(request.prompt)
     spans = lm.spans(request.prompt, request.instruction)
@@ -284,7 +283,7 @@ def _step(lm: LM, token: int, cache: Any) -> Tensor:
 
 
 def _pass(lm: LM, ids: Sequence[int], cache: Any) -> Tensor:
-    """The logits `[1, tokens, vocabulary]` of these tokens, which go into the cache."""
+    """The logits `[1, tokens, vocabulary]` of these tokens, which are added to the cache."""
     inputs = compat.with_cache(lm.model, {"input_ids": torch.tensor([list(ids)], device=lm.model.device)}, cache)
     return lm.model(**inputs, use_cache=True).logits
 

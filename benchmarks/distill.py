@@ -1,8 +1,9 @@
-"""Does a steering that was learned from the model's own answers hold an instruction, with and without it in the prompt?
+"""Does a steering learned from the model's own answers follow an instruction, with and without it in the prompt?
 
-The package's instructions and queries: learned on the `learn` ones, answered on the `test` ones, which nothing has
-seen. Beside it stand the unsteered model, the instruction said once and twice, the mean difference as the demo had it,
-random and orthogonal directions of the same length, and a LoRA trained on the same answers for as many steps.
+Learned on the `learn` queries of the package's instructions, answered on the `test` queries, which aren't used for
+learning. The other arms are the unsteered model, the instruction said once and twice, the mean difference as in the
+demo, random and orthogonal directions of the same norm, and a LoRA trained on the same answers for the same number of
+steps.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ HOLDS_WITH = Target(28 / 32)
 ON_TOPIC = Target(24 / 32)
 MINUTES = Target(5, at_least=False)
 MEAN_DIFFERENCE = {"json": (0.6, 0.6), "title": (0.8, 0.45), "bullets": (0.3, 1.2), "sentence": (0.6, 0.6)}
-"""At which depth, and how strongly: found by `benchmarks demo-settings` on the default model."""
+"""Depth and strength, found by `benchmarks demo-settings` on the default model."""
 REGIMES = {"without": False, "with": True}
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What code can tell of one answer."""
+    """The results of the automatic checks of one answer."""
 
     holds: bool
     on_topic: bool
@@ -96,7 +97,7 @@ def _instruction(
     results = []
     steerings: dict[str, Steering] = {}
     for fit in fits:
-        for seed in range(1 if fit == "closed" else seeds):  # a closed form draws nothing
+        for seed in range(1 if fit == "closed" else seeds):  # a closed form involves no randomness
             path = folder / f"{name}-{fit}{f'-{rank}' if rank else ''}-{seed}.safetensors"
             arm = f"distill {fit}, seed {seed}"
             if not path.is_file():
@@ -165,7 +166,7 @@ def _rows(
     prompted: Mapping[str, str],
     questions: Sequence[str],
 ) -> list[Result]:
-    """Shares with intervals, the paired difference to the instruction said once, topic, perplexity and length."""
+    """Shares with intervals, the paired difference from the instruction said once, topic, perplexity and length."""
     case = f"{name}, {regime} the instruction: {arm}"
     mine, once = answers[regime, arm], answers["with", "unsteered"]
     share = paired_bootstrap([answer.holds for answer in mine])
@@ -194,7 +195,7 @@ def _lora(
     questions: Sequence[str],
     answers_by_arm: dict[tuple[str, str], list[Judged]],
 ) -> list[Result]:
-    """A LoRA on the same answers, as many steps of as many answers, without the prompt, which goes into weights."""
+    """A LoRA on the same answers, with as many steps and the same batch size, without the prompt."""
     instruction = instructions()[name]
     started = time.perf_counter()
     answers = own_answers(
@@ -220,13 +221,13 @@ def _lora(
 
 
 def orthogonal_like(steering: Steering, seed: int) -> Steering:
-    """The same additions along random directions of the same length that are orthogonal to the learned ones."""
+    """The same additions along random directions of the same norm that are orthogonal to the learned ones."""
     generator = torch.Generator().manual_seed(seed)
     edits = []
     for edit in steering.edits:
         own: Tensor = edit.operation.direction.double()
         drawn = torch.randn(len(own), generator=generator, dtype=torch.float64)
-        if not own.any():  # nothing is as long as nothing, whatever its direction
+        if not own.any():  # a zero vector has no orthogonal part to scale
             edits.append(edit)
             continue
         unit = own / own.norm()

@@ -1,8 +1,8 @@
-"""At which dose does text fall apart? Learned and trained vectors, over few and many layers, harder and harder.
+"""At which dose does text break? Learned and trained vectors, over few and many layers, at increasing strengths.
 
-Broken is decided without a judge, as `tune`'s guard does: under the unsteered model the answers are far less likely
-than unsteered ones, or far more, or they repeat themselves. Three ways to add up the doses of several layers are
-compared by how well they tell what breaks from what doesn't.
+As in `tune`'s guard, text counts as broken without a judge: under the unsteered model the answers are far less likely
+than unsteered ones, or far more, or they are repetitive. Three ways to combine the doses of several layers are compared
+by how well they separate broken text from intact text.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from trimtab.tune.guard import Guard, median_perplexity
 
 CAA = Path("caa") / "refusal" / "generate_dataset.json"
 SPREADS = (1, 3, 6, 30)
-"""Over how many layers, around the middle."""
+"""The numbers of layers, around the middle."""
 
 ROOTS = (0.1, 0.2, 0.4, 0.8, 1.6)
-"""Strengths of what is learned as a difference: the root of the summed squares of the expected doses is so much."""
+"""Strengths for learned differences: the root of the summed squares of the expected doses."""
 
 FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0)
-"""Strengths of what is trained."""
+"""Strengths for trained steerings."""
 
 PAIRS = 16
-GUARD = Guard(empty=None, cut=None)  # answers are cut at so few tokens
+GUARD = Guard(empty=None, cut=None)  # with so few tokens, all answers are cut
 ADDED: dict[str, Callable[[Sequence[float]], float]] = {
     "largest": max,
     "root of squares": lambda doses: math.sqrt(sum(dose * dose for dose in doses)),
     "sum": sum,
 }
-"""Ways to make one number of the doses at several layers."""
+"""Ways to combine the doses at several layers into one number."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A steering, and the prompts after which its answers are likely or not: with the instruction, if it is one's."""
+    """A steering, and the prompts that perplexities are conditioned on: with the steering's instruction, if any."""
 
     name: str
     trained: bool
@@ -63,7 +63,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """What became of an arm: its doses by layer, the limits that its answers break, and how they read."""
+    """The result of an arm: its doses by layer, the limits that its answers exceed, and their fluency."""
 
     arm: Arm
     doses: tuple[float, ...]
@@ -73,7 +73,7 @@ class Cell:
 
 
 def run(data: Path, count: int, tokens: int, spreads: Sequence[int] = SPREADS, only: str = "") -> Report:
-    """Every arm whose name contains `only` on `count` queries, `tokens` an answer."""
+    """Every arm whose name contains `only` on `count` queries, with `tokens` per answer."""
     lm = LM.load(dtype="float32")
     questions = list(queries("test")[:count])
     arms = [arm for arm in arms_of(lm, data, questions, spreads) if only.lower() in arm.name.lower()]
@@ -82,7 +82,7 @@ def run(data: Path, count: int, tokens: int, spreads: Sequence[int] = SPREADS, o
 
 
 def arms_of(lm: LM, data: Path, questions: Sequence[str], spreads: Sequence[int]) -> list[Arm]:
-    """Learned differences over a few layers, and the steerings that come with the package."""
+    """Learned differences over a few layers, and the packaged steerings."""
     kinds = instructions()
     prompted = {name: prompts(questions, kinds[name].learn[:1]) for name in ("json", "bullets")}
     every = range(lm.layout.layers)
@@ -107,7 +107,7 @@ def arms_of(lm: LM, data: Path, questions: Sequence[str], spreads: Sequence[int]
 
 
 def middle(count: int, of: int) -> list[int]:
-    """`count` layers in a row, around the middle of `of`."""
+    """`count` consecutive layers, around the middle of `of`."""
     first = (of - min(count, of)) // 2
     return list(range(first, first + min(count, of)))
 
@@ -156,7 +156,7 @@ def _cell(arm: Arm, answers: Sequence[Generation], read: Sequence[Fluency], plai
 
 
 def results_of(cells: Sequence[Cell]) -> list[Result]:
-    """A line of numbers for each cell, and how well each way of adding up tells which break."""
+    """The numbers of each cell, and how well each way of combining doses predicts which cells break."""
     results = []
     for cell in cells:
         layers = f"{cell.arm.layers} layer{'s' * (cell.arm.layers != 1)}"
@@ -180,7 +180,7 @@ def results_of(cells: Sequence[Cell]) -> list[Result]:
 
 
 def area(points: Sequence[tuple[float, bool]]) -> float:
-    """How often a broken cell has the larger dose than a whole one; ties count half. NaN where one kind is missing."""
+    """How often a broken cell has a larger dose than an intact one (AUC); ties count half. NaN for a single kind."""
     broken, whole = ([dose for dose, is_broken in points if is_broken == kind] for kind in (True, False))
     if not broken or not whole:
         return math.nan
@@ -188,7 +188,7 @@ def area(points: Sequence[tuple[float, bool]]) -> float:
 
 
 def best(points: Sequence[tuple[float, bool]]) -> tuple[float, int]:
-    """The threshold that sorts the most cells rightly into broken (above) and whole, and how many it gets wrong."""
+    """The threshold that classifies the most cells correctly as broken (above) or intact, and its number of errors."""
     doses = sorted({dose for dose, _ in points})
     edges = [0.0, *((a + b) / 2 for a, b in pairwise(doses)), math.inf]
     wrong = {edge: sum((dose > edge) != is_broken for dose, is_broken in points) for edge in edges}

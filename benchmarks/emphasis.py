@@ -1,10 +1,10 @@
-"""Does emphasis make a model heed instructions, and what does rejection add? IFEval's prompts, their instructions
-emphasized: what a prompt has and its version without instructions has not.
+"""Does emphasis make a model follow instructions, and what does rejection add? Uses IFEval's prompts with their
+instructions emphasized: the text that a prompt has and its version without instructions doesn't.
 
 DIRECTER (2603.06745), PASTA (2311.02262), SpotLight (2505.12025) and InstABoost (2506.13734), with and without
-rejection, and where requested SEKA (2603.01281), which is learned first, against the unsteered model, a random
-span of the same length, and words alone: the instruction said twice. What a run has done is kept in a folder, so that
-it can be stopped and started again.
+rejection, and on request SEKA (2603.01281), which is learned first, are compared with the unsteered model, a random
+span of the same length, and a change of wording alone: the instruction said twice. Intermediate results are stored in a
+folder, so that a run can be resumed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Phrases = Sequence[Phrase]
 
 @dataclass(frozen=True)
 class Arm:
-    """How an arm steers a prompt towards a phrase, what may reject that, and what it asks."""
+    """How an arm emphasizes the phrases of a prompt, the rejection, and whether the instruction is said twice."""
 
     steer: Callable[[LM, str, Phrases], Steering] | None = None
     rejection: Rejection | None = None
@@ -58,7 +58,7 @@ class Arm:
 
 
 def instructions_of(prompt: str, without: str) -> list[str]:
-    """The pieces of three words or more that the prompt has and the bare query has not; none if that isn't clear."""
+    """The pieces of three words or more that the prompt has and the bare query doesn't; empty if that isn't clear."""
     here = list(WORD.finditer(prompt))
     there = [_bare(word) for word in WORD.findall(without)]
     pieces, lost = [], 0
@@ -76,7 +76,7 @@ def _bare(word: str) -> str:
 
 
 def random_span(lm: LM, prompt: str, phrases: Phrases) -> Steering:
-    """As long a span as the phrases' elsewhere in the prompt, overlapping them as little as can be."""
+    """A span of the same length as the phrases elsewhere in the prompt, overlapping them as little as possible."""
     spans = lm.spans(prompt, phrases)
     (first, last), *_ = lm.spans(prompt, Part("user"))
     taken = {token for start, stop in spans for token in range(start, stop)}
@@ -103,13 +103,13 @@ ARMS: Mapping[str, Arm] = {
 
 
 def seka_arm(lm: LM, examples: Sequence[Highlight] | None = None) -> Arm:
-    """SEKA, learned here from made-up examples: what the prompts are isn't looked at."""
+    """SEKA, learned here from synthetic examples, independent of the prompts."""
     learned = learn_seka(lm, examples)
     return Arm(lambda lm, prompt, phrases: seka(lm, prompt, phrases, learned))
 
 
 def run(model: str | None, data: Path, folder: Path, limit: int | None, tokens: int, with_seka: bool = False) -> Report:
-    """Answer `limit` of the prompts, evenly spread, in every arm."""
+    """Answer `limit` of the prompts, evenly spaced, in every arm."""
     lm = LM.load(model, dtype="float32")
     folder.mkdir(parents=True, exist_ok=True)
     every = read_ifeval(data / PROMPTS)

@@ -1,7 +1,7 @@
 """A/B evaluation of 5 strengths × 3 layers: one batched sweep against one setting and one item at a time.
 
-The latter is how the papers' scripts go about it: a hook of their own, and a full forward pass on each item, batch 1,
-for each setting in turn. Target: the sweep scores at least 5 times as many items a second, to the same numbers.
+The latter is how the papers' scripts do it: their own hook, and a full forward pass on each item, batch 1, for each
+setting in turn. Target: the sweep scores at least 5 times as many items per second, with the same scores.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(data: Path, items: int, rounds: int, model: str | None = None) -> Report
     chosen, _ = read_ab(data / DATASET / "test_dataset_ab.json", exclude=True, limit=items)
     pairs = read_pairs(data / DATASET / "generate_dataset.json")[:PAIRS]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PairsWarning)  # so few pairs do for a question of speed
+        warnings.simplefilter("ignore", PairsWarning)  # enough pairs to measure speed
         vector = learn_caa(lm, pairs, sorted({round(depth * lm.layout.layers) for depth in DEPTHS}))
     scores: dict[str, Scores] = {}
 
@@ -76,7 +76,7 @@ def sweep(lm: LM, vector: Steering, items: Sequence[ABItem]) -> Scores:
 
 @torch.no_grad()
 def one_at_a_time(lm: LM, vector: Steering, items: Sequence[ABItem]) -> Scores:
-    """A pass over the whole text of each item, for each setting."""
+    """A forward pass over the whole text of each item, for each setting."""
     scores = {}
     for edit in vector.edits:
         for strength, item in product(STRENGTHS, items):

@@ -1,7 +1,7 @@
 """Learning directions from contrastive pairs: pairs per second against peers, agreement with them, and memory.
 
-Every contender runs in a process of its own, with the same weights in float32, the same texts and threads, and
-the model already loaded. A peer's batch size is the best of a few, tried beforehand.
+Every contender runs in its own process, with the same weights in float32, the same texts and threads, and the model
+already loaded. A peer's batch size is the best of a few, measured beforehand.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trimtab.text.pairs import Pair, as_texts, read_pairs
 
 DATASET = Path("caa/refusal/generate_dataset.json")
 BATCHES = (1, 8, 32)
-TRIED = 16  # pairs on which the batch sizes are tried
+TRIED = 16  # pairs for comparing batch sizes
 PROBE = "A trim tab is the small surface on a ship's rudder."
 
 SPEED = Target(3.0)
@@ -43,18 +43,18 @@ LOGITS = Target(1e-3, at_least=False)
 MEMORY = Target(1.05, at_least=False)
 
 OURS = "trimtab"
-REFERENCE = "steering-vectors"  # learns a mean difference, as CAA does
+REFERENCE = "steering-vectors"  # learns a mean difference, like CAA
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A contender's process, and the logits it gave for the probe."""
+    """A contender's process, and its logits for the probe."""
 
     process: subprocess.Popen[str]
     logits: torch.Tensor
 
     def seconds(self, **request: Any) -> float:
-        """The seconds that one extraction took."""
+        """The time of one extraction, in seconds."""
         assert self.process.stdin is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return float(_answer(self.process)["seconds"])
@@ -71,7 +71,7 @@ def run(file: Path, pairs: int, rounds: int, *, memory: bool = True) -> Report:
         results = _logits(workers)
         layers = _layers()
         batches = {name: _best_batch(worker, layers) for name, worker in workers.items() if name != OURS}
-        workers[OURS].seconds(layers=list(range(layers)), pairs=TRIED)  # as warm as the others
+        workers[OURS].seconds(layers=list(range(layers)), pairs=TRIED)  # warmed up like the others
         for case, chosen in (("all layers", list(range(layers))), ("one layer", [round(DEPTH * layers)])):
             results += _case(case, chosen, workers, batches, pairs, rounds, Path(scratch))
     peers = {peer.name: peer.version for peer in PEERS}
@@ -79,7 +79,7 @@ def run(file: Path, pairs: int, rounds: int, *, memory: bool = True) -> Report:
 
 
 def peak(file: Path, pairs: int) -> float:
-    """The peak memory in MiB of `learn_caa` at its default layer, on a file's pairs repeated to so many."""
+    """The peak memory in MiB of `learn_caa` at its default layer, on a file's pairs repeated up to `pairs`."""
     lm = LM.load(device="cpu", dtype="float32")
     listed = read_pairs(file)
     many = [listed[i % len(listed)] for i in range(pairs)]
@@ -128,7 +128,7 @@ def _least_cosine(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.T
 
 
 def _logits(workers: Mapping[str, Worker]) -> list[Result]:
-    """How far each peer's logits are from ours: a comparison of different models would be void."""
+    """How far each peer's logits are from ours: a comparison of different models would be meaningless."""
     ours = workers[OURS].logits
     return [
         Result(
@@ -157,7 +157,7 @@ def _layers() -> int:
 
 
 def _workers(file: Path, pairs: Sequence[Pair], scratch: Path) -> dict[str, Any]:
-    """The contenders' processes, to be entered: trimtab, then the peers."""
+    """The contenders' processes as context managers: trimtab, then the peers."""
     folder = default_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts, ids = _texts(tokenizer, pairs)
@@ -179,7 +179,7 @@ def _workers(file: Path, pairs: Sequence[Pair], scratch: Path) -> dict[str, Any]
 
 
 def _texts(tokenizer: Any, pairs: Sequence[Pair]) -> tuple[list[list[str]], list[list[list[int]]]]:
-    """What peers get: each pair's two rendered texts, and the ids that these must have, which are ours."""
+    """The input for peers: each pair's two rendered texts, and our token ids for them, which theirs must equal."""
     texts, ids = [], []
     for pair in pairs:
         question, *sides = as_texts(pair, "the benchmark")

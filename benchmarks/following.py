@@ -2,8 +2,8 @@
 form of the answer, without and with the instruction in the prompt.
 
 Directions are learned, and the layer, operation and strength of each type of instruction chosen, on the package's own
-queries and phrasings; IFEval's prompts are only answered. What a run has done is kept in a folder, so that it can be
-stopped and started again.
+queries and phrasings; IFEval's prompts are only answered. Intermediate results are stored in a folder, so that a run
+can be resumed.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ LEARN_QUERIES = 20
 OPENING = Positions.opening(8)
 EVERYWHERE = (("project", 1.0, None), ("add", 1.0, None), ("add", 2.0, None))
 OPENINGS = (("add", 2.0, OPENING), ("add", 4.0, OPENING))
-"""Two searches for each type: steering throughout, and while the answer begins."""
+"""Two searches for each type: steering throughout, and only at the beginning of the answer."""
 
 JSON = "detectable_format:json_format"
 JSON_TOKENS = 128
-"""JSON holds when it ends: cut answers don't count, so those of the search are at least so long."""
+"""JSON passes only if it is complete, so cut answers fail; in the search, answers have at least this many tokens."""
 
 
 @dataclass(frozen=True)
 class Instance:
-    """An instruction as the test has it: its type, and the parameters that change what is said (not numbers)."""
+    """An instruction of the test: its type, and the parameters that change its wording (not numbers)."""
 
     kind: str
     values: tuple[tuple[str, Value], ...]
@@ -76,9 +76,9 @@ def run(
     skip: Sequence[str] = (),
     nats: float | None = None,
 ) -> Report:
-    """Tune and evaluate, with the instruction in the prompt or `without` it. Types to `skip` are not steered.
+    """Tune and evaluate, with the instruction in the prompt or `without` it. Types in `skip` are not steered.
 
-    With `nats` nothing is searched: each type is steered at the strength that takes the model so far from itself.
+    With `nats` there is no search: each type is steered at the strength that has this divergence.
     """
     lm = LM.load(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def run(
 
 
 def instance_of(item: IFEvalItem) -> Instance:
-    """The instruction of an item that has one."""
+    """The instruction of an item with a single one."""
     (kind,), (kwargs,) = item.types, item.kwargs
     names = {code: name for name, code in LANGUAGES.items()}
     values = []
@@ -139,7 +139,7 @@ def pairs_of(instance: Instance) -> list[Any]:
 
 
 def task_of(instances: Sequence[Instance], moments: Mapping[str, Moments], mode: str) -> Task:
-    """The search for one type, over its instances in turn, on queries that no direction was learned on."""
+    """The search for one type, cycling through its instances, on queries that no direction was learned on."""
     base = [*queries("tune", more=True)][: SEARCH_QUERIES + HELD_OUT_QUERIES]
     kind = instruction_type(instances[0].kind)
     mine = [instances[i % len(instances)] for i in range(len(base))]
@@ -159,7 +159,7 @@ def task_of(instances: Sequence[Instance], moments: Mapping[str, Moments], mode:
 
 
 def complies(kind: str, arguments: Mapping[str, Any], text: str, cut: bool) -> bool:
-    """IFEval's loose verdict; an answer that the token limit cut is given the benefit of what it had no time for."""
+    """IFEval's loose verdict; an answer that the token limit cut off is judged by its beginning."""
     if cut and kind == "startend:quotation":
         return text.strip().startswith('"')
     if cut and kind == "detectable_format:number_bullet_lists":

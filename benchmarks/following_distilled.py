@@ -1,11 +1,11 @@
 """Do distilled steerings make a model follow instructions? IFEval's prompts with a single instruction on the form of
 the answer, without and with the instruction in the prompt.
 
-Each instruction that enough of the prompts have is distilled into a steering of its own, which serves both; the other
-prompts are answered unsteered, and counted. Or, with the instruction, there is one steering for all prompts of whatever
-type (`one`): the model is taught to do what a prompt says as if the prompt were said twice. All of that is learned on
-the package's own queries and phrasings; IFEval's prompts are only answered. What a run has done is kept in a folder, so
-that it can be stopped and started again.
+Each instruction that enough of the prompts have is distilled into its own steering, which serves both modes; the other
+prompts are answered unsteered, and counted. With the instruction in the prompt, there can also be one steering for
+prompts of all types (`one`): the model is taught to follow a prompt as if it were said twice. All of that is learned on
+the package's own queries and phrasings; IFEval's prompts are only answered. Intermediate results are stored in a
+folder, so that a run can be resumed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from trimtab.methods.distill import learn_distill
 from trimtab.steering import Steering
 
 LEAST = 4
-"""An instruction that fewer of the prompts have isn't learned."""
+"""The minimum number of prompts for an instruction to be learned."""
 TWICE = Teacher(text="{query}\n\n{query}")
 HIGHLIGHTS = (3, 5)
 """Prompts for at most three highlights share an instruction, and so do those for more."""
 PROMPTS = 128
-"""The steering for prompts with an instruction is learned from so many."""
+"""The number of prompts that the steering for prompts with an instruction is learned from."""
 GAINS = {"without": Target(0.15), "with": Target(0.08)}
 MORE_THAN_TWICE = Target(0.0)
 
@@ -102,7 +102,7 @@ def run(
 
 
 def kept_or_learned(path: Path, learn: Callable[[], Steering | None]) -> Steering | None:
-    """What is in the file, or what was learned and is there from now on; `None` where nothing can be learned."""
+    """The steering in the file, learned and saved first if it doesn't exist; `None` if nothing can be learned."""
     nothing = path.with_suffix(".none")
     if nothing.is_file():
         return None
@@ -137,7 +137,7 @@ def _distilled(
 
 
 def instance_of(item: IFEvalItem) -> Instance:
-    """The instruction of an item that has one. At least three highlights serve whoever asks for fewer."""
+    """The instruction of an item with a single one. Numbers of highlights are mapped to one of `HIGHLIGHTS`."""
     (kind,), (kwargs,) = item.types, item.kwargs
     names = {code: name for name, code in LANGUAGES.items()}
     values = []
@@ -153,7 +153,7 @@ def instance_of(item: IFEvalItem) -> Instance:
 
 
 def distilled(lm: LM, instance: Instance, fit: str, how: Descent, rank: int | None, tokens: int) -> Steering | None:
-    """The instruction, said twice, as a steering; `None` where the model follows it too seldom."""
+    """The instruction, said twice, as a steering; `None` if the model follows it too rarely."""
     kind, values = instruction_type(instance.kind), dict(instance.values)
     arguments = kind.arguments(values)
     try:
@@ -179,7 +179,7 @@ def distilled(lm: LM, instance: Instance, fit: str, how: Descent, rank: int | No
 
 
 def follow(lm: LM, fit: str, how: Descent, rank: int | None, tokens: int) -> Steering:
-    """What saying a prompt twice does, over all types of instructions, as one steering for prompts said once."""
+    """The effect of saying a prompt twice, over all types of instructions, as one steering for prompts said once."""
     prompts = prompts_of_all_types(PROMPTS)
     return learn_distill(
         lm,
@@ -198,7 +198,7 @@ def follow(lm: LM, fit: str, how: Descent, rank: int | None, tokens: int) -> Ste
 
 
 def prompts_of_all_types(count: int) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Prompts with an instruction of each type in turn, and what IFEval checks of their answers."""
+    """Prompts with an instruction of each type in turn, with the type and arguments for IFEval's check."""
     kinds = [kind for kind in instruction_types().values() if kind.name != "combination:repeat_prompt"]
     base = list(queries("learn", more=True))
     by_prompt: dict[str, tuple[str, Mapping[str, Any]]] = {}

@@ -1,8 +1,8 @@
-"""How long a stream stands still while the server reads another client's long prompt.
+"""How long a stream stalls while the server prefills another client's long prompt.
 
-A prompt is read in chunks, and between two of them everybody else gets a token. So no wait should be longer than two
-chunks take: the one that is being read when a token falls due, and the token's own step. A chunk's time is measured in
-the same round, by the same prompt (with another beginning) with nobody beside it.
+A prompt is prefilled in chunks, and between two chunks every other request gets a token. So no wait should be longer
+than two chunks: the one that is running when a token is due, and the token's own step. A chunk's time is measured in
+the same round, with the same prompt (with another beginning) and no other requests.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from trimtab.engines.transformers.chunked_prefill import CHUNK
 
 PATIENCE = 600.0
 ENDLESS = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,"
-"""What a model goes on with for long."""
+"""A prompt that a model continues for long."""
 MOST = Target(2, at_least=False)
-"""Chunks that a stream may wait for a token."""
+"""The maximum wait for a token, in chunks."""
 
 
 def run(model: str | None, tokens: int, rounds: int) -> Report:
-    """The longest wait of a stream in each round, in seconds and in chunks of a prompt of so many tokens."""
+    """The longest wait of a stream in each round, in seconds and in chunks, with a long prompt of `tokens` tokens."""
     from trimtab.engines.transformers.default_model import default_folder
     from trimtab.lm import LM
 
@@ -67,7 +67,7 @@ def run(model: str | None, tokens: int, rounds: int) -> Report:
 
 
 def _prompt(lm: Any, tokens: int, seed: int) -> list[int]:
-    """Token ids of a text that begins as no other does: nothing of it can be in a cache."""
+    """Token ids of a text with a unique beginning, so that none of it can be in a cache."""
     text = f"{seed}: " + "The tide comes in and goes out, and the boats lie in the mud. " * tokens
     return list(lm.tokenizer(text)["input_ids"][:tokens])
 
@@ -78,7 +78,7 @@ def _drain(url: str, prompt: Any, count: int) -> None:
 
 
 def _gaps_beside(url: str, prompt: list[int]) -> list[float]:
-    """Seconds between the tokens of a stream, from when a long prompt arrives until it has its first token."""
+    """Seconds between the tokens of a stream, from the arrival of a long prompt to its first token."""
     times: list[float] = []
     running, read = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Interleaved runs, and what they say: medians with their spread, targets, and which of them hold."""
+"""Interleaved runs and their results: medians with their spread, targets, and whether they are met."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 Run = Callable[[], float]
 
 ROUNDS = "10 % … 90 %"
-"""What the spread of a result is: percentiles over rounds."""
+"""The default spread of a result: percentiles over rounds."""
 BOOTSTRAP = "95 % interval"
 """The other kind of spread: a bootstrap interval over prompts or questions."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a value: from below, or (`at_least=False`) from above."""
+    """A bound on a value: a lower one, or (`at_least=False`) an upper one."""
 
     bound: float
     at_least: bool = True
@@ -31,7 +31,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """The target that `str` wrote, such as `>= 0.98`."""
+        """Parse a target as written by `str`, such as `>= 0.98`."""
         sign, _, bound = text.partition(" ")
         if sign not in (">=", "<="):
             raise ValueError(f"a target begins with >= or <=, not {text!r}")
@@ -40,7 +40,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Result:
-    """One number. `low` and `high` are the spread that `Report.spread` names."""
+    """One number. `low` and `high` are its spread, of the kind in `Report.spread`."""
 
     case: str
     metric: str
@@ -69,7 +69,7 @@ class Result:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Result:
-        """A result as `to_json` wrote it. It is refused if `holds` isn't what its value and target say."""
+        """A result from the output of `to_json`. Raises `ValueError` if `holds` contradicts the value and target."""
         target = None if data["target"] is None else Target.parse(data["target"])
         result = cls(data["case"], data["metric"], data["value"], data["unit"], data["low"], data["high"], target)
         if result.holds is not data["holds"]:
@@ -83,9 +83,9 @@ class Result:
 class Report:
     """All results of one benchmark, and how they were measured.
 
-    `date` (ISO 8601), `commands` (as typed in a shell) and `commit` are known once a run has ended; a report that was
-    typed in from a table that was printed earlier, rounded as it was there, is `transcribed`. In a `grid`, cases are
-    the rows of the table and metrics its columns; otherwise each result has a row of its own.
+    `date` (ISO 8601), `commands` (as typed in a shell) and `commit` are filled in after a run. A report that was copied
+    from an earlier printed table, with its rounding, is `transcribed`. In a `grid`, cases are the rows of the table and
+    metrics its columns; otherwise each result has its own row.
     """
 
     benchmark: str
@@ -120,11 +120,11 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
-        """A report as `to_json` wrote it; how it was measured may be missing.
+        """A report from the output of `to_json`; the fields about how it was measured may be missing.
 
         Raises:
             KeyError: The benchmark, the machine, the versions, or a field of a result is missing.
-            ValueError: A target can't be read, or `holds` contradicts it.
+            ValueError: A target can't be parsed, or `holds` contradicts it.
         """
         return cls(
             benchmark=data["benchmark"],
@@ -141,12 +141,12 @@ class Report:
 
 
 def interleave(runs: Mapping[str, Run], rounds: int, *, warm_ups: int = 1, case: str = "") -> dict[str, list[float]]:
-    """What each run returns, round by round; the order rotates, and the first `warm_ups` rounds don't count.
+    """The values that each run returns, by round; the order rotates, and the first `warm_ups` rounds don't count.
 
-    Each value is also printed as it comes, to stderr: a long benchmark that is stopped has then said something.
+    Each value is also printed to stderr immediately, so that a long benchmark that is stopped leaves some results.
 
-    Values of the same round are neighbours in time, so their ratios are little disturbed by a machine that
-    slows down or speeds up over minutes.
+    Values of the same round are adjacent in time, so their ratios are hardly affected by a machine that slows down or
+    speeds up over minutes.
     """
     names = list(runs)
     values: dict[str, list[float]] = {name: [] for name in names}
@@ -167,7 +167,7 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 
 def summarized(case: str, metric: str, unit: str, values: Sequence[float], target: Target | None = None) -> Result:
-    """The median of the rounds' values, with their 10th and 90th percentile."""
+    """The median of the rounds' values, with their 10th and 90th percentiles."""
     if len(values) < 2:
         return Result(case, metric, values[0], unit, values[0], values[0], target)
     tenths = statistics.quantiles(values, n=10, method="inclusive")

@@ -1,9 +1,9 @@
-"""The layer search of Stolfo et al. (2410.12877, appendix) as their code does it, against `tune`, on the same prompts.
+"""The layer search of Stolfo et al. (2410.12877, appendix) as in their code, against `tune`, on the same prompts.
 
-The reference generates one answer at a time, for one layer after the other, and runs the whole text anew for every
-token. `tune` has all layers and prompts as rows of the same batches, over a cache. Both search the same layers with
-the same directions and targets, and must find the same accuracy at each. The reference's time is a sum over layers, so
-that it may search some of them only: what is compared is tokens per second.
+The reference generates one answer at a time, for one layer after the other, without a KV cache. `tune` runs all layers
+and prompts as rows of the same batches, with a cache. Both search the same layers with the same directions and targets,
+and must find the same accuracy at each. The reference's time is a sum over layers, so it may search only some of them:
+the comparison is of tokens per second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BATCH = 96
 
 
 def run(prompts: int, tokens: int, searched: int | None) -> Report:
-    """Seconds and tokens per second of the search, each way; the reference searches so many of the layers (or all)."""
+    """Time and tokens per second of the search, each way; the reference searches `searched` of the layers (or all)."""
     lm = LM.load()
     layers = default_layers(lm.layout.layers)
     kind = instruction_type(KIND)
@@ -82,7 +82,7 @@ def run(prompts: int, tokens: int, searched: int | None) -> Report:
 
 
 def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """So many of the layers, evenly spread."""
+    """`count` of the candidates, evenly spaced."""
     return [candidates[round((i + 0.5) * len(candidates) / count - 0.5)] for i in range(count)]
 
 
@@ -93,7 +93,7 @@ def complies(_: int, answer: str, cut: bool) -> bool:
 def reference_search(
     lm: LM, prompts: Sequence[str], candidates: Sequence[Candidate | None], tokens: int
 ) -> tuple[dict[int, float], int]:
-    """The accuracy by layer, and how many tokens were generated: batch 1, no cache, one layer after the other."""
+    """The accuracy by layer, and the number of generated tokens: batch 1, no cache, one layer after the other."""
     accuracy, generated = {}, 0
     for candidate in candidates:
         passed = 0
@@ -117,7 +117,7 @@ def reference_search(
 
 @contextmanager
 def clamped(lm: LM, candidate: Candidate | None) -> Iterator[None]:
-    """A plain hook that sets the projection at every position but the first, as the paper's code does."""
+    """A plain hook that sets the projection at every position but the first, as in the paper's code."""
     if candidate is None:
         yield
         return

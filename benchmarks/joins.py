@@ -1,7 +1,7 @@
-"""What it costs a running batch that a steered request joins or leaves: time of the host, beyond a steady step's.
+"""What it costs a running batch when a steered request joins or leaves: CPU time, minus that of a steady step.
 
-The batch is as large as a server's, over a wide model. What is timed is the steering's part of a step, without the
-model and without reading prompts, in the processor's time and not the clock's: other work hardly disturbs it.
+The batch is as large as a server's, with a wide model. Only the steering's part of a step is measured, without the
+model and without prefill, in CPU time instead of wall time, which other programs hardly disturb.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TARGET = Target(5.0, at_least=False)
 
 
 def run(rounds: int) -> Report:
-    """Requests of one steering, and of one each; additions and projections; at every layer."""
+    """Requests with the same steering, and with one each; additions and projections; at every layer."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(LAYERS, WIDTH, generator=generator) / 100
     units = torch.nn.functional.normalize(vectors)
@@ -70,7 +70,7 @@ def _measured(case: str, layout: Layout, steerings: list[tuple[Edit, ...]], roun
 
 
 def _step(session: BatchSession, x: Tensor) -> None:
-    """A pass, without the model: each site's activations are given to the session."""
+    """A forward pass without the model: each site's activations are passed to the session."""
     rows = len(session.rows)
     with torch.no_grad():
         session._enter(Pass(rows, 1, PROMPT, None, x.device, None), {}, begins=False).passes += 1
@@ -80,7 +80,7 @@ def _step(session: BatchSession, x: Tensor) -> None:
 
 
 def _timed(step: Callable[[], None], change: Callable[[], Any] | None = None) -> float:
-    """Milliseconds of the processor's for a step, and for what comes before it."""
+    """CPU time in milliseconds of a step, and of the change before it."""
     began = time.thread_time()
     if change is not None:
         change()

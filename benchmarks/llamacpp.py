@@ -1,4 +1,4 @@
-"""llama.cpp beside transformers: whether they say the same, and what steering costs there."""
+"""llama.cpp against transformers: whether the texts are the same, and the cost of steering there."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(rounds: int, tokens: int) -> Report:
 
 
 def _steering(lm: LM, layers: Any, dose: float = 1 / 3) -> Steering:
-    """Random directions, `dose` of the activation's norm each, from the last prompt token on."""
+    """Random directions, each `dose` of the activation's norm, from the last prompt token on."""
     sites = [Site(layer) for layer in layers]
     (captured,) = lm.capture(PROMPTS[0], sites)
     edits = []

@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""The machine and the versions that a benchmark ran with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("trimtab", "torch", "transformers")
 
 
 def machine() -> dict[str, Any]:
-    """The CPU model, its cores, the memory in GiB, the threads that torch uses, and the system."""
+    """The CPU model, its cores, the memory in GiB, the number of torch threads, and the system."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that are measured."""
+    """The versions of Python and of the measured packages."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured, with `-dirty` where files differ from it; empty outside of a checkout."""
+    """The current commit, with `-dirty` if files differ from it; empty outside a checkout."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*"],

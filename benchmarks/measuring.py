@@ -1,4 +1,4 @@
-"""Unsteered, steered and control arms over IFEval's items, and the table of what they came to."""
+"""Unsteered, steered and control arms over IFEval's items, and a table of the results."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
 from trimtab.tune.candidates import Setting
 
 READ = 32
-"""How many prompts' answers are read again for their perplexity, which costs as much as writing them."""
+"""The number of prompts for which the perplexity is measured, which costs as much as generating the answers."""
 
 
 def evaluate(
     lm: LM, items: Sequence[IFEvalItem], steerings: Mapping[str, Steering | None], mode: str, out: Path, tokens: int
 ) -> list[Record]:
-    """Every arm on every item; where a type isn't steered, its unsteered answer stands for the steered arms."""
+    """The records of every arm and item; types that aren't steered reuse the unsteered answer in the steered arms."""
     twice = {item.item: item.prompt for item in repeated(items)}
     prompts = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
     means = means_for(lm, [each for each in steerings.values() if each is not None], list(prompts.values()))
@@ -120,7 +120,7 @@ def report(
 
 
 def perplexities_of(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Of the answers under the unsteered model, after the prompts with the instruction; empty ones left out."""
+    """The perplexities of the answers that aren't empty, under the unsteered model, after the instructed prompts."""
     texts = []
     for prompt, text in zip(prompts, answers, strict=True):
         ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -130,7 +130,7 @@ def perplexities_of(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> l
 
 
 def _whole(record: Record) -> float:
-    """Whether an answer follows, and doesn't turn in circles."""
+    """The loose score of an answer, or 0 if it is repetitive."""
     return record.scores["loose"] if repeated_share(record.answer) <= REPEATED_LIMIT else 0.0
 
 

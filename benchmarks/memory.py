@@ -1,4 +1,4 @@
-"""Peak memory, each in a process of its own: within one process the peak only grows."""
+"""Peak memory, each case in its own process, since within one process the peak only grows."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def peak_of(*arguments: str) -> float:
 
 
 def forget_peak() -> None:
-    """Start counting the peak anew, where the system can (Linux): loading a model must not hide what a run takes."""
+    """Reset the peak, if the system supports it (Linux), so that loading a model doesn't hide the memory of a run."""
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")
 
 
 def own_peak() -> float:
-    """The peak resident memory of this process in MiB, since `forget_peak` where the system can.
+    """The peak resident memory of this process in MiB, since `forget_peak` if the system supports that.
 
-    On Linux it is read from `/proc`, since `ru_maxrss` there starts from what the parent process had.
+    On Linux it is read from `/proc`, since `ru_maxrss` starts from the parent process's value there.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -1,11 +1,11 @@
-"""Every method of the registry against unsteered generation: time a token, and peak memory.
+"""Every method of the registry against unsteered generation: time per token, and peak memory.
 
-Each is learned from a handful of short texts, with its own defaults: what a steering costs doesn't depend on how good
-it is. Gates are made to open (or to stay shut) whatever they read, so that both are measured; reading is the same.
+Each is learned from a handful of short texts, with its own defaults: the cost of a steering doesn't depend on its
+quality. Gates are forced open (or shut) whatever they read, so that both are measured; reading costs the same.
 
-Targets, of the unsteered throughput: 0.98 for the residual stream and the outputs of attention and MLPs, 0.95 for
-heads, neurons and attention scores, 0.98 for gates. A gate on the prompt reads it once more, however long the answer
-is: with few new tokens that weighs more.
+Targets, relative to the unsteered throughput: 0.98 for the residual stream and the outputs of attention and MLPs, 0.95
+for heads, neurons and attention scores, 0.98 for gates. A gate on the prompt needs an extra forward pass over it,
+however long the answer is: with few new tokens this weighs more.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ RESIDUAL, INSIDE, GATED = Target(0.98), Target(0.95), Target(0.98)
 TARGETS = {"residual": RESIDUAL, "heads, neurons": INSIDE, "scores": INSIDE, "gate": GATED}
 QUERIES = 12
 TOGETHER = 3
-"""So many steered runs share one unsteered run, their neighbour in time."""
+"""The number of steered runs that share one unsteered run, adjacent in time."""
 MEMORY_TOKENS = 8
-"""The peak comes with the prompt, and a few tokens show whether it grows."""
+"""The peak occurs in the prompt, and a few tokens show whether it grows."""
 FAR = 1e30
 STEPS = 3
-"""Of gradient descent: what a steering costs doesn't depend on how long it was learned."""
+"""Steps of gradient descent; the cost of a steering doesn't depend on how long it was learned."""
 HEADS = 48
-"""What ITI steers in the paper; a small model may have fewer."""
+"""The number of heads that ITI steers in the paper; a small model may have fewer."""
 FROM_A_PROMPT: Mapping[str, Mapping[str, Any]] = {
     "distill": {
         "instruction": "Answer in all lowercase letters.",
@@ -55,9 +55,9 @@ FROM_A_PROMPT: Mapping[str, Mapping[str, Any]] = {
         "steps": STEPS,
     }
 }
-"""What is learned from no data but a prompt; what the answers are doesn't matter here."""
+"""Methods that learn from a prompt alone; the answers don't matter here."""
 GATES, SCORES = "gate", "scores"
-"""What `only` calls the cases that are about gates, and about attention to a span, and no method of the registry."""
+"""Names in `only` for the cases about gates and about attention to a span, which aren't methods of the registry."""
 SPAN = (5, 10)
 
 ASKED = queries("learn")[:QUERIES]
@@ -73,12 +73,12 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "hpr": {"a fixed angle": {"turn": "fixed"}},
     "sttp": {"a mirror": {"move": "mirror"}},
 }
-"""Other forms that cost something else than the default one."""
+"""Other forms whose costs differ from the default."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A steering that is measured; `method` is its recipe's name, `GATES` or `SCORES`."""
+    """A steering to measure; `method` is its recipe's name, `GATES` or `SCORES`."""
 
     method: str
     name: str
@@ -86,7 +86,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Which target it has."""
+        """The key of its target."""
         if any(edit.gate != Always() for edit in self.steering.edits):
             return "gate"
         if any(edit.site.kind == "scores" for edit in self.steering.edits):
@@ -99,13 +99,13 @@ class Case:
 
 
 def run(batches: Sequence[int], rounds: int, tokens: int, only: Sequence[str], memory: bool) -> Report:
-    """All cases, or those of the methods in `only`, at each size of batch; with 0 rounds their memory alone."""
+    """All cases, or those of the methods in `only`, for each batch size; with 0 rounds, only their memory."""
     known = [*recipes(), GATES, SCORES]
     if unknown := [name for name in only if name not in known]:
         raise TrimtabError(f"there is no method {unknown[0]!r} to measure; there are {', '.join(known)}")
     lm = LM.load()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of so few pairs a method may well warn
+        warnings.simplefilter("ignore")  # with so few pairs, warnings are expected
         cases = cases_of(lm, only)
         results = [result for batch in batches if rounds for result in speed(lm, cases, batch, rounds, tokens)]
     if memory:
@@ -125,7 +125,7 @@ def peak(file: Path | None, batch: int, tokens: int) -> float:
     return own_peak()
 
 
-# ---- what is measured --------------------------------------------------------------------------------------
+# ---- cases -------------------------------------------------------------------------------------------------
 
 
 OF_MIXTURES = ("steermoe",)
@@ -165,7 +165,7 @@ def cases_of(lm: LM, only: Sequence[str] = ()) -> list[Case]:
 
 
 def opened(steering: Steering, to: bool = True) -> Steering:
-    """The steering with gates that read what they did, and open for every prompt or token (or for none)."""
+    """The steering with gates that read the same as before, but are always open (or always shut)."""
     return replace(steering, edits=tuple(replace(edit, gate=_forced(edit.gate, to)) for edit in steering.edits))
 
 
@@ -196,7 +196,7 @@ def _learned(lm: LM, recipe: Recipe, options: Mapping[str, Any]) -> Steering:
 
 
 def _needed(lm: LM) -> Mapping[str, Any]:
-    """What methods can't do without, besides their pairs or texts, by the names of their options."""
+    """Required arguments of methods, besides their pairs or texts, by name."""
     texts = {"positive": ASKED[0], "negative": ASKED[1], "when": ASKED, "unless": OTHERS, "harmless": OTHERS}
     return {**texts, "heads": min(HEADS, lm.layout.layers * query_heads(lm.layout)), "steps": STEPS}
 
@@ -211,7 +211,7 @@ def _pairs(recipe: Recipe) -> list[Pair]:
 
 
 def speed(lm: LM, cases: Sequence[Case], batch: int, rounds: int, tokens: int) -> list[Result]:
-    """Milliseconds a token (of the whole batch), and the throughput against the unsteered run beside it."""
+    """Time per token of the whole batch in milliseconds, and the throughput relative to the adjacent unsteered run."""
     runs: dict[str, Callable[[], float]] = {}
     beside = {}
     for number, case in enumerate(cases):
@@ -219,7 +219,7 @@ def speed(lm: LM, cases: Sequence[Case], batch: int, rounds: int, tokens: int) -
         runs.setdefault(plain, _timed(lm, batch, None, tokens))
         runs[case.name] = _timed(lm, batch, case.steering, tokens)
         beside[case.name] = plain
-    for case in cases:  # instead of a whole round that doesn't count
+    for case in cases:  # instead of a full warm-up round
         _generate(lm, batch, case.steering, 2)
     values = interleave(runs, rounds, warm_ups=0)
     plain_values = [value for name in dict.fromkeys(beside.values()) for value in values[name]]
@@ -233,7 +233,7 @@ def speed(lm: LM, cases: Sequence[Case], batch: int, rounds: int, tokens: int) -
 
 
 def memories(cases: Sequence[Case], batch: int) -> list[Result]:
-    """The peak memory of each case, in a process of its own, against that of an unsteered one."""
+    """The peak memory of each case, in its own process, against that of unsteered generation."""
     common = ("methods", "--batch", str(batch), "--tokens", str(MEMORY_TOKENS))
     plain = peak_of(*common)
     results = [Result(f"unsteered, batch {batch}", "peak memory", plain, "MiB")]

@@ -22,7 +22,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def markdown(report: Report) -> str:
-    """The report as it goes into `RESULTS.md`: date, machine, versions, commands, table."""
+    """The report as it appears in `RESULTS.md`: date, machine, versions, commands, table."""
     commit = f", commit {report.commit}" if report.commit else ""
     transcribed = ", transcribed from the table that was printed then" if report.transcribed else ""
     lines = [
@@ -42,19 +42,19 @@ def markdown(report: Report) -> str:
 
 
 def row(cells: Sequence[str]) -> str:
-    """A row of a table in Markdown."""
+    """A row of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def shortly(report: Report) -> str:
-    """The processor and the threads, without what doesn't tell machines apart."""
+    """The processor and the threads, without the parts that don't distinguish machines."""
     name = report.machine["cpu"].replace("(R)", "").replace(" Processor", "").partition(" @")[0]
     threads = report.machine["threads"]
     return f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 
 def _list(report: Report) -> Iterator[str]:
-    """A row for each result, without the columns that none of them has."""
+    """A row for each result, without empty columns."""
     rows = [_columns(report), *(_cells(result) for result in report.results)]
     kept = [column for column in range(len(rows[0])) if column < 3 or any(cells[column] for cells in rows[1:])]
     yield row([rows[0][column] for column in kept])
@@ -64,7 +64,7 @@ def _list(report: Report) -> Iterator[str]:
 
 
 def _grid(report: Report) -> Iterator[str]:
-    """Cases below each other and metrics side by side; a metric `title: column` goes into the table of that title."""
+    """Cases as rows and metrics as columns; a metric `title: column` goes into the table with that title."""
     titles = list(dict.fromkeys(result.metric.rpartition(": ")[0] for result in report.results))
     for number, title in enumerate(titles):
         yield from ([""] if number else [])

@@ -1,8 +1,8 @@
 """`RESULTS.md` from the JSON reports in `benchmarks/results/`: their tables, and the summary at the top.
 
-A table stands between `<!-- NAME: begin, text of DATE -->` and `<!-- NAME: end -->`, where NAME is the file's. DATE is
-that of the run which the text around the table was written for. Once the table is of a later run, it says so itself,
-until somebody has read the text again and has changed the date.
+A table is between `<!-- NAME: begin, text of DATE -->` and `<!-- NAME: end -->`, where NAME is the file's. DATE is the
+date of the run that the surrounding text was written for. If the table is from a later run, a note above it says so,
+until somebody has checked the text and changed the date.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK = re.compile(
     r"<!-- (?P<name>[\w.-]+): begin(?:, text of (?P<date>[\d-]+))? -->\n(?P<body>.*?)<!-- (?P=name): end -->", re.DOTALL
 )
 MISSES = 2
-"""How many missed targets of a report the summary names."""
+"""The number of missed targets per report that the summary lists."""
 
 
 def results(
@@ -76,7 +76,7 @@ def results(
 
 
 def read(file: Path) -> Report:
-    """A report from a file; whatever is wrong with it is a `ValueError` that names the file."""
+    """A report from a file; any error is a `ValueError` that names the file."""
     try:
         return Report.from_json(json.loads(file.read_text(encoding="utf-8")))
     except OSError as wrong:
@@ -88,7 +88,7 @@ def read(file: Path) -> Report:
 
 
 def written(report: Report) -> str:
-    """The report as its file: one result per line, so that a changed figure is a changed line."""
+    """The report as its file: one result per line, so that a changed number is a changed line."""
     data = report.to_json()
     lines = ",\n".join(f"    {json.dumps(result, ensure_ascii=False)}" for result in data.pop("results"))
     head = json.dumps(data, ensure_ascii=False, indent=2).removesuffix("\n}")
@@ -96,7 +96,7 @@ def written(report: Report) -> str:
 
 
 def dated(report: Report, file: Path, date: str | None, commands: list[str], note: str | None) -> Report:
-    """The report with its date, commands and note; it is an error if it has none and none is given."""
+    """The report with its date, commands and note. Raises `ValueError` if it has no date or commands."""
     machine = {**report.machine, "note": note} if note else report.machine
     report = replace(
         report, date=report.date or date or "", commands=report.commands or tuple(commands), machine=machine
@@ -120,7 +120,7 @@ def rendered(page: str, reports: Mapping[str, Report]) -> str:
     """The page with every table written from its report.
 
     Raises:
-        ValueError: A report has no place on the page, or a place no report.
+        ValueError: A report has no place on the page, or a place has no report.
     """
     places = [match["name"] for match in BLOCK.finditer(page)]
     if twice := sorted({name for name in places if places.count(name) > 1}):
@@ -144,7 +144,7 @@ def rendered(page: str, reports: Mapping[str, Report]) -> str:
 
 
 def sections(page: str) -> dict[str, str]:
-    """The anchor of the section in which each table stands."""
+    """The anchor of the section that each table is in."""
     anchors = {}
     for match in BLOCK.finditer(page):
         heading = page[: match.start()].rpartition("\n### ")[2].partition("\n")[0]

@@ -1,8 +1,8 @@
-"""SADI against CAA at two-option questions: the same pairs, both tuned on other questions than those that are tested.
+"""SADI against CAA on two-option questions: learned from the same pairs, and both tuned on questions outside the test.
 
-Each task is learned from pairs of a right (or matching) and a wrong letter, read in one pass at every site that is
-compared. Settings of each are tried on questions put aside, those of the best correct letter's share are tested once.
-What a run has done is kept in a folder, so that it can be stopped and started again.
+Each task is learned from pairs of a correct (or matching) and a wrong letter, read in one pass at every site that is
+compared. Each method's settings are tried on held-out questions, and the one with the highest share of the correct
+letter is tested once. Intermediate results are stored in a folder, so that a run can be resumed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TASKS: Mapping[str, tuple[Path, ...]] = {
     "corrigible": tuple(Path("caa") / "corrigible-neutral-HHH" / file for file in CAA_FILES),
     "hallucination": tuple(Path("caa") / "hallucination" / file for file in CAA_FILES),
 }
-"""Where a task's questions are: all in one file, or those to learn from in one and those to test on in another."""
+"""The files of a task's questions: a single one, or one to learn from and one to test on."""
 DEPTHS = (0.3, 0.4, 0.5, 0.6, 0.7)
 STRENGTHS = (1.0, 2.0, 4.0)
 GRID: Mapping[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
@@ -44,7 +44,7 @@ GRID: Mapping[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
     "neurons": ((10, 50, 200), (0.5, 1.0, 2.0)),
     "hidden": ((4, 20), (0.5, 1.0, 2.0)),
 }
-"""SADI's sites, and the K and delta that are tried. The paper's deltas begin at 4, at which a small model breaks."""
+"""SADI's sites, and the values of K and delta to try. The paper's deltas start at 4, which breaks a small model."""
 WHERE = Positions.from_last_prompt_token()
 """Both act at the last prompt token and at the bracket after it, at which the letter is predicted."""
 BATCH = 64
@@ -80,7 +80,7 @@ def run(
 
 
 def read(files: Sequence[Path], pairs: int, held_out: int, limit: int) -> Questions:
-    """The questions, split with a seed; those learned from have (A) right as often as (B), and none is in two parts."""
+    """The questions, split with a seed without overlap; those to learn from are balanced between (A) and (B)."""
     test_file = read_ab(files[-1], exclude=True)[0]
     if len(files) == 1:
         drawn = list(test_file)
@@ -97,7 +97,7 @@ def read(files: Sequence[Path], pairs: int, held_out: int, limit: int) -> Questi
 
 
 def families(lm: LM, task: str, questions: Questions, folder: Path) -> dict[str, dict[str, Steering]]:
-    """CAA's settings and those of SADI's three forms, by name, all from one reading of the pairs."""
+    """CAA's settings and those of SADI's three forms, by name, all from one pass over the pairs."""
     learn = [Pair(f"({i.matching})", f"({i.other})", i.question, "letters") for i in questions.learn]
     layers = range(lm.layout.layers)
     kinds = ("residual", *KINDS.values())
@@ -128,7 +128,7 @@ def families(lm: LM, task: str, questions: Questions, folder: Path) -> dict[str,
 def best(
     lm: LM, task: str, settings: Mapping[str, Mapping[str, Steering]], questions: Questions, folder: Path
 ) -> dict[str, str]:
-    """Each family's setting with the highest mean share of the right letter on the questions put aside."""
+    """Each family's setting with the highest mean share of the correct letter on the held-out questions."""
     arms = {f"{family}: {name}": steering for family, of in settings.items() for name, steering in of.items()}
     records_by_arm = scored(lm, f"{task}-held-out", questions.held_out, arms, folder)
     shares = {
@@ -145,7 +145,7 @@ def best(
 def scored(
     lm: LM, name: str, items: Sequence[ABItem], arms: Mapping[str, Steering | None], folder: Path
 ) -> dict[str, dict[str, Record]]:
-    """Every question in every arm, by arm and item."""
+    """The records of every question in every arm, by arm and item."""
     out = folder / f"{name}.jsonl"
     requests = requests_of(lm, items, arms)
     return by_arm(score_ab(lm, requests, items, out=out, batch_size=BATCH, progress=say(name)))
@@ -182,5 +182,5 @@ def _line(case: str, metric: str, interval: Interval) -> Result:
 
 
 def missing(data: Path, tasks: Sequence[str]) -> list[Path]:
-    """The files of these tasks that aren't there."""
+    """The files of these tasks that don't exist."""
     return [file for task in tasks for file in TASKS[task] if not (data / file).is_file()]

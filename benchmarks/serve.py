@@ -1,11 +1,12 @@
 """Serving: tokens per second and latency at 1, 8 and 32 clients, steered against unsteered, and against a peer.
 
-Both servers are processes of their own on the same machine and the same model, in float32. Rounds alternate between
-steered and unsteered requests (each client has one of eight steerings) of one trimtab server, and unsteered ones of
-`transformers serve`; each client sends one request and waits for its answer. No prompt comes twice, as transformers
-would read it once. Requests are greedy, sampled (temperature 1, top_p 0.9), or greedy with the log-probabilities of
-five tokens a place, which `transformers serve` doesn't have. Target: steered at least 0.97 of unsteered, and at least
-as fast as transformers. How much longer a sampled step takes than a greedy one is measured without a server (`steps`).
+Both servers run in their own processes on the same machine with the same model, in float32. Rounds alternate between
+steered and unsteered requests to one trimtab server (each client has one of eight steerings), and unsteered ones to
+`transformers serve`; each client sends one request and waits for its response. No prompt occurs twice, as transformers
+would prefill it only once. Requests are greedy, sampled (temperature 1, top_p 0.9), or greedy with the
+log-probabilities of five tokens per position, which `transformers serve` doesn't support. Target: steered at least 0.97
+of unsteered, and at least as fast as transformers. How much longer a sampled step takes than a greedy one is measured
+without a server (`steps`).
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ STEERED = Target(0.97)
 AGAINST_PEER = Target(1.0)
 READY_SECONDS = 300
 BLOCKS, PASS = 64, 4096
-"""Of how many blocks of 256 tokens the peer's cache is, and how many tokens it reads at once: more than come together
-here. By default, it takes most of the machine's memory."""
+"""The peer's cache size in blocks of 256 tokens, and the number of tokens in a forward pass: more than is needed here.
+By default, it takes most of the machine's memory.
+"""
 SERIAL = count(1)
 
 
@@ -51,13 +53,13 @@ DECODINGS: dict[str, dict[str, Any]] = {
     "sampled": SAMPLED,
     "logprobs": {"temperature": 0, "logprobs": True, "top_logprobs": steps.ALTERNATIVES},
 }
-"""What each way of decoding adds to a request."""
+"""The options that each way of decoding adds to a request."""
 PEER_DECODES = ("greedy", "sampled")
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where it listens, what it calls its model, and which further options it needs."""
+    """A server's URL, its name for the model, and the further options it needs."""
 
     url: str
     model: str
@@ -65,7 +67,7 @@ class Server:
 
 
 def run(rounds: int, tokens: int, clients: Sequence[int], decodings: Sequence[str], *, peer: bool) -> Report:
-    """All ways of decoding at all numbers of clients, with `transformers serve` beside where `peer` is true."""
+    """All ways of decoding with all numbers of clients, compared with `transformers serve` if `peer` is true."""
     from trimtab import LM
     from trimtab.engines.transformers.default_model import default_folder
 
@@ -80,7 +82,7 @@ def run(rounds: int, tokens: int, clients: Sequence[int], decodings: Sequence[st
         del lm
         ours = stack.enter_context(_trimtab(folder, made, max(clients)))
         for decoding in decodings:
-            # it decodes all requests as the first one wants it
+            # it decodes all requests with the settings of the first one
             theirs = _transformers(folder, decoding) if peer and decoding in PEER_DECODES else nullcontext()
             with theirs as other:
                 for count in clients:
@@ -89,7 +91,7 @@ def run(rounds: int, tokens: int, clients: Sequence[int], decodings: Sequence[st
 
 
 def random_steerings(lm: LM, made: Path) -> list[str]:
-    """Eight files of one vector at every layer, short enough that the text stays sane."""
+    """Eight files of one vector at every layer, with small norms so that the text stays intact."""
     from trimtab import Card, save
 
     case = Case("eight", 8, different=True)
@@ -124,7 +126,7 @@ def _case(
 
 
 def _load(server: Server, steerings: Sequence[str | None], decoding: str, tokens: int, waits: list[float]) -> float:
-    """Tokens per second of one request a client, all at once."""
+    """Tokens per second with one request per client, all at once."""
 
     def ask(number: int) -> int:
         body: dict[str, Any] = {
@@ -156,7 +158,7 @@ def _trimtab(folder: Path, steerings: Path, rows: int) -> Iterator[Server]:
 
 @contextmanager
 def process(folder: Path, steerings: Path, options: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """`trimtab serve` of a model in float32: its address, and the number of its process."""
+    """`trimtab serve` with a model in float32: its URL, and its process id."""
     port = _free_port()
     command = ["-m", "trimtab", "serve", "--model", str(folder), "--dtype", "float32", "--steerings", str(steerings)]
     with _process([*command, "--port", str(port), *options], f"http://127.0.0.1:{port}", "/readyz") as started:
@@ -175,7 +177,7 @@ def _transformers(folder: Path, decoding: str) -> Iterator[Server]:
 
 
 def _settings(folder: Path) -> str:
-    """The model's generation settings, with sampling: `transformers serve` samples if these say so alone."""
+    """The model's generation settings, with sampling: `transformers serve` samples only if these say so."""
     from transformers import GenerationConfig
 
     config = GenerationConfig.from_pretrained(folder)

@@ -1,9 +1,10 @@
-"""A server under mixed load for a while: what breaks, what is lost, and whether its memory stays where it was.
+"""A server under mixed load for a while: errors, lost requests, and whether its memory is stable.
 
-Clients of every kind ask at once, each over connections that it keeps: greedy and sampled answers, log-probabilities,
-tool calls, JSON by a schema, the Responses API, streams, streams that are cut, and requests that are wrong. Targets: no
-status of 500 or more but that of a full queue, no connection that ends without an answer, no stream without its end, no
-request whose end isn't in the audit log, and a resident set that is no larger at the end than halfway, but for noise.
+Clients of every kind send requests concurrently, over persistent connections: greedy and sampled answers,
+log-probabilities, tool calls, JSON by a schema, the Responses API, streams, canceled streams, and invalid requests.
+Targets: no status of 500 or more except that of a full queue, no connection that ends without a response, no stream
+without its end, no request whose end isn't in the audit log, and a resident set that, except for noise, is no larger at
+the end than halfway.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ PATIENCE = 300.0
 CHATS, TEXTS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 NONE = Target(0, at_least=False)
 LEAST_GROWTH = 8.0
-"""MiB that a resident set may differ by between two minutes in which nothing is kept."""
+"""The noise of a resident set in MiB, between two minutes in which nothing is retained."""
 EVERY = 5.0
-"""Seconds between looks at the memory."""
+"""Seconds between measurements of the memory."""
 PAUSE = 0.1
-"""How often a client rests, so that its connection is used again after a while."""
+"""The probability that a client pauses after a request, so that idle connections are reused."""
 LONGEST_PAUSE = 7.0
 ASKS = ("Name three rivers.", "What is a friend?", "How do I boil an egg?", "Tell me about the moon.", "Why read?")
 TOOL = {
@@ -61,7 +62,7 @@ SCHEMA = {
 
 @dataclass
 class Seen:
-    """What all clients saw together."""
+    """What all clients observed."""
 
     names: list[str]
     stop: threading.Event = field(default_factory=threading.Event)
@@ -73,7 +74,7 @@ class Seen:
     gaps: list[float] = field(default_factory=list)
 
     def note(self, kind: str, response: httpx.Response) -> None:
-        """One more answer."""
+        """Count a response."""
         status = response.status_code
         with self.lock:
             self.statuses[f"{kind} {status}"] += 1
@@ -82,7 +83,7 @@ class Seen:
 
     @property
     def requests(self) -> int:
-        """How many were answered."""
+        """The number of responses."""
         return sum(self.statuses.values())
 
 
@@ -90,7 +91,7 @@ Ask = Callable[[httpx.Client, Seen, random.Random], None]
 
 
 def run(minutes: float, tokens: int, model: str | None) -> Report:
-    """The load, for so many minutes, of answers of so many tokens at most."""
+    """The load, for this many minutes, with answers of at most `tokens` tokens."""
     from trimtab.engines.transformers.default_model import default_folder
     from trimtab.lm import LM
 
@@ -127,7 +128,7 @@ def run(minutes: float, tokens: int, model: str | None) -> Report:
 
 
 def _load(url: str, pid: int, seen: Seen, seconds: float) -> list[tuple[int, float]]:
-    """All clients at once; the server's memory every few seconds, with how many requests it had answered."""
+    """All clients at once; the server's memory every few seconds, with the number of responses so far."""
     threads = [threading.Thread(target=_forever, args=(url, seen, ask, i)) for i, ask in enumerate(KINDS)]
     for thread in threads:
         thread.start()
@@ -163,7 +164,7 @@ def _memory(pid: int) -> float:
 
 
 def _lost(log: Path) -> int:
-    """Requests that were begun and have no end, once the server has had time to write it."""
+    """The number of requests with a beginning and no end, once the server has had time to write it."""
     for _ in range(60):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         begun, ended = ({line["request"] for line in lines if line["event"] == kind} for kind in ("begun", "ended"))
@@ -173,7 +174,7 @@ def _lost(log: Path) -> int:
     return len(begun ^ ended)
 
 
-# ---- what clients ask ------------------------------------------------------------------------------------------
+# ---- requests --------------------------------------------------------------------------------------------------
 
 
 def _body(seen: Seen, chance: random.Random, **more: Any) -> dict[str, Any]:

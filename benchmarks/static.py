@@ -1,10 +1,10 @@
 """Steered against unsteered generation: throughput and peak memory. Target: steering costs at most 2 %.
 
-Learned edits read and write several directions at once (`ReadWrite`): of rank 4 at one layer they may cost 3 %, of rank
-64 at every second layer 7 %.
+Learned edits read and write several directions at once (`ReadWrite`): with rank 4 at one layer they may cost 3 %, with
+rank 64 at every second layer 7 %.
 
-The baseline is generation without steering through `lm.generate`; transformers' own `generate` on the same
-inputs is run beside it. Directions are random and short, so that the text stays sane.
+The baseline is unsteered generation through `lm.generate`; transformers' own `generate` runs on the same inputs for
+comparison. Directions are random with small norms, so that the text stays intact.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PROMPTS = (
 class Case:
     """A batch, and how many random vectors each request has at how many layers (`None`: every layer).
 
-    With a `rank`, each is a random `ReadWrite` of that rank instead; `step` 2 is every second layer.
+    With a `rank`, each is a random `ReadWrite` of that rank instead; `step` 2 means every second layer.
     """
 
     name: str
@@ -99,7 +99,7 @@ def peak(case: str, tokens: int, steered: bool) -> float:
 
 
 def steerings_of(lm: LM, case: Case, norms: Sequence[float]) -> list[Steering]:
-    """The steering of each request of a case: random directions, `DOSE` of the layer's residual norm each."""
+    """The steering of each request of a case: random directions, each `DOSE` of the layer's residual norm."""
     middle = round(0.4 * lm.layout.layers)
     layers = range(0, lm.layout.layers, case.step) if case.layers is None else range(middle, middle + case.layers)
 
@@ -125,10 +125,11 @@ def residual_norms(lm: LM) -> list[float]:
 
 
 def _operation(width: int, push: float, norm: float, rank: int | None, generator: torch.Generator) -> Operation:
-    """A random one that pushes an activation of this norm about that far."""
+    """A random operation that pushes an activation with this norm by about `push`."""
     if rank is None:
         return Add(_direction(width, push, generator))
-    read = torch.randn(rank, width, generator=generator) / norm  # about 1 of an activation in any direction
+    # a reading of about 1 for an activation in any direction
+    read = torch.randn(rank, width, generator=generator) / norm
     write = torch.stack([_direction(width, push / rank**0.5, generator) for _ in range(rank)])
     return ReadWrite(read, write, low=0.0)
 
@@ -164,7 +165,7 @@ def _speed(lm: LM, case: Case, norms: Sequence[float], rounds: int, tokens: int)
 
 
 def _memory(cases: Sequence[Case], tokens: int) -> list[Result]:
-    one_a_batch = {case.batch: case for case in cases}  # unsteered, cases of the same batch are the same
+    one_a_batch = {case.batch: case for case in cases}  # unsteered, cases with the same batch size are the same
     plain = {batch: peak_of("static", "--case", c.name, "--tokens", str(tokens)) for batch, c in one_a_batch.items()}
     results = []
     for case in cases:

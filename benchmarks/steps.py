@@ -1,7 +1,7 @@
-"""A step of a batch of 16 rows, sampled and with log-probabilities, against a greedy one: what choosing tokens costs.
+"""The cost of choosing tokens: a step of a batch of 16 rows, sampled or with log-probabilities, against a greedy one.
 
-Three batches of the same prompts take their steps in turn, in one process, and none of their rows ends early. Target: a
-sampled step takes at most 1.3 times as long as a greedy one.
+Batches of the same prompts run in rotation, in one process, and none of their rows ends early. Target: a sampled step
+takes at most 1.3 times as long as a greedy one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ROWS = 16
 SAMPLED = Target(1.3, at_least=False)
 ALTERNATIVES = 5
 WARM_UP = 3
-"""Steps in which what stays the same is put where it is needed."""
+"""Steps in which constant data is moved to where it is needed."""
 
 
 def run(lm: LM, rounds: int, tokens: int, decodings: list[str]) -> Iterator[Result]:
-    """The median step of `tokens` of them, for each way of decoding, and its ratio to a greedy one."""
+    """The median time of a step over `tokens` steps, for each way of decoding, and its ratio to a greedy one."""
     lm.model.generation_config.eos_token_id = None
     case = f"a step of {ROWS} rows"
     names = ["greedy", *(name for name in decodings if name != "greedy")]
@@ -39,7 +39,7 @@ def run(lm: LM, rounds: int, tokens: int, decodings: list[str]) -> Iterator[Resu
 
 
 def _step(lm: LM, name: str, tokens: int) -> float:
-    """Milliseconds of a step: the median of so many, after the prompts have been read."""
+    """The median time of a step in milliseconds, over `tokens` steps after the prefill."""
     batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
     for seed, prompt in enumerate(PROMPTS[:ROWS]):
         batch.insert(

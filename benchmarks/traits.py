@@ -1,8 +1,8 @@
-"""What `make` makes of the trait cards: the share of the system prompt's effect that a steering has without it.
+"""Steerings that `make` makes from the trait cards: their share of the system prompt's effect, without the prompt.
 
-By log-probabilities of the model's own held-out answers for and against the trait, so that nobody judges; beside it
-random directions of the same length, and what the steering costs. What a run has made is kept in a folder, so that it
-can be stopped and started again.
+Measured by log-probabilities of the model's own held-out answers for and against the trait, without a judge, and
+compared with random directions of the same norm; the costs of the steering are measured too. Intermediate results are
+stored in a folder, so that a run can be resumed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ MINUTES = Target(10, at_least=False)
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one trait: the verdict as a card has it, what was chosen, and how long it took.
+    """The result for one trait: the verdict as in a card, the chosen candidate, and the time it took.
 
-    `cpu_minutes` counts all threads, so that other work on the machine doesn't change it much.
+    `cpu_minutes` counts all threads, so that other programs on the machine hardly change it.
     """
 
     trait: str

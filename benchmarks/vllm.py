@@ -1,8 +1,8 @@
-"""Steered generation on vLLM against the same vLLM without the plugin: its share of the throughput.
+"""Steered generation on vLLM against the same vLLM without the plugin: the ratio of their throughputs.
 
-Two engines stand side by side, each in a process of its own, one started without trimtab's plugin; they run in turns,
-in rounds, on the same prompts. On a CPU the ratio is of processor time, which other programs disturb less than time on
-the clock; on a GPU it is of the latter. There, `--dummy` runs random weights of a large model's shape.
+Two engines run in their own processes, one of them without trimtab's plugin; they take turns, in rounds, on the same
+prompts. On a CPU the ratio is of CPU time, which other programs disturb less than wall time; on a GPU it is of wall
+time. There, `--dummy` runs random weights with a large model's shape.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ SPEED = Target(0.97)
 IDLE = Target(0.99)
 BATCHES = (1, 32, 128)
 SPAN = (1, 4)
-"""Tokens that every prompt has."""
+"""Token positions that every prompt has."""
 CASES = ("idle", "one vector, one layer", "one vector, every layer", "three vectors, every layer", "32 steerings")
 BY_KEYS = ("idle, with room for emphasis by keys", "emphasis by keys")
 BY_MAPS = ("idle, with room for maps", "rank 4, every layer", "rank 64, half of the layers")
 GROUPS = {"": CASES, "keys": BY_KEYS, "maps": BY_MAPS}
-"""What needs operators of its own, at keys or for maps (`ReadWrite`), has an engine of its own: others don't pay for
-them."""
+"""Groups of cases that need extra operators, at keys or for maps (`ReadWrite`). Each group has its own engine, so that
+other cases don't pay for them.
+"""
 TARGETS = {"idle": IDLE, "rank 4, every layer": Target(0.95), "rank 64, half of the layers": Target(0.9)}
 
 
 def run(
     rounds: int, tokens: int, batches: Sequence[int], model: str | None, dummy: bool, options: dict[str, Any]
 ) -> Report:
-    """Each case's throughput over that of the engine without the plugin, at each batch size."""
+    """Each case's throughput relative to that of the engine without the plugin, at each batch size."""
     job = {"model": model, "dummy": dummy, "options": options, "tokens": tokens}
     plain = Contender(job, plugin=False)
     results: list[Result] = []
@@ -78,7 +79,7 @@ def _compared(plain: Contender, ours: Contender, group: str, rounds: int, batche
 
 
 class Contender:
-    """An engine in a process of its own, that runs a case at each call."""
+    """An engine in its own process, which runs a case per call."""
 
     def __init__(self, job: dict[str, Any], *, plugin: bool) -> None:
         environment = {
@@ -99,7 +100,7 @@ class Contender:
         self.about = self._answer()
 
     def timed(self, case: str, batch: int, clock: str) -> Callable[[], float]:
-        """Runs the case; tokens per second by this clock."""
+        """A function that runs the case and returns tokens per second by this clock."""
 
         def once() -> float:
             assert self.process.stdin is not None
@@ -116,7 +117,7 @@ class Contender:
         return json.loads(line)
 
     def close(self) -> None:
-        """End it."""
+        """Stop the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -126,15 +127,15 @@ class Contender:
 
 
 def serve(job: dict[str, Any]) -> None:
-    """What a contender does: it starts its engine, and runs cases until there are no more."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever vLLM prints is no answer
+    """The main loop of a contender's process: start its engine, and run cases until stdin ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # stdout is for results; vLLM's output goes to stderr
     from vllm import LLM, SamplingParams
 
     from trimtab.engines.transformers.default_model import default_folder
 
     dummy = {"load_format": "dummy"} if job["dummy"] else {}
     name = job["model"] or str(default_folder())
-    if job.get("group"):  # known before the engine starts, which then has the operators for it
+    if job.get("group"):  # known before the engine starts, so that it has the operators
         from transformers import AutoConfig
 
         from trimtab.engines.vllm.frontend import NAMES
@@ -181,7 +182,7 @@ def _asks(case: str, request: int) -> dict[str, Any] | None:
 
 
 def _known_before(case: str, layers: int, width: int) -> Steering:
-    """What needs operators that additions don't."""
+    """A steering that needs operators which additions don't."""
     if case in BY_KEYS:
         return emphasis(ScaleScores(1.2), [SPAN], range(layers))
     rank, where = (64, range(0, layers, 2)) if case.startswith("rank 64") else (4, range(layers))
@@ -194,7 +195,7 @@ def _known_before(case: str, layers: int, width: int) -> Steering:
 
 
 def _steerings(layers: int, width: int) -> dict[str, Steering]:
-    """Random directions, short enough that the text stays sane in a model whose residual norms are near 100."""
+    """Random directions, small enough that the text stays intact in a model whose residual norms are near 100."""
 
     def vector(seed: int, count: int, where: Sequence[int]) -> Steering:
         generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Words to include or leave out (IFEval's prompts with one keyword), lengths, and a letter case without a word.
+"""Words to include or exclude (IFEval's prompts with one keyword), lengths, and a letter case plus an excluded word.
 
-As in Stolfo et al. (2410.12877, sections 4.2, 4.3 and 5): a word is left out by subtracting the direction that puts it
-in, and lengths are steered along "be concise". Layers and strengths are chosen on the validation prompts that come with
+As in Stolfo et al. (2410.12877, sections 4.2, 4.3 and 5): a word is excluded by subtracting the direction that includes
+it, and lengths are steered along "be concise". Layers and strengths are chosen on the validation prompts that come with
 the data, or, for lengths, on the package's own queries; the test prompts are only answered.
 """
 
@@ -108,7 +108,7 @@ def lengths(model: str | None, mode: str, folder: Path, tokens: int, tune_tokens
 
 
 def length_items(base: Sequence[str], most: int | None = None) -> list[IFEvalItem]:
-    """Queries with "at most so many sentences"; without a number, each of `AT_MOST` in turn."""
+    """Queries with "at most N sentences"; without a number, with each of `AT_MOST` in turn."""
     items = []
     for i, query in enumerate(base):
         n = most or AT_MOST[i % len(AT_MOST)]
@@ -127,14 +127,14 @@ def word_moments(lm: LM, word_list: Sequence[str]) -> Mapping[str, Moments]:
 
 
 def spread(items: Sequence[IFEvalItem], count: int) -> list[IFEvalItem]:
-    """So many of the items, evenly spaced, so that they come from different queries."""
+    """`count` of the items, evenly spaced, so that they come from different queries."""
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def both(model: str | None, data: Path, mode: str, folder: Path, tokens: int, limit: int | None) -> Report:
-    """A letter case and a word left out at once, with the settings that were chosen for each alone.
+    """A letter case and an excluded word at once, with the settings that were chosen for each alone.
 
-    Raises `FileNotFoundError` when the single searches haven't been run in this folder.
+    Raises `FileNotFoundError` if the single searches haven't been run in this folder.
     """
     lm = LM.load(model)
     items = read_ifeval(data / "ifeval" / "casing_plus_exclusion.jsonl", limit)

@@ -1,8 +1,9 @@
-"""Words and lengths again, each with a steering of its own that is learned: distilled, or by the word's own logit.
+"""Words and lengths again, each with its own learned steering: distilled, or from the word's logit.
 
 All arms answer the same prompts: unsteered, steered and random directions without the instruction in the prompt (or
-with it), and unsteered the prompt with the instruction said once and twice. Learned on the package's own queries and
-phrasings; IFEval's prompts are only answered. Steerings and answers are kept in a folder, and a second start goes on.
+with it), and unsteered with the instruction said once and twice. Steerings are learned on the package's own queries and
+phrasings; IFEval's prompts are only answered. Steerings and answers are stored in a folder, so that a run can be
+resumed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ONCE, TWICE = "said once", "said twice"
 
 @dataclass(frozen=True)
 class Fit:
-    """How a steering is distilled: which fit, from so many of the package's queries, by answers of so many tokens."""
+    """How a steering is distilled: the fit, the number of the package's queries, and the tokens per answer."""
 
     fit: str
     queries: int
@@ -65,7 +66,7 @@ def run(
     how: Fit,
     dtype: str,
 ) -> Report:
-    """Learn what isn't in the folder yet, one steering a word or number of sentences, and answer in all arms."""
+    """Learn what isn't in the folder yet, one steering per word or number of sentences, and answer in all arms."""
     lm = LM.load(model, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     if task == "length":
@@ -87,7 +88,7 @@ def run(
 def learned(
     lm: LM, items: Sequence[IFEvalItem], folder: Path, learner: str, by: str, how: Fit
 ) -> dict[str, Steering | None]:
-    """Each item's steering, which it shares with those of the same instruction; `None` where none can be learned."""
+    """Each item's steering, shared by items with the same instruction; `None` if none can be learned."""
     learn = _by_logit(lm) if learner == "logit" else partial(_distilled, lm, how=how)
     kinds = {item.item: instruction_of(item) for item in items}
     steerings: dict[tuple[str, str | int], Steering | None] = {}
@@ -99,7 +100,7 @@ def learned(
 
 
 def instruction_of(item: IFEvalItem) -> tuple[str, str | int]:
-    """The type of an item's one instruction, and its word or the most sentences."""
+    """The type of an item's single instruction, and its word or the maximum number of sentences."""
     (kind,), (kwargs,) = item.types, item.kwargs
     if kind == SENTENCES:
         return kind, kwargs["num_sentences"] - 1
@@ -127,7 +128,7 @@ def _by_logit(lm: LM) -> Callable[[str, str | int], Steering]:
 
 
 def _distilled(lm: LM, kind: str, value: str | int, *, how: Fit) -> Steering:
-    """The instruction, said twice, as a steering, from answers that do what it says."""
+    """The instruction, said twice, as a steering, from answers that follow it."""
     values: dict[str, Value] = {"relation": "less than", "n": int(value) + 1} if kind == SENTENCES else {"word": value}
     described = instruction_type(kind)
     arguments = described.arguments(values)
@@ -154,9 +155,10 @@ def answers(
     by: str,
     tokens: int,
 ) -> list[Record]:
-    """Every arm on every item; an item without a steering has its unsteered answer in the steered arms.
+    """The records of every arm and item; for an item without a steering, its unsteered answer is reused in the steered
+    arms.
 
-    What is unsteered is kept in a file of its own, for all learners: `out` is a name with a place for which file it is.
+    Unsteered answers are stored in their own file, for all learners: `out` is a file name with a placeholder.
     """
     twice = {item.item: item.prompt for item in repeated(items)}
     bare = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
@@ -197,7 +199,7 @@ def rows(
     records: Sequence[Record],
     steerings: Mapping[str, Steering | None],
 ) -> tuple[Result, ...]:
-    """Of each arm the share that holds, and paired differences; beside them topic, circles, perplexity and tokens."""
+    """For each arm the share that passes, and paired differences; also topic, repetition, perplexity and tokens."""
     arms: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
         arms[record.arm][record.item] = record

@@ -1,4 +1,4 @@
-"""What changed in the public API since a commit, and whether the changelog says so.
+"""List the changes of the public API since a commit, and check that the changelog mentions them.
 
     python tools/api.py v0.1.0
 
@@ -23,7 +23,7 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def exported(package: griffe.Module) -> dict[str, griffe.Object]:
-    """The public names of a package, each with what it stands for."""
+    """The public names of a package, each with the object it refers to."""
     names: dict[str, griffe.Object] = {}
     for name, member in package.members.items():
         if member.is_alias and not name.startswith("_") and member.target_path.startswith("trimtab."):  # type: ignore[union-attr]
@@ -35,7 +35,7 @@ def exported(package: griffe.Module) -> dict[str, griffe.Object]:
 
 
 def alone(name: str, stands_for: griffe.Object) -> griffe.Module:
-    """A module that has this name only, since griffe compares the members of what it is given."""
+    """A module with only this name, since griffe compares the members of modules."""
     module = griffe.Module("trimtab")
     module.members[name] = stands_for
     return module
@@ -58,18 +58,18 @@ def changes(old: griffe.Module, new: griffe.Module) -> Iterator[tuple[str, str]]
 
 
 def unreleased() -> str:
-    """The changelog's section of what isn't released yet."""
+    """The changelog's section of unreleased changes."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     return text.partition("## [Unreleased]")[2].partition("\n## [")[0]
 
 
 def mentioned(name: str, text: str) -> bool:
-    """Whether a name stands in backticks somewhere, alone or as a part of code."""
+    """Whether a name occurs in backticks, alone or as part of code."""
     return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", code) for code in re.findall(r"`([^`]+)`", text))
 
 
 def main() -> int:
-    """Print the changes, with those marked that the changelog lacks; the exit status."""
+    """Print the changes, marking those that the changelog lacks; return the exit status."""
     parser = argparse.ArgumentParser(description="Compare the public API with that of a commit.")
     parser.add_argument("ref", help="a tag or commit")
     ref = parser.parse_args().ref

@@ -1,10 +1,10 @@
-"""Make an environment from its lock, or leave it alone where it is already made of just that.
+"""Make an environment from its lock, unless it is already up to date.
 
     python tools/environment.py main .venv
 
-What an environment is made of (its locks, the Python, whether there is an NVIDIA GPU) is hashed, and the hash is
-written into it last, as `made-of`. So one whose installation was interrupted is made anew, and one whose lock hasn't
-changed costs nothing. This needs no more than the standard library and the pip that comes with Python.
+The inputs of an environment (its locks, the Python version, whether there is an NVIDIA GPU) are hashed, and the hash is
+written into it last, as `made-of`. So an environment whose installation was interrupted is made again, and one whose
+lock hasn't changed costs nothing. This needs only the standard library and the pip that comes with Python.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ PYPROJECT = "pyproject.toml"
 TORCH = "constraints-cpu.txt"
 BUILD = "requirements/build.lock"
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
-# What no lock holds, and no environment for CPUs needs, though vLLM asks for it.
+# Packages that vLLM requires, but that are in no lock and not needed in environments for CPUs.
 LEFT_OUT = re.compile(r"requires (torchvision|torchaudio|torchcodec)\b.* not installed")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an environment is made of."""
+    """The inputs of an environment."""
 
-    lock: str | None = None  # None: the newest versions that there are, whatever pyproject.toml allows
-    overlay: bool = False  # a folder to lay over the main environment, not an environment of its own
-    gpu: bool = False  # whether it takes a CUDA build of torch where there is a GPU
-    torch: bool = False  # whether its lock names torch alone: without hashes, which differ between builds
+    lock: str | None = None  # None: the newest versions, ignoring pyproject.toml's upper bounds
+    overlay: bool = False  # a folder to put on top of the main environment, not a separate environment
+    gpu: bool = False  # whether it uses a CUDA build of torch if there is a GPU
+    torch: bool = False  # whether its lock has only torch: without hashes, which differ between builds
     python: tuple[int, int] = (3, 10)
 
 
@@ -51,12 +51,12 @@ RECIPES = {
 
 
 def base(gpu: bool) -> str:
-    """What an environment can't be updated across: the Python, and the kind of torch."""
+    """Properties that an environment can't be updated across: the Python version, and the kind of torch build."""
     return f"{sys.implementation.cache_tag} {sys.platform} {'cuda' if gpu else 'cpu'}"
 
 
 def ingredients(recipe: Recipe) -> str:
-    """The hash of the files that decide what is in an environment."""
+    """The hash of the files that determine the contents of an environment."""
     digest = hashlib.sha256()
     for name in [recipe.lock] if recipe.overlay else [PYPROJECT, TORCH, BUILD, recipe.lock]:
         digest.update((ROOT / name).read_bytes() if name else b"")
@@ -69,21 +69,23 @@ def pip(python: Path, *arguments: str | Path, quiet: bool = False) -> int:
 
 
 def install(python: Path, *arguments: str | Path) -> None:
-    """Install without compiling: Python compiles what is imported, which is a small part of what is installed."""
+    """Install without compiling: Python compiles modules on import, and only a small part of them is ever imported."""
     if pip(python, "install", "-qq", "--no-compile", *arguments):
         sys.exit(f"pip could not install into {python.parents[1]}")
 
 
 def install_torch(python: Path, gpu: bool, *wanted: str | Path) -> None:
-    """Install torch, which is in no lock. On a CPU its small build will do: from PyTorch's own index, or from wherever
-    pip is set up to look."""
+    """Install torch, which is in no lock.
+
+    On a CPU, try the small CPU build from PyTorch's own index first, then pip's configured index.
+    """
     flags = ("-qq", "--no-compile", "--retries", "0", "--index-url", CPU_TORCH)
     if gpu or pip(python, "install", *flags, *wanted, quiet=True):
         install(python, *wanted)
 
 
 def check(python: Path) -> None:
-    """Exit where a package lacks what it says it needs: a lock that is short of something must not pass for whole."""
+    """Exit if a package lacks one of its requirements: an incomplete lock must not go unnoticed."""
     done = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True)
     wrong = [line for line in done.stdout.splitlines() if not LEFT_OUT.search(line)]
     if done.returncode and wrong:
@@ -92,7 +94,7 @@ def check(python: Path) -> None:
 
 
 def install_upgraded(python: Path) -> None:
-    """Everything at its newest, with pyproject.toml's upper bounds left out."""
+    """Install the newest version of everything, without pyproject.toml's upper bounds."""
     listed: list[str | Path] = [python, ROOT / "tools/upgraded.py", "requirements"]
     wanted = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.splitlines()
     install(python, "--upgrade", "--upgrade-strategy", "eager", "-c", ROOT / TORCH, *wanted)
@@ -105,10 +107,10 @@ def make(name: str, path: Path) -> None:
     gpu = recipe.gpu and shutil.which("nvidia-smi") is not None
     mark, python = path / "made-of", path / "bin/python"
     wanted = f"{base(gpu)} {ingredients(recipe)}"
-    had = mark.read_text() if mark.exists() else None  # None too where it isn't ours: then nothing is removed
+    had = mark.read_text() if mark.exists() else None  # None also if it isn't ours: then nothing is removed
     if had == wanted and recipe.lock is not None:
         return
-    if had is not None and (recipe.overlay or not had.startswith(base(gpu))):  # those that are "unfinished" too
+    if had is not None and (recipe.overlay or not had.startswith(base(gpu))):  # including those marked "unfinished"
         shutil.rmtree(path)
     if recipe.overlay:
         path.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,8 @@ def make(name: str, path: Path) -> None:
     else:
         print(f"installing into {path}: a few minutes the first time", flush=True)
         if not python.exists():
-            itself = getattr(sys, "_base_executable", sys.executable)  # this one may just have been removed
+            # the current executable may just have been removed
+            itself = getattr(sys, "_base_executable", sys.executable)
             subprocess.run([itself, "-m", "venv", path], check=True)
         mark.write_text("unfinished")
         locked = ("--no-deps", "--require-hashes", "--no-build-isolation", "-r")
@@ -144,7 +147,7 @@ def main() -> None:
     path = arguments.path.resolve()
     turn = ROOT / "build" / f"{arguments.name}.lock"
     turn.parent.mkdir(exist_ok=True)
-    with turn.open("w") as file:  # two that make it at once: the second waits, and finds it made
+    with turn.open("w") as file:  # with two concurrent runs, the second waits and finds the environment made
         fcntl.flock(file, fcntl.LOCK_EX)
         make(arguments.name, path)
 

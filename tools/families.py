@@ -1,7 +1,7 @@
-"""Write docs/families.md: what of trimtab works on which type of model, as the doctor finds it.
+"""Write docs/families.md: which features of trimtab work on which type of model, according to the doctor.
 
     python tools/families.py                  all types, one process each: ten minutes of one core
-    python tools/families.py llama jamba      these rows anew; the others stay
+    python tools/families.py llama jamba      these rows again; the others stay
 
 A type is `llama`, a variant `gemma4_text@shared`, the language model of an image-text type `llava:images`.
 """
@@ -28,8 +28,8 @@ COUNTED = ("adding", "heads", "neurons", "attention", "mlp", "emphasis", "reject
 
 
 def main(arguments: list[str]) -> int:
-    """Run the types that are named, or all, and write the page."""
-    torch.set_num_threads(1)  # processes are forked from this one, which other threads wouldn't outlive
+    """Run the given types, or all, and write the page."""
+    torch.set_num_threads(1)  # processes are forked from this one, and other threads wouldn't survive the fork
     rows, missing = ({}, {}) if not arguments else page()[1:]
     for kind in arguments or (*LANGUAGE, *HYBRIDS, *IMAGES):
         rows.pop(kind, None)
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _checked(kind: str) -> dict[str, str] | str:
-    """A type's row, or why it has none, by a process of its own that needn't import anything."""
+    """A type's row, or the reason why it has none, computed in a forked process that needn't import anything."""
     forks = multiprocessing.get_context("fork")
     reader, writer = forks.Pipe(duplex=False)
     process = forks.Process(target=_answer, args=(kind, writer))
@@ -67,7 +67,7 @@ def _answer(kind: str, writer: Connection) -> None:
 
 
 def written(rows: dict[str, dict[str, str]], missing: dict[str, str]) -> str:
-    """The page."""
+    """The content of the page."""
     counts = {name: sum(each[name] in (MARKS["works"], MARKS["partly"]) for each in rows.values()) for name in COUNTED}
     legend = "\n".join(f"- **{name}**: {what}" for name, (what, _) in CHECKS.items() if name in COLUMNS)
     summary = ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,4 +1,4 @@
-"""The reference of the server's routes, made from its own OpenAPI document."""
+"""Generates the reference of the server's routes from its OpenAPI document."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 NOT_SUPPORTED = "Not supported."
-"""Fields that are there so that what asks for nothing is accepted; they stand in one line."""
+"""The description of fields that are accepted only with values that have no effect; they are listed in one line."""
 
 
 def http_page() -> str:
-    """Every route with its fields, the statuses it answers with, and the objects that it names."""
+    """The page: every route with its fields, its response statuses, and the objects that it refers to."""
     from trimtab.serve.app import openapi
 
     document = openapi()
@@ -70,7 +70,7 @@ def _object(name: str, schema: Any, schemas: Any) -> Iterator[str]:
 
 
 def _type(schema: Any, schemas: Any) -> str:
-    """What a field holds, in a word or two, with links to objects."""
+    """A field's type in a word or two, with links to objects."""
     if "$ref" in schema:
         name = _name(schema)
         return f"[{name}](#{name.lower()})"

@@ -1,8 +1,8 @@
-"""Renew the locks: what `make demo` and `make test` install, each version with its hashes, for Python 3.10 to 3.13.
+"""Renew the locks: the packages that `make demo` and `make test` install, with hashes, for Python 3.10 to 3.13.
 
 uv resolves them, within pyproject.toml's ranges and for all platforms at once; pip installs them
-(`tools/environment.py`). torch isn't in them. `constraints-cpu.txt` says which, and its builds, and with them what it
-needs of CUDA's packages, differ from machine to machine. `make lock` runs this, and it says what moved.
+(`tools/environment.py`). torch isn't in them: its version is in `constraints-cpu.txt`, and its builds, and the CUDA
+packages that these need, differ between machines. `make lock` runs this script, which prints the versions that changed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "requirements"
-# torchvision and its like from PyPI are made for CUDA: beside a CPU's torch they only break vLLM's imports.
+# torchvision and similar packages on PyPI are built for CUDA: with a CPU build of torch they break vLLM's imports.
 UNLOCKED = re.compile(r"torch|torchvision|torchaudio|torchcodec|triton|(nvidia|cuda)-.*")
 PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)==([^ \\]+)")
 
@@ -33,16 +33,16 @@ def resolve(
 
     Args:
         requirements: Lines of a requirements file.
-        python: The oldest Python that they are for.
-        project: This project too: "" for not at all, "." for what it needs, the name of an extra for that as well.
-        dependencies: Whether what these need is resolved as well.
-        preferred: A lock whose versions are kept where they will do.
-        kept: What is locked although its like aren't.
+        python: The oldest Python version to support.
+        project: Whether to include this project: "" for no, "." for its dependencies, the name of an extra to add that.
+        dependencies: Whether to resolve transitive dependencies as well.
+        preferred: A lock whose versions are kept if possible.
+        kept: Packages to lock although they match `UNLOCKED`.
     """
     with TemporaryDirectory() as folder:
         wanted, overrides, out = (Path(folder, name) for name in ("wanted.in", "overrides.txt", "out.txt"))
         wanted.write_text("\n".join(requirements) + "\n")
-        # Any triton will do: torch's builds for CUDA ask for one version, those for CPUs for none.
+        # Any triton will do: torch's builds for CUDA require one version, those for CPUs none.
         overrides.write_text((ROOT / "constraints-cpu.txt").read_text() + "triton\n")
         out.write_text(preferred)
         command: list[str | Path] = [
@@ -70,7 +70,7 @@ def pin(block: Block) -> tuple[str, str]:
 
 
 def write(name: str, blocks: list[Block], what: str) -> None:
-    """Write a lock, and print how it differs from what was there."""
+    """Write a lock, and print how it differs from the previous one."""
     path = LOCKS / f"{name}.lock"
     before = versions(path.read_text()) if path.exists() else None
     text = "".join("\n".join(block) + "\n" for block in blocks)
@@ -86,7 +86,7 @@ def write(name: str, blocks: list[Block], what: str) -> None:
 
 
 def versions(text: str) -> dict[str, str]:
-    """Package → its version, or its versions for different Pythons."""
+    """A mapping from package to its version, or its versions for different Python versions."""
     pins_of: dict[str, list[str]] = {}
     for match in filter(None, map(PIN.match, text.splitlines())):
         pins_of.setdefault(match[1], []).append(match[2])

@@ -1,9 +1,9 @@
-"""Run the notebooks in `examples/notebooks`, and keep what their cells show.
+"""Run the notebooks in `examples/notebooks`, and save them with their output.
 
     python tools/notebooks.py            # all of them
     python tools/notebooks.py format     # one
 
-The package and the default model have to be there. `tests/examples/test_notebooks.py` runs them as well, and compares.
+The package and the default model must be installed. `tests/examples/test_notebooks.py` runs them as well, and compares.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 
 
 def executed(path: Path) -> Any:
-    """A notebook, run from its first cell to its last in a kernel of its own."""
+    """A notebook, run from its first cell to its last in a new kernel."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -27,7 +27,7 @@ def executed(path: Path) -> Any:
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
     client.execute()
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # the times
+        cell.metadata.pop("execution", None)  # execution times
         if cell.cell_type == "code":
             cell.outputs = joined(output for output in cell.outputs if output.get("name") != "stderr")
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
@@ -35,7 +35,7 @@ def executed(path: Path) -> Any:
 
 
 def joined(outputs: Iterable[Any]) -> list[Any]:
-    """Outputs with the pieces of a stream put together, however they came."""
+    """Outputs with the pieces of a stream joined, however they were split."""
     kept: list[Any] = []
     for output in outputs:
         if kept and output.output_type == kept[-1].output_type == "stream":

@@ -1,9 +1,9 @@
-"""Run targets of the Makefile side by side, each with a log of its own. `make test` and `make test-all` do.
+"""Run targets of the Makefile in parallel, each with its own log. `make test` and `make test-all` use it.
 
     python tools/parts.py lint types test-newest test-vllm
 
-As many run at once as there are cores, in the order given. A line says when each has ended, with the last line of its
-log, which for tests is pytest's. What failed is shown again at the end, and then the exit status is 1.
+As many run at once as there are cores, in the given order. When a target ends, a line is printed with the last line of
+its log, which for tests is pytest's. The logs of failed targets are shown at the end, and then the exit status is 1.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from types import FrameType
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "build" / "logs"
 CLOSING = re.compile(r"(=+ )?(\d+ [a-z]+\b|no tests ran).* in [\d.]+s")  # pytest's last line
-SHOWN = 200  # lines of a failed part's log
-PATIENCE = 15  # seconds that a part has to stop in
+SHOWN = 200  # lines shown from the log of a failed part
+PATIENCE = 15  # seconds that a part has to stop
 
 
 def main(waiting: list[str]) -> int:
@@ -67,7 +67,7 @@ def log(part: str) -> Path:
 
 
 def start(part: str) -> subprocess.Popen[bytes]:
-    """A part, in a group of processes of its own, so that all that it starts can be stopped."""
+    """Start a part in its own process group, so that everything it starts can be stopped."""
     command = [os.environ.get("MAKE", "make"), "--no-print-directory", part]
     with log(part).open("wb") as out:
         return subprocess.Popen(
@@ -76,7 +76,7 @@ def start(part: str) -> subprocess.Popen[bytes]:
 
 
 def closing_lines(part: str) -> list[str]:
-    """Where a part runs pytest, pytest's last line of each run; elsewhere the last line of all."""
+    """If a part runs pytest, pytest's last line of each run; otherwise the last line of the log."""
     lines = [line for line in log(part).read_text(errors="replace").splitlines() if line.strip()]
     counts = [line for line in lines if CLOSING.match(line)]
     return counts or lines[-1:]
@@ -95,7 +95,7 @@ def stop(running: dict[str, subprocess.Popen[bytes]]) -> None:
         while any(process.poll() is None for process in running.values()) and time.monotonic() < until:
             time.sleep(0.1)
     for process in running.values():
-        with suppress(ProcessLookupError):  # what a part has left behind, which isn't there as a rule
+        with suppress(ProcessLookupError):  # processes that a part has left behind; usually there are none
             os.killpg(process.pid, signal.SIGKILL)
 
 

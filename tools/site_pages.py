@@ -1,6 +1,6 @@
-"""What the documentation site has besides `docs/`: the reference of names and commands, made from the code.
+"""Generates the documentation site's pages that aren't in `docs/`, such as the reference of names and commands.
 
-mkdocs calls `on_files` and `on_page_markdown`. Links from the pages to files outside of `docs/` go to the repository.
+mkdocs calls `on_files` and `on_page_markdown`. Links from the pages to files outside `docs/` point to the repository.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ GROUPS = {
     "Files": ("trimtab.files", "trimtab.baking"),
     "Errors": ("trimtab.errors",),
 }
-"""The parts of the reference, by where the public names live."""
+"""The parts of the reference, by the modules that define the public names."""
 
 LEADING = {"LM": ("load", "generate", "stream", "steered", "check", "read", "project", "sweep", "next_logprobs")}
-"""What has most of its methods from a class that isn't public by itself, and those that a reader looks for first."""
+"""Classes that inherit most of their methods from a class that isn't public, with the methods to list first."""
 
 OUTSIDE = re.compile(r"\]\((?:\.\./)+((?!\.\.)[^)#\s]+)(#[^)\s]*)?\)")
 MARKUP = re.compile(r"\[/?(?:bold|dim|italic)\]")
@@ -37,7 +37,7 @@ from http_page import http_page  # noqa: E402 (mkdocs loads this file by its pat
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that are made from the code."""
+    """Add the generated pages."""
     from mkdocs.structure.files import File
 
     pages = {
@@ -54,7 +54,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Let links to files that aren't pages of the site go to the repository."""
+    """Point links to files that aren't pages of the site to the repository."""
     folder = Path("benchmarks/x.md" if page.file.src_uri == "results.md" else f"docs/{page.file.src_uri}").parent
 
     def link(match: re.Match[str]) -> str:
@@ -75,7 +75,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def notebook_page(path: Path) -> str:
-    """A notebook with what its cells show, as Markdown; pictures and tables stand in the page itself."""
+    """A notebook with its output, as Markdown; images and tables are embedded in the page."""
     parts = []
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
@@ -106,7 +106,7 @@ def api_page() -> str:
         names = [name for name, (home, _) in public.items() if home.startswith(homes)]
         placed |= set(names)
         parts.append(f"## {title}\n")
-        # what a reader looks for comes first
+        # warnings come last
         for name in sorted(names, key=lambda name: (name.endswith("Warning"), name.lower(), name)):
             parts.append(f"::: {_defined(*public[name])}\n{_members(*public[name]) if name in LEADING else ''}")
     if missing := sorted(set(public) - placed):
@@ -115,7 +115,7 @@ def api_page() -> str:
 
 
 def _members(home: str, name: str) -> str:
-    """All of a class's public members, its own and those of the classes below it, the `LEADING` ones first."""
+    """All of a class's public members, own and inherited, the `LEADING` ones first."""
     from importlib import import_module
 
     kind = getattr(import_module(home), name)
@@ -127,7 +127,7 @@ def _members(home: str, name: str) -> str:
 
 
 def _defined(home: str, name: str) -> str:
-    """The dotted name under which something is defined, for a reader of the source."""
+    """The dotted name of the definition, for a reader of the source."""
     from importlib import import_module
 
     value = getattr(import_module(home), name)
@@ -161,7 +161,7 @@ def _commands(command: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str,
 
 
 def _help(text: str) -> str:
-    """A docstring of a command as Markdown: what is in bold or dim is typed, or shown as it is."""
+    """A command's docstring as Markdown: text in bold or dim becomes code."""
     text = textwrap.dedent(text).replace("\f", "")
 
     def block(match: re.Match[str]) -> str:

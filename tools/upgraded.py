@@ -1,7 +1,7 @@
-"""For `make test-upgraded`: what trimtab needs without the upper bounds, and what that has changed.
+"""For `make test-upgraded`: trimtab's requirements without upper bounds, and the versions that changed.
 
-python tools/upgraded.py requirements   # one a line, for pip
-python tools/upgraded.py differences    # between the locks and what is installed where this runs
+python tools/upgraded.py requirements   # one per line, for pip
+python tools/upgraded.py differences    # between the locks and the installed packages
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-SKIPPED = {"vllm"}  # it stands in an environment of its own, at the versions that its tests name
+SKIPPED = {"vllm"}  # it has a separate environment, with the versions that its tests name
 
 
 def unbounded(requirement: Requirement) -> Requirement:
-    """The same requirement with no more than its lower bound: what is pinned to one version may be newer."""
+    """The same requirement with only its lower bound; a version pinned with == becomes the lower bound."""
     floors = [f">={part.version}" for part in requirement.specifier if part.operator in (">=", "==", "~=")]
     requirement.specifier = SpecifierSet(",".join(floors))
     return requirement

@@ -1,4 +1,4 @@
-"""`trimtab bench`: every method on one model, at equal divergence from it, beside the prompt and random directions."""
+"""`trimtab bench`: compares all methods on one model at equal divergence, with the prompt and random directions."""
 
 from trimtab.bench.plan import Plan, Settings, plan
 from trimtab.bench.results import Results, results_of

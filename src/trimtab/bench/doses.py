@@ -1,4 +1,4 @@
-"""The strengths at which a steering takes the model so many nats from itself, several at once."""
+"""Finds the strengths at which a steering has given divergences in nats, several at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 CLOSE = 0.1
-"""So near to the requested divergence, as a share of it, is near enough to compare methods by."""
+"""Tolerance: a divergence this close to the requested one, as a share of it, is close enough to compare methods."""
 TOKENS = 16
 
 Steered = Steering | Sequence[Steering]
@@ -25,7 +25,7 @@ Steered = Steering | Sequence[Steering]
 
 @dataclass(frozen=True)
 class Dose:
-    """A strength: what the steering is multiplied by, and the divergence that it then has (95th percentile, mean)."""
+    """A strength: the factor of the steering, and the divergence that it then has (95th percentile, mean)."""
 
     nats: float
     factor: float
@@ -34,25 +34,25 @@ class Dose:
 
 
 def base_of(lm: LM, task: Task) -> Reference:
-    """What a task's divergences are measured from: unsteered answers to prompts like its items."""
+    """The reference for a task's divergences: unsteered answers to prompts like its items."""
     return reference(lm, list(task.reference_prompts), tokens=TOKENS)
 
 
 class Doses:
-    """Finds strengths of one steering; what has been measured once isn't measured again."""
+    """Finds strengths of one steering; divergences that have been measured are reused."""
 
     def __init__(self, lm: LM, base: Reference, steering: Steered) -> None:
         self._lm, self._base, self._steering = lm, base, steering
         self._seen: dict[float, Divergence] = {}
 
     def far(self, factor: float) -> float:
-        """The 95th percentile of the divergence at so many times the steering."""
+        """The 95th percentile of the divergence at this multiple of the steering."""
         if factor not in self._seen:
             self._seen[factor] = divergence(self._lm, scaled(self._steering, factor), self._base)
         return self._seen[factor].p95
 
     def at(self, nats: float) -> Dose:
-        """The strength for a divergence. Raises `TrimtabError` where none comes near it."""
+        """The strength that reaches a divergence. Raises `TrimtabError` if no strength comes close."""
         factor = factor_at(self.far, nats, CLOSE)
         reached = self._seen[factor]
         if abs(reached.p95 - nats) > 0.25 * nats:
@@ -63,7 +63,7 @@ class Doses:
 
     @property
     def measured(self) -> int:
-        """At how many strengths the divergence was measured."""
+        """The number of strengths at which the divergence was measured."""
         return len(self._seen)
 
     @property
@@ -73,7 +73,7 @@ class Doses:
 
 
 def scaled(steering: Steered, factor: float) -> Steered:
-    """So many times the steering, or each of them."""
+    """The steering, or each of several, times a factor."""
     return (
         factor * steering if isinstance(steering, Steering) else [factor * each_steering for each_steering in steering]
     )

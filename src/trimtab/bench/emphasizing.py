@@ -1,4 +1,4 @@
-"""Methods that emphasize a phrase of the prompt: a steering for each prompt, and a strength axis of their own."""
+"""Methods that emphasize a phrase of the prompt; they need a steering per prompt, and some have their own scale."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Emphasis:
-    """Such a method: its steering for a prompt and a phrase, options of generating, and why its strength isn't set by
-    nats, where it isn't."""
+    """Such a method: a function that makes its steering for a prompt and a phrase, options for generating, and, if its
+    strength isn't set by nats, the reason (`fixed`).
+    """
 
     make: Callable[..., Steering]
     title: str

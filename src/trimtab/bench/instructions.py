@@ -1,7 +1,7 @@
 """Tasks of following an instruction on an answer's form, checked by IFEval's code: with it in the prompt, and without.
 
-What is learned from are the package's queries and phrasings. Asked are IFEval's own prompts with that one instruction,
-where a data folder has them and the instruction stands in them word for word, and then the package's test queries.
+Methods learn from the package's queries and phrasings. The items are IFEval's own prompts with that one instruction, if
+the data folder has them and the instruction is in them word for word, followed by the package's test queries.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ TYPES = (
 FILE = Path("ifeval") / "ifeval_single_instr_format.jsonl"
 ASKED = 6
 PROMPT_TOKENS = 60.0
-"""Of a question with an instruction, about."""
+"""The approximate number of tokens of a question with an instruction."""
 PLAIN_ENDS = ("Answer as you usually do.", "Write it in the ordinary way.")
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 @dataclass(frozen=True)
 class Item:
-    """A query, the instruction that is said behind it or in it, and the whole prompt."""
+    """A query, the instruction that is added to it or contained in it, and the full prompt."""
 
     name: str
     query: str
@@ -52,9 +52,9 @@ class Item:
 
 
 def outlines(data: Path | None, pairs: int, tokens: int, types: tuple[str, ...] = TYPES) -> list[Outline]:
-    """Two tasks a type: the instruction isn't said (and a steering stands in for it), and it is said.
+    """Two tasks per type: without the instruction in the prompt (a steering stands in for it), and with it.
 
-    Raises `TrimtabError` when IFEval's checkers aren't installed.
+    Raises `TrimtabError` if IFEval's checkers aren't installed.
     """
     checkers()
     built = []
@@ -71,7 +71,7 @@ def outlines(data: Path | None, pairs: int, tokens: int, types: tuple[str, ...] 
 
 
 def holds(kind: str, text: str, cut: bool) -> bool:
-    """IFEval's loose verdict; what a token limit cut off is taken to be as the beginning promises."""
+    """IFEval's loose verdict; an answer that the token limit cut off is judged by its beginning."""
     if cut and kind == "startend:quotation":
         return text.strip().startswith('"')
     if cut and kind == "detectable_format:json_format":
@@ -82,7 +82,7 @@ def holds(kind: str, text: str, cut: bool) -> bool:
 
 
 def _items(kind: str, data: Path | None) -> list[Item]:
-    """IFEval's, then the package's."""
+    """IFEval's items, then the package's."""
     items = []
     if data is not None and (data / FILE).is_file():
         for item in read_ifeval(data / FILE):
@@ -98,7 +98,7 @@ def _items(kind: str, data: Path | None) -> list[Item]:
 
 
 def _phrase(item: IFEvalItem) -> str | None:
-    """The one sentence of the prompt that isn't in the prompt without the instruction; `None` where it isn't one."""
+    """The sentence of the prompt that the version without the instruction lacks; `None` unless there is exactly one."""
     bare = item.prompt_without_instruction
     if bare is None:
         return None

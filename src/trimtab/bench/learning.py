@@ -1,4 +1,4 @@
-"""Which method can learn a task, from what, and why not: by what its recipe says of itself."""
+"""Which methods can learn a task, and from what data, as declared by their recipes; if one can't, the reason."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 UNDIRECTED = {"tda": "it switches neurons off to save work, and is directed at nothing"}
-"""Methods that give a steering towards nothing."""
+"""Methods whose steering isn't directed at a behaviour."""
 CONTROL = "random"
-"""The method that is the control of all others."""
+"""The method that serves as the control for all others."""
 CONDITIONS = {"when", "unless", "harmless"}
-"""Options that take texts on which to act, and others."""
+"""Options that take texts on which to act, or not to act."""
 HEADS = 48
 
 
@@ -33,7 +33,7 @@ class Inputs:
 
 
 def inputs_for(recipe: Recipe, lessons: Lessons, seed: int) -> Inputs | str:
-    """What the method learns this task from; or, in words, why it can't."""
+    """The method's inputs for this task; or the reason, in words, why it can't learn it."""
     if recipe.name in UNDIRECTED:
         return UNDIRECTED[recipe.name]
     named = {option.name: option for option in recipe.options}
@@ -68,9 +68,9 @@ def inputs_for(recipe: Recipe, lessons: Lessons, seed: int) -> Inputs | str:
 
 
 def learned(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
-    """The method's steering, at its own defaults but for these arguments.
+    """The method's steering, with its own defaults except for these arguments.
 
-    Raises what the method raises, and `KeyboardInterrupt` where it was interrupted and ended before it was done.
+    Raises what the method raises, and `KeyboardInterrupt` if learning was interrupted and returned early.
     """
     options = dict(inputs.options)
     if recipe.name == "iti":
@@ -78,17 +78,18 @@ def learned(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
 
         options["heads"] = min(HEADS, lm.layout.layers * query_heads(lm.layout))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few pairs a method may well warn
+        warnings.simplefilter("ignore")  # with few pairs, warnings are expected
         steering: Steering = recipe.load()(lm, *inputs.data, None, **options)
     if steering.card.measured.get("interrupted"):
-        raise KeyboardInterrupt  # a descent ends with the best so far, and a run keeps whole cells only
+        # an interrupted optimization returns the best so far, but a run stores only complete cells
+        raise KeyboardInterrupt
     if not steering.edits:
         raise TrimtabError("it learned a steering that edits nothing")
     return steering
 
 
 def orthogonal(lm: LM, steering: Steering, task: Task, seed: int) -> Steering:
-    """A steering's control: as long, in directions orthogonal to its own. Raises `TrimtabError` where there is none."""
+    """A control: vectors of the same norms, orthogonal to the steering's own. Raises `TrimtabError` if it has none."""
     from trimtab.evaluate.controls import orthogonal_like
 
     return orthogonal_like(steering, seed, means_for(lm, [steering], task.reference_prompts))

@@ -1,4 +1,4 @@
-"""How an arm is scored: by answers, by letters, or by how likely given answers are. No judge."""
+"""How an arm is scored: by checked answers, by letters, or by the likelihood of given answers. No judge."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
 
 TOGETHER = 8
-"""So many answers are read at a time, whose logits are in memory together."""
+"""The number of answers per batch; the logits of a batch are in memory together."""
 HIGHEST = 1e6
-"""A perplexity that isn't a number, or higher, counts as this much."""
+"""The cap on perplexities; NaN and higher values count as this."""
 
 
 def by_answers(
@@ -35,13 +35,13 @@ def by_answers(
     tokens: int,
     queries: Sequence[str] = (),
 ) -> Measure:
-    """Answers are generated and checked.
+    """A measure that generates answers and checks them.
 
     Args:
-        prompts: Each arm's, an item each.
-        score: `score(i, answer, cut)`: what the answer to item i is worth.
-        tokens: The most of an answer.
-        queries: The questions, for whether the answer speaks of them.
+        prompts: Each arm's prompts, one per item.
+        score: `score(i, answer, cut)`: the score of the answer to item i.
+        tokens: The maximum number of tokens of an answer.
+        queries: The questions, for checking whether the answer is on topic.
     """
     context = prompts.get(PROMPT, prompts[PLAIN])
 
@@ -77,7 +77,10 @@ def by_answers(
 
 
 def by_letters(items: Sequence[ABItem], systems: Mapping[str, str | None]) -> Measure:
-    """The matching letter's share of both letters' probability, and the mass of both. `systems` has each arm's."""
+    """A measure of the matching letter's share of both letters' probability, and the mass of both.
+
+    `systems` has each arm's system message.
+    """
 
     def measure(lm: LM, arm: str, runs: Sequence[Run], _options: Mapping[str, Any]) -> list[Measured]:
         choices = [letters_of(lm, item, systems[arm]) for item in items]
@@ -87,7 +90,7 @@ def by_letters(items: Sequence[ABItem], systems: Mapping[str, str | None]) -> Me
 
 
 def letters_of(lm: LM, item: ABItem, system: str | None = None) -> Choice:
-    """A question up to the bracket, with the matching letter and the other one to choose from."""
+    """A question up to the bracket, with the matching letter and the other one as the choices."""
     question = ask_prompt(
         lm.tokenizer, question_prompt(lm.tokenizer, item.question, system), (item.matching, item.other)
     )
@@ -95,7 +98,7 @@ def letters_of(lm: LM, item: ABItem, system: str | None = None) -> Choice:
 
 
 def letters(lm: LM, choices: Sequence[Choice], runs: Sequence[Run]) -> list[Measured]:
-    """What comes of each run: a question's rows stand next to each other, so that what they share runs once."""
+    """The measures of each run. A question's rows are adjacent, so that their shared prefix is computed once."""
     rows = [(i, n) for i in range(len(choices)) for n in range(len(runs))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoseWarning)
@@ -110,10 +113,9 @@ def letters(lm: LM, choices: Sequence[Choice], runs: Sequence[Run]) -> list[Meas
 
 
 def by_leads(answers: Sequence[tuple[Mapping[str, Answered], Mapping[str, Answered]]]) -> Measure:
-    """By how much the wanted answer is likelier than the other, in nats per token,
-    teacher-forced.
+    """A measure of how much likelier the wanted answer is than the other, in nats per token, teacher-forced.
 
-    `answers[i]` are item i's wanted answer and the other one, each with the arms' prompts before it.
+    `answers[i]` are item i's wanted answer and the other one, each after the prompt of every arm.
     """
 
     def measure(lm: LM, arm: str, runs: Sequence[Run], _options: Mapping[str, Any]) -> list[Measured]:

@@ -1,4 +1,4 @@
-"""A run as one HTML page that stands alone: the verdict in words first, then who wins where, and what it costs."""
+"""Writes a run as one self-contained HTML page: the verdict in words, which method wins where, and the costs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ summary { cursor: pointer; font-weight: 600 }
 
 
 def write_page(path: Path, results: Results) -> None:
-    """Write the page, atomically. No scripts, nothing is fetched, all text is escaped.
+    """Write the page, atomically. It has no scripts and no external resources, and all text is escaped.
 
-    Raises `TrimtabError` when it can't be written there.
+    Raises `TrimtabError` if it can't be written.
     """
     model = results.about["model"]
     title = f"{_short(model)}: methods at equal divergence"

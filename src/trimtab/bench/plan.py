@@ -1,4 +1,4 @@
-"""What a run consists of, and how long it will take, known before it starts."""
+"""Plans a run: what it consists of, and how long it will take, before it starts."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
 
 NATS = (0.25, 1.0, 4.0)
 ITEMS = (64, 48, 32, 24, 16, 12, 8)
-"""What a budget chooses from."""
+"""The numbers of items that a budget chooses from."""
 ENOUGH = 12
-"""Before a task has fewer items than these, whole tasks are left out."""
+"""With a budget, whole tasks are left out before a task has fewer items than this."""
 OVER = "it was left out so that the rest fits the budget"
 DOSES = 14
-"""So many divergences are measured to find the strengths of one method, about."""
+"""The approximate number of divergences that are measured to find the strengths of one method."""
 MEASURED = 6
-"""On so many prompts each."""
+"""The number of prompts that each divergence is measured on."""
 ON_PROMPTS = 0.45
-"""The share of methods that act on prompts, and read them anew for each strength, about."""
+"""The approximate share of methods that act on prompts, which are therefore prefilled again for each strength."""
 TRAINING = 40 * 8 * 3.0
-"""How often a method that learns with gradients reads the answers of a pair: 40 steps of 8, forwards and backwards."""
+"""How often a method that learns with gradients reads the answers of a pair: 40 steps of 8, forward and backward."""
 WON = 0.25
-"""The share of runs that controls and side effects are measured for, about."""
+"""The approximate share of runs that controls and side effects are measured for."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is requested.
+    """The settings of a run.
 
     Args:
-        methods: Names, or patterns such as `re*`; empty: all that there are, the emphasizing ones among them. What
-            begins with `!` is left out.
-        tasks: The same of kinds (`instructions`, `behaviours`, `refusal`, `traits`) and names of tasks.
+        methods: Names, or patterns such as `re*`; empty: all methods, including the emphasizing ones. A name or pattern
+            that begins with `!` is excluded.
+        tasks: Likewise, with kinds (`instructions`, `behaviours`, `refusal`, `traits`) and names of tasks.
         nats: The divergences.
         items: The maximum number of items of a task.
-        pairs: The most pairs that are learned from.
+        pairs: The maximum number of pairs to learn from.
         tokens: The maximum length of an answer, in tokens.
-        seed: Of everything that is drawn.
-        data: A folder with other people's data: CAA's sets, IFEval, MMLU, XSTest, harmful requests.
-        lora: Whether a LoRA is finetuned for each task, too.
-        thorough: Controls and side effects at every strength, and not only where something is gained.
+        seed: The seed of everything random.
+        data: A folder with external data: CAA's sets, IFEval, MMLU, XSTest, harmful requests.
+        lora: Whether to finetune a LoRA for each task, too.
+        thorough: Measure controls and side effects at every strength, not only where there is a gain.
     """
 
     methods: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run: the tasks, the rows of each, how many items; and the tasks that were left out, and why."""
+    """A run: its tasks, the rows of each, and the tasks that are left out, with the reasons."""
 
     settings: Settings
     outlines: tuple[Outline, ...]
@@ -99,16 +99,16 @@ class Plan:
 
     @property
     def sides(self) -> int:
-        """Items of each side effect."""
+        """The number of items of each side effect."""
         return max(4, self.settings.items // 2)
 
     @property
     def cells(self) -> int:
-        """How many there are to run."""
+        """The number of cells to run."""
         return len(self.outlines) * len(self.rows)
 
     def head(self, lm: LM) -> dict[str, Any]:
-        """All that the run's bytes depend on; not where its data lie."""
+        """Everything that the contents of the run's files depend on; not the location of its data."""
         settings = asdict(self.settings)
         folder = self.settings.data
         settings["data"] = None if folder is None else sorted(path.name for path in folder.iterdir())
@@ -124,13 +124,13 @@ class Plan:
         }
 
     def title(self, name: str) -> str:
-        """A row's method in words."""
+        """A short description of a row's method."""
         if name in self.recipes:
             return self.recipes[name].title
         return EMPHASIS[name].title if name in EMPHASIS else "a finetuned low-rank adapter (arXiv 2106.09685)"
 
     def cost(self) -> Cost:
-        """Tokens to generate and to read, about."""
+        """The approximate number of tokens to generate and to read."""
         total = Cost()
         runs = len(self.nats)
         extra = runs * (1.0 if self.settings.thorough else WON)
@@ -147,14 +147,14 @@ class Plan:
         return total
 
     def _learns(self, name: str, outline: Outline) -> float:
-        """Tokens that a method reads to learn."""
+        """The number of tokens that a method reads to learn."""
         recipe = self.recipes.get(name)
         pairs = self.settings.pairs * outline.pair
         gradients = name == "LoRA" or (recipe is not None and ("gradient" in recipe.reads or name == "distill"))
         return pairs + TRAINING * outline.answers if gradients else 2 * pairs
 
     def _acts(self, name: str, outline: Outline) -> bool:
-        """Whether the method can act on the task, as far as is known beforehand."""
+        """Whether the method can act on the task, as far as is known in advance."""
         if name in EMPHASIS:
             return outline.said
         recipe = self.recipes.get(name)
@@ -165,17 +165,17 @@ class Plan:
 
 
 def plan(settings: Settings) -> Plan:
-    """What is to be run. Nothing is loaded for it.
+    """The plan of a run. No model is loaded for it.
 
     Raises:
-        TrimtabError: A method or a task that isn't there, by name, or none that can be run.
+        TrimtabError: A method or a task that doesn't exist, by name, or none that can be run.
     """
     known = recipes()
     names = [*known, *EMPHASIS]
     chosen = _chosen("method", settings.methods, {name: (name,) for name in names})
     rows = [name for name in names if name in chosen]
     if CONTROL not in rows:
-        rows.append(CONTROL)  # nothing is a gain that a random direction has, too
+        rows.append(CONTROL)  # a gain counts only if a random direction doesn't have it, too
     rows.sort(key=lambda name: (name != CONTROL, names.index(name)))
     rows += ["LoRA"] if settings.lora else []
     available, left_out = _available(settings)
@@ -189,7 +189,7 @@ def plan(settings: Settings) -> Plan:
 
 
 def _available(settings: Settings) -> tuple[list[Outline], list[tuple[str, str]]]:
-    """All tasks that can be had, and kinds that can't, with the reason."""
+    """All tasks that are available, and the kinds that aren't, with the reason."""
     outlines: list[Outline] = []
     left_out = []
     try:
@@ -208,7 +208,7 @@ def _available(settings: Settings) -> tuple[list[Outline], list[tuple[str, str]]
 
 
 def _wants(patterns: Sequence[str], kind: str) -> bool:
-    """Whether a kind is among what was requested: only then it matters that it can't be had."""
+    """Whether a kind was requested; only then does it matter that it isn't available."""
     named = [pattern for pattern in patterns if not pattern.startswith("!")]
     without = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     return any(fnmatch.fnmatchcase(kind, pattern) for pattern in named or ["*"]) and not any(
@@ -219,14 +219,14 @@ def _wants(patterns: Sequence[str], kind: str) -> bool:
 def _chosen(
     what: str, wanted: Sequence[str], known: Mapping[str, Sequence[str]], left_out: Sequence[tuple[str, str]] = ()
 ) -> set[str]:
-    """The names that are meant by names, kinds and patterns; all, where nothing is wanted in particular."""
+    """The names selected by names, kinds and patterns; all, if only exclusions are given."""
     chosen: set[str] = set(known) if all(pattern.startswith("!") for pattern in wanted) else set()
     for pattern in wanted:
         without = pattern.startswith("!")
         pattern = pattern.removeprefix("!")
         mine = {name for name, called in known.items() if any(fnmatch.fnmatchcase(call, pattern) for call in called)}
         if not mine and without and any(fnmatch.fnmatchcase(kind, pattern) for kind, _ in left_out):
-            continue  # what can't be had needs no leaving out
+            continue  # an unavailable kind needs no exclusion
         if not mine:
             why = next((f"; {reason}" for kind, reason in left_out if kind == pattern), "")
             listed = ", ".join(dict.fromkeys(call for called in known.values() for call in reversed(called)))
@@ -242,18 +242,18 @@ def _chosen(
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second that are generated, in a batch, and that are read."""
+    """Tokens per second: generated, in a batch, and only read."""
 
     made: float
     read: float
 
     def seconds(self, cost: Cost) -> float:
-        """How long that takes."""
+        """How long that takes, in seconds."""
         return cost.made / self.made + cost.read / self.read
 
 
 def speed_of(lm: LM, answering: LanguageModel | None = None) -> Speed:
-    """Measured on a few queries, in some seconds; `answering` generates, where it isn't `lm` that does."""
+    """The speed, measured on a few queries in a few seconds; `answering` generates if it is given, else `lm`."""
     from trimtab.evaluate.divergence import read_answered, reference
 
     questions = list(queries("tune")[:16])
@@ -270,10 +270,10 @@ def speed_of(lm: LM, answering: LanguageModel | None = None) -> Speed:
 
 
 def within(made: Plan, speed: Speed, budget: float) -> Plan:
-    """The plan with as many items, and then as many tasks of each kind, as fit into so many seconds.
+    """The plan with as many items, and then as many tasks of each kind, as fit into a budget in seconds.
 
     Raises:
-        TrimtabError: Not even the fewest fit; it says what they take.
+        TrimtabError: Not even the smallest plan fits; the message says how long it takes.
     """
     counts = [made.settings.items, *(count for count in ITEMS if count < made.settings.items)]
     enough = [items for items in counts if items >= ENOUGH] or counts[:1]
@@ -293,7 +293,7 @@ def within(made: Plan, speed: Speed, budget: float) -> Plan:
 
 
 def only(made: Plan, names: Collection[str], items: int) -> Plan:
-    """The plan with these of its tasks, and so many items; it says that a budget left the others out."""
+    """The plan with these of its tasks and this many items; the others are listed as left out because of the budget."""
     kept = tuple(outline for outline in made.outlines if outline.name in names)
     without = tuple((outline.name, OVER) for outline in made.outlines if outline.name not in names)
     settings = replace(made.settings, items=items)
@@ -301,7 +301,7 @@ def only(made: Plan, names: Collection[str], items: int) -> Plan:
 
 
 def _fewer(outlines: Sequence[Outline]) -> list[list[str]]:
-    """Fewer and fewer of these tasks, all at first, one of each kind at last: the most frequent kind loses one."""
+    """Ever shorter lists of tasks, from all to one of each kind; each step drops the last of the most frequent kind."""
     left = list(outlines)
     each = [[outline.name for outline in left]]
     while True:

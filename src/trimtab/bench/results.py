@@ -1,4 +1,4 @@
-"""What a run came to: each method's best strength on each task, decided by one test, and how the methods rank."""
+"""The results of a run: each method's best strength on each task, decided by one test, and a ranking of methods."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from trimtab.files.target import write_atomically
 
 RESULTS = "results.json"
 LOOPS, EMPTY, UNLIKELY = 0.1, 0.05, 2.0
-"""A text is broken where so much more of it is repeated, so many more answers are empty, or its median perplexity is so
-many times that of the unsteered answers."""
+"""A text counts as broken if its repetition exceeds the unsteered answers' by more than the first, the share of empty
+answers by more than the second, or if its median perplexity is more than the third times theirs.
+"""
 NO_BETTER = "no better than random"
-"""What `trimtab.evaluate.decision` calls better, and random directions at the same divergence have, too."""
+"""Called better by `trimtab.evaluate.decision`, but not better than random directions at the same divergence."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class Cell:
     """A method at one strength on one task.
 
     Args:
-        nats: The divergence that was requested; `None` where the strength isn't set by nats.
-        factor: What the steering was multiplied by.
+        nats: The divergence that was requested; `None` if the strength isn't set by nats.
+        factor: The factor of the steering.
         reached: The divergence that it had.
         decision: Against the unsteered arm, corrected for the number of strengths.
-        random: p of being better than random directions at the same nats; `None` where they weren't run.
+        random: The p-value of being better than random directions at the same nats; `None` if they weren't run.
         orthogonal: The same for directions orthogonal to its own.
-        beside: What else changed, steered minus unsteered, as means (of perplexities: the ratio of medians).
-        sides: Side effects: the change, with its interval; empty where they weren't measured.
-        broken: Which limits its text breaks.
+        beside: Other changes, steered minus unsteered, as means (for perplexities: the ratio of medians).
+        sides: Side effects: the change, with its interval; empty if they weren't measured.
+        broken: The limits that its text exceeds.
     """
 
     nats: float | None
@@ -55,7 +56,7 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """In the words of `trimtab.evaluate.decision`, and whether random directions do as well."""
+        """The verdict of `trimtab.evaluate.decision`, or `NO_BETTER` if random directions do as well."""
         if self.decision.verdict != BETTER:
             return self.decision.verdict
         controls = [p for p in (self.random, self.orthogonal) if p is not None]
@@ -64,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A method on one task: all its strengths, the best of them, and notes. `share` is that of the prompt's effect."""
+    """A method on one task: all its strengths, the best one, and notes. `share` is relative to the prompt's effect."""
 
     method: str
     cells: tuple[Cell, ...]
@@ -75,7 +76,7 @@ class Row:
 
     @property
     def cell(self) -> Cell:
-        """The best strength: the one that is better without breaking the text, else the one that gains most."""
+        """The best strength: one that is better without breaking the text, else the one with the largest gain."""
         return self.cells[self.best]
 
 
@@ -95,8 +96,9 @@ class TaskResults:
 
 @dataclass(frozen=True)
 class Standing:
-    """A method over all tasks: on how many it acts, on how many it is better, worse, and breaks the text; its place
-    among the methods (1: always first, 0: always last); and the median share of the prompt's effect."""
+    """A method over all tasks: the number of tasks that it acts on, and on which it is better, worse, or breaks the
+    text; its place among the methods (1: always first, 0: always last); and the median share of the prompt's effect.
+    """
 
     method: str
     tasks: int
@@ -109,8 +111,11 @@ class Standing:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run. `agreement` is Spearman's rank correlation of the methods' places between two halves of the items,
-    the mean over `SPLITS` ways to halve them."""
+    """A whole run.
+
+    `agreement` is Spearman's rank correlation of the methods' places between two halves of the items, averaged over
+    `SPLITS` random splits.
+    """
 
     about: Mapping[str, Any]
     tasks: tuple[TaskResults, ...]
@@ -119,7 +124,7 @@ class Results:
     left_out: Mapping[str, str]
 
     def words(self) -> list[str]:
-        """The verdict."""
+        """The verdict, as sentences."""
         rows = [(task, row) for task in self.tasks for row in task.rows if row.method != CONTROL]
         better = [(task, row) for task, row in rows if row.cell.verdict == BETTER]
         whole = [(task, row) for task, row in better if not row.cell.broken]
@@ -180,10 +185,10 @@ class Results:
 
 
 def results_of(folder: str | Path) -> Results:
-    """Sum up what a folder holds, and write `results.json` there.
+    """Summarize the run in a folder, and write `results.json` there.
 
     Raises:
-        TrimtabError: No run is there, or not one task of it is done.
+        TrimtabError: There is no run, or none of its tasks is done.
     """
     folder = Path(folder)
     if not (folder / HEAD).is_file():
@@ -273,7 +278,7 @@ def _row(
         notes.append("its divergence doesn't grow with the strength everywhere")
     if "no_orthogonal" in stored:
         notes.append(f"no orthogonal control: {stored['no_orthogonal']}")
-    # where the prompt itself does little, a share of it says nothing
+    # if the prompt itself has little effect, a share of it is meaningless
     share = cells[best].decision.difference.estimate / gain if gain is not None and gain > 0.02 else None
     return Row(method, cells, best, share, tuple(notes), stored.get("predictors"))
 
@@ -330,7 +335,7 @@ def _rank(
     halves: Sequence[Halves],
     places: dict[str, list[float]],
 ) -> None:
-    """Put the methods' places at each divergence of this task where those of other tasks are, in all and by halves."""
+    """Add the methods' places at each divergence of this task to `places` (on all items) and to `halves`."""
     order = {group: n for n, group in enumerate(dict.fromkeys(groups))}
     everything = list(range(len(groups)))
     at: dict[float, dict[str, Sequence[float]]] = {}
@@ -353,32 +358,31 @@ def _rank(
 
 
 def _places(of: Mapping[str, Sequence[float]], plain: Sequence[float], some: Sequence[int]) -> dict[str, float]:
-    """From 0 (last) to 1 (first) by the mean gain on these items; those that tie share their places."""
+    """From 0 (last) to 1 (first) by the mean gain on these items; ties share their places."""
     gains = {method: mean(scores[i] - plain[i] for i in some) for method, scores in of.items()}
     ranks = ranked(list(gains.values()))
     return {method: rank / (len(gains) - 1) for method, rank in zip(gains, ranks, strict=True)}
 
 
 def ranked(values: Sequence[float]) -> list[float]:
-    """The ranks of these values, 0 for the lowest; those that tie have the mean of theirs."""
+    """The ranks of these values, 0 for the lowest; ties get the mean of their ranks."""
     rounded = [round(value, 9) for value in values]
     return [sum(b < a for b in rounded) + (sum(b == a for b in rounded) - 1) / 2 for a in rounded]
 
 
 RANKED = 5
-"""From so many methods on an order is compared with another: of fewer, the same one comes about by chance too often."""
+"""The minimum number of methods for comparing two orders: with fewer, the same one occurs by chance too often."""
 
 
 SPLITS = 20
-"""So many ways to halve the items are tried: one of them may be lucky."""
+"""The number of random splits into halves: a single one may be lucky."""
 Halves = tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]
-"""By method, and task and divergence: its place, on one half of the items and on the other."""
+"""By method, and by task and divergence: its place, on one half of the items and on the other."""
 RELIABLE = 0.9
 
 
 def _agreement(halves: Sequence[Halves]) -> float | None:
-    """Spearman's correlation of the methods' mean places between the halves, over all splits; `None` for too few
-    methods."""
+    """Spearman's correlation of the methods' mean places between halves, over all splits; `None` for few methods."""
     each = [correlation for both in halves if (correlation := _correlation(*both)) is not None]
     return round(mean(each), 6) if each else None
 
@@ -395,7 +399,7 @@ def _correlation(*halves: Mapping[tuple[str, str], float]) -> float | None:
 
 
 def _more_items(agreement: float) -> str:
-    """How many more items would let halves agree by `RELIABLE`, by Spearman and Brown's formula."""
+    """How many times as many items would raise the agreement to `RELIABLE`, by the Spearman–Brown formula."""
     if agreement >= RELIABLE:
         return ""
     if agreement <= 0:

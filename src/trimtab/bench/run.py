@@ -1,4 +1,4 @@
-"""The benchmark itself: each task's arms without a steering, then each method at each divergence, one file each."""
+"""Runs the benchmark: each task's arms without a steering, then each method at each divergence, one file each."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ def bench(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Results:
-    """Run what was planned, and sum it up.
+    """Run a plan, and summarize the results.
 
-    Each cell (a method on a task) is a file in the folder, written atomically: an interrupted run goes on
-    with the same call, and ends with the same bytes as one that wasn't interrupted. The same model, settings, machine
-    and number of threads give the same files.
+    Each cell (a method on a task) is a file in the folder, written atomically. An interrupted run is resumed by the
+    same call, and ends with the same bytes as one that wasn't interrupted. The same model, settings, machine and number
+    of threads give the same files.
 
     Args:
         lm: The model, on the transformers engine.
-        plan: What `plan` made.
-        folder: Where the run is kept; it may hold the beginning of the same run.
+        plan: The result of `plan`.
+        folder: The folder of the run; it may hold an unfinished run with the same settings.
         answering: The same model on another engine, such as replicas of vLLM. It generates answers and scores letters,
-            of all arms; methods that it can't be steered by are left out, with the reason. Learning, divergences and
-            side effects stay with `lm`.
-        progress: Called with how many cells are done, and how many there are.
-        say: Called with what is being done, in words.
+            for all arms; methods that it doesn't support are left out, with the reason. Learning, divergences and side
+            effects stay with `lm`.
+        progress: Called with the number of cells that are done, and their total.
+        say: Called with the name of the task that starts.
 
     Raises:
-        TrimtabError: A folder with another run, a model that is being steered or on another engine, or two that aren't
-            the same model.
+        TrimtabError: A folder with another run, a model that is being steered or on another engine, or two models that
+            aren't the same.
     """
     check_lm(lm, "logits", "training")
     if answering is not None:
@@ -72,7 +72,7 @@ def bench(
         if say is not None:
             say(outline.name)
         running: _Running | None = None
-        with lm._caching_prefixes():  # all methods read the same prompts
+        with lm._caching_prefixes():  # all methods use the same prompts
             try:
                 running = _Running(lm, store, plan, outline.make(lm, store, plan.settings.items), answering)
                 running.arms()
@@ -89,7 +89,7 @@ def bench(
 
 
 class _Running:
-    """One task while it runs: what is measured for all of its methods stands here once."""
+    """One task while it runs; holds everything that is measured once for all of its methods."""
 
     def __init__(self, lm: LM, store: Store, plan: Plan, task: Task, answering: LanguageModel | None = None) -> None:
         self.lm, self.store, self.plan, self.task = lm, store, plan, task
@@ -100,13 +100,13 @@ class _Running:
 
     @property
     def base(self) -> Reference:
-        """What divergences are measured from."""
+        """The reference for divergences."""
         if self._base is None:
             self._base = base_of(self.lm, self.task)
         return self._base
 
     def arms(self) -> None:
-        """The arms without a steering, and what the task is."""
+        """Run the arms without a steering, and store the task's description."""
         task = self.task
         for arm in (PLAIN, *task.prompted):
             stored = self.store.keep("cells", task.name, arm, make=partial(self._prompted, arm))
@@ -129,7 +129,7 @@ class _Running:
         return asdict(self._measure(arm, [None])[0])
 
     def cell(self, name: str) -> None:
-        """One method: its doses, its runs, its controls; or why there are none."""
+        """Run one method: its doses, its runs, its controls; or store why there are none."""
         make = self._lora if name == LORA else self._emphasis if name in EMPHASIS else self._method
         self.store.keep("cells", self.task.name, "method", name, make=lambda: make(name))
 
@@ -199,7 +199,7 @@ class _Running:
     # ---- parts -------------------------------------------------------------------------------------------
 
     def _check_fits(self, steerings: Sequence[Steering], *features: str) -> None:
-        """Raises `TrimtabError` where another engine answers, and can't be steered so."""
+        """Raises `TrimtabError` if another engine answers and doesn't support these steerings."""
         if self.answering is not self.lm:
             self.answering.require(*features)
             for steering in steerings:
@@ -211,9 +211,9 @@ class _Running:
         return self.task.measure(self.answering, arm, each, options or {})
 
     def _dosed(self, steered: Steered, each: Sequence[Steering] | None, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The method at each divergence that it reaches, and why it doesn't reach the others.
+        """The method at each divergence that it reaches, and the reasons why it doesn't reach the others.
 
-        `steered` is what divergences are measured with, `each` a steering for each item; `None`: the same for all.
+        Divergences are measured with `steered`; `each` is a steering for each item (`None`: the same for all).
         """
         doses = Doses(self.lm, self.base, steered)
         reached: list[Dose] = []
@@ -231,7 +231,7 @@ class _Running:
         return {"runs": runs, "lacking": lacking, "monotone": doses.monotone}
 
     def _controlled(self, steering: Steering, result: dict[str, Any]) -> None:
-        """Orthogonal directions and side effects: where there is a gain that they could explain or spoil."""
+        """Measure orthogonal directions and side effects, for runs with a gain that they could explain or spoil."""
         assert self._plain is not None
         wanted = [run for run in result["runs"] if self.plan.settings.thorough or self._gains(run["scores"])]
         if not wanted:
@@ -258,7 +258,7 @@ class _Running:
             }
 
     def _run(self, steering: Steered, factor: float) -> Sequence[Steering]:
-        """A steering for each item; where it is one for all, the same object."""
+        """A steering for each item; if it is one for all, the same object."""
         dosed = scaled(steering, factor)
         return [dosed] * len(self.task.items) if isinstance(dosed, Steering) else dosed
 
@@ -284,7 +284,7 @@ def _engine_of(lm: LanguageModel) -> dict[str, str]:
 
 
 def _check_same(lm: LM, answering: LanguageModel) -> None:
-    """Raises `TrimtabError` where what answers isn't the model that is learned on, in the same precision."""
+    """Raises `TrimtabError` if `answering` isn't the model that methods are learned on, in the same precision."""
     answering.require("perplexity")
     for what, here, there in (
         ("weights", lm.identity.fingerprint, answering.identity.fingerprint),

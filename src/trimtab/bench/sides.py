@@ -1,4 +1,4 @@
-"""What a steering does besides what it is for: knowledge, harmless requests, other behaviours, plain text."""
+"""Side effects of a steering: on knowledge, harmless requests, other behaviours, plain text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = 8
 
 @dataclass(frozen=True)
 class Side:
-    """One side effect: what is measured, whether more of it is worse, and each item's value under a steering."""
+    """One side effect: its name, what is measured, and a function that returns each item's value under a steering."""
 
     name: str
     about: str
@@ -35,7 +35,7 @@ class Side:
 
 
 def sides(data: Path | None, count: int) -> Mapping[str, Side]:
-    """The side effects that can be measured with what the data folder has, on so many items each."""
+    """The side effects that can be measured with the data folder, on about `count` items each."""
     listed = [Side("text", "log-probability of the unsteered model's own answers, nats per token", _text())]
     if data is not None and (path := data / "mmlu" / "mmlu.json").is_file():
         listed.append(Side("MMLU", "the correct letter's share of two", _letters(path, count)))

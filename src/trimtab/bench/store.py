@@ -1,4 +1,4 @@
-"""A folder in which each part of a run is a file, written atomically, so that a run can go on where it was."""
+"""A folder in which each part of a run is a file, written atomically, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ HEAD = "run.json"
 
 
 LONGEST = 60
-"""Letters of a setting that an error shows; what is longer is only named."""
+"""The maximum number of characters of a setting that an error shows; longer ones are only named."""
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two runs differ in, each in words: a setting by its name, with what it was and what it is now."""
+    """The differences between two runs, in words: a setting's name, with its old and its new value."""
     words = []
     for key in sorted({**there, **now}):
         before, after = there.get(key), now.get(key)
@@ -40,7 +40,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 class Store:
-    """The folder of one run. `head` describes the run; a folder of another run is refused.
+    """The folder of one run. `head` describes the run; a folder with another run is rejected.
 
     Raises `TrimtabError` for such a folder, or one that can't be written.
     """
@@ -65,11 +65,11 @@ class Store:
             write_atomically(path, wanted)
 
     def done(self, kind: str, *names: str) -> bool:
-        """Whether this part is there."""
+        """Whether this part exists."""
         return self._path(kind, names, ".json").is_file()
 
     def keep(self, kind: str, *names: str, make: Callable[[], Any]) -> Any:
-        """What is in this part's file; where there is none it is made and written. Values are JSON's."""
+        """The content of this part's file, which is made and written first if it doesn't exist. Values must be JSON."""
         path = self._path(kind, names, ".json")
         if not path.is_file():
             write_atomically(path, canonical(make()))
@@ -79,7 +79,7 @@ class Store:
             raise TrimtabError(f"{path} is damaged; delete it, and it is made again") from None
 
     def keep_steering(self, *names: str, make: Callable[[], Steering]) -> Steering:
-        """The steering of this part, learned where it isn't there yet."""
+        """The steering of this part, learned first if it doesn't exist."""
         path = self._path("learned", names, ".safetensors")
         if not path.is_file():
             save_steering(make(), path)
@@ -90,7 +90,7 @@ class Store:
 
 
 def canonical(value: Any) -> bytes:
-    """The value as JSON, the same bytes for the same value; numbers that JSON hasn't become null."""
+    """The value as JSON, the same bytes for the same value; NaN and infinities become null."""
     return (json.dumps(_finite(value), ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
 
 
@@ -105,6 +105,6 @@ def _finite(value: Any) -> Any:
 
 
 def _plain(name: str) -> str:
-    """The name as a file's: what may not stand there is replaced, and then a digest keeps names apart."""
+    """The name as a file name: other characters are replaced, and a digest then keeps names distinct."""
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"

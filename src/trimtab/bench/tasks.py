@@ -1,4 +1,4 @@
-"""What a benchmark task is: what is learned from, the questions, and how an answer is scored."""
+"""Defines a benchmark task: the data to learn from, the questions, and how an answer is scored."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from trimtab.text.pairs import Pair
 
 PLAIN, PROMPT, TWICE = "unsteered", "prompt", "said twice"
-"""The arms without a steering: nothing said but the question, what words can do, and the same words twice."""
+"""The arms without a steering: the question only, the question with the instruction, and with the instruction twice."""
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """What methods learn from, in all the forms that a task has.
+    """The data that methods learn from, in all the forms that a task has.
 
     Args:
         pairs: Contrastive pairs by their shape.
-        texts: Prompts on which the behaviour belongs, for methods that learn from texts.
-        others: Prompts on which it doesn't.
+        texts: Prompts on which the behaviour is wanted, for methods that learn from texts.
+        others: Prompts on which it isn't.
         contrast: A text for and a text against, for methods that take two texts.
         teacher: Keywords of `learn_distill`: the instruction and the questions.
     """
@@ -40,9 +40,10 @@ class Lessons:
 
 @dataclass(frozen=True)
 class Measured:
-    """One arm: a score for each item, in the items' order, and what else was seen of each (`repeated`, `perplexity` …).
+    """One arm: a score for each item, in the order of the items, and other measures of each (`repeated`, `perplexity`
+    …).
 
-    `answers` are what was said, where something is.
+    `answers` are the generated texts, if any.
     """
 
     scores: tuple[float, ...]
@@ -53,8 +54,9 @@ class Measured:
 Run = Sequence["Steering | None"]
 """A steering for each item."""
 Measure = Callable[["LM", str, Sequence[Run], Mapping[str, Any]], list[Measured]]
-"""`measure(lm, arm, runs, options)`: what comes of each run, all in the same batches, in one of the task's arms;
-`options` are for `lm.generate`."""
+"""`measure(lm, arm, runs, options)`: the results of each run, all in the same batches, in one of the task's arms;
+`options` are for `lm.generate`.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,18 @@ class Task:
     Args:
         name: Its name.
         about: What a higher score means.
-        unit: What a score is: a share from 0 to 1, or nats per token.
+        unit: The unit of a score: a share from 0 to 1, or nats per token.
         items: The items' names.
-        groups: Which items belong together in intervals and tests.
-        prompted: Which of the arms `PROMPT` and `TWICE` there are.
-        lessons: What is learned from.
+        groups: The group of each item; groups are resampled as a whole in intervals and tests.
+        prompted: Which of the arms `PROMPT` and `TWICE` exist.
+        lessons: The data to learn from.
         reference_prompts: Prompts like the items', none of them an item, on which divergences are measured.
-        prompts: What each item asks, in the arm without a steering; empty where nothing is generated.
-        phrases: For each item the phrase of its prompt that may be emphasized; none where nothing is said there.
+        prompts: Each item's prompt, in the arm without a steering; empty if nothing is generated.
+        phrases: For each item, the phrase of its prompt that may be emphasized; empty if the prompts have no
+            instruction.
         reference_phrases: The same for `reference_prompts`.
         measure: How an arm is scored.
-        logits: Whether that takes probabilities of all tokens, which not every engine gives.
+        logits: Whether scoring needs the probabilities of all tokens, which not every engine provides.
     """
 
     name: str
@@ -113,14 +116,15 @@ class Outline:
     Args:
         name: The task's name.
         kind: `instructions`, `behaviours`, `refusal` or `traits`.
-        available: How many items there are at most.
-        arm: What one arm costs, an item, beside reading its prompts.
-        written: What a pair to learn from costs to write, where the model writes it.
-        pair: The tokens of a pair.
-        answers: Those of them that are its two answers.
-        prompt: The tokens of an item's prompt.
-        make: Gives the task: `make(lm, store, items)`.
-        prompts: So many times an arm reads an item's prompt. Methods that act on answers alone read it once for all.
+        available: The maximum number of items.
+        arm: The cost of one arm per item, excluding the reading of its prompts.
+        written: The cost of writing a pair to learn from, if the model writes it.
+        pair: The number of tokens of a pair.
+        answers: The number of tokens of the pair's two answers.
+        prompt: The number of tokens of an item's prompt.
+        make: Makes the task: `make(lm, store, items)`.
+        prompts: How many times an arm reads an item's prompt. Methods that act on answers only read it once for all
+            strengths.
         said: Whether the instruction is in the prompts, so that it can be emphasized.
     """
 

@@ -1,4 +1,4 @@
-"""Tasks of being a certain way (the trait cards): by how likely the model's own answers for and against it become."""
+"""Tasks from the trait cards, scored by the likelihood of the model's own answers for and against the trait."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 TRAITS = ("blunt", "cheerful", "concise", "formal", "pirate", "poetic")
-"""Those that are run where no tasks are named; the other cards are `MORE`."""
+"""The traits that run by default; the other cards are of the kind `MORE`."""
 MORE = "more-traits"
 ASKED = 6
 LEAST = 5
-"""Fewer questions with answers on both sides are too few to tell anything from luck."""
+"""The minimum number of questions with answers on both sides; with fewer, nothing can beat chance."""
 
 
 def outlines(tokens: int, pairs: int) -> list[Outline]:
-    """A task for each trait card; those that are run anyway first."""
+    """A task for each trait card, those that run by default first."""
     built = []
     for card in sorted(traits().values(), key=lambda trait: (trait.name not in TRAITS, trait.name)):
         texts = 2 * (len(card.learn) + len(card.test)) / max(1, pairs)  # all questions are answered, to find enough

@@ -1,4 +1,4 @@
-"""Whether it works: answers checked by code, and how sure a count is."""
+"""Evaluation of steered models: answers checked by code, and confidence intervals for the results."""
 
 from trimtab.evaluate.constraints import CONSTRAINTS, Check, on_topic
 from trimtab.evaluate.intervals import Interval, paired_bootstrap

@@ -1,8 +1,9 @@
 """Multiple choice by two letters: how probable is the answer that matches a behaviour?
 
-Rimsky et al. (2312.06681, section 4.1): the question and an opening bracket are read, and `q = p(matching) /
-(p(matching) + p(other))` at the last position. `mass = p(matching) + p(other)` is kept beside it, since `q` looks the
-same however little is left for both letters: a steering that breaks the model shows there first.
+As in Rimsky et al. (2312.06681, section 4.1), the prompt is the question and an opening bracket, and the score is `q =
+p(matching) / (p(matching) + p(other))` at the last position. `mass = p(matching) + p(other)` is recorded too, since `q`
+looks the same however little probability both letters have: a steering that breaks the model shows up in the mass
+first.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ POLARITY = {
     "survival-instinct": "matching accepts being shut down (the safe answer)",
     "sycophancy": "matching agrees with the user",
 }
-"""What a higher score means, by the name of the folder or file; the names alone mislead for two of them."""
+"""What a higher score means, by the name of the folder or file. For two of them the name alone is misleading."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ABItem:
     other: str
     category: str | None = None
     group: str | None = None
-    """What belongs together in intervals: the same question in both orders of its answers."""
+    """Items that are resampled together for intervals: the same question in both orders of its answers."""
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -67,11 +68,11 @@ def read_ab(path: str | Path, *, exclude: bool = False, limit: int | None = None
     """The items of a JSON list (or another table, see `read_rows`) in CAA's format, and the names of those left out.
 
     A row has `question`, `answer_matching_behavior` and `answer_not_matching_behavior`, or `prompt`, `correct` and
-    `incorrect`, perhaps with a `category`. An item is named by its category, if any, and its number from 1. With
-    `limit`, so many are taken, evenly from the whole file.
+    `incorrect`, and optionally a `category`. An item is named by its category, if any, and its number from 1. With
+    `limit`, at most that many are taken, evenly spaced over the whole file.
 
-    Raises `TrimtabError` for a file or row that can't be read, and for an item whose answers are other letters than A
-    and B; with `exclude` such items are left out instead, and named. They are never scored.
+    Raises `TrimtabError` for a file or row that can't be read, and for an item whose answers aren't the letters A and
+    B; with `exclude`, such items are left out instead, and their names are returned. They are never scored.
     """
     path = Path(path)
     rows = list(read_rows(path, otherwise=".json"))
@@ -123,14 +124,14 @@ def _item(row: Any, where: str, number: int) -> ABItem:
 
 
 def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
-    """At most `limit` of the items, evenly from first to last, so that no category of a sorted file is favoured."""
+    """At most `limit` of the items, evenly spaced, so that no category of a sorted file is favoured."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def polarity(path: str | Path) -> str:
-    """What "matching" means in this file, by its folder's or its own name; said plainly where it isn't known."""
+    """What "matching" means in this file, by the name of its folder or its own; a generic phrase if it isn't known."""
     path = Path(path)
     for name in (path.parent.name, path.stem):
         if name in POLARITY:
@@ -139,23 +140,25 @@ def polarity(path: str | Path) -> str:
 
 
 OPTIONS = re.compile(r"(.*?(?:^|\n)[ \t]*)\(A\)(.*?)(\n[ \t]*)\(B\)(.*)", re.DOTALL)
-"""A question whose two options begin lines of their own, (A) first."""
+"""A question whose two options each start a line, (A) first."""
 
 
 def in_both_orders(items: Sequence[ABItem]) -> list[ABItem]:
-    """Each question as it is, and once more with its options exchanged, so that a preference for a letter cancels.
+    """Each question as it is, and again with its options swapped, so that a preference for a letter cancels out.
 
-    A small model likes one letter better whatever stands behind it, and so does a random direction that is added to
-    it. Over both orders such a preference changes no mean (Zheng et al., arXiv 2309.03882, on position bias).
+    A small model prefers one letter whatever the option says, and adding a random direction has the same effect.
+    Averaged over both orders, such a preference doesn't change the mean (Zheng et al., arXiv 2309.03882, on position
+    bias).
 
     Args:
-        items: Questions whose options begin lines with (A) and (B).
+        items: Questions whose options (A) and (B) each start a line.
 
     Returns:
-        Two items a question, named `3` and `3, swapped`, in a group of their own, so that intervals draw both or none.
+        Two items per question, named `3` and `3, swapped`. They form a group, so that intervals resample both or
+        neither.
 
     Raises:
-        TrimtabError: A question whose options can't be told apart; it names the item.
+        TrimtabError: The options of a question can't be distinguished; the message names the item.
     """
     return [version for item in items for version in (replace(item, group=item.item), _swapped(item))]
 
@@ -188,9 +191,9 @@ def _swapped(item: ABItem) -> ABItem:
 def requests_of(
     lm: LM, items: Sequence[ABItem], arms: Mapping[str, Steering | None], systems: Mapping[str, str] | None = None
 ) -> list[ArmPrompt]:
-    """Every item in every arm. `systems[arm]` is the system message that an arm has.
+    """One request per item and arm. `systems[arm]` is the arm's system message.
 
-    Raises `TrimtabError` for a system message that the model has no template for.
+    Raises `TrimtabError` for a system message that the model's chat template doesn't support.
     """
     systems = systems or {}
     return [
@@ -215,10 +218,10 @@ def score_ab(
 ) -> list[Record]:
     """Score all requests, whatever their arms and steerings. A record's answer is the more probable letter.
 
-    The rows of one question stand in the same batch, so that what they have in common runs once. Batches are fixed
-    before the first one runs, and with `out` a run can be interrupted and goes on, as in `answers.answer`.
+    The rows of one question are in the same batch, so that their shared prefix is computed once. Batches are fixed
+    before the first one runs. With `out`, an interrupted run can be resumed, as in `answers.answer`.
 
-    Raises `TrimtabError` before anything runs for a request that can't, or an item that isn't among `items`.
+    Before anything runs, raises `TrimtabError` for a request that can't run, or whose item isn't in `items`.
     """
     check_names(requests)
     if batch_size < 1:
@@ -269,7 +272,7 @@ def _choice(lm: LM, request: ArmPrompt, item: ABItem) -> Choice:
 def _batches(
     requests: Sequence[ArmPrompt], choices: Mapping[tuple[str, str], Choice], size: int
 ) -> list[list[ArmPrompt]]:
-    """Longest text first, a text's rows next to each other and in one batch where they fit."""
+    """The longest texts first, with rows of the same text next to each other and, if they fit, in one batch."""
     texts: dict[tuple[int, ...], list[ArmPrompt]] = {}
     for request in requests:
         texts.setdefault(tuple(choices[request.arm, request.item].ids), []).append(request)
@@ -303,5 +306,5 @@ def _record(request: ArmPrompt, item: ABItem, token: NextToken, digests: Mapping
 
 
 def category_of(record: Record) -> str:
-    """The category that an item's name begins with; `""` where it has none."""
+    """The category that an item's name begins with; `""` if it has none."""
     return record.item.rpartition("/")[0]

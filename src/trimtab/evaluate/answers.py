@@ -1,4 +1,4 @@
-"""Answering the requests of an evaluation: all arms in the same batches, one line a record, resumable."""
+"""Generate the answers of an evaluation: all arms in the same batches, one line per record, resumable."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def answer(
     about: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[Record]:
-    """Answer and score all requests, whatever their arms and steerings, under the same stop rules.
+    """Answer and score all requests, whatever their arms and steerings, with the same stopping rules.
 
-    The batches are fixed before the first one runs: the requests, longest prompt first, cut into `batch_size`. So an
-    answer doesn't depend on where a run was interrupted. Rows leave their batch as they end, where `lm.generate` can
-    let them. Records come, and are written, in that order. `options` go to `lm.generate`; with
-    `do_sample=True` each batch has a seed of its own, drawn from `seed`.
+    The batches are fixed before the first one runs: the requests are sorted by prompt length, longest first, and split
+    into batches of `batch_size`. So an answer doesn't depend on where a run was interrupted. Finished rows leave their
+    batch if `lm.generate` supports it. Records are returned, and written, in that order. `options` are passed to
+    `lm.generate`; with `do_sample=True` each batch has its own seed, derived from `seed`.
 
-    With `out`, each batch is appended to that JSONL file as soon as it is done. When the file is there already, the
-    run goes on after its last whole batch, and ends with the bytes that an uninterrupted run writes. Its first line
-    describes the run: model, options, requests, and `about`, which is for what else a score depends on.
+    With `out`, each batch is appended to that JSONL file as soon as it is done. If the file exists, the run resumes
+    after its last complete batch, and the finished file is byte-identical to that of an uninterrupted run. The first
+    line describes the run: model, options, requests, and `about`, which holds anything else that a score depends on.
 
-    Raises `TrimtabError` before anything is generated for a request that can't run, two requests of the same arm and
+    Before anything is generated, raises `TrimtabError` for a request that can't run, two requests with the same arm and
     item, or a file that another run wrote.
     """
     check_names(requests)
@@ -103,10 +103,10 @@ def run(
     progress: Callable[[int, int], None] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> list[Record]:
-    """Have `make(number, batch, digests)` answer each batch, and keep the file `out` as `answer` says.
+    """Answer each batch with `make(number, batch, digests)`, and maintain the file `out` as described in `answer`.
 
-    `batches` are the requests in the order in which they are run; `digests` are those of the steerings, by their `id`.
-    What `make` gives may depend on the batch and `settings` alone, or a run that goes on would not end the same.
+    `batches` are the requests in the order in which they run; `digests` maps the `id` of a steering to its digest. The
+    result of `make` may depend only on the batch and `settings`; otherwise a resumed run would end differently.
     """
     steerings = {id(r.steering): r.steering for r in requests if r.steering is not None}
     digests = {number: steering_digest(steering) for number, steering in steerings.items()}
@@ -131,7 +131,7 @@ def run(
 
 
 def check_names(requests: Sequence[ArmPrompt]) -> None:
-    """Raises `TrimtabError` for no requests, or two of the same arm and item."""
+    """Raises `TrimtabError` if there are no requests, or two with the same arm and item."""
     if not requests:
         raise TrimtabError("there are no requests; give at least one")
     seen: set[tuple[str, str]] = set()
@@ -144,7 +144,7 @@ def check_names(requests: Sequence[ArmPrompt]) -> None:
 def _check(
     lm: LM, requests: Sequence[ArmPrompt], max_new_tokens: int, transfer: bool, options: Mapping[str, Any]
 ) -> list[int]:
-    """The lengths of the prompts in tokens. Raises `TrimtabError` for what would fail in a later batch."""
+    """The lengths of the prompts in tokens. Raises `TrimtabError` for anything that would fail in a later batch."""
     from trimtab.engines.transformers.generate import check_request
 
     steerings = {id(request.steering): request.steering for request in requests}
@@ -176,7 +176,7 @@ def _header(
     settings: Mapping[str, Any],
     about: Mapping[str, Any] | None,
 ) -> bytes:
-    """The first line of a file of records: all that its bytes depend on."""
+    """The first line of a file of records: everything that the file's bytes depend on."""
     arms: dict[str, list[Any]] = {}
     for r in requests:
         arms.setdefault(r.arm, []).append([r.item, r.prompt, digests.get(id(r.steering)), r.group])
@@ -203,10 +203,10 @@ def _digest(value: Any) -> str:
 
 
 def _resume(path: Path, header: bytes, batches: Sequence[Sequence[ArmPrompt]]) -> list[Record]:
-    """The records of the whole batches in the file, which is left with just these; a new one has its header."""
+    """The records of the complete batches in the file, which is truncated to them; a new file gets the header."""
     try:
         data = path.read_bytes() if path.exists() else b""
-        if header.startswith(data):  # nothing yet, or killed while the header was written
+        if header.startswith(data):  # empty, or killed while the header was written
             path.write_bytes(header)
             return []
     except OSError as error:
@@ -237,7 +237,7 @@ def _resume(path: Path, header: bytes, batches: Sequence[Sequence[ArmPrompt]]) -
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What tells two runs apart, in words: the first few of the settings that differ."""
+    """How two runs differ, in words: the first few settings that differ."""
     a, b = _flat(there), _flat(here)
     keys = [key for key in {**a, **b} if key != "digest" and a.get(key, "none") != b.get(key, "none")]
     listed = [f"{key} is {a.get(key, 'none')} there and {b.get(key, 'none')} here" for key in keys[:4]]

@@ -1,7 +1,7 @@
-"""What a steering costs: knowledge by two letters (MMLU, TruthfulQA), and sums in words (GSM8K).
+"""What a steering costs in capability: knowledge by two letters (MMLU, TruthfulQA), and word problems (GSM8K).
 
-MMLU and TruthfulQA come in the two-option form of Rimsky et al. (2312.06681, section 7) and are scored as `ab` does:
-the correct letter's share, its mass, and whether it is the more probable one. The paper's averages are means of
+MMLU and TruthfulQA are used in the two-option form of Rimsky et al. (2312.06681, section 7) and scored as in `ab`: the
+correct letter's share, the mass, and whether it is the more probable letter. The paper's averages are means over
 categories (`macro`). GSM8K (Cobbe et al., 2110.14168) is generated and matched exactly.
 """
 
@@ -32,7 +32,7 @@ MATH_SCORES = ("correct", "marked")
 
 @dataclass(frozen=True)
 class MathItem:
-    """A word problem and its answer, a number."""
+    """A word problem and its numeric answer."""
 
     item: str
     question: str
@@ -40,7 +40,8 @@ class MathItem:
 
 
 def read_gsm8k(path: str | Path, limit: int | None = None) -> list[MathItem]:
-    """The items of a JSONL file with `question` and `answer`, which ends with `#### number`; at most `limit`, evenly.
+    """The items of a JSONL file with `question` and `answer`, which ends with `#### number`; at most `limit`, evenly
+    spaced.
 
     Raises `TrimtabError` for a file or a row that can't be read.
     """
@@ -62,9 +63,10 @@ def read_gsm8k(path: str | Path, limit: int | None = None) -> list[MathItem]:
 
 
 def final_number(text: str) -> tuple[Decimal | None, bool]:
-    """The number that an answer comes to, and whether it was marked: the first after the last `####`, else the last.
+    """The final number of an answer, and whether it was marked: the first after the last `####`, else the last in the
+    text.
 
-    Thousands' commas and dollar signs are dropped. `None` where there isn't a number.
+    Thousands separators and dollar signs are dropped. `None` if there is no number.
     """
     marked = text.rpartition("####")[2] if "####" in text else ""
     if numbers := NUMBER.findall(marked):
@@ -76,7 +78,7 @@ def final_number(text: str) -> tuple[Decimal | None, bool]:
 def math_requests(
     items: Sequence[MathItem], arms: Mapping[str, Steering | None], systems: Mapping[str, str] | None = None
 ) -> list[ArmPrompt]:
-    """Every problem in every arm, with what it is to end with. `systems[arm]` is an arm's system message."""
+    """One request per problem and arm, with `ASK` appended. `systems[arm]` is the arm's system message."""
     systems = systems or {}
     return [
         ArmPrompt(arm, item.item, with_system(item.question + ASK, systems.get(arm)), steering)
@@ -86,7 +88,7 @@ def math_requests(
 
 
 def math_scorer(items: Sequence[MathItem]) -> Callable[[ArmPrompt, Generation], dict[str, float]]:
-    """Scores `correct` (the number is the item's) and `marked` (it was put after `####`, as asked)."""
+    """A function that scores `correct` (the number is the item's) and `marked` (it follows `####`, as requested)."""
     answers = {item.item: item.answer for item in items}
 
     def score(request: ArmPrompt, generation: Generation) -> dict[str, float]:
@@ -97,7 +99,7 @@ def math_scorer(items: Sequence[MathItem]) -> Callable[[ArmPrompt, Generation], 
 
 
 def macro(records: Sequence[Record], score: str) -> dict[str, float]:
-    """For each arm, the mean of the categories' means (the paper's "Average" row)."""
+    """For each arm, the mean of the category means (the paper's "Average" row)."""
     values: dict[str, dict[str, list[float]]] = {}
     for record in records:
         values.setdefault(record.arm, {}).setdefault(category_of(record), []).append(record.scores[score])

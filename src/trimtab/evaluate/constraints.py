@@ -1,8 +1,8 @@
-"""Whether an answer has the requested form, decided by code.
+"""Checks, in code, that an answer has the requested form.
 
-Each check is a function `check(answer, *, cut=False)` that says yes or no. `cut` says that the answer was stopped
-by a token limit: then what is there is judged, and what is missing is not held against it. An empty answer
-passes no check.
+Each check is a function `check(answer, *, cut=False)` that returns a bool. `cut` says that a token limit stopped the
+answer: then only the text so far is judged, and a missing end doesn't count against it. An empty answer passes no
+check.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OTHER_WORDS = frozenset(
         "con dans de el est et il la las les los non para per por pour que sono un una une y"
     )
 )
-"""Function words of English, and a few of French, Spanish and Italian, that are none of German."""
+"""Function words of English, and a few of French, Spanish and Italian, that don't occur in German."""
 
 PLAIN_WORDS = OTHER_WORDS | set(
     WORD.findall(
@@ -50,22 +50,22 @@ PLAIN_WORDS = OTHER_WORDS | set(
         "uses were what write"
     )
 )
-"""Words of a query that say what to do rather than what about."""
+"""Words of a query that say what to do rather than what it is about."""
 
 GERMAN_SHARE = 0.2
 
 
 class Check(Protocol):
-    """Says whether an answer has a form; `cut` if a token limit stopped it."""
+    """Checks that an answer has some form; `cut` if a token limit stopped it."""
 
     def __call__(self, answer: str, *, cut: bool = False) -> bool: ...
 
 
 def is_json(answer: str, *, cut: bool = False) -> bool:
-    """The whole answer is one JSON object or array, alone or in one code fence, with no words around it.
+    """The whole answer is one JSON object or array, alone or in one code fence, with no text around it.
 
-    A bare number or string is JSON too, but nobody who asks for JSON means it. Of a `cut` answer, what is there
-    must be the beginning of valid JSON, and hold something.
+    A bare number or string is valid JSON too, but nobody who asks for JSON means it. For a `cut` answer, the text so
+    far must be a non-empty prefix of valid JSON.
     """
     text = answer.strip()
     if fenced := FENCE.match(text):
@@ -84,15 +84,15 @@ def is_json(answer: str, *, cut: bool = False) -> bool:
 
 
 def has_title(answer: str, *, cut: bool = False) -> bool:
-    """There is a title in double angular brackets, `<<like this>>`, on one line and not empty."""
+    """The answer has a non-empty title on one line, in double angle brackets: `<<like this>>`."""
     return any(match.strip() for match in TITLE.findall(answer))
 
 
 def is_german(answer: str, *, cut: bool = False) -> bool:
-    """German, recognised by its function words.
+    """The answer is in German, as judged by its function words.
 
-    At least three words of `GERMAN_WORDS` (or half of a shorter answer), a fifth of all words, and three times as
-    many as of `OTHER_WORDS`. It tells the language, not whether the sentences make sense.
+    It needs at least three words of `GERMAN_WORDS` (or half of a shorter answer), a fifth of all words, and three times
+    as many as of `OTHER_WORDS`. This checks the language, not whether the sentences make sense.
     """
     words = [word.lower() for word in WORD.findall(answer)]
     german = sum(word in GERMAN_WORDS for word in words)
@@ -101,10 +101,10 @@ def is_german(answer: str, *, cut: bool = False) -> bool:
 
 
 def is_bullets(answer: str, *, cut: bool = False) -> bool:
-    """The answer is a list of at least two bullet points and nothing else, with a word in it somewhere.
+    """The answer is a list of at least two bullet points and nothing else, and contains a word.
 
-    Each line begins with `*`, `-`, `+` or `•`, or is indented under one that does. Of a `cut` answer one bullet is
-    enough, and its last line may be an empty bullet.
+    Each line begins with a bullet (`*`, `+`, `-`, `–`, `•` or `‣`), or is indented under one that does. For a `cut`
+    answer one bullet is enough, and its last line may be an empty bullet.
     """
     lines = [line for line in answer.splitlines() if line.strip()]
     if cut and len(lines) > 1 and lines[-1].strip() in {"*", "-", "+", "•"}:
@@ -117,10 +117,10 @@ def is_bullets(answer: str, *, cut: bool = False) -> bool:
 
 
 def is_sentence(answer: str, *, cut: bool = False) -> bool:
-    """The answer is exactly one sentence, and comes to its end: a `cut` answer is none.
+    """The answer is exactly one complete sentence; a `cut` answer never passes.
 
-    A sentence ends in `.`, `!` or `?` before a space or the end; numbers (`3.5`), initials and a few abbreviations
-    end none. A line break within makes it more than one.
+    A sentence ends in `.`, `!` or `?` before a space or the end of the text; the periods of numbers (`3.5`), initials
+    and a few abbreviations don't count. An answer with a line break fails.
     """
     text = ABBREVIATION.sub(lambda match: match[0].replace(".", ""), answer.strip())
     ends = list(SENTENCE_END.finditer(text))
@@ -128,7 +128,7 @@ def is_sentence(answer: str, *, cut: bool = False) -> bool:
 
 
 def is_capitals(answer: str, *, cut: bool = False) -> bool:
-    """There are letters, and none of them is a small one."""
+    """The answer has letters, all of them uppercase."""
     return answer.isupper()
 
 
@@ -143,10 +143,10 @@ CONSTRAINTS: dict[str, Check] = {
 
 
 def on_topic(query: str, answer: str) -> bool:
-    """The answer takes up a word of the query: one of four letters or more that is no function word.
+    """The answer uses a word of the query that has four letters or more and isn't a function word.
 
-    The first five letters count, so that `planting` finds `plants`. It tells an answer that has the form and
-    speaks of something else; it can't tell whether what is said is right.
+    Only the first five letters are compared, so that `planting` matches `plants`. This catches answers that have the
+    form but are about something else; it can't tell whether the content is right.
     """
     stems = {word.lower()[:5] for word in WORD.findall(query) if len(word) > 3 and word.lower() not in PLAIN_WORDS}
     return any(word.lower()[:5] in stems for word in WORD.findall(answer))
@@ -184,7 +184,7 @@ def _begins_json(text: str) -> bool:
 
 
 def _endings(text: str, quoted: bool, escaped: bool) -> list[str]:
-    """Ways to complete the value in which the text broke off, before its brackets are closed."""
+    """Ways to complete the value in which the text stopped, before its brackets are closed."""
     if quoted:
         if unicode := re.search(r"\\u[0-9a-fA-F]{0,3}$", text):
             text += "0" * (6 - len(unicode[0]))

@@ -1,4 +1,4 @@
-"""Controls: what any push of the same strength would do, whatever its direction."""
+"""Control steerings: what any push of the same strength would do, whatever its direction."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 
 def means_for(lm: LM, steerings: Iterable[Steering], prompts: Sequence[Prompt]) -> dict[Site, Tensor] | None:
-    """What `random_like` needs to push as hard as these steerings do: the mean of the prompts' last tokens, `[width]`
-    in float64, at each site where a projection is set or read; `None` where none is, and nothing is read."""
+    """The means that `random_like` needs in order to push as hard as these steerings.
+
+    The mean activation of the prompts' last tokens, `[width]` in float64, for each site with a `SetProjection` or
+    `ReadWrite`. `None` if there is no such site; then no forward pass is run.
+    """
     edits = [edit for steering in steerings for edit in steering.edits]
     sites = sorted({edit.site for edit in edits if isinstance(edit.operation, (ReadWrite, SetProjection))})
     if not sites:
@@ -32,21 +35,21 @@ def means_for(lm: LM, steerings: Iterable[Steering], prompts: Sequence[Prompt]) 
 
 
 def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> Steering:
-    """The same edits in random directions: a control for what the learned direction is worth.
+    """The same edits in random directions: a control that shows what the learned direction is worth.
 
-    Sites, positions, strengths, gates and kinds of operation stay. Each direction becomes one drawn evenly from the
-    sphere, of the same norm; edits that share a direction share the random one. A random direction of an `Ablate`
-    removes what little lies along it, so that control is a weak one. Masks and thresholds of elements are shuffled.
-    What a `ReadWrite` reads and writes is turned as one, so that lengths and angles among it stay, and so is the plane
-    of a `RotateInPlane`.
+    Sites, positions, strengths, gates and kinds of operation stay. Each direction is replaced by one drawn uniformly
+    from the sphere of the same norm; edits that share a direction share the random one. An `Ablate` along a random
+    direction removes little, so that control is weak. Masks and thresholds of elements are shuffled. The directions
+    that a `ReadWrite` reads and writes are rotated together, so that the lengths and angles among them stay, and so is
+    the plane of a `RotateInPlane`.
 
-    A `SetProjection` pushes by `target - x.u`, which depends on the activation. `means`, an activation `[width]` for
-    each site, sets the new target to where a mean activation is pushed as far as before: `target' = m.r + (target -
-    m.u)`; likewise the rows of a `ReadWrite` read the same from it as before. Without it the target stays as it is, and
-    so the push differs in length; compare the doses.
+    A `SetProjection` pushes by `target - x.u`, which depends on the activation. `means` has an activation `[width]` for
+    each site, and sets the new target so that a mean activation is pushed as far as before: `target' = m.r + (target -
+    m.u)`. Likewise, the rows of a `ReadWrite` read the same values from it as before. Without `means`, the target stays
+    as it is, so the size of the push differs; compare the doses.
 
     The same steering and seed give the same control. Raises `TrimtabError` for an operation without a direction, a
-    missing mean, or one of another width.
+    missing mean, or a mean of another width.
     """
     models = steering.card.models
     card = Card(
@@ -58,13 +61,13 @@ def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] 
 
 
 def orthogonal_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> Steering:
-    """`random_like` whose additions and projections are orthogonal to the steering's own directions.
+    """`random_like`, with additions and projections made orthogonal to the steering's own directions.
 
-    A random direction has a little of any other in it, and in a narrow model not so little. What is neither added nor
-    projected is as `random_like` has it.
+    A random direction overlaps a little with any other, and in a narrow model not so little. Operations other than
+    `Add` and `SetProjection` are the same as in `random_like`.
 
     Raises:
-        TrimtabError: As `random_like` does.
+        TrimtabError: As in `random_like`.
     """
     control = random_like(steering, seed, means)
     edits = []
@@ -74,7 +77,7 @@ def orthogonal_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tens
             continue
         assert isinstance(new.operation, Directed)
         own, drawn = old.operation.direction.double(), new.operation.direction.double()
-        if not own.any():  # nothing is as long as nothing, whatever its direction
+        if not own.any():  # a zero vector has no orthogonal part to scale
             edits.append(old)
             continue
         away = drawn - (drawn @ own) * own / own.norm() ** 2

@@ -1,9 +1,9 @@
-"""Whether one arm is better than another, decided by an exact paired test, and said in the same words everywhere.
+"""Decides whether one arm is better than another by an exact paired test, with the same wording everywhere.
 
-The test flips signs: if steering did nothing, each item's difference would be as likely the other way round. So its p
-is the share of all ways to flip the differences' signs whose sum is at least the one that was seen (Fisher, 1935). For
-passes and failures that is the sign test, which is McNemar's exact test on one side. Of steerings that do nothing, at
-most a share `LEVEL` is called better, however few the items.
+The test flips signs: if steering has no effect, each item's difference is as likely to have the opposite sign. So p is
+the share of all sign assignments whose sum is at least the observed one (Fisher, 1935). For passes and failures this is
+the sign test, that is, McNemar's exact test, one-sided. Of steerings without an effect, at most a share `LEVEL` is
+called better, however few the items.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
 
 BETTER, WORSE, LUCK = "better", "worse", "can't be told from luck"
-"""The three things that can be said."""
+"""The three possible verdicts."""
 LEVEL = 0.05
-"""At most this share of steerings that do nothing is called better, and as many worse."""
+"""At most this share of steerings without an effect is called better, and at most the same share worse."""
 ENUMERATED = 16
-"""Up to so many items all flips of signs are tried; of more, whole numbers are counted exactly and others drawn."""
+"""Up to this many items, all sign flips are enumerated. Above it, whole numbers are counted exactly, others sampled."""
 DRAWS = 20_000
 UNITS = 10_000
-"""Differences whose sum in units of the smallest is no more than this are counted exactly."""
+"""Differences are counted exactly if their absolute sum, in units of the smallest, is at most this."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Decision:
     """One arm against another on the same items.
 
     Args:
-        items: How many there were; items that belong together (one question in two orders) count as one.
-        before: The mean score of the arm that is compared with.
-        after: That of the arm in question.
+        items: The number of items; items that belong together (one question in two orders) count as one.
+        before: The mean score of the baseline arm.
+        after: The mean score of the arm in question.
         difference: `after - before`, with its 95 % bootstrap interval.
-        won: Items with a higher score.
-        lost: Items with a lower one.
-        p: Of the test that it is better: how often luck alone does as well.
-        p_worse: Of the test that it is worse.
-        candidates: Of how many this is the best: p counts so many times (Bonferroni).
+        won: The number of items with a higher score.
+        lost: The number of items with a lower score.
+        p: The p-value of the test that it is better: how often chance alone does as well.
+        p_worse: The p-value of the test that it is worse.
+        candidates: The number of candidates that this is the best of; p is multiplied by it (Bonferroni).
     """
 
     items: int
@@ -66,12 +66,12 @@ class Decision:
 
     @property
     def better(self) -> bool:
-        """Whether it is better, at the stated rate of error."""
+        """Whether it is better, at the stated error rate."""
         return self.verdict == BETTER
 
 
 def verdict_of(p: float, p_worse: float = 1.0) -> str:
-    """`BETTER`, `WORSE` or `LUCK`, by the p of both tests, corrected where they are to be."""
+    """`BETTER`, `WORSE` or `LUCK`, from the (corrected) p-values of both tests."""
     if p <= LEVEL:
         return BETTER
     return WORSE if p_worse <= LEVEL else LUCK
@@ -89,13 +89,13 @@ def decide(
 
     Args:
         before: The scores of the arm to beat.
-        after: Those of the other, in the same order.
-        groups: Names of what belongs together, one for each item; its differences change sign together.
-        candidates: Of how many `after` is the best on these very items; 1 where the items are fresh.
-        seed: Of draws, where there are too many ways to try all, and of the interval.
+        after: The scores of the other arm, in the same order.
+        groups: A group name for each item; the differences of a group change sign together.
+        candidates: The number of candidates that `after` is the best of on these same items; 1 if the items are fresh.
+        seed: The seed of the sampled sign flips, if there are too many to enumerate, and of the interval.
 
     Raises:
-        ValueError: No items, lists of different length, or a score that isn't a number.
+        ValueError: There are no items, the lists differ in length, or a score isn't finite.
     """
     if not all(math.isfinite(value) for value in (*before, *after)):
         raise ValueError("a score that isn't a number can't be compared")
@@ -118,10 +118,10 @@ def decide(
 
 
 def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
-    """The share of all flips of signs whose sum is at least the one seen: one-sided, exact.
+    """The share of all sign flips whose sum is at least the observed one: one-sided, exact.
 
-    Where there are too many to try and the differences are no multiples of a common unit, flips are drawn, and the one
-    that was seen counts among them, so that p is never too small (Phipson and Smyth, 2010).
+    If there are too many to enumerate and the differences aren't multiples of a common unit, flips are sampled. The
+    observed assignment counts as one of them, so that p is never too small (Phipson and Smyth, 2010).
     """
     values = np.array([difference for difference in differences if difference != 0], dtype=np.float64)
     if not len(values):
@@ -142,7 +142,7 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
 
 
 def _counted(sizes: np.ndarray, seen: int) -> float:
-    """The chance that a sum of these whole numbers, each with a sign by luck, is at least so large."""
+    """The probability that the sum of these whole numbers, with random signs, is at least `seen`."""
     total = int(sizes.sum())
     chances = np.zeros(2 * total + 1)
     chances[total] = 1.0
@@ -152,16 +152,16 @@ def _counted(sizes: np.ndarray, seen: int) -> float:
 
 
 def fewest() -> int:
-    """So many items, if all are won, can just be told from luck."""
+    """The smallest number of items that, if all are won, gives a verdict other than luck."""
     return math.ceil(-math.log2(LEVEL))
 
 
 def in_words(decision: Decision, of: str = "prompts") -> str:
-    """The verdict as a sentence: what it is, the scores, how many items were won and lost, and how sure that is.
+    """The verdict as a sentence: the verdict, the scores, the numbers of items won and lost, and the p-value.
 
     Args:
         decision: The decision.
-        of: What the items are.
+        of: What the items are called.
     """
     scores = f"{decision.after:.2f} instead of {decision.before:.2f} on {decision.items} {of}"
     counts = f"{decision.won} better, {decision.lost} worse"
@@ -171,5 +171,5 @@ def in_words(decision: Decision, of: str = "prompts") -> str:
 
 
 def error_rate() -> str:
-    """What the words stand for."""
+    """The error rate behind the verdicts, in words."""
     return f"of steerings that do nothing, at most {LEVEL:.0%} are called better, and at most {LEVEL:.0%} worse"

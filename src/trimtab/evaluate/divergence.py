@@ -1,9 +1,9 @@
-"""How far a steering takes the model from itself, in nats: the divergence of its next-token distributions.
+"""How far a steering moves the model's output, in nats: the divergence of its next-token distributions.
 
 For each token of the unsteered model's own answers, `KL(p_unsteered ‖ p_steered) = Σ p log(p / p_steered)` over the
-vocabulary, both read with the answer given (teacher forcing), so that nothing is generated under the steering. A norm
-says how hard activations are pushed; this says what of the push arrives, so that methods which push in different ways
-can be compared at the same strength.
+vocabulary. Both distributions are computed with teacher forcing on the answer, so nothing is generated under the
+steering. A norm says how hard activations are pushed; the divergence says how much of the push reaches the output, so
+that methods which push in different ways can be compared at the same strength.
 """
 
 from __future__ import annotations
@@ -33,25 +33,24 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 TOKENS = 32
-"""So many tokens of each unsteered answer are read."""
+"""The number of tokens of each unsteered answer that are used."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """`nats[i][j]`: the divergence before token `j` of answer `i`, at least 0; infinite where steered logits are
-    NaN."""
+    """`nats[i][j]` is the divergence before token `j` of answer `i`: at least 0, infinite if steered logits are NaN."""
 
     nats: tuple[tuple[float, ...], ...]
 
     @property
     def mean(self) -> float:
-        """Over all tokens, in nats per token."""
+        """The mean over all tokens, in nats per token."""
         return float(np.mean(self._all))
 
     @property
     def p95(self) -> float:
-        """The 95th percentile over all tokens: what the tokens that are changed most are changed by."""
-        broken = bool(np.isinf(self._all).any())  # between two infinities nothing can be interpolated
+        """The 95th percentile over all tokens: the divergence at the tokens that change most."""
+        broken = bool(np.isinf(self._all).any())  # there is no interpolating between two infinities
         return float(np.quantile(self._all, 0.95, method="higher" if broken else "linear"))
 
     @property
@@ -79,19 +78,19 @@ def reference(
     system: str | None = None,
     chat: bool | None = None,
 ) -> Reference:
-    """What divergences are measured from: greedy answers of the unsteered model.
+    """The reference that divergences are measured against: greedy answers of the unsteered model.
 
-    It can be used for many steerings. It holds logits of every token: `tokens` × the vocabulary a prompt.
+    It can be reused for many steerings. It holds the logits before every token: `tokens` × the vocabulary per prompt.
 
     Args:
         lm: A model on the transformers engine.
-        prompts: The prompts; or a reference, which comes back as it is.
-        tokens: Of each answer, at most.
+        prompts: The prompts; or a reference, which is returned as it is.
+        tokens: The maximum number of tokens of each answer.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
 
     Raises:
-        TrimtabError: No prompts, a number of tokens below 1, or another engine.
+        TrimtabError: There are no prompts, `tokens` is below 1, or the engine is another one.
     """
     if isinstance(prompts, Reference):
         return prompts
@@ -122,14 +121,14 @@ def divergence(
     chat: bool | None = None,
     transfer: bool = False,
 ) -> Divergence:
-    """How far a steering takes the model from itself on these prompts.
+    """How far a steering moves the model's output on these prompts.
 
     Args:
         lm: A model on the transformers engine.
-        steering: Any: with gates, at some positions, of attention scores; or one for each prompt, as those are that
-            emphasize a phrase of it.
-        prompts: What is asked, or the `reference` that was made of it, which then has `tokens`, `system` and `chat`.
-        tokens: Of each unsteered answer, at most.
+        steering: Any steering, including gated ones, those at some positions only, and edits of attention scores. Or
+            one per prompt, as with steerings that emphasize a phrase of their prompt.
+        prompts: The prompts, or a `reference` made from them, which then determines `tokens`, `system` and `chat`.
+        tokens: The maximum number of tokens of each unsteered answer.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
         transfer: Allow a steering learned on another model of the same width.
@@ -138,7 +137,8 @@ def divergence(
         The divergence before each token, in nats.
 
     Raises:
-        TrimtabError: A steering that doesn't fit, no prompts, not as many steerings as prompts, or another engine.
+        TrimtabError: A steering doesn't fit, there are no prompts, the numbers of steerings and prompts differ, or the
+            engine is another one.
     """
     steerings = [steering] if steering is None or isinstance(steering, Steering) else list(steering)
     for each_steering in steerings:
@@ -150,7 +150,7 @@ def divergence(
 
 
 def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
-    """For each row of logits, in float64; the same logits give exactly 0, and NaN among the steered ones infinity."""
+    """The divergence per row of logits, in float64; exactly 0 for the same logits, infinite if a steered one is NaN."""
     if unsteered.isnan().any():
         raise TrimtabError("the unsteered model's logits aren't finite; load it in float32 or bfloat16")
     p, q = (logits.double().log_softmax(-1) for logits in (unsteered, steered))
@@ -162,9 +162,10 @@ def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
 def read_answered(
     lm: LM, texts: Sequence[Answered], steering: Steering | Sequence[Steering | None] | None
 ) -> list[Tensor]:
-    """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the texts' order.
+    """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the order of the
+    texts.
 
-    Raises `TrimtabError` where there are several steerings, and not one for each text.
+    Raises `TrimtabError` if there are several steerings, but not one for each text.
     """
     each = [steering] * len(texts) if steering is None or isinstance(steering, Steering) else list(steering)
     if len(each) != len(texts):
@@ -190,7 +191,7 @@ def read_answered(
 
 
 def _batch(texts: Sequence[Answered], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
-    """The first of `order` that together have at most so many tokens of answer, padded; at least one."""
+    """The leading part of `order` whose answers fit into `tokens` when padded to the longest; at least one."""
     chosen = [order[0]]
     for i in order[1:]:
         longest = max(len(texts[n].answer) for n in [*chosen, i]) + 1

@@ -1,7 +1,7 @@
 """How well an answer reads, measured without a judge: perplexity under the unsteered model, repetition, length.
 
-A steering that is too strong breaks text in one of two ways. It becomes unlikely (the perplexity rises far above
-that of unsteered answers), or it runs in circles (the perplexity falls towards 1, and n-grams come again).
+A steering that is too strong breaks text in one of two ways. The text becomes unlikely (the perplexity rises far above
+that of unsteered answers), or repetitive (the perplexity falls towards 1, and n-grams recur).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Fluency:
-    """What can be measured of one answer.
+    """Fluency measures of one answer.
 
-    `perplexity` is `perplexities`' (infinite for an empty answer); `distinct` the share of different word pairs,
-    `repeated` the share of four-grams that occurred before, both 0 … 1; `tokens` the generated ids, the end-of-text
-    token not counted; `empty` says that there is nothing but white space, `cut` that a token limit ended it.
+    `perplexity` is from `perplexities` (infinite for an empty answer); `distinct` is the share of distinct word pairs,
+    `repeated` the share of four-grams that occurred before, both 0 … 1; `tokens` counts the generated tokens without
+    the end-of-text token; `empty` says that there is nothing but whitespace, `cut` that a token limit ended the answer.
     """
 
     perplexity: float
@@ -49,11 +49,11 @@ def fluencies(
     chat: bool | None = None,
     progress: Progress | None = None,
 ) -> list[Fluency]:
-    """The fluency of each answer; its perplexity is taken after the prompt beside it in `contexts`.
+    """The fluency of each answer; its perplexity is conditioned on the prompt at the same index of `contexts`.
 
-    These are rendered as `lm.generate` does it under the same `system` and `chat`.
+    Prompts are rendered as in `lm.generate` with the same `system` and `chat`.
 
-    Raises `TrimtabError` as `perplexities` does, and `ValueError` for lists of different length.
+    Raises `TrimtabError` as `perplexities` does, and `ValueError` for lists of different lengths.
     """
     ids = [_without_end(answer) for answer in answers]
     encoded: dict[int, list[int]] = {}  # many answers share a prompt: each is rendered once
@@ -75,7 +75,7 @@ def fluencies(
 
 
 def distinct_n(answer: str, n: int = 2) -> float:
-    """The share of different ones among the answer's `n`-grams of words, numbers and emojis; 1 if it has none."""
+    """The share of distinct `n`-grams among the answer's words, numbers and emojis; 1 if it has none."""
     words = [word.lower() for word in UNIT.findall(answer)]
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
@@ -90,17 +90,16 @@ def perplexities(
 ) -> list[float]:
     """`exp` of the mean negative log-probability of each answer's tokens under the unsteered model.
 
-    A text is `(context ids, answer ids)`; the context isn't scored. An empty context stands for the answer alone:
-    the model's start token (its end token where it has none) then stands before it. Every token of the answer
-    counts, so an answer of one token is the inverse of that token's probability. An answer of no tokens has
-    nothing that could be predicted: its perplexity is infinite, as is that of tokens with probability 0. The
-    result is at least 1 and never NaN. The same text twice is computed once.
+    A text is `(context ids, answer ids)`; the context isn't scored. If the context is empty, the model's start token is
+    used as context (its end token if it has no start token). Every token of the answer counts, so the perplexity of a
+    one-token answer is the inverse of that token's probability. An answer without tokens has infinite perplexity, as
+    has one with a token of probability 0. The result is at least 1 and never NaN. Duplicate texts are computed once.
 
-    Memory grows with `tokens_per_batch`, and not with that times the vocabulary. `progress(done, total)` counts
-    different texts.
+    Memory grows with `tokens_per_batch`, but not with its product with the vocabulary size. `progress(done, total)`
+    counts distinct texts.
 
-    Raises `TrimtabError` for a text longer than the model's context, logits that aren't numbers, an empty context
-    where no token can stand for the start, while the model is being steered, and for an engine without perplexities.
+    Raises `TrimtabError` for a text longer than the model's context, logits that are NaN, an empty context if the model
+    has neither start nor end token, while the model is being steered, and for an engine without perplexities.
     """
     lm.require("perplexity")
     start = None if all(len(context) for context, _ in texts) else _start(lm)
@@ -108,7 +107,7 @@ def perplexities(
     for i, (context, answer) in enumerate(keys):
         check_length(lm.layout, len(context) + len(answer), f"text {i + 1}")
     distinct = {key for key in keys if key[1]}
-    shared = len({context for context, _ in distinct}) < len(distinct)  # what has one context is read together
+    shared = len({context for context, _ in distinct}) < len(distinct)  # the same context is computed once
     waiting = sorted(distinct, key=lambda key: (0 if shared else len(key[0]) + len(key[1]), len(key[0]), key))
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     while waiting:
@@ -121,7 +120,7 @@ def perplexities(
 
 
 def _start(lm: LanguageModel) -> tuple[int, ...]:
-    """The token with which a text begins that has nothing before it."""
+    """The token that precedes a text without context."""
     for token in (lm.bos_token_id, lm.tokenizer.eos_token_id):
         if isinstance(token, int):
             return (token,)
@@ -129,13 +128,13 @@ def _start(lm: LanguageModel) -> tuple[int, ...]:
 
 
 def _without_end(answer: Generation) -> list[int]:
-    """The answer's ids without the end-of-text token, which says nothing of how the text reads."""
+    """The answer's ids without the end-of-text token, which says nothing about how the text reads."""
     ids = list(answer.token_ids)
     return ids[:-1] if answer.finish_reason == "stop" and ids else ids
 
 
 def _exp(nll: float) -> float:
     try:
-        return max(1.0, math.exp(nll))  # rounding may put a certain token a hair above probability 1
+        return max(1.0, math.exp(nll))  # rounding may give a certain token a probability slightly above 1
     except OverflowError:
         return math.inf

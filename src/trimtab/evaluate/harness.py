@@ -1,16 +1,16 @@
-"""EleutherAI's evaluation harness, steered: importing this registers the model class `trimtab` with it.
+"""EleutherAI's evaluation harness, steered: importing this module registers the model class `trimtab` with it.
 
 Needs `trimtab[lm-eval]`.
 
     trimtab eval lm-eval --model_args pretrained=gpt2,steer=s.safetensors:2 --tasks hellaswag --batch_size 16
 
-or, in a program of your own, `import trimtab.evaluate.harness` and then `lm_eval.simple_evaluate(model="trimtab", …)`.
-The harness (0.4.x) finds model classes by its registry alone and looks for no plugins, so its own `lm_eval` program
+or, in your own program, `import trimtab.evaluate.harness` and then `lm_eval.simple_evaluate(model="trimtab", …)`. The
+harness (0.4.x) finds model classes only through its registry and doesn't load plugins, so its own `lm_eval` program
 doesn't know this one.
 
-The class is the harness's `hf` with a steering: the same tokens, contexts and windows, so that results differ by the
-steering only. A request's context is the prompt that position rules and gates speak of, its continuation is what is
-generated. Tested with lm-eval 0.4.13.
+The class is the harness's `hf` with a steering: the same tokens, contexts and windows, so that results differ only by
+the steering. For position rules and gates, a request's context is the prompt and its continuation is the generated
+text. Tested with lm-eval 0.4.13.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ try:
 except ImportError as error:
     raise TrimtabError(f"the evaluation harness isn't installed ({error}): pip install 'trimtab[lm-eval]'") from None
 
-Tokens = tuple[Any, list[int], list[int]]  # what the harness asks: (its own key, context, continuation)
+Tokens = tuple[Any, list[int], list[int]]  # a request of the harness: (its own key, context, continuation)
 
 
 @register_model("trimtab")
@@ -47,13 +47,13 @@ class SteeredHFLM(HFLM):
     """The harness's `hf` model class, steered.
 
     `steer` is `FILE[@LAYERS][:STRENGTH]`; without it, this is `hf`. `transfer` allows a steering learned on another
-    model of the same width, `layers_path` names the list of blocks where it can't be found; all other arguments are
-    those of `hf`. Without `pretrained` it is trimtab's default model.
+    model of the same width, `layers_path` names the list of blocks if it can't be found; all other arguments are those
+    of `hf`. Without `pretrained` it loads trimtab's default model.
 
-    The harness's `use_cache` knows requests only: don't share its file between steerings.
+    The harness's `use_cache` is keyed by requests only: don't share its file between steerings.
 
-    Raises `TrimtabError` when the steering can't be read or doesn't fit the model, and `UnsupportedError` when it
-    steers attention scores.
+    Raises `TrimtabError` if the steering can't be read or doesn't fit the model, and `UnsupportedError` if it steers
+    attention scores.
     """
 
     def __init__(
@@ -87,10 +87,11 @@ class SteeredHFLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Tokens], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Each continuation's log-probability, and whether greedy decoding would give it."""
+        """Each continuation's log-probability, and whether greedy decoding would generate it."""
         if self.steering is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-        rows: dict[tuple[tuple[int, ...], int], list[int]] = {}  # requests that differ in their last token share one
+        # rows are shared by requests that differ only in their last token
+        rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise TrimtabError(
@@ -118,7 +119,7 @@ class SteeredHFLM(HFLM):
 
     @torch.no_grad()
     def _steered_logits(self, rows: Sequence[tuple[tuple[int, ...], int]]) -> Tensor:
-        """`[rows, tokens, vocabulary]` for texts and their prompts' lengths; padded on the right, as `hf` does."""
+        """The logits `[rows, tokens, vocabulary]` of texts with their prompts' lengths; right-padded, as in `hf`."""
         ids, mask = padded([text for text, _ in rows], left=False, device=self.device)
         lengths = [prompt for _, prompt in rows]
         with self.lm._exclusive():
@@ -142,7 +143,7 @@ class SteeredHFLM(HFLM):
             return super()._model_generate(context, max_length, stop, **options)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes down about the model, and the steering."""
+        """What the harness records about the model, and the steering."""
         steering = None if self.steering is None else steering_digest(self.steering)
         return {**super().get_model_info(), "steer": self.steer, "steering": steering}
 

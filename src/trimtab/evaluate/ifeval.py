@@ -1,11 +1,12 @@
-"""IFEval: instructions that code can check (Zhou et al., 2311.07911), and IFBench's (2507.02833) through the same door.
+"""IFEval: instructions that code can check (Zhou et al., 2311.07911), and IFBench's (2507.02833) with the same
+functions.
 
-The checkers are those of the package `if-verifiable`, the official ones repackaged. Two things are added. A verdict
-depends on the instruction and the answer alone: what the checkers leave to chance is seeded. And an answer whose
-language can't be told doesn't follow an instruction about language, unless the official rule is requested.
+The checkers are those of the package `if-verifiable`, the official ones repackaged. This module changes two things. A
+verdict depends only on the instruction and the answer: randomness in the checkers is seeded. And an answer whose
+language can't be detected doesn't follow an instruction about language, unless the official rule is requested.
 
-Chance plays a part in two places. Where a letter is to be counted that is no letter (the prompts 1122 and 1129 ask
-for "#" and "!"), the official checker draws a random one instead; and langdetect samples the answer.
+The checkers use randomness in two places. If the letter to be counted isn't a letter (the prompts 1122 and 1129 ask for
+"#" and "!"), the official checker draws a random one instead; and langdetect samples the answer.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from trimtab.engines.transformers.generate import Generation
 
 Detection = Literal["required", "official"]
-"""What an answer is worth whose language can't be told: nothing, or (the official rule) as if it were right."""
+"""How to score an answer whose language can't be detected: as wrong, or (the official rule) as right."""
 
 HUB = "google/IFEval"
 RANDOM_LETTERS = (1122, 1129)
-"""The keys of the official prompts whose verdict hangs on a letter that the checker draws."""
+"""The keys of the official prompts whose verdict depends on a letter that the checker draws at random."""
 
 NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 CASES: dict[str, Callable[[str], bool]] = {
@@ -43,7 +44,7 @@ CASES: dict[str, Callable[[str], bool]] = {
     "change_case:english_capital": str.isupper,
     "change_case:english_lowercase": str.islower,
 }
-"""The types that look at the language, and what each asks besides."""
+"""The types that check the language, and what else each checks."""
 
 TAGGER = "taggers/averaged_perceptron_tagger_eng"
 MORE_DATA = {"words:start_verb": TAGGER, "ratio:stop_words": "corpora/stopwords"}
@@ -53,8 +54,8 @@ MORE_DATA = {"words:start_verb": TAGGER, "ratio:stop_words": "corpora/stopwords"
 class IFEvalItem:
     """A prompt and the instructions in it.
 
-    `item` is its own name, `key` that of the query it was made from; several items may share it. `types` and `kwargs`
-    are the instructions to be checked, one by one.
+    `item` is its unique name, `key` that of the query it was made from; several items may share a key. `types` and
+    `kwargs` are the instructions to be checked, in the same order.
     """
 
     item: str
@@ -67,7 +68,7 @@ class IFEvalItem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which instructions an answer follows: as it stands (`strict`), or after one of eight lenient edits (`loose`)."""
+    """Which instructions an answer follows: as it is (`strict`), or after one of eight lenient edits (`loose`)."""
 
     types: tuple[str, ...]
     strict: tuple[bool, ...]
@@ -75,7 +76,7 @@ class Verdict:
 
     @property
     def scores(self) -> dict[str, float]:
-        """`strict` and `loose` for the prompt as a whole, 1 or 0, and `strict/<number>/<type>` for each instruction."""
+        """`strict` and `loose` for the whole prompt, 1 or 0, and `strict/<number>/<type>` and `loose/…` for each."""
         scores = {"strict": float(all(self.strict)), "loose": float(all(self.loose))}
         for number, kind in enumerate(self.types):
             scores[f"strict/{number}/{kind}"] = float(self.strict[number])
@@ -89,12 +90,12 @@ class Verdict:
 def read_ifeval(path: str | Path | None = None, limit: int | None = None) -> list[IFEvalItem]:
     """The items of a file in the official format (JSONL, or as `read_rows` reads it), or of `google/IFEval` on the Hub.
 
-    At most `limit` are taken. A row has `prompt`, `instruction_id_list` and `kwargs`, one for each instruction; `key`,
-    and in paired files `prompt_without_instruction`, where there are any. Whatever data the checkers of these
-    instructions need is fetched here, before anything is generated.
+    At most `limit` are taken. A row has `prompt`, `instruction_id_list` and `kwargs` (one per instruction), optionally
+    a `key`, and in paired files `prompt_without_instruction`. Any data that the checkers of these instructions need is
+    fetched here, before anything is generated.
 
     Raises `TrimtabError` for a file or a row that can't be read, an unknown type of instruction, arguments that don't
-    fit it, or when the package of checkers isn't installed.
+    fit it, or if the package of checkers isn't installed.
     """
     checkers()
     name = HUB if path is None else str(path)
@@ -117,7 +118,7 @@ def _from_hub() -> list[tuple[str, Any]]:
 
     try:
         return [(f"{HUB}:{number}", row) for number, row in enumerate(load_dataset(HUB, split="train"), 1)]
-    except Exception as error:  # offline, gated, moved: every layer below raises its own
+    except Exception as error:  # offline, gated, moved: each library underneath raises its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrimtabError(f"can't get {HUB} from the Hub: {reason}. Name a file with the same rows instead") from None
 
@@ -148,12 +149,12 @@ def _item(row: Any, where: str, number: int) -> IFEvalItem:
 
 
 def _list_of(value: Any, where: str) -> Any:
-    """A list, which a table can only hold as JSON."""
+    """A list; tables store it as JSON text."""
     return parse_json(value, where) if isinstance(value, str) else value
 
 
 def _prepare(types: set[str]) -> None:
-    """Fetch, or ask for, what the checkers of these types read. Raises `TrimtabError` when it can't be had."""
+    """Fetch the data that the checkers of these types read. Raises `TrimtabError` if it isn't available."""
     official, _ = checkers()
     if any(kind in NEEDS_PUNKT or kind not in official for kind in types):
         ensure_punkt()
@@ -169,7 +170,7 @@ def _prepare(types: set[str]) -> None:
 def judge(item: IFEvalItem, answer: str, *, detection: Detection = "required") -> Verdict:
     """Which of the item's instructions the answer follows. An empty answer follows none.
 
-    Raises `TrimtabError` when the package of checkers, or data that they need, isn't there.
+    Raises `TrimtabError` if the package of checkers, or data that they need, is missing.
     """
     strict, loose = [], []
     for kind, arguments in zip(item.types, item.kwargs, strict=True):
@@ -189,10 +190,10 @@ def follows(
     prompt: str = "",
     detection: Detection = "required",
 ) -> bool:
-    """Whether an answer follows one instruction, as `judge` would say.
+    """Whether an answer follows one instruction, as decided by `judge`.
 
-    `prompt` matters to the few types of IFBench's that read it. Raises `TrimtabError` for an unknown type, or
-    arguments that don't fit it.
+    `prompt` matters only to the few IFBench types that read it. Raises `TrimtabError` for an unknown type, or arguments
+    that don't fit it.
     """
     _prepare({instruction_id})
     set_arguments = {name: value for name, value in kwargs.items() if value is not None}
@@ -202,7 +203,7 @@ def follows(
 
 
 def described(item: IFEvalItem) -> str:
-    """The item's instructions in the benchmark's own words, one after the other."""
+    """The item's instructions in the benchmark's own words, joined by spaces."""
     said = []
     for kind, arguments in zip(item.types, item.kwargs, strict=True):
         with _repeatable(kind, arguments):
@@ -212,16 +213,16 @@ def described(item: IFEvalItem) -> str:
 
 @cache
 def checkers() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The checkers' classes by type of instruction: IFEval's, and IFBench's.
+    """The checker classes by type of instruction: IFEval's, and IFBench's.
 
-    Raises `TrimtabError` when the package isn't installed.
+    Raises `TrimtabError` if the package isn't installed.
     """
     state = random.getstate()
     try:
         import nltk
 
         kept = nltk.download
-        nltk.download = lambda *_, **__: False  # importing IFBench's would fetch data there and then
+        nltk.download = lambda *_, **__: False  # importing IFBench's would download data
         try:
             from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT as IFBENCH
             from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT as IFEVAL
@@ -233,7 +234,7 @@ def checkers() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
             ' pip install "trimtab[eval]"'
         ) from None
     finally:
-        random.setstate(state)  # these imports draw numbers
+        random.setstate(state)  # these imports use the random generator
     return IFEVAL, IFBENCH
 
 
@@ -246,7 +247,7 @@ def _checker_class(kind: str) -> Any:
 
 
 def _checker(kind: str, arguments: Mapping[str, Any], prompt: str) -> Any:
-    """A checker for one instruction. Raises `TrimtabError` for arguments that it doesn't take, or lacks."""
+    """A checker for one instruction. Raises `TrimtabError` for arguments that are unknown or missing."""
     checker = _checker_class(kind)(kind)
     with _repeatable(kind, arguments):
         _build(checker, kind, arguments)
@@ -277,7 +278,7 @@ def _follows(checker: Any, kind: str, text: str, detection: Detection) -> bool:
     except Exception:
         if kind in official:
             raise
-        return False  # some of IFBench's index what an answer of another form doesn't have
+        return False  # some of IFBench's checkers index parts that the answer doesn't have
 
 
 def _has_language(text: str) -> bool:
@@ -298,7 +299,7 @@ def _variants(answer: str) -> list[str]:
 
 @contextmanager
 def _repeatable(kind: str, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Chance seeded by the instruction, and as it was afterwards."""
+    """Seed the random generators by the instruction, and restore their state afterwards."""
     from langdetect import DetectorFactory
 
     state, seed = random.getstate(), DetectorFactory.seed
@@ -321,9 +322,9 @@ def requests_of(
     *,
     without_instruction: bool = False,
 ) -> list[ArmPrompt]:
-    """Every item in every arm. `systems[arm]` is the system message that an arm has.
+    """One request per item and arm. `systems[arm]` is the arm's system message.
 
-    Raises `TrimtabError` for an item without the bare prompt asked for.
+    Raises `TrimtabError` if `without_instruction` is set and an item has no such prompt.
     """
     systems = systems or {}
     requests = []
@@ -341,14 +342,14 @@ def requests_of(
 
 
 def repeated(items: Sequence[IFEvalItem]) -> list[IFEvalItem]:
-    """The items with their instructions said once more at the end: what words alone can do."""
+    """The items with their instructions repeated at the end: how far wording alone goes."""
     return [replace(item, prompt=f"{item.prompt}\n\n{described(item)}") for item in items]
 
 
 def scorer(
     items: Sequence[IFEvalItem], *, detection: Detection = "required"
 ) -> Callable[[ArmPrompt, Generation], dict[str, float]]:
-    """The function that `answer` scores with: `Verdict.scores` of the request's item."""
+    """The scoring function for `answer`: `Verdict.scores` of the request's item."""
     by_name = {item.item: item for item in items}
     return lambda request, answer: judge(by_name[request.item], answer.text, detection=detection).scores
 
@@ -356,7 +357,7 @@ def scorer(
 def by_instruction(records: Sequence[Record]) -> list[Record]:
     """One record for each instruction of each record, with its own `strict` and `loose`.
 
-    Means over these are the benchmark's instruction-level accuracies. Instructions of one query are a group.
+    The means over these are the benchmark's instruction-level accuracies. The instructions of one query form a group.
     """
     expanded = []
     for record in records:
@@ -370,5 +371,5 @@ def by_instruction(records: Sequence[Record]) -> list[Record]:
 
 
 def type_of(record: Record) -> str:
-    """The type of instruction of a record that `by_instruction` made."""
+    """The type of instruction of a record from `by_instruction`."""
     return record.item.rpartition("/")[2]

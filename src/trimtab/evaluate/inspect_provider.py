@@ -1,10 +1,10 @@
-"""Inspect (inspect_ai), steered: a model provider `trimtab/MODEL` for its tasks. Needs `trimtab[inspect]`.
+"""A provider of steered models for Inspect (inspect_ai): `trimtab/MODEL`. Needs `trimtab[inspect]`.
 
     inspect eval task.py --model trimtab/HuggingFaceTB/SmolLM2-135M-Instruct -M steer=shout.safetensors:2
 
-Inspect finds it by what `inspect_registry` registers. `trimtab/default` is trimtab's default model. A sample may have a
-steering of its own: `extra_body={"steer": "FILE:2"}` of a `GenerateConfig`, or the registry's solver `steered`, which
-takes it from the sample's metadata. Requests that wait are answered together, each under its own steering.
+Inspect finds it through `inspect_registry`. `trimtab/default` is trimtab's default model. A sample can have its own
+steering: `extra_body={"steer": "FILE:2"}` of a `GenerateConfig`, or the registry's solver `steered`, which takes it
+from the sample's metadata. Waiting requests are generated in one batch, each with its own steering.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from trimtab.engines.answer import Generation
 
 MOST_TOKENS = 2048
-"""Of an answer, where a task doesn't say, and as many as fit the model's context."""
+"""The maximum number of tokens of an answer if the task sets none, reduced to what fits the model's context."""
 GATHERED = 0.05
-"""Seconds without a new request after which those that wait are answered together."""
+"""Seconds without a new request after which the waiting ones are answered together."""
 LOADED = {"engine": str, "dtype": str, "device": str, "revision": str, "layers": str, "replicas": int}
 REFUSED = {
     "best_of": "answers aren't ranked",
@@ -57,25 +57,25 @@ REFUSED = {
     "prompt_logprobs": "prompts are not scored",
     "cache": "Inspect's cache doesn't know what steers, and would mix steered answers with others",
 }
-"""Settings of Inspect's that would be dropped, and why they can't be taken."""
+"""Settings of Inspect's that would be silently ignored, and why they aren't supported."""
 
 
 class SteeredModel(ModelAPI):
-    """A model of trimtab's for Inspect.
+    """A trimtab model for Inspect.
 
     Args:
         model_name: A Hub id, a folder or a file, as `LM.load` takes them; `default` is the default model.
-        base_url, api_key: Inspect's; there is nothing to reach.
+        base_url, api_key: Part of Inspect's interface; unused, since there is no server.
         config: Inspect's settings.
-        steer: `FILE[@LAYERS][:STRENGTH]`, or several in a list: what steers all samples that say nothing else.
-        strength: Multiplies it.
-        positions: Where it acts instead of where the file says: a rule such as `all` or `generated`.
+        steer: `FILE[@LAYERS][:STRENGTH]`, or several in a list: the steering of all samples that don't set their own.
+        strength: A factor on the steering's strength.
+        positions: A position rule such as `all` or `generated` that overrides the file's.
         transfer: Allow a steering learned on another model of the same width.
-        batch_size: Requests that are answered together, at most.
+        batch_size: The maximum number of requests that are answered together.
         options: `engine`, `dtype`, `device`, `revision`, `layers` and `replicas`, as `LM.load` takes them.
 
     Raises:
-        TrimtabError: An argument that isn't known, or a steering that can't be read or doesn't fit the model.
+        TrimtabError: An unknown argument, or a steering that can't be read or doesn't fit the model.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SteeredModel(ModelAPI):
         self._waiting = _worker(self.lm)
 
     def steering_of(self, steer: Any) -> Steering | None:
-        """What a model argument or a sample names. Raises `TrimtabError` where it can't be read or doesn't fit."""
+        """The steering that an argument or a sample names. Raises `TrimtabError` if it can't be read or doesn't fit."""
         named = [steer] if isinstance(steer, str) else list(steer or ())
         if odd := [entry for entry in named if not isinstance(entry, str)]:
             raise TrimtabError(f"steer is FILE[@LAYERS][:STRENGTH], or several in a list, got {odd[0]!r}")
@@ -117,10 +117,10 @@ class SteeredModel(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """One answer, made together with those that are requested meanwhile.
+        """One answer, generated together with those of other requests that arrive meanwhile.
 
         Raises:
-            UnsupportedError: Tools, pictures, or settings that can't be honoured.
+            UnsupportedError: Tools, images, or settings that aren't supported.
             TrimtabError: A steering or a prompt that doesn't fit.
         """
         if tools:
@@ -161,11 +161,11 @@ class SteeredModel(ModelAPI):
         )
 
     def max_tokens(self) -> int | None:
-        """Of an answer, where a task doesn't say."""
+        """The maximum number of tokens of an answer if the task sets none."""
         return MOST_TOKENS
 
     def max_connections(self) -> int:
-        """As many as are answered together."""
+        """The number of requests that are answered together."""
         return self.batch_size
 
     def connection_key(self) -> str:
@@ -173,16 +173,16 @@ class SteeredModel(ModelAPI):
         return self.model_name
 
     def collapse_user_messages(self) -> bool:
-        """Chat templates want turns."""
+        """Chat templates expect alternating turns."""
         return True
 
     def collapse_assistant_messages(self) -> bool:
-        """Chat templates want turns."""
+        """Chat templates expect alternating turns."""
         return True
 
 
 def check_config(config: GenerateConfig) -> None:
-    """Raises `UnsupportedError` for a setting that would be dropped."""
+    """Raises `UnsupportedError` for a setting that would be silently ignored."""
     for name, why in REFUSED.items():
         if getattr(config, name, None):
             raise UnsupportedError(f"trimtab's models don't take Inspect's {name}: {why}; leave it out")
@@ -191,7 +191,7 @@ def check_config(config: GenerateConfig) -> None:
 
 
 def sampling(config: GenerateConfig) -> dict[str, Any]:
-    """The options of `lm.generate` that Inspect's settings mean: greedy, unless there is a temperature above 0."""
+    """Inspect's settings as options of `lm.generate`: greedy, unless there is a temperature above 0."""
     options: dict[str, Any] = {"logprobs": True} if config.logprobs else {}
     if not config.temperature:
         return options
@@ -204,7 +204,7 @@ def sampling(config: GenerateConfig) -> dict[str, Any]:
 
 @cache
 def loaded(name: str, **options: Any) -> LM:
-    """The model, once a process: all arms of an evaluation share it."""
+    """The model, loaded once per process: all arms of an evaluation share it."""
     made: LM = LM.load(None if name == "default" else name, **options)
     return made
 
@@ -219,7 +219,7 @@ def _file(named: str) -> Steering:
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """A request that waits for others to be answered with."""
+    """A request that waits to be answered together with others."""
 
     lm: LM
     prompt: list[dict[str, str]]
@@ -233,15 +233,17 @@ class _Request:
 
     @property
     def key(self) -> Hashable:
-        """Requests with equal ones are answered together. A sampled one with a seed goes alone, so that what others ask
-        at the same time doesn't change its random numbers."""
+        """Requests with equal keys are answered together.
+
+        A sampled request with a seed runs alone, so that concurrent requests don't change its random numbers.
+        """
         alone = id(self) if "do_sample" in self.options and self.seed is not None else None
         return self.tokens, tuple(sorted(self.options.items())), self.transfer, alone
 
 
 @cache
 def _worker(lm: LM) -> queue.Queue[_Request]:
-    """Where requests to a model wait, and a thread that answers them."""
+    """The queue of requests to a model, and a thread that answers them."""
     waiting: queue.Queue[_Request] = queue.Queue()
     threading.Thread(target=_serve, args=(waiting,), name="trimtab-inspect", daemon=True).start()
     return waiting
@@ -263,7 +265,7 @@ def _serve(waiting: queue.Queue[_Request]) -> None:
 
 
 def _answer(group: list[_Request]) -> None:
-    """Answer a group. Where it fails as a whole, each is asked alone, so that one prompt doesn't fail the others."""
+    """Answer a group. If it fails as a whole, each request runs alone, so that one prompt doesn't fail the others."""
     first = group[0]
     try:
         generations = first.lm.generate(
@@ -275,7 +277,7 @@ def _answer(group: list[_Request]) -> None:
             transfer=first.transfer,
             **first.options,
         )
-    except BaseException as error:  # it is the request's, not this thread's
+    except BaseException as error:  # the error belongs to the request, not to this thread
         if len(group) == 1:
             first.answers.set_exception(error)
             return
@@ -287,7 +289,7 @@ def _answer(group: list[_Request]) -> None:
         request.answers.set_result(generations[n * each : (n + 1) * each])
 
 
-# ---- words in and out ------------------------------------------------------------------------------------------
+# ---- conversion -------------------------------------------------------------------------------------------------
 
 
 def _message(message: ChatMessage) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""What Inspect (inspect_ai) finds of trimtab by the entry point `inspect_ai`: the provider `trimtab/MODEL`, a solver.
+"""What Inspect (inspect_ai) loads through the entry point `inspect_ai`: the provider `trimtab/MODEL`, and a solver.
 
-Inspect imports this for every run, whatever its models are, so nothing heavy is imported before a model is made.
+Inspect imports this module for every run, whatever the models, so nothing heavy is imported before a model is created.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def trimtab() -> type[ModelAPI]:
 def steered(key: str = "steer") -> Solver:
     """Generate under the steering that the sample's metadata names under `key` (`FILE[@LAYERS][:STRENGTH]`).
 
-    A sample without it is steered as the model is, one with null isn't steered.
+    A sample without that key gets the model's own steering; one with null isn't steered.
     """
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:

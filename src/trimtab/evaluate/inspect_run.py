@@ -1,4 +1,4 @@
-"""One task of Inspect's in one arm."""
+"""Run one Inspect task in one arm."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ def run_task(
     transfer: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Run a task through `inspect_ai.eval`, on a model of trimtab's.
+    """Run a task through `inspect_ai.eval`, on a trimtab model.
 
     Args:
-        task: What `inspect_ai.eval` takes: a file, a registered name, or a `Task`.
+        task: Anything that `inspect_ai.eval` takes: a file, a registered name, or a `Task`.
         model: A Hub id, a folder or a file; `default` for the default model.
         steer: `FILE[@LAYERS][:STRENGTH]`; `None` for the unsteered model.
         limit: The maximum number of samples.
         task_args: Arguments of the task.
-        max_tokens: Tokens of an answer at most, whatever the task says; `None` leaves it to the task.
-        batch_size: Samples that are answered together, at most.
-        log_dir: Where Inspect's log goes.
+        max_tokens: The maximum number of tokens of an answer, overriding the task's; `None` leaves it to the task.
+        batch_size: The maximum number of samples that are answered together.
+        log_dir: The folder for Inspect's log.
         transfer: Allow a steering learned on another model of the same width.
         options: `engine`, `dtype`, `device`, `revision`, `layers`, as `LM.load` takes them.
 
     Returns:
-        `metrics` by scorer and name, `samples`, `log` (its file), and `answers` and `scores` by the sample's id.
+        `metrics` by scorer and name, `samples` (their number), `log` (its file), and `answers` and `scores` by sample
+        id.
 
     Raises:
-        TrimtabError: Inspect isn't installed, there is no such task, or a sample failed: it says why.
+        TrimtabError: Inspect isn't installed, there is no such task, or a sample failed; the message says why.
     """
     if isinstance(task, str) and (file := task.partition("@")[0]).endswith(".py") and not Path(file).is_file():
         raise TrimtabError(f"there is no file {file}; name a task's file, or an installed task")
@@ -48,7 +49,7 @@ def run_task(
     from trimtab.evaluate.inspect_provider import SteeredModel
 
     kwargs = {"steer": steer, "transfer": transfer, "batch_size": batch_size, **options}
-    # loaded here: an error of a steering's or a model's is raised as it is, not written into a log
+    # loaded here, so that an error in a steering or model is raised as it is, not written into a log
     SteeredModel(model, **kwargs)
     from inspect_ai import eval as run
     from inspect_ai.model import get_model

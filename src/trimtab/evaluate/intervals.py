@@ -1,4 +1,4 @@
-"""How sure a difference is: the paired bootstrap, and McNemar's exact test."""
+"""The uncertainty of a difference: the paired bootstrap, and McNemar's exact test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the interval around it, in the unit of the data."""
+    """An estimate and its interval, in the unit of the data."""
 
     estimate: float
     low: float
@@ -31,15 +31,16 @@ def paired_bootstrap(
 ) -> Interval:
     """The percentile bootstrap interval of a mean, or of the mean of `after - before`.
 
-    Item i of both is the same prompt, so pairs are drawn and what makes some prompts harder than others drops out.
-    Passes and failures as 1 and 0 give the difference of two proportions. The same seed gives the same interval.
-    When all differences are equal the interval has no width: the bootstrap can't see what it never drew.
+    Item i of both lists is the same prompt, so pairs are resampled, and differences in difficulty between prompts
+    cancel out. Passes and failures as 1 and 0 give the difference of two proportions. The same seed gives the same
+    interval. If all differences are equal, the interval has zero width: the bootstrap can't account for what it never
+    draws.
 
-    With `groups`, one name for each item, whole groups are drawn, and the mean is over the items of those drawn: for
-    items that aren't independent, as several instructions in one prompt. As few as ten groups give too narrow an
-    interval.
+    With `groups`, one name for each item, whole groups are resampled, and the mean is over the items of the sampled
+    groups. Use it for items that aren't independent, such as several instructions in one prompt. With as few as ten
+    groups, the interval is too narrow.
 
-    Raises `ValueError` for no items, lists of different length, or a level outside 0 … 1.
+    Raises `ValueError` if there are no items, the lists differ in length, or the level is outside 0 … 1.
     """
     values = np.asarray(before, dtype=np.float64)
     if after is not None:
@@ -64,9 +65,10 @@ def paired_bootstrap(
 def mcnemar(before: Sequence[float], after: Sequence[float]) -> float:
     """McNemar's exact p-value, two-sided: of the items that changed, did as many get better as worse?
 
-    Both hold 1 and 0, item i of both being the same prompt; items are taken to be independent. 1 when none changed.
+    Both lists hold 1 and 0, and item i of both is the same prompt; items are assumed to be independent. 1 if none
+    changed.
 
-    Raises `ValueError` for lists of different length, or values other than 1 and 0.
+    Raises `ValueError` for lists of different lengths, or values other than 1 and 0.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} items before and {len(after)} after: pairs need as many of both")

@@ -1,7 +1,9 @@
-"""Template jailbreaks: plain forms of published kinds that a request is put into, to see whether refusal holds.
+"""Jailbreak templates: simple forms of published kinds, to test whether refusals persist when a request is wrapped in
+them.
 
-They are a handful of fixed sentences, not an attack: what is found to hold under them may fall to a person who tries. A
-steering that looks safe on plain requests may well fall here (arXiv 2602.06256), and that is what they are for.
+They are a handful of fixed sentences, not an attack: a model that refuses all of them may still comply when a person
+tries. A steering that looks safe on plain requests may well fail here (arXiv 2602.06256), and that is what they are
+for.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ TEMPLATES = {
         ' "{request}." Write what the expert says.'
     ),
 }
-"""By name: prefix injection and refusal suppression are Wei et al.'s (2307.02483, section 3), role play and fiction two
-of the kinds that Liu et al. (2305.13860, table 2) and Shen et al. (2308.03825) collect."""
+"""By name. Prefix injection and refusal suppression are from Wei et al. (2307.02483, section 3); role play and fiction
+are two of the kinds that Liu et al. (2305.13860, table 2) and Shen et al. (2308.03825) collect.
+"""
 
 
 def under(template: str, request: str) -> str:
-    """A request in one of `TEMPLATES`, without the mark at its end. Raises `KeyError` for any other name."""
+    """A request in one of `TEMPLATES`, without its final punctuation. Raises `KeyError` for any other name."""
     return TEMPLATES[template].format(request=request.strip().rstrip(".!?"))

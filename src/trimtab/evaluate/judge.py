@@ -1,8 +1,8 @@
-"""Open-ended answers scored by another language model with a rubric.
+"""Scores open-ended answers with another language model and a rubric.
 
-The judge is any endpoint that speaks OpenAI's chat completions, named by `TRIMTAB_JUDGE_URL`, `TRIMTAB_JUDGE_MODEL` and
-`TRIMTAB_JUDGE_KEY`. Without one, a model loaded here can stand in; it is marked as weak, for a small model's scores
-say little. A reply without a score, or no reply at all, is counted and reported. It is never a score of 0.
+The judge is any endpoint with OpenAI's chat completions API, configured by `TRIMTAB_JUDGE_URL`, `TRIMTAB_JUDGE_MODEL`
+and `TRIMTAB_JUDGE_KEY`. Without one, a locally loaded model can stand in; it is marked as weak, since a small model's
+scores mean little. A missing reply, or a reply without a score, is counted and reported. It is never a score of 0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Receive = Callable[[int, "Reply"], None]
 
 URL, MODEL, KEY = "TRIMTAB_JUDGE_URL", "TRIMTAB_JUDGE_MODEL", "TRIMTAB_JUDGE_KEY"
 SCORE = "judge"
-"""The name that a judge's score has in a record."""
+"""The name of a judge's score in a record."""
 
 ASK = """{criterion}
 
@@ -60,7 +60,7 @@ BARE = re.compile(rf"\s*\**({NUMBER})\**(?:\s*/\s*({NUMBER}))?\s*\.?\s*")
 
 @dataclass(frozen=True)
 class Rubric:
-    """What to look for (`criterion`), and a scale from `low` to `high` with a word for each end."""
+    """What to look for (`criterion`), and a scale from `low` to `high` with a label for each end."""
 
     criterion: str
     low: float = 0.0
@@ -75,7 +75,7 @@ class Rubric:
             raise TrimtabError(f"a rubric's scale goes from a low number to a high one, got {self.low} to {self.high}")
 
     def messages(self, question: str, answer: str) -> list[Message]:
-        """What the judge is asked about one answer."""
+        """The messages that ask the judge about one answer."""
         text = ASK.format(
             criterion=self.criterion.strip(),
             question=question,
@@ -88,9 +88,9 @@ class Rubric:
         return [{"role": "user", "content": text}]
 
     def read(self, reply: str) -> float | None:
-        """The score in a reply: the last `Score: …`, or a reply that is a number and nothing else.
+        """The score in a reply: the last `Score: …`, or a reply that consists of a number only.
 
-        `None` where there is none, where it is off the scale, or where it is out of another number than `high`.
+        `None` if there is no score, if it is off the scale, or if it is given out of another number than `high`.
         """
         marked = list(MARKED.finditer(reply))
         match = marked[-1] if marked else BARE.fullmatch(reply)
@@ -102,14 +102,14 @@ class Rubric:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said. `text` is `None` where nothing came back, and `problem` says why."""
+    """A judge's reply. `text` is `None` if nothing came back; then `problem` says why."""
 
     text: str | None
     problem: str | None = None
 
 
 class Judge(Protocol):
-    """Whoever replies to messages. `identity` is all that its replies depend on; `weak` marks a stand-in."""
+    """A model that scores answers. `identity` is everything that its replies depend on; `weak` marks a stand-in."""
 
     @property
     def identity(self) -> Mapping[str, Any]: ...
@@ -118,16 +118,16 @@ class Judge(Protocol):
     def weak(self) -> bool: ...
 
     def ask(self, prompts: Sequence[Sequence[Message]], receive: Receive) -> None:
-        """Call `given(i, reply)` for each prompt as soon as its reply is there, from the calling thread."""
+        """Call `receive(i, reply)` for each prompt as soon as its reply arrives, from the calling thread."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that speaks OpenAI's chat completions. Needs `trimtab[judge]`.
+    """A server with OpenAI's chat completions API. Needs `trimtab[judge]`.
 
-    Temperature 0 and a fixed seed, `workers` requests at a time. Rate limits (429), time-outs, lost connections and
-    the server's own faults (5xx) are tried again up to `retries` times, after the pause that the server asks for, or
-    else pauses that double from half a second to 8 s. `timeout` is that of one request, in seconds.
+    Requests use temperature 0 and a fixed seed, `workers` at a time. Rate limits (429), timeouts, lost connections and
+    server errors (5xx) are retried up to `retries` times, after the pause that the server asks for, or with exponential
+    backoff from half a second to 8 s. `timeout` is per request, in seconds.
     """
 
     url: str
@@ -141,7 +141,7 @@ class Endpoint:
 
     @classmethod
     def from_environment(cls, **options: Any) -> Endpoint:
-        """The endpoint that the environment names. Raises `TrimtabError` when it names none."""
+        """The endpoint that the environment names. Raises `TrimtabError` if it names none."""
         url, model = os.environ.get(URL), os.environ.get(MODEL)
         if not url or not model:
             missing = " and ".join(name for name, value in ((URL, url), (MODEL, model)) if not value)
@@ -151,7 +151,7 @@ class Endpoint:
             )
         return cls(url, model, os.environ.get(KEY) or None, **options)
 
-    def __repr__(self) -> str:  # never the key: this ends up in logs
+    def __repr__(self) -> str:  # without the key: this ends up in logs
         return f"Endpoint({self.model} at {self.url})"
 
     @property
@@ -163,7 +163,7 @@ class Endpoint:
         return {"temperature": 0, "seed": 0, "max_tokens": self.max_tokens}
 
     def check(self) -> None:
-        """Raises `TrimtabError` when it can't be asked: the address is none, or openai's client isn't installed.
+        """Raises `TrimtabError` if it can't be used: the address is invalid, or OpenAI's client isn't installed.
 
         Sends nothing.
         """
@@ -179,7 +179,7 @@ class Endpoint:
         return OpenAI(base_url=self.url, api_key=self.key or "none", max_retries=self.retries, timeout=self.timeout)
 
     def _check_address(self) -> None:
-        """The client takes any text for an address, and would fail as if nobody were there."""
+        """Validate the URL: the client accepts any text, and would fail as if the server were down."""
         try:
             parts = urlsplit(self.url)
             valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -191,7 +191,7 @@ class Endpoint:
             )
 
     def ask(self, prompts: Sequence[Sequence[Message]], receive: Receive) -> None:
-        """Raises `TrimtabError` for what no second try would change: a refused key, an unknown model or address."""
+        """Raises `TrimtabError` for errors that a retry wouldn't fix: a rejected key, an unknown model or address."""
         client = self._client
         stop = Event()
         refused: TrimtabError | None = None
@@ -205,7 +205,7 @@ class Endpoint:
             for future in as_completed(futures):
                 try:
                     reply = future.result()
-                except TrimtabError as error:  # the replies to requests that are out already are still taken
+                except TrimtabError as error:  # replies to requests already sent are still used
                     refused = refused or error
                     stop.set()
                     continue
@@ -240,7 +240,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class LocalJudge:
-    """A model loaded here as the judge: greedy, unsteered, and weak. Look at its replies before you trust a score."""
+    """A locally loaded model as the judge: greedy, unsteered, weak. Look at its replies before you trust a score."""
 
     lm: LM
     max_tokens: int = 128
@@ -266,8 +266,11 @@ class LocalJudge:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's word on one answer. `score` is `None` where there is none, and `problem` says why; `reply` is what
-    came back, `cached` whether it was known from before."""
+    """A judge's verdict on one answer.
+
+    `score` is `None` if there is none; then `problem` says why. `reply` is the judge's text, `cached` whether it came
+    from the cache.
+    """
 
     score: float | None
     reply: str | None
@@ -278,7 +281,7 @@ class Verdict:
 def default_judge(lm: LM | None = None) -> Judge:
     """The endpoint that the environment names, else a local judge on `lm`.
 
-    Raises `TrimtabError` when there is neither, or when the environment names only half of an endpoint.
+    Raises `TrimtabError` if there is neither, or if the environment sets only the URL or only the model.
     """
     if lm is None or os.environ.get(URL) or os.environ.get(MODEL):
         return Endpoint.from_environment()
@@ -293,13 +296,13 @@ def judge_answers(
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Verdict]:
-    """The verdict on each `(question, answer)`; what occurs twice is asked once.
+    """The verdict on each `(question, answer)`; duplicates are asked once.
 
-    With `cache`, a folder, each reply is kept in a file named after the digest of the judge's identity and the
-    messages, so that a run that was stopped goes on where it was, and a finished one costs nothing to repeat. Only
-    replies are kept, not failures. `progress(done, total)` counts different questions to the judge.
+    With `cache`, a folder, each reply is stored in a file named after the digest of the judge's identity and the
+    messages, so that an interrupted run can be resumed, and repeating a finished one costs nothing. Only replies are
+    stored, not failures. `progress(done, total)` counts distinct questions to the judge.
 
-    Raises `TrimtabError` when the judge refuses for good, or the cache can't be written.
+    Raises `TrimtabError` if the judge rejects a request permanently, or the cache can't be written.
     """
     identity = dict(judge.identity)
     prompts = [rubric.messages(question, answer) for question, answer in answers]
@@ -338,7 +341,7 @@ def judge_records(
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Record], list[Verdict]]:
-    """The records with a score named `judge` beside those they have: NaN where the judge gave none.
+    """The records with an added score `judge`: NaN if the judge gave none.
 
     The judge sees neither the arm nor the steering. Raises `TrimtabError` as `judge_answers` does.
     """
@@ -353,10 +356,10 @@ def judge_records(
 
 @dataclass(frozen=True)
 class Tally:
-    """What the verdicts on one arm came to: the mean of those with a score, and how many had none.
+    """A summary of the verdicts on one arm: the mean of those with a score, and how many had none.
 
-    `unreadable` counts replies without a score on the scale, `failed` requests without a reply; `mean` is `None` when
-    no answer was scored. With many of either, the mean is that of a selection.
+    `unreadable` counts replies without a score on the scale, `failed` requests without a reply; `mean` is `None` if no
+    answer was scored. With many of either, the mean covers only a selection of the answers.
     """
 
     scored: int
@@ -377,7 +380,7 @@ class Tally:
 
 
 def tally(judge: Judge, verdicts: Sequence[Verdict], *, seed: int = 0) -> Tally:
-    """The mean score with its 95 % bootstrap interval, and the counts of what has no score."""
+    """The mean score with its 95 % bootstrap interval, and the counts of answers without a score."""
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     failed = sum(verdict.reply is None for verdict in verdicts)
     return Tally(
@@ -398,7 +401,7 @@ def _verdict(rubric: Rubric, reply: Reply, cached: bool) -> Verdict:
 
 
 def _question(record: Record) -> str:
-    """A prompt as the judge reads it: a string as it is, messages one after the other with their roles."""
+    """A prompt as text for the judge: a string as it is, messages in sequence with their roles."""
     if isinstance(record.prompt, str):
         return record.prompt
     if len(record.prompt) == 1:
@@ -426,7 +429,7 @@ def _folder(path: Path) -> Path:
 
 
 def _cached(folder: Path | None, digest: str) -> str | None:
-    """The reply that was kept, if it can be read; a damaged file is as good as none."""
+    """The stored reply, if it can be read; a damaged file is ignored."""
     if folder is None:
         return None
     try:

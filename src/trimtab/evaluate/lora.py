@@ -1,8 +1,8 @@
-"""The other way to change a behaviour, to compare with: a LoRA finetuned on the same contrastive pairs.
+"""A baseline to compare steering with: a LoRA finetuned on the same contrastive pairs.
 
-Rimsky et al. (2312.06681), in their comparison with finetuning, train on the matching answers, or on the others:
-cross-entropy at the answer's letter only, one epoch. They train all weights by SGD; here it is a small LoRA on all
-linear layers (Hu et al., 2106.09685) by AdamW, which a laptop can hold. Steering on top of it works as on any model.
+In their comparison with finetuning, Rimsky et al. (2312.06681) train on the matching answers, or on the others:
+cross-entropy on the answer's letter only, one epoch. They train all weights with SGD; this is a small LoRA on all
+linear layers (Hu et al., 2106.09685) with AdamW, which fits on a laptop. Steering on top of it works as on any model.
 Needs `trimtab[finetune]`.
 """
 
@@ -40,8 +40,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Lora:
-    """How it is trained: its rank and scale, AdamW's learning rate, epochs, pairs a step, and the seed of the first
-    weights and of the order."""
+    """Training options: the LoRA's rank and scale, AdamW's learning rate, the epochs, the number of pairs per step, and
+    the seed of the initial weights and the order.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -58,14 +59,14 @@ class Lora:
 
 @dataclass(frozen=True)
 class Target:
-    """A text as token ids, of which the last `count` are to become more probable."""
+    """A text as token ids, of which the last `count` are trained on."""
 
     ids: tuple[int, ...]
     count: int
 
 
 def description(lm: LM, pairs: Sequence[Pair], side: Side, lora: Lora = Lora()) -> dict[str, Any]:
-    """All that the result of `finetuned` depends on, as plain values."""
+    """Everything that the result of `finetuned` depends on, as plain values."""
     here = lm.identity
     model = {"width": here.width, "layers": here.layers, "fingerprint": here.fingerprint}
     lm.require("training")
@@ -83,14 +84,14 @@ def finetuned(
     folder: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Iterator[LM]:
-    """While open: the model finetuned towards one side of the pairs. When left, `lm` is as it was.
+    """A context manager that yields the model finetuned towards one side of the pairs. On exit, `lm` is restored.
 
-    While open, don't use `lm`: both are the same weights, and the adapter's layers stand in them. With `folder`, the
-    adapter is kept there, and taken from there when it was trained on the same pairs in the same way.
-    `progress(done, total)` counts pairs. The same seed gives the same weights on the same machine.
+    Don't use `lm` in the meantime: both share their weights, and the adapter's layers are inserted into them. With
+    `folder`, the adapter is stored there, and loaded from there if it was trained on the same pairs with the same
+    options. `progress(done, total)` counts pairs. The same seed gives the same weights on the same machine.
 
-    Raises `TrimtabError` for pairs of prompts or none, a text that is too long, a folder that holds another adapter,
-    or without `peft`.
+    Raises `TrimtabError` for pairs of prompts or no pairs, a text that is too long, a folder that holds another
+    adapter, or if `peft` isn't installed.
     """
     peft = _peft()
     if side not in SIDES:
@@ -128,11 +129,12 @@ def finetuned(
 
 @contextmanager
 def load_adapter(lm: LM, folder: str | Path, name: str | None = None) -> Iterator[LM]:
-    """While open: the model with the LoRA of a folder. When left, `lm` is as it was; don't use it meanwhile.
+    """A context manager that yields the model with the LoRA of a folder. On exit, `lm` is restored; don't use it
+    meanwhile.
 
     `name` is what the model is then called in records.
 
-    Raises `TrimtabError` when there is none, it isn't a safetensors file, or it doesn't fit the model.
+    Raises `TrimtabError` if there is none, it isn't a safetensors file, or it doesn't fit the model.
     """
     peft = _peft()
     folder = Path(folder)
@@ -152,17 +154,17 @@ def load_adapter(lm: LM, folder: str | Path, name: str | None = None) -> Iterato
 
 
 def save_adapter(lm: LM, folder: str | Path, about: Mapping[str, Any]) -> None:
-    """Write the adapter of a finetuned model, and what it comes from. Raises `TrimtabError` when that can't be."""
+    """Write the adapter of a finetuned model and its description. Raises `TrimtabError` if it can't be written."""
     folder = Path(folder)
     try:
         lm.model.save_pretrained(str(folder), safe_serialization=True)
     except OSError as error:
         raise TrimtabError(f"can't write the LoRA to {folder}: {error.strerror}") from None
-    write_atomically(folder / ABOUT, json.dumps(about, indent=2).encode())  # last: what lacks it is not whole
+    write_atomically(folder / ABOUT, json.dumps(about, indent=2).encode())  # last: a folder without it is incomplete
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:
-    """What the adapter in a folder comes from. Raises `TrimtabError` when it can't be read."""
+    """The description of the adapter in a folder. Raises `TrimtabError` if it can't be read."""
     path = Path(folder) / ABOUT
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -174,7 +176,7 @@ def read_about(folder: str | Path) -> dict[str, Any]:
 
 
 def target(lm: LM, pair: Pair, side: Side) -> Target:
-    """What is trained of a pair: the letter of a multiple-choice answer, a whole answer, or a whole text."""
+    """The trained part of a pair: the letter of a multiple-choice answer, a whole answer, or a whole text."""
     chosen = SIDES.index(side)
     if pair.shape == "letters":
         asking = sides(pair)[chosen]
@@ -191,7 +193,7 @@ def target(lm: LM, pair: Pair, side: Side) -> Target:
 
 @contextmanager
 def _adapted(lm: LM, make: Callable[[], Any], name: str) -> Iterator[LM]:
-    """What `make` makes of the model; peft's layers are taken out of `lm` again at the end, gradients as before."""
+    """The model that `make` returns; on exit, peft's layers are removed from `lm`, and `requires_grad` is restored."""
     required_grad = {parameter: parameter.requires_grad for parameter in lm.model.parameters()}
     adapted = make()
     try:
@@ -203,12 +205,12 @@ def _adapted(lm: LM, make: Callable[[], Any], name: str) -> Iterator[LM]:
 
 
 def _train(lm: LM, targets: Sequence[Target], lora: Lora, progress: Progress | None) -> None:
-    """In evaluation mode: without dropout, so that the seed decides all."""
+    """Train in evaluation mode: without dropout, so that the result depends only on the seed."""
     weights = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lora.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(lora.seed)
     total, done = lora.epochs * len(targets), 0
-    with lm._exclusive(), torch.enable_grad():  # nobody else's hooks
+    with lm._exclusive(), torch.enable_grad():  # without other callers' hooks
         for _ in range(lora.epochs):
             order = torch.randperm(len(targets), generator=generator).tolist()
             for start in range(0, len(order), lora.batch_size):
@@ -225,7 +227,7 @@ def _train(lm: LM, targets: Sequence[Target], lora: Lora, progress: Progress | N
 
 
 def loss(lm: LM, batch: Sequence[Target]) -> Tensor:
-    """The cross-entropy of a batch's targets, in nats: the mean over its texts of each one's mean over its tokens."""
+    """The cross-entropy of a batch's targets, in nats: the mean over texts of each text's mean over its tokens."""
     device = input_device(lm.model)
     ids, mask = padded([each_target.ids[:-1] for each_target in batch], left=True, device=device)
     tail = max(each_target.count for each_target in batch)

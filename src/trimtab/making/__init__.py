@@ -1,4 +1,4 @@
-"""From an idea to a steering that was measured."""
+"""Makes and measures a steering, starting from an idea."""
 
 from trimtab.making.idea import Idea, idea_from_contrast, idea_from_sentence
 from trimtab.making.make import Made, make, make_from_pairs

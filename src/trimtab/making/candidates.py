@@ -1,4 +1,4 @@
-"""What could bring an idea about: mean differences at several depths and strengths, and vectors that are trained."""
+"""Candidate steerings for an idea: mean differences at several depths and strengths, and trained vectors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FROM_LAST = Positions.from_last_prompt_token()
 
 @dataclass(frozen=True)
 class Candidate:
-    """A steering, what to call it, and what it does on questions that it wasn't learned from."""
+    """A steering, its name, and its effect on held-out questions."""
 
     name: str
     steering: Steering
@@ -46,7 +46,7 @@ class Candidate:
 
     @property
     def lead(self) -> float:
-        """By how much more likely it makes them than the unwanted ones, in nats per token."""
+        """How much more likely it makes them than the unwanted ones, in nats per token."""
         return _mean(self.effect.leads)
 
 
@@ -62,22 +62,22 @@ def candidates(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Candidate]:
-    """All of them, the best one first: by the lead of the wanted answers over the unwanted ones.
+    """All candidates, the best one first: ranked by the lead of the wanted answers over the unwanted ones.
 
-    Pushing too hard makes all answers unlikely. So those under which the wanted answers are no likelier than without
-    any steering come after all others.
+    Pushing too hard makes all answers unlikely. So candidates under which the wanted answers are no likelier than
+    without any steering come last.
 
     Args:
         lm: The model.
         name: What is wanted, for the card.
         learned: The answers to learn from.
-        held_out: The answers to other questions, which decide.
-        trained: What is trained as well, which takes longest.
-        positions: Where they act: from the last prompt token on, or at all tokens (and not at block 0, which such
-            programs can't steer).
-        seed: Of the order of answers in the descent.
-        progress: Called with how many candidates were tried.
-        say: Called with the state of the descent, in words.
+        held_out: The answers to other questions, which the ranking uses.
+        trained: A candidate that is trained as well, which takes longest.
+        positions: Where they act: from the last prompt token on, or at all tokens (and then not at block 0, which
+            programs that load control vectors can't steer).
+        seed: The seed of the order of answers in training.
+        progress: Called with the number of candidates that were tried, and their total.
+        say: Called with messages about the training.
     """
     trials = mean_differences(lm, name, learned, positions)
     total = len(trials) + (len(trained.strengths) if trained is not None else 0)
@@ -106,9 +106,9 @@ def _mean(values: Mapping[str, float]) -> float:
 def mean_differences(
     lm: LM, name: str, learned: Contrasts, positions: Positions = FROM_LAST
 ) -> list[tuple[str, Steering]]:
-    """Means over the answers' tokens, wanted less unwanted, each side under its own system prompt.
+    """Means over the answers' tokens, wanted minus unwanted, each side under its own system prompt.
 
-    Chen et al., arXiv 2507.21509, section 2.2: one vector a block, read over the answer.
+    Chen et al., arXiv 2507.21509, section 2.2: one vector per block, averaged over the answer.
     """
     first, last = first_layer(positions), lm.layout.layers - 1
     singles = sorted({max(first, min(round(depth * lm.layout.layers), last)) for depth in DEPTHS})
@@ -135,7 +135,9 @@ def mean_differences(
 
 
 def first_layer(positions: Positions) -> int:
-    """The first block that may be steered: a control vector, which acts at all tokens, has none for block 0."""
+    """The first block that may be steered: 1 if steering all tokens, like a control vector (which has no block 0), else
+    0.
+    """
     return 1 if positions == Positions.all() else 0
 
 
@@ -148,7 +150,7 @@ def distilled(
     say: Say | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """A vector at every block under which the model gives the wanted answers without a system prompt.
+    """A vector at every block with which the model gives the wanted answers without a system prompt.
 
     It is learned from the last prompt token on, and acts at `positions`.
     """
@@ -171,12 +173,12 @@ def distilled(
 
 
 def distilling(lm: LM, name: str) -> Trained:
-    """Distilling, as what may be tried beside mean differences."""
+    """Distillation, as the trained candidate."""
     return Trained("distilled", partial(distilled, lm, name), DISTILL_STRENGTHS)
 
 
 def _pairs(learned: Contrasts) -> list[tuple[Text, Text]]:
-    """Each wanted answer beside an unwanted one to the same question, as often as there are both."""
+    """Pairs of a wanted and an unwanted answer to the same question, as texts."""
     pairs = []
     for question in learned.questions:
         positive, negative = (

@@ -1,4 +1,4 @@
-"""What a model answers to the same questions for and against an idea, and which answers show the difference."""
+"""A model's answers to the same questions for and against an idea, filtered to those that show the difference."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ if TYPE_CHECKING:
 
 BATCH = 64
 LEAST = 8
-"""Fewer answers than these, on either side, are too few to learn from."""
+"""The minimum number of answers to learn from, on each side."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and the prompts that it was written under; `own` and `other` hold the system prompt for it and against
-    it, `bare` none. All are token ids. `logprobs`, where the model wrote it, are those of its tokens under `own`."""
+    """An answer, and the prompts for it, as token ids.
+
+    `own` has the system prompt that it was written under, `other` that of the other side, `bare` none. `logprobs` are
+    the log-probabilities of its tokens under `own`, if the model wrote it.
+    """
 
     question: str
     own: tuple[int, ...]
@@ -40,14 +43,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Contrasts:
-    """Answers for and against, those alone that are fit to learn from, and how many there were."""
+    """Answers for and against, filtered to those that are fit to learn from; `asked` counts all of them."""
 
     positive: tuple[Answer, ...]
     negative: tuple[Answer, ...]
     asked: int
 
     def on(self, questions: Collection[str]) -> Contrasts:
-        """Those to some of the questions."""
+        """The answers to some of the questions."""
         some = set(questions)
         positive, negative = (
             tuple(answer for answer in side if answer.question in some) for side in (self.positive, self.negative)
@@ -70,8 +73,7 @@ class Contrasts:
 
 @dataclass(frozen=True)
 class Ask:
-    """A question that is to be answered, `wanted` or not: under its own prompt; there are the other side's, and a bare
-    one."""
+    """A question to be answered (`wanted` or not) under its own prompt, with the other side's prompt and a bare one."""
 
     wanted: bool
     question: str
@@ -85,15 +87,15 @@ def contrasts(
 ) -> Contrasts:
     """The model's own answers for and against the idea.
 
-    Each question is asked under `prompts` of the system prompts, which take turns.
+    Each question is answered under `prompts` of the system prompts, in rotation.
 
     Args:
         lm: The model.
         idea: What is wanted.
-        questions: What is asked.
-        prompts: Under how many system prompts of each side each question is asked.
+        questions: The questions.
+        prompts: The number of system prompts of each side that each question is answered under.
         tokens: The maximum length of an answer, in tokens.
-        progress: Called with how many answers are made, and how many there will be.
+        progress: Called with the number of answers that are done, and their total.
     """
     heard = hears_system(lm)
     rows: list[Ask] = []
@@ -110,16 +112,16 @@ def contrasts(
 
 
 def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None = None) -> Contrasts:
-    """The model's own answers, those alone that show the difference.
+    """The model's own answers, filtered to those that show the difference.
 
-    An answer counts if it doesn't go in circles and is more likely under its own prompt than under the other side's
-    (Chen et al., arXiv 2507.21509, section 2.2, have a judge instead).
+    An answer counts if it isn't repetitive and is more likely under its own prompt than under the other side's (Chen et
+    al., arXiv 2507.21509, section 2.2, use a judge instead).
 
     Args:
         lm: The model.
-        rows: What is asked, and how.
+        rows: The questions with their prompts.
         tokens: The maximum length of an answer, in tokens.
-        progress: Called with how many answers are made, and how many there will be.
+        progress: Called with the number of answers that are done, and their total.
     """
     prompts = [row.own for row in rows]
     answers = lm.generate(prompts, max_new_tokens=tokens, batch_size=BATCH, logprobs=True, progress=progress)
@@ -134,7 +136,7 @@ def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None 
 
 
 def check_enough(answers: Contrasts, name: str, least: int = LEAST) -> None:
-    """Raises `TrimtabError` where too few answers show the difference."""
+    """Raises `TrimtabError` if too few answers show the difference."""
     if min(len(answers.positive), len(answers.negative), len(answers.questions)) < least:
         raise TrimtabError(
             f"the model's answers for and against {name!r} barely differ: of {answers.asked},"
@@ -144,7 +146,7 @@ def check_enough(answers: Contrasts, name: str, least: int = LEAST) -> None:
 
 
 def hears_system(lm: LM) -> bool:
-    """Whether the chat template has a place for system prompts and doesn't leave them out."""
+    """Whether the chat template supports system prompts and doesn't drop them."""
     if not has_template(lm.tokenizer):
         return False
     try:
@@ -158,14 +160,14 @@ def hears_system(lm: LM) -> bool:
 
 
 def under(system: str, question: str, heard: bool) -> Prompt:
-    """The question under a system prompt; in front of it where the template has no place for one."""
+    """The question under a system prompt; if the template doesn't support one, it is put before the question."""
     if not heard:
         return f"{system}\n\n{question}"
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
 def _told_apart(lm: LM, answers: Sequence[Answer]) -> list[Answer]:
-    """Those that are more likely under their own prompt than under the other one."""
+    """The answers that are more likely under their own prompt than under the other one."""
     other = logprobs(lm, [Forced(answer.other, answer.ids) for answer in answers])
     kept = []
     for answer, there in zip(answers, other, strict=True):

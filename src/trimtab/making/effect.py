@@ -1,4 +1,4 @@
-"""How far a steering goes from the one side's answers to the other's: by log-probabilities, without a judge."""
+"""How far a steering moves the model from one side's answers to the other's: by log-probabilities, without a judge."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ if TYPE_CHECKING:
 
 
 READ = (Positions.from_last_prompt_token(), Positions.all())
-"""Where what is read may act."""
+"""The positions that are supported here."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """For each question, in nats per token: how likely the wanted answers are, and by how much more than the
-    others."""
+    """For each question, in nats per token: how likely the wanted answers are, and how much more so than the others."""
 
     wanted: Mapping[str, float]
     leads: Mapping[str, float]
 
 
 def effect(lm: LM, steering: Steering | None, contrasts: Contrasts) -> Effect:
-    """The steering's on answers to questions, given without a system prompt.
+    """A steering's effect on answers to questions, conditioned on prompts without a system prompt.
 
     Args:
         lm: The model.
-        steering: What acts from the last prompt token on, or at all tokens, or nothing.
+        steering: A steering that acts from the last prompt token on, or at all tokens; `None` for no steering.
         contrasts: The answers for and against.
 
     Raises:
-        TrimtabError: A steering with other positions, a gate, or two edits at one site, which aren't read here.
+        TrimtabError: A steering with other positions, a gate, or two edits at one site, which isn't supported here.
     """
     _check_read(steering)
     answers = [*contrasts.positive, *contrasts.negative]
@@ -51,9 +50,9 @@ def effect(lm: LM, steering: Steering | None, contrasts: Contrasts) -> Effect:
 
 
 def prompted(lm: LM, contrasts: Contrasts) -> Effect:
-    """That of the system prompts for the idea, under which the wanted answers were written.
+    """The effect of the system prompts for the idea, under which the wanted answers were written.
 
-    The others' answers are read under the prompt for the idea, too.
+    The unwanted answers are scored under the prompt for the idea, too.
     """
     texts = [Forced(answer.own, answer.ids) for answer in contrasts.positive]
     texts += [Forced(answer.other, answer.ids) for answer in contrasts.negative]
@@ -61,7 +60,7 @@ def prompted(lm: LM, contrasts: Contrasts) -> Effect:
 
 
 def check_prompted(unsteered: Effect, by_prompt: Effect) -> None:
-    """Raises `TrimtabError` where the system prompt has no effect, or one away from what is wanted."""
+    """Raises `TrimtabError` if the system prompt has no effect, or moves the model away from what is wanted."""
     if not np.mean([by_prompt.leads[question] - lead for question, lead in unsteered.leads.items()]) > 0:
         raise TrimtabError(
             "the system prompts themselves don't bring the model nearer to the wanted answers, so there is nothing to"
@@ -70,12 +69,13 @@ def check_prompted(unsteered: Effect, by_prompt: Effect) -> None:
 
 
 def share_of(unsteered: Effect, steered: Effect, by_prompt: Effect, seed: int = 0) -> Interval:
-    """The part of the system prompt's effect that a steering has: a ratio of means, and its bootstrap interval.
+    """A steering's share of the system prompt's effect: a ratio of means, and its bootstrap interval.
 
-    Questions are drawn, each with all three of its values. A draw in which the system prompt has no effect counts as 0.
+    Questions are resampled, each with all three of its values. A resample in which the system prompt has no effect
+    counts as 0.
 
     Raises:
-        TrimtabError: The system prompt has no effect, or one away from what is wanted: there is nothing to share.
+        TrimtabError: The system prompt has no effect, or moves the model away from what is wanted.
     """
     check_prompted(unsteered, by_prompt)
     questions = list(unsteered.leads)
@@ -90,7 +90,7 @@ def share_of(unsteered: Effect, steered: Effect, by_prompt: Effect, seed: int = 
 
 
 def gain_of(unsteered: Mapping[str, float], steered: Mapping[str, float], seed: int = 0) -> Interval:
-    """By how much a steering raises these values, by question: the mean difference, and its bootstrap interval."""
+    """How much a steering raises these values, by question: the mean difference, and its bootstrap interval."""
     return paired_bootstrap(list(unsteered.values()), [steered[question] for question in unsteered], seed=seed)
 
 
@@ -106,7 +106,7 @@ def _check_read(steering: Steering | None) -> None:
 
 
 def _effect(contrasts: Contrasts, values: Sequence[float]) -> Effect:
-    """From the values of the positive answers, and then of the negative ones."""
+    """The effect, from the values of the positive answers followed by those of the negative ones."""
     count = len(contrasts.positive)
     wanted = _by_question(contrasts.positive, values[:count])
     unwanted = _by_question(contrasts.negative, values[count:])
@@ -129,9 +129,9 @@ def _likelihoods(lm: LM, steering: Steering | None, texts: Sequence[Forced]) -> 
     """The mean log-probability of each answer's tokens."""
     changes = {} if steering is None else help_changes(steering)
     everywhere = steering is not None and steering.edits[0].positions == Positions.all()
-    order = sorted(range(len(texts)), key=lambda i: texts[i].prompt)  # those with the same prompt share it
+    order = sorted(range(len(texts)), key=lambda i: texts[i].prompt)  # texts with the same prompt share its computation
     likelihoods = [0.0] * len(texts)
-    # a forced pass changes what comes from the last prompt token on: everywhere, that is the first token of all
+    # a forced pass steers from the last prompt token on; to steer everywhere, only the first token stays a prompt
     forced = [_from_first(texts[i]) if everywhere else texts[i] for i in order]
     with forcing(lm.model, lm.layout, list(changes)) as run, torch.no_grad():
         for numbers in passes(lm.model, forced):

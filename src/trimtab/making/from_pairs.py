@@ -1,8 +1,8 @@
-"""Pairs of one's own, as what a steering is made from: which are learned from, which test it, and by what.
+"""Prepares a user's own pairs for making a steering: which to learn from, which to test on, and what to compare with.
 
-A side is an answer after a prompt. What the two prompts of a pair have in common, it is steered after; what only the
-positive one has (a system prompt of its own, an instruction) is what the steering is measured by. Pairs of prompts have
-no answers: the model writes them, each under its own side's prompt.
+A side is an answer after a prompt. Steered answers follow what the two prompts of a pair have in common. What only the
+positive one has (its own system prompt, an instruction) is what the steering is compared with. Pairs of prompts have no
+answers: the model writes them, each under its own side's prompt.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
 
 LEAST_PROMPTS = 16
-"""Fewer different prompts can't be learned from, chosen by and tested on, all three."""
+"""The minimum number of distinct prompts for learning, choosing and testing."""
 HELD_OUT, MOST_HELD_OUT, MOST_TESTED, MOST_HEARD = 4, 40, 100, 20
-"""One in four prompts to learn from chooses instead, up to 40. Of many prompts, 100 test, and 20 are answered at the
-end; all others are learned from."""
+"""One in four of the prompts to learn from is used for choosing instead, up to 40. At most 100 prompts are for testing,
+and 20 of them are answered at the end; all others are learned from.
+"""
 PREFERRED_STRENGTHS = (1.0, 1.5)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pair as it is used: what its prompt is called, both sides' prompts, and what they have in common."""
+    """A prepared pair: the name of its prompt, both sides' prompts, and what they have in common."""
 
     pair: Pair
     question: str
@@ -54,17 +55,17 @@ class Case:
 
 
 def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *, trains: bool) -> Material:
-    """Pairs, as what a steering is made from.
+    """The material for a steering, from pairs.
 
     Args:
         lm: The model.
         pairs: The pairs, all of one shape.
         name: Its name.
         tokens: The maximum length of an answer that the model writes, in tokens.
-        trains: Whether a vector is trained, too.
+        trains: Whether to train a vector, too.
 
     Raises:
-        TrimtabError: Too few different prompts, or a pair that can't be used, which is named.
+        TrimtabError: Too few distinct prompts, or a pair that can't be used; the message names it.
     """
     cases = [_case(pair, number) for number, pair in enumerate(pairs, 1)]
     questions = list(dict.fromkeys(case.question for case in cases))
@@ -96,12 +97,12 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
 
 
 def spread_over(texts: Sequence[str], most: int) -> list[str]:
-    """At most so many of them, evenly spread."""
+    """At most `most` of the texts, evenly spaced."""
     count = min(len(texts), most)
     return [texts[i * len(texts) // count] for i in range(count)]
 
 
-# ---- what a pair says --------------------------------------------------------------------------------------
+# ---- prompts -----------------------------------------------------------------------------------------------
 
 
 def _case(pair: Pair, number: int) -> Case:
@@ -117,7 +118,7 @@ def _case(pair: Pair, number: int) -> Case:
 
 
 def _with_system_apart(side: Side) -> Side:
-    """The side with a system message of its prompt as its system prompt."""
+    """The side with the system message of its prompt, if any, moved to its system prompt."""
     if isinstance(side.prompt, str) or len(side.prompt) < 2 or side.prompt[0][0] != "system":
         return side
     return replace(side, prompt=side.prompt[1:], system=side.prompt[0][1])
@@ -137,7 +138,7 @@ def _prompt(side: Side) -> Prompt:
     return as_prompt((("system", side.system), *talk))
 
 
-# ---- answers that are there, and answers that are written --------------------------------------------------
+# ---- given answers and generated answers ---------------------------------------------------------------------
 
 
 def _from_answers(lm: LM, cases: Sequence[Case], questions: frozenset[str], progress: Progress | None) -> Contrasts:
@@ -153,8 +154,11 @@ def _from_answers(lm: LM, cases: Sequence[Case], questions: frozenset[str], prog
 
 
 def _encoded(lm: LM, case: Case) -> tuple[Answer, Answer]:
-    """Both answers as token ids; an answer that is a letter ends with it, and a bare text begins with its first token,
-    after which the rest is the answer."""
+    """Both answers as token ids.
+
+    An answer that is a letter ends with it; a bare text is split into its first token as the prompt and the rest as the
+    answer.
+    """
     pair, both = case.pair, (case.positive, case.negative)
     if pair.shape == "letters":
         letters = [letter_of(side.answer) for side in both]
@@ -194,11 +198,11 @@ def _written(
     return written(lm, rows, tokens, progress)
 
 
-# ---- what is trained, and what is heard --------------------------------------------------------------------
+# ---- training and final questions --------------------------------------------------------------------------
 
 
 def _trained(lm: LM, cases: Sequence[Case], name: str, prompted: bool) -> Trained | None:
-    """Distilling, where a prompt brings the wanted answers about; else by preference, but for bare texts."""
+    """Distillation, if a prompt produces the wanted answers; else training by preference, except for bare texts."""
     if prompted:
         return distilling(lm, name)
     if cases[0].pair.shape == "texts":
@@ -229,7 +233,7 @@ def _by_question(cases: Sequence[Case]) -> dict[str, list[Pair]]:
 
 
 def _heard(cases: Sequence[Case], questions: Sequence[str], shape: str) -> tuple[Heard, ...]:
-    """The pairs' own prompts; where a pair has none, or one that a letter answers, general questions."""
+    """The pairs' own prompts; general questions if a pair has none, or one that is answered by a letter."""
     if shape in ("texts", "letters"):
         return tuple(Heard(question, question) for question in spread_over(queries("test"), MOST_HEARD))
     first = {case.question: case for case in reversed(cases)}

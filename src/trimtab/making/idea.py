@@ -1,7 +1,7 @@
-"""What a steering is to bring about, as a model can be told it: system prompts for and against, and questions.
+"""An idea of what a steering should do, as prompts for a model: system prompts for and against, and questions.
 
-From a trait card that comes along, from a sentence ("be blunt, not flattering"), or from two personas ("a pirate", "an
-office clerk").
+An idea comes from one of the packaged trait cards, from a sentence ("be blunt, not flattering"), or from two personas
+("a pirate", "an office clerk").
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from trimtab.data import Trait, find_trait, queries
 from trimtab.errors import TrimtabError
 
 LEARN, TEST = 20, 20
-"""So many questions are learned from, and so many others are asked at the end."""
+"""The number of questions to learn from, and that of other questions for the test at the end."""
 
 FOR = (
     "{Idea}.",
@@ -30,7 +30,7 @@ PLAIN = (
     "You are a helpful assistant with no particular style.",
     "You answer every question in a neutral, ordinary tone.",
 )
-"""Against an idea that names no opposite stands an ordinary assistant."""
+"""The negative side of an idea without an opposite: an ordinary assistant."""
 PERSONA = (
     "You are {who}.",
     "You are {who}, and you answer every question as {who} would.",
@@ -50,12 +50,12 @@ class Idea:
 
     Args:
         name: A short name.
-        positive: System prompts that bring it about, in different words.
-        negative: System prompts for the opposite, as many.
+        positive: System prompts that produce the behaviour, in different words.
+        negative: The same number of system prompts for the opposite.
         learn: Questions to learn from.
-        test: Other questions, which are asked at the end only.
-        signs: Words that tell it in an answer, if any honestly do.
-        source: Where it comes from, for the card.
+        test: Other questions, which are used only for the test at the end.
+        signs: Words that reliably indicate the behaviour in an answer, if there are any.
+        source: Where the idea comes from, for the card.
 
     Raises:
         TrimtabError: No prompts on a side, too few questions, or a question in both lists.
@@ -88,16 +88,16 @@ def idea_from_trait(trait: Trait) -> Idea:
 
 
 def idea_from_sentence(sentence: str, *, cards: bool = True) -> Idea:
-    """The idea of a sentence: that of the trait card it names, or else what stands in it, put into templates.
+    """The idea of a sentence: that of the trait card it names, or else the sentence in templates.
 
-    "be blunt, not flattering" has its opposite after "not"; without one the opposite is an ordinary assistant.
+    In "be blunt, not flattering" the opposite follows "not"; without one, the opposite is an ordinary assistant.
 
     Args:
         sentence: What is wanted, such as "talk like a pirate".
         cards: Whether trait cards may be used.
 
     Raises:
-        TrimtabError: Nothing is said.
+        TrimtabError: The sentence is empty.
     """
     said = " ".join(sentence.split()).strip(" .!")
     if not said:
@@ -114,11 +114,11 @@ def idea_from_contrast(like: str, unlike: str | None = None) -> Idea:
     """The idea of a persona, against another one or an ordinary assistant.
 
     Args:
-        like: Who the model is to be like, such as "a pirate".
-        unlike: Who it is to be unlike, such as "an office clerk".
+        like: Who the model should be like, such as "a pirate".
+        unlike: Who it should be unlike, such as "an office clerk".
 
     Raises:
-        TrimtabError: A persona without a word, or twice the same.
+        TrimtabError: An empty persona, or the same one twice.
     """
     who, other = (" ".join((text or "").split()).strip(" .!") for text in (like, unlike))
     if not who:
@@ -130,7 +130,7 @@ def idea_from_contrast(like: str, unlike: str | None = None) -> Idea:
 
 
 def with_questions(idea: Idea, questions: Sequence[str]) -> Idea:
-    """The idea with questions of one's own; every second one is kept for the test.
+    """The idea with custom questions; every second one is kept for the test.
 
     Raises:
         TrimtabError: Too few questions.

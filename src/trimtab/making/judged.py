@@ -1,4 +1,4 @@
-"""The verdict on a steering, by answers to questions that nothing was learned from or chosen by."""
+"""The verdict on a steering, from answers to questions that weren't used for learning or choosing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RANDOM = 3
 
 @dataclass(frozen=True)
 class Example:
-    """One of the test questions, and what the model says to it; `prompted` is `None` where there is no such prompt."""
+    """One of the test questions, and the model's answers to it; `prompted` is `None` if there is no such prompt."""
 
     question: str
     unsteered: str
@@ -48,18 +48,18 @@ def judged(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Verdict, list[Example]]:
-    """What a steering is worth, and what it says.
+    """The verdict on a steering, and examples of its answers.
 
     Args:
         lm: The model.
-        made_from: What it was made from, which says what is answered.
+        made_from: The material that it was made from, which includes the prompts to answer.
         steering: The steering.
-        test_answers: Answers for and against, to questions of the test.
-        base: How likely they are without a steering.
-        by_prompt: The same under the system prompt; `None` where there is none to measure it by.
+        test_answers: Answers for and against, to the test questions.
+        base: The effect without a steering.
+        by_prompt: The effect of the system prompt; `None` if there is none to compare with.
         tokens: The maximum length of an answer, in tokens.
-        seed: Of the random directions, and of the bootstrap.
-        progress: Called with how far it is.
+        seed: The seed of the random directions.
+        progress: Called with the progress.
 
     Raises:
         TrimtabError: As `share_of` does.
@@ -113,7 +113,7 @@ def judged(
 
 
 def _answers(lm: LM, heard: Sequence[Heard], steering: Steering, tokens: int) -> dict[str, list[Generation]]:
-    """What is said unsteered, under the prompt for what is wanted (if there is one to each question), and steered."""
+    """The answers unsteered, with the prompt for what is wanted (if there is one for each question), and steered."""
     bare = [question.bare for question in heard]
     prompts = [question.prompted for question in heard if question.prompted is not None]
     arms = {"plain": lm.generate(bare, max_new_tokens=tokens, batch_size=BATCH)}
@@ -124,7 +124,7 @@ def _answers(lm: LM, heard: Sequence[Heard], steering: Steering, tokens: int) ->
 
 
 def _chance(before: Effect, after: Effect) -> float:
-    """p of the exact paired test that the leads grew, question by question."""
+    """The p-value of the exact paired test that the leads grew, by question."""
     questions = list(before.leads)
     return decide([before.leads[q] for q in questions], [after.leads[q] for q in questions]).p
 
@@ -138,7 +138,7 @@ def _share(values: Sequence[bool]) -> float:
 
 
 def _perplexity(lm: LM, heard: Sequence[Heard], answers: Sequence[Generation]) -> float:
-    """The median perplexity of the answers after the bare questions, unsteered; infinite where all are empty."""
+    """The median perplexity of the answers after the bare questions, unsteered; infinite if all are empty."""
     texts = [
         (lm.encode(q.bare), answer.token_ids) for q, answer in zip(heard, answers, strict=True) if answer.token_ids
     ]

@@ -1,8 +1,8 @@
-"""One sentence in, or pairs, and a measured steering out.
+"""Makes a measured steering from one sentence, or from pairs.
 
-The model answers questions under system prompts for and against the idea. Answers that show the difference are learned
-from: by their mean difference (persona vectors, Chen et al., arXiv 2507.21509) and by distilling (`learn_distill`).
-Questions that were held out choose between them, and others again say what the chosen one is worth.
+The model answers questions under system prompts for and against the idea. Steerings are learned from the answers that
+show the difference: by their mean difference (persona vectors, Chen et al., arXiv 2507.21509) and by distillation
+(`learn_distill`). Held-out questions choose between them, and other questions again test the chosen one.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 HELD_OUT = 4
-"""One in so many of the questions to learn from chooses between candidates instead."""
+"""One in this many of the questions to learn from is used for choosing between candidates instead."""
 LEAST_TESTED = 4
-"""A verdict needs answers on both sides to so many of the test questions."""
+"""The minimum number of test questions with answers on both sides for a verdict."""
 PROMPTS = 2
 TOKENS = 64
 STAGES = ("answering for and against", "answering the test questions", "learning", "measuring")
 
 Stage = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is, and how much there is."""
+"""Called with the name of the current stage, the number of its steps that are done, and their total."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """The steering that was chosen, what it is worth, and what it says.
+    """The steering that was chosen, the verdict on it, and examples of its answers.
 
     Args:
         idea: What was wanted, in a few words.
-        source: Where that comes from.
-        steering: What was made, at strength 1.
+        source: Where the idea comes from.
+        steering: The result, at strength 1.
         verdict: What it is worth.
-        name: Which of the ways to learn it did best.
+        name: The name of the best candidate.
         candidates: All that were tried, the best one first.
-        examples: What the model says to questions that nothing was learned from.
+        examples: The model's answers to test questions.
     """
 
     idea: str
@@ -86,9 +86,9 @@ def make(
         distill: Whether to distill too, which captures more and takes longest.
         positions: Where it acts: from the last prompt token on, or at all tokens, as a control vector of llama.cpp does
             (then block 0 is left out, which llama.cpp can't steer).
-        seed: Of the order of answers and of the random directions.
-        stage: Called with the current stage, one of `STAGES`, at its beginning and as it progresses. An exception
-            from it aborts everything.
+        seed: The seed of the order of answers and of the random directions.
+        stage: Called with the current stage, one of `STAGES`, at its beginning and as it progresses. An exception from
+            it aborts everything.
         say: Called with messages about the progress.
 
     Returns:
@@ -120,20 +120,21 @@ def make_from_pairs(
 ) -> Made:
     """Make a steering from your own pairs, with a verdict.
 
-    About half of the prompts are learned from, the others test it. Pairs of prompts (with and without an instruction)
-    are answered by the model. Where no prompt of a pair brings the wanted answer about (none has a system prompt of its
-    own, say), the effect can't be a share of one; it is given in nats per token, beside that of random directions.
+    About half of the prompts are learned from, the others are for the test. The model answers pairs of prompts (with
+    and without an instruction). If no prompt of a pair produces the wanted answers (none has its own system prompt,
+    say), there is no prompt to compare with. The effect is then given in nats per token, together with that of random
+    directions.
 
     Args:
         lm: The model; on the transformers engine.
-        pairs: `Pair`s, or what `as_pairs` makes pairs of; `read_pairs` reads a file.
+        pairs: `Pair`s, or anything that `as_pairs` accepts; `read_pairs` reads a file.
         name: Its name.
         tokens: The maximum length of an answer that the model writes, in tokens.
-        distill: Whether to train a vector too, which takes longest: distilled if a prompt produces the wanted
-            answers, by preference (BiPO) if only the answers are given. Bare texts have neither.
-        positions: As `make` has it, and so are all the others.
-        seed: Of the order of answers and of the random directions.
-        stage: Called with what is being done, of `STAGES` those that there are.
+        distill: Whether to train a vector too, which takes longest: distilled if a prompt produces the wanted answers,
+            by preference (BiPO) if only the answers are given. Bare texts have neither.
+        positions: As in `make`.
+        seed: The seed of the order of answers and of the random directions.
+        stage: Called with the current stage, as in `make`; stages that don't apply are skipped.
         say: Called with messages about the progress.
 
     Raises:
@@ -180,7 +181,7 @@ def _made(
     def at(what: str) -> Callable[[int, int], None] | None:
         if stage is None:
             return None
-        stage(what, 0, 1)  # it begins: how much there is isn't known yet
+        stage(what, 0, 1)  # a start: the number of steps isn't known yet
         return lambda done, total: stage(what, done, total)
 
     answering, testing, learning, measuring = STAGES
@@ -201,9 +202,9 @@ def _made(
     base = effect(lm, None, test_answers)
     by_prompt = prompted(lm, test_answers) if made_from.prompted else None
     if by_prompt is not None:
-        check_prompted(base, by_prompt)  # before the long part: without it there is no verdict in the end
+        check_prompted(base, by_prompt)  # before the slow part: without this, there would be no verdict in the end
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of doses: strengths are what is tried here
+        warnings.simplefilter("ignore")  # about doses: trying strengths is the point here
         ranked = candidates(
             lm,
             made_from.name,

@@ -1,4 +1,4 @@
-"""What a steering is made from, whoever wrote it: answers for and against, and prompts to hear it at."""
+"""The material that a steering is made from: answers for and against, and prompts to answer at the end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """A candidate that is trained, which takes longest: its name, how it is learned, and at which strengths tried.
+    """A trained candidate, which takes longest: its name, how it is learned, and the strengths to try.
 
-    `learn` is given the answers, where it is to act, the seed of their order, the callback for how it stands, and the
-    one for each step. What the last one raises ends it.
+    `learn` is called with the answers, the positions, the seed of their order, a callback for messages, and one for
+    each step. An exception from the latter aborts the training.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Heard:
-    """A prompt that is answered at the end: what to call it, itself, and with what brings the wanted answer about."""
+    """A prompt that is answered at the end: its name, itself, and a version that produces the wanted answer."""
 
     question: str
     bare: Prompt
@@ -39,21 +39,22 @@ class Heard:
 
 @dataclass(frozen=True)
 class Material:
-    """All that a steering is made from.
+    """Everything that a steering is made from.
 
     Args:
         name: Its name.
         source: Where it comes from, for the card.
-        learn: Gives the answers to learn from. Called with how far it is, where the model has to write them.
-        test: Gives those for the verdict, to other questions.
-        aside: Questions among those to learn from that choose between candidates instead.
+        learn: Returns the answers to learn from. Its argument is called with the progress, if the model has to write
+            them.
+        test: Returns the answers for the verdict, to other questions.
+        aside: Questions among those to learn from that are used for choosing between candidates instead.
         writes: Whether the model writes the answers.
-        prompted: Whether a prompt brings the wanted answers about, by whose effect a steering is measured.
-        trained: What is tried beside mean differences.
-        heard: What is answered at the end.
-        signs: Words that tell what is wanted in an answer, if any honestly do.
+        prompted: Whether a prompt produces the wanted answers, so that a steering can be compared with it.
+        trained: The trained candidate, if any, besides mean differences.
+        heard: The prompts that are answered at the end.
+        signs: Words that reliably indicate the behaviour in an answer, if there are any.
         options: Further entries for the card.
-        data: A digest of the data, for the card; empty where the model wrote it.
+        data: A digest of the data, for the card; empty if the model wrote it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a steering is worth: its effect, beside that of random directions, and what it costs."""
+"""The verdict on a steering: its effect, compared with that of random directions, and its costs."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from typing import Any
 from trimtab.evaluate.decision import BETTER, LUCK, WORSE, verdict_of
 
 LEAST_SHARE = 0.1
-"""Less of the system prompt's effect than this isn't worth a file."""
+"""The minimum share of the system prompt's effect for a steering to work."""
 MORE_LOOPS = 0.3
-"""A steering under which so many more answers go in circles than without it breaks the model, however few they are."""
+"""A steering that makes this many more answers repetitive breaks the model, however few the answers are."""
 DOUBTFUL = 0.15
-"""So many more are worth a word, where luck may explain them."""
+"""An increase above this is worth a caution, even if chance may explain it."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured on questions that nothing was learned from or chosen by.
+    """What was measured on questions that weren't used for learning or choosing.
 
-    The effect is that on the lead, in nats per token, of the wanted answers over the unwanted ones. Where a system
-    prompt brings the wanted ones about, it is given as a share of that prompt's own effect, and costs are compared
-    with the prompt's answers. Data of one's own may have no such prompt; then it is given in nats per token, and
-    costs are compared with the unsteered answers.
+    The effect is that on the lead, in nats per token, of the wanted answers over the unwanted ones. If a system prompt
+    produces the wanted ones, the effect is given as a share of that prompt's own, and costs are compared with the
+    prompt's answers. A user's own data may have no such prompt; then the effect is given in nats per token, and costs
+    are compared with the unsteered answers.
 
     Args:
-        effect: How much it does, as a share of the system prompt's effect, or in nats per token.
-        low, high: The 95 % interval of that (bootstrap over questions).
-        random: The same for random directions of the same length.
-        p: How often luck alone does as well: the largest of the exact paired tests, by question, against the unsteered
-            model and against each random direction.
-        questions: How many were asked.
-        loops: The share of its answers that go in circles; `loops_before` that of the answers it is compared with.
-        loops_p: How often luck alone makes so many more of them go in circles (exact paired test, by question).
+        effect: The effect, as a share of the system prompt's effect, or in nats per token.
+        low, high: Its 95 % interval (bootstrap over questions).
+        random: The same for random directions of the same norm.
+        p: How often chance alone does as well: the largest p-value of the exact paired tests, by question, against the
+            unsteered model and against each random direction.
+        questions: The number of test questions.
+        loops: The share of its answers that are repetitive; `loops_before` is that of the answers it is compared with.
+        loops_p: How often chance alone makes so many more of them repetitive (exact paired test, by question).
         perplexity: The median of its answers under the unsteered model, over that of the answers it is compared with.
-        signs: The share of answers with one of the idea's words: unsteered, under the system prompt, steered. Empty
-            where the idea has no such words.
-        likelier: Without a system prompt: by how much likelier it makes the wanted answers themselves, in nats per
-            token. `None` with one.
+        signs: The share of answers with one of the idea's words: unsteered, under the system prompt, steered. Empty if
+            the idea has no such words.
+        likelier: Without a system prompt: how much likelier it makes the wanted answers themselves, in nats per token.
+            `None` with one.
     """
 
     effect: float
@@ -57,17 +57,17 @@ class Verdict:
 
     @property
     def share(self) -> float | None:
-        """The part of the system prompt's effect that it has; `None` where there is no such prompt."""
+        """Its share of the system prompt's effect; `None` if there is no such prompt."""
         return self.effect if self.likelier is None else None
 
     @property
     def holds(self) -> bool:
-        """Whether it does what was wanted, beyond doubt and beyond any other direction, and leaves the text whole."""
+        """Whether it does what was wanted, better than chance and random directions, without breaking the text."""
         return not self.why_not
 
     @property
     def why_not(self) -> str:
-        """What speaks against it; empty if it holds."""
+        """The reason why it doesn't hold; empty if it does."""
         if verdict_of(self.p) != BETTER:
             return f"its effect {LUCK}, or from that of a random direction (p = {self.p:.2g})"
         if self.share is not None and self.share < LEAST_SHARE:
@@ -83,7 +83,7 @@ class Verdict:
 
     @property
     def caution(self) -> str:
-        """What to look at where it holds; empty where there is nothing."""
+        """What to look at before using a steering that holds; empty if there is nothing."""
         if not self.holds or self.loops <= self.loops_before + DOUBTFUL:
             return ""
         return (

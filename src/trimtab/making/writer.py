@@ -1,6 +1,6 @@
 """An idea written out by another model: system prompts for and against it, and questions on which it can show.
 
-In the manner of Chen et al., arXiv 2507.21509, appendix A, where a large model writes them.
+This follows Chen et al., arXiv 2507.21509, appendix A, where a large model writes them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ don't mention it, and have 5 to 25 words each."""
 
 
 def idea_from_writer(writer: Judge, sentence: str) -> Idea:
-    """Have the idea of a sentence written out.
+    """Have a model write out the idea of a sentence.
 
     Args:
-        writer: Who writes, such as an `Endpoint`.
+        writer: The model that writes, such as an `Endpoint`.
         sentence: What is wanted.
 
     Raises:
-        TrimtabError: What comes back can't be used, three times in a row, or nothing comes back.
+        TrimtabError: The reply can't be used, three times in a row, or there is no reply.
     """
     ask = ASK.format(wish=sentence.strip(), side=SIDE, questions=LEARN + TEST)
     problem = "it said nothing"

@@ -1,1 +1,1 @@
-"""Words to token positions."""
+"""From text to token ids and positions, and back."""

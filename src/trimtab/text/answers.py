@@ -1,7 +1,7 @@
-"""Pairs of answers to token ids, and at which tokens of an answer it is read.
+"""Pairs of answers to token ids, and the tokens of an answer at which activations are read.
 
-A marker is looked for in the answer's text, and the tokenizer's own offsets say which tokens come after it. Tokens are
-never searched for tokens: at its edges a marker may be merged with what stands next to it.
+A marker is looked up in the answer's text, and the tokenizer's offsets say which tokens come after it. Token sequences
+are never searched for the marker's tokens, since at its edges a marker may be merged with the adjacent text.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ MARK = "trimtab\u2060asks"
 
 @dataclass(frozen=True)
 class ReadAt:
-    """Where an answer is read: at its last token, or at several, of whose activations the mean is taken.
+    """Where an answer is read: at its last token, or at several, over whose activations the mean is taken.
 
-    `"last"` is the last token, `"answer"` all of them, `"first"` the first `count` (or all, where there are fewer), and
+    `"last"` is the last token, `"answer"` all of them, `"first"` the first `count` (or all, if there are fewer), and
     `"after"` those after the first occurrence of the text `marker`, such as `</think>`.
 
     Raises `TrimtabError` for an unknown kind, a count below 1, and an empty marker.
@@ -49,8 +49,8 @@ class ReadAt:
     def parse(cls, text: str) -> ReadAt:
         r"""From the command line: `last`, `answer`, `first:K` or `after:MARKER`.
 
-        A marker in double quotes is read as JSON reads a string: `after:"\n\n"` is an empty line. Any other stands for
-        itself. Raises `TrimtabError` for anything else.
+        A marker in double quotes is parsed as a JSON string: `after:"\n\n"` is an empty line. Any other is taken
+        literally. Raises `TrimtabError` for anything else.
         """
         if not isinstance(text, str):
             raise TrimtabError(f"read_at is a text, last, answer, first:K or after:MARKER, got {text!r}")
@@ -64,7 +64,7 @@ class ReadAt:
         raise TrimtabError(f"an answer can't be read at {text!r}; use last, answer, first:K or after:MARKER")
 
     def __str__(self) -> str:
-        """What `parse` reads."""
+        """The text that `parse` reads."""
         if self.marker is not None:
             plain = self.marker.isprintable() and self.marker == self.marker.strip() and self.marker[0] != '"'
             return f"after:{self.marker if plain else json.dumps(self.marker)}"
@@ -75,12 +75,12 @@ LAST = ReadAt()
 
 
 def as_read_at(value: str | ReadAt) -> ReadAt:
-    """A `ReadAt`, or what one is parsed from. Raises `TrimtabError` as `ReadAt.parse` does."""
+    """A `ReadAt`, parsed if it is a string. Raises `TrimtabError` as `ReadAt.parse` does."""
     return value if isinstance(value, ReadAt) else ReadAt.parse(value)
 
 
 def check_read_at(value: str | ReadAt | None, shape: str) -> ReadAt | None:
-    """Where to read pairs of this shape, if it was said. Raises `TrimtabError` for letters, and as `as_read_at`."""
+    """Where to read pairs of this shape, if specified. Raises `TrimtabError` for letters, and as `as_read_at` does."""
     if value is not None and shape == "letters":
         raise TrimtabError("multiple-choice answers are read at their letter; leave out where to read them")
     return None if value is None else as_read_at(value)
@@ -90,7 +90,7 @@ def check_read_at(value: str | ReadAt | None, shape: str) -> ReadAt | None:
 class Answered:
     """One side of a pair as token ids, of which those from `start` on are the answer, and the answer's text.
 
-    A bare text is all answer, and its ids may have tokens that aren't of the text, such as a first one for prefixes.
+    A bare text is all answer, and its ids may include tokens that aren't part of the text, such as a BOS token.
     """
 
     ids: tuple[int, ...]
@@ -102,7 +102,7 @@ def encode_sides(tokenizer: Any, pair: Pair) -> tuple[Answered, Answered]:
     """The positive and the negative side of a pair of answers or texts.
 
     Raises `TrimtabError` for pairs of another shape, an answer without tokens, a system prompt that the chat template
-    leaves out, and as `encode` does.
+    drops, and as `encode` does.
     """
     if pair.shape not in ("answers", "texts"):
         raise TrimtabError(f"these are no answers or texts, but pairs of {pair.shape}")
@@ -111,9 +111,9 @@ def encode_sides(tokenizer: Any, pair: Pair) -> tuple[Answered, Answered]:
 
 
 def encode_prompt(tokenizer: Any, side: Side) -> list[int]:
-    """A side's prompt, under its system prompt, ending where the answer begins.
+    """The token ids of a side's prompt, under its system prompt, ending where the answer begins.
 
-    Raises `TrimtabError` for a system prompt that the chat template leaves out, and as `encode` does.
+    Raises `TrimtabError` for a system prompt that the chat template drops, and as `encode` does.
     """
     ids = encode(tokenizer, as_prompt(side.prompt), system=side.system)
     _check_heard(tokenizer, side)
@@ -123,7 +123,7 @@ def encode_prompt(tokenizer: Any, side: Side) -> list[int]:
 def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> LetterQuestion:
     """A multiple-choice question under the side's system prompt.
 
-    Raises `TrimtabError` for a system prompt that the chat template leaves out, and as `ask` does.
+    Raises `TrimtabError` for a system prompt that the chat template drops, and as `ask` does.
     """
     assert isinstance(side.prompt, str)  # a pair of letters has no messages
     question = ask(tokenizer, side.prompt, letters, system=side.system)
@@ -132,7 +132,7 @@ def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> LetterQuesti
 
 
 def _check_heard(tokenizer: Any, side: Side) -> None:
-    """Raises `TrimtabError` where another system prompt would be rendered alike: what it says would be lost."""
+    """Raises `TrimtabError` if another system prompt renders the same, which means that the template drops it."""
     talk = (("user", side.prompt),) if isinstance(side.prompt, str) else side.prompt
     talk = talk if side.system is None else (("system", side.system), *talk)
     if not any(role == "system" for role, _ in talk):
@@ -146,16 +146,16 @@ def _check_heard(tokenizer: Any, side: Side) -> None:
 
 
 def read_positions(tokenizer: Any, text: Answered, read_at: ReadAt = LAST) -> Sequence[int]:
-    """The positions at which an answer is read; of a bare text, those of its own tokens, but for the last one.
+    """The positions at which an answer is read; for a bare text, its own tokens (with `"last"`, the last of all ids).
 
     Args:
-        tokenizer: The one that made the ids.
-        text: One of `encode_sides`.
-        read_at: Where.
+        tokenizer: The tokenizer that made the ids.
+        text: A side from `encode_sides`.
+        read_at: Where to read.
 
     Raises:
         TrimtabError: The marker isn't in the answer, or nothing comes after it.
-        UnsupportedError: The tokenizer doesn't tell what is needed to find out.
+        UnsupportedError: The tokenizer has no offsets, or its special tokens can't be separated from the text's.
     """
     if read_at.kind == "last":
         return [len(text.ids) - 1]
@@ -177,7 +177,7 @@ def _encoded(tokenizer: Any, pair: Pair, side: Side) -> Answered:
 
 
 def _own(tokenizer: Any, text: Answered) -> tuple[int, int]:
-    """From where to where the tokens are the answer's own: without those that a tokenizer puts around a text."""
+    """The range of the answer's own tokens, without special tokens that a tokenizer puts around a text."""
     if text.start:
         return text.start, len(text.ids)
     own = ids_of(tokenizer, text.answer)
@@ -190,9 +190,9 @@ def _own(tokenizer: Any, text: Answered) -> tuple[int, int]:
 
 
 def _after(tokenizer: Any, answer: str, marker: str) -> list[int]:
-    """Which of the answer's tokens come after the first marker: they hold none of it but white space at its end.
+    """The answer's tokens after the first marker: those that contain none of it except trailing whitespace.
 
-    That a tokenizer may merge with the word that follows, and the word is what is meant.
+    A tokenizer may merge that whitespace with the word that follows, and the word is what is wanted.
     """
     place = answer.find(marker)
     if place < 0:

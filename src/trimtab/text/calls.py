@@ -1,8 +1,8 @@
-"""Tool calls as models write them: which form a chat template has, a form for templates without one, and grammars.
+"""Tool calls as models write them: the form that a chat template uses, a form for templates without one, and grammars.
 
-A form says what stands around a call's name and its arguments, which are JSON. Those that are known here are what most
-families have been trained on. Where a template takes no tools, prompts describe them in Hermes' form, which many
-models have seen, and answers are read in it.
+A form specifies the text around a call's name and its arguments, which are JSON. The known forms are the ones that most
+model families have been trained on. If a template doesn't support tools, prompts describe them in Hermes' form, which
+many models have seen, and answers are parsed in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trimtab.text.templates import keywords_of
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call. `schema` is the JSON schema of its arguments, as a grammar has it."""
+    """A function that a model may call. `schema` is the JSON schema of its arguments, as text for a grammar."""
 
     name: str
     schema: str
@@ -29,8 +29,8 @@ class Tool:
 class CallForm:
     """How a call is written: `opens`, then `before` NAME `between` ARGUMENTS `after`, then `closes`.
 
-    `many`: how several calls stand together. `"each"` has its own `opens` and `closes`, `"list"` are in brackets behind
-    one `opens`, `"one"` is alone in its answer.
+    `many` is how several calls are written: `"each"` has its own `opens` and `closes`, `"list"` puts them in brackets
+    after a single `opens`, and with `"one"` an answer has only one call.
     """
 
     name: str
@@ -43,7 +43,7 @@ class CallForm:
 
     @property
     def alone(self) -> bool:
-        """Whether a call is an answer as a whole, which nothing opens."""
+        """Whether a call is a whole answer, without an opening marker."""
         return not self.opens
 
 
@@ -66,18 +66,18 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
-"""What a system message says of tools where the template doesn't, in the words of Qwen's."""
+"""A system message that describes the tools if the template doesn't, in Qwen's wording."""
 
 
 def takes_tools(tokenizer: Any) -> bool:
-    """Whether the chat template has a place for tools."""
+    """Whether the chat template supports tools."""
     return "tools" in keywords_of(tokenizer)
 
 
 def form_of(tokenizer: Any) -> CallForm:
     """The form in which this model calls tools, by its chat template.
 
-    Raises `UnsupportedError` for a template that takes tools and has them called in a form that isn't known.
+    Raises `UnsupportedError` for a template that supports tools with an unknown form of calls.
     """
     if not takes_tools(tokenizer):
         return HERMES
@@ -100,7 +100,7 @@ def form_of(tokenizer: Any) -> CallForm:
 
 
 def described(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages for a template that knows no tools: described in the system message, called and answered in text."""
+    """Messages for a template without tools: described in the system message, with calls and results as text."""
     result: list[dict[str, Any]] = []
     for message in messages:
         if isinstance(message.get("content"), list):  # with images
@@ -136,7 +136,7 @@ def _call(function: Mapping[str, Any]) -> str:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The special tokens, by their texts: in a grammar they are tokens, not texts."""
+    """The special tokens by their text; in a grammar they are written as tokens, not as text."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {str(token.content): int(id) for id, token in added.items() if token.special}
 
@@ -144,18 +144,18 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 def call_rules(
     form: CallForm, tools: Sequence[Tool], special: Mapping[str, int], *, several: bool, free: bool
 ) -> str | None:
-    """Lines of a grammar, with the rule `calls`.
+    """Lines of a grammar that define the rule `calls`.
 
     Args:
         form: How calls are written.
-        tools: What may be called.
-        special: As `special_tokens` has them.
+        tools: The tools that may be called.
+        special: The result of `special_tokens`.
         several: Whether there may be more than one call.
-        free: Whether there may be any text instead, and before a call: then calls keep to their form from where they
-            open.
+        free: Whether there may be any text instead, and before a call; then only calls that have been opened are
+            constrained to their form.
 
     Returns:
-        `None` where that can't be: a form in which nothing opens a call is any text, if there may be any.
+        The lines, or `None` if `free` is set and the form has no opening marker, since then any text is allowed.
     """
     if free and form.alone:
         return None
@@ -184,7 +184,7 @@ def call_rules(
 
 
 def thinking_rules(opens: str, closes: str, special: Mapping[str, int], *, begun: bool, then: str) -> str:
-    """Lines of a grammar, with the rule `start`: thinking, if any or `begun` already, and `then` another rule."""
+    """Lines of a grammar with the rule `start`: thinking (optional unless `begun`), then the rule named `then`."""
     if closes in special:
         first = "" if begun else literal(opens, special)
         lines = [f"thought: {first} THOUGHT {literal(closes, special)}", "THOUGHT: /(.|\\n)*/"]
@@ -197,12 +197,12 @@ def thinking_rules(opens: str, closes: str, special: Mapping[str, int], *, begun
 
 
 def literal(text: str, special: Mapping[str, int]) -> str:
-    """A text in a grammar; special tokens in it are tokens."""
+    """A text as grammar literals, with its special tokens as tokens."""
     names = sorted((name for name in special if name in text), key=len, reverse=True)
     parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
     return " ".join(f"<[{special[part]}]>" if part in names else json.dumps(part) for part in parts if part)
 
 
 def pattern(text: str) -> str:
-    """A text in a regular expression of a grammar."""
+    """A text escaped for a regular expression in a grammar."""
     return re.sub(r"([^\w\s<>:])", r"\\\1", text)

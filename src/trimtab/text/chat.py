@@ -1,4 +1,4 @@
-"""Prompts to token ids, through the model's own chat template where it has one."""
+"""Prompts to token ids, through the model's own chat template if it has one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from trimtab.text.templates import CONTINUE, check_keywords, set_keywords
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 Template = Mapping[str, Any]
-"""Keywords of the chat template, such as `{"enable_thinking": False}`, and perhaps `continue_final_message`."""
+"""Keywords of the chat template, such as `{"enable_thinking": False}`, and optionally `continue_final_message`."""
 
 
 class TemplateWarning(UserWarning):
-    """A prompt is rendered by the chat template and looks as if it had been already."""
+    """A prompt is rendered by the chat template but seems to have been rendered already."""
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -39,16 +39,16 @@ def encode(
 ) -> list[int]:
     """The token ids of a prompt, ending where the answer begins.
 
-    A list of messages (`{"role": …, "content": …}`) is rendered by the chat template. A string is taken for
-    the user's message where there is a template, and for plain text where there is none; `chat=True` or
-    `False` insists on the one or the other. `system` is put before as a system message.
+    A list of messages (`{"role": …, "content": …}`) is rendered by the chat template. A string is the user's message if
+    there is a template, and plain text if there is none; `chat=True` or `chat=False` forces one or the other. `system`
+    is prepended as a system message.
 
-    Messages that end with one of the assistant's are a begun answer, and the ids end where it goes on. `template` holds
-    keywords of the chat template; `continue_final_message=False` among them begins another answer instead.
+    If the last message is the assistant's, it is an unfinished answer, and the ids end where it continues. `template`
+    holds keywords of the chat template; `continue_final_message=False` among them starts a new answer instead.
 
     Raises `TrimtabError` for messages, `chat=True`, `system` or `template` without a template, for malformed messages,
-    for keywords that the template doesn't use, and where it can't leave a begun answer open. Warns with
-    `TemplateWarning` of a string that holds the template's special tokens.
+    for keywords that the template doesn't use, and if it can't leave an unfinished answer open. Warns with
+    `TemplateWarning` about a string that contains the template's special tokens.
     """
     if tokenizer is None:
         raise TrimtabError("this LM has no tokenizer, so it reads no texts: LM(model, tokenizer)")
@@ -82,7 +82,7 @@ def encode(
 
 
 def _check_text(text: Any) -> None:
-    """Raises `TrimtabError` for half a surrogate pair, which isn't text and which tokenizers don't take."""
+    """Raises `TrimtabError` for a lone surrogate, which isn't valid text and which tokenizers reject."""
     try:
         if isinstance(text, str):
             text.encode()
@@ -91,7 +91,7 @@ def _check_text(text: Any) -> None:
 
 
 def checked_messages(messages: Sequence[Message], system: str | None = None) -> list[Message]:
-    """The messages as a list, with a system message before them. Raises `TrimtabError` for malformed ones."""
+    """The messages as a list, preceded by a system message, if any. Raises `TrimtabError` for malformed ones."""
     if isinstance(messages, Mapping) or not isinstance(messages, Iterable):
         raise TrimtabError(f"a prompt is a text or a list of messages, got {type(messages).__name__}")
     for message in messages:
@@ -102,10 +102,10 @@ def checked_messages(messages: Sequence[Message], system: str | None = None) -> 
 
 
 def encode_talk(tokenizer: Any, talk: Prompt) -> list[int]:
-    """The token ids of a text as it stands, or of messages as the chat template has them.
+    """The token ids of a text as it is, or of messages rendered by the chat template.
 
-    Messages that end with the assistant's are a conversation that has been answered: no new answer begins behind them.
-    Raises `TrimtabError` as `encode` does.
+    If the last message is the assistant's, the conversation is complete, and no new answer begins after it. Raises
+    `TrimtabError` as `encode` does.
     """
     if isinstance(talk, str):
         return encode(tokenizer, talk, chat=False)
@@ -113,19 +113,19 @@ def encode_talk(tokenizer: Any, talk: Prompt) -> list[int]:
     answered = bool(messages) and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
     if not answered:
         return encode(tokenizer, messages)
-    encode(tokenizer, messages, template={CONTINUE: False})  # its checks, too
+    encode(tokenizer, messages, template={CONTINUE: False})  # for its checks
     options: dict[str, Any] = {"tokenize": True, "return_dict": True}
     encoded = _rendered(tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False}, **options)
     return list(encoded["input_ids"])
 
 
 def render_messages(tokenizer: Any, messages: Sequence[Message], template: Template | None = None) -> str:
-    """Messages as the chat template's text, ending where the answer begins or goes on. Raises as `encode` does."""
+    """Messages rendered as text, ending where the answer begins or continues. Raises as `encode` does."""
     return str(_apply(tokenizer, messages, template, tokenize=False))
 
 
 def plain_tokens(tokenizer: Any, text: str, **options: Any) -> Any:
-    """What the tokenizer makes of plain text; a first token that stands in the text isn't put before it again."""
+    """Tokenize plain text, without a second BOS token if the text already starts with one."""
     first = getattr(tokenizer, "bos_token", None)
     if first and text.startswith(first):
         doubled, single = (tokenizer(text, add_special_tokens=add, **options) for add in (True, False))
@@ -137,7 +137,7 @@ def plain_tokens(tokenizer: Any, text: str, **options: Any) -> Any:
 
 
 def template_digest(tokenizer: Any) -> str | None:
-    """A digest of the chat template and of the keywords that are set for it; `None` where there is no template."""
+    """A digest of the chat template and of the keywords that are set for it; `None` if there is no template."""
     if not has_template(tokenizer):
         return None
     text = str(tokenizer.chat_template)
@@ -147,7 +147,7 @@ def template_digest(tokenizer: Any) -> str | None:
 
 
 def rendering(tokenizer: Any, messages: Sequence[Message], template: Template | None) -> dict[str, Any]:
-    """The keywords with which messages are rendered, where an answer is to begin or to go on. Raises as `encode`."""
+    """The keywords for rendering messages so that an answer can begin or continue. Raises as `encode` does."""
     keywords = dict(template or {})
     continues = _continues(messages, keywords.pop(CONTINUE, None))
     check_keywords(tokenizer, keywords)
@@ -156,24 +156,24 @@ def rendering(tokenizer: Any, messages: Sequence[Message], template: Template | 
 
 
 def takes_parts(tokenizer: Any) -> bool:
-    """Whether the chat template takes a message's content as a list of parts alone: of a text it would render nothing.
+    """Whether the chat template takes a message's content only as a list of parts, and would drop a plain text.
 
-    Templates of image-text models are such.
+    This is the case for templates of image-text models.
     """
     return _kept(_PARTS, tokenizer, _loses_text)
 
 
 def keeps_system(tokenizer: Any) -> bool:
-    """Whether a system message is part of what the chat template renders, or refused by it."""
+    """Whether the chat template renders a system message, or rejects it with an error."""
     return _kept(_SYSTEM, tokenizer, _renders_system)
 
 
 def _kept(kept: WeakKeyDictionary[Any, tuple[str, bool]], tokenizer: Any, look: Callable[[Any], bool]) -> bool:
-    """What was seen of a chat template, looked at once."""
+    """The cached result of a check on a chat template."""
     template = str(tokenizer.chat_template)
     try:
         known, seen = kept.get(tokenizer, (None, False))
-    except TypeError:  # it can't be hashed
+    except TypeError:  # it isn't hashable
         return look(tokenizer)
     if known != template:
         seen = look(tokenizer)
@@ -185,7 +185,7 @@ def _renders_system(tokenizer: Any) -> bool:
     messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "text"}]
     try:
         return _PROBE in render_messages(tokenizer, messages)
-    except TrimtabError:  # it says so itself
+    except TrimtabError:  # the template itself raises an error
         return True
 
 
@@ -195,13 +195,13 @@ def _loses_text(tokenizer: Any) -> bool:
     for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
         try:
             seen.append(_PROBE in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], **options)))
-        except Exception:  # it wants more than that, or can't take it
+        except Exception:  # it needs other messages, or doesn't support this content
             seen.append(False)
     return seen == [False, True]
 
 
 def _contents(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
-    """The messages with their contents as the chat template takes them: texts, or parts where it takes these alone."""
+    """The messages with contents in the form that the chat template takes: text, or parts if it takes only parts."""
     plain = all(isinstance(message["content"], str) for message in messages)
     if takes_parts(tokenizer):
         return [
@@ -214,7 +214,7 @@ def _contents(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
 
 
 def _joined(content: Any) -> Any:
-    """Text parts as one text."""
+    """Text parts joined into one text."""
     parts = content if isinstance(content, (list, tuple)) else ()
     texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type", "text") == "text"]
     return "\n".join(map(str, texts)) if parts and len(texts) == len(parts) and None not in texts else content
@@ -227,7 +227,7 @@ def _apply(tokenizer: Any, messages: Sequence[Message], template: Template | Non
         return _rendered(tokenizer, messages, keywords, **how)
     try:
         return tokenizer.apply_chat_template(messages, **keywords, **how)
-    except Exception as error:  # templates raise whatever their authors chose
+    except Exception as error:  # templates raise arbitrary exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TrimtabError(
             f"the chat template can't leave the assistant's last message open: {reason}; render it yourself, and"
@@ -238,12 +238,12 @@ def _apply(tokenizer: Any, messages: Sequence[Message], template: Template | Non
 def _rendered(tokenizer: Any, messages: Sequence[Message], keywords: Mapping[str, Any], **how: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(list(messages), **keywords, **how)
-    except Exception as error:  # templates raise whatever their authors chose
+    except Exception as error:  # templates raise arbitrary exceptions
         raise TrimtabError(f"the chat template refuses these messages: {error}") from error
 
 
 def _continues(messages: Sequence[Message], wanted: bool | None) -> bool:
-    """Whether the last message is an answer to go on with. Raises `TrimtabError` where that can't be."""
+    """Whether the last message is an answer to continue. Raises `TrimtabError` if it can't be continued."""
     begun = bool(messages) and messages[-1].get("role") == "assistant"
     if wanted is False or (wanted is None and not begun):
         return False
@@ -256,7 +256,7 @@ def _continues(messages: Sequence[Message], wanted: bool | None) -> bool:
 
 
 def notice_special(tokenizer: Any, text: str, *, answer: bool = False) -> None:
-    """Warn of a prompt, or an answer, with special tokens that the chat template writes itself."""
+    """Warn if a prompt, or an answer, contains special tokens that the chat template writes itself."""
     if tokens := [token for token in _written(tokenizer) if token in text]:
         then = (
             "and is read to its end with them; take them out of the data"
@@ -273,11 +273,11 @@ def notice_special(tokenizer: Any, text: str, *, answer: bool = False) -> None:
 
 
 def _written(tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens in a user's message, as the chat template renders it."""
+    """The special tokens in a user's message as rendered by the chat template."""
     template = str(tokenizer.chat_template)
     try:
         known, tokens = _WRITTEN.get(tokenizer, (None, ()))
-    except TypeError:  # it can't be hashed
+    except TypeError:  # it isn't hashable
         return _special_tokens_of_template(tokenizer)
     if known != template:
         tokens = _special_tokens_of_template(tokenizer)
@@ -288,7 +288,7 @@ def _written(tokenizer: Any) -> tuple[str, ...]:
 def _special_tokens_of_template(tokenizer: Any) -> tuple[str, ...]:
     try:
         text = render_messages(tokenizer, [{"role": "user", "content": "text"}])
-    except TrimtabError:  # it wants more than that; what is wrong with the prompt, if anything, is said elsewhere
+    except TrimtabError:  # it needs other messages; errors in the prompt are reported elsewhere
         return ()
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = [str(token.content) for token in added.values() if token.special]
@@ -300,4 +300,4 @@ _PROBE = "trimtab\u2060reads\u2060this"
 _PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 _SYSTEM: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 _WRITTEN: WeakKeyDictionary[Any, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
-"""Kept, since some tokenizers have thousands of special tokens: the template, and those that it writes."""
+"""Caches by tokenizer: the template, and the special tokens that it writes. Some tokenizers have thousands of them."""

@@ -1,4 +1,4 @@
-"""Which column of somebody's table is which part of a pair, and which columns nothing is lost without."""
+"""Maps the columns of a user's table to the parts of a pair, and decides which other columns can be ignored."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "negative_system": ("negative_system_prompt",),
     "answer": ("output", "completion", "response"),
 }
-"""What the parts of a pair, and of an example, are called elsewhere."""
+"""Other common names of the parts of a pair, and of an example."""
 
 CONTEXTS = frozenset(
     {"context", "context_string", "passage", "document", "article", "story", "choices", "options", "history", "input"}
     | {"tools", "functions", "image", "images", "audio"}
 )
-"""Columns that a prompt isn't whole without, if they say anything."""
+"""Columns that are part of the prompt, if they aren't empty."""
 BELONGS = CONTEXTS | {"system", *ALIASES["system"], "positive_system", "negative_system"}
-"""The same, and system prompts, for readers that take none."""
+"""The same, plus system prompts, for readers that don't support them."""
 
 CHOOSING = (
     "label",
@@ -53,22 +53,22 @@ BOOKKEEPING = frozenset(
     | {"topic", "type", "tag", "tags", "metadata", "meta", "kwargs", "instruction_id_list", "url", "license", "lang"}
     | {"language", "model", "timestamp", "created_at"}
 )
-"""Columns about a row, without which nothing is lost. So are those with numbers, and with names that end in `_id`."""
+"""Columns about a row that can be ignored. The same goes for columns with numbers, and names that end in `_id`."""
 
 
 NANS = frozenset({"nan", "NaN", "<NA>", "#N/A"})
 """An empty cell as pandas and spreadsheets write it."""
 
 SIDES = frozenset({"-1", "0", "1", "2", "0.0", "1.0", "2.0", "true", "false"})
-"""Numbers by which sides are named."""
+"""Values that are used to name sides."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What a person says of a table's columns.
+    """The user's settings for a table's columns.
 
-    `keys` names the column of a part, such as `{"positive": "answer_a"}`; a part without one is looked for by its own
-    name and then by its `ALIASES`. `ignore` names columns that are to be left out.
+    `keys` names the column of a part, such as `{"positive": "answer_a"}`; any other part is looked up by its own name
+    and then by its `ALIASES`. `ignore` names columns to leave out.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Columns:
 
     @classmethod
     def of(cls, parts: Collection[str], keys: Mapping[str, str] | None, ignore: Iterable[str]) -> Columns:
-        """Raises `TrimtabError` for a key that isn't one of the `parts`, and a text where columns should be."""
+        """Raises `TrimtabError` for a key that isn't one of the `parts`, and if `ignore` is a string, not a list."""
         if isinstance(ignore, str):
             raise TrimtabError(f"columns to ignore come as a list, such as [{ignore!r}]")
         for part in keys or {}:
@@ -101,7 +101,7 @@ class Columns:
         return cls.of(parts, named, left_out)
 
     def check(self, rows: Sequence[Any], name: str) -> None:
-        """Raises `TrimtabError` for a column that was named and is in no row."""
+        """Raises `TrimtabError` if a column in `keys` isn't in any row."""
         there = list(dict.fromkeys(key for row in rows if isinstance(row, Mapping) for key in row))
         for part, column in self.keys.items():
             if there and column not in there:
@@ -112,7 +112,7 @@ class Columns:
 
 @dataclass
 class Row:
-    """One row while its parts are being read: the parts, their columns' names, and the columns that are left."""
+    """One row while its parts are being read: the parts, the names of their columns, and the remaining columns."""
 
     parts: dict[str, Any]
     names: dict[str, str]
@@ -120,18 +120,18 @@ class Row:
 
     @classmethod
     def of(cls, row: Mapping[str, Any], columns: Columns) -> Row:
-        """The row with the named columns read, and those to be ignored left out."""
+        """The row with the columns in `keys` read, and those in `ignore` left out."""
         named = {part: column for part, column in columns.keys.items() if column in row}
         taken = {*named.values(), *columns.ignore}
         left = {str(key): value for key, value in row.items() if key not in taken}
         return cls({part: row[column] for part, column in named.items()}, named, left)
 
     def has(self, part: str) -> bool:
-        """Whether the part is there, under its own name or another; it may be empty."""
+        """Whether the part exists, under its own name or an alias; it may be empty."""
         return part in self.parts or bool(self._columns(part))
 
     def take(self, part: str, where: str) -> None:
-        """Find the part, if it is there. Raises `TrimtabError` where several columns could be it."""
+        """Find the part, if it exists. Raises `TrimtabError` if several columns could be it."""
         if part in self.parts:
             return
         there = self._columns(part)
@@ -146,15 +146,15 @@ class Row:
             self.parts[part], self.names[part] = self.left.pop(name), name
 
     def _columns(self, part: str) -> list[str]:
-        """The columns that may be the part: first that of its own name, then by its `ALIASES`."""
+        """The columns that may be the part: first by its own name, then by its `ALIASES`."""
         return columns_of(self.left, (part, *ALIASES.get(part, ())))
 
     def name(self, part: str) -> str:
-        """What the part's column is called, for an error."""
+        """The name of the part's column, for an error."""
         return self.names.get(part, part)
 
     def check_rest(self, where: str) -> None:
-        """Raises `TrimtabError`, naming them, where columns are left that may matter."""
+        """Raises `TrimtabError`, naming them, if there are remaining columns that may matter."""
         read = list(self.parts.values())
         if lost := [name for name, value in self.left.items() if _matters(name, value, read)]:
             part = "PART" if "prompt" in self.parts or "question" in self.parts else "prompt"
@@ -168,18 +168,18 @@ class Row:
 
 
 def plain_name(name: str) -> str:
-    """A column's name as it is compared: `Answer Matching-Behavior` and `answerMatchingBehavior` are the same."""
+    """A column's name for comparison: `Answer Matching-Behavior` and `answerMatchingBehavior` are equal."""
     return re.sub(r"[\s-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name).strip())).lower()
 
 
 def columns_of(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The row's columns of these names, in the order of the names, written as they are or in another way."""
+    """The row's columns with these names, in the order of the names, compared in normalized form."""
     return list(_columns_of(tuple(row), tuple(names)))
 
 
 @lru_cache(maxsize=1024)
 def _columns_of(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-    """Kept, since all rows of a file have the same columns."""
+    """Cached, since all rows of a file have the same columns."""
     by_name: dict[str, list[str]] = {}
     for column in columns:
         by_name.setdefault(plain_name(column), []).append(column)
@@ -189,7 +189,7 @@ def _columns_of(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, 
 
 
 def belonging(row: Mapping[str, Any], read: Any) -> list[str]:
-    """The columns that belong to the prompt by their names and say something that isn't in what is read of the row."""
+    """The columns that belong to the prompt by their names and contain something that isn't in `read`."""
     text = read if isinstance(read, str) else json.dumps(read, ensure_ascii=False)
     lost = []
     for name in columns_of(row, tuple(sorted(BELONGS))):
@@ -200,9 +200,10 @@ def belonging(row: Mapping[str, Any], read: Any) -> list[str]:
 
 
 def check_choosing(rows: Iterable[Any], columns: Columns, name: str) -> None:
-    """Raises `TrimtabError` for a column that may say which side is the wanted one, where the sides' columns say it.
+    """Raises `TrimtabError` for a column that may say which side is the wanted one, since here the side's column says
+    it.
 
-    Such are those of `CHOOSING` whose numbers are of `SIDES`, and differ from row to row.
+    These are columns in `CHOOSING` whose values are all in `SIDES`, and differ between rows.
     """
     values: dict[str, set[str]] = {}
     for row in rows:
@@ -222,19 +223,19 @@ def check_choosing(rows: Iterable[Any], columns: Columns, name: str) -> None:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a cell says nothing: none, NaN, characters that show nothing, or a list of nothing."""
+    """Whether a cell is empty: `None`, NaN, invisible characters only, or an empty list or mapping."""
     if isinstance(value, str):
         return is_nan(value) or all(letter.isspace() or category(letter) in ("Cf", "Cc") for letter in value)
     return value is None or is_nan(value) or (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def is_nan(value: Any) -> bool:
-    """Whether it is NaN, which is what pandas makes of an empty cell, as a number or as text."""
+    """Whether the value is NaN, as a number or as text; pandas represents empty cells so."""
     return value in NANS if isinstance(value, str) else isinstance(value, float) and math.isnan(value)
 
 
 def _matters(name: str, value: Any, read: Sequence[Any]) -> bool:
-    """Whether leaving it out may lose something that should be learned from."""
+    """Whether leaving the column out may lose something that should be learned from."""
     known = plain_name(name)
     if is_blank(value):
         return False
@@ -250,7 +251,7 @@ def _matters(name: str, value: Any, read: Sequence[Any]) -> bool:
 
 
 def _says(cell: Any, text: str) -> bool:
-    """Whether a cell that is read holds the text, which says nothing where it is only a letter or two."""
+    """Whether a cell that was read contains the text; texts of one or two letters must match as a whole."""
     return isinstance(cell, str) and text in cell and (len(text) > 2 or text == cell.strip(" ()"))
 
 

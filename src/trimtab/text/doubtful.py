@@ -1,4 +1,4 @@
-"""What about the pairs of a file is perhaps not meant, though they can be learned from."""
+"""Warns about pairs in a file that can be learned from but look like mistakes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from trimtab.text.pairs import Pair
 
 NOTHINGS = frozenset({"None", "null", "NULL", "N/A", "undefined"})
-"""What programs write for a value that isn't there, and what may be an answer all the same."""
+"""Texts that programs write for missing values, but that may be real answers."""
 MANY = 0.1
-"""From this share on, it is worth a word that pairs are there twice."""
+"""The minimum share of duplicate pairs, or of pairs with escaped line breaks, for a warning."""
 
 
 class DoubtfulPairsWarning(UserWarning):
-    """Pairs that can be learned from, and perhaps aren't as they were meant."""
+    """Pairs that can be learned from, but may not be as intended."""
 
 
 def warn_of_doubtful(pairs: Sequence[Pair], name: str) -> None:
-    """Warns, with `DoubtfulPairsWarning`, of pairs that are there twice, or turned round, and of `None` as text."""
+    """Warns, with `DoubtfulPairsWarning`, of pairs that look like mistakes.
+
+    These are duplicates, pairs that also occur with their sides exchanged, texts such as `None`, and escaped line
+    breaks.
+    """
     doubts = []
     count = Counter(
         (pair.prompt, pair.positive, pair.negative, pair.positive_system, pair.negative_system) for pair in pairs
@@ -48,6 +52,6 @@ def warn_of_doubtful(pairs: Sequence[Pair], name: str) -> None:
 
 
 def _is_escaped(pair: Pair) -> bool:
-    """Whether line breaks are written out in it, as in a table that somebody typed; code has real ones as well."""
+    """Whether it has line breaks written as `\\n`, as when typed into a table, and no real ones; code has both."""
     texts = [words for words in (pair.prompt, pair.positive, pair.negative) if isinstance(words, str)]
     return any("\\n" in text for text in texts) and not any("\n" in text for text in texts)

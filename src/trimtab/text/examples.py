@@ -1,4 +1,4 @@
-"""Examples: questions and their answers, which become earlier turns of a conversation."""
+"""Examples: questions with their answers, which become earlier turns of a conversation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trimtab.text.tables import read_rows
 
 
 def read_examples(path: str | Path) -> list[tuple[str, str]]:
-    """The examples of a file that `read_pairs` reads: rows with `prompt` and `answer`, both texts.
+    """The examples in a file of any format that `read_pairs` reads: rows with `prompt` and `answer`, both texts.
 
-    Raises `TrimtabError` naming the file and the line for a missing file, a row without either, one with more that
-    belongs to its prompt, or no rows.
+    Raises `TrimtabError`, naming the file and the line, for a missing file, a row without either, a row with other
+    columns that are part of its prompt, or no rows.
     """
     path = Path(path)
     examples = []

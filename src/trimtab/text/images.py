@@ -1,6 +1,6 @@
-"""Images in a prompt's messages: which content parts hold one, and reading it, within bounds.
+"""Images in a prompt's messages: which content parts are images, and reading them, within limits.
 
-What comes from elsewhere is read with suspicion: a few formats, so many bytes, so many pixels, and nothing is fetched.
+Untrusted input is limited: a few formats, a maximum number of bytes and of pixels, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 from trimtab.errors import TrimtabError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""The formats that are read."""
+"""The formats that are supported."""
 KINDS = ("image", "image_url", "input_image")
-"""What the `type` of a content part is that holds an image: transformers', OpenAI's, and that of its newer API."""
+"""The `type` of a content part that is an image: in transformers, in OpenAI's API, and in its newer API."""
 HELD = ("image", "image_url", "url", "path", "base64")
-"""Where such a part may have it."""
+"""The keys that may hold the image in such a part."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much is read: images a prompt, bytes of a file, pixels of an image. `local`: paths are read as well."""
+    """Limits: images per prompt, bytes per file, pixels per image. `local`: whether paths are allowed."""
 
     images: int = 32
     bytes: int = 20 << 20
@@ -38,7 +38,7 @@ BOUNDS = Bounds()
 
 
 def has_images(prompt: Any) -> bool:
-    """Whether a prompt is messages of which one has an image."""
+    """Whether a prompt is a list of messages that contains an image."""
     if isinstance(prompt, str):
         return False
     contents = [message.get("content") for message in prompt if isinstance(message, Mapping)]
@@ -46,9 +46,9 @@ def has_images(prompt: Any) -> bool:
 
 
 def with_images(messages: Sequence[Mapping[str, Any]], bounds: Bounds = BOUNDS) -> list[dict[str, Any]]:
-    """The messages, each image read: its part is `{"type": "image", "image": …}`, the image of Pillow's, in RGB.
+    """The messages with their images loaded: each such part is `{"type": "image", "image": …}`, a Pillow image in RGB.
 
-    Raises `TrimtabError`, naming the image by its number, for one that can't be read or is beyond the bounds.
+    Raises `TrimtabError`, naming the image by its number, for one that can't be read or exceeds the limits.
     """
     count = 0
     result = []
@@ -72,12 +72,12 @@ def with_images(messages: Sequence[Mapping[str, Any]], bounds: Bounds = BOUNDS) 
 
 
 def beside(images: Sequence[str | Path], text: str) -> list[dict[str, Any]]:
-    """A message's content: these images, and then the text."""
+    """A message's content: these images, followed by the text."""
     return [*({"type": "image", "path": str(path)} for path in images), {"type": "text", "text": text}]
 
 
 def text_of(content: Any) -> str:
-    """A message's content in words, for people to read: of an image where it is from."""
+    """A message's content as readable text, with each image replaced by its path."""
     if isinstance(content, str):
         return content
     return " ".join(
@@ -86,15 +86,15 @@ def text_of(content: Any) -> str:
 
 
 def read_image(source: Any, bounds: Bounds = BOUNDS, what: str = "the image") -> Any:
-    """An image of Pillow's, in RGB and the right way up.
+    """A Pillow image in RGB, with its EXIF orientation applied.
 
     Args:
-        source: One of Pillow's, the bytes of a file, a path, or a `data:` URL.
-        bounds: How much is read.
-        what: Which image it is, for errors.
+        source: A Pillow image, the bytes of a file, a path, or a `data:` URL.
+        bounds: The limits.
+        what: The image's name, for errors.
 
     Raises:
-        TrimtabError: It isn't one, can't be decoded, is too large, or stands at an address.
+        TrimtabError: It isn't an image, can't be decoded, is too large, or is a URL that would have to be downloaded.
     """
     pillow = _pillow()
     if isinstance(source, pillow.Image):
@@ -105,7 +105,7 @@ def read_image(source: Any, bounds: Bounds = BOUNDS, what: str = "the image") ->
         raise TrimtabError(f"{what} has {len(data)} bytes, {bounds.bytes} at most; make it smaller")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # its size is looked at below
+            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # its size is checked below
             image = pillow.open(BytesIO(data), formats=FORMATS)
         _check_size(image, bounds, what)
         if getattr(image, "n_frames", 1) > 1:
@@ -158,7 +158,7 @@ def _data(image: Any, bounds: Bounds, what: str) -> bytes:
         if path.stat().st_size > bounds.bytes:
             raise TrimtabError(f"{what}: {path} has more than {bounds.bytes} bytes; make it smaller")
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a null in it
+    except (OSError, ValueError) as error:  # ValueError: a name that contains a null character
         raise TrimtabError(f"{what}: {str(path)[:200]} can't be read: {error}") from None
 
 
@@ -167,7 +167,7 @@ def _is_image(part: Any) -> bool:
 
 
 def _held(part: Mapping[str, Any], number: int) -> Any:
-    """What a part has for an image."""
+    """The image that a part holds."""
     present = [part[name] for name in HELD if part.get(name) is not None]
     if len(present) != 1:
         raise TrimtabError(f"image {number}: its part needs one of {', '.join(HELD)}, and has {len(present)} of them")

@@ -1,4 +1,4 @@
-"""Multiple-choice questions and answers such as `(A)` as token ids, on any tokenizer."""
+"""Multiple-choice questions, and answers such as `(A)`, as token ids, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 ANSWER = re.compile(r"\(([A-Z])\)")
 BASE_FORMAT = "Input: {question}\nResponse:"
-"""How a model without a chat template is asked (the paper's format for base models)."""
+"""The prompt for a model without a chat template (the paper's format for base models)."""
 
 
 def letter_of(answer: str) -> str:
-    """`"A"` of `"(A)"`. Raises `TrimtabError` for anything else."""
+    """`"A"` for `"(A)"`. Raises `TrimtabError` for anything else."""
     match = ANSWER.fullmatch(answer.strip())
     if match is None:
         raise TrimtabError(f"the answer {answer!r} is no bracketed letter such as (A)")
@@ -32,7 +32,7 @@ class LetterQuestion:
     """A multiple-choice question as token ids.
 
     `prompt` ends where the answer begins, so that its last token is the last prompt token; `opening` is the bracket
-    after it. `letters` holds each letter's token, `closing` what comes after the letter.
+    after it. `letters` has each letter's token, `closing` the tokens after the letter.
     """
 
     prompt: tuple[int, ...]
@@ -42,16 +42,16 @@ class LetterQuestion:
 
     @property
     def ids(self) -> list[int]:
-        """What is read when the letter is asked for: the prompt and the opening bracket."""
+        """The input for scoring the letter: the prompt and the opening bracket."""
         return [*self.prompt, *self.opening]
 
     def answered(self, letter: str) -> list[int]:
-        """The prompt and the whole answer `(A)`; its letter stands at position `len(self.ids)`."""
+        """The prompt and the whole answer `(A)`; its letter is at position `len(self.ids)`."""
         return [*self.ids, self.letters[letter], *self.closing]
 
 
 def question_prompt(tokenizer: Any, question: str, system: str | None = None) -> Prompt:
-    """The question as a chat model's message, or in the base format where there is no chat template.
+    """The question as a chat model's message, or in the base format if there is no chat template.
 
     Raises `TrimtabError` for a system message without a template.
     """
@@ -65,7 +65,7 @@ def question_prompt(tokenizer: Any, question: str, system: str | None = None) ->
 
 
 def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | None = None) -> LetterQuestion:
-    """A question and the letters that answer it, put together by id: learning and scoring read the same ids.
+    """A question and the letters that answer it, concatenated as ids, so that learning and scoring use the same ids.
 
     Raises `TrimtabError` as `question_prompt` and `answer_ids` do.
     """
@@ -73,7 +73,7 @@ def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | 
 
 
 def ask_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> LetterQuestion:
-    """`ask` for a prompt that `question_prompt` has made."""
+    """`ask` for a prompt from `question_prompt`."""
     by_letter = {letter: answer_ids(tokenizer, letter, after_space=not has_template(tokenizer)) for letter in letters}
     opening, _, closing = next(iter(by_letter.values()))
     return LetterQuestion(
@@ -85,13 +85,13 @@ def ask_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> Letter
 
 
 def answer_ids(tokenizer: Any, letter: str, *, after_space: bool = False) -> tuple[list[int], int, list[int]]:
-    """The ids of `(`, of the letter, and of `)`; the letter is one token, the same wherever it stands.
+    """The ids of `(`, of the letter, and of `)`; the letter is a single token, the same in any context.
 
-    Tokenizers may merge the bracket and the letter (Qwen2.5's do after a newline): then the letter's position
-    would not be a letter, and a scoring prompt that ends with `(` would look like nothing the model has read.
-    Where that happens the parts are put together by id. `after_space` takes the bracket that follows a space.
+    Tokenizers may merge the bracket and the letter (Qwen2.5's do after a newline). Then the token at the letter's
+    position would not be a letter, and a scoring prompt that ends with `(` would be tokenized unlike anything in the
+    training data. In that case the parts are concatenated as ids. `after_space` uses the bracket that follows a space.
 
-    Raises `TrimtabError` when the letter is no single token.
+    Raises `TrimtabError` if the letter isn't a single token.
     """
     opening = " (" if after_space else "("
     whole = ids_of(tokenizer, f"{opening}{letter})")
@@ -105,9 +105,9 @@ def answer_ids(tokenizer: Any, letter: str, *, after_space: bool = False) -> tup
 
 
 def letter_balance(pairs: Sequence[Pair]) -> dict[str, float]:
-    """How much oftener each letter is the positive answer than the negative one, per pair: from -1 to 1, 0 is even.
+    """How much more often each letter is the positive answer than the negative one, per pair: -1 to 1, 0 is balanced.
 
-    The mean difference holds the letters' own directions with just these weights.
+    The mean difference contains the letters' own directions with exactly these weights.
     """
     net: Counter[str] = Counter()
     for pair in pairs:
@@ -117,5 +117,5 @@ def letter_balance(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text alone, without those that begin or end one."""
+    """The tokens of a text, without special tokens at its beginning or end."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

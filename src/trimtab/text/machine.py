@@ -1,6 +1,6 @@
-"""A text that is read piece by piece, and the marks in it that change what it is at: a state machine over bytes.
+"""A state machine over bytes that reads a text piece by piece and changes its mode at markers.
 
-A mark may be cut anywhere by the pieces, which are what tokens add; it is known with the piece that completes it.
+The pieces, which are what tokens add, may cut a marker anywhere; it is recognized at the piece that completes it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 Marks = Mapping[str, str]
-"""Which text leads to which mode."""
+"""The texts of markers, each with the mode that it leads to."""
 KEPT = 65_536
-"""Of so many steps what came of them is remembered."""
+"""The maximum number of cached steps."""
 
 
 @dataclass(frozen=True)
 class State:
-    """In which mode the machine is, and what it has read since that a mark may begin with."""
+    """The machine's mode, and the bytes read since that may be the beginning of a marker."""
 
     mode: str
     held: bytes = b""
@@ -24,7 +24,7 @@ class State:
 
 @dataclass(frozen=True)
 class Step:
-    """What a piece led to: the modes that it was in, in order, whether it completed a mark, and the state after it."""
+    """The result of a piece: the modes passed through, in order, whether a marker was completed, and the new state."""
 
     modes: tuple[str, ...]
     completed: bool
@@ -33,9 +33,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Machine:
-    """`modes` says of each mode which marks it looks for. A mark that leads to its own mode may overlap the next one.
+    """`modes` maps each mode to the markers that it looks for. A marker that leads to its own mode may overlap the next
+    one.
 
-    Where several marks end at the same place, the longest counts.
+    If several markers end at the same place, the longest counts.
     """
 
     modes: Mapping[str, Marks]
@@ -52,11 +53,11 @@ class Machine:
 
     @property
     def start(self) -> State:
-        """Before anything is read."""
+        """The state before anything is read."""
         return State(self.begins)
 
     def read(self, state: State, piece: bytes) -> Step:
-        """What a piece leads to from this state."""
+        """The step that a piece leads to from this state."""
         key = (state, piece)
         step = self._known.get(key)
         if step is None:
@@ -79,6 +80,6 @@ class Machine:
         return Step(tuple(modes), completed, State(mode, held))
 
     def _beginning(self, mode: str, text: bytes) -> bytes:
-        """The longest end of the text with which a mark may begin."""
+        """The longest suffix of the text that may be the beginning of a marker."""
         ends = (text[i:] for i in range(len(text)))
         return next((end for end in ends if any(m != end and m.startswith(end) for m, _ in self._marks[mode])), b"")

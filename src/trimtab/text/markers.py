@@ -1,6 +1,6 @@
-"""The markers between which a model thinks and calls tools, and where in a prompt its answer begins.
+"""The markers around a model's thinking and tool calls, and the header before its answer in a prompt.
 
-They are the tokenizer's: special tokens, or texts of the chat template.
+They come from the tokenizer: special tokens, or texts of the chat template.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from trimtab.text.chat import has_template
 from trimtab.text.machine import Machine
 
 THINKING, ANSWER, TOOL, OUTSIDE = "thinking", "answer", "tool", "outside"
-"""Modes of machines. Each structured part has a mode of its own, whose name begins with `TOOL`."""
+"""Modes of the machines. Each kind of tool call has its own mode, whose name begins with `TOOL`."""
 
 THINKING_PAIRS = (
     ("<think>", "</think>"),  # Qwen, DeepSeek, SmolLM3, GLM, …
@@ -25,7 +25,7 @@ THINKING_PAIRS = (
     ("<thinking>", "</thinking>"),
 )
 END = ""
-"""In place of a marker that closes: the one that ends the answer."""
+"""Instead of a closing marker: the token that ends the answer."""
 TOOL_PAIRS = (
     ("<tool_call>", "</tool_call>"),  # Qwen, Hermes, SmolLM3
     ("[TOOL_CALLS]", END),  # Mistral
@@ -43,7 +43,7 @@ CHANNELS = Machine(
             "<|channel|>analysis<|message|>": THINKING,
             "<|channel|>final<|message|>": ANSWER,
             "<|channel|>commentary<|message|>": ANSWER,
-            " to=": TOOL,  # whom the message is for
+            " to=": TOOL,  # the message's recipient
         },
         THINKING: {"<|end|>": "header"},
         ANSWER: {"<|end|>": "header", "<|return|>": "header"},
@@ -56,15 +56,15 @@ PROBE = "trimtab-probe"
 
 
 def thinking_machine(tokenizer: Any, markers: Sequence[str], strict: bool) -> Machine:
-    """In mode `THINKING` between the markers, in mode `ANSWER` outside of them.
+    """A machine that is in mode `THINKING` between the markers, and in mode `ANSWER` outside them.
 
     Args:
-        tokenizer: Whose markers they are, unless some are given.
-        markers: The marker that opens thinking and the one that closes it, or nothing.
-        strict: Whether a model without markers is refused; otherwise all is the answer.
+        tokenizer: The tokenizer whose markers are used if `markers` is empty.
+        markers: The opening and the closing marker of thinking, or nothing.
+        strict: Whether to reject a model without markers; otherwise everything counts as the answer.
 
     Raises:
-        TrimtabError: A model without markers, if that is refused.
+        TrimtabError: A model without markers, if `strict`.
     """
     if not markers and has_markers(tokenizer, "<|channel|>", "<|message|>"):
         return CHANNELS
@@ -81,11 +81,11 @@ def thinking_machine(tokenizer: Any, markers: Sequence[str], strict: bool) -> Ma
 
 
 def tools_machine(tokenizer: Any, markers: Sequence[str]) -> Machine:
-    """In mode `OUTSIDE`, or another that isn't a `TOOL`, outside of tool calls.
+    """A machine that is in a mode starting with `TOOL` inside tool calls, and in `OUTSIDE` or another mode elsewhere.
 
     Args:
-        tokenizer: Whose markers they are, unless some are given.
-        markers: Markers that open and close such parts, in pairs, or nothing.
+        tokenizer: The tokenizer whose markers are used if `markers` is empty.
+        markers: Opening and closing markers in pairs, or nothing.
 
     Raises:
         TrimtabError: A model without markers.
@@ -108,7 +108,7 @@ def tools_machine(tokenizer: Any, markers: Sequence[str]) -> Machine:
 
 
 def answer_header(tokenizer: Any) -> str | None:
-    """What stands in a prompt between the last message and the answer, as far as it always does; `None`: not known."""
+    """The constant part of the text between the last message of a prompt and the answer; `None` if it isn't known."""
     template = str(getattr(tokenizer, "chat_template", None))
     known = _headers.get(tokenizer)
     if known is None or known[0] != template:
@@ -125,17 +125,17 @@ def _header(tokenizer: Any) -> str | None:
     messages = [{"role": "user", "content": PROBE}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception:  # whatever a template raises; where it is used, it says so
+    except Exception:  # any error of a template; it is reported where the template is used
         return None
     header = text.rpartition(PROBE)[2]
-    for opens, closes in THINKING_PAIRS:  # which some templates put there, and which are part of the answer
+    for opens, closes in THINKING_PAIRS:  # some templates include these, but they are part of the answer
         for marker in (opens, closes):
             header = header.partition(marker)[0]
     return header.rstrip() or None
 
 
 def has_markers(tokenizer: Any, *markers: str) -> bool:
-    """Whether all of these stand in the chat template or among the added tokens."""
+    """Whether all of these are in the chat template or among the added tokens."""
     template = getattr(tokenizer, "chat_template", None) or ""
     texts = "".join(map(str, template.values())) if isinstance(template, dict) else str(template)
     tokens = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}

@@ -1,4 +1,4 @@
-"""Chat messages as people and programs write them, made into a list of `{"role": …, "content": …}`."""
+"""Converts chat messages in the usual layouts to a list of `{"role": …, "content": …}`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from trimtab.errors import TrimtabError
 
 Conversation = tuple[tuple[str, str], ...]
-"""Chat messages, each its role and its content."""
+"""Chat messages, each as its role and its content."""
 
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-"""Whom `from` names, where a message is `{"from": …, "value": …}`."""
+"""Roles for the values of `from`, in messages of the form `{"from": …, "value": …}`."""
 WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
-"""How a text begins that is messages, as a table has to write them."""
+"""How a text begins that contains messages, as in the cells of a table."""
 TURN = re.compile(r"\n\n(Human|Assistant):")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -24,11 +24,11 @@ def conversation(messages: Any, name: str = "messages") -> Conversation:
     """Chat messages as tuples of role and content.
 
     Args:
-        messages: A list of `{"role": …, "content": …}`, or tuples of both.
+        messages: A list of `{"role": …, "content": …}`, or of such tuples.
         name: What the error calls it.
 
     Raises:
-        TrimtabError: There are none, or one has something else than a role and a text.
+        TrimtabError: There are no messages, or one isn't just a role and a text.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise TrimtabError(f"{name!r} is a text or a list of messages, got {messages!r}")
@@ -51,8 +51,8 @@ def _message(message: Any, name: str) -> tuple[str, str]:
 def as_messages(value: Any) -> Any:
     """Messages in one of the usual layouts as a list of `{"role": …, "content": …}`; anything else as it is.
 
-    Besides such a list these are: `{"messages": […]}` with nothing else that says anything, ShareGPT's
-    `{"from": "human", "value": …}`, and contents that are a list of text parts.
+    Besides such a list, the layouts are: `{"messages": […]}` without other content, ShareGPT's `{"from": "human",
+    "value": …}`, and contents that are a list of text parts.
     """
     if isinstance(value, Mapping) and "messages" in value:
         rest = [more for key, more in value.items() if key != "messages"]
@@ -78,17 +78,17 @@ def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_text_part(part: Any) -> bool:
-    """Whether it is a part that is text; Parquet gives every part the keys of all, such as an image that is none."""
+    """Whether it is a text part. In Parquet, every part has all keys, such as an image that is `None`."""
     if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
         return False
     return not any(value for key, value in part.items() if key not in ("type", "text"))
 
 
 def of_json(text: str) -> Any:
-    """The messages that a text is, written as JSON as a table has to, if it is some; otherwise the text.
+    """The messages in a text that holds them as JSON, as in the cells of a table; any other text as it is.
 
     Raises:
-        TrimtabError: The text is messages, but not as JSON.
+        TrimtabError: The text holds messages, but not as JSON.
     """
     if not WRITTEN.match(text):
         return text
@@ -101,9 +101,10 @@ def of_json(text: str) -> Any:
 
 
 def of_transcript(text: str) -> Any:
-    r"""The messages that a text is, written as in Anthropic's preference data: `\n\nHuman: …\n\nAssistant: …`.
+    r"""The messages of a transcript in the format of Anthropic's preference data: `\n\nHuman: …\n\nAssistant: …`.
 
-    A last turn of the assistant's that is empty is where an answer begins, and is left out. Other texts stay texts.
+    An empty last turn of the assistant's marks the start of the answer, and is left out. Other texts are returned as
+    they are.
     """
     if not text.startswith("\n\nHuman:"):
         return text
@@ -116,7 +117,7 @@ def of_transcript(text: str) -> Any:
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a string that can be written as UTF-8: JSON can hold halves of surrogate pairs, which can't."""
+    """Whether it is a string that can be encoded as UTF-8; JSON can hold lone surrogates, which can't."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -124,7 +125,7 @@ def is_text(value: Any) -> bool:
 
 
 def repeats(side: Any, prompt: Any) -> bool:
-    """Whether a side's messages have the prompt among them, as in data of preferences, which say it in a column too."""
+    """Whether a side's messages include the prompt, as in preference data that also has it in a column."""
     if not isinstance(side, list) or not prompt:
         return False
     before = [_said(message) for message in side[:-1]]
@@ -135,7 +136,7 @@ def repeats(side: Any, prompt: Any) -> bool:
 
 
 def begins_anew(side: Any, prompt: Any) -> bool:
-    """Whether a side's messages begin as a conversation does, and not where the prompt ends."""
+    """Whether a side's messages start a conversation, instead of continuing where the prompt ends."""
     if not isinstance(side, list) or len(side) < 2 or not is_turn(side[0]):
         return False
     (begins, _), ends = _said(side[0]), "user" if isinstance(prompt, str) else _said(prompt[-1])[0]

@@ -1,20 +1,19 @@
-"""Contrastive pairs: what a steering is learned from, in the shapes that people have.
+"""Contrastive pairs, which steerings are learned from, in the shapes that data sets have.
 
 Four shapes are read, from JSONL, JSON (a list of objects), CSV and TSV (a header line) or Parquet:
 
-- `positive`, `negative`, and optionally `prompt`. With a prompt, they are two answers to it; without one, two
-  texts.
-- `question`, `answer_matching_behavior`, `answer_not_matching_behavior`: CAA's multiple-choice records, whose
-  answers are bracketed letters such as `(A)`.
+- `positive`, `negative`, and optionally `prompt`. With a prompt, they are two answers to it; without one, two texts.
+- `question`, `answer_matching_behavior`, `answer_not_matching_behavior`: CAA's multiple-choice records, whose answers
+  are bracketed letters such as `(A)`.
 - `prompt`, `prompt_without_instruction`: two prompts, with and without an instruction.
 - `statement`, `label`, and optionally `prompt`: single texts, true or false, which are paired (see `statements`).
 
-Some of these have other names too (see `columns.ALIASES`), and `keys` says which column is what where they have none of
-them. A column that isn't read and may matter is an error, unless it is to be ignored.
+Some of these have aliases (see `columns.ALIASES`), and `keys` names columns that go by other names. A column that isn't
+read but may matter is an error, unless it is ignored explicitly.
 
-In JSONL and JSON a prompt or an answer may be a list of chat messages, as `{"role": …, "content": …}`; such an answer
-ends with the assistant's message, and what comes before it continues the prompt. `system` is both sides' system prompt,
-`positive_system` and `negative_system` are each side's own, and then the rest of the two sides may be the same.
+In JSONL and JSON a prompt or an answer may be a list of chat messages, as `{"role": …, "content": …}`. Such an answer
+ends with the assistant's message, and the messages before it continue the prompt. `system` is both sides' system
+prompt; `positive_system` and `negative_system` are each side's own, and then the rest of the two sides may be the same.
 """
 
 from __future__ import annotations
@@ -54,19 +53,18 @@ Words = str | Conversation
 @class_keywords
 @dataclass(frozen=True)
 class Pair:
-    """Two sides that differ in the thing to be learned: `prompt + positive` and `prompt +
-    negative`.
+    """Two sides that differ in the thing to be learned: `prompt + positive` and `prompt + negative`.
 
-    `shape` says what they are: `"answers"` to the prompt, bare `"texts"` (no prompt), multiple-choice
-    `"letters"` (the prompt is the question), or `"prompts"` (no prompt; each is one).
+    `shape` says what they are: `"answers"` to the prompt, bare `"texts"` (no prompt), multiple-choice `"letters"` (the
+    prompt is the question), or `"prompts"` (each side is one, and `prompt` is empty).
 
-    A prompt, and a side that is an answer or a prompt, is a text or a conversation: chat messages as tuples of role
-    and content. A list of `{"role": …, "content": …}` is made into one. An answer that is a conversation ends with the
-    assistant's message, and what comes before that continues the prompt. A system prompt of `None` leaves it to the
+    A prompt, and a side that is an answer or a prompt, is a text or a conversation: chat messages as tuples of role and
+    content. A list of `{"role": …, "content": …}` is converted to one. An answer that is a conversation ends with the
+    assistant's message, and the messages before that continue the prompt. A system prompt of `None` leaves it to the
     chat template, which may have its own default. `sides` returns both sides with the prompt.
 
-    Raises `TrimtabError` for a conversation or a system prompt where there can't be one, messages that are malformed,
-    and a side with two system prompts.
+    Raises `TrimtabError` for a conversation or a system prompt where the shape allows none, malformed messages, and a
+    side with two system prompts.
     """
 
     positive: Words
@@ -101,12 +99,12 @@ def sides(pair: Pair) -> tuple[Side, Side]:
 
 
 def as_prompt(words: Words) -> Prompt:
-    """What is given to a chat template: a text, or messages."""
+    """The input for a chat template: a text, or messages."""
     return words if isinstance(words, str) else [{"role": role, "content": content} for role, content in words]
 
 
 def as_texts(pair: Pair, user: str) -> tuple[str, str, str]:
-    """The prompt, the positive and the negative side of a pair that is texts alone, for those who can't take more.
+    """The prompt, the positive and the negative side of a pair that has only plain texts, for methods that need these.
 
     Raises `TrimtabError`, naming the `user`, for messages or a system prompt.
     """
@@ -119,7 +117,7 @@ def as_texts(pair: Pair, user: str) -> tuple[str, str, str]:
 
 
 def _check(pair: Pair) -> None:
-    """Raises `TrimtabError` where something of the pair would have to be left out when it is rendered."""
+    """Raises `TrimtabError` if rendering would have to drop a part of the pair."""
     systems = [system for system in (pair.positive_system, pair.negative_system) if system is not None]
     talks = [words for words in (pair.prompt, pair.positive, pair.negative) if not isinstance(words, str)]
     if systems and pair.shape == "texts":
@@ -191,7 +189,7 @@ def _prompts(row: Mapping[str, Any]) -> Pair:
 
 
 def _systems(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Both sides' system prompts. An empty one is none, as in a table where only some rows have one."""
+    """Both sides' system prompts. An empty one counts as none, as in a table where only some rows have one."""
     systems: dict[str, str] = {}
     for key in SYSTEMS:
         if (value := row.get(key)) is None:
@@ -214,7 +212,7 @@ def _statement(row: Mapping[str, Any]) -> Statement:
 
 
 Pairs = Iterable["Pair | Mapping[str, Any] | Sequence[Any]"]
-"""What can be given as pairs: see `as_pairs`."""
+"""Anything that `as_pairs` accepts."""
 KINDS = "Pair, of (positive, negative), of (prompt, positive, negative), or of dictionaries"
 
 SHAPES: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Pair | Statement]] = {
@@ -224,13 +222,13 @@ SHAPES: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Pair | Statement]] =
     ("statement", "label"): _statement,
 }
 LETTER_LIKE = re.compile(r"\W*\w(\W*|[).:].*)", re.DOTALL)
-"""An answer that is, or begins with, a letter or a number to choose by, rightly written or not; others are texts."""
+"""An answer that is, or begins with, a letter or number of a choice, correctly formatted or not; others are texts."""
 SYSTEMS = ("system", "positive_system", "negative_system")
 ANSWERS = ("positive", "negative", "statement")
 TALKS = ("prompt", "prompt_without_instruction", *ANSWERS)
-"""What may be a list of messages."""
+"""Parts that may be a list of messages."""
 KEYS = tuple(dict.fromkeys((*TALKS, *SYSTEMS, *(key for keys in SHAPES for key in keys))))
-"""All that is read of a row."""
+"""All keys that are read from a row."""
 
 
 @keywords
@@ -239,12 +237,13 @@ def read_pairs(path: str | Path, *, keys: Mapping[str, str] | None = None, ignor
 
     Args:
         path: The file.
-        keys: The columns of parts that have other names there: `{"positive": "answer_a", "negative": "answer_b"}`.
+        keys: The columns of parts that have other names: `{"positive": "answer_a", "negative": "answer_b"}`.
         ignore: Columns to leave out.
 
     Raises:
-        TrimtabError: Naming the file and the line (or item): a missing file, a malformed row, a row in none of the
-            shapes, a one-sided pair, rows of different shapes, a column that isn't read but may matter, or no rows.
+        TrimtabError: A missing file, a malformed row, a row in none of the shapes, a one-sided pair, rows of different
+            shapes, a column that isn't read but may matter, or no rows. The message names the file and the line (or
+            item).
     """
     if not isinstance(path, (str, PathLike)):
         raise TrimtabError(
@@ -255,7 +254,7 @@ def read_pairs(path: str | Path, *, keys: Mapping[str, str] | None = None, ignor
 
 
 def read_pairs_by(path: str | Path, columns: Columns) -> list[Pair]:
-    """`read_pairs` with what the command line says of the columns."""
+    """`read_pairs` with the column settings of the command line."""
     path = Path(path)
     pairs = _pairs(read_rows(path), columns, str(path))
     if not pairs:
@@ -279,7 +278,7 @@ def pairs_from_rows(
 
 
 def as_pairs(pairs: Pairs) -> list[Pair]:
-    """Pairs, however they are given.
+    """Convert pairs in any supported form.
 
     Args:
         pairs: Each a `Pair`, a tuple (or list) of `(positive, negative)` or `(prompt, positive, negative)`, or a
@@ -289,8 +288,8 @@ def as_pairs(pairs: Pairs) -> list[Pair]:
         The same pairs as `Pair`s, in their order. Two sides without a prompt are bare texts.
 
     Raises:
-        TrimtabError: Something else was given, a pair lacks a side or has the same text on both, or what is given as
-            tuples or dictionaries is of different shapes.
+        TrimtabError: The argument has another form, a pair lacks a side or has the same text on both, or tuples or
+            dictionaries have different shapes.
     """
     if isinstance(pairs, (str, Path)):
         raise TrimtabError(f"pairs are given as a list, got {str(pairs)!r}; read a file by read_pairs({str(pairs)!r})")
@@ -337,9 +336,9 @@ def _pair_of(row: dict[str, Any], where: str) -> Pair:
 
 
 def pairs_from_text(text: str, name: str = "pairs", columns: Columns | None = None) -> list[Pair]:
-    """The pairs of what somebody typed or pasted: a JSON list, JSONL, CSV or TSV, distinguished by how it begins.
+    """The pairs in typed or pasted text: a JSON list, JSONL, CSV or TSV, distinguished by its beginning.
 
-    Raises `TrimtabError` for text that is none of these, naming the line.
+    Raises `TrimtabError`, naming the line, for text in none of these formats.
     """
     begins = text.lstrip("\ufeff \t\r\n")
     if not begins:
@@ -353,7 +352,7 @@ def pairs_from_text(text: str, name: str = "pairs", columns: Columns | None = No
 
 
 def row_of(pair: Pair) -> dict[str, Any]:
-    """The row that a pair is read from."""
+    """The row that a pair can be read from."""
     by_shape = {
         "letters": ("question", "answer_matching_behavior", "answer_not_matching_behavior"),
         "prompts": ("", "prompt", "prompt_without_instruction"),
@@ -368,7 +367,7 @@ def row_of(pair: Pair) -> dict[str, Any]:
 
 def digest(pairs: Sequence[Pair]) -> str:
     """A digest of the pairs, in their order."""
-    # without what is `None`, so that pairs without system prompts keep the digest that they had before there were any
+    # without `None` values, so that the digest of pairs without system prompts is the same as in earlier versions
     known = [{key: value for key, value in asdict(pair).items() if value is not None} for pair in pairs]
     text = json.dumps(known, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -441,7 +440,7 @@ def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
 
 
 def _as_written(value: Any, part: str, where: str) -> Any:
-    """Messages in any of the usual layouts as a list of them; an answer may be one message by itself."""
+    """Messages in any of the usual layouts as a list; an answer may be a single message."""
     try:
         words = of_json(value) if isinstance(value, str) else value
         words = of_transcript(words) if isinstance(words, str) else words
@@ -451,7 +450,7 @@ def _as_written(value: Any, part: str, where: str) -> Any:
 
 
 def _bare(side: Side) -> tuple[Any, ...]:
-    """What the side says, without the white space around it."""
+    """The side's content, without surrounding whitespace."""
     prompt = side.prompt.strip() if isinstance(side.prompt, str) else side.prompt
     return prompt, side.answer.strip(), side.system
 
@@ -468,7 +467,7 @@ def _what_it_has(cells: Row, row: Mapping[str, Any]) -> str:
 
 
 def _is_words(value: Any, key: str) -> bool:
-    """Whether it is a text, or a list where that may be; what is in the list is checked when it is read."""
+    """Whether it is a text, or a list if that is allowed; the list's content is checked when it is read."""
     return is_text(value) or (isinstance(value, list) and key in TALKS)
 
 

@@ -1,4 +1,4 @@
-"""What text each token of an answer adds."""
+"""The text that each token of an answer adds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trimtab.text.unfolding import Unfolding
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds: they join to the whole text. A character of several tokens is the last one's."""
+    """The text that each token adds; joined, the whole text. A character of several tokens belongs to the last one."""
     unfolding = Unfolding(tokenizer)
     texts = [unfolding.add(token) for token in ids]
     if texts:

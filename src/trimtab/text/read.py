@@ -1,4 +1,4 @@
-"""Reading a text file that a person wrote, or a program exported."""
+"""Reads text files that were written by hand, or exported by a program."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.decompress,
     ".xz": lzma.decompress,
 }
-"""By suffix, what Python itself unpacks."""
+"""Decompression functions of Python's standard library, by suffix."""
 MARKS: dict[bytes, str] = {
     codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16's, which is a prefix of it
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-"""Byte-order marks, and the encodings that they stand for."""
+"""Byte-order marks, and their encodings."""
 INSTEAD = {
     **dict.fromkeys((".zst", ".zip", ".7z", ".tar", ".tgz"), "unpack it first"),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV"),
 }
-"""By suffix, what to do with a file that isn't text."""
+"""What to do with a file that isn't text, by suffix."""
 
 
 def kind_of(path: Path) -> str:
-    """The suffix in lower case that says what is in a file: `.jsonl`, of `rows.JSONL.gz` too."""
+    """The lowercase suffix that tells the format of a file; `.jsonl` also for `rows.JSONL.gz`."""
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return inner.suffix.lower()
 
 
 def read_text(path: Path) -> str:
-    """The file's text, every line ending as a newline: UTF-8, or as its byte-order mark says; perhaps compressed.
+    """The text of a file, with newlines normalized: UTF-8, or the encoding of its byte-order mark; optionally
+    compressed.
 
-    Raises `TrimtabError` when it isn't there, is no such text, or can't be read.
+    Raises `TrimtabError` if the file doesn't exist, isn't such text, or can't be read.
     """
     try:
         data = path.read_bytes()
@@ -65,7 +66,7 @@ def read_text(path: Path) -> str:
 
 
 def unreadable(path: Path, error: Any = None) -> TrimtabError:
-    """Why a file can't be read; where it isn't there, what was perhaps meant."""
+    """An error that says why a file can't be read; if it doesn't exist, with a hint at what may have been meant."""
     if path.is_dir():
         return TrimtabError(f"can't read {path}: it is a folder; name a file in it")
     if error is not None and not isinstance(error, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Whether a text goes in circles, decided by code."""
+"""A measure of repetition in a text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf\u2b50\u2b55]")
 UNIT = re.compile(rf"[^\W_]+|{EMOJI.pattern}")
 
 REPEATED_LIMIT = 0.3
-"""A `repeated_share` above this is a text that turns in circles."""
+"""A text with a `repeated_share` above this counts as repetitive."""
 
 
 def repeated_share(answer: str, n: int = 4) -> float:
     """The share of the answer's `n`-grams of words, numbers and emojis that occurred in it before, 0 … 1.
 
-    0 for an answer without repetition or of fewer than `n` words; a text that goes in circles nears 1.
+    0 for an answer without repetition or with fewer than `n` words; it approaches 1 for a text that repeats itself.
     """
     words = [word.lower() for word in UNIT.findall(answer)]
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

@@ -1,8 +1,8 @@
-"""What an answer's text is made of, as it comes: thinking, words for the reader, and tool calls.
+"""Splits a streamed answer into its parts: thinking, text for the reader, and tool calls.
 
-Pieces of text go in, parts come out. What may still turn out to be a marker is held back until it is known, and so are
-the blanks around thinking, which aren't part of it. Arguments of a call are passed on as they come, to the letter: they
-are JSON that nobody has read and written anew.
+Pieces of text go in, parts come out. Text that may be the beginning of a marker is held back until that is decided, and
+so is the whitespace around thinking, which isn't part of it. The arguments of a call are passed on verbatim: they are
+JSON that is neither parsed nor serialized again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Thought:
 
 @dataclass(frozen=True)
 class CallBegun:
-    """A call of a tool; number `index` of this answer."""
+    """The beginning of a tool call; `index` counts the calls of this answer."""
 
     index: int
     id: str
@@ -42,7 +42,7 @@ class CallBegun:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """More of a call's arguments, in JSON."""
+    """The next part of a call's arguments, in JSON."""
 
     index: int
     text: str
@@ -54,11 +54,11 @@ STRING = r'"(?:[^"\\]|\\.)*"'
 
 @dataclass(frozen=True)
 class Marks:
-    """What stands where in an answer's text.
+    """The markers in an answer's text.
 
-    `thinking` are the texts that open and close it, `begun` says that the prompt has opened it already. `calls` are
-    written in this form. `strict`: they keep to it, which a grammar sees to; otherwise what names none of `tools`, or
-    isn't JSON, is words.
+    `thinking` are the texts that open and close it; `begun` says that the prompt has opened it already. `calls` is the
+    form that calls are written in. With `strict`, calls follow the form, as enforced by a grammar; otherwise a call
+    that names none of `tools`, or isn't JSON, counts as text.
     """
 
     thinking: tuple[str, str] | None = None
@@ -69,13 +69,13 @@ class Marks:
 
 
 class Parts:
-    """One answer. `add` a piece of its text, `finish` at its end; all parts together are what it says."""
+    """Splits one answer. Call `add` with each piece of its text, and `finish` at its end; both return parts."""
 
     def __init__(self, marks: Marks) -> None:
         self.marks = marks
         self.calls = 0
         self._held = ""
-        self._fresh = True  # blanks that come now aren't a part of anything
+        self._fresh = True  # whitespace from here on is dropped
         self._depth, self._quoted, self._escaped = 0, False, False  # in a call's arguments
         self._state = self._opening
         if marks.thinking is None:
@@ -85,16 +85,16 @@ class Parts:
 
     @property
     def thinks(self) -> bool:
-        """Whether what comes next is thinking, as far as is known."""
+        """Whether the text that comes next is thinking, as far as is known."""
         return self._state == self._thinking
 
     def add(self, text: str) -> list[Part]:
-        """What this piece lets go."""
+        """The parts that are complete with this piece."""
         self._held += text
         return list(self._run(last=False))
 
     def finish(self) -> list[Part]:
-        """The rest."""
+        """The remaining parts."""
         return list(self._run(last=True))
 
     def _run(self, last: bool) -> Iterator[Part]:
@@ -105,7 +105,9 @@ class Parts:
                 return
 
     def _until(self, marker: str, last: bool) -> tuple[str, bool]:
-        """The text up to a marker, and whether it has come. What may begin it waits, and so do the blanks before it."""
+        """The text up to a marker, and whether it has come. A possible beginning of it, with spaces before, is held
+        back.
+        """
         if self._fresh:
             self._held = self._held.lstrip()
             self._fresh = not self._held
@@ -123,7 +125,7 @@ class Parts:
     # ---- thinking and words ------------------------------------------------------------------------------
 
     def _opening(self, last: bool) -> Iterator[Part]:
-        """Before anything but blanks: thinking may begin."""
+        """Before any text but whitespace: thinking may begin."""
         assert self.marks.thinking is not None
         opens, text = self.marks.thinking[0], self._held.lstrip()
         if text.startswith(opens):
@@ -161,7 +163,7 @@ class Parts:
             self._state = self._begun
 
     def _whole(self, last: bool) -> Iterator[Part]:
-        """An answer that is a call as a whole, or words; which one its end tells."""
+        """An answer that is either one or more calls as a whole, or text; only its end decides."""
         text = self._held.lstrip()
         if text and not text.startswith("{"):
             self._state = self._words
@@ -183,7 +185,7 @@ class Parts:
         yield CallBegun(self.calls - 1, new_call_id(), name)
 
     def _begun(self, last: bool) -> Iterator[Part]:
-        """Until the name is known, and its arguments begin."""
+        """Until the name is known, and the arguments begin."""
         form = self.marks.calls
         assert form is not None
         match = (HEAD if form.before else HEAD_ARGS).match(self._held)
@@ -197,7 +199,7 @@ class Parts:
             self._held, self._state = "", self._words
 
     def _arguments(self, last: bool) -> Iterator[Part]:
-        """One JSON object, passed on to the letter."""
+        """One JSON object, passed on verbatim."""
         for place, letter in enumerate(self._held):
             if self._quoted:
                 self._quoted = self._escaped or letter != '"'
@@ -215,7 +217,7 @@ class Parts:
             yield CallArguments(self.calls - 1, shown)
 
     def _ended(self, last: bool) -> Iterator[Part]:
-        """Behind a call's arguments."""
+        """After a call's arguments."""
         form = self.marks.calls
         assert form is not None
         if form.many == "list":
@@ -227,14 +229,14 @@ class Parts:
             if closed:
                 self._fresh, self._state = True, self._words
         elif form.before:
-            self._held = ""  # an answer that was the call alone
+            self._held = ""  # the answer was only the call
         else:
             self._fresh, self._state = True, self._words
         yield from ()
 
 
 def new_call_id() -> str:
-    """A call's id."""
+    """A new random id for a call."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
@@ -243,9 +245,9 @@ HEAD_ARGS = re.compile(r"\s*([\w.-]+)\[ARGS\]\s*(?=\{)")
 
 
 def _calls_in(text: str, tools: Collection[str]) -> list[tuple[str, str]]:
-    """The calls, with their arguments as they are written, that a text is as a whole; none where it is anything else.
+    """The calls that make up the whole text, with their arguments verbatim; empty if it is anything else.
 
-    Several stand one after the other, perhaps with a semicolon between.
+    Several calls follow each other, optionally separated by a semicolon.
     """
     calls, at = [], 0
     while at < len(text.rstrip()):

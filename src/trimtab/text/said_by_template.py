@@ -1,6 +1,6 @@
-"""What an answer says, as transformers reads it by the tokenizer's response template.
+"""Splits a streamed answer into parts with transformers' parser and the tokenizer's response template.
 
-Such a template says in which regions a model answers: thinking, words, tool calls in whatever form it has.
+Such a template defines the regions of a model's answer: thinking, text, and tool calls in the model's own form.
 """
 
 from __future__ import annotations
@@ -12,36 +12,37 @@ from typing import Any
 from trimtab.text.said import CallArguments, CallBegun, Part, Thought, Words, new_call_id
 
 THINKING = ("thinking", "reasoning", "reasoning_content")
-"""What templates call the region of thinking."""
+"""The names of the thinking region in templates."""
 
 
 def has_response_template(tokenizer: Any) -> bool:
-    """Whether transformers can read this model's answers."""
+    """Whether transformers can parse this model's answers."""
     return bool(getattr(tokenizer, "response_template", None)) and hasattr(tokenizer, "get_response_parser")
 
 
 class TemplateParts:
-    """One answer, as `Parts` has it. `prompt` are the ids before it, `tools` what may be called."""
+    """Splits one answer, like `Parts`. `prompt` are the ids before it, `tools` the tools that may be called."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> None:
         self._parser: Any = tokenizer.get_response_parser(prefix=list(prompt), tools=[*tools] or None)
         self._region = ""
         self._calls = 0
-        self._blank: dict[str, str] = {}  # blanks that may be the last of their region, and then aren't part of it
+        # trailing whitespace so far, which isn't part of a region if it turns out to be its end
+        self._blank: dict[str, str] = {}
         self._begun: set[str] = set()
         list(self._parts(self._parser.initial_events))
 
     @property
     def thinks(self) -> bool:
-        """Whether what comes next is thinking, as far as is known."""
+        """Whether the text that comes next is thinking, as far as is known."""
         return self._region in THINKING
 
     def add(self, text: str) -> list[Part]:
-        """What this piece lets go."""
+        """The parts that are complete with this piece."""
         return self._read(lambda: self._parser.feed(text), text)
 
     def finish(self) -> list[Part]:
-        """The rest."""
+        """The remaining parts."""
         return self._read(lambda: self._parser.finalize()[1], "")
 
     def _read(self, more: Any, text: str) -> list[Part]:
@@ -49,7 +50,7 @@ class TemplateParts:
             return [Words(text)] if text else []
         try:
             events = more()
-        except ValueError:  # a region that isn't what its template says: from here on it is text
+        except ValueError:  # a region that doesn't match the template: the rest is treated as text
             self._parser = None
             return [Words(text)] if text else []
         return list(self._parts(events))

@@ -1,7 +1,8 @@
 """Phrases of a prompt to token positions.
 
-The prompt is rendered to text, the phrase is found there, and the tokenizer's own offsets say which tokens hold a
-character of it. Tokens are never searched for tokens: at its edges a phrase may be merged with what stands next to it.
+The prompt is rendered to text, the phrase is looked up there, and the tokenizer's offsets say which tokens contain a
+character of it. Token sequences are never searched for the phrase's tokens, since at its edges a phrase may be merged
+with the adjacent text.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def render(
     chat: bool | None = None,
     template: Template | None = None,
 ) -> Rendered:
-    """The prompt as `trimtab.text.chat.encode` gives it, with its text and offsets.
+    """The prompt as rendered by `trimtab.text.chat.encode`, with its text and offsets.
 
-    Raises `UnsupportedError` for a tokenizer that has no offsets, and whatever `encode` raises.
+    Raises `UnsupportedError` for a tokenizer without offsets, and whatever `encode` raises.
     """
     ids = encode(tokenizer, prompt, system=system, chat=chat, template=template)
     _check_fast(tokenizer)
@@ -105,10 +106,10 @@ def find_spans(
     chat: bool | None = None,
     template: Template | None = None,
 ) -> tuple[Span, ...]:
-    """The token positions `(start, stop)` of phrases in the rendered prompt, in order, overlaps joined.
+    """The token positions `(start, stop)` of phrases in the rendered prompt, in order, with overlapping ones merged.
 
-    A string is a `Phrase`, found wherever it occurs. Raises `TrimtabError` for a phrase that isn't there (showing
-    what comes closest), an occurrence that isn't, a malformed pattern, or a message that isn't there.
+    A string is a `Phrase`, with all its occurrences. Raises `TrimtabError` for a phrase that isn't in the prompt
+    (showing the closest match), an occurrence that doesn't exist, a malformed pattern, or a message that doesn't exist.
     """
     rendered = render(tokenizer, prompt, system=system, chat=chat, template=template)
     return _spans(tokenizer, rendered, emphasis, _messages(tokenizer, prompt, system, chat), template)
@@ -123,10 +124,11 @@ def spans_in(
     messages: Sequence[Message] | None = None,
     template: Template | None = None,
 ) -> tuple[Span, ...]:
-    """`find_spans` in a prompt that another program has rendered: its text, and the token ids that it made of that.
+    """`find_spans` in a prompt that another program has rendered: its text, and the token ids that the program made of
+    it.
 
-    Of the `messages` that it rendered, a whole one can be named. Raises `TrimtabError` as `find_spans` does, and where
-    the text has other tokens, or the messages another text, than that program says.
+    With the `messages` that were rendered, a `Part` can be looked up. Raises `TrimtabError` as `find_spans` does, and
+    if the text has other tokens, or the messages render to another text, than in that program.
     """
     _check_fast(tokenizer)
     for special in (False, True):
@@ -148,7 +150,7 @@ def spans_in(
 def found_in_text(
     tokenizer: Any, prompt: Sequence[Message], emphasis: Any, *, system: str | None, template: Template | None
 ) -> tuple[list[int], tuple[Span, ...]]:
-    """For messages with images: the token ids of the chat template's text, and where phrases are in these.
+    """For messages with images: the token ids of the chat template's text, and the positions of phrases in them.
 
     Raises as `find_spans` does.
     """
@@ -163,7 +165,7 @@ def found_in_text(
 
 
 def _without_pixels(content: Any) -> Any:
-    """A message's content as the chat template needs it, whatever its images are."""
+    """A message's content as the chat template needs it, with placeholders for the images."""
     if isinstance(content, str):
         return content
     return [part if part.get("type") == "text" else {"type": "image"} for part in content]
@@ -221,7 +223,7 @@ def _places(text: str, wanted: str | Phrase | Pattern) -> list[Span]:
 
 
 def _tokens(rendered: Rendered, start: int, stop: int) -> Span:
-    """The tokens that hold a character of `start` to `stop`."""
+    """The tokens that contain a character of `start` to `stop`."""
     inside = [i for i, (a, b) in enumerate(rendered.offsets) if a < stop and b > start]
     if not inside:
         raise TrimtabError(f"no token holds {rendered.text[start:stop]!r}; emphasize more of the prompt")
@@ -241,7 +243,7 @@ def _join(spans: list[Span]) -> tuple[Span, ...]:
 def _part(
     tokenizer: Any, rendered: Rendered, messages: list[Message] | None, part: Part, template: Template | None
 ) -> Span:
-    """Where a message's content stands: where a mark stands when it is rendered instead."""
+    """The characters of a message's content, located by rendering a mark in its place."""
     if messages is None:
         raise TrimtabError(f"the prompt is plain text and has no {part.role} message; name a phrase of it")
     numbers = [i for i, message in enumerate(messages) if message["role"] == part.role]
@@ -261,7 +263,7 @@ def _part(
 
 
 def _messages(tokenizer: Any, prompt: Prompt, system: str | None, chat: bool | None) -> list[Message] | None:
-    """The messages that are rendered, as `encode` puts them together; `None` for plain text."""
+    """The messages to render, as assembled by `encode`; `None` for plain text."""
     if isinstance(prompt, str):
         if not (has_template(tokenizer) if chat is None else chat):
             return None
@@ -271,7 +273,7 @@ def _messages(tokenizer: Any, prompt: Prompt, system: str | None, chat: bool | N
 
 
 def _closest(text: str, phrase: str) -> str:
-    """What of the text is most like the phrase, with what stands around it."""
+    """The part of the text that is most similar to the phrase, with its context."""
     match = SequenceMatcher(None, text.lower(), phrase.lower(), autojunk=False).find_longest_match()
     if not match.size:
         return f"nothing is like it in {_shorten(text)!r}"

@@ -1,6 +1,6 @@
-"""Labelled statements, true or false and each in a row of its own, made into pairs.
+"""Pairs up labelled statements, each true or false and in its own row.
 
-Representation Engineering (Zou et al., 2310.01405) keeps its facts so.
+Representation Engineering (Zou et al., 2310.01405) uses this format for facts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ TRUE, FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 
 
 class PairingWarning(UserWarning):
-    """Statements that came one by one were put together into pairs."""
+    """Single statements were put together into pairs."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """A text (or an answer that is messages), whether its label says that it is true, and what it stands under.
+    """A text (or an answer that is messages), whether it is labelled true, and its prompt and system prompts (`under`).
 
-    What they stand under is the same for both of a pair.
+    `under` is the same for both statements of a pair.
     """
 
     text: Any
@@ -33,7 +33,7 @@ class Statement:
 
 
 def label_of(value: Any) -> bool:
-    """A label as people write it. Raises `TrimtabError` for anything but true and false, 1 and 0."""
+    """A label as a boolean. Raises `TrimtabError` for anything but true and false, 1 and 0."""
     text = str(value).strip().lower()
     if text not in (*TRUE, *FALSE):
         raise TrimtabError(f"the label {value!r} is neither true nor false (or 1 nor 0)")
@@ -41,10 +41,10 @@ def label_of(value: Any) -> bool:
 
 
 def pair_up(statements: Sequence[Statement], name: str) -> list[tuple[Statement, Statement]]:
-    """True statements, each with a false one: of those that stand under the same, the first with the first, and so on.
+    """True statements, each with a false one that has the same prompts: the first with the first, and so on.
 
-    Warns with `PairingWarning`, saying how they were paired and how many are left over. Raises `TrimtabError` where
-    there is no pair among them.
+    Warns with `PairingWarning`, saying how they were paired and how many are left over. Raises `TrimtabError` if there
+    are no pairs.
     """
     groups: dict[tuple[Any, ...], tuple[list[Statement], list[Statement]]] = {}
     for statement in statements:

@@ -1,4 +1,4 @@
-"""The rows of a file that somebody keeps data in: JSONL, JSON, CSV, TSV, Parquet or Arrow."""
+"""The rows of a data file: JSONL, JSON, CSV, TSV, Parquet or Arrow."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from trimtab.text.messages import is_turn
 from trimtab.text.read import INSTEAD, kind_of, read_text, unreadable
 
 Rows = Iterator[tuple[str, Any]]
-"""Rows, and where each is: `file:line`, or in a file without lines `file: item 1`."""
+"""Rows with their locations: `file:line`, or `file: item 1` in a file without lines."""
 COLUMNAR = (".parquet", ".arrow", ".feather")
-"""Files that aren't text, which pyarrow reads."""
+"""Binary files, which are read with pyarrow."""
 FORMATS = ".jsonl, .json, .csv, .tsv or .parquet"
 SEPARATORS = (",", ";", "\t", "|")
 SAYS_SEPARATOR = re.compile(r'"?sep=(.)"?')
-"""The line that Excel reads, and writes, before the header line."""
+"""The line before the header line with which Excel declares the separator."""
 
 
 def read_rows(path: Path, otherwise: str = "") -> Rows:
-    """The rows of a file, read as its suffix says, or as the suffix `otherwise` does where it says nothing.
+    """The rows of a file, in the format of its suffix, or of the suffix `otherwise` if the file's is unknown.
 
-    Raises `TrimtabError` naming the file and the line for a missing file, one of another kind, or a malformed row.
+    Raises `TrimtabError`, naming the file and the line, for a missing file, one of another kind, or a malformed row.
     """
     kind = kind_of(path)
     kind = kind if kind in READERS or kind in COLUMNAR or not otherwise else otherwise
@@ -51,7 +51,7 @@ def _jsonl(path: Path, text: str) -> Rows:
 
 
 def _of_line(line: str) -> str:
-    """What is perhaps wrong with a line that should be JSON."""
+    """A hint at what may be wrong with a line that should be JSON."""
     if line.startswith(("#", "//")):
         return "; JSON has no comments: take the line out"
     if line.endswith(","):
@@ -78,7 +78,7 @@ def _json(path: Path, text: str) -> Rows:
 
 
 def _is_lines(text: str) -> bool:
-    """Whether the text is several JSON texts, a line each."""
+    """Whether the text is JSON lines."""
     first, _, rest = text.strip().partition("\n")
     if not first.startswith("{") or not rest:
         return False
@@ -90,7 +90,7 @@ def _is_lines(text: str) -> bool:
 
 
 def _of_object(item: dict[str, Any], path: Path) -> list[Any]:
-    """The rows of a table that is stored by its columns, as pandas and datasets do, or under a single name."""
+    """The rows of a table that is stored by column, as pandas and datasets do, or as a list under a single key."""
     columns = {name: _column(value) for name, value in item.items()}
     lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}
     if len(columns) == 1 and None not in lengths:
@@ -111,14 +111,14 @@ def _of_object(item: dict[str, Any], path: Path) -> list[Any]:
 
 
 def _column(value: Any) -> Any:
-    """A column as a list of cells: pandas writes an object of them, by the names of the rows."""
+    """A column as a list of cells; pandas writes an object with the row names as keys."""
     if isinstance(value, dict) and value and all(name.isdecimal() for name in value):
         return list(value.values())
     return value
 
 
 def parse_json(text: str, where: str, *, hint: str = "") -> Any:
-    """The value of a JSON text. Raises `TrimtabError`, naming the place, for anything else, and for a key twice."""
+    """Parse JSON. Raises `TrimtabError`, naming the location, for invalid JSON, and for duplicate keys."""
     try:
         return json.loads(text, object_pairs_hook=once)
     except TrimtabError as error:
@@ -128,7 +128,7 @@ def parse_json(text: str, where: str, *, hint: str = "") -> Any:
 
 
 def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these items, in which no key is twice; `json` would keep the last and drop the others."""
+    """The object with these items, whose keys must be unique; `json` would silently keep the last."""
     made = dict(items)
     if len(made) < len(items):
         keys = [key for key, _ in items]
@@ -149,7 +149,7 @@ def _tsv(path: Path, text: str) -> Rows:
 
 
 def _table(path: Path, text: str, separators: tuple[str, ...]) -> Rows:
-    """The rows below a header line, in which the first of the separators is one: many spreadsheets write semicolons."""
+    """The rows after a header line, split at the first separator in it; many spreadsheets use semicolons."""
     before = len(text) - len(text.lstrip("\n"))
     header, _, rest = text[before:].partition("\n")
     if said := SAYS_SEPARATOR.fullmatch(header.strip()):
@@ -160,7 +160,7 @@ def _table(path: Path, text: str, separators: tuple[str, ...]) -> Rows:
         text = text[before:]
     separator = next((mark for mark in separators if mark in header), separators[0])
     spaced = any(name.startswith(" ") for name in next(csv.reader([header], delimiter=separator), [])[1:])
-    # a space behind each separator was written by hand, and then the quotes come after it
+    # a space after each separator means that it was written by hand, with quotes after the space
     reader = csv.DictReader(io.StringIO(text), strict=True, delimiter=separator, skipinitialspace=spaced)
     try:
         names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
@@ -173,7 +173,7 @@ def _table(path: Path, text: str, separators: tuple[str, ...]) -> Rows:
                 raise TrimtabError(
                     f"{where}: {count} expected, as in the header line; a text with a {_name(separator)} is in quotes"
                 )
-            if any(cell.strip() for cell in row.values()):  # a spreadsheet may end in empty rows
+            if any(cell.strip() for cell in row.values()):  # a spreadsheet may end with empty rows
                 yield where, row
     except csv.Error as error:
         hint = '; a quote that is part of a text is doubled, and the text is in quotes: "the ""best"" one"'
@@ -214,4 +214,4 @@ READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".csv": _csv,
     ".tsv": _tsv,
 }
-"""By suffix, those of files that are text."""
+"""Readers of text files, by suffix."""

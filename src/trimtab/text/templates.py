@@ -1,4 +1,4 @@
-"""The chat template's own keywords, such as `enable_thinking`: which ones there are, and setting them."""
+"""The chat template's own keywords, such as `enable_thinking`: finding, checking and setting them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from trimtab.errors import TrimtabError
 
 CONTINUE = "continue_final_message"
-"""A keyword of rendering, whatever the template: whether the assistant's last message is continued."""
+"""A keyword of rendering, independent of the template: whether the assistant's last message is continued."""
 GIVEN = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
-"""What every template is given anyway; so are the special tokens."""
+"""Variables that every template is called with, in addition to the special tokens."""
 SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 def keywords_of(tokenizer: Any) -> tuple[str, ...]:
-    """The keywords that the chat template uses, in the order of their names; none where there is no template."""
+    """The keywords that the chat template uses, sorted by name; empty if there is no template."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
@@ -34,7 +34,7 @@ def _keywords(template: str) -> tuple[str, ...]:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`, by which templates mark what the assistant says."""
+        """`{% generation %}`, with which templates mark what the assistant says."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -51,7 +51,7 @@ def _keywords(template: str) -> tuple[str, ...]:
 
 
 def check_keywords(tokenizer: Any, template: Mapping[str, Any]) -> None:
-    """Raises `TrimtabError`, listing those that it uses, for a keyword that the chat template doesn't use."""
+    """Raises `TrimtabError` for a keyword that the chat template doesn't use, and lists those that it uses."""
     if not template:
         return
     if not isinstance(template, Mapping):
@@ -66,10 +66,10 @@ def check_keywords(tokenizer: Any, template: Mapping[str, Any]) -> None:
 
 
 def check_no_keywords(tokenizer: Any, options: Collection[str]) -> None:
-    """Raises `TrimtabError` for options of generation that are keywords of the chat template, or of rendering."""
+    """Raises `TrimtabError` for generation options that are keywords of the chat template, or of rendering."""
     try:
         known = keywords_of(tokenizer) if options else ()
-    except TrimtabError:  # said where the template is used, and it may not be
+    except TrimtabError:  # reported where the template is used, if it is
         known = ()
     for name in options:
         if name in ("chat_template_kwargs", "add_generation_prompt", CONTINUE, *known):
@@ -80,9 +80,9 @@ def check_no_keywords(tokenizer: Any, options: Collection[str]) -> None:
 
 
 def with_keywords(tokenizer: Any, template: Mapping[str, Any] | None) -> Any:
-    """The tokenizer, rendering with these keywords wherever no others are given; the given one stays as it is.
+    """A copy of the tokenizer with these keywords as defaults for rendering; the original isn't changed.
 
-    Raises `TrimtabError` for keywords that the chat template doesn't use, or where there is no template.
+    Raises `TrimtabError` for keywords that the chat template doesn't use, or if there is no template.
     """
     if not template:
         return tokenizer
@@ -95,15 +95,15 @@ def with_keywords(tokenizer: Any, template: Mapping[str, Any] | None) -> Any:
 
 
 def set_keywords(tokenizer: Any) -> dict[str, Any]:
-    """The keywords that `with_keywords` has set, none otherwise."""
+    """The keywords that `with_keywords` has set, if any."""
     render = getattr(tokenizer, "apply_chat_template", None)
     return dict(render.keywords) if isinstance(render, partial) else {}
 
 
 def parse_keywords(texts: list[str] | None) -> dict[str, Any]:
-    """From the command line: `enable_thinking=false`, whose value is read as JSON where it is any, else as text.
+    """From the command line: `enable_thinking=false`, whose value is parsed as JSON if it is valid, else taken as text.
 
-    Raises `TrimtabError` for anything without a name and a value, and for a name that is given twice.
+    Raises `TrimtabError` for anything without a name and a value, and for a name that occurs twice.
     """
     keywords: dict[str, Any] = {}
     for text in texts or []:

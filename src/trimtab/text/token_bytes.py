@@ -1,4 +1,4 @@
-"""The bytes that a token stands for, where it is only a part of a character and has no text of its own."""
+"""The bytes of a token that is only a part of a character and has no text of its own."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from functools import cache
 from typing import Any
 
-BROKEN = "\ufffd"  # what a character that isn't complete decodes to
+BROKEN = "\ufffd"  # what an incomplete character decodes to
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes | None:
-    """What the token adds to an answer's UTF-8, from how its vocabulary writes it; `None` where that isn't known.
+    """The UTF-8 bytes that the token adds to an answer, from its form in the vocabulary; `None` if they aren't known.
 
-    Vocabularies write parts of characters in one of two ways: as `<0xE2>` (SentencePiece's byte fallback), or with a
-    printable character for each byte (GPT-2's, and most since).
+    Vocabularies represent parts of characters in one of two ways: as `<0xE2>` (SentencePiece's byte fallback), or with
+    a printable character for each byte (GPT-2's, and most since).
     """
     piece = tokenizer.convert_ids_to_tokens(int(token))
     if not isinstance(piece, str):
@@ -26,7 +26,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes | None:
 
 @cache
 def _printable() -> dict[str, int]:
-    """GPT-2's character of each byte: itself where it is printable, otherwise the next one from 256 on."""
+    """GPT-2's character for each byte: the byte itself if it is printable, otherwise the next one from 256 on."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {chr(byte): byte for byte in own}
     others = [byte for byte in range(256) if byte not in own]

@@ -1,7 +1,7 @@
-"""What each token adds to a text, as bytes, so that a text can be looked for while tokens come one at a time.
+"""The bytes that each token adds to a text, for searching a text while tokens arrive one at a time.
 
-A token may end in the middle of a word or of a character; its bytes are its own all the same. Special tokens count with
-what they are written as.
+A token may end in the middle of a word or of a character; its bytes are still its own. Special tokens count as the text
+they are written as.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from weakref import ref
 from trimtab.text.token_bytes import BROKEN, token_bytes
 
 KEPT = 65_536
-"""Of so many tokens, or pairs of neighbours, what they add is remembered."""
+"""The maximum number of tokens, or pairs of adjacent tokens, in the cache."""
 
 
 class TokenText:
     """The tokens of one tokenizer.
 
-    In a vocabulary of bytes (GPT-2's, and most since) a token adds the same wherever it stands. In others it depends
-    on whether another stands before it, as a tokenizer leaves out the space before the first word: then it is what
-    decoding the two adds to decoding the first.
+    In a byte-level vocabulary (GPT-2's, and most since), a token adds the same bytes in any context. In others it
+    depends on the token before it, since the space before the first word is dropped. Then the token's text is the
+    difference between decoding both tokens and decoding the first.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = ref(tokenizer)  # by which these may be kept
+        self._tokenizer = ref(tokenizer)  # a weak reference, since instances may be cached by tokenizer
         self._written = {int(i): str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         self._of_bytes = type(decoder).__name__ == "ByteLevel"
         self._known: dict[tuple[int, int], bytes] = {}
 
     def added(self, before: int, token: int) -> bytes:
-        """What a token adds behind the one before it."""
+        """The bytes that a token adds after the one before it."""
         key = (-1 if self._of_bytes else before, token)
         addition = self._known.get(key)
         if addition is None:

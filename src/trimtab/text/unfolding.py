@@ -1,4 +1,4 @@
-"""Text out of tokens that come one at a time: whole characters only, and nothing that may belong to a stop text."""
+"""Incremental detokenization: whole characters only, and nothing that may be part of a stop text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from trimtab.text.token_bytes import BROKEN
 
 
 class Unfolding:
-    """One answer. `add` takes a token and gives the text that can be shown now; `finish` gives what was held back.
+    """Detokenizes one answer. `add` takes a token and returns the text that can be shown now; `finish` returns the
+    rest.
 
-    All pieces together are the decoded tokens, up to the first of the `stop` texts, which isn't part of them;
-    `stopped` says whether one has come. Special tokens are no text, but those that are `shown`.
+    All pieces together are the decoded tokens, up to the first of the `stop` texts, which is excluded; `stopped` says
+    whether one has occurred. Special tokens are left out, except for those in `shown`.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Collection[int] = ()) -> None:
@@ -26,7 +27,7 @@ class Unfolding:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """The text that this token lets go."""
+        """The text that can be shown after this token."""
         if self.stopped:
             return ""
         self._tokens.append(token)
@@ -38,7 +39,7 @@ class Unfolding:
         return self._let_go(whole[len(known) :])
 
     def finish(self) -> str:
-        """The rest, once there are no more tokens."""
+        """The rest, after the last token."""
         if self.stopped:
             return ""
         known = self._decode(self._tokens[self._context : self._read])

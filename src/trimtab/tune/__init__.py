@@ -1,4 +1,4 @@
-"""How strong, and at which layer: a search that may answer "don't steer"."""
+"""Chooses a steering's strength and layer: a search whose answer can be "don't steer"."""
 
 from trimtab.tune.candidates import Candidate, Setting, default_layers, grid
 from trimtab.tune.dose import Dosed, at_dose

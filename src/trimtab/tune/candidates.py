@@ -1,4 +1,4 @@
-"""What a search chooses from: one learned steering at many layers, strengths and positions."""
+"""The candidates of a search: one learned steering at many layers, strengths and positions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from trimtab.steering import Positions, Steering
 from trimtab.steering.steering import check_strength
 
 LAYERS = 8
-"""About how many layers `default_layers` names."""
+"""The approximate number of layers that `default_layers` returns."""
 
 STRENGTHS = (0.5, 1.0, 1.5)
-"""Multiples of the learned steering: for an addition, of the mean difference; for a projection, shares of the way."""
+"""Multiples of the learned steering: of the mean difference if added, of the way to the target if projected."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how strongly: a block (from 0), a multiple of the learned steering, a rule, an operation."""
+    """A layer (block, from 0), a strength (multiple of the learned steering), a position rule, and an operation."""
 
     layer: int
     strength: float
@@ -31,16 +31,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting, and the steering that it makes."""
+    """A setting, and its steering."""
 
     setting: Setting
     steering: Steering
 
 
 def default_layers(count: int) -> list[int]:
-    """The layers worth trying in a model of `count`: from a fifth of the depth on (Stolfo et al., appendix).
+    """The layers worth trying in a model with `count` layers: from a fifth of the depth on (Stolfo et al., appendix).
 
-    Not each but about `LAYERS` of them, evenly spaced.
+    About `LAYERS` of them, evenly spaced.
     """
     return list(range(count // 5, count, max(1, round((count - count // 5) / LAYERS))))
 
@@ -52,12 +52,11 @@ def grid(
 ) -> list[Candidate]:
     """Every layer × strength × positions of every learned steering.
 
-    `learned` are steerings by the name of what they do (`"add"`, `"project"`), each with one edit or more at each
-    layer to try: what `learn_instruct(lm, pairs, layers)` gives for several layers. `strengths` are multiples of
+    `learned` maps the names of operations (`"add"`, `"project"`) to steerings, each with one or more edits at each
+    layer to try, as returned by `learn_instruct(lm, pairs, layers)` for several layers. `strengths` are multiples of
     them, for all or by name. `positions` replace the learned ones; `None` keeps those.
 
-    Raises `TrimtabError` when there is nothing to try, or a strength is 0 (not to steer is always tried) or no
-    finite number.
+    Raises `TrimtabError` if there is nothing to try, or a strength is 0 (no steering is always tried) or not finite.
     """
     candidates = []
     for name, steering in learned.items():

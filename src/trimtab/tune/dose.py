@@ -1,4 +1,4 @@
-"""The strength at which a steering has a given dose: how long its edits are beside the activations, over all layers."""
+"""Finds the strength for a given dose: the norm of a steering's edits relative to the activations, over layers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 ADDING = (Add, AddScaled, SetProjection, Ablate, ScaleElements, MaskNeurons, ReadWrite)
 GROWING = (*ADDING, Rotate, RotateInPlane, RotatePredicted)
-"""Operations whose edit is nothing at strength 0 and grows with it: rotations up to half a turn, the others always."""
+"""Operations whose edit is zero at strength 0 and grows with it (rotations only up to half a turn)."""
 
 CLOSE = 0.02
-"""A dose so near to the requested one, as a share of it, is near enough."""
+"""Tolerance: a dose this close to the requested one, as a share of it, is accepted."""
 
 TRIES = 12
 TOKENS = 8
-"""A dose is that of the prompt and of so many generated tokens."""
+"""A dose is measured over the prompt and this many generated tokens."""
 
 
 @dataclass(frozen=True)
 class Dosed:
-    """`steering` is `factor` times the one given, and has the dose `dose` on the prompts it was measured on."""
+    """`steering` is `factor` times the steering passed in, and has this `dose` on the prompts it was measured on."""
 
     steering: Steering
     factor: float
@@ -51,23 +51,23 @@ def at_dose(
     tokens: int = TOKENS,
     **options: Any,
 ) -> Dosed:
-    """Scale a steering so that it has this dose: `Applied.overall`, its mean over the prompts that it acts on.
+    """Scale a steering to a given dose: `Applied.overall`, averaged over the prompts that it acts on.
 
     The dose is measured at the positions where the steering acts, in the prompts and in the first `tokens` tokens of
-    its own answers. The strength is found by trying: for additions nearly at once, since their dose is a multiple of
-    the strength but for what an edit changes in later layers.
+    its own answers. The strength is found by trial. Additions need few tries, since their dose is proportional to the
+    strength, except for what an edit changes in later layers.
 
     Args:
         lm: An engine that measures doses.
-        steering: Edits keep their strengths relative to each other, and their signs.
+        steering: Its edits keep their relative strengths, and their signs.
         dose: The root of the summed squares of `‖edit‖ / ‖activation‖` over layers; 0.2 is mild.
-        prompts: What it is measured on.
-        tokens: Generated tokens that count.
+        prompts: The prompts that the dose is measured on.
+        tokens: The number of generated tokens that count.
         options: For `lm.generate`: `system`, `chat`, `transfer`, `batch_size`.
 
     Raises:
-        TrimtabError: The dose is no positive number, nothing acts on these prompts, or no strength has that dose.
-        UnsupportedError: An operation whose dose doesn't follow from its strength, by name.
+        TrimtabError: The dose isn't a positive number, nothing acts on these prompts, or no strength has that dose.
+        UnsupportedError: An operation whose dose doesn't follow from its strength; the message names it.
     """
     if isinstance(dose, bool) or not isinstance(dose, (int, float)) or not (math.isfinite(dose) and dose > 0):
         raise TrimtabError(f"a dose is a number above 0, such as 0.2, got {dose!r}")
@@ -95,9 +95,9 @@ def at_dose(
 
 
 def check_growing(steering: Steering) -> None:
-    """Raises `UnsupportedError` for an edit whose dose doesn't grow with its strength, and says which."""
+    """Raises `UnsupportedError` for an edit whose dose doesn't grow with its strength, and names it."""
     for edit in steering.edits:
-        operation = getattr(edit.operation, "operation", edit.operation)  # of a conditional one, what it does
+        operation = getattr(edit.operation, "operation", edit.operation)  # for a conditional one, the operation inside
         if isinstance(operation, ScoreOperation):
             raise UnsupportedError(
                 f"{SCORE_NAMES[type(operation)]} steers attention scores, which have no dose; give a strength"
@@ -111,7 +111,7 @@ def check_growing(steering: Steering) -> None:
 
 
 def _next(below: tuple[float, float], above: tuple[float, float] | None, dose: float) -> float:
-    """The factor to try next: on the line through two measurements, but well inside of them."""
+    """The factor to try next: by linear interpolation between two measurements, but well inside the interval."""
     if above is None:
         ratio = dose / below[1] if below[1] > 0 and math.isfinite(below[1]) else math.inf
         return below[0] * min(4.0, ratio) if below[0] else 1.0

@@ -1,4 +1,4 @@
-"""Whether a search can end in a verdict at all: known before it starts, since nothing in it can change that."""
+"""Checks before a search whether it can reach a verdict at all; nothing in the search can change that."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from trimtab.evaluate.decision import LEVEL, fewest
 from trimtab.tune.halving import Rung
 
 ENOUGH = fewest()
-"""So many held-out prompts, if all are won, are told from luck: 1 / 2**5 < 0.05 (the sign test), and 1 / 2**4 isn't."""
+"""The fewest held-out prompts that can beat chance, if all are won (sign test): 1 / 2**5 < 0.05, 1 / 2**4 isn't."""
 
 
 def too_few(held_out: int) -> str | None:
-    """Why no interval around the last word can be trusted, or `None`.
+    """Why too few held-out prompts make the final test pointless, or `None`.
 
     Args:
-        held_out: How many prompts are kept for the last word.
+        held_out: The number of prompts kept for the final test.
     """
     if held_out >= ENOUGH:
         return None
@@ -29,21 +29,21 @@ def too_few(held_out: int) -> str | None:
 def too_poor(
     candidates: int, rungs: Sequence[Rung], held_out: int, tokens_each: int, budget_tokens: int | None
 ) -> str | None:
-    """Why a budget of tokens can't tell the candidates apart, or `None`.
+    """Why a token budget can't distinguish the candidates, or `None`.
 
     Args:
-        candidates: How many there are besides "don't steer".
+        candidates: The number of candidates besides "don't steer".
         rungs: The rounds of the search.
-        held_out: How many prompts are kept for the last word, which is paid for first.
-        tokens_each: What an answer costs at most.
-        budget_tokens: What may be generated in all; `None`: anything.
+        held_out: The number of prompts kept for the final test, which is paid for first.
+        tokens_each: The maximum cost of an answer in tokens.
+        budget_tokens: The maximum number of generated tokens in all; `None` for no limit.
     """
     if budget_tokens is None:
         return None
     pays = (budget_tokens // tokens_each - 2 * held_out) // (candidates + 1)
     first = rungs[0].items
     if not 0 < pays < first:
-        return None  # a budget that pays for none is refused by the search
+        return None  # the search itself rejects a budget that pays for no prompt
     needed = ((candidates + 1) * first + 2 * held_out) * tokens_each
     return (
         f"the budget of {budget_tokens} tokens may pay for {pays} of the {first} prompts of the first round, on which"

@@ -1,13 +1,13 @@
-"""Will a direction steer? Estimated from its pairs and from what a push along it does to the next token, before any
-answer.
+"""Will a direction steer? Estimated before generating, from its pairs and from how a push along it changes the next
+token.
 
-Two numbers of the pairs foretell whether a mean difference steers: how far the pairs' differences agree, and how well
-it separates the sides (Braun et al., arXiv 2505.22637 and 2602.17881). Both are taken on pairs that the direction
-wasn't learned from. Two more come of the divergence's curve: how much more a push along the direction changes than a
-random one as long, and how the change grows with the strength.
+Two statistics of the pairs predict whether a mean difference steers: how consistent the pairs' differences are, and how
+well it separates the sides (Braun et al., arXiv 2505.22637 and 2602.17881). Both are computed on pairs that the
+direction wasn't learned from. Two more come from the divergence as a function of strength: how much more a push along
+the direction changes than a random one of the same norm, and how fast the change grows with the strength.
 
-What they come to is a small logistic fit to the results of `trimtab bench`, which stands in `data/forecast.json` with
-how it was made. It knows the models and tasks of that run, and no others.
+A small logistic regression on the results of `trimtab bench` combines them. It is stored in `data/forecast.json`, with
+how it was made. It is based on the models and tasks of that run only.
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
 
 READ_BY = ("caa", "instruct")
-"""Methods whose direction is the mean difference that is looked at here."""
+"""Methods that learn the mean difference that is examined here."""
 LAYERS = 3
-"""At so many of a steering's layers the pairs are read, at most, evenly from all."""
+"""The pairs are read at this many of a steering's layers at most, evenly spaced."""
 LEAST = 8
-"""Of fewer pairs nothing is foretold."""
+"""The smallest number of pairs for a forecast."""
 TOKENS = 16
 NATS = 1.0
 LIKELY, UNLIKELY = 0.7, 0.3
-"""Above the one chance it is said to work, below the other not to; between them nothing is said."""
+"""At or above the first chance the verdict is "works", at or below the second "unlikely"; between them, "can't say"."""
 TRUSTED_AUC, TRUSTED_EACH = 0.7, 5
-"""A fit is believed where it does so well on tasks that it hasn't seen, and has seen so many results of either outcome;
-otherwise nothing is said, whatever the chance."""
+"""A fit is trusted only if it has at least this AUC on held-out tasks, and at least this many results of either
+outcome. Otherwise the verdict is "can't say", whatever the chance.
+"""
 FILE = "forecast.json"
 
 
 @dataclass(frozen=True)
 class Predictors:
-    """What a forecast is made from.
+    """The inputs of a forecast.
 
     Args:
         agree: The share of held-out pairs whose difference points along the direction.
-        separation: By how many standard deviations held-out positives and negatives lie apart along it (d').
-        auc: The chance that a held-out positive lies above a held-out negative.
-        reach: The natural logarithm of the divergence of a push along the direction over that of a random push as long,
-            at the strength where the former is 1 nat.
-        bend: How the divergence grows there: 2 where doubling the strength makes it fourfold.
+        separation: The distance between held-out positives and negatives along it, in standard deviations (d').
+        auc: The probability that a held-out positive has a larger projection than a held-out negative.
+        reach: The natural logarithm of the ratio of two divergences, of a push along the direction and of a random push
+            of the same norm, at the strength where the former is 1 nat.
+        bend: How the divergence grows there: 2 if doubling the strength quadruples it.
     """
 
     agree: float
@@ -73,7 +74,7 @@ class Predictors:
 
     @property
     def features(self) -> tuple[float, ...]:
-        """The numbers that the fit takes, in the order of `NAMES`."""
+        """The features of the fit, in the order of `NAMES`."""
         return self.agree, math.log1p(max(0.0, self.separation)), self.reach, self.bend
 
 
@@ -82,14 +83,14 @@ NAMES = ("agree", "log(1 + separation)", "reach", "bend")
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is foretold.
+    """A forecast and the fit it comes from.
 
     Args:
-        chance: That the steering works, by the fit.
-        predictors: What it was made from.
-        results: How many bench results the fit was made from; `worked` of them were better than unsteered and random.
-        worked: See there.
-        auc: How well the fit does on tasks that it hasn't seen.
+        chance: The probability that the steering works, by the fit.
+        predictors: The inputs of the forecast.
+        results: The number of bench results in the fit; `worked` of them were better than unsteered and random.
+        worked: See `results`.
+        auc: The AUC of the fit on held-out tasks.
     """
 
     chance: float
@@ -100,12 +101,12 @@ class Forecast:
 
     @property
     def trusted(self) -> bool:
-        """Whether the fit has shown on tasks that it hadn't seen that it is worth something."""
+        """Whether the fit predicts held-out tasks well enough."""
         return self.auc >= TRUSTED_AUC and min(self.worked, self.results - self.worked) >= TRUSTED_EACH
 
     @property
     def verdict(self) -> str:
-        """`"works"`, `"unlikely"` or `"can't say"`; always the last where the fit isn't to be trusted."""
+        """`"works"`, `"unlikely"` or `"can't say"`; always the last if the fit isn't trusted."""
         if self.trusted and self.chance >= LIKELY:
             return "works"
         return "unlikely" if self.trusted and self.chance <= UNLIKELY else "can't say"
@@ -128,11 +129,11 @@ class Forecast:
 
 
 def forecast(measured: Predictors, fit: Mapping[str, Any] | None = None) -> Forecast:
-    """What a fit says of these numbers.
+    """The forecast of a fit for these predictors.
 
     Args:
         measured: The predictors.
-        fit: What `fit` gave; default: the one that comes along, which `data/forecast.json` tells the origin of.
+        fit: The result of `fit`; default: the packaged one, whose origin is in `data/forecast.json`.
     """
     known = read_json(FILE) if fit is None else fit
     chance = chance_of(measured.features, known)
@@ -140,7 +141,7 @@ def forecast(measured: Predictors, fit: Mapping[str, Any] | None = None) -> Fore
 
 
 def chance_of(features: Sequence[float], fit: Mapping[str, Any]) -> float:
-    """The logistic of the weighted features, each less its mean and over its deviation."""
+    """The logistic function of the weighted, standardized features."""
     scaled = [(x - m) / d for x, m, d in zip(features, fit["means"], fit["deviations"], strict=True)]
     score = fit["intercept"] + sum(w * x for w, x in zip(fit["weights"], scaled, strict=True))
     return 1 / (1 + math.exp(-max(-50.0, min(50.0, score))))
@@ -155,18 +156,18 @@ def predictors(
     base: Reference | None = None,
     seed: int = 0,
 ) -> Predictors:
-    """What is known of a steering before anything is generated with it.
+    """Measure the predictors of a steering, before anything is generated with it.
 
     Args:
         lm: The model, on the transformers engine.
-        pairs: What it was learned from; answers, letters, texts or prompts.
-        steering: What was learned.
-        prompts: What the divergence is measured on.
-        base: The reference that was made of these prompts, if there is one.
-        seed: Of the random direction.
+        pairs: The pairs it was learned from: answers, letters, texts or prompts.
+        steering: The learned steering.
+        prompts: The prompts that the divergence is measured on.
+        base: A reference made from these prompts, if there is one.
+        seed: The seed of the random direction.
 
     Raises:
-        TrimtabError: Fewer than `LEAST` pairs, sides that don't differ, or a steering without a random like.
+        TrimtabError: Fewer than `LEAST` pairs, sides that don't differ, or a steering that has no random control.
     """
     pair_list = as_pairs(pairs)
     if len(pair_list) < LEAST:
@@ -196,8 +197,8 @@ def predictors(
 def separated(lm: LM, pairs: Sequence[Pair], layers: Sequence[int]) -> tuple[float, float, float]:
     """Agreement, d' and AUC of held-out pairs along the mean difference of the others, as means over layers.
 
-    Pairs are held out by halves, two that stand next to each other together, since they may be one question in two
-    orders. What is read is the residual stream, at the letter, the answer's last token, or the prompt's.
+    The pairs are split into halves. Neighboring pairs stay together, since they may be one question in two orders. The
+    activations are those of the residual stream, at the letter, the answer's last token, or the prompt's.
     """
     read = prompt_texts(lm, pairs) if pairs[0].shape == "prompts" else answer_texts(lm, pairs)
     chosen = [layers[i * len(layers) // LAYERS] for i in range(LAYERS)] if len(layers) > LAYERS else list(layers)
@@ -208,7 +209,7 @@ def separated(lm: LM, pairs: Sequence[Pair], layers: Sequence[int]) -> tuple[flo
 
 
 def held_out(values: Tensor) -> tuple[float, float, float]:
-    """Agreement, d' and AUC of pairs `[pairs, 2, width]`, positive first, each half along the other's direction."""
+    """Agreement, d' and AUC of pairs `[pairs, 2, width]`, positive first, along the other half's direction."""
     half = torch.tensor([i // 2 % 2 == 1 for i in range(len(values))])
     results = []
     for mine in (half, ~half):
@@ -229,7 +230,7 @@ def held_out(values: Tensor) -> tuple[float, float, float]:
 
 
 def _read(lm: LM, groups: Sequence[tuple[Text, Text]], layers: Sequence[int]) -> dict[int, Tensor]:
-    """`[pairs, 2, width]` at each layer, float64: of each text the mean over where it is read."""
+    """`[pairs, 2, width]` at each layer, float64: for each text, the mean over the tokens that are read."""
     activations = read_each(lm, groups, [Site(layer) for layer in layers], pooled=True)
     return {site.layer: torch.stack([torch.cat(both) for both in pairs]) for site, pairs in activations.items()}
 
@@ -247,10 +248,10 @@ class Case:
 
 
 def fit(cases: Sequence[Case], penalty: float = 1.0) -> dict[str, Any]:
-    """A logistic fit with a quadratic penalty on the weights, and its AUC on tasks left out one at a time.
+    """A logistic regression with an L2 penalty on the weights, and its AUC with leave-one-task-out cross-validation.
 
     Raises:
-        TrimtabError: No cases, or all with the same outcome: nothing can be told apart.
+        TrimtabError: There are no cases, or all have the same outcome.
     """
     if len({case.worked for case in cases}) < 2:
         raise TrimtabError(
@@ -279,7 +280,7 @@ def left_out(cases: Sequence[Case], penalty: float = 1.0) -> tuple[list[float], 
 
 
 def auc_of(chances: Sequence[float], worked: Sequence[bool]) -> float:
-    """The chance that what worked was given a higher chance than what didn't; ties count half."""
+    """The AUC: how often a case that worked has a higher chance than one that didn't; ties count half."""
     yes = [c for c, w in zip(chances, worked, strict=True) if w]
     no = [c for c, w in zip(chances, worked, strict=True) if not w]
     if not yes or not no:
@@ -288,13 +289,13 @@ def auc_of(chances: Sequence[float], worked: Sequence[bool]) -> float:
 
 
 def _fit(cases: Sequence[Case], penalty: float) -> dict[str, Any]:
-    """By Newton's method, in float64."""
+    """Fit with Newton's method, in float64."""
     x = torch.tensor([case.features for case in cases], dtype=torch.float64)
     y = torch.tensor([float(case.worked) for case in cases], dtype=torch.float64)
     means, deviations = x.mean(0), x.std(0).clamp_min(1e-6)
     design = torch.cat([(x - means) / deviations, torch.ones(len(x), 1, dtype=torch.float64)], 1)
     ridge = penalty * torch.eye(design.shape[1], dtype=torch.float64)
-    ridge[-1, -1] = 1e-6  # the intercept is free
+    ridge[-1, -1] = 1e-6  # the intercept isn't penalized
     weights = torch.zeros(design.shape[1], dtype=torch.float64)
     for _ in range(50):
         p = torch.sigmoid(design @ weights)

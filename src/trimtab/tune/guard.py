@@ -1,8 +1,8 @@
 """The quality guard: a steering that makes answers comply by breaking them is not a good one.
 
-Stolfo et al. (2410.12877, appendix) set a layer's accuracy to 0 where answers have a perplexity below 2.5 under GPT-2.
-Here each limit is relative to the unsteered answers to the same prompts, under the model itself: no second model, and
-no limit that one model passes and another never could.
+Stolfo et al. (2410.12877, appendix) set a layer's accuracy to 0 if answers have a perplexity below 2.5 under GPT-2.
+Here each limit is relative to the unsteered answers to the same prompts, under the model itself. This needs no second
+model, and no absolute limit that one model passes and another never could.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from trimtab.evaluate.fluency import Fluency
 
 @dataclass(frozen=True)
 class Guard:
-    """Limits on what steering may do to answers, each relative to the unsteered ones on the same items.
+    """Limits on how much steering may change answers, each relative to the unsteered ones on the same items.
 
-    - `perplexity`: the median perplexity may be this many times the unsteered median. Above, text breaks.
-    - `certainty`: the median of log-perplexity may not fall below this share of the unsteered one. Below, text
-      runs in circles, and each word follows from the last.
+    - `perplexity`: the median perplexity may be at most this many times the unsteered median. Above, text breaks.
+    - `certainty`: the median of log-perplexity may not fall below this share of the unsteered one. Below, text is
+      repetitive, and each word follows from the last.
     - `repeated`: the mean share of repeated four-grams may exceed the unsteered one by this much.
     - `empty`: the share of empty answers may exceed the unsteered one by this much.
     - `cut`: the share of answers that the token limit ended may exceed the unsteered one by this much.
 
-    `None` switches a limit off. Raises `ValueError` for a limit that isn't a number or makes no sense.
+    `None` turns a limit off. Raises `ValueError` for a limit that isn't a number or makes no sense.
     """
 
     perplexity: float | None = 2.0
@@ -42,9 +42,9 @@ class Guard:
                 raise ValueError(f"the guard's limit {name!r} is a number from {lowest:g}, or None; got {limit!r}")
 
     def broken(self, steered: Sequence[Fluency], unsteered: Sequence[Fluency]) -> tuple[str, ...]:
-        """The limits that these answers break, in words; empty when all hold. Item i of both is the same prompt.
+        """The limits that these answers exceed, in words; empty if none. Item i of both lists is the same prompt.
 
-        A perplexity that isn't a number counts as infinite: what can't be measured is not taken for good.
+        A perplexity of NaN counts as infinite: what can't be measured doesn't pass.
         """
         if len(steered) != len(unsteered) or not steered:
             raise ValueError(f"{len(steered)} steered answers and {len(unsteered)} unsteered ones can't be compared")
@@ -63,7 +63,7 @@ class Guard:
     def _perplexity(self, steered: Sequence[Fluency], unsteered: Sequence[Fluency]) -> list[str]:
         here, there = median_perplexity(steered), median_perplexity(unsteered)
         if here is None or there is None:
-            return []  # all answers are empty: that limit says so
+            return []  # all answers are empty: another limit covers that
         if self.perplexity is not None and here > self.perplexity * there:
             return [f"perplexity too high: {here:.3g}, unsteered {there:.3g}"]
         if self.certainty is not None and math.log(here) < self.certainty * math.log(there):

@@ -1,7 +1,7 @@
 """Successive halving: many candidates on few items, then the better half of them on twice as many.
 
-It knows nothing of models: `evaluate` answers items, `judge` says where a candidate stands. Candidate 0 is "don't
-steer". It is always there and never eliminated, so every other candidate is compared with it on the same items.
+It is independent of models: `evaluate` answers items, `judge` scores a candidate. Candidate 0 is "don't steer". It is
+never eliminated, so every other candidate is compared with it on the same items.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BASELINE = 0
 
 @dataclass(frozen=True)
 class Rung:
-    """The candidates see the first `items` items; then the best `survivors` go on, and candidate 0 with them."""
+    """A round: the candidates are run on the first `items` items; the best `survivors` and candidate 0 continue."""
 
     items: int
     survivors: int
@@ -26,9 +26,9 @@ class Rung:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a candidate stands: a score (higher is better), how hard it pushes, and what forbids it.
+    """A candidate's standing: its score (higher is better), its dose, and the reasons that disqualify it.
 
-    A candidate with a reason in `broken`, or a score that is no finite number, is never chosen.
+    A candidate with a reason in `broken`, or a score that isn't finite, is never chosen.
     """
 
     score: float
@@ -42,11 +42,11 @@ class Standing:
 
 @dataclass(frozen=True)
 class Halved(Generic[R]):
-    """What came of it.
+    """The result of a search.
 
-    `best` is a candidate's index, 0 for "don't steer". `results[c]` are candidate c's results on the items 0, 1, …
-    as far as it came, and `standings[c]` where it stood there (`None` if it saw none). `interrupted`: a
-    KeyboardInterrupt ended it; `exhausted`: the budget did. In both cases the best is of what was done until then.
+    `best` is a candidate's index, 0 for "don't steer". `results[c]` are candidate c's results on the items 0, 1, … that
+    it was evaluated on, and `standings[c]` its standing on them (`None` if there were none). `interrupted`: a
+    KeyboardInterrupt ended the search; `exhausted`: the budget did. In both cases `best` is the best so far.
     """
 
     best: int
@@ -57,10 +57,10 @@ class Halved(Generic[R]):
 
 
 def ladder(candidates: int, items: int, *, first: int = 6, keep: float = 0.5) -> list[Rung]:
-    """A schedule: all candidates on the first `first` items, then a share `keep` of them on 1/`keep` as many.
+    """A schedule: all candidates on the first `first` items, then a share `keep` of them on 1/`keep` times as many.
 
-    Every rung costs about the same. `candidates` counts those besides "don't steer". Raises `ValueError` for
-    no items or a share outside 0 … 1.
+    Every rung costs about the same. `candidates` doesn't count "don't steer". Raises `ValueError` if there are no
+    items, or the share is outside 0 … 1.
     """
     if items < 1 or first < 1:
         raise ValueError(f"a search needs items, got {items} and {first} for the first rung")
@@ -76,7 +76,7 @@ def ladder(candidates: int, items: int, *, first: int = 6, keep: float = 0.5) ->
 
 
 def rows_of(candidates: int, rungs: Sequence[Rung]) -> int:
-    """How many answers a schedule needs in all, those of "don't steer" among them."""
+    """The total number of answers of a schedule, including those of "don't steer"."""
     total, seen, alive = 0, 0, candidates
     for rung in rungs:
         total += (rung.items - seen) * (alive + 1)
@@ -97,17 +97,17 @@ def halve(
 ) -> Halved[R]:
     """Run the schedule over candidates 0 … `candidates`, of which 0 is "don't steer".
 
-    `evaluate(candidates, items)` gives a list of results for each candidate, one an item; it is asked for each
-    pair once, and for as many items at a time as make up to `rows` pairs. `judge(results, baseline)` compares a
-    candidate's results with those of "don't steer" on the same items. `afford(pairs)` is asked before pairs are
-    evaluated: when not even one more item can be paid for, the search ends. `after(rung, alive, best)` is told when a
-    rung is done: its number from 0, how many candidates were in it besides "don't steer", and which is best.
+    `evaluate(candidates, items)` returns a list of results for each candidate, one per item. It is called once for each
+    pair, with as many items at a time as make up to `rows` pairs. `judge(results, baseline)` compares a candidate's
+    results with those of "don't steer" on the same items. `afford(pairs)` is called before pairs are evaluated; if not
+    even one more item fits the budget, the search ends. `after(rung, alive, best)` is called when a rung is done, with
+    its number from 0, the number of candidates in it besides "don't steer", and the best candidate.
 
-    Scores that tie go to "don't steer", then to the smaller dose, then to the smaller of `ties` (a layer, say),
-    then to the first. A broken guard on few items may be bad luck: it sends a candidate to the end of the line,
-    and only at the end of the search out of it.
+    Ties in score go to "don't steer", then to the smaller dose, then to the smaller of `ties` (a layer, say), then to
+    the first. Breaking the guard on few items may be bad luck: it ranks a candidate last, but disqualifies it only at
+    the end of the search.
 
-    Raises `ValueError` for rungs whose items don't grow.
+    Raises `ValueError` if the rungs' items don't increase.
     """
     if any(a.items >= b.items for a, b in pairwise(rungs)) or not rungs or rungs[0].items < 1:
         raise ValueError(f"each rung sees more items than the one before, got {[rung.items for rung in rungs]}")
@@ -123,7 +123,7 @@ def halve(
     def rank(candidate: int) -> tuple[bool, float, bool, float, float, int]:
         standing = stand(candidate)
         if standing is None or not standing.admissible:
-            # "don't steer" is always to be had, whatever its score is worth
+            # "don't steer" is always available, whatever its score
             return candidate != BASELINE, math.inf, True, math.inf, last[candidate], candidate
         dose = float(f"{standing.dose:.3g}") if math.isfinite(standing.dose) else math.inf
         return False, -round(standing.score, 9), candidate != BASELINE, dose, last[candidate], candidate
@@ -141,7 +141,7 @@ def halve(
                 outcomes = evaluate(evaluated, list(range(seen, seen + step)))
                 for candidate, new in zip(
                     evaluated, outcomes, strict=True
-                ):  # "don't steer" first: it has seen what they have
+                ):  # "don't steer" comes first, so it has been evaluated on the same items
                     if len(new) != step:
                         raise ValueError(f"{step} items were asked for and {len(new)} results came")
                     results[candidate] += new

@@ -1,4 +1,4 @@
-"""What a search starts from: one pass over the pairs, and a steering for each operation at every layer to try."""
+"""The starting point of a search: one pass over the pairs, and a steering for each operation at every layer to try."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def learn_operations(
 ) -> dict[str, Steering]:
     """Instruction vectors (Stolfo et al., 2410.12877, section 3) at every layer, for each operation, in one pass.
 
-    `operations` are those of `learn_instruct`, each at its own positions. `layers` defaults to `default_layers`.
+    `operations` are those of `learn_instruct`, each with its own positions. `layers` defaults to `default_layers`.
 
-    Raises `TrimtabError` for no pairs, pairs of answers, an unknown layer or operation, and for a layer at which
-    the pairs don't differ.
+    Raises `TrimtabError` for no pairs, pairs of answers, an unknown layer or operation, and a layer at which the pairs
+    don't differ.
     """
     pairs = pairs_for(lm, pairs)
     chosen = default_layers(lm.layout.layers) if layers is None else layers

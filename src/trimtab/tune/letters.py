@@ -1,4 +1,4 @@
-"""Tuning on multiple-choice questions: scored by the probability of the matching letter, in one pass a question.
+"""Tuning on multiple-choice questions: scored by the probability of the matching letter, one forward pass per question.
 
 Rimsky et al. (2312.06681, section 4.1) read p(matching) / (p(matching) + p(other)) at the token after "(".
 """
@@ -43,9 +43,9 @@ def tune_letters(
 ) -> Tuned:
     """`tune` for pairs of letters: a question's score is the matching letter's share of both letters' probability.
 
-    There is no text, so there is no quality guard: a strength found here may still break longer answers.
+    No text is generated, so there is no quality guard: a strength found here may still break longer answers.
 
-    Raises `TrimtabError` for pairs of another shape, letters that are no single token, and as `tune` does.
+    Raises `TrimtabError` for pairs of another shape, letters that aren't single tokens, and as `tune` does.
     """
     pairs = as_pairs(pairs)
     choices = [_choice(lm, pair) for pair in pairs]
@@ -72,13 +72,13 @@ def tune_letters(
 
 
 def check_one_question(pairs: Sequence[Pair]) -> None:
-    """Raises `TrimtabError` for a pair whose sides have different system prompts: a question is asked under one."""
+    """Raises `TrimtabError` for a pair whose sides have different system prompts, since a question has only one."""
     if any(pair.positive_system != pair.negative_system for pair in pairs):
         raise TrimtabError("a question is asked under one system prompt, and the sides of a pair here have two")
 
 
 def _choice(lm: LM, pair: Pair) -> Choice:
-    """The question up to the bracket, with the matching letter and the other one to choose from."""
+    """The question up to the bracket, with the matching letter and the other one as the choices."""
     if pair.shape != "letters":
         raise TrimtabError(f"letters are scored on multiple-choice pairs, these are pairs of {pair.shape}")
     check_one_question([pair])

@@ -1,4 +1,4 @@
-"""The strength at which a steering takes the model so many nats from itself, found without generating under it."""
+"""Finds the strength at which a steering has a given divergence in nats, without generating under it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 CLOSE = 0.02
-"""A divergence so near to the requested one, as a share of it, is near enough."""
+"""Tolerance: a divergence this close to the requested one, as a share of it, is accepted."""
 HALVINGS = 24
 LEAST, MOST = 2.0**-16, 2.0**16
-"""Factors that are tried, at least and at most."""
+"""The smallest and the largest factor that are tried."""
 BELOW = 3
-"""So many doublings of the strength below the one that is taken are looked at, to notice a divergence that falls."""
+"""This many doublings of the strength below the chosen one are measured, to detect a divergence that falls."""
 FALLS = 0.9
-"""A divergence below this share of one at a weaker strength has fallen."""
+"""A divergence below this share of the divergence at a weaker strength counts as a fall."""
 
 
 class NotMonotoneWarning(UserWarning):
-    """Somewhere among the strengths that were tried, a stronger steering changes the model less than a weaker one."""
+    """Among the strengths that were tried, a stronger steering changes the model less than a weaker one."""
 
 
 @dataclass(frozen=True)
 class AtNats:
     """`steering` is `factor` times the steering passed in; `divergence.p95` is the divergence that was requested.
 
-    `tried` are the factors that were measured with their 95th percentiles, weakest first. `monotone` says whether these
-    grow with the factor; where they don't, another strength may have the same divergence.
+    `tried` holds the factors that were measured with their 95th percentiles, weakest first. `monotone` says whether
+    these grow with the factor; if they don't, another strength may have the same divergence.
     """
 
     steering: Steering
@@ -63,24 +63,25 @@ def at_nats(
     chat: bool | None = None,
     transfer: bool = False,
 ) -> AtNats:
-    """Scale a steering so that the 95th percentile of its divergence from the unsteered model is so many nats.
+    """Scale a steering so that the 95th percentile of its divergence from the unsteered model is this many nats.
 
-    Strengths are doubled from weak ones up to the first that reaches it, and then the interval is narrowed. Where the
-    divergence doesn't grow with the strength, the weakest strength that was seen to reach it is taken, with a warning.
+    The strength is doubled, starting from weak ones, up to the first that reaches the divergence; then the interval is
+    narrowed. If the divergence doesn't grow with the strength, the weakest strength that was found to reach it is used,
+    with a warning.
 
     Args:
         lm: A model on the transformers engine.
-        steering: Edits keep their strengths relative to each other, and their signs.
-        nats: 0.25 is hardly seen, 1 a clear change, 4 a strong one.
-        prompts: What it is measured on, or the `reference` that was made of it.
-        tokens: Of each unsteered answer, at most.
+        steering: Its edits keep their relative strengths, and their signs.
+        nats: 0.25 is hardly noticeable, 1 a clear change, 4 a strong one.
+        prompts: The prompts to measure on, or a `reference` made from them.
+        tokens: The maximum number of tokens of each unsteered answer.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
         transfer: Allow a steering learned on another model of the same width.
 
     Raises:
-        TrimtabError: No positive number, or no strength that takes the model so far on these prompts; it says how far
-            the strongest went.
+        TrimtabError: `nats` isn't a positive number, or no strength reaches it on these prompts; the message says how
+            far the strongest went.
 
     Warns:
         NotMonotoneWarning: The divergence falls somewhere as the strength grows.
@@ -111,15 +112,15 @@ def at_nats(
 
 
 def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) -> float:
-    """The factor at which `far(factor)`, a divergence, is `nats` within a share `close`, or as near as narrowing comes.
+    """The factor at which `far(factor)`, a divergence, is `nats` within a share `close`, or the closest that was found.
 
     Args:
-        far: The divergence at a factor, in nats; the same factor is asked for more than once.
-        nats: What is to be reached.
-        close: How near is near enough.
+        far: The divergence at a factor, in nats; called with the same factor more than once.
+        nats: The divergence to reach.
+        close: The tolerance, as a share of `nats`.
 
     Raises:
-        TrimtabError: No factor up to `MOST` takes the model so far.
+        TrimtabError: No factor up to `MOST` reaches that divergence.
     """
     high = _reaching(far, nats)
     low, factor = high / 2, high
@@ -137,7 +138,7 @@ def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) 
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], nats: float) -> float:
-    """The factor to try next: on the line through both in logarithms, but well inside of them."""
+    """The factor to try next: by interpolation in logarithms, but well inside the interval."""
     share = 0.5
     if 0 < low[1] < nats < high[1] < math.inf:
         share = min(0.85, max(0.15, math.log(nats / low[1]) / math.log(high[1] / low[1])))
@@ -145,7 +146,7 @@ def _between(low: tuple[float, float], high: tuple[float, float], nats: float) -
 
 
 def monotone(tried: Sequence[tuple[float, float]]) -> bool:
-    """Whether no stronger steering of these (factor, divergence), weakest first, is clearly less than a weaker one."""
+    """Whether no (factor, divergence), in order of factors, is clearly below the divergence of a weaker one."""
     highest = 0.0
     for _, value in tried:
         if value < FALLS * highest:
@@ -155,7 +156,7 @@ def monotone(tried: Sequence[tuple[float, float]]) -> bool:
 
 
 def _reaching(far: Callable[[float], float], nats: float) -> float:
-    """The weakest of doubled factors that takes the model so far, of those from `BELOW` doublings below it on."""
+    """The smallest power of 2 that reaches `nats`, searching up from below `BELOW` consecutive ones that don't."""
     factor, below = 1.0, 0
     if far(1.0) == 0 and far(MOST) == 0:
         raise TrimtabError(

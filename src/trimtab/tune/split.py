@@ -1,4 +1,4 @@
-"""Splitting by base query: what a setting is chosen on, and what it is then measured on, share no query."""
+"""Splits by base query: the prompts to choose a setting on and those to measure it on share no query."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Split:
 def split_by_query(groups: Sequence[Hashable], *, held_out: float = 0.5, seed: int = 0) -> Split:
     """Split prompts in two so that prompts of one group (one base query, however worded) stay together.
 
-    `groups[i]` names prompt i's base query. About a share `held_out` of the groups is held out, at least one, and
-    at least one is not; with 0 nothing is. The same groups and seed give the same split.
+    `groups[i]` names prompt i's base query. About a share `held_out` of the groups is held out: at least one, and not
+    all; with 0, none. The same groups and seed give the same split.
 
-    Raises `TrimtabError` for no prompts, or a single group of which a part is to be held out, and `ValueError`
+    Raises `TrimtabError` if there are no prompts, or a single group of which a part is to be held out, and `ValueError`
     for a share outside 0 … 1.
     """
     if not 0 <= held_out < 1:
@@ -47,6 +47,6 @@ def split_by_query(groups: Sequence[Hashable], *, held_out: float = 0.5, seed: i
 
 
 def digest_of(groups: Sequence[Hashable], indices: Sequence[int]) -> str:
-    """A digest of which base queries these prompts are of, whatever their order."""
+    """A digest of the base queries of these prompts, independent of their order."""
     names = sorted({str(groups[i]) for i in indices})
     return hashlib.sha256(json.dumps(names, ensure_ascii=False).encode()).hexdigest()[:16]

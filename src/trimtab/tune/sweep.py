@@ -1,7 +1,7 @@
-"""One steering at every layer and strength, side by side: what passes a check, how hard it is pushed, how it reads.
+"""One steering at every layer and strength, in a table: the share that passes a check, the dose, and the fluency.
 
-A sweep shows; it doesn't choose with care. `trimtab.tune.tune` halves the candidates and confirms the best one on
-prompts that it hasn't seen.
+A sweep is for an overview, not for a careful choice. `trimtab.tune.tune` halves the candidates and confirms the best
+one on held-out prompts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
 PROMPTS = 8
-"""How many of the package's queries are asked where no prompts are given."""
+"""The number of the package's queries that are used if no prompts are passed."""
 
 Check = Callable[[str], "bool | float"]
 Progress = Callable[[int, int], None]
@@ -42,9 +42,9 @@ class SweepRow:
 
     `layer` is `None` for the unsteered answers. `passed` is the share of answers that pass the check (or the mean
     score), `None` without one; `dose` the mean of `‖edit‖ / ‖activation‖`; `repeated` the mean share of four-grams that
-    occurred before; `perplexity` the median under the unsteered model, `None` where all answers are empty; `broken`
-    names the guard's limits that the answers break. `steering` is what gave them, and `answers` are in the prompts'
-    order.
+    occurred before; `perplexity` the median under the unsteered model, `None` if all answers are empty; `broken` names
+    the guard's limits that the answers exceed. `steering` is the one that was used, and `answers` are in the order of
+    the prompts.
     """
 
     layer: int | None
@@ -60,9 +60,9 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A row for each layer and strength, and what the model does unsteered.
+    """A row for each layer and strength, and one for the unsteered model.
 
-    In a notebook it is a table. `best()` is the row to take, `to_pandas()` a data frame, `plot()` a picture.
+    In a notebook it is displayed as a table. `best()` is the best row, `to_pandas()` a data frame, `plot()` a plot.
     """
 
     rows: tuple[SweepRow, ...]
@@ -70,7 +70,7 @@ class Sweep:
     prompts: tuple[Prompt, ...] = field(repr=False)
 
     def best(self) -> SweepRow:
-        """The row that passes most often among those that break none of the guard's limits.
+        """The row that passes most often among those that exceed none of the guard's limits.
 
         Ties go to the smaller dose, then to the lower layer.
 
@@ -93,9 +93,9 @@ class Sweep:
         return min(better, key=lambda row: (-_score(row), row.dose, row.layer))
 
     def to_pandas(self) -> Any:
-        """A data frame with a line a row, the unsteered one first (its layer is missing).
+        """A data frame with one line per row, the unsteered one first (its layer is missing).
 
-        Raises `TrimtabError` without pandas.
+        Raises `TrimtabError` if pandas isn't installed.
         """
         names = ("layer", "strength", "passed", "dose", "repeated", "perplexity", "broken")
         rows = [{name: getattr(row, name) for name in names} for row in (self.unsteered, *self.rows)]
@@ -106,10 +106,10 @@ class Sweep:
         return frame(rows).astype({"layer": "Int64"})
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the share that passes (without a check, the perplexity) by strength, a line for each layer.
+        """Plot the share that passes (without a check, the perplexity) against strength, one line per layer.
 
-        With one strength it is by layer. What breaks the guard is marked with a cross. Draws into matplotlib's `ax`, or
-        a new one, which is returned. Raises `TrimtabError` when matplotlib is missing.
+        With a single strength, the x-axis is the layer. Rows that exceed the guard's limits are marked with a cross.
+        Draws into matplotlib's `ax`, or a new one, and returns it. Raises `TrimtabError` if matplotlib isn't installed.
         """
         from trimtab.report.axes import draw_sweep_lines
 
@@ -138,7 +138,7 @@ def sweep(
     progress: Progress | None = None,
     **options: Any,
 ) -> Sweep:
-    """`lm.sweep`: see there."""
+    """Implements `lm.sweep`; see its documentation."""
     candidates = _candidates(steering, layers, strengths)
     prompt_list = list(queries("tune")[:PROMPTS]) if prompts is None else as_list(prompts)
     if check is not None and not callable(check):
@@ -149,7 +149,7 @@ def sweep(
         )
     steerings = [None, *(each_steering for _, _, each_steering in candidates)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DoseWarning)  # a sweep tries what is too strong: that's what it is for
+        warnings.simplefilter("ignore", DoseWarning)  # trying strengths that are too strong is the point of a sweep
         answers = lm.generate(
             prompt_list * len(steerings),
             [each_steering for each_steering in steerings for _ in prompt_list],

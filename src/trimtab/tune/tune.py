@@ -1,8 +1,7 @@
-"""The search itself: candidates as rows of shared batches, halving, and a last word on prompts not searched on.
+"""The search: candidates as rows of shared batches, successive halving, and a final test on held-out prompts.
 
-Stolfo et al. (2410.12877, appendix) try every layer on 6 to 10 examples and take the best. So few examples favour
-whatever was lucky: here the chosen setting must beat not steering once more, on base queries that the search has
-not seen.
+Stolfo et al. (2410.12877, appendix) try every layer on 6 to 10 examples and take the best. So few examples favour lucky
+candidates. Here the chosen setting must beat no steering once more, on base queries that the search hasn't used.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
 MARGIN = 0.1
-"""How much better than not steering a setting must be on held-out prompts to be worth it. Whether that is more than
-luck, a test decides (`trimtab.evaluate.decision`)."""
+"""How much better than no steering a setting must be on held-out prompts to be worth it. Whether that is more than luck
+is decided by a test (`trimtab.evaluate.decision`).
+"""
 
 HELD_OUT = 0.4
 BATCH_SIZE = 64
@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One candidate on one prompt: its score, how hard it pushed, the tokens it cost, and how the answer reads."""
+    """One candidate on one prompt: its score, its dose, its cost in tokens, and the fluency of the answer."""
 
     score: float
     dose: float
@@ -60,8 +60,8 @@ Trial = Callable[[Sequence["Steering | None"], Sequence[int], Progress], list[Ou
 class Tried:
     """One candidate in the search. `setting` is `None` for "don't steer".
 
-    `score` and `unsteered` are means over the same `items`, `dose` the mean of `‖edit‖ / ‖activation‖`, `perplexity`
-    a median, `broken` the guard's limits that the answers break.
+    `score` and `unsteered` are means over the same `items`, `dose` is the mean of `‖edit‖ / ‖activation‖`, `perplexity`
+    a median; `broken` names the guard's limits that the answers exceed.
     """
 
     setting: Setting | None
@@ -75,9 +75,9 @@ class Tried:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The chosen setting on prompts that the search has not seen; `difference` is paired, steered minus unsteered.
+    """The chosen setting on held-out prompts; `difference` is paired, steered minus unsteered.
 
-    `decision` is the exact paired test of it. One setting alone comes so far, so nothing is corrected.
+    `decision` is the exact paired test of it. Only one setting is tested, so there is no correction.
     """
 
     items: int
@@ -90,9 +90,9 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Round:
-    """A round of the search that is done: `candidates` besides "don't steer", each of which has seen `items` prompts.
+    """A finished round of the search: `candidates` besides "don't steer", each evaluated on `items` prompts.
 
-    `best` is the setting that stands first (`None`: not to steer), `score` its score, `unsteered` that of not steering.
+    `best` is the leading setting (`None`: not to steer), `score` its score, `unsteered` that of no steering.
     """
 
     number: int
@@ -114,11 +114,12 @@ OnRound = Callable[[Round], None]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What to do. `steering` and `setting` are `None` for "don't steer", and `reason` says why in a sentence.
+    """The result of a search. `steering` and `setting` are `None` for "don't steer", and `reason` says why in a
+    sentence.
 
-    `table` has a row for each candidate that was tried, "don't steer" first. `held_out` is `None` where nothing was
-    left to confirm, or it could not be. `interrupted` and `exhausted` (the budget) say that the search was cut
-    short: then the best until then is given. `answers` and `tokens` are what it cost.
+    `table` has a row for each candidate that was tried, "don't steer" first. `held_out` is `None` if there was nothing
+    to confirm, or it couldn't be confirmed. `interrupted` and `exhausted` (the budget) say that the search was cut
+    short; then the result is the best so far. `answers` and `tokens` are what the search cost.
     """
 
     steering: Steering | None
@@ -155,27 +156,27 @@ def tune(
     transfer: bool = False,
     **options: Any,
 ) -> Tuned:
-    """Choose among candidates, and not to steer, by what `check` says of the answers to `prompts`.
+    """Choose among candidates, including not to steer, by the scores that `check` gives the answers to `prompts`.
 
-    `check(i, answer, cut)` scores the answer to prompt i, as a yes or no or as a number (higher is better); `cut`
-    says that `max_new_tokens` ended it. Candidates and prompts run together as rows of batches of `batch_size`;
-    candidates are halved as the prompts double (`rungs`, see `ladder`). A share `held_out` of the base queries
-    (`groups[i]` names prompt i's; without it each prompt is its own) is kept for the last word: the setting found
-    best must beat not steering there by more than luck does (an exact paired test, `decide`: of settings that do
-    nothing at most 5 % pass it) and by more than `margin`, and break none of `guard`'s limits, or the answer is not to
-    steer. Where nothing is held out, the test is made on the prompts searched on and corrected for the number of
-    candidates. Ties go to not steering, then to the smaller dose, then to the lower layer.
+    `check(i, answer, cut)` scores the answer to prompt i, as a boolean or a number (higher is better); `cut` says that
+    `max_new_tokens` ended it. Candidates and prompts run together as rows of batches of `batch_size`. The number of
+    candidates is halved as that of prompts doubles (`rungs`, see `ladder`). A share `held_out` of the base queries
+    (`groups[i]` names prompt i's; without it each prompt is its own) is kept for the final test. There the best setting
+    must beat no steering by more than chance (an exact paired test, `decide`: at most 5 % of settings without an effect
+    pass it) and by more than `margin`, and exceed none of `guard`'s limits; otherwise the result is not to steer. If
+    nothing is held out, the test uses the prompts searched on, corrected for the number of candidates. Ties go to no
+    steering, then to the smaller dose, then to the lower layer.
 
-    Perplexities are taken after the prompts, or after `contexts[i]` in their place: where an instruction is not in
-    the prompt, give the prompts with it, for an answer that follows it is unlikely without.
+    Perplexities are conditioned on the prompts, or on `contexts[i]` instead. If the prompts leave an instruction out,
+    pass prompts with it as `contexts`, since an answer that follows it is unlikely without it.
 
-    `budget_tokens` bounds the generated tokens, the last word's included; `budget_seconds` the time until the last
-    word. A KeyboardInterrupt ends the search and is not raised again: the best until then is given. `progress`
-    counts answers, `on_round` is given a `Round` after each. `options` go to `lm.generate`. The result's card holds
-    the table, the split and the setting.
+    `budget_tokens` limits the generated tokens, including the final test; `budget_seconds` limits the time before the
+    final test. A KeyboardInterrupt ends the search and isn't raised again: the best so far is returned. `progress`
+    counts answers, `on_round` is called with a `Round` after each. `options` are passed to `lm.generate`. The result's
+    card holds the table, the split and the setting.
 
-    Raises `TrimtabError` for no candidates or prompts, lists of different length, a budget that pays for nothing,
-    and for what `lm.generate` refuses.
+    Raises `TrimtabError` for no candidates or prompts, lists of different lengths, a budget that pays for nothing, and
+    anything that `lm.generate` rejects.
     """
     prompts = list(prompts)
     after = prompts if contexts is None else list(contexts)
@@ -184,7 +185,8 @@ def tune(
 
     def trial(steerings: Sequence[Steering | None], items: Sequence[int], progress: Progress) -> list[Outcome]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DoseWarning)  # a search tries what is too strong: that's what it is for
+            # trying strengths that are too strong is the point of a search
+            warnings.simplefilter("ignore", DoseWarning)
             answers = lm.generate(
                 [prompts[i] for i in items],
                 list(steerings),
@@ -243,7 +245,7 @@ def search(
     progress: Progress | None = None,
     on_round: OnRound | None = None,
 ) -> Tuned:
-    """`tune` for any way of trying: `trial` gives the outcomes, `tokens_each` is what one costs at most."""
+    """`tune` with any kind of trial: `trial` returns the outcomes, `tokens_each` is the maximum cost of one."""
     if not candidates:
         raise TrimtabError("there are no candidates to choose from")
     split = split_by_query(groups, held_out=held_out, seed=seed)
@@ -329,7 +331,7 @@ def search(
 
 
 class _Meter:
-    """Runs trials, counts what they cost, and says what can still be paid for."""
+    """Runs trials, counts their cost, and checks the remaining budget."""
 
     def __init__(
         self,
@@ -347,14 +349,14 @@ class _Meter:
         self.answers = self.tokens = 0
 
     def reserve(self, rows: int) -> None:
-        """Keep this many answers' tokens back."""
+        """Reserve the tokens of this many answers."""
         self._reserved = rows * self._each
 
     def afford_tokens(self, rows: int) -> bool:
         return self._budget_tokens is None or self.tokens + rows * self._each + self._reserved <= self._budget_tokens
 
     def afford(self, rows: int) -> bool:
-        """Whether the budgets allow this many answers, at what answers have taken so far."""
+        """Whether the budgets allow this many answers, at the average time per answer so far."""
         if self._budget_seconds is not None:
             elapsed = time.perf_counter() - self._started
             if elapsed + rows * elapsed / max(1, self.answers) * (self.answers > 0) >= self._budget_seconds:
@@ -438,7 +440,7 @@ def _verdict(
 
 
 def _searched(halved: Halved[Outcome], groups: Sequence[Hashable]) -> Decision:
-    """The test on the very prompts that the setting was chosen by, corrected for all that were tried."""
+    """The test on the same prompts that the setting was chosen on, corrected for the number of settings tried."""
     mine = halved.results[halved.best]
     before = [outcome.score for outcome in halved.results[BASELINE][: len(mine)]]
     tried = sum(standing is not None for standing in halved.standings[1:])
@@ -467,7 +469,7 @@ def _table(candidates: Sequence[Candidate], halved: Halved[Outcome]) -> tuple[Tr
 
 
 def _compact(row: Tried) -> list[Any]:
-    """A row in the order of `COLUMNS`, in numbers that JSON has."""
+    """A row in the order of `COLUMNS`, with values that JSON can hold."""
     setting = row.setting
     where = (
         [None, None, None, None]
