@@ -1,9 +1,9 @@
-"""Small data sets that come with the package, written for it: base queries, instructions to put after them, traits.
+"""Small data sets that are included in the package and written for it: base queries, instructions and traits.
 
-The queries are plain requests of many kinds (questions, how-tos, short writing tasks, lists, explanations) that
-say nothing about the form of the answer. The instructions say just that, each in several phrasings: `instructions`
-are the few that the demo measures, `instruction_types` the 25 types of IFEval. The traits are ways to be, such
-as blunt or cheerful, each a card with system prompts and questions.
+The queries are plain requests of many kinds (questions, how-tos, short writing tasks, lists, explanations) that don't
+mention the form of the answer. The instructions do only that and are appended to queries, each in several phrasings:
+`instructions` are the few that the demo measures, `instruction_types` the 25 types of IFEval. The traits are
+personality traits such as blunt or cheerful, each a card with system prompts and questions.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Instruction:
 
 
 def queries(split: str | None = None, *, more: bool = False) -> tuple[str, ...]:
-    """The base queries of one of `SPLITS`, or all of them; no query is in two splits.
+    """The base queries of one of `SPLITS`, or of all of them. No query is in two splits.
 
-    There are 112, and with `more` half as many again after those of each split. Raises `KeyError` for any other split.
+    There are 112; `more` adds half as many after those of each split. Raises `KeyError` for an unknown split.
     """
     stored = read_json("queries.json")
     texts: list[str] = []
@@ -79,11 +79,11 @@ def instructions() -> dict[str, Instruction]:
 
 
 def prompts(base: Sequence[str], phrasings: Sequence[str]) -> list[str]:
-    """Each base query with a phrasing of the instruction after it; the phrasings take turns."""
+    """Each base query followed by a phrasing of the instruction; the phrasings alternate."""
     return [f"{query} {phrasings[i % len(phrasings)]}" for i, query in enumerate(base)]
 
 
 def instruction_pairs(base: Sequence[str], phrasings: Sequence[str]) -> list[Pair]:
-    """Pairs of prompts with and without the instruction, as `learn_instruct` takes them."""
+    """Pairs of prompts with and without the instruction, for `learn_instruct`."""
     with_it = prompts(base, phrasings)
     return [Pair(positive, negative, shape="prompts") for positive, negative in zip(with_it, base, strict=True)]

@@ -1,4 +1,4 @@
-"""Which trait a short sentence asks for, such as "be blunt, not flattering"."""
+"""Find the trait that a short sentence asks for, such as "be blunt, not flattering"."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ DASH = re.compile(r"\s-+\s|[–—]")
 STOPS = frozenset(".;:!?()")
 NOT = ("not", "never", "no", "non", "nor", "neither", "cannot", "dont", "without", "less", "too", "than")
 UNASKED = frozenset((*NOT, "avoid", "stop", "quit", "hate", "dislike", "about"))
-"""A trait that comes after one of these in its clause isn't wanted for; nor after "instead of", nor a word in "n't"."""
+"""Words that negate the traits after them in the same clause, like "instead of" and words that end in "n't"."""
 ONLY = frozenset(("only", "just", "merely"))
 STARTS = frozenset(("be", "more", "just", "sound", "talk", "speak", "write", "answer", "please"))
-"""Words that begin to ask for something else, after a trait that isn't wanted for: "don't be formal be casual"."""
+"""Words that start a new request after a negated trait: "don't be formal be casual"."""
 IS = frozenset(("is", "are", "was", "were"))
 
 
 def find_trait(sentence: str) -> Trait | None:
-    """The trait that a short sentence asks for, by the words of its card.
+    """Find the trait that a short sentence asks for, by the words of its card.
 
-    What comes after "not", "don't be", "less" and the like isn't asked for, up to the end of the clause.
+    Traits after "not", "don't be", "less" and similar words are negated, up to the end of the clause.
 
     Args:
-        sentence: Such as "talk like a pirate", "more formal please" or "be blunt, not flattering".
+        sentence: A sentence such as "talk like a pirate", "more formal please" or "be blunt, not flattering".
 
     Returns:
-        The trait, or `None` where the sentence asks for none of them or for more than one.
+        The trait, or `None` if the sentence asks for none or for more than one.
     """
     tokens = _tokens(sentence)
     wanted: set[str] = set()
-    clause: set[str] = set()  # what this clause has asked for so far
-    unasked = named = False  # whether what comes isn't asked for, and whether it has named a trait yet
+    clause: set[str] = set()  # the traits that this clause asks for so far
+    unasked = named = False  # whether the following traits are negated, and whether one has occurred yet
     i = 0
     while i < len(tokens):
         length, names = _phrase_at(tokens, i)
@@ -58,7 +58,7 @@ def find_trait(sentence: str) -> Trait | None:
 
 @cache
 def _phrases() -> dict[Phrase, frozenset[str]]:
-    """The words of all cards as tokens, and the traits that each may mean."""
+    """The words of all cards, tokenized, and the traits that each may refer to."""
     phrases: dict[Phrase, frozenset[str]] = {}
     for card in traits().values():
         for text in (card.name, *card.words):
@@ -68,7 +68,7 @@ def _phrases() -> dict[Phrase, frozenset[str]]:
 
 
 def _phrase_at(tokens: list[str], i: int) -> tuple[int, frozenset[str]]:
-    """The length of the longest phrase that begins here, and its traits; length 0 where none does."""
+    """The length of the longest phrase that starts here, and its traits; length 0 if there is none."""
     for length in range(max(map(len, _phrases())), 0, -1):
         phrase = tuple(tokens[i : i + length])
         if len(phrase) == length and phrase in _phrases():
@@ -77,18 +77,18 @@ def _phrase_at(tokens: list[str], i: int) -> tuple[int, frozenset[str]]:
 
 
 def _denies(tokens: list[str], i: int) -> bool:
-    """Whether what comes after this word isn't wanted for."""
+    """Whether this word negates the traits after it."""
     word, after = tokens[i], tokens[i + 1] if i + 1 < len(tokens) else ""
     if word.endswith("n't"):
         asks = word in ("can't", "couldn't", "won't", "wouldn't") and after == "you"
-        return not asks and not (i and tokens[i - 1] == "why")  # "can't you be …", "why don't you …" ask for it
+        return not asks and not (i and tokens[i - 1] == "why")  # "can't you be …" and "why don't you …" are requests
     if word == "not":
         return after not in ONLY
     return word in UNASKED or (word == "instead" and after == "of")
 
 
 def _ends(tokens: list[str], i: int, unasked: bool, named: bool) -> bool:
-    """Whether a clause ends at this word, or a part of it that names what isn't wanted for."""
+    """Whether a clause, or a negated part of it, ends at this word."""
     word = tokens[i]
     if word in STOPS or word in ("but", "instead"):
         return True
@@ -98,7 +98,7 @@ def _ends(tokens: list[str], i: int, unasked: bool, named: bool) -> bool:
 
 
 def _or_follows(tokens: list[str], i: int) -> bool:
-    """Whether the clause goes on as a list: "don't be formal, rude, or sarcastic"."""
+    """Whether the clause continues as a list: "don't be formal, rude, or sarcastic"."""
     for word in tokens[i + 1 :]:
         if word in STOPS or word == "but" or word in STARTS:
             return False
@@ -108,5 +108,5 @@ def _or_follows(tokens: list[str], i: int) -> bool:
 
 
 def _tokens(text: str) -> list[str]:
-    """Words in lower case, and marks of punctuation; a hyphen parts two words, a dash two clauses."""
+    """Lower-case words and punctuation marks. A hyphen separates two words, a dash two clauses."""
     return TOKEN.findall(DASH.sub(" ; ", text.lower().replace("’", "'")))

@@ -10,11 +10,11 @@ from typing import Any
 
 @cache
 def read_json(name: str) -> Any:
-    """The content of a file beside this one; what is returned is shared, so don't change it."""
+    """The content of a JSON file in this package. The returned object is cached and shared, so don't modify it."""
     return json.loads(files("trimtab.data").joinpath(name).read_text(encoding="utf-8"))
 
 
 def json_files(folder: str) -> list[str]:
-    """The JSON files in a folder beside this one, in order, as `read_json` takes them."""
+    """The names of the JSON files in a folder of this package, sorted, as arguments for `read_json`."""
     here = files("trimtab.data").joinpath(folder)
     return sorted(f"{folder}/{file.name}" for file in here.iterdir() if file.name.endswith(".json"))

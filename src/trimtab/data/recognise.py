@@ -1,4 +1,4 @@
-"""Which type of instruction a sentence is: an exact phrasing, or one that is close."""
+"""Recognize the type of an instruction: by an exact phrasing, or by a similar one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimtab.data.types import (
 )
 
 LIKENESS = 0.7
-"""From this likeness to a phrasing on, a sentence is of its type: the `difflib` ratio of their words, or the share of
+"""The minimum similarity of a sentence to a phrasing of a type: the `difflib` ratio of their words, or the share of
 words that they have in common in any order."""
 
 COUNTED = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -46,7 +46,7 @@ HOLE = "_"
 
 @dataclass(frozen=True)
 class Recognised:
-    """The type of a sentence, the values of its parameters, and how alike the nearest phrasing is (1: the same)."""
+    """The type of a sentence, the values of its parameters, and the similarity of the nearest phrasing (1: exact)."""
 
     type: InstructionType
     values: dict[str, Value] = field(default_factory=dict)
@@ -58,14 +58,14 @@ class Recognised:
 
 
 def recognise(sentence: str) -> Recognised | None:
-    """The type of the sentence; `None` when it is like none of the phrasings, or a parameter's value isn't in it."""
+    """The type of the sentence; `None` if no phrasing is similar, or the value of a parameter is missing."""
     for name, (kind, values) in ALIASES.items():
         if _plain(sentence) in map(_plain, read_json("instructions.json")[name]["learn"]):
             return Recognised(instruction_type(kind), dict(values))
     types = instruction_types().values()
     exact = [match for kind in types if (match := _exactly(kind, sentence))]
     if exact:
-        # "Write 3 sections" could fill a hole made for a text; the phrasing with the fewest texts is the one meant
+        # "Write 3 sections" also matches phrasings with a text parameter; take the one with the fewest of these
         return min(exact, key=lambda candidate: sum(p.kind == "text" for p in candidate.type.parameters))
     near = sorted(
         ((_likeness(sentence, template), kind.name, kind) for kind in types for template in kind.learn + kind.test),
@@ -99,14 +99,14 @@ def _pattern(template: str, by_name: dict[str, Parameter]) -> str:
 
 
 def _pieces(template: str) -> Iterator[tuple[str, str | None]]:
-    """The template's literal stretches, each with the name of the hole after it."""
+    """The template's literal parts, each with the name of the placeholder after it."""
     parts = re.split(r"\{(\w+)\}", _plain(template))
     for i in range(0, len(parts), 2):
         yield parts[i], parts[i + 1] if i + 1 < len(parts) else None
 
 
 def _plain(text: str) -> str:
-    """Without a full stop at the end, runs of spaces, and the case of a first letter."""
+    """The text without final punctuation (`.` or `!`) and repeated spaces."""
     text = " ".join(text.split())
     return text if MARKS.search(text[-6:]) else text.rstrip(".!")
 
@@ -130,7 +130,7 @@ def _likeness(sentence: str, template: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    """The words, with a hole for each number, relation, language and quotation."""
+    """The lower-case words, with a placeholder for each number, relation, language and quotation."""
     text = QUOTED.sub(HOLE, text)
     for kind in ("relation", "number", "language"):
         text = re.sub(rf"\b(?:{PATTERNS[kind]})\b", HOLE, text, flags=re.IGNORECASE)
@@ -138,7 +138,7 @@ def _words(text: str) -> list[str]:
 
 
 def _values(kind: InstructionType, sentence: str) -> dict[str, Value]:
-    """The values of the type's parameters, as far as the sentence has something that they could be, in its order."""
+    """The values of the type's parameters, taken from the sentence in order; those without a candidate are missing."""
     by_kind: dict[str, list[str]] = {
         name: [m[0] for m in re.finditer(rf"\b(?:{PATTERNS[name]})\b", QUOTED.sub(HOLE, sentence), re.IGNORECASE)]
         for name in ("number", "relation", "language")

@@ -1,7 +1,8 @@
-"""Trait cards: ways for a model to be, each with what it takes to learn the trait and to see whether it shows.
+"""Trait cards: personality traits for a model, each with the data to learn it and to test for it.
 
-After *Persona Vectors* (Chen et al., arXiv 2507.21509, section 2): opposite system prompts bring a trait about, and it
-is read where the model answers questions under them. The cards are written for this package, one JSON file each.
+After *Persona Vectors* (Chen et al., arXiv 2507.21509, section 2): contrasting system prompts elicit or suppress a
+trait, and activations are read while the model answers questions under them. The cards are written for this package,
+one JSON file each.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from trimtab.errors import TrimtabError
 from trimtab.text.read import read_text
 
 TEXTS = ("words", "positive", "negative", "learn", "test")
-"""The keys of a card that hold lists of texts."""
+"""The keys of a card whose values are lists of texts."""
 KEYS = ("name", "description", *TEXTS, "check")
 PERSONA_KEYS = ("instruction", "questions", "eval_prompt")
-"""The keys of the persona vectors code's files."""
+"""The keys of the files in the code of Persona Vectors."""
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
 class WordCheck:
-    """A lexical sign of a trait: an answer shows it if it has any of these words or phrases.
+    """A lexical check for a trait: an answer shows it if it contains any of these words or phrases.
 
-    They count as whole words, whatever their case. An answer without them may show the trait nevertheless.
+    They are matched as whole words, ignoring case. An answer without them may still show the trait.
     """
 
     any: tuple[str, ...]
 
     def __call__(self, answer: str, *, cut: bool = False) -> bool:
-        """Whether the answer shows the sign. Where a token limit `cut` it, what is there decides."""
+        """Whether the answer contains one of the words. If a token limit `cut` it, the part that exists decides."""
         words = "|".join(map(re.escape, self.any))
         return re.search(rf"(?<!\w)(?:{words})(?!\w)", answer.replace("’", "'"), re.IGNORECASE) is not None
 
@@ -48,14 +49,14 @@ class Trait:
     """A trait card.
 
     Args:
-        name: What the trait is called: lower case, with hyphens between words.
-        description: What the model is like, and what its opposite is, in one sentence.
-        words: What somebody may type to mean it, the name among them, in lower case.
-        positive: System prompts that bring the trait about.
-        negative: System prompts that bring about its opposite, or its plain absence.
-        learn: Questions on which the trait can show, to learn from.
-        test: Others, to see whether what was learned holds.
-        check: A lexical sign of the trait, where there is an honest one.
+        name: The name of the trait: lower case, with hyphens between words.
+        description: The model's behavior with the trait, and its opposite, in one sentence.
+        words: Words and phrases that users may type for it, including the name, in lower case.
+        positive: System prompts that elicit the trait.
+        negative: System prompts that elicit its opposite, or its absence.
+        learn: Questions whose answers can show the trait, to learn from.
+        test: Other questions, to test with.
+        check: A lexical check for the trait, if a reliable one exists.
     """
 
     name: str
@@ -70,13 +71,13 @@ class Trait:
 
 @cache
 def traits() -> Mapping[str, Trait]:
-    """The traits that come with the package by name, in order of their names."""
+    """The included traits by name, in alphabetical order."""
     cards = [_trait(read_json(file), file) for file in json_files("traits")]
     return MappingProxyType({card.name: card for card in cards})
 
 
 def trait(name: str) -> Trait:
-    """The trait of that name. Raises `TrimtabError` when there is none; it suggests traits that may be meant."""
+    """The included trait of that name. Raises `TrimtabError` if there is none, and suggests similar ones."""
     if name in traits():
         return traits()[name]
     meant = {word: card.name for card in traits().values() for word in (*card.words, card.name)}
@@ -88,16 +89,19 @@ def trait(name: str) -> Trait:
 
 
 def read_trait(path: str | Path) -> Trait:
-    """A trait card of one's own, from a JSON file.
+    """Read your own trait card from a JSON file.
 
     Args:
-        path: The file: one object with the keys of `Trait`. `check` may be left out or null. Or the persona vectors
-            code's `trait_data_extract/NAME.json`: `instruction`, a list of `pos` and `neg`, and `questions`, of which
-            every second one is for testing; its `eval_prompt` is for a judge, and isn't used.
+        path: The file: one object with the keys of `Trait`, where `check` may be left out or null. Or a file
+            `trait_data_extract/NAME.json` of the Persona Vectors code: `instruction`, a list of objects with `pos` and
+            `neg`, and `questions`, every second one of which is for testing. Its `eval_prompt`, for a judge, isn't
+            used.
+
+    Returns:
+        The trait.
 
     Raises:
-        TrimtabError: There is no such file, or it holds no such card; the error names the file, the key and what is
-            wrong with it.
+        TrimtabError: The file doesn't exist or isn't such a card; the message names the file, the key and the problem.
     """
     text = read_text(Path(path))
     try:
@@ -112,7 +116,7 @@ def read_trait(path: str | Path) -> Trait:
 
 
 def _from_persona_vectors(stored: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A card of what the persona vectors code has of a trait; there, too, the trait is named before each instruction.
+    """Convert a file of the Persona Vectors code to a card. As in that code, each prompt starts by naming the trait.
 
     Raises `TrimtabError` for keys or values of another shape.
     """
@@ -140,7 +144,7 @@ def _from_persona_vectors(stored: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these items, in which no key is twice; `json` would keep the last and drop the others."""
+    """The object with these items. Raises `TrimtabError` for a duplicate key, where `json` would keep the last one."""
     keys = [key for key, _ in items]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise TrimtabError(f"{twice[0]!r} is there twice; keep one")

@@ -1,8 +1,8 @@
-"""The 25 types of instructions that IFEval checks (Zhou et al., arXiv 2311.07911), each in phrasings written for this
+"""The 25 types of instructions that IFEval checks (Zhou et al., arXiv 2311.07911), with phrasings written for this
 package: some to learn from, others to test with.
 
-A type may have parameters, such as a number of bullet points; `values` gives each a value. A phrasing names them in
-braces.
+A type may have parameters, such as a number of bullet points, which phrasings contain as placeholders in braces.
+`values` maps parameters to their values.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LANGUAGES = {
     "Urdu": "ur",
     "Vietnamese": "vi",
 }
-"""Languages by name, and the codes that language detectors give them."""
+"""The codes of languages, as used by language detectors, by name."""
 
 COMMON_LANGUAGES = (
     "German",
@@ -77,12 +77,12 @@ ALIASES: dict[str, tuple[str, dict[str, Value]]] = {
     "german": ("language:response_language", {"language": "German"}),
     "capitals": ("change_case:english_capital", {}),
 }
-"""The short names of `instructions()`, as types and the values of their parameters."""
+"""The types of the instructions of `instructions()`, with the values of their parameters."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter: what IFEval calls it, what it may be (text, number, relation, letter, language), and some values."""
+    """A parameter: IFEval's name for it, its kind (text, number, relation, letter, language), and example values."""
 
     name: str
     argument: str
@@ -91,7 +91,7 @@ class Parameter:
     is_list: bool
 
     def as_argument(self, value: Value) -> Any:
-        """The value as IFEval's checkers take it. Raises `TrimtabError` for a language that isn't known."""
+        """The value as an argument for IFEval's checkers. Raises `TrimtabError` for an unknown language."""
         if self.kind == "language":
             if value not in LANGUAGES:
                 raise TrimtabError(f"{value!r} isn't a known language; known: {', '.join(LANGUAGES)}")
@@ -112,8 +112,8 @@ class InstructionType:
     def phrasings(self, side: str, values: Values | None = None) -> list[str]:
         """The phrasings of one of `SIDES`, filled in.
 
-        A parameter that isn't among `values` takes its own values in turn, so that there are as many rounds of the
-        phrasings as the longest list of values. Raises `TrimtabError` for a parameter that the type doesn't have.
+        A parameter without an entry in `values` cycles through its example values, so the phrasings are repeated as
+        often as the longest list of values. Raises `TrimtabError` for a parameter that the type doesn't have.
         """
         set_values = dict(values or {})
         if unknown := sorted(set(set_values) - {p.name for p in self.parameters}):
@@ -130,9 +130,9 @@ class InstructionType:
         return filled
 
     def arguments(self, values: Values, query: str | None = None) -> dict[str, Any]:
-        """IFEval's arguments for these values, as its checkers take them.
+        """The arguments for IFEval's checkers, for these values.
 
-        Repeating the prompt is checked against the `query`. Raises `TrimtabError` for a missing value.
+        The type that repeats the prompt needs the `query`. Raises `TrimtabError` for a missing value.
         """
         if self.name == "combination:repeat_prompt":
             if query is None:
@@ -144,12 +144,12 @@ class InstructionType:
 
 
 def instruction_types() -> dict[str, InstructionType]:
-    """The 25 types by IFEval's names."""
+    """The 25 types by their IFEval names."""
     return {name: _type(name, stored) for name, stored in read_json("types.json").items()}
 
 
 def instruction_type(name: str) -> InstructionType:
-    """The type of that name (IFEval's, or one of `ALIASES`). Raises `TrimtabError` when there is none."""
+    """The type of that name (IFEval's, or one of `ALIASES`). Raises `TrimtabError` if there is none."""
     types = instruction_types()
     name = ALIASES[name][0] if name in ALIASES else name
     if name not in types:

@@ -1,1 +1,1 @@
-"""Rejection: whether a steered token is believable, and what to fall back on. Functions of logits, with no model."""
+"""Decoding: rejection of implausible steered tokens, as functions of logits without a model; and grammars."""

@@ -1,7 +1,7 @@
-"""What an answer's text may be: a grammar, from a JSON schema or in llguidance's own notation.
+"""Grammars that constrain the text of an answer, from a JSON schema or in llguidance's Lark notation.
 
-A schema is bounded in size and depth, and what a grammar can't hold to is refused with the part of the schema in which
-it stands. Grammars are compiled by llguidance, which `trimtab[serve]` installs.
+A schema is limited in size and depth. Keywords that a grammar can't enforce are refused, and the error names the part
+of the schema. Grammars are compiled by llguidance, which `trimtab[serve]` installs.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any
 from trimtab.errors import TrimtabError, UnsupportedError
 
 SCHEMA_SIZE = 64 << 10
-"""Characters of a JSON schema at most."""
+"""The maximum size of a JSON schema, in characters."""
 SCHEMA_DEPTH = 32
-"""Levels of a JSON schema at most."""
+"""The maximum depth of a JSON schema, in levels."""
 WHITESPACE = r"(\n {0,16}| {0,1})"
-"""What may stand between two parts of JSON. It is bounded, as a model that is pushed hard may go on with blanks."""
+"""The whitespace between two JSON tokens. It is bounded, since a strongly steered model may emit whitespace forever."""
 PARTS_TRIED = 1000
-"""So many parts of a schema are compiled alone, at most, to find the one that is wrong."""
+"""The maximum number of parts of a schema that are compiled separately to find an invalid one."""
 
 EXACT = 2**53 - 1
-"""The largest whole number that every reader of JSON knows exactly."""
+"""The largest integer that every JSON parser represents exactly."""
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
-"""Keywords of a schema that hold schemas: by name, in a list, or one."""
+"""Keywords of a schema whose values are schemas: an object of schemas, a list of them, or a single one."""
 
 Schema = Mapping[str, Any] | bool
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A grammar in llguidance's form. `ignored` are what it doesn't hold to of lenient schemas, as sentences."""
+    """A grammar in llguidance's format. `ignored` has messages about keywords of lenient schemas it can't enforce."""
 
     text: str
     ignored: tuple[str, ...] = ()
@@ -43,14 +43,14 @@ class Grammar:
 
 @dataclass(frozen=True)
 class Checked:
-    """A JSON schema that compiles, as it stands in a grammar, and what isn't held of it."""
+    """A JSON schema that compiles, as text for a grammar, and messages about the keywords that aren't enforced."""
 
     text: str
     ignored: tuple[str, ...] = ()
 
 
 def load_llguidance() -> Any:
-    """The library. Raises `UnsupportedError` where it isn't installed."""
+    """The llguidance module. Raises `UnsupportedError` if it isn't installed."""
     try:
         import llguidance as library
     except ImportError:
@@ -61,22 +61,25 @@ def load_llguidance() -> Any:
 
 
 def limits() -> Any:
-    """What compiling and one step may cost: some 20 ms each, and 40 MB of states."""
+    """Limits for compiling a grammar and for one step: about 20 ms each, and 40 MB of states."""
     return load_llguidance().LLParserLimits(max_lexer_states=20_000, max_grammar_size=200_000, verbose_errors=False)
 
 
 def json_grammar(schema: Schema, *, lenient: bool = False, where: str = "the JSON schema") -> Grammar:
-    """The grammar of JSON that a schema describes.
+    """The grammar of the JSON that a schema describes.
 
     Args:
-        schema: A JSON schema (draft 2020-12, as far as llguidance knows it).
-        lenient: Leave out keywords that no grammar holds to, such as `uniqueItems`, instead of refusing them. They are
-            told in `ignored`.
-        where: What the schema is called in errors.
+        schema: A JSON schema (draft 2020-12, as far as llguidance supports it).
+        lenient: Ignore keywords that a grammar can't enforce, such as `uniqueItems`, instead of refusing them. They are
+            listed in `ignored`.
+        where: The schema's name in error messages.
+
+    Returns:
+        The grammar.
 
     Raises:
-        TrimtabError: For what isn't a schema, is too large, can't be satisfied, or (unless it is lenient) can't be
-            held to; it names the part.
+        TrimtabError: It isn't a schema, is too large, can't be satisfied, or (unless `lenient`) can't be enforced; the
+            message names the part.
         UnsupportedError: llguidance isn't installed.
     """
     checked = check_schema(schema, lenient=lenient, where=where)
@@ -84,9 +87,9 @@ def json_grammar(schema: Schema, *, lenient: bool = False, where: str = "the JSO
 
 
 def lark_grammar(text: str, ignored: tuple[str, ...] = ()) -> Grammar:
-    """A grammar in llguidance's Lark notation, of schemas that were checked one by one.
+    """A grammar in llguidance's Lark notation, made of schemas that were checked individually.
 
-    Raises `TrimtabError` where it doesn't compile.
+    Raises `TrimtabError` if it doesn't compile.
     """
     library = load_llguidance()
     grammar = library.LLMatcher.grammar_from_lark(text)
@@ -97,7 +100,7 @@ def lark_grammar(text: str, ignored: tuple[str, ...] = ()) -> Grammar:
 
 
 def check_schema(schema: Schema, *, lenient: bool = False, where: str = "the JSON schema") -> Checked:
-    """A schema as text for a grammar. Raises as `json_grammar` does."""
+    """Check a schema and return it as text for a grammar. Raises as `json_grammar` does."""
     if not isinstance(schema, (Mapping, bool)):
         raise TrimtabError(f"{where} is an object (or true), not {type(schema).__name__}")
     if schema is False:
@@ -128,9 +131,9 @@ def _with_options(schema: Schema, lenient: bool) -> str:
 
 
 def _bounded(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with whole numbers that have no bounds within those that every reader of JSON knows exactly.
+    """The schema with integers bounded to the range that every JSON parser represents exactly (RFC 7493, section 2.2).
 
-    A model that is pushed hard, or is small, may add digit to digit without end (RFC 7493, section 2.2, has the range).
+    Without a bound, a strongly steered or small model may emit digits forever.
     """
     bounded = dict(schema)
     for keyword, value in schema.items():
@@ -154,7 +157,7 @@ def _bounded_part(part: Any) -> Any:
 
 
 def _compiled(text: str) -> tuple[str | None, tuple[str, ...]]:
-    """Why a schema doesn't compile, `None` where it does; and what is left out of it."""
+    """The reason why a schema doesn't compile, or `None`; and messages about ignored keywords."""
     library = load_llguidance()
     try:
         grammar = library.LLMatcher.grammar_from_json_schema(text)
@@ -167,7 +170,7 @@ def _compiled(text: str) -> tuple[str | None, tuple[str, ...]]:
 
 
 def _wrong_part(schema: Schema, reason: str, lenient: bool) -> str:
-    """A JSON pointer to the innermost part that alone fails for the same reason; empty for the whole."""
+    """A JSON pointer to the innermost part that fails by itself for the same reason; empty for the whole schema."""
     shared = {name: schema[name] for name in ("$defs", "definitions") if isinstance(schema, Mapping) and name in schema}
     path, left, here = "", PARTS_TRIED, schema
     while True:
@@ -184,7 +187,7 @@ def _wrong_part(schema: Schema, reason: str, lenient: bool) -> str:
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
-    """The schemas right inside of a schema."""
+    """The direct subschemas of a schema, with their paths."""
     if not isinstance(schema, Mapping):
         return
     for keyword, value in schema.items():

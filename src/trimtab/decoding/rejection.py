@@ -1,11 +1,11 @@
-"""The plausibility test of a decoding step, its gate, and the ladder of weaker steerings (DIRECTER, 2603.06745,
+"""The plausibility test of a decode step, its gate, and the sequence of weaker steerings (DIRECTER, 2603.06745,
 section 3).
 
-    z = raw logits;  tau = max z + ln beta
-    gate shut    the second best of z is below tau: no other token could be accepted, so nothing is steered
-    gate open    the first rung whose best token c has z[c] >= tau gives the token; if none has, the raw best does
+    z = unsteered logits;  tau = max z + ln beta
+    gate closed  the second best of z is below tau: no other token could be accepted, so nothing is steered
+    gate open    take the best token c of the first candidate with z[c] >= tau; if there is none, the unsteered best
 
-Judged on the raw logits, whatever the steering is.
+Tokens are always judged by the unsteered logits, for any kind of steering.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ STRENGTH_RUNGS = 5
 @class_keywords
 @dataclass(frozen=True)
 class Rejection:
-    """Settings for weakening or rejecting a steering where its token is implausible.
+    """Settings for weakening or rejecting a steering if its token is implausible.
 
-    `beta` is the minimum probability of an accepted token, as a share of that of the unsteered model's best token: 0
-    accepts everything, 1 nothing but ties. `ladder="halve"` keeps the first half of the layers for each weaker
-    candidate, in the order of `ranking` (`"paper"`, `"repo"`: as the released code computes it, or a tuple of layers,
-    best first), down to `min_layers` (2: the released code; 1: the paper's text); `"strength"` keeps all layers and
-    halves the strength, for five candidates. `schedule` sets how candidates are computed; the tokens are the same
-    except for near-ties: `"auto"` is `"optimistic"` on CPUs, otherwise `"fused"`.
+    Args:
+        beta: The minimum probability of an accepted token, as a share of the probability of the unsteered model's best
+            token: 0 accepts everything, 1 only ties.
+        min_layers: The minimum number of layers of a candidate (2: as in the released code; 1: as in the paper's text).
+        ladder: How candidates get weaker. `"halve"` keeps the first half of the layers for each weaker candidate, in
+            the order of `ranking`, down to `min_layers`. `"strength"` keeps all layers and halves the strength, for
+            five candidates.
+        schedule: How candidates are computed: `"optimistic"`, `"fused"`, or `"auto"`, which is `"optimistic"` on CPUs
+            and otherwise `"fused"`. The tokens are the same except for near-ties.
+        ranking: `"paper"`, `"repo"` (as computed by the released code), or a tuple of layers, best first.
     """
 
     beta: float = 0.5
@@ -64,14 +68,14 @@ class Rejection:
 
     @property
     def ranks(self) -> bool:
-        """Whether the layers' order has to be found out."""
+        """Whether the order of the layers has to be computed."""
         return self.ladder == "halve" and isinstance(self.ranking, str)
 
 
 def halved(order: Sequence[int], min_layers: int = 2) -> tuple[tuple[int, ...], ...]:
     """All layers, then the first half of the order, a quarter, … while at least `min_layers` are left.
 
-    `floor(log2 L)` rungs with `min_layers=2`, and one more with 1.
+    These are `floor(log2 L)` candidates with `min_layers=2`, and one more with 1.
     """
     rungs = []
     size = len(order)
@@ -82,10 +86,10 @@ def halved(order: Sequence[int], min_layers: int = 2) -> tuple[tuple[int, ...], 
 
 
 def ladder(edits: Sequence[Edit], rejection: Rejection, order: Sequence[int] = ()) -> tuple[tuple[Edit, ...], ...]:
-    """The edits of each rung, strongest first; rungs that repeat another are left out.
+    """The edits of each candidate, strongest first, without duplicates.
 
-    `order` ranks the layers of the edits, best first, where the ladder halves them. Raises `TrimtabError` where
-    there is an edit and yet no rung, and for an order that leaves one of their layers out.
+    `order` ranks the edits' layers, best first, if `rejection.ladder` is `"halve"`. Raises `TrimtabError` if there are
+    edits but no candidate, or if the order lacks one of their layers.
     """
     if not edits:
         return ()
@@ -106,19 +110,18 @@ def ladder(edits: Sequence[Edit], rejection: Rejection, order: Sequence[int] = (
 
 
 def threshold(raw: Tensor, beta: Tensor) -> Tensor:
-    """`max z + ln beta`, for raw logits `[rows, vocabulary]` and `beta` `[rows]`; -inf where beta is 0."""
+    """`max z + ln beta`, for unsteered logits `[rows, vocabulary]` and `beta` `[rows]`; -inf if beta is 0."""
     return raw.max(-1).values + beta.to(raw.dtype).log()
 
 
 def gate_open(raw: Tensor, tau: Tensor) -> Tensor:
-    """`[rows]`: whether any token but the best could be accepted. Where it is shut, steering can't change a token."""
+    """`[rows]`: whether any token except the best could be accepted. If not, steering can't change the token."""
     return raw.topk(2, dim=-1).values[:, 1] >= tau
 
 
 def plausible(raw: Tensor, tau: Tensor, candidate: Tensor, rows: Tensor | None = None) -> Tensor:
-    """`[candidates]`: whether these tokens could be accepted. The first rung whose best token can is taken.
+    """`[candidates]`: whether these tokens are accepted, given the unsteered logits `raw` `[rows, vocabulary]`.
 
-    `rows` are the rows of `raw` `[rows, vocabulary]` that the tokens are judged by, and `tau` is one for each token;
-    without them each row has one token.
+    `rows` are the rows of `raw` for each token; without them, each row has one token. `tau` has one value per token.
     """
     return (raw.gather(-1, candidate[:, None])[:, 0] if rows is None else raw[rows, candidate]) >= tau

@@ -1,4 +1,4 @@
-"""What rejection did at each token of an answer."""
+"""A record of the decisions of rejection at each token of an answer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token. `rung` is the rung accepted (0 is the strongest), `None` where the raw logits decided.
+    """One generated token.
 
-    `replaced` is the id of the raw model's token, where the emitted one is another.
+    `open` is whether the gate was open. `rung` is the accepted candidate (0 is the strongest), `None` if the unsteered
+    logits decided. `replaced` is the id of the unsteered model's token if the emitted one differs, else `None`.
     """
 
     open: bool
@@ -19,10 +20,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Trace:
-    """The steps of an answer, in the order of its tokens, and what they cost.
+    """The steps of an answer, in the order of its tokens, and their cost.
 
-    `rungs` describes each rung, strongest first; `order` is the ranking of the layers, where there was one; `passes`
-    counts the forward passes of the batch that the answer was part of, the prompt's and the ranking's not included.
+    `rungs` describes each candidate, strongest first; `order` is the ranking of the layers, if there was one; `passes`
+    counts the forward passes of the answer's batch, without prefill and ranking.
     """
 
     steps: tuple[Step, ...]
@@ -39,5 +40,5 @@ class Trace:
 
     @property
     def changed_share(self) -> float:
-        """The share of tokens that differ from the raw model's choice."""
+        """The share of tokens that differ from the unsteered model's choice."""
         return sum(step.replaced is not None for step in self.steps) / max(1, len(self.steps))

@@ -1,1 +1,1 @@
-"""Activations to directions."""
+"""Learning directions from activations."""

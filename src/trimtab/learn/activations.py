@@ -1,4 +1,4 @@
-"""Activations of single texts, where sums of them don't do: for principal directions, probes and thresholds."""
+"""Activations of individual texts, for principal directions, probes and thresholds, for which sums aren't enough."""
 
 from __future__ import annotations
 
@@ -35,10 +35,20 @@ def read_each(
     pooled: bool = False,
     progress: Progress | None = None,
 ) -> dict[Site, list[list[Tensor]]]:
-    """What every text of every group has at its positions: `found[site][g][m]` is `[positions, width]`, float64, CPU.
+    """The activations of every text at its positions.
 
-    `pooled` keeps only the mean over the positions, `[1, width]`. `progress(done, total)` counts groups. Raises
-    `TrimtabError` for no texts, an unknown layer, a text that is too long, and for activations that aren't finite.
+    Args:
+        lm: The model.
+        groups: Groups of texts.
+        sites: The sites to read.
+        pooled: Keep only the mean over a text's positions, `[1, width]`.
+        progress: `progress(done, total)` counts groups.
+
+    Returns:
+        For each site, `activations[site][g][m]` of member m of group g: `[positions, width]`, float64, on the CPU.
+
+    Raises:
+        TrimtabError: There are no texts, a layer is unknown, a text is too long, or activations aren't finite.
     """
     if not groups:
         raise TrimtabError("there is nothing to learn from")
@@ -57,9 +67,9 @@ def read_each(
 def read_pooled(
     lm: LM, prompts: Sequence[Prompt], readings: Sequence[Reading], *, progress: Progress | None = None
 ) -> dict[Reading, Tensor]:
-    """What a gate would read of each prompt: for each reading `[prompts, width]`, float64, on the CPU.
+    """The activations that a gate would read in each prompt: for each reading `[prompts, width]`, float64, on the CPU.
 
-    Prompts are rendered as `lm.generate` renders them. Raises `TrimtabError` as `read_each` does.
+    Prompts are rendered as in `lm.generate`. Raises `TrimtabError` as `read_each` does.
     """
     ids = [lm.encode(prompt) for prompt in prompts]
     positions = [tokens_of(readings, len(tokens)) for tokens in ids]
@@ -77,11 +87,21 @@ def read_pooled(
 def pair_texts(
     lm: LM, pairs: Sequence[Pair], *, suffix: bool = False, read_at: ReadAt = LAST, of: str = ""
 ) -> list[list[Text]]:
-    """The two texts of each pair, to be read at their last tokens or where `read_at` says.
+    """The two texts of each pair, to be read at their last tokens or at `read_at`.
 
-    With `suffix` they are read at all tokens of the answers, and bare texts, which have none, at all tokens. `of` names
-    the pairs in errors, where there are several sets. Raises `TrimtabError` for no pairs, for shapes other than answers
-    and texts, and for an answer that can't be read there, naming the pair.
+    Args:
+        lm: The model.
+        pairs: Answers or texts.
+        suffix: Read all tokens of the answers instead; of bare texts all tokens.
+        read_at: Where to read.
+        of: A name for the set of pairs in error messages, such as `" of 'rude'"`.
+
+    Returns:
+        The positive and the negative text of each pair.
+
+    Raises:
+        TrimtabError: There are no pairs, pairs of another shape, or an answer that can't be read there; the message
+            names the pair.
     """
     if not pairs:
         raise TrimtabError("there are no pairs to learn from")
@@ -92,7 +112,7 @@ def pair_texts(
 def texts_of(
     lm: LM, pair: Pair, *, suffix: bool = False, read_at: ReadAt = LAST, name: str = "pair"
 ) -> tuple[Text, Text]:
-    """The two texts of one pair, as `pair_texts` has them. `name` is what errors call it."""
+    """The two texts of one pair, as in `pair_texts`. `name` is the pair's name in error messages."""
     if pair.shape not in ("answers", "texts"):
         raise TrimtabError(f"this method learns from answers or texts, not from pairs of {pair.shape}")
     with naming(name):
@@ -109,7 +129,7 @@ def texts_of(
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Puts what an error is about in front of it."""
+    """A context that prefixes the message of a `TrimtabError` with `what`."""
     try:
         yield
     except TrimtabError as error:
@@ -117,14 +137,14 @@ def naming(what: str) -> Iterator[None]:
 
 
 def digest_of(**sets: Sequence[Prompt]) -> str:
-    """A digest of named lists of prompts, in their order, for a card."""
+    """A digest of named lists of prompts, for a card. The order within a list matters."""
     return hashlib.sha256(json.dumps(sets, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def in_two(prompts: Sequence[Prompt], what: str) -> tuple[list[Prompt], list[Prompt]]:
-    """Every other prompt, and the rest: one half for a direction, the other, on which it wasn't learned, for a line.
+    """Split prompts into two halves, alternating: one to learn a direction, the other, held out, for its threshold.
 
-    Raises `TrimtabError` for fewer than two.
+    Raises `TrimtabError` for fewer than two prompts; `what` names them.
     """
     if len(prompts) < 2:
         raise TrimtabError(f"there are {len(prompts)} {what}; a direction and a threshold need at least two")

@@ -1,6 +1,7 @@
-"""From pairs of texts to moments of their activations, for many layers in one pass over the model.
+"""Moments of the activations of pairs of texts, for many layers in one pass over the data.
 
-A text that is read at several positions counts by the mean of its activations there. No more than a batch is kept.
+A text that is read at several positions counts by the mean of its activations there. Only one batch is in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -38,10 +39,20 @@ def contrast(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> dict[int, PairMoments]:
-    """The moments of (positive, negative) texts at each layer: of each text's mean over the positions it is read at.
+    """The moments of (positive, negative) texts at each layer, over each text's mean activation at its positions.
 
-    `progress(done, total)` counts pairs. Raises `TrimtabError` for no pairs, an unknown layer, or a text that
-    is too long, and for activations that aren't finite.
+    Args:
+        lm: The model.
+        pairs: The (positive, negative) texts.
+        layers: The layers.
+        tokens_per_batch: The token budget of a batch.
+        progress: `progress(done, total)` counts pairs.
+
+    Returns:
+        The moments by layer.
+
+    Raises:
+        TrimtabError: There are no pairs, an unknown layer, a text that is too long, or activations that aren't finite.
     """
     if not pairs:
         raise TrimtabError("there are no pairs to learn from")
@@ -65,13 +76,24 @@ def contrast_many(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> dict[str, dict[int, Kept]]:
-    """`contrast` for many sets of (positive, negative) texts, by the set's name and the layer, in one pass.
+    """Like `contrast`, for several sets of (positive, negative) texts, by name and layer, in one pass.
 
-    Every text is read once, whatever number of pairs it is in: a negative that all sets share, with all its
-    positives, is one group, whose common beginning runs once. `keep` is what is kept of each set at each layer: sums,
-    or with `PairMembers` all activations. `progress(done, total)` counts pairs.
+    Every text is read once, even if it is in several pairs. A negative and all its positives, from all sets, are one
+    group, whose common prefix is computed once.
 
-    Raises `TrimtabError` as `contrast` does, naming the set that has no pairs.
+    Args:
+        lm: The model.
+        sets: The (positive, negative) texts by the set's name.
+        layers: The layers.
+        keep: What to keep for each set and layer: sums, or with `PairMembers` all activations.
+        tokens_per_batch: The token budget of a batch.
+        progress: `progress(done, total)` counts pairs.
+
+    Returns:
+        The moments by name and layer.
+
+    Raises:
+        TrimtabError: As in `contrast`; the message names the set that has no pairs.
     """
     for name, pairs in sets.items():
         if not pairs:
@@ -81,7 +103,7 @@ def contrast_many(
     if not layers:
         raise TrimtabError("no layer is named")
     groups, uses = _grouped(sets)
-    # read_groups counts a group of texts with one beginning as one row, which is right for about two of them
+    # lm.read counts a group of texts with a common prefix as one row, which is accurate for about two of them
     budget = max(1, 2 * tokens_per_batch // max(len(group) for group in groups))
     sites = [Site(layer) for layer in layers]
     moments = {name: {layer: keep(lm.layout.width) for layer in layers} for name in sets}
@@ -110,7 +132,7 @@ def read_batches(
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Iterator[Batch]:
-    """What `lm.read` gives; `progress(done, total)` counts groups, after each batch."""
+    """The batches of `lm.read`. `progress(done, total)` counts groups after each batch."""
     done = 0
     for batch in lm.read(groups, sites, tokens_per_batch=tokens_per_batch):
         yield batch
@@ -120,7 +142,7 @@ def read_batches(
 
 
 def _grouped(sets: Mapping[str, Sequence[TextPair]]) -> tuple[list[list[Text]], list[list[tuple[str, int]]]]:
-    """Groups of a negative and all its positives; and for each, which set pairs which member with the negative."""
+    """Groups of a negative and all its positives; and for each group, the (set, member) pairs that contrast with it."""
     groups: list[list[Text]] = []
     uses: list[list[tuple[str, int]]] = []
     known: dict[tuple, int] = {}
@@ -144,7 +166,7 @@ def _key(text: Text) -> tuple:
 
 
 def _means(batch: Batch, site: Site) -> Tensor:
-    """What is read of each text, the mean over its positions: `[groups, members, width]`, float64, on the CPU."""
+    """Each text's mean activation over its positions: `[groups, members, width]`, float64, on the CPU."""
     texts = [mean(text) for group in batch.values[site] for text in group]
     values = torch.cat(texts)
     if not torch.isfinite(values).all():
@@ -153,7 +175,7 @@ def _means(batch: Batch, site: Site) -> Tensor:
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean `[1, width]` of a text's activations `[positions, width]`, where they are: one is left as it is."""
+    """The mean `[1, width]` of a text's activations `[positions, width]`, on their device; a single row is returned."""
     if len(values) == 1:
         return values
     wide = values.float() if values.device.type == "mps" else values.double()  # MPS has no float64
@@ -161,9 +183,9 @@ def mean(values: Tensor) -> Tensor:
 
 
 def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> list[int]:
-    """The requested layers, in order; `None` is the one at `default` of the depth (0 … 1).
+    """The requested layers, in ascending order; for `None`, the one at the relative depth `default` (0 … 1).
 
-    Raises `TrimtabError` for what isn't a whole number, or no layer of this model.
+    Raises `TrimtabError` for anything but integers, and for layers that the model doesn't have.
     """
     if layers is None:
         layers = [round(default * lm.layout.layers)]
@@ -182,7 +204,7 @@ def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> 
 def learned_card(
     lm: LM, method: str, pairs: Sequence[Pair], moments: Mapping[int, PairMoments], options: dict[str, Any]
 ) -> Card:
-    """The card of a steering learned from pairs; everything in it is repeatable, so there is no date."""
+    """The card of a steering learned from pairs. Its content is reproducible, so it has no date."""
     measured = {
         "pairs": len(pairs),
         "agreement": {str(layer): round(m.agreement, 6) for layer, m in moments.items()},
@@ -194,7 +216,7 @@ def learned_card(
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a learned direction depends on."""
+    """The versions of the software that a learned direction depends on."""
     installed = {"python": platform.python_version()}
     for package in ("trimtab", "torch", "transformers"):
         try:

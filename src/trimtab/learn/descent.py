@@ -1,4 +1,4 @@
-"""Gradient descent on edits: batches, a schedule, an early stop by texts that aren't learned from, an interruption."""
+"""Gradient descent on edits: batches, a schedule, early stopping by held-out texts, and interruption."""
 
 from __future__ import annotations
 
@@ -18,43 +18,44 @@ P = TypeVar("P", bound="Trainable")
 
 
 class Trainable(Protocol):
-    """What a descent moves, such as `Trained`."""
+    """Trainable parameters, such as `Trained`."""
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What the optimizer moves."""
+        """The tensors that the optimizer updates."""
 
     def cap(self, dose: float) -> None:
-        """After each step: bring back what the step has taken too far, in place."""
+        """Project the parameters back into their bounds after each step, in place."""
 
     def frozen(self: P) -> P:
-        """A copy that the optimizer doesn't move."""
+        """A copy that the optimizer doesn't update."""
 
 
 Loss = Callable[[Forcing, P, Sequence[T]], Tensor]
-"""The sum, over these examples, of the loss of each."""
+"""The loss, summed over these examples."""
 Report = Callable[[int, int, str], None]
-"""Called after each step: the steps done, those planned, and what there is to say."""
+"""Called after each step with the number of steps done, the number planned, and a message."""
 
 WARM_UP = 5
-LEAST_RATE = 0.1  # of the learning rate, at the end
+LEAST_RATE = 0.1  # the share of the learning rate at the end of the schedule
 PATIENCE = 3
-"""Looks at the held-out examples, one after another, that may be no better than the best before the descent stops."""
+"""The number of consecutive evaluations on held-out examples without an improvement after which descent stops."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """How it is done.
+    """The hyperparameters of gradient descent.
 
     Args:
-        steps: At most so many.
+        steps: The maximum number of steps.
         rate: Adam's learning rate, in units of the activations' root mean square.
-        batch: Examples a step.
-        every: Steps between looks at the held-out examples.
-        max_dose: No vector gets longer than so many times the typical activation.
-        seed: Of the order of the examples.
-        slack: The last state is kept whose loss on held-out examples is at most this share above the lowest (and below
-            the first). Few examples tell little of small differences, and later steps are smaller and surer ones.
+        batch: The number of examples per step.
+        every: The number of steps between evaluations on held-out examples.
+        max_dose: The maximum norm of a vector, relative to the typical activation.
+        seed: The seed of the order of the examples.
+        slack: The result is the last state whose loss on held-out examples is at most this share above the lowest (and
+            below the initial one). With few examples small differences are noise, and later steps are smaller and less
+            noisy.
     """
 
     steps: int = 30
@@ -75,7 +76,7 @@ class Descent:
 
 @dataclass
 class Course:
-    """What happened: the losses by step, and whether it was interrupted."""
+    """The course of a descent: the losses by step, and whether it was interrupted."""
 
     first: float = math.nan
     best: float = math.inf
@@ -96,23 +97,26 @@ def descend(
     groups: Callable[[Sequence[T]], list[list[int]]],
     report: Report | None = None,
 ) -> tuple[P, Course]:
-    """Move `trained` down the mean loss of `examples`; what comes back is the best on those held out, or nearly.
+    """Minimize the mean loss of `examples` and return the best state on held-out ones (up to `how.slack`).
 
-    Without held-out examples it is what the last step made. A `KeyboardInterrupt` ends it like a last step, and the
-    course says so: what was best until then comes back, or what was reached if nothing has been looked at yet.
+    Without held-out examples, the last state is returned. A `KeyboardInterrupt` ends the descent, which the course
+    records: the best state so far is returned, or the current one if there was no evaluation yet.
 
     Args:
-        run: Open passes of the model, with hooks at the sites of `trained`.
-        trained: Where to begin; it is moved.
-        examples: What to learn from, at least one.
-        held_out: What decides when to stop.
-        loss: The sum of the losses of some examples.
-        how: Steps, rate and the rest.
-        groups: Parts examples, by their numbers, into groups that fit a pass.
+        run: Open forward passes of the model, with hooks at the sites of `trained`.
+        trained: The initial state; it is updated in place.
+        examples: The examples to learn from, at least one.
+        held_out: The held-out examples, which decide when to stop.
+        loss: The loss, summed over some examples.
+        how: The hyperparameters.
+        groups: Splits examples, by their indices, into groups that fit into one pass.
         report: Called after each step.
 
+    Returns:
+        The best state, and the course.
+
     Raises:
-        TrimtabError: No examples, or a loss that isn't finite.
+        TrimtabError: There are no examples, or the loss isn't finite.
     """
     if not examples:
         raise TrimtabError("there is nothing to learn from")
@@ -161,7 +165,7 @@ def descend(
 
 
 def _order(count: int, how: Descent) -> list[list[int]]:
-    """The numbers of the examples of each step: every example once before any comes again."""
+    """The indices of the examples of each step. Every example is used once before any is used again."""
     generator = torch.Generator().manual_seed(how.seed)
     size = min(how.batch, count)
     drawn: list[int] = []
@@ -171,7 +175,7 @@ def _order(count: int, how: Descent) -> list[list[int]]:
 
 
 def _schedule(step: int, steps: int) -> float:
-    """A linear warm-up, then half a cosine."""
+    """A linear warm-up, then cosine decay."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / WARM_UP) * (LEAST_RATE + (1 - LEAST_RATE) * cosine)
 
@@ -184,6 +188,6 @@ def mean_loss(
     loss: Loss[P, T],
     groups: Callable[[Sequence[T]], list[list[int]]],
 ) -> float:
-    """The loss of an example, on average."""
+    """The mean loss per example."""
     total = sum(float(loss(run, trained, [examples[i] for i in numbers])) for numbers in groups(examples))
     return total / len(examples)

@@ -1,9 +1,9 @@
-"""Estimators: from the activations of both sides of pairs to a direction.
+"""Estimators: functions that compute a direction from the activations of both sides of pairs.
 
-An estimator is a function of the positives' activations and the negatives', each `[pairs, width]`, row by row of one
-pair, in float64 on the CPU. It gives the direction from the negatives to the positives, `[width]`. Its length is what
-strength 1 adds where a method doesn't scale it: the mean shift between the sides along it. Methods take one as an
-argument, so that a new direction is a function:
+An estimator is a function of the positives' and the negatives' activations, each `[pairs, width]`, one row per pair, in
+float64 on the CPU. It returns the direction from the negatives to the positives, `[width]`. Unless a method rescales
+it, its norm is what strength 1 adds: the mean shift between the sides along it. Methods take an estimator as an
+argument, so a new kind of direction only needs a function:
 
     def trimmed(positive, negative):
         differences = (positive - negative).sort(0).values
@@ -32,40 +32,40 @@ def mean_difference(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def median(positive: Tensor, negative: Tensor) -> Tensor:
-    """The median of positive minus negative, element by element: a few odd pairs can't move it far."""
+    """The elementwise median of positive minus negative, which is robust to a few outliers."""
     ordered = (positive - negative).sort(0).values
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def pca(positive: Tensor, negative: Tensor) -> Tensor:
-    """The first principal component of the pairs' members, each less its pair's mean (RepE, Zou et al.).
+    """The first principal component of the pairs' members, each minus its pair's mean (RepE, Zou et al.).
 
-    The sign is that by which most positives project above their negatives. (PCA of the differences themselves would
-    subtract their mean first, which is the direction sought.)
+    The sign is such that most positives project above their negatives. (PCA of the differences themselves would first
+    subtract their mean, which is the wanted direction.)
     """
     centred = torch.cat([positive - negative, negative - positive]) / 2  # their mean is 0
     return _as_far_apart(_signed(_first(centred), positive, negative), positive, negative)
 
 
 def probe(positive: Tensor, negative: Tensor) -> Tensor:
-    """The weight of a logistic regression that tells positives from negatives (as ITI's probes, Li et al.).
+    """The weight of a logistic regression that separates positives from negatives (like ITI's probes, Li et al.).
 
-    It sees them centred, and scaled by one number to a mean square of 1 an element, so that its penalty
-    (scikit-learn's at `C = 1`) means the same at every layer and for every model.
+    Activations are centered and scaled by one number to a root mean square of 1, so that the penalty (scikit-learn's
+    with `C = 1`) means the same for all layers and models.
     """
     members = torch.cat([positive, negative])
     members = members - members.mean(0)
     scale = float(members.square().mean().sqrt())
-    basis = torch.linalg.qr(members.T).Q  # the weight is a sum of members, so that no more is fitted: [width, members]
+    basis = torch.linalg.qr(members.T).Q  # the weight is in the span of the members: [width, members]
     labels = torch.tensor([1, 0]).repeat_interleave(len(positive))
     weight, _ = logistic(members @ basis / (scale or 1.0), labels)
     return _as_far_apart(unit(basis @ weight), positive, negative)
 
 
 def random_order(seed: int = 0) -> Estimator:
-    """The first principal component of the differences, each in a random order, centred (RepE), as an estimator.
+    """An estimator: the first principal component of the differences with random signs, centered (RepE).
 
-    The sign is that by which most positives project above their negatives.
+    The sign of the result is such that most positives project above their negatives.
     """
 
     def estimator(positive: Tensor, negative: Tensor) -> Tensor:
@@ -83,14 +83,14 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "pca": pca,
     "probe": probe,
 }
-"""Those that have a name on the command line, and in a steering's card."""
+"""The estimators by their names on the command line and in cards."""
 
 
 def as_estimator(value: str | Estimator, known: Mapping[str, Estimator] = ESTIMATORS) -> Estimator:
-    """The estimator of that name among the known ones, or the function given.
+    """The known estimator of that name, or the given function.
 
     Raises:
-        TrimtabError: It is neither.
+        TrimtabError: The value is neither.
     """
     if isinstance(value, str) and value in known:
         return known[value]
@@ -103,7 +103,7 @@ def as_estimator(value: str | Estimator, known: Mapping[str, Estimator] = ESTIMA
 
 
 def estimator_name(value: str | Estimator, known: Mapping[str, Estimator] = ESTIMATORS) -> str:
-    """What a card calls it: its name among the known ones, or where the function is, `module:function`."""
+    """The estimator's name in a card: that of a known one, else `module:function`."""
     if isinstance(value, str):
         return value
     for name, estimator in known.items():
@@ -119,10 +119,13 @@ def estimate(estimator: Estimator, positive: Tensor, negative: Tensor) -> Tensor
     Args:
         estimator: The function.
         positive: The positives' activations, `[pairs, width]`, in any dtype.
-        negative: The negatives', likewise.
+        negative: The negatives' activations, likewise.
+
+    Returns:
+        The direction.
 
     Raises:
-        TrimtabError: It gives anything but a finite direction of that width.
+        TrimtabError: The function returns anything but a finite direction of that width.
     """
     positive, negative = to_float64(positive), to_float64(negative)
     direction = estimator(positive, negative)
@@ -142,7 +145,7 @@ def estimate(estimator: Estimator, positive: Tensor, negative: Tensor) -> Tensor
 
 
 def unit(direction: Tensor) -> Tensor:
-    """The direction at length 1. Raises `TrimtabError` for a zero one."""
+    """The direction, normalized to 1. Raises `TrimtabError` for a zero direction."""
     norm = float(direction.norm())
     if not norm > 0:
         raise TrimtabError("the two sides of the pairs don't differ there, so there is no direction")
@@ -150,15 +153,14 @@ def unit(direction: Tensor) -> Tensor:
 
 
 def _signed(direction: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """The direction turned so that more positives project above their negatives than below; on a tie, so that they
-    do on the mean."""
+    """The direction with the sign by which most positives project above their negatives; if tied, their mean does."""
     along = (positive - negative) @ direction
     votes = float(torch.sign(along).sum()) or float(along.sum())
     return direction if votes >= 0 else -direction
 
 
 def _as_far_apart(direction: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """A unit direction made as long as the sides' means are apart along it."""
+    """A unit direction, scaled to the distance between the sides' means along it."""
     return direction * ((positive - negative).mean(0) @ direction).abs()
 
 

@@ -1,4 +1,4 @@
-"""The inputs of the functions that learn, checked: a model, and pairs."""
+"""Checks of the inputs of functions that learn: a model, and pairs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from trimtab.text.pairs import Pair, Pairs, as_pairs
 
 
 def check_lm(lm: Any, *features: str) -> None:
-    """Raises unless this is an `LM` to learn with, of an engine that can do what is needed for it.
+    """Raise unless this is an `LM` that can be learned from, on an engine with the required features.
 
-    Its activations can be read here, and nothing steers them: what is learned inside `lm.steered(…)`, of this `LM` or
-    another over the same model, would be about another model.
+    It must not be steered: inside `lm.steered(…)`, of this `LM` or of another one for the same model, a steering would
+    be learned from steered activations.
 
     Args:
-        lm: What was given.
-        features: Those of `trimtab.engines.contract.FEATURES` that are needed beside reading activations.
+        lm: The value to check.
+        features: The names in `trimtab.engines.contract.FEATURES` that are required besides reading activations.
 
     Raises:
-        TrimtabError: It is something else, and what to give instead; or it is being steered.
-        UnsupportedError: Its engine hasn't one of the features.
+        TrimtabError: It isn't an `LM` (the message says what to pass instead), or it is being steered.
+        UnsupportedError: Its engine lacks one of the features.
     """
     if isinstance(lm, nn.Module):
         raise TrimtabError(
@@ -44,6 +44,6 @@ def check_lm(lm: Any, *features: str) -> None:
 
 
 def pairs_for(lm: Any, pairs: Pairs, *features: str) -> list[Pair]:
-    """The pairs that a model is to learn from. Raises `TrimtabError` as `check_lm` and `as_pairs` do."""
+    """Check the model and convert `pairs` to a list of `Pair`. Raises as `check_lm` and `as_pairs` do."""
     check_lm(lm, *features)
     return as_pairs(pairs)

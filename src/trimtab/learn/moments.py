@@ -1,5 +1,4 @@
-"""Streaming sums of activations, whose memory doesn't grow with the number of pairs; and all activations, for what
-needs them."""
+"""Streaming sums of activations, whose memory doesn't grow with the number of pairs; and all activations if needed."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ class PairMoments:
 
     @property
     def agreement(self) -> float:
-        """The mean cosine of the pairs' differences to their mean, from -1 to 1: low means a weak steering."""
+        """The mean cosine of the pairs' differences with their mean, from -1 to 1. Low means a weak steering."""
         norm = float(self.difference.norm())
         return float(self.units @ self.difference) / (self.count * norm) if norm else 0.0
 
@@ -55,7 +54,7 @@ class PairMoments:
 
     @property
     def direction(self) -> Tensor:
-        """The unit mean difference: `[width]`. Raises `TrimtabError` where the two sides don't differ."""
+        """The unit mean difference: `[width]`. Raises `TrimtabError` if the two sides don't differ."""
         return unit(self.difference)
 
     def target(self) -> float:
@@ -65,9 +64,9 @@ class PairMoments:
 
 @dataclass
 class PairMembers(PairMoments):
-    """The same, and every pair's activations: for directions that no sums give. Memory grows with the pairs.
+    """`PairMoments` that also keep every pair's activations, for directions that sums don't determine.
 
-    At each site that is 16 bytes times pairs times width.
+    The memory is 16 bytes times pairs times width at each site.
     """
 
     def __post_init__(self) -> None:
@@ -79,6 +78,6 @@ class PairMembers(PairMoments):
         self.members.append((to_float64(positive), to_float64(negative)))
 
     def estimated(self, estimator: Estimator) -> Tensor:
-        """The direction that the estimator gives: `[width]`. Raises `TrimtabError` as `estimate` does."""
+        """The estimator's direction: `[width]`. Raises `TrimtabError` as `estimate` does."""
         positive, negative = (torch.cat([batch[side] for batch in self.members]) for side in (0, 1))
         return estimate(estimator, positive, negative)

@@ -1,8 +1,8 @@
-"""A model's own answers to learn from: made under a teacher's prompt, and kept where they do what it says.
+"""A model's own answers as training data: generated under a teacher's prompt, and kept if they follow it.
 
-A small model follows its prompt too seldom to learn much from. So where few answers are kept, it is asked again in the
-way that is followed best on a few queries: in another phrasing, said twice, or while its answer, or the opening of it,
-is steered along the mean difference of the prompts with and without the instruction (which needs no answers).
+A small model follows its prompt too rarely for many answers to be kept. Then it is asked again, in the way that it
+follows best on a few queries: with another phrasing, with the instruction repeated, or while its answer, or only its
+opening, is steered along the mean difference of the prompts with and without the instruction (which needs no answers).
 """
 
 from __future__ import annotations
@@ -31,43 +31,41 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 Check = Callable[[str, str, bool], bool]
-"""`check(query, answer, cut)`: whether an answer does what the teacher says; `cut` if the token limit stopped it."""
+"""`check(query, answer, cut)`: whether an answer follows the teacher; `cut` is true if the token limit stopped it."""
 
 OPENING = 8
-"""So many tokens of an answer are steered when the model is helped to begin."""
+"""The number of tokens that are steered if only the opening of an answer is helped."""
 TRIES = 3
 OFTEN = 0.5
-"""A model that does what it is told in this share of answers isn't helped."""
+"""If at least this share of answers follows the teacher, the model isn't helped by a steering."""
 HELP_DEPTHS, HELP_STRENGTHS = (0.3, 0.5, 0.7), (0.6, 1.2)
 FEW = 8
-"""What the model follows best is tried on so many queries: the first phrasings, each said as often as the teacher says
-and once more, and then at which depth it is helped, how strongly in mean differences, and whether throughout or at the
-opening alone."""
+"""The number of queries on which ways of asking are tried: first phrasings, each repeated as often as the teacher does
+and once more; then helps, at several depths and strengths (in mean differences), at the opening or throughout."""
 PHRASINGS = 4
 SHORTLIST = 4
-"""Of so many ways that were followed most often, those two are taken whose answers say most about their queries."""
+"""Among this many ways that are followed most often, the two with the most query-specific answers are used."""
 PER_QUERY = 2
-"""So many answers to one query are learned from, at most."""
+"""The maximum number of answers per query to learn from."""
 ENOUGH = 0.75
-"""The share of queries with that many answers, from which on the model isn't asked again."""
+"""If at least this share of queries has that many answers, the model isn't asked again."""
 TO_THE_POINT = 0.75
-"""The share of answers that are kept by what they say about their queries."""
+"""The share of answers that are kept, ranked by how specific they are to their queries."""
 WHILE_IT_BEGINS, THROUGHOUT = Positions.opening(OPENING), Positions.from_last_prompt_token()
 LEAST = 8
-"""Fewer answers than this are too few to learn from."""
+"""The minimum number of answers to learn from."""
 MARGIN = 0.05
-"""Where nothing checks the answers: how much likelier an answer is with the teacher's prompt than without, at least,
-in nats per token."""
+"""Without a `check`: the minimum gain in an answer's log-probability from the teacher's prompt, in nats per token."""
 BATCH = 64
 
 
 class TooFewAnswersError(TrimtabError):
-    """Hardly any answer of the model does what its prompt says, so nothing can be learned from them."""
+    """Too few answers of the model follow its prompt to learn from them."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of asking: the teacher's `turn`, and the steering while the model answers."""
+    """A way of asking: the teacher's `turn`, and a steering that helps while the model answers."""
 
     turn: int
     help: Steering | None = None
@@ -75,9 +73,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Lesson:
-    """An answer that was kept: `instructed` and `plain` are the prompts' ids with and without what the teacher says.
+    """An answer to learn from. `instructed` and `plain` are the token ids of the prompt with and without the teacher.
 
-    `turn` is the phrasing that the teacher used, and `help` the steering under which the model wrote.
+    `turn` selects the teacher's phrasing, and `help` is the steering under which the answer was generated.
     """
 
     query: str
@@ -90,13 +88,13 @@ class Lesson:
 
     @property
     def way(self) -> Way:
-        """How it was asked."""
+        """The way of asking."""
         return Way(self.turn, self.help)
 
 
 @dataclass(frozen=True)
 class Try:
-    """One time of asking: the help (`""`: none), how many queries were asked, and how many answers kept."""
+    """One round of generating answers: the help (`""`: none), the number of answers generated, and the number kept."""
 
     help: str
     asked: int
@@ -105,7 +103,7 @@ class Try:
 
 @dataclass(frozen=True)
 class Answers:
-    """What was made: all answers that do what the teacher says, those to learn from, and the tries."""
+    """Generated answers: all that follow the teacher, those to learn from, and the rounds of generation."""
 
     good: tuple[Lesson, ...]
     lessons: tuple[Lesson, ...]
@@ -113,7 +111,7 @@ class Answers:
 
     @property
     def answered(self) -> int:
-        """To how many queries there is an answer."""
+        """The number of queries that have an answer."""
         return len({lesson.query for lesson in self.good})
 
 
@@ -126,19 +124,22 @@ def own_answers(
     tokens: int,
     progress: Progress | None = None,
 ) -> Answers:
-    """The model's own answers under a teacher's prompt, at most two a query.
+    """Generate the model's own answers under a teacher's prompt.
 
     Args:
         lm: The model.
-        teacher: What is said.
-        queries: What is asked, each different.
-        check: Whether an answer does what it should; `None`: it does where it is more likely with what the teacher
-            says than without (by `MARGIN` nats per token).
+        teacher: The prompt.
+        queries: Distinct queries.
+        check: Whether an answer follows the teacher. `None`: it does if it is more likely with the teacher's prompt
+            than without it (by `MARGIN` nats per token).
         tokens: The maximum length of an answer, in tokens.
-        progress: Called with the answers made and those that may be made.
+        progress: `progress(done, total)`: the number of answers generated, and the maximum number.
+
+    Returns:
+        The answers; at most two per query to learn from.
 
     Raises:
-        TrimtabError: Fewer than `LEAST` answers were kept, counting at most two a query.
+        TooFewAnswersError: Fewer than `LEAST` answers were kept, counting at most two per query.
     """
     made = Making(lm, teacher, check, tokens)
     good: list[Lesson] = []
@@ -147,7 +148,7 @@ def own_answers(
     total = TRIES * len(queries)
     for turn in range(TRIES):
         lacking = _lacking(queries, good)
-        ways = [way for way in ways if way not in tried_ways]  # asked the same way, it answers the same
+        ways = [way for way in ways if way not in tried_ways]  # the same way would give the same answers
         if not ways or len(lacking) <= (1 - ENOUGH) * len(queries):
             break
         way = ways.pop(0)
@@ -175,13 +176,13 @@ def own_answers(
 
 
 def _lacking(queries: Sequence[str], good: Sequence[Lesson]) -> list[str]:
-    """The queries with fewer answers than may be learned from."""
+    """The queries with fewer than `PER_QUERY` answers."""
     counts = Counter(lesson.query for lesson in good)
     return [query for query in queries if counts[query] < PER_QUERY]
 
 
 def _different(lessons: Sequence[Lesson]) -> list[Lesson]:
-    """The lessons, each answer to a query once."""
+    """The lessons without duplicate answers to a query."""
     return list({(lesson.query, lesson.answer): lesson for lesson in reversed(lessons)}.values())[::-1]
 
 
@@ -198,7 +199,7 @@ def _after(progress: Progress, before: int, total: int) -> Progress:
 
 @dataclass(frozen=True)
 class Making:
-    """Makes answers under a teacher's prompt, and judges them."""
+    """Generates answers under a teacher's prompt, and judges them."""
 
     lm: LM
     teacher: Teacher
@@ -206,9 +207,9 @@ class Making:
     tokens: int
 
     def answers(self, rows: Sequence[tuple[str, Way]], progress: Progress | None = None) -> list[Lesson]:
-        """The answers to these queries, each asked in its way, that do what the teacher says."""
+        """Generate an answer to each query, asked in the given way, and return those that follow the teacher."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of doses: a help may be too much, and then its answers aren't kept
+            warnings.simplefilter("ignore")  # about doses: if a help is too strong, its answers aren't kept
             answers = self.lm.generate(
                 [self.teacher.ask(query, way.turn) for query, way in rows],
                 [way.help for _, way in rows],
@@ -228,17 +229,17 @@ class Making:
         return made if self.check is not None else _likelier(self.lm, made)
 
     def instructed(self, query: str, turn: int) -> tuple[int, ...]:
-        """The teacher's prompt, as token ids."""
+        """The token ids of the teacher's prompt for this query."""
         return tuple(self.lm.encode(self.teacher.ask(query, turn), system=self.teacher.system))
 
     def best_ways(self, queries: Sequence[str], good: Sequence[Lesson]) -> tuple[list[Way], list[Try], list[Lesson]]:
-        """The two ways of asking in which the model follows best, the best one first.
+        """The two best ways of asking, the best one first, and the rounds and kept answers of trying them.
 
-        They are tried on some of the queries; what was kept of that comes with them.
+        Ways are tried on a few of the queries.
 
         Args:
-            queries: What may be asked.
-            good: The answers there are already; ways are tried on queries that have none.
+            queries: The queries to choose from.
+            good: The existing answers. Queries without any are preferred.
         """
         answered = {lesson.query for lesson in good}
         bare = [query for query in queries if query not in answered] or list(queries)
@@ -263,7 +264,7 @@ class Making:
         return sorted(ranked, key=lambda way: -says[way])[:2], tries, lessons
 
     def helps(self, queries: Sequence[str], turn: int) -> list[Steering]:
-        """Mean differences of the prompts with and without what the teacher says: all that may be of help."""
+        """The candidate helps: the mean difference of the prompts with and without the teacher, at several settings."""
         last = self.lm.layout.layers - 1
         layers = sorted({min(round(depth * self.lm.layout.layers), last) for depth in HELP_DEPTHS})
         sides = [(self.instructed(query, turn), self.lm.encode(query)) for query in queries]
@@ -279,8 +280,9 @@ class Making:
         ]
 
     def says(self, lessons: Sequence[Lesson]) -> list[float]:
-        """What each answer says about its query: how much more likely it is after it than after another query under
-        the same teacher, which is the pointwise mutual information, in nats.
+        """How specific each answer is to its query, in nats: its log-probability minus that after another query.
+
+        Both are under the same teacher. This is an estimate of the pointwise mutual information.
         """
         queries = list(dict.fromkeys(lesson.query for lesson in lessons))
         other = dict(zip(queries, [*queries[1:], *queries[:1]], strict=True))
@@ -292,7 +294,7 @@ class Making:
 
 
 def _to_the_point(made: Making, lessons: Sequence[Lesson]) -> list[Lesson]:
-    """Of each query's answers the two that say most about it, without the quarter of all that says least."""
+    """The two most query-specific answers of each query, without the least specific quarter of all of them."""
     says = {id(lesson): nats for lesson, nats in zip(lessons, made.says(lessons), strict=True)}
     best: list[Lesson] = []
     for query in dict.fromkeys(lesson.query for lesson in lessons):
@@ -304,7 +306,7 @@ def _to_the_point(made: Making, lessons: Sequence[Lesson]) -> list[Lesson]:
 
 
 def _likelier(lm: LM, lessons: Sequence[Lesson]) -> list[Lesson]:
-    """Those whose answers are more likely with what the teacher says than without."""
+    """The lessons whose answers are more likely with the teacher's prompt than without it, by `MARGIN`."""
     instructed = logprobs(lm, [Forced(lesson.instructed, lesson.answer) for lesson in lessons])
     bare = logprobs(lm, [Forced(lesson.plain, lesson.answer) for lesson in lessons])
     return [
@@ -316,7 +318,7 @@ def _likelier(lm: LM, lessons: Sequence[Lesson]) -> list[Lesson]:
 
 @torch.no_grad()
 def logprobs(lm: LM, texts: Sequence[Forced]) -> list[Tensor]:
-    """For each text the log-probability of each token of its answer, `[answer tokens]`, unsteered."""
+    """For each text, the unsteered log-probability of each token of its answer, `[answer tokens]`."""
     gathered: list[Tensor] = []
     with forcing(lm.model, lm.layout, []) as run, torch.no_grad():
         for numbers in passes(lm.model, texts):
@@ -329,7 +331,7 @@ def logprobs(lm: LM, texts: Sequence[Forced]) -> list[Tensor]:
 
 
 def help_changes(help_: Steering) -> dict[Site, Change]:
-    """What a steering adds, as changes of a teacher-forced pass."""
+    """The changes that a steering makes, for a teacher-forced pass."""
     changes: dict[Site, Change] = {}
     for edit in help_.edits:
         kernel, row = call_of([edit])
@@ -343,7 +345,7 @@ def _added(kernel: Kernel, rows: Rows, x: Tensor) -> Tensor:
 
 
 def helped(lesson: Lesson) -> int:
-    """How many tokens of the answer were written under the help."""
+    """The number of the answer's tokens that were generated under the help."""
     if lesson.help is None:
         return 0
     opening = lesson.help.edits[0].positions == WHILE_IT_BEGINS

@@ -1,6 +1,7 @@
-"""Learning by gradient from pairs of answers: what is encoded, held out and measured, whatever the method's loss.
+"""Gradient-based learning from pairs of answers: encoding, held-out pairs and measurements, for any loss.
 
-A method gives its parameters and its loss of some pairs; `fit` descends, and stops by pairs that aren't learned from.
+A method supplies its parameters and its loss for some pairs. `fit` runs gradient descent, and held-out pairs decide
+when it stops.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 HELD_OUT = 8
-"""One prompt in so many is held out, with all of its pairs."""
+"""One in this many prompts is held out, with all of its pairs."""
 
 
 class NoGainWarning(UserWarning):
-    """What was learned is no better than what it began with, on the pairs that weren't learned from."""
+    """The learned parameters are no better than the initial ones on held-out pairs."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A pair as token ids, and the log-probability of either answer without steering, summed over its tokens."""
+    """A pair as token ids, and each answer's log-probability without steering, summed over its tokens."""
 
     positive: Forced
     negative: Forced
@@ -46,25 +47,25 @@ class Preference:
 
 
 class Changing(Trainable, Protocol):
-    """What is trained, as changes of activations."""
+    """Trainable parameters that change activations."""
 
     def changes(self, factor: float = 1.0) -> dict[Site, Change]:
-        """What is added at each site, times `factor`."""
+        """The change at each site, times `factor`."""
 
 
 P = TypeVar("P", bound=Changing)
 Objective = Callable[[Forcing, P, Sequence[Preference], Sequence[float]], Tensor]
-"""The sum of the losses of some pairs, each under a factor of its own."""
+"""The loss, summed over some pairs, each with its own factor."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method asks of `fit`.
+    """A method's settings for `fit`.
 
     Args:
-        factors: The factor of a pair is one of these, drawn anew each time that it is learned from.
-        judged: Held-out pairs are judged under each of these.
-        kept: The texts of a pair whose graphs are kept at once.
+        factors: The factors, one of which is drawn for a pair each time it is used for training.
+        judged: The factors with each of which held-out pairs are evaluated.
+        kept: The texts of a pair whose autograd graphs are in memory at the same time.
     """
 
     factors: tuple[float, ...]
@@ -75,7 +76,7 @@ class Plan:
 @dataclass(frozen=True)
 class _Example:
     pair: Preference
-    factor: float | None  # `None`: drawn
+    factor: float | None  # `None`: to be drawn
 
 
 def preferences(lm: LM, pairs: Sequence[Pair], name: str = "pair") -> list[Preference]:
@@ -84,10 +85,14 @@ def preferences(lm: LM, pairs: Sequence[Pair], name: str = "pair") -> list[Prefe
     Args:
         lm: The model whose tokenizer and chat template are used.
         pairs: Pairs of the shape "answers".
-        name: What errors call one of them.
+        name: The name for a pair in error messages.
+
+    Returns:
+        The pairs, without reference log-probabilities.
 
     Raises:
-        TrimtabError: No pairs, pairs of another shape, or a side that can't be encoded; it names the pair.
+        TrimtabError: There are no pairs, pairs of another shape, or a side that can't be encoded; the message names the
+            pair.
     """
     if not pairs:
         raise TrimtabError(f"there is no {name} to learn from; give pairs of answers to a prompt")
@@ -112,7 +117,7 @@ def _forced(lm: LM, side: Answered) -> Forced:
 
 
 def hold_out(pairs: Sequence[Preference]) -> tuple[list[Preference], list[Preference]]:
-    """What is learned from, and what is held out: every so-manieth prompt; none where there are too few prompts."""
+    """The training pairs and the held-out pairs: one in `HELD_OUT` prompts, or none if there are too few prompts."""
     prompts = list(dict.fromkeys(pair.positive.prompt for pair in pairs))
     aside = set(prompts[HELD_OUT // 2 :: HELD_OUT])
     learned = [pair for pair in pairs if pair.positive.prompt not in aside]
@@ -122,7 +127,7 @@ def hold_out(pairs: Sequence[Preference]) -> tuple[list[Preference], list[Prefer
 def answers_logprobs(
     run: Forcing, texts: Sequence[Forced], changes: Mapping[Site, Change], factors: Sequence[float] | None = None
 ) -> Tensor:
-    """The log-probability of each answer, summed over its tokens, `[texts]`; it may be differentiated."""
+    """The log-probability of each answer, summed over its tokens, `[texts]`; differentiable."""
     totals = []
     for text, logits in zip(texts, run.logits(texts, changes, factors), strict=True):
         ids = torch.tensor(text.answer, device=logits.device)[:, None]
@@ -136,7 +141,7 @@ def both_logprobs(
     changes: Mapping[Site, Change],
     factors: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of the positive and of the negative answers, `[pairs]` each; both of a pair in one pass."""
+    """The log-probabilities of the positive and of the negative answers, `[pairs]` each, computed in one pass."""
     texts = [*(pair.positive for pair in pairs), *(pair.negative for pair in pairs)]
     totals = answers_logprobs(run, texts, changes, None if factors is None else [*factors, *factors])
     return totals[: len(pairs)], totals[len(pairs) :]
@@ -154,28 +159,29 @@ def fit(
     held_out: Sequence[Pair] | None = None,
     progress: Progress | None = None,
 ) -> tuple[P, dict[str, Any]]:
-    """Descend on pairs of answers; what comes back is the best on those held out.
+    """Train on pairs of answers by gradient descent, and return the best parameters on held-out pairs.
 
     Args:
         lm: The model; its weights don't change.
-        pairs: What is learned from.
+        pairs: The pairs to learn from.
         layers: Blocks to steer after.
-        start: Makes what is trained.
+        start: Creates the initial parameters.
         objective: The method's loss.
-        plan: How the method uses it.
-        how: Steps, rate and the rest.
-        held_out: Pairs that aren't learned from, and decide when to stop; default: one prompt in `HELD_OUT` of `pairs`.
+        plan: The method's factors and memory needs.
+        how: The hyperparameters of the descent.
+        held_out: Held-out pairs, which decide when to stop; default: one prompt in `HELD_OUT` of `pairs`.
         progress: `progress(done, total)`: pairs read, then steps.
 
-    Returns: What was trained, and what a card says of it: the loss before and after, and the log-probability per
-        token of either side's answers before and after at strength 1, on the held-out pairs, or on all where there
-        are none.
+    Returns:
+        The trained parameters, and measurements for the card: the loss before and after, and both sides'
+        log-probabilities per token before and after at strength 1, on the held-out pairs, or on all pairs if none are
+        held out.
 
     Warns:
-        NoGainWarning: Nothing was better on the held-out pairs than what it began with.
+        NoGainWarning: Nothing was better on the held-out pairs than the initial parameters.
 
     Raises:
-        TrimtabError: Pairs that can't be learned from, or a loss that isn't finite.
+        TrimtabError: The pairs can't be learned from, or the loss isn't finite.
     """
     learned, aside = _parted(lm, pairs, held_out)
     sites = [Site(layer) for layer in layers]
@@ -234,7 +240,7 @@ def _to(progress: Progress, total: int) -> Progress:
 
 @torch.no_grad()
 def _referred(run: Forcing, pairs: Sequence[Preference], progress: Progress | None) -> list[Preference]:
-    """The pairs with their log-probabilities without steering."""
+    """The pairs with their reference log-probabilities, without steering."""
     referred: list[Preference] = []
     for numbers in passes(run.model, [_weight([pair.positive, pair.negative]) for pair in pairs]):
         some = [pairs[i] for i in numbers]
@@ -246,7 +252,7 @@ def _referred(run: Forcing, pairs: Sequence[Preference], progress: Progress | No
 
 
 def _factors(some: Sequence[_Example], drawn: Sequence[float], generator: torch.Generator) -> list[float]:
-    """The factor of each; where it is drawn, from a generator that goes on from step to step."""
+    """The factor of each example, fixed or drawn; the generator's state carries over from step to step."""
     return [
         drawn[int(torch.randint(len(drawn), (1,), generator=generator))] if example.factor is None else example.factor
         for example in some
@@ -254,14 +260,13 @@ def _factors(some: Sequence[_Example], drawn: Sequence[float], generator: torch.
 
 
 def _weight(texts: Sequence[Forced]) -> Forced:
-    """One text with as many tokens of answer as these have together, for `passes`."""
+    """One text with as many answer tokens as these texts in total, for `passes`."""
     return Forced(texts[0].prompt, tuple(i for text in texts for i in text.answer))
 
 
 @torch.no_grad()
 def _per_token(run: Forcing, trained: P, pairs: Sequence[Preference]) -> dict[str, dict[str, float]]:
-    """The mean over pairs of the log-probability per token of either side's answers, before and
-    after."""
+    """Both sides' log-probabilities per token, as means over pairs, before and after."""
     before, after = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for numbers in passes(run.model, [_weight([pair.positive, pair.negative]) for pair in pairs]):
         some = [pairs[i] for i in numbers]

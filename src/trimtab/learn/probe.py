@@ -1,9 +1,9 @@
-"""A probe for a monitor: whether a token is one of an answer of the first kind, as a logistic regression says.
+"""A probe for a monitor: a logistic regression that predicts whether a token belongs to a positive answer.
 
-The probe is fitted on single tokens of half of the pairs' answers. Of each requested layer there is one; a quarter of
-the pairs chooses the layer, and the last quarter says how good the probe is and where its line goes. As a monitor looks
-at every token and fires at the first one beyond its line, an answer's score there is its largest: the line is drawn so
-that no more than a chosen share of the answers of the second kind has a token beyond it.
+At each requested layer, a probe is fitted to single tokens of half of the pairs. A quarter of the pairs selects the
+layer, and the last quarter measures the probe and sets its threshold. A monitor measures every token and fires at the
+first one above the threshold, so an answer's score is its largest value: the threshold is set so that at most a chosen
+share of the negative answers has a token above it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
 LEAST = 8
-"""Pairs at least: two of them say how good the probe is."""
+"""The minimum number of pairs, of which two measure the probe."""
 TOKENS = 16
-"""Of an answer so many tokens are fitted at most, spread evenly: long answers don't outweigh short ones by more."""
+"""The maximum number of tokens per answer to fit, evenly spaced, so that long answers don't dominate."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Fitted:
     bias: float
 
     def scores(self, sides: Sequence[Tensor]) -> list[float]:
-        """The largest probability of each answer's tokens."""
+        """The largest probability among each answer's tokens."""
         return [float((x @ self.weight + self.bias).sigmoid().max()) for x in sides]
 
 
@@ -58,24 +58,25 @@ def learn_probe(
     penalty: float = 1.0,
     progress: Progress | None = None,
 ) -> Steering:
-    """A probe that tells the tokens of positive answers from those of negative ones, with a line to act on.
+    """Learn a probe that separates the tokens of positive answers from those of negative ones, with a threshold.
 
     Args:
         lm: The model.
-        pairs: Answers or texts. Every other one is fitted; of the rest one half chooses the layer, the other measures.
-        layers: Where to look; by default every fourth block from a quarter of the depth on.
-        read_at: At which of an answer's tokens: `"answer"` (all), `"first:K"`, `"after:MARKER"`, `"last"`.
-        false_alarms: The share of held-out negative answers that may have a token beyond the line, 0 to 1.
-        penalty: Of the regression, on activations of mean 0 and variance 1.
-        progress: `progress(done, total)` counts pairs that were read.
+        pairs: Answers or texts. Every other pair is for fitting; of the rest, one half selects the layer and the other
+            half measures the probe.
+        layers: The candidate blocks (default: every fourth block from a quarter of the depth on).
+        read_at: The tokens of an answer: `"answer"` (all), `"first:K"`, `"after:MARKER"`, `"last"`.
+        false_alarms: The maximum share of held-out negative answers with a token above the threshold, 0 to 1.
+        penalty: The penalty of the regression, on activations with mean 0 and variance 1.
+        progress: `progress(done, total)` counts pairs.
 
     Returns:
-        A steering whose one edit has the probe for its gate: `Monitor.of(name, probe)` reads it at each token. What it
-        adds is the probe's unit direction. The card has `area` (that under the held-out curve), `threshold`, `hits` and
+        A steering with one edit, whose gate is the probe: `Monitor.of(name, probe)` measures it at each token. The edit
+        adds the probe's unit direction. The card has `area` (under the held-out curve), `threshold`, `hits` and
         `false_alarms`.
 
     Raises:
-        TrimtabError: Too few pairs, unknown layers, a share that is none.
+        TrimtabError: There are too few pairs, unknown layers, or `false_alarms` is out of range.
     """
     check_lm(lm)
     pairs = pairs_for(lm, pairs)
@@ -118,7 +119,7 @@ def learn_probe(
 
 
 def _fit(pairs: Sequence[Sequence[Tensor]], site: Site, penalty: float) -> _Fitted:
-    """A regression on tokens of these pairs, in units of each activation's spread, put back into the model's own."""
+    """Fit a regression to tokens of these pairs, on standardized activations, and convert it to the original units."""
     sides = [[_spread(pair[side]) for pair in pairs] for side in (0, 1)]
     rows = torch.cat([x for side in sides for x in side])
     labels = torch.cat([torch.full((len(x),), 1.0 - side) for side in (0, 1) for x in sides[side]])
@@ -131,7 +132,7 @@ def _fit(pairs: Sequence[Sequence[Tensor]], site: Site, penalty: float) -> _Fitt
 
 
 def _spread(x: Tensor) -> Tensor:
-    """`TOKENS` of these rows at most, evenly."""
+    """At most `TOKENS` of these rows, evenly spaced."""
     step = max(1, math.ceil(len(x) / TOKENS))
     return x[::step]
 

@@ -1,4 +1,4 @@
-"""Logistic probes, many at a time: one for each head of a model, say."""
+"""Batched logistic probes, for example one for each head of a model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ENOUGH = 1e-9
 def logistic(x: Tensor, y: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
     """The weights `[..., width]` and biases `[...]` of logistic regressions of `y` on `x`, in float64.
 
-    `x` is `[..., n, width]`, one regression for each of the leading places; `y` `[n]` is 0 or 1. Each minimises the sum
-    of the n log losses plus `penalty / 2 * |weight|²` (scikit-learn's `C = 1 / penalty`); the bias is free. Newton's
-    method, with steps halved while the loss would rise.
+    `x` is `[..., n, width]`, with one regression per index of the leading dimensions; `y` `[n]` is 0 or 1. Each
+    minimizes the sum of the n log losses plus `penalty / 2 * |weight|²` (scikit-learn's `C = 1 / penalty`); the bias
+    isn't penalized. Uses Newton's method, with steps halved while the loss would increase.
 
-    Raises `TrimtabError` unless there are both kinds of y and the penalty is above 0.
+    Raises `TrimtabError` unless `y` has both values and the penalty is above 0.
     """
     labels = y.to(torch.float64)
     if not bool(((labels == 0) | (labels == 1)).all()) or not 0 < float(labels.mean()) < 1:
@@ -43,7 +43,7 @@ def logistic(x: Tensor, y: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor
         if float(gradient.abs().max()) < ENOUGH * len(labels):
             break
         curvature = inputs.mT @ (inputs * (p * (1 - p))[..., None]) + torch.diag(ridge)
-        curvature.diagonal(dim1=-2, dim2=-1)[...] += 1e-12  # the bias alone has no penalty
+        curvature.diagonal(dim1=-2, dim2=-1)[...] += 1e-12  # the bias has no penalty
         step = torch.linalg.solve(curvature, gradient[..., None])[..., 0]
         share = torch.ones_like(now)
         for _ in range(30):

@@ -1,8 +1,8 @@
 """A shift of activations as a low-rank function of them: reduced-rank ridge regression, in closed form.
 
-PSR (arXiv 2605.03907) writes what a prompt does to an activation as a function of the activation. Here it is
+PSR (arXiv 2605.03907) models a prompt's effect on an activation as a function of the activation. Here it is
 
-    delta ~ x W + b      by ridge,      W <- W V Vᵀ      with V the leading directions of the fitted shift
+    delta ~ x W + b      by ridge regression,      W <- W V Vᵀ      with V the leading directions of the fitted shift
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from trimtab.errors import TrimtabError
 from trimtab.steering.tensors import to_float64
 
 RIDGE = 0.02
-"""Of the mean diagonal of the activations' covariance."""
+"""The ridge penalty, relative to the mean diagonal of the activations' covariance."""
 
 
 @dataclass(frozen=True)
 class Fitted:
     """`x + x readᵀ write + vector`: `read` and `write` are `[rank, width]`, `vector` is `[width]`.
 
-    `explained` is the share of the shift's energy that it has on what it was fitted to, 0 … 1.
+    `explained` is the share of the shift's energy that it explains on the training data, 0 … 1.
     """
 
     read: Tensor
@@ -33,16 +33,19 @@ class Fitted:
 
 
 def reduced_rank(x: Tensor, delta: Tensor, rank: int, ridge: float = RIDGE) -> Fitted:
-    """The map of rank `rank` that gives the shift `delta` of activations `x`.
+    """Fit a map of rank `rank` from activations `x` to their shifts `delta`.
 
     Args:
         x: The activations, `[tokens, width]`.
-        delta: What is to be added to each, `[tokens, width]`.
-        rank: At most so many directions; 0 gives the mean shift alone.
-        ridge: How strongly W is held small, in units of the mean diagonal of the covariance of `x`.
+        delta: The shift of each activation, `[tokens, width]`.
+        rank: The maximum rank; 0 gives only the mean shift.
+        ridge: The penalty on W, in units of the mean diagonal of the covariance of `x`.
+
+    Returns:
+        The map.
 
     Raises:
-        TrimtabError: Shapes that differ, no tokens, or numbers that aren't finite.
+        TrimtabError: Shapes differ, there are no tokens, or values aren't finite.
     """
     if x.shape != delta.shape or x.dim() != 2 or not len(x):
         raise TrimtabError(

@@ -1,8 +1,7 @@
-"""A teacher's next-token distributions, sharpened, kept as their likeliest tokens and the rest, and the divergence from
-them.
+"""A teacher's sharpened next-token distributions, stored as their top tokens, and the divergence from them.
 
-A small model that follows its prompt does so with little certainty, and a student learns that, too: on the default
-model bullet points held in 15 of 32 answers with the distributions as they are, and in 21 at a temperature of 0.25.
+A small model follows its prompt with little confidence, and a student learns that too: on the default model, 15 of 32
+answers had the required bullet points with the original distributions, and 21 with a temperature of 0.25.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from trimtab.learn.own_answers import Lesson, help_changes, helped
 TOP = 64
 LEAST_REST = 1e-6
 TEMPERATURE = 0.25
-"""Of the teacher's distributions; 1 leaves them as they are, near 0 only its likeliest token counts."""
+"""The temperature of the teacher's distributions; 1 doesn't change them, and near 0 only the likeliest token counts."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The teacher's `TOP` likeliest tokens at each token of an answer: `ids` and `logprobs`, `[answer tokens, TOP]`, at
-    its temperature.
+    """The teacher's `TOP` likeliest tokens at each token of an answer: `ids` and `logprobs`, `[answer tokens, TOP]`.
+
+    The log-probabilities are those at `TEMPERATURE`.
     """
 
     ids: Tensor
@@ -36,7 +36,7 @@ class Targets:
 def soft_targets(
     run: Forcing, lessons: Sequence[Lesson], progress: Callable[[int, int], None] | None = None
 ) -> list[Targets]:
-    """What the teacher says at each token of each lesson: with its prompt, and helped where it was helped."""
+    """The teacher's distributions at each token of each lesson: with its prompt, and with the lesson's help if any."""
     alone = [Forced(lesson.instructed, lesson.answer) for lesson in lessons]
     targets: list[Targets] = []
     for numbers in passes(run.model, alone):
@@ -65,11 +65,12 @@ def _likeliest(logits: Tensor) -> Targets:
 def divergence(logits: Tensor, targets: Targets) -> Tensor:
     """KL(teacher || student) at each token, `[answer tokens]`, in nats.
 
-    The tokens that aren't among the teacher's likeliest count as one, so that it is never above the exact divergence.
+    All tokens outside the teacher's top tokens count as one token, so the result is a lower bound of the exact
+    divergence.
 
     Args:
-        logits: The student's, `[answer tokens, vocabulary]`.
-        targets: The teacher's.
+        logits: The student's logits, `[answer tokens, vocabulary]`.
+        targets: The teacher's distributions.
     """
     student = logits.log_softmax(-1).gather(-1, targets.ids)
     teacher = targets.logprobs

@@ -1,4 +1,4 @@
-"""What a model is told, so that it can be learned from: an instruction, a system message, a text, or examples."""
+"""Teachers: prompts to distill, made of an instruction, a system message, a text or examples."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ HOLE = "{query}"
 
 @dataclass(frozen=True)
 class Teacher:
-    """How a query is put to the model that is learned from; what is learned answers the bare query the same way.
+    """A prompt around a query. The steering learned from it answers the bare query in the same way.
 
     Args:
-        instruction: Phrasings of one instruction, which stand behind the query in turn.
+        instruction: Phrasings of one instruction, which are appended to queries in turn.
         system: A system message.
-        text: A text in front of the query, or around it: `{query}` in it is where the query goes.
-        examples: Earlier turns, each a query and the answer that it should have.
-        times: How often the instruction is said.
+        text: A text before the query, or around it, with `{query}` as the placeholder.
+        examples: Earlier turns, each a query and its answer.
+        times: How many times the instruction is repeated.
 
     Raises:
-        TrimtabError: Nothing is said at all, or something is said that is empty.
+        TrimtabError: The teacher has no content, or a part of it is empty.
     """
 
     instruction: tuple[str, ...] = ()
@@ -43,18 +43,18 @@ class Teacher:
 
     @property
     def turns(self) -> int:
-        """How many different ways it has to say the same."""
+        """The number of phrasings, at least 1."""
         return max(1, len(self.instruction))
 
     def ways(self, phrasings: int) -> list[int]:
-        """Turns that say it in different ways: at most so many phrasings, and then each of them once more often."""
+        """Turns with different prompts: the first `phrasings` phrasings, and then each of them repeated once more."""
         once = list(range(min(phrasings, self.turns)))
         return once + [turn + self.turns for turn in once] if self.instruction else once
 
     def ask(self, query: str, turn: int) -> Prompt:
-        """The prompt with everything in it. The system message goes beside it.
+        """The complete prompt for a query, except for the system message, which is passed separately.
 
-        `turn` picks the phrasing; when all phrasings have had their turn, each is said once more often.
+        `turn` selects the phrasing. After all phrasings have been used, each one is repeated once more.
         """
         prompt = query
         if self.instruction:

@@ -1,4 +1,4 @@
-"""Where to draw a gate's line: the curve of all thresholds on data, and the point that is chosen on it."""
+"""Thresholds of gates: the ROC curve on data, and the choice of a point on it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any, Literal
 from trimtab.errors import TrimtabError
 
 Choice = Literal["youden", "f1", "midpoint"]
-"""Which threshold: that of the largest `hits - false alarms` (`youden`), of the largest F1 (`f1`, CAST's), or half-way
-between the two sides' mean scores (`midpoint`, InferAligner's)."""
+"""How the threshold is chosen: the largest `hits - false alarms` (`youden`), the largest F1 (`f1`, as in CAST), or the
+midpoint between the two sides' mean scores (`midpoint`, as in InferAligner)."""
 CHOICES = ("youden", "f1", "midpoint")
 CARD_POINTS = 64
-"""So many points of a curve at most are kept in a card."""
+"""The maximum number of points of a curve in a card."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One threshold, and what shares of either side exceed it: `hits` of those meant, `false_alarms` of the others."""
+    """A threshold, and the shares of scores above it: `hits` among the positives, `false_alarms` among the others."""
 
     threshold: float
     hits: float
@@ -29,9 +29,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The receiver operating characteristic: a point between any two neighbouring scores, from none open to all.
+    """The receiver operating characteristic: a point between each two neighboring scores, from all open to none.
 
-    `area` is the chance that a score of the meant side exceeds one of the other (ties count a half).
+    `area` is the probability that a score of the meant side exceeds one of the other side (ties count one half).
     """
 
     points: tuple[Point, ...]
@@ -39,10 +39,10 @@ class Curve:
     counts: tuple[int, int]
 
     def chosen(self, by: Choice = "youden", false_alarms: float | None = None) -> Point:
-        """The best point by this measure, among those of at most this share of false alarms.
+        """The best point by this measure, among those with at most this share of false alarms.
 
-        Among equals the one with the widest gap between neighbouring scores is preferred, in whose middle it is.
-        Raises `TrimtabError` for an unknown measure.
+        Among equally good points, the one in the widest gap between neighboring scores wins. Raises `TrimtabError` for
+        an unknown measure.
         """
         if by not in ("youden", "f1"):
             raise TrimtabError(f"unknown choice of a threshold {by!r}; known: {', '.join(CHOICES)}")
@@ -61,7 +61,7 @@ class Curve:
         return self.points[i + 1].threshold - self.points[i - 1].threshold if inner else 0.0
 
     def for_card(self, chosen: Point) -> dict[str, Any]:
-        """The curve, its area and the chosen point as JSON values: its corners, thinned to `CARD_POINTS`."""
+        """The curve, its area and the chosen point as JSON values. Only corners are kept, at most `CARD_POINTS`."""
         corners = [
             p
             for i, p in enumerate(self.points)
@@ -79,9 +79,9 @@ class Curve:
 
 
 def roc(meant: Sequence[float], others: Sequence[float]) -> Curve:
-    """The curve of scores for which a gate should be open (`meant`), and shut (`others`).
+    """The curve for scores at which a gate should be open (`meant`) and closed (`others`).
 
-    Raises `TrimtabError` when a side has no scores.
+    Raises `TrimtabError` if a side has no scores.
     """
     if not meant or not others:
         raise TrimtabError("a threshold is learned from both sides: prompts that should open the gate, and others")
@@ -96,7 +96,7 @@ def roc(meant: Sequence[float], others: Sequence[float]) -> Curve:
 def learn_threshold(
     meant: Sequence[float], others: Sequence[float], by: Choice = "youden", false_alarms: float | None = None
 ) -> tuple[Point, Curve]:
-    """The chosen point, whose threshold is the gate's, and the curve it lies on.
+    """The chosen point, with the gate's threshold, and the curve.
 
     Raises `TrimtabError` for a side without scores or an unknown choice.
     """
@@ -115,7 +115,7 @@ def _above(ordered: Sequence[float], line: float) -> int:
 
 
 def _straight(a: Point, b: Point, c: Point) -> bool:
-    """Whether b lies on the way from a to c along one axis."""
+    """Whether a, b and c are on a horizontal or vertical line."""
     return a.hits == b.hits == c.hits or a.false_alarms == b.false_alarms == c.false_alarms
 
 

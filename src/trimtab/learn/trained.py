@@ -1,4 +1,4 @@
-"""What a learner trains by gradient: at each site a vector, or a vector and a low-rank map beside it."""
+"""Trainable parameters: at each site a vector, optionally with a low-rank map."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 P = TypeVar("P")
 Q = TypeVar("Q", bound=Any)
 Start = Callable[[Mapping[Site, float], Mapping[Site, int], torch.device], P]
-"""Where to begin: from the root mean squares of activations' elements and the widths, by site, and the device."""
+"""Creates initial parameters from the root mean square of the activations and their width, by site, and the device."""
 
 FROM_LAST = Positions.from_last_prompt_token()
 READ = 16
-"""So many answers tell what activations are like."""
+"""The number of answers from which the typical activation is estimated."""
 FIRST_READ = 0.1
-"""How long a row that reads is to begin with: what it reads of an activation is about a tenth of its root mean square.
-What it writes begins at 0."""
+"""The initial norm of a row of `read`: it reads about a tenth of an activation's root mean square. `write` starts at 0.
+"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One site's share of what is trained: `x + x readᵀ write + vector`, in units of the activations there.
+    """The parameters at one site: `x + x readᵀ write + vector`, in units of the activations there.
 
     `scale` is the root mean square of an activation's elements at the site. `vector` `[width]` and `write`
     `[rank, width]` are multiples of it, and `read` `[rank, width]` is a multiple of its inverse, so that one learning
@@ -53,7 +53,7 @@ class Part:
         return (self.vector, self.read, self.write) if len(self.read) else (self.vector,)
 
     def change(self, factor: float, x: Tensor) -> Tensor:
-        """What it adds to activations `[tokens, width]`, times `factor`."""
+        """The change of activations `[tokens, width]`, times `factor`."""
         vector, read, write = (tensor.to(x.device) for tensor in (self.vector, self.read, self.write))
         added = vector.expand_as(x)
         if len(read):
@@ -61,7 +61,7 @@ class Part:
         return factor * self.scale * added
 
     def operation(self) -> Add | ReadWrite:
-        """The same as an operation; the vector is what a row writes that reads nothing and has the bias 1."""
+        """The equivalent operation. With a map, the vector becomes a row with a zero `read` and a bias of 1."""
         vector = (self.scale * self.vector.detach()).cpu()
         if not len(self.read):
             return Add(vector)
@@ -73,21 +73,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts(Generic[Q]):
-    """All that is trained, by site: `Part`s, or what else has their `tensors`, `change` and `operation`."""
+    """All parameters by site: `Part`s, or other objects with `tensors`, `change` and `operation`."""
 
     parts: Mapping[Site, Q]
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What the optimizer moves."""
+        """The tensors that the optimizer updates."""
         return [tensor for site in sorted(self.parts) for tensor in self.parts[site].tensors]
 
     def changes(self, factor: float = 1.0) -> dict[Site, Change]:
-        """What is added at each site, times `factor`."""
+        """The change at each site, times `factor`."""
         return {site: partial(part.change, factor) for site, part in self.parts.items()}
 
     def frozen(self) -> Self:
-        """A copy that the optimizer doesn't move."""
+        """A copy that the optimizer doesn't update."""
         copies = {}
         for site, part in self.parts.items():
             held = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
@@ -95,28 +95,28 @@ class Parts(Generic[Q]):
         return type(self)(copies)
 
     def edits(self, positions: Positions = FROM_LAST) -> tuple[Edit, ...]:
-        """The same as edits of strength 1, in the order of their sites."""
+        """The equivalent edits of strength 1, in the order of their sites."""
         return tuple(Edit(site, self.parts[site].operation(), positions) for site in sorted(self.parts))
 
 
 class Trained(Parts[Part]):
-    """A vector at each site, or a vector and a low-rank map."""
+    """A vector at each site, optionally with a low-rank map."""
 
     @classmethod
     def start(
         cls, scales: Mapping[Site, float], widths: Mapping[Site, int], rank: int, seed: int, device: torch.device
     ) -> Trained:
-        """At the beginning nothing is added anywhere.
+        """The initial parameters, which change nothing.
 
         Args:
             scales: The root mean square of an activation's elements, by site.
             widths: The width of activations, by site.
-            rank: Rows that read, at each site; 0 for a vector alone.
-            seed: Of the rows' first directions.
-            device: Where the tensors are.
+            rank: The rank of the map at each site; 0 for only a vector.
+            seed: The seed of the initial `read`.
+            device: The device of the tensors.
 
         Raises:
-            TrimtabError: An activation without length.
+            TrimtabError: Activations are zero or not finite.
         """
         generator = torch.Generator().manual_seed(seed)
         parts = {}
@@ -128,7 +128,7 @@ class Trained(Parts[Part]):
         return cls(parts)
 
     def moving(self) -> Trained:
-        """A copy that the optimizer moves."""
+        """A copy that the optimizer updates."""
         copy = self.frozen()
         for tensor in copy.tensors:
             tensor.requires_grad_()
@@ -136,18 +136,18 @@ class Trained(Parts[Part]):
 
     @torch.no_grad()
     def cap(self, dose: float) -> None:
-        """Shorten vectors that are longer than `dose` times the typical activation at their site."""
+        """Cap the norms of the vectors at `dose` times the norm of the typical activation at their site."""
         for part in self.parts.values():
             longest = dose * len(part.vector) ** 0.5
             part.vector.mul_((longest / part.vector.norm().clamp(min=1e-30)).clamp(max=1.0))
 
     def doses(self) -> dict[Site, float]:
-        """By site, the length of the vector over that of the typical activation."""
+        """By site, the norm of the vector divided by the norm of the typical activation."""
         return {site: float(part.vector.detach().norm()) / len(part.vector) ** 0.5 for site, part in self.parts.items()}
 
 
 def having_length(scales: Mapping[Site, float]) -> list[Site]:
-    """The sites in order. Raises `TrimtabError` where activations have no length, the unit of what is learned."""
+    """The sites in order. Raises `TrimtabError` if activations are zero or not finite, since they are the unit."""
     for site in sorted(scales):
         if not (scales[site] > 0 and math.isfinite(scales[site])):
             raise TrimtabError(f"activations at {site} are {scales[site]} long; nothing can be learned there")
@@ -155,7 +155,7 @@ def having_length(scales: Mapping[Site, float]) -> list[Site]:
 
 
 def begin(layout: Layout, run: Forcing, sites: Sequence[Site], texts: Sequence[Forced], start: Start[P]) -> P:
-    """What `start` makes, in units of what activations are like at the answers' tokens of the first few texts."""
+    """The initial parameters of `start`, in units of the activations at the answers' tokens of the first few texts."""
     states = states_at(run, texts[:READ], {}, sites)
     widths = {site: place(layout, site).size for site in sites}
     return start(typical(states), widths, next(iter(states.values()))[0].device)
@@ -164,7 +164,7 @@ def begin(layout: Layout, run: Forcing, sites: Sequence[Site], texts: Sequence[F
 def states_at(
     run: Forcing, texts: Sequence[Forced], changes: Mapping[Site, Change], sites: Sequence[Site]
 ) -> dict[Site, list[Tensor]]:
-    """At each site, what each text has there at its answer's tokens under these changes: `[tokens, width]`."""
+    """At each site, each text's activations at its answer's tokens under these changes: `[tokens, width]`."""
     activations: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for numbers in passes(run.model, texts):
         for site, rows in run.states([texts[i] for i in numbers], changes, sites).items():
@@ -175,7 +175,7 @@ def states_at(
 def typical(states: Mapping[Site, Sequence[Tensor]]) -> dict[Site, float]:
     """By site, the median over tokens of the root mean square of an activation's elements.
 
-    The median, since a few tokens of many models (attention sinks) are a hundred times as long as all others.
+    The median, since in many models the activations of a few tokens (attention sinks) have a hundred times the norm.
     """
     return {
         site: float(torch.cat([x.float() for x in rows]).pow(2).mean(-1).sqrt().median())

@@ -1,12 +1,12 @@
-"""What the last block's output says about each token of the vocabulary, and how to move one token's logit alone.
+"""The unembedding: directions after the last block that read a token's logit, and that change only this logit.
 
-Between the last block and the logits stand a norm and a matrix. With `z` the activation over its root mean square
+Between the last block and the logits are a norm and a matrix. With `z` the activation divided by its root mean square
 
-    logit_k(x) - mean of all logits  ~  r_k . z    r_k: row k of the matrix, less the mean row, times the norm's gain
+    logit_k(x) - mean of all logits  ~  r_k . z    r_k: row k of the matrix, minus the mean row, times the norm's gain
     d_k = C⁻¹ r_k / (r_k . C⁻¹ r_k)                C: the covariance of all rows
 
-Adding `d_k` raises token k's logit by one nat, and of all directions that do so it moves the other tokens' logits
-least, in the mean over the vocabulary. (The row itself moves thousands of them: rows have much in common.)
+Adding `d_k` raises token k's logit by one nat, and of all directions that do so it changes the other tokens' logits
+least, averaged over the vocabulary. (Adding the row itself would change thousands of them, since rows are similar.)
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 FIRST = 2
-"""Tokens at the beginning that aren't read: in many models they are far longer than all others."""
+"""The number of tokens at the beginning that aren't read: in many models their activations have outsized norms."""
 RIDGE = 0.02
-"""Of the mean diagonal of the rows' covariance."""
+"""The ridge term, relative to the mean diagonal of the rows' covariance."""
 LEAST = 0.9
-"""The share of the logits' variance that has to be told right."""
+"""The minimum share of the logits' variance that has to be explained."""
 CHUNK = 8192
 
 
 @dataclass(frozen=True)
 class Unembedding:
-    """`rows[k] @ x / typical` is the logit of token `k`, less the mean of all, of an activation of typical length.
+    """`rows[k] @ x / typical` is token `k`'s logit minus the mean logit, for an activation with the typical norm.
 
     Args:
         site: The residual stream after the last block.
         rows: `[vocabulary, width]`, in nats for an activation whose elements' root mean square is 1.
-        covariance: Of the rows, `[width, width]`, float64.
+        covariance: The covariance of the rows, `[width, width]`, float64.
         typical: The root mean square of an activation's elements, the median over tokens.
-        explained: The share of the logits' variance, over the vocabulary, that the rows tell right.
+        explained: The share of the logits' variance, over the vocabulary, that the rows explain.
     """
 
     site: Site
@@ -54,11 +54,11 @@ class Unembedding:
     explained: float
 
     def read(self, token: int) -> Tensor:
-        """What reads the token's logit from an activation, in nats: `[width]`."""
+        """The direction that reads the token's logit from an activation, in nats: `[width]`."""
         return self.rows[token].double() / self.typical
 
     def write(self, token: int) -> Tensor:
-        """What raises the token's logit by one nat where it is added, and all others as little as may be: `[width]`."""
+        """The direction that raises the token's logit by one nat and others as little as possible: `[width]`."""
         row = self.rows[token].double()
         ridge = RIDGE * float(self.covariance.diagonal().mean())
         held = self.covariance + ridge * torch.eye(len(row), dtype=row.dtype, device=row.device)
@@ -68,14 +68,18 @@ class Unembedding:
 
 @torch.no_grad()
 def unembedding(lm: LM, prompts: Sequence[str]) -> Unembedding:
-    """Read a model's unembedding, and what the norm before it does to the activations of a few prompts.
+    """Read a model's unembedding matrix, and estimate the effect of the norm before it from a few prompts.
 
     Args:
         lm: The model, on the transformers engine.
-        prompts: Some; a few tell what the norm does.
+        prompts: Any prompts; a few are enough.
+
+    Returns:
+        The unembedding.
 
     Raises:
-        UnsupportedError: The model's logits aren't told by its unembedding and a norm.
+        UnsupportedError: The prompts are too short, or the model's logits can't be computed from its output embeddings
+            and a norm.
     """
     site = Site(lm.layout.layers - 1)
     texts = [Forced(tuple(ids[:FIRST]), tuple(ids[FIRST:])) for ids in map(lm.encode, prompts) if len(ids) > FIRST + 1]
@@ -95,7 +99,7 @@ def unembedding(lm: LM, prompts: Sequence[str]) -> Unembedding:
             f" width {x.shape[1]}"
         )
     rows = rows - rows.mean(0)
-    # the activations after the norm, as the logits have them; then the norm's gain, element by element
+    # recover the normalized activations from the logits, then estimate the norm's gain for each element
     normed = _product(logits, rows) @ torch.linalg.pinv(_moment(rows), hermitian=True)
     gain = (normed * z).sum(0) / z.square().sum(0)
     rows = rows * gain.to(rows)
@@ -112,7 +116,7 @@ def unembedding(lm: LM, prompts: Sequence[str]) -> Unembedding:
 
 
 def _read(lm: LM, texts: Sequence[Forced], site: Site) -> tuple[Tensor, Tensor]:
-    """Activations after the last block `[tokens, width]`, float64, and the logits there `[tokens, vocabulary]`."""
+    """Activations after the last block `[tokens, width]`, float64, and their logits `[tokens, vocabulary]`."""
     states: list[Tensor] = []
     logits: list[Tensor] = []
     with forcing(lm.model, lm.layout, [site]) as run, torch.no_grad():
@@ -124,7 +128,7 @@ def _read(lm: LM, texts: Sequence[Forced], site: Site) -> tuple[Tensor, Tensor]:
 
 
 def _moment(rows: Tensor) -> Tensor:
-    """The sum of the rows' products, `[width, width]`, float64."""
+    """`rows.T @ rows`, `[width, width]`, float64."""
     moment = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for part in rows.split(CHUNK):
         moment += (part.T @ part).double()
@@ -132,6 +136,6 @@ def _moment(rows: Tensor) -> Tensor:
 
 
 def _product(logits: Tensor, rows: Tensor) -> Tensor:
-    """`logits @ rows`, float64; the rows have mean 0, so that it is that of the logits less their mean."""
+    """`logits @ rows`, float64. Since the rows have mean 0, it equals the product with centered logits, as computed."""
     centred = logits - logits.mean(1, keepdim=True)
     return (centred.to(rows) @ rows).double()

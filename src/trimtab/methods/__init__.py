@@ -1,1 +1,1 @@
-"""One paper, one file."""
+"""The methods, one file per paper."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 DEPTH = 0.125
-"""Layer 6 of GPT-2 XL's 48, the paper's most used."""
+"""Layer 6 of the 48 of GPT-2 XL, the one that the paper uses most."""
 
 Align = Literal["front", "back"]
 
@@ -41,13 +41,26 @@ def learn_actadd(
     align: Align = "front",
     progress: Progress | None = None,
 ) -> Steering:
-    """The difference of two texts, token by token, added to the first (or last) tokens of a prompt.
+    """Learn the difference of two texts, token by token, to add to the first (or last) tokens of a prompt.
 
-    The shorter text is padded with spaces (where a space is no token: with the pad token). The texts are read as they
-    are, without a chat template. Where they begin alike (a BOS token) nothing is added. A prompt needs as many tokens
-    as the longer text. `coefficient` becomes the edits' strength.
+    The shorter text is padded with spaces (with the pad token if the tokenizer has no token for a space). The texts are
+    read without a chat template. Tokens of a common beginning, such as a BOS token, add nothing. A prompt needs at
+    least as many tokens as the longer text.
 
-    Raises `TrimtabError` for a missing text, two of the same tokens, or an unknown layer.
+    Args:
+        lm: The model.
+        layers: The blocks at whose input to read and add (default: one, at 0.125 of the depth).
+        positive: The text to steer towards.
+        negative: The text to steer away from.
+        coefficient: The strength of the edits, the paper's c.
+        align: Whether to add at the `"front"` or at the `"back"` of the prompt.
+        progress: `progress(done, total)`.
+
+    Returns:
+        The steering, with one `Add` per layer and token.
+
+    Raises:
+        TrimtabError: A text is missing, both texts have the same tokens, or a layer is unknown.
     """
     check_lm(lm)
     if not positive or not negative:
@@ -81,7 +94,7 @@ def _at(j: int, length: int, align: Align) -> Positions:
 
 
 def _filler(lm: LM) -> int:
-    """A space, as in the paper, where it is one token; else what the tokenizer pads with."""
+    """The token for a space, as in the paper, if there is one; else the pad token or the EOS token."""
     space = lm.tokenizer(" ", add_special_tokens=False)["input_ids"]
     if len(space) == 1:
         return int(space[0])

@@ -4,11 +4,11 @@ Preference Optimization", NeurIPS 2024, arXiv 2406.00045, section 3.
     r(y, d) = log p(y | x, h + d v) - log p(y | x)
     minimise over v:  -E log sigmoid( d beta [r(y+, d) - r(y-, d)] )        d from {-1, 1}
 
-Each sign of the vector is to prefer its own answer, more than the unsteered model does. Log-probabilities are sums over
-an answer's tokens. The loss, beta and the beginning at v = 0 are those of the authors' code (CaoYuanpu/BiPO). Ours: d
-is drawn for each pair, where their code draws it for each batch; the vector acts from the last prompt token on, where
-theirs acts on all of the prompt too; Adam with a rate in units of activations, a cap on the vector's length, and an
-early stop by held-out pairs; and no end-of-text token is added to an answer, where theirs adds one.
+With either sign, the vector should make the model prefer the corresponding answer more than it does unsteered.
+Log-probabilities are summed over an answer's tokens. The loss, beta and the start at v = 0 are those of the authors'
+code (CaoYuanpu/BiPO). Differences from it: d is drawn per pair instead of per batch; the vector acts from the last
+prompt token on instead of on the whole prompt too; Adam has a learning rate in units of activations, the vector's norm
+is capped, and held-out pairs decide when to stop; no end-of-text token is appended to answers.
 """
 
 from __future__ import annotations
@@ -54,25 +54,28 @@ def learn_bipo(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn a vector whose strength 1 prefers the positive answers, and -1 the negative ones.
+    """Learn a vector that prefers the positive answers at strength 1 and the negative ones at strength -1.
+
+    A `KeyboardInterrupt` during gradient descent ends it with the best vector so far, which the card records.
 
     Args:
         lm: The model; its weights don't change.
         pairs: Answers to prompts. Each side is read under its own system prompt and messages.
         layers: Blocks to steer after, each with its own vector (default: one, at 0.47 of the depth).
-        beta: The scale of the log-ratios. A smaller one pushes on for longer where the preference is already strong.
+        beta: The scale of the log-ratios in the loss. The smaller it is, the later the loss of a pair saturates as its
+            preference grows.
         steps: The maximum number of steps of gradient descent; it stops early when held-out pairs no longer improve.
         rate: Adam's learning rate, in units of the activations' root mean square.
-        max_dose: The maximum length of a vector, relative to the typical activation at its block.
+        max_dose: The maximum norm of a vector, relative to the typical activation at its block.
         held_out: Held-out pairs, which decide when to stop; default: one prompt in eight of `pairs`.
-        seed: Of the order of the pairs, and of the signs under which they are learned.
+        seed: The seed for the order of the pairs and for the signs d.
         progress: `progress(done, total)`: pairs read, then steps.
 
-    Returns: A steering of strength 1. Its card has the loss and both sides' log-probabilities per token, before and
-        after. A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
+    Returns:
+        A steering of strength 1. Its card has the loss and both sides' log-probabilities per token, before and after.
 
     Raises:
-        TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
+        TrimtabError: There are no pairs, pairs of another shape, unknown layers, or invalid options.
     """
     pairs = pairs_for(lm, pairs, "training")
     held_out = None if held_out is None else as_pairs(held_out)
@@ -105,7 +108,7 @@ def learn_bipo(
 def bipo_loss(
     run: Forcing, trained: Trained, pairs: Sequence[Preference], signs: Sequence[float], beta: float
 ) -> Tensor:
-    """The loss, summed over pairs, each under its own sign d."""
+    """The loss, summed over pairs, each with its own sign d."""
     positive, negative = both_logprobs(run, pairs, trained.changes(), signs)
     reference = torch.tensor([pair.reference for pair in pairs], device=positive.device)
     log_ratios = (positive - reference[:, 0]) - (negative - reference[:, 1])

@@ -4,8 +4,8 @@ ACL 2024, arXiv 2312.06681, section 3.
     v[l] = mean over pairs of (h_l[positive] - h_l[negative])        read at the answer's letter
     h_l[t] <- h_l[t] + m * v[l]        for t from the last prompt token on, at one layer l
 
-Read over whole answers, each side's given under a system prompt of its own, it is the vector of "Persona Vectors" (Chen
-et al., arXiv 2507.21509, section 2): h_l is then the mean over the answer's tokens.
+If whole answers are read, each side under its own system prompt, this gives the vectors of "Persona Vectors" (Chen et
+al., arXiv 2507.21509, section 2): h_l is then the mean over the answer's tokens.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ __all__ = [
 
 
 DEPTH = 0.4
-"""Where CAA works best in the paper: layer 13 of 32 (7B) and 14 of 40 (13B)."""
+"""The depth at which CAA works best in the paper: layer 13 of 32 (7B) and 14 of 40 (13B)."""
 
 Norm = Literal["raw", "unit", "relative"]
-"""What strength 1 is: the mean difference itself (`raw`, the paper's), a push of length 1 (`unit`), or one as long as
-the mean activation at that layer (`relative`)."""
+"""The scale of strength 1: the mean difference itself (`raw`, as in the paper), a vector of norm 1 (`unit`), or one
+with the mean norm of the activations at that layer (`relative`)."""
 
 BALANCE_LIMIT = 0.1
-"""Above this a letter is so much oftener positive than negative that its own direction is in the steering: of the
-paper's sets all are below 0.06 but survival instinct (0.24 for A, -0.33 for B)."""
+"""The limit for how much more often a letter is positive than negative. Above it, the letter's own direction is part of
+the steering. The paper's data sets are below 0.06, except survival instinct (0.24 for A, -0.33 for B)."""
 
 AGREEMENT_FLOOR = 0.1
-"""Pairs that agree less than this, beyond chance, hardly have a direction in common. Nor do n pairs below
-`1 / sqrt(n)`: there, the mean holds more of the pairs' differences from each other than of what they share."""
+"""Pairs whose agreement beyond chance is below this hardly have a direction in common. The same holds for n pairs below
+`1 / sqrt(n)`: there, noise contributes more to the mean than the common direction does."""
 
 
 class PairsWarning(UserWarning):
-    """What is learned from these pairs may not be what was meant: unbalanced letters, or pairs that don't agree."""
+    """The pairs may not give the intended steering: the letters are unbalanced, or the pairs don't agree."""
 
 
 @keywords
@@ -81,22 +81,34 @@ def learn_caa(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn the mean difference of the pairs' activations at each layer (default: the one at 0.4 of the depth).
+    """Learn the mean difference of the pairs' activations, to add from the last prompt token on.
 
-    `estimator` makes the direction another: `"median"`, `"pca"`, `"probe"`, or a function of the positives' and the
-    negatives' activations, each `[pairs, width]`, that gives one, `[width]` (`trimtab.learn.estimators`). The mean
-    difference needs sums only; for others the activations of all pairs are kept.
+    All layers are read in one pass.
 
-    Multiple-choice pairs are read at the answer's letter, other answers and texts at their last token or at `read_at`:
-    the mean over all tokens of each side's answer (`"answer"`), over the first ones (`"first:8"`), or over those after
-    a text (`"after:</think>"`). The card says which. All layers come of one pass.
+    Args:
+        lm: The model.
+        pairs: Multiple-choice questions, answers or texts.
+        layers: Blocks to read and to steer after (default: one, at 0.4 of the depth).
+        estimator: How the direction is computed: `"mean-difference"`, `"median"`, `"pca"`, `"probe"`, or a function of
+            the positives' and the negatives' activations, each `[pairs, width]`, that returns a direction `[width]`
+            (`trimtab.learn.estimators`). The mean difference keeps only sums in memory, the others all activations.
+        norm: The scale of strength 1: `"raw"` (the mean difference, as the paper's multiplier 1), `"unit"` (norm 1) or
+            `"relative"` (the mean norm of the activations).
+        read_at: Where answers and texts are read: `"last"` (default), or the mean over all tokens of the answer
+            (`"answer"`), over the first ones (`"first:8"`), or over those after a text (`"after:</think>"`).
+            Multiple-choice pairs are read at the answer's letter. The card records it.
+        positions: The tokens at which to add (default: from the last prompt token on).
+        progress: `progress(done, total)` counts pairs.
 
-    The steering adds at `positions`, from the last prompt token on unless told otherwise. With `norm` raw, strength 1
-    is the paper's multiplier 1.
+    Returns:
+        The steering, with one `Add` per layer.
 
-    Warns (`PairsWarning`) about unbalanced letters and pairs that don't agree. Raises `TrimtabError` for no
-    pairs, an unknown layer or norm, an answer that is no bracketed letter, an answer without the marker or with nothing
-    after it, or pairs of prompts (they are for `learn_instruct`).
+    Raises:
+        TrimtabError: There are no pairs, an unknown layer or norm, an answer that isn't a bracketed letter, an answer
+            without the `after:` text or with nothing after it, or pairs of prompts (use `learn_instruct` for these).
+
+    Warns:
+        PairsWarning: The letters are unbalanced, or the pairs don't agree on a direction.
     """
     options: dict[str, Any] = {"norm": norm, "read_at": read_at, "positions": positions, "progress": progress}
     return learn_behaviours(lm, {"caa": pairs}, layers, estimator=estimator, **options)["caa"]
@@ -113,9 +125,9 @@ def learn_behaviours(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Steering]:
-    """`learn_caa` for several behaviours, each with its pairs, in one pass; texts they share are read once.
+    """Run `learn_caa` for several behaviors, each with its own pairs, in one pass. Shared texts are read once.
 
-    For vectors of equal length at each layer, as the paper has them, put the result through `equalised`.
+    For vectors of equal norm at each layer, as in the paper, apply `equalised` to the result.
     """
     if norm not in get_args(Norm):
         raise TrimtabError(f"there is no norm {norm!r}; norms: {', '.join(get_args(Norm))}")
@@ -153,11 +165,12 @@ def learn_behaviours(
 
 
 def equalised(steerings: Mapping[str, Steering]) -> dict[str, Steering]:
-    """The behaviours' vectors, at each layer all as long as they are on average (the paper's normalisation).
+    """Scale the vectors of several behaviors to their average norm at each layer (the paper's normalization).
 
-    Directions stay. Strength 1 then is the same shift for every behaviour; it depends on which ones are given.
+    Directions don't change. Afterwards strength 1 is a shift of the same norm for every behavior; the norm depends on
+    the set of behaviors.
 
-    Raises `TrimtabError` unless all have one raw addition at each of the same layers, or where a vector is zero.
+    Raises `TrimtabError` unless all have one `Add` of strength 1 at each of the same layers, or if a vector is zero.
     """
     lengths: dict[str, dict[int, float]] = {}
     for name, steering in steerings.items():
@@ -179,9 +192,9 @@ def equalised(steerings: Mapping[str, Steering]) -> dict[str, Steering]:
 
 
 def moved(steering: Steering, layer: int) -> Steering:
-    """The vector learned at one layer, added at another (the paper's transfer between layers, section 3).
+    """Move a vector that was learned at one layer to another layer (the paper's transfer between layers, section 3).
 
-    Raises `TrimtabError` when the steering acts at several layers: choose one with `steering.only([…])`.
+    Raises `TrimtabError` if the steering acts at several layers: choose one with `steering.only([…])`.
     """
     if len(steering.layers) != 1:
         raise TrimtabError(
@@ -211,10 +224,10 @@ def _direction(moments: PairMoments, estimator: Estimator, norm: Norm, layer: in
 
 
 def beyond_chance(agreement: float, pairs: int) -> float:
-    """The agreement that would be left with endlessly many such pairs.
+    """An estimate of the agreement in the limit of infinitely many such pairs.
 
-    Differences in random directions agree with their own mean by about `1 / sqrt(pairs)`; that share is taken out:
-    `sqrt((n a² - 1) / (n - 1))`, the root of the mean cosine between two different pairs, 0 where that is negative.
+    Even random differences agree with their own mean by about `1 / sqrt(pairs)`. This bias is removed:
+    `sqrt((n a² - 1) / (n - 1))`, the root of the mean cosine between two different pairs, or 0 if that is negative.
     """
     return math.sqrt(max(0.0, (pairs * agreement**2 - 1) / (pairs - 1))) if pairs > 1 else 1.0
 
@@ -246,9 +259,9 @@ def _warn_of_balance(balance: Mapping[str, float], of: str) -> None:
 
 
 def answer_texts(lm: LM, pairs: Sequence[Pair], read_at: str | ReadAt | None = None, of: str = "") -> list[TextPair]:
-    """The ids of both sides of each pair, and the positions at which they are read (section 3.1).
+    """The token ids of both sides of each pair, and the positions at which they are read (section 3.1).
 
-    `of` names the pairs in errors. Raises `TrimtabError` as `learn_caa` does.
+    `of` names the pairs in error messages. Raises `TrimtabError` as `learn_caa` does.
     """
     if any(pair.shape == "prompts" for pair in pairs):
         raise TrimtabError("CAA learns from answers or texts; pairs of prompts are for the method instruct")
@@ -276,17 +289,17 @@ def _at_letters(lm: LM, pair: Pair) -> TextPair:
 
 
 def _where(letters: bool, read_at: str | ReadAt | None) -> str:
-    """What the card says; what is read by default has its own words, so that its files stay as they were."""
+    """The value of `read_at` for the card. The defaults keep their original names, so that files don't change."""
     at = LAST if read_at is None else as_read_at(read_at)
     return "letter" if letters else "last token" if at == LAST else str(at)
 
 
 def read_at_of(card: Card) -> ReadAt | None:
-    """Where a steering was learned to be read, by its card; `None` where that is the method's own choice."""
+    """The `read_at` that a steering was learned with, according to its card; `None` if it is the method's default."""
     try:
         return ReadAt.parse(str(card.options.get("read_at")))
     except TrimtabError:
-        return None  # "letter", "last token", or nothing is said
+        return None  # "letter", "last token", or missing
 
 
 def activations(
@@ -297,10 +310,10 @@ def activations(
     read_at: str | ReadAt | None = None,
     progress: Progress | None = None,
 ) -> dict[int, Tensor]:
-    """What `learn_caa` reads, pair by pair: at each layer `[pairs, 2, width]`, positive and negative, float32, CPU.
+    """The activations that `learn_caa` reads: by layer `[pairs, 2, width]`, positive and negative, float32, on the CPU.
 
-    `read_at` is `learn_caa`'s. For pictures and probes; learning keeps sums only. Raises `TrimtabError` as `learn_caa`
-    does.
+    Useful for plots and probes; `learn_caa` itself keeps only sums. `read_at` is as in `learn_caa`.
+    Raises `TrimtabError` as `learn_caa` does.
     """
     pairs = pairs_for(lm, pairs)
     chosen = check_layers(lm, layers, DEPTH)

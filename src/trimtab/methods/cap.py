@@ -3,11 +3,11 @@ Default Persona of Language Models", arXiv 2601.10387, section 5.
 
     v[l] = unit mean difference of wanted and other answers, each answer the mean of its tokens at layer l
     tau[l] = a quantile of the answers' projections on v[l]
-    h_l[t] <- h_l[t] + max(0, tau[l] - h_l[t].v[l]) v[l]        at several neighbouring layers at once
+    h_l[t] <- h_l[t] + max(0, tau[l] - h_l[t].v[l]) v[l]        at several neighboring layers at once
 
-The form is the paper's (`h - v min(h.v - tau, 0)`), and so are means over tokens and the 25th percentile. The paper
-takes the percentile over all of its answers, of the assistant and of other personas, and notes that it lies about
-where the assistant's mean does; here it is by default one of the wanted answers alone (`over="both"`: of all).
+The formula (`h - v min(h.v - tau, 0)`), the means over tokens and the 25th percentile are the paper's. The paper
+takes the percentile over all of its answers, of the assistant and of other personas, and notes that it is close to the
+assistant's mean. Here it is by default a percentile of the wanted answers only (`over="both"`: of all).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Over = Literal["wanted", "both"]
 Bound = Literal["floor", "ceiling"]
 FROM, TO = 0.7, 0.85
-"""The paper caps blocks 46 to 53 of 64 and 56 to 71 of 80, and finds that a single layer does nothing useful."""
+"""The paper caps blocks 46 to 53 of 64 and 56 to 71 of 80, and finds that a single layer has no useful effect."""
 
 
 @keywords
@@ -50,31 +50,33 @@ def learn_cap(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Keep activations from falling below what they have of a direction where a model behaves as wanted.
+    """Learn a cap: projections on a direction are kept from falling below their range in wanted answers.
 
-    Where a projection is at the cap or above, nothing is changed, bit for bit. The first token is left out by
+    If a projection is at the cap or above, the activation stays the same bit for bit. The first token is left out by
     default, since in many models it is an attention sink with an outsized activation; the paper acts at every token.
 
     Args:
         lm: The model.
-        pairs: Answers or texts: the positive is as wanted, the negative not. With `bound="ceiling"` the positive has
-            what is to be limited, and the negative is the wanted one.
-        layers: Where to cap (default: from 0.7 to 0.85 of the depth).
-        quantile: Which one of the projections is the cap, 0 to 1. A higher one acts more often and further.
-        over: Of which projections: those of the `"wanted"` answers, or of `"both"` sides, as in the paper.
-        bound: `"floor"`: projections on the direction towards the positives are raised to the cap. `"ceiling"`:
-            they are lowered to it, which is the floor of the opposite direction, with the sides exchanged: the cap is
-            the `1 - quantile` quantile, of the negatives.
-        positions: At which tokens (default: all but the first).
-        progress: Called with the number of pairs done, and of all.
+        pairs: Answers or texts: the positive is as wanted, the negative isn't. With `bound="ceiling"`, the positive
+            shows the behavior to limit, and the negative is the wanted one.
+        layers: The blocks to cap after (default: from 0.7 to 0.85 of the depth).
+        quantile: The quantile of the projections that becomes the cap, 0 to 1. With a higher one, the cap acts more
+            often and moves activations further.
+        over: The projections that the quantile is computed over: those of the `"wanted"` answers, or of `"both"`
+            sides, as in the paper.
+        bound: `"floor"`: projections on the direction towards the positives are raised to the cap. `"ceiling"`: they
+            are lowered to it. A ceiling is the floor of the opposite direction with the sides swapped: the cap is the
+            `1 - quantile` quantile, of the negatives.
+        positions: The tokens at which to cap (default: all but the first).
+        progress: `progress(done, total)` counts pairs.
 
     Returns:
-        One `SetProjection(one_sided=True)` a layer, of strength 1. Its card has by layer the `cap`, both sides' mean
-        projections, and the shares of their tokens that it would move (`moved`).
+        One `SetProjection(one_sided=True)` per layer, of strength 1. Its card has by layer the `cap`, both sides' mean
+        projections, and the shares of their tokens that it would change (`moved`).
 
     Raises:
-        TrimtabError: Fewer than two pairs, other shapes, a quantile outside 0 to 1, unknown layers or options, and
-            sides that don't differ.
+        TrimtabError: There are fewer than two pairs, other shapes, a quantile outside 0 to 1, unknown layers or
+            options, or sides that don't differ.
     """
     pairs = pairs_for(lm, pairs)
     _check(pairs, quantile, over, bound)
@@ -114,7 +116,7 @@ def _layers(lm: LM, layers: int | Sequence[int] | None) -> list[int]:
 def _cap(
     sides: Sequence[Sequence[Tensor]], quantile: float, over: str, layer: int
 ) -> tuple[Tensor, float, dict[str, Any]]:
-    """The direction towards the first side `[width]`, the cap, and what the card tells; a text is `[tokens, width]`."""
+    """The direction towards the first side `[width]`, the cap, and the entries of the card; texts `[tokens, width]`."""
     wanted, other = (torch.stack([x.mean(0) for x in side]) for side in sides)
     try:
         v = unit(mean_difference(wanted, other)).float()

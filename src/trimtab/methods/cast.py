@@ -2,11 +2,12 @@
 ICLR 2025, arXiv 2409.05907, section 3.
 
     if f(h_c(prompt)) > theta:        c, theta and f's direction learned from prompts that should open it, and others
-        h_l[t] <- h_l[t] + strength * v[l]        every token, at the behaviour's layers
-    v[l] = first principal component of contrasting answers, each less its pair's mean
+        h_l[t] <- h_l[t] + strength * v[l]        every token, at the behavior's layers
+    v[l] = first principal component of contrasting answers, each minus its pair's mean
 
-Both are learned and used at blocks' outputs here. The released code (github.com/IBM/activation-steering) learns them at
-the output of block l, and checks and adds them at its *input*, one block earlier; `at="input"` does that.
+Here, both the condition and the behavior are learned and applied at the outputs of blocks. The released code
+(github.com/IBM/activation-steering) learns them at the output of block l, but applies them at its *input*, one block
+earlier; `at="input"` does the same.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ if TYPE_CHECKING:
 At = Literal["output", "input"]
 AT = ("output", "input")
 ENOUGH = 3
-"""So many layers below the behaviour are enough to choose the condition's from. The first one alone tells less: on
-SmolLM2-135M-Instruct a condition on harmful requests opens for 22 of 100 safe ones there, and for 13 at the best."""
+"""The condition's layer is chosen among those below the behavior if there are at least this many. The first layer alone
+separates worse: on SmolLM2-135M-Instruct, a condition on harmful requests opens for 22 of 100 safe ones there, and for
+13 at the best layer."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A learned gate, and for a card: where it reads, the curve of its thresholds, and the chosen one."""
+    """A learned gate, and its entries for a card: the layer, the ROC curve, and the chosen threshold."""
 
     gate: Gate
     measured: dict[str, Any]
@@ -64,21 +66,37 @@ def learn_condition(
     at: At = "output",
     progress: Progress | None = None,
 ) -> Condition:
-    """A gate that opens for prompts like `when` and stays shut for those like `unless`.
+    """Learn a gate that opens for prompts like `when` and stays closed for prompts like `unless`.
 
-    Half of the prompts give the direction at each layer (default: the first half of the blocks), the other half its
-    threshold and the choice of the layer: the best by `choice`, then by the area under its curve. The direction is the
-    mean difference; for the sign-blind measures `ratio` and `cast` it is the first principal component of both sides
-    about their midpoint (the released code's default pairs the prompts, and takes each pair's own midpoint).
-    `false_alarms` bounds the share of `unless` that opens the gate. With `at="input"` the gate, its threshold and the
-    choice of the layer are about the input of the block at whose output the direction was learned, as released.
+    Half of the prompts determine the direction at each layer, the other half its threshold and the layer: the best one
+    by `choice`, with ties broken by the area under the curve. The direction is the mean difference. For the measures
+    `ratio` and `cast`, which ignore the sign, it is the first principal component of both sides around their midpoint
+    (the released code pairs the prompts by default, and uses each pair's midpoint).
 
-    `positions` are all tokens of the prompt unless told otherwise, `measure` and `pool` those of a `Threshold`. A
-    signed measure of tokens scaled to length 1 is the default, since the paper's (`cast` of `mean`) can't tell a
-    direction from its opposite, and follows the few largest activations, and with them a prompt's length.
+    The default is a signed measure on tokens scaled to norm 1. The paper's (`cast` with `mean`) can't distinguish a
+    direction from its opposite, and depends mostly on the few largest activations, and so on the prompt's length.
 
-    Gates combine: `a.gate | ~b.gate`. Raises `TrimtabError` for too few prompts, unknown layers and options, or sides
-    that don't differ.
+    Gates combine: `a.gate | ~b.gate`.
+
+    Args:
+        lm: The model.
+        when: Prompts for which the gate should open.
+        unless: Prompts for which it should stay closed.
+        layers: The candidate blocks for the condition (default: the first half of the blocks).
+        measure: The measure, as in `Threshold`, except `"probability"`.
+        pool: The pooling over tokens, as in `Threshold`.
+        positions: The tokens of the prompt to read (default: all).
+        choice: How the threshold is chosen: `"f1"`, `"youden"` or `"midpoint"` (see `trimtab.learn.thresholds`).
+        false_alarms: The maximum share of `unless` that may open the gate.
+        at: `"output"`, or `"input"`: then the gate reads the input of the block at whose output the direction was
+            learned, as in the released code. The threshold and the layer are chosen at the input too.
+        progress: `progress(done, total)`.
+
+    Returns:
+        The gate, and its entries for a card.
+
+    Raises:
+        TrimtabError: There are too few prompts, unknown layers or options, or sides that don't differ.
     """
     check_lm(lm)
     if measure not in MEASURES or measure == "probability" or pool not in POOLS:
@@ -96,7 +114,7 @@ def learn_condition(
         direction = _condition(on[source], off[source], measure, reading.site.layer).float()
         probe = Threshold(reading.site, direction, 0.0, measure, positions=reading.positions, pool=pool)
         scores = [[probe.value(x) for x in side[reading]] for side in (test_on, test_off)]
-        # the sign-blind measures don't say which side is the larger
+        # with ratio and cast, either side may have the larger scores
         turned = measure in ("ratio", "cast") and sum(scores[0]) / len(held_on) < sum(scores[1]) / len(held_off)
         if turned:
             scores = [[-score for score in side] for side in scores]
@@ -132,17 +150,39 @@ def learn_cast(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """A behaviour learned from pairs of answers, on prompts like `when` and not on those like `unless`.
+    """Learn a behavior from pairs of answers that acts on prompts like `when`, and not on prompts like `unless`.
 
-    The behaviour's direction at each layer (default: from 0.3 to 0.5 of the depth) is read over all tokens of the
-    answers. It has length 1; the edits' strength is `coefficient` times the mean activation's norm there (the paper's
-    strengths are in units of the residual stream). The condition is `learn_condition`'s, by default at a layer below
-    all of the behaviour's, so that the pass that generates decides it on its way; where there are fewer than three
-    such layers, in the first half of the blocks. For several conditions learn them apart, and put them together:
-    `behaviour.when(a.gate | b.gate)`, `behaviour.when(a.gate & ~b.gate)`. `at="input"` checks and adds one block
-    earlier than it learns, as the released code does.
+    The behavior's direction at each layer is read over all tokens of the answers. It has norm 1, and the edits'
+    strength is `coefficient` times the median norm of the activations there (the paper's strengths are in units of the
+    residual stream). The condition is learned by `learn_condition`.
 
-    Raises `TrimtabError` as `learn_condition` does, and for pairs of other shapes.
+    For several conditions, learn each one separately and combine them: `behaviour.when(a.gate | b.gate)`,
+    `behaviour.when(a.gate & ~b.gate)`.
+
+    Args:
+        lm: The model.
+        pairs: Answers or texts that differ in the behavior.
+        layers: Blocks to steer after (default: from 0.3 to 0.5 of the depth).
+        when: Prompts on which the behavior should act.
+        unless: Prompts on which it should not act.
+        coefficient: The relative norm of the edits.
+        behaviour: The behavior's direction: `"pca"` (the paper's) or `"mean"`.
+        measure: The condition's measure, as in `Threshold`.
+        pool: The condition's pooling, as in `Threshold`.
+        choice: How the condition's threshold is chosen, as in `learn_condition`.
+        condition_layer: The condition's layer. By default the best one below all layers of the behavior, so that the
+            prefill itself decides the gate; if there are fewer than three of these, the best one in the first half of
+            the blocks.
+        at: `"output"`, or `"input"`: read the condition and add one block earlier than learned, as in the released
+            code.
+        positions: The tokens at which to add (default: all).
+        progress: `progress(done, total)`.
+
+    Returns:
+        The steering. Its card has the condition's curve.
+
+    Raises:
+        TrimtabError: As in `learn_condition`, or for pairs of other shapes.
     """
     pairs = pairs_for(lm, pairs)
     if not when or not unless:
@@ -174,9 +214,9 @@ def learn_behaviour(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> tuple[tuple[Edit, ...], dict[str, float]]:
-    """`learn_cast`'s edits without their condition, and by layer the median norm of the activations they were read of.
+    """The edits of `learn_cast` without the condition, and the median norm of the activations at each layer.
 
-    Raises `TrimtabError` for an unknown direction or layer, pairs of other shapes, and sides that don't differ.
+    Raises `TrimtabError` for an unknown direction or layer, pairs of other shapes, or sides that don't differ.
     """
     pairs = pairs_for(lm, pairs)
     if behaviour not in ("pca", "mean"):

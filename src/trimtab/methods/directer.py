@@ -1,12 +1,12 @@
 """DIRECTER: dynamic rejection steering, arXiv 2603.06745, sections 3 and 4.
 
     k_i <- alpha * k_i            for cached keys i of the instruction, in a set S of layers
-    c(S) = argmax of the logits so steered, over the raw cache
-    emit the first c(S) with p_raw(c) >= beta * max p_raw, for S = all layers, the best half, a quarter, ...;
-    the raw token where there is none
-    layers are ranked by how far the steering of each alone disturbs attention (`trimtab.decoding.ranking`)
+    c(S) = argmax of the steered logits, over the unsteered KV cache
+    emit the first c(S) with p(c) >= beta * max p, for S = all layers, the best half, a quarter, ...;
+    the unsteered token if there is none; p is the unsteered model's distribution
+    layers are ranked by how much steering each one alone disturbs attention (`trimtab.decoding.ranking`)
 
-Published with alpha = 100 and beta = 0.5 for all tasks. The released code departs from the text: it ranks layers by
+The paper uses alpha = 100 and beta = 0.5 for all tasks. The released code differs from the text: it ranks layers by
 another formula (`Rejection(ranking="repo")`) and never tries a single layer (`min_layers=2`, kept as the default).
 """
 
@@ -39,12 +39,25 @@ def directer(
     system: str | None = None,
     chat: bool | None = None,
 ) -> Steering:
-    """The steering towards an instruction of this prompt, to be generated from with `rejection=REJECTION`.
+    """A steering towards an instruction in this prompt, to use with `rejection=REJECTION`.
 
         answers = lm.generate(prompt, directer(lm, prompt, "Do not use commas."), rejection=REJECTION)
 
-    which is what `lm.generate(prompt, emphasize="Do not use commas.")` does. Raises `TrimtabError` when the
-    instruction isn't in the prompt.
+    `lm.generate(prompt, emphasize="Do not use commas.")` does the same.
+
+    Args:
+        lm: The model.
+        prompt: The prompt, as for `lm.generate`.
+        instruction: The instruction: a phrase, a `Pattern`, a `Part`, or several of these.
+        alpha: The factor for the keys of the instruction.
+        system: The system message, as for `lm.generate`.
+        chat: Whether to apply the chat template, as for `lm.generate`.
+
+    Returns:
+        A steering for this prompt only, since it contains the instruction's token positions.
+
+    Raises:
+        TrimtabError: The instruction isn't in the prompt.
     """
     spans = lm.spans(prompt, instruction, system=system, chat=chat)
     return emphasis(ScaleScores(alpha), spans, score_layers(lm.layout), "directer")

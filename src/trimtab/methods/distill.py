@@ -1,13 +1,14 @@
-"""A prompt compiled into an edit: the model is steered so that it answers without the prompt as it does with it.
+"""A prompt compiled into an edit: the steered model answers without the prompt as the unsteered one does with it.
 
-Prompt (or context) distillation (Askell et al., arXiv 2112.00861, section 2.2; Snell et al., arXiv 2209.15189), with an
-edit of activations for what is trained instead of the weights. The answers are the model's own: made under the prompt,
-and kept where they do what it says.
+Prompt (or context) distillation (Askell et al., arXiv 2112.00861, section 2.2; Snell et al., arXiv 2209.15189) that
+trains an edit of activations instead of the weights. The model generates the answers itself, under the prompt; those
+that follow it are kept.
 
     gradient:   minimise the mean over answer tokens of KL(p(. | prompt, query, …) || p_steered(. | query, …)), the
                 teacher's p at a temperature of 0.25
-    closed:     at each block in order, by ridge:  h(with the prompt) - h(without)  ~  h(without) W + b,  cut to a rank
-                (PSR, arXiv 2605.03907; each block is fitted on activations that the earlier edits have changed)
+    closed:     at each block in order, by ridge regression, truncated to a rank:
+                h(with the prompt) - h(without)  ~  h(without) W + b
+                (PSR, arXiv 2605.03907; each block is fitted to activations that the earlier edits have changed)
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ if TYPE_CHECKING:
 
 FITS = ("gradient", "closed", "both")
 HELD_OUT = 8
-"""One query in so many is held out, and decides when the descent stops."""
+"""One in this many queries is held out, to decide when gradient descent stops."""
 SLACK = 0.25
-"""In few held-out answers, a divergence so much above the lowest is no worse."""
+"""With few held-out answers, a divergence up to this share above the lowest counts as equally good."""
 RANK, CLOSED_RANK = 8, 64
 STEPS = 16
-"""More steps still lower the divergence on held-out answers a little, and the answers say less about their queries."""
+"""More steps lower the divergence on held-out answers a little further, but answers become less specific to queries."""
 CLOSED_TOKENS = 4096
-"""A closed fit reads about so many tokens of answers, which stay in memory together."""
+"""The approximate number of answer tokens that a closed-form fit reads, which are in memory together."""
 
 
 @dataclass(frozen=True)
 class _Example:
-    """An answer, what the teacher says at its tokens, and whether the student sees the teacher's prompt too."""
+    """An answer after the student's prompt, and the teacher's distributions at its tokens."""
 
     text: Forced
     targets: Targets
@@ -83,34 +84,36 @@ def learn_distill(
 ) -> Steering:
     """Learn to answer without a prompt as the model does with it.
 
+    A `KeyboardInterrupt` during gradient descent ends it with the best steering so far, which the card records.
+
     Args:
         lm: The model; its weights don't change.
-        layers: Blocks to steer after. Default: all of them; for a closed fit every second one.
-        teacher: What the model is told. Or give `instruction` (a sentence, or several phrasings of one) or `system`.
-        instruction: What stands behind each query.
+        layers: Blocks to steer after. Default: all of them; for a closed-form fit every second one.
+        teacher: The prompt to compile. Or give `instruction` or `system`.
+        instruction: A sentence that is appended to each query, or several phrasings of it.
         system: A system message.
         queries: The queries; default: the included ones, which don't mention the form of an answer.
-        check: `check(query, answer, cut)`: whether an answer does what the teacher says, `cut` if the token limit
-            stopped it. Without one, answers count that are clearly more likely with what the teacher says.
-        fit: `"gradient"`, `"closed"`, or `"both"`: a descent that begins where the closed form ends.
-        rank: Rows that read activations, at each block; 0 is a vector alone, which can't tell what the answer has
-            done already, but is an addition, as every engine runs it. Default: 8, and 64 for a closed fit.
-        steps: Steps of gradient descent, at most; it stops earlier when answers to held-out queries get no better.
+        check: `check(query, answer, cut)`: whether an answer follows the teacher; `cut` is true if the token limit
+            stopped it. Default: keep answers that are clearly more likely with the teacher's prompt than without it.
+        fit: `"gradient"`, `"closed"`, or `"both"`: gradient descent that starts from the closed-form solution.
+        rank: The rank of the map at each block. 0 is only a vector, which can't depend on what the answer contains so
+            far, but is an addition, which every engine can run. Default: 8, and 64 for a closed-form fit.
+        steps: The maximum number of steps of gradient descent; it stops early when held-out queries no longer improve.
         rate: Adam's learning rate, in units of the activations' root mean square.
         tokens: The maximum length of an answer, in tokens.
-        with_prompt: The share of answers that are learned *with* the prompt still there, 0 … 1, so that the steering
-            helps where the instruction is said, too.
-        max_dose: The maximum length of a vector, relative to the typical activation at its block.
-        seed: Of the order in which answers are learned from.
+        with_prompt: The share of answers that are learned *with* the prompt present, 0 … 1, so that the steering also
+            helps if the prompt is there.
+        max_dose: The maximum norm of a vector, relative to the typical activation at its block.
+        seed: The seed for the order of the answers.
         options: Further entries for the card.
         progress: `progress(done, total)`, in steps of work.
-        say: Called with the state in words: how many answers were kept, the divergence on held-out queries.
+        say: Called with a message about the state: the number of answers kept, the divergence on held-out queries.
 
-    Returns: A steering of strength 1; its card has the divergence (nats per token) before and after, on held-out
-        queries. A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
+    Returns:
+        A steering of strength 1. Its card has the divergence (nats per token) on held-out queries, before and after.
 
     Raises:
-        TrimtabError: Too few answers do what the teacher says, or an argument that can't be.
+        TrimtabError: Too few answers follow the teacher, or an argument is invalid.
     """
     check_lm(lm, "training")
     teacher = _teacher(teacher, instruction, system)
@@ -139,15 +142,18 @@ def learn_from_answers(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Steering:
-    """`learn_distill` from answers that there are already, whoever wrote them and under whatever prompts.
+    """Run `learn_distill` on existing answers, from any source and any prompts.
 
     Args:
         lm: The model.
-        answers: The lessons to learn from; each says with which prompt it was written and to which bare query.
-        layers: As `learn_distill` has it, and so are all the others.
+        answers: The lessons to learn from. Each has the prompt it was written under and the bare query.
+        layers: As in `learn_distill`, like all other arguments.
+
+    Returns:
+        As in `learn_distill`.
 
     Raises:
-        TrimtabError: An argument that can't be.
+        TrimtabError: An argument is invalid.
     """
     plan = _plan(
         lm, layers, fit, rank, Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK), with_prompt
@@ -160,7 +166,7 @@ def learn_from_answers(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is fitted, and how."""
+    """The settings of a fit."""
 
     layers: tuple[int, ...]
     fit: str
@@ -170,7 +176,7 @@ class _Plan:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What of it stands in the card."""
+        """The settings for the card."""
         how = self.how
         descends = {"steps": how.steps, "rate": how.rate, "with_prompt": self.with_prompt, "max_dose": how.max_dose}
         return {
@@ -220,7 +226,7 @@ def _learned(
     return Steering(fitted.trained.edits(), card)
 
 
-# ---- what is learned from ----------------------------------------------------------------------------------
+# ---- training data -----------------------------------------------------------------------------------------
 
 
 def _teacher(teacher: Teacher | None, instruction: str | Sequence[str] | None, system: str | None) -> Teacher:
@@ -239,7 +245,7 @@ def _layers(lm: LM, layers: int | Sequence[int] | None, closed: bool) -> int | S
 
 
 def _split(lessons: Sequence[Lesson], queries: Sequence[str]) -> tuple[list[Lesson], list[Lesson]]:
-    """Every so-manieth query that has answers is held out, with all of them."""
+    """The held-out lessons and the others. One in `HELD_OUT` of the answered queries is held out, with its answers."""
     answered = [query for query in queries if any(lesson.query == query for lesson in lessons)]
     aside = set(answered[min(HELD_OUT // 2, len(answered) - 1) :: HELD_OUT])
     held_out, learned = (
@@ -252,7 +258,7 @@ def _split(lessons: Sequence[Lesson], queries: Sequence[str]) -> tuple[list[Less
 def _examples(
     lessons: Sequence[Lesson], targets: Mapping[Lesson, Targets], with_prompt: float, seed: int
 ) -> list[_Example]:
-    """The students of the lessons; a share of them, drawn once, sees the teacher's prompt."""
+    """The student's examples. A random share of them, drawn once, includes the teacher's prompt."""
     count = round(with_prompt * len(lessons))
     generator = torch.Generator().manual_seed(seed)
     sees = set(torch.randperm(len(lessons), generator=generator)[:count].tolist())
@@ -267,7 +273,7 @@ def _examples(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """What a fit came to: the divergence on held-out queries before and after; of a closed one, what it explains."""
+    """The result of a fit: the divergence on held-out queries before and after, and a closed form's explained share."""
 
     trained: Trained
     before: float
@@ -322,7 +328,7 @@ def _fitted(
 
 
 def _loss(run: Forcing, trained: Trained, some: Sequence[_Example]) -> Tensor:
-    """The sum over answers of the mean divergence from the teacher over their tokens."""
+    """The divergence from the teacher: the mean over an answer's tokens, summed over answers."""
     logits = run.logits([example.text for example in some], trained.changes())
     return torch.stack(
         [divergence(row, example.targets).mean() for row, example in zip(logits, some, strict=True)]
@@ -338,7 +344,7 @@ def _mean(run: Forcing, trained: Trained, some: Sequence[_Example]) -> float:
 
 @torch.no_grad()
 def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int) -> tuple[Trained, dict[Site, float]]:
-    """Block by block: what the prompt does there to activations that the edits so far have changed."""
+    """The closed-form fit, block by block: the prompt's effect on activations that the earlier edits have changed."""
     chosen = _up_to(lessons, CLOSED_TOKENS)
     instructed = [Forced(lesson.instructed, lesson.answer) for lesson in chosen]
     plain = [Forced(lesson.plain, lesson.answer) for lesson in chosen]
@@ -355,7 +361,7 @@ def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int
         explained[site] = reduced.explained
         return parts[site].change(1.0, x)
 
-    if run.shares:  # each block is fitted while the one pass of all answers goes through it
+    if run.shares:  # one forward pass over all answers, in which each block is fitted when the pass reaches it
         last = run.states(plain, {site: partial(fit, site) for site in sites[:-1]}, sites[-1:])
         fit(sites[-1], torch.cat(last[sites[-1]]))
     else:
@@ -365,18 +371,18 @@ def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int
 
 
 def _up_to(lessons: Sequence[Lesson], tokens: int) -> list[Lesson]:
-    """Lessons spread evenly over all of them, whose answers have at most so many tokens together; at least one."""
+    """An evenly spaced subset of the lessons with about this many answer tokens in total; at least one."""
     each = sum(len(lesson.answer) for lesson in lessons) / len(lessons)
     count = max(1, min(len(lessons), int(tokens / each)))
     return [lessons[i * len(lessons) // count] for i in range(count)]
 
 
-# ---- what is said about it ---------------------------------------------------------------------------------
+# ---- progress and card -------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Work:
-    """One count of work over three parts: making answers, reading the teacher, descending."""
+    """One progress counter for three phases: generating answers, the teacher's targets, gradient descent."""
 
     progress: Progress | None
     queries: int
@@ -396,7 +402,7 @@ class _Work:
         self._report(4 * self.queries + 4 * self.steps * done / total)
 
     def finish(self) -> None:
-        """All is done, perhaps in fewer steps than were planned."""
+        """Report completion, which may come before the planned number of steps."""
         self._report(self.total)
 
     def _report(self, done: float) -> None:
@@ -406,7 +412,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Said:
-    """What is said in words as it goes, if anybody listens."""
+    """Messages about the progress, if there is a callback."""
 
     say: Callable[[str], None] | None
 
@@ -428,7 +434,7 @@ def _report(work: _Work, said: _Said, done: int, total: int, words: str) -> None
 
 
 def _said(teacher: Teacher) -> dict[str, Any]:
-    """What the teacher says, for the card."""
+    """A description of the teacher for the card."""
     described: dict[str, Any] = {}
     if teacher.instruction:
         described["instruction"] = teacher.instruction[0]
@@ -443,8 +449,7 @@ def _said(teacher: Teacher) -> dict[str, Any]:
 
 
 def _measured(answers: Answers, fitted: _Fitted) -> dict[str, Any]:
-    """What the card says was measured; divergences are in nats per token, on held-out
-    queries."""
+    """The measurements for the card; divergences are in nats per token, on held-out queries."""
     explained = {str(site.layer): round(value, 6) for site, value in fitted.explained.items()}
     course = fitted.course
     return {

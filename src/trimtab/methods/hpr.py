@@ -1,9 +1,9 @@
 """Householder pseudo-rotation (HPR): Pham and Nguyen, "Householder Pseudo-Rotation: A Novel Approach to Activation
 Editing in LLMs with Direction-Magnitude Perspective", EMNLP 2024, arXiv 2409.10053.
 
-    p(x) = sigmoid(w.x)        a probe without bias: its plane goes through the origin
-    g(x) = pi sigmoid(MLP(x))        the angle by which to turn x
-    x <- x turned towards w by alpha * g(x), its norm kept        where p(x) < 1/2; at the best layers
+    p(x) = sigmoid(w.x)        a probe without bias: its hyperplane goes through the origin
+    g(x) = pi sigmoid(MLP(x))        the angle by which to rotate x
+    x <- x rotated towards w by alpha * g(x), with its norm kept        if p(x) < 1/2; at the best layers
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Turn = Literal["predicted", "fixed", "reflect"]
 TURNS = ("predicted", "fixed", "reflect")
 RATE, BATCH, WARM_UP = 5e-4, 16, 0.05
 HELD_OUT = 5
-"""One pair in so many is held out, for the probes' accuracy."""
+"""One in this many pairs is held out, for the probes' accuracy."""
 RIDGE = 1e-3
-"""The probe's penalty on its squared weights, for activations scaled to a mean square norm of 1 an element."""
+"""The probe's L2 penalty, for activations scaled to a root mean square of 1."""
 
 
 @keywords
@@ -54,15 +54,33 @@ def learn_hpr(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Probes at each of the layers (default: all), and at the `keep` best ones what turns the wrong side of them.
+    """Learn a probe at each layer, and rotate activations on the negative side of the `keep` best ones.
 
-    The two answers of a pair are read token by token from where they part, token j of one beside token j of the other,
-    up to the shorter one's end. The angle network learns from negatives only, since positives are never turned; it
-    sees activations at one length, as an angle doesn't depend on it (the authors' sees them raw). `alpha` becomes the
-    edits' strength; with 1, a token ends where the network says, which may be short of the plane.
+    The two answers of a pair are read token by token from where they diverge to the end of the shorter one, and token j
+    of one is paired with token j of the other. The angle network is trained on negatives only, since positives are
+    never rotated. It sees normalized activations, since an angle doesn't depend on their norm (the authors' network
+    sees them unnormalized).
 
-    Raises `TrimtabError` for fewer than two pairs, other shapes, unknown layers and options, and answers that are the
-    same in all tokens.
+    Args:
+        lm: The model.
+        pairs: Answers or texts.
+        layers: The candidate blocks (default: all).
+        keep: The number of layers to steer, those whose probes are the most accurate on held-out pairs.
+        turn: The angle: `"predicted"` by the network, `"fixed"` (the mean angle of the pairs), or `"reflect"` (the
+            reflection on the probe's hyperplane).
+        alpha: The strength of the edits. With 1, the rotation is by the full angle, which may end before the
+            hyperplane.
+        epochs: Training epochs of the angle network.
+        seed: The seed for the network's initial weights and the order of its batches.
+        positions: The tokens at which to rotate (default: from the last prompt token on).
+        progress: `progress(done, total)` counts pairs.
+
+    Returns:
+        The steering. Its card has the probes' accuracies and the mean angles.
+
+    Raises:
+        TrimtabError: There are fewer than two pairs, other shapes, unknown layers or options, or answers that are equal
+            up to the end of the shorter one.
     """
     pairs = pairs_for(lm, pairs)
     if turn not in TURNS:
@@ -103,7 +121,7 @@ def learn_hpr(
 
 
 def _aligned(positive: Text, negative: Text) -> list[Text]:
-    """Both answers at the tokens from where they part to the shorter one's end."""
+    """Both answers, to be read from the token where they diverge to the end of the shorter one."""
     a, b = list(positive.positions), list(negative.positions)
     count = min(len(a), len(b))
     part = next((j for j in range(count) if positive.ids[a[j]] != negative.ids[b[j]]), None)
@@ -113,8 +131,8 @@ def _aligned(positive: Text, negative: Text) -> list[Text]:
 
 
 def fit_probe(positive: Tensor, negative: Tensor) -> Tensor:
-    """The unit normal `[width]` of a logistic probe without bias, from activations `[tokens, width]` of either side."""
-    x = torch.cat([positive, -negative]).double()  # a negative is right where its opposite is positive
+    """The unit normal `[width]` of a logistic probe without bias, from both sides' activations `[tokens, width]`."""
+    x = torch.cat([positive, -negative]).double()  # without a bias, -x with label 1 is equivalent to x with label 0
     x = x / x.square().mean().sqrt().clamp_min(1e-300)
     w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
@@ -133,7 +151,7 @@ def fit_probe(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def angle_between(x: Tensor, y: Tensor) -> Tensor:
-    """The angle between activations `[tokens, width]`, in radians: `[tokens]`. Exact near 0, as an arc cosine isn't."""
+    """The angles between activations `[tokens, width]`, in radians: `[tokens]`. Unlike arccos, accurate near 0."""
     a, b = (v / v.norm(dim=-1, keepdim=True).clamp_min(1e-300) for v in (x, y))
     return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
 
@@ -141,13 +159,14 @@ def angle_between(x: Tensor, y: Tensor) -> Tensor:
 def fit_angles(x: Tensor, angles: Tensor, *, epochs: int = 5, seed: int = 0) -> Tensor:
     """The weights of a network that predicts `angles` `[tokens]` from activations `[tokens, width]` (least squares).
 
-    AdamW at 5e-4 after a warm-up over a twentieth of the steps, batches of 16. The same seed gives the same weights.
+    AdamW with a rate of 5e-4 after a warm-up over 5% of the steps, in batches of 16. The same seed gives the same
+    weights.
     """
     x, angles = x.float(), angles.float()
     generator = torch.Generator().manual_seed(seed)
     sizes = angle_sizes(x.shape[1])
     parts = []
-    for a, b in pairwise(sizes):  # torch's own start: evenly within 1 / sqrt(inputs)
+    for a, b in pairwise(sizes):  # torch's default initialization: uniform within ±1 / sqrt(inputs)
         parts += [(2 * torch.rand(n, generator=generator) - 1) / math.sqrt(a) for n in (a * b, b)]
     weights = torch.cat(parts).requires_grad_()
     solver = torch.optim.AdamW([weights], lr=RATE)

@@ -1,7 +1,8 @@
 """In-context vectors (ICV): Liu et al., "In-context Vectors", arXiv 2311.06668, section 3.
 
-D_i = g(y_i) - g(x_i),  g(z) = the last token's hidden states at all layers, in one vector;  v = what the D_i share
-u' = |u| norm( norm(u) + lambda (1 + max(0, cos(u, -v_l))) norm(v_l) )        u: what the MLP of layer l puts out
+D_i = g(y_i) - g(x_i),  g(z) = the last token's hidden states at all layers, concatenated
+v = the common direction of the D_i, such as their mean
+u' = |u| norm( norm(u) + lambda (1 + max(0, cos(u, -v_l))) norm(v_l) )        u: the output of the MLP of layer l
 """
 
 from __future__ import annotations
@@ -40,14 +41,28 @@ def learn_icv(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """One vector over all layers (or those named) from demonstrations, each text read as it is.
+    """Learn one vector over all layers from demonstrations.
 
-    `estimator` sees all layers together, `[pairs, layers * width]` of each side: `"mean"`, another name that
-    `learn_caa` knows, or a function. `"pca"` is the first direction of the differences without centring. (The authors'
-    code adds a centred component of arbitrary sign to the mean, which is far longer, so the mean is what it comes to;
-    with one demonstration the two are the same.) `scale` becomes the edits' strength.
+    Args:
+        lm: The model.
+        pairs: Demonstrations: the negative is a text as it is, the positive as it should be.
+        layers: The blocks (default: all).
+        scale: The strength of the edits, the paper's lambda.
+        estimator: How the vector is computed from all layers together, `[pairs, layers * width]` of each side:
+            `"mean"`, another name that `learn_caa` accepts, or a function. `"pca"` is the first principal direction of
+            the differences without centering. (The authors' code adds a centered component of arbitrary sign to the
+            mean, which has a much larger norm, so its result is approximately the mean; with one demonstration they are
+            equal.)
+        site: Where to add: the outputs of the MLPs (`"mlp"`, as in the authors' code) or the residual stream
+            (`"residual"`, as in their text).
+        positions: The tokens at which to add (default: all).
+        progress: `progress(done, total)` counts pairs.
 
-    Raises `TrimtabError` for no pairs, other shapes, unknown layers or options, and texts that don't differ.
+    Returns:
+        The steering, with one `AddScaled` per layer that keeps the norm.
+
+    Raises:
+        TrimtabError: There are no pairs, other shapes, unknown layers or options, or texts that don't differ.
     """
     pairs = pairs_for(lm, pairs)
     share = as_estimator(estimator, KNOWN)

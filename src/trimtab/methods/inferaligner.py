@@ -3,7 +3,7 @@ EMNLP 2024, arXiv 2401.11206, section 3.
 
     s[l] = mean over harmful - mean over harmless prompts of h_l, last prompt token, in the target model
     theta[l] = the same in an aligned guide model
-    g = 1 where h_l . s[l] > the midpoint of the two sides, at the last prompt token
+    g = 1 if h_l . s[l] > the midpoint of the two sides, at the last prompt token, else 0
     h_l[t] <- h_l[t] + alpha * g * theta[l]        every token
 """
 
@@ -44,14 +44,32 @@ def learn_inferaligner(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Guide `lm` by the safety directions of `guide`, an aligned model of the same shape (default: `lm` itself).
+    """Learn to steer `lm` by the safety directions of `guide`, on harmful prompts only.
 
-    Directions are learned from all the prompts, and so is the midpoint, whose curve in the card is therefore one of
-    what was learned from: measure the gate on other prompts. `gate="best"` uses one gate, of the layer whose curve has
-    the largest area, throughout. Gates read the unsteered prompt; an edit of a lower layer doesn't reach into them.
+    Directions and thresholds are learned from the same prompts, so the curves in the card are measured on training
+    data: evaluate the gate on other prompts. Gates read the unsteered prompt, so edits at lower layers don't affect
+    them.
 
-    alpha isn't published; it becomes the edits' strength. Raises `TrimtabError` for prompts of one side only, a guide
-    of another width, depth or tokenizer, unknown layers or options, and sides that don't differ.
+    Args:
+        lm: The target model.
+        harmful: Harmful prompts.
+        layers: Blocks to steer after (default: the middle third).
+        harmless: Harmless prompts.
+        guide: An aligned model of the same shape (default: `lm` itself).
+        alpha: The strength of the edits. The paper doesn't give a value.
+        gate: `"each"`: one gate per layer; `"best"`: at all layers the gate of the layer whose curve has the largest
+            area.
+        threshold: The gate's threshold: `"midpoint"` between the two sides (the paper's), or the best by `"youden"` or
+            `"f1"`.
+        positions: The tokens at which to add (default: all).
+        progress: `progress(done, total)` counts harmful prompts.
+
+    Returns:
+        The steering. Its card has each layer's curve and threshold.
+
+    Raises:
+        TrimtabError: Harmful or harmless prompts are missing, the guide has another width, depth or vocabulary, a layer
+            or option is unknown, or the sides don't differ.
     """
     check_lm(lm)
     if not harmful or not harmless:
@@ -98,7 +116,7 @@ def learn_inferaligner(
 
 
 def check_guide(lm: LM, guide: LM | None) -> None:
-    """Raises `TrimtabError` unless the guide's directions mean something in the model: one shape, one tokenizer."""
+    """Raise `TrimtabError` unless the guide has the model's width, number of layers and vocabulary."""
     if guide is None:
         return
     for what, mine, theirs in (

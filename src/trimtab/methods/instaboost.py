@@ -3,14 +3,16 @@ Language Models", arXiv 2506.13734.
 
     score_ij += B            for columns j of the instruction, in all heads of all layers, at every query
 
-With B = ln M it is the first version's form: a_ij <- M a_ij in the instruction's columns, and a row divided by its sum.
+With B = ln M this is the form of the paper's first version: a_ij <- M a_ij in the instruction's columns, with rows
+renormalized.
 
-In each layer it is bounded, whatever the scores there: no weight changes by more than a factor of e^B either way, the
-weights inside of the instruction keep their ratios, as those outside do, and a row that gives it the mass p gives it
+The effect in a layer is bounded for any scores: no attention weight changes by more than a factor of e^B in either
+direction, the weights inside the instruction keep their ratios, as do those outside, and a row's attention mass p on
+the instruction becomes
 
-    p e^B / (1 + p (e^B - 1))        afterwards, which is at most tanh(B / 4) more
+    p e^B / (1 + p (e^B - 1))        which is larger by at most tanh(B / 4)
 
-so that a head's output moves by at most tanh(B / 4) times the distance between what it reads inside and outside.
+So a head's output moves by at most tanh(B / 4) times the distance between its mean values inside and outside.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
 
 BIAS = math.log(3)
-"""Attention to the instruction three times as likely as to the rest: the default of the authors' code, which chooses
-M among 1, 3, 5 … 19 on validation data, a bias of up to 2.9."""
+"""M = 3, the default of the authors' code, which chooses M among 1, 3, 5 … 19 on validation data (a bias of up to
+2.9)."""
 
 
 @keywords
@@ -44,23 +46,24 @@ def instaboost(
     system: str | None = None,
     chat: bool | None = None,
 ) -> Steering:
-    """The steering that adds `bias` to the attention scores of phrases of this prompt.
+    """A steering that adds `bias` to the attention scores of phrases in this prompt.
 
         answers = lm.generate(prompt, instaboost(lm, prompt, "Do not use commas."))
 
     Args:
         lm: The model that the prompt is for.
-        prompt: The prompt, as `lm.generate` gets it.
+        prompt: The prompt, as for `lm.generate`.
         emphasize: The instruction: a phrase, a `Pattern`, a `Part`, or several of these.
         bias: B, in units of scores (natural logarithms of weights); `ln M` for the first version's multiplier M.
-        system: The system message, as `lm.generate` gets it.
-        chat: Whether the prompt is put into the chat template, as `lm.generate` gets it.
+        system: The system message, as for `lm.generate`.
+        chat: Whether to apply the chat template, as for `lm.generate`.
 
     Returns:
-        A steering for this prompt alone, since it names the prompt's tokens. Its strength multiplies the bias.
+        A steering for this prompt only, since it contains the phrases' token positions. Its strength multiplies the
+        bias.
 
     Raises:
-        TrimtabError: A bias that isn't a number above 0, and phrases that aren't in the prompt.
+        TrimtabError: The bias isn't a number above 0, or a phrase isn't in the prompt.
     """
     operation = BiasScores(bias)
     if not bias > 0:

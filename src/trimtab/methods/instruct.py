@@ -4,8 +4,8 @@ Steering", ICLR 2025, arXiv 2410.12877, section 3.
     m_l = mean over queries of (h_l[query + instruction] - h_l[query])        at the last prompt token
     u_l = m_l / |m_l|,    t_l = mean over queries of h_l[query + instruction] . u_l
     h_l[p] <- h_l[p] + (t_l - h_l[p] . u_l) u_l        "project": formats, at every position p but the first
-    h_l[p] <- h_l[p] + c u_l                           "unit": lengths and words, a weight c
-    h_l[p] <- h_l[p] + c m_l                           "add": the same in units of the difference, c = 1 for all of it
+    h_l[p] <- h_l[p] + c u_l                           "unit": lengths and words, with a weight c
+    h_l[p] <- h_l[p] + c m_l                           "add": the same with the mean difference itself at c = 1
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ POSITIONS = {
     "add": Positions.from_last_prompt_token(),
     "unit": Positions.all_but_first(),
 }
-"""Where each acts unless something else is requested. The paper steers at every position; the first is left out, since
-in many models it is an attention sink whose norm is a hundred times the others'."""
+"""The default positions of each operation. The paper steers at every position. Here the first is left out, since in
+many models it is an attention sink whose norm is a hundred times that of other tokens."""
 
 
 @keywords
@@ -61,19 +61,33 @@ def learn_instruct(
 ) -> Steering:
     """Learn from prompts with and without an instruction, read at the last prompt token (section 3.1).
 
-    Each side is rendered by the chat template, if there is one, under its system prompt, up to where the answer
-    begins: an instruction may as well be in the system prompt of the positive sides. Default layer: the one at
-    0.6 of the depth. What strength 1 does is the operation's:
+    Each side is rendered with the chat template, if there is one, and with its system prompt, up to the start of the
+    answer. So the instruction may also be in the system prompt of the positive sides.
 
-    - `"project"` (section 3.2, for formats) moves each activation's projection on the unit mean difference to the
-      mean that it has with the instruction, by default everywhere but at the first token; with `one_sided` it is
-      only ever raised;
-    - `"add"` adds the raw mean difference, by default from the last prompt token on;
-    - `"unit"` (section 3.3, for lengths and words) adds the unit direction: the strength is the weight, in units of
-      the residual stream; by default everywhere but at the first token.
+    The operations at strength 1:
 
-    `options` are further entries for the card. Raises `TrimtabError` for no pairs, an unknown layer or operation, or
-    pairs of answers (they are for `learn_caa`).
+    - `"project"` (section 3.2, for formats) moves each activation's projection on the unit mean difference to its mean
+      with the instruction, by default at all tokens but the first;
+    - `"add"` adds the mean difference, by default from the last prompt token on;
+    - `"unit"` (section 3.3, for lengths and words) adds the unit direction, by default at all tokens but the first. The
+      strength is then the weight, in units of the residual stream.
+
+    Args:
+        lm: The model.
+        pairs: Prompts with and without the instruction.
+        layers: Blocks to read and to steer after (default: one, at 0.6 of the depth).
+        operation: `"project"`, `"add"` or `"unit"`.
+        positions: The tokens at which to act (default: see above).
+        one_sided: Only raise projections, never lower them; for `"project"`.
+        options: Further entries for the card.
+        progress: `progress(done, total)` counts pairs.
+
+    Returns:
+        The steering, with one edit per layer.
+
+    Raises:
+        TrimtabError: There are no pairs, an unknown layer or operation, or pairs of answers (use `learn_caa` for
+            these).
     """
     pairs = pairs_for(lm, pairs)
     _check_operation(operation, one_sided)
@@ -91,11 +105,22 @@ def learn_many(
     *,
     progress: Progress | None = None,
 ) -> dict[str, dict[int, PairMoments]]:
-    """The moments of many instructions at many layers, in one pass over the model: `{name: {layer: moments}}`.
+    """Compute the moments of many instructions at many layers in one pass: `{name: {layer: moments}}`.
 
-    Queries that several instructions share are read once. `steering_from` and `steerings_from` make steerings of the
-    moments, at any of the layers and with any operation, without the model. `progress(done, total)` counts pairs.
-    Raises `TrimtabError` as `learn_instruct` does.
+    Queries that several instructions share are read once. `steering_from` and `steerings_from` turn the moments into
+    steerings, at any of the layers and with any operation, without the model.
+
+    Args:
+        lm: The model.
+        sets: Each instruction's pairs, by a name.
+        layers: The layers to read (default: the one at 0.6 of the depth).
+        progress: `progress(done, total)` counts pairs.
+
+    Returns:
+        The moments by name and layer.
+
+    Raises:
+        TrimtabError: As in `learn_instruct`.
     """
     chosen = check_layers(lm, layers, DEPTH)
     return contrast_many(
@@ -113,10 +138,21 @@ def steering_from(
     one_sided: bool = False,
     card: Card | None = None,
 ) -> Steering:
-    """The steering from one instruction's moments at these layers (default: all of theirs).
+    """Make a steering from one instruction's moments.
 
-    The other arguments are those of `learn_instruct`; the card, `instruct_card`'s, is completed with what the steering
-    does. Raises `TrimtabError` for a layer without moments, an unknown operation, and sides that don't differ.
+    Args:
+        moments: The moments by layer, from `learn_many`.
+        layers: The layers to steer after (default: all that have moments).
+        operation: As in `learn_instruct`.
+        positions: As in `learn_instruct`.
+        one_sided: As in `learn_instruct`.
+        card: A card of `instruct_card`, to which the layers, the operation and their measurements are added.
+
+    Returns:
+        The steering.
+
+    Raises:
+        TrimtabError: A layer has no moments, the operation is unknown, or the sides don't differ.
     """
     _check_operation(operation, one_sided)
     chosen = sorted(moments if layers is None else {layers} if isinstance(layers, int) else set(layers))
@@ -145,7 +181,7 @@ def steerings_from(
     one_sided: bool = False,
     cards: Mapping[str, Card] | None = None,
 ) -> dict[str, Steering]:
-    """`steering_from` for each instruction of `learn_many`'s."""
+    """Apply `steering_from` to each instruction in the result of `learn_many`, with the cards by name."""
     return {
         name: steering_from(
             by_layer,
@@ -160,12 +196,12 @@ def steerings_from(
 
 
 def instruct_card(lm: LM, pairs: Sequence[Pair], moments: Moments, options: Mapping[str, Any] | None = None) -> Card:
-    """The card of what was learned from these pairs: the model, the data's digest, and what was measured."""
+    """The card of a steering learned from these pairs: the model, the digest of the data, and the measurements."""
     return learned_card(lm, "instruct", pairs, moments, {"read_at": "last prompt token", **(options or {})})
 
 
 def _measured(moments: Moments, operation: str) -> dict[str, dict[str, float]]:
-    """By layer: the length of the mean difference, and for projections where on it they go."""
+    """By layer: the norm of the mean difference, and for projections the target."""
     measured = {"shift": {str(layer): round(float(m.difference.norm()), 6) for layer, m in moments.items()}}
     if operation == "project":
         measured["target"] = {str(layer): round(m.target(), 6) for layer, m in moments.items()}
@@ -180,12 +216,12 @@ def _check_operation(operation: str, one_sided: bool) -> None:
 
 
 def prompt_texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
-    """The ids of both prompts of each pair, to be read at their last tokens. Raises `TrimtabError` for other shapes."""
+    """The token ids of both prompts of each pair, read at their last tokens. Raises `TrimtabError` for other shapes."""
     prompts = [_prompts(pair) for pair in pairs]
     encoded: dict[Side, list[int]] = {}
     for number, both in enumerate(prompts, 1):
         for side in both:
-            if side not in encoded:  # a query is shared by many instructions
+            if side not in encoded:  # many instructions share a query
                 with naming(f"pair {number}"):
                     encoded[side] = encode_prompt(lm.tokenizer, side)
                     check_length(lm.layout, len(encoded[side]), "the prompt")
@@ -194,7 +230,7 @@ def prompt_texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
 
 
 def _prompts(pair: Pair) -> tuple[Side, Side]:
-    """Both sides as prompts; those of bare texts are the texts."""
+    """Both sides as prompts; bare texts become prompts themselves."""
     if pair.shape not in ("prompts", "texts"):
         raise TrimtabError(
             "instruction vectors are learned from pairs of prompts; pairs of answers are for the method caa"

@@ -1,9 +1,9 @@
 """ITI: Li et al., "Inference-Time Intervention: Eliciting Truthful Answers from a Language Model", NeurIPS 2023,
 arXiv 2306.03341, section 3.
 
-    a probe for each head, on x = its output at the last token of an answer     80 of 100 questions
-    the K heads of the best accuracy on the others
-    u = (mean of true x - mean of false x), of length 1;    sigma = the deviation of x.u
+    a probe for each head, on x = its output at the last token of an answer     trained on 80 of 100 questions
+    the K heads with the best accuracy on the others
+    u = (mean of true x - mean of false x), normalized;    sigma = the standard deviation of x.u
     x[head] <- x[head] + alpha * sigma * u          at the last prompt token and every generated one
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """One head: how well its probe does on unseen questions, its unit direction `[head size]`, its deviation."""
+    """One head: its probe's accuracy on unseen questions, the unit direction `[head size]`, the standard deviation."""
 
     layer: int
     head: int
@@ -60,12 +60,26 @@ def learn_iti(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn from true (positive) and false (negative) answers which heads know, and push them (default: all layers).
+    """Learn from true (positive) and false (negative) answers which heads separate them, and steer these heads.
 
-    The strength of the edits is `alpha`. `heads` in all are chosen; the card has them, with their probes' accuracies on
-    the share `validation` of the questions. Pairs of one prompt are one question and stay together.
+    Args:
+        lm: The model.
+        pairs: True and false answers. Pairs with the same prompt are one question and stay in the same split.
+        layers: The blocks whose heads are candidates (default: all).
+        heads: The number of heads to choose, over all layers.
+        alpha: The strength of the edits, in standard deviations of the activations along the direction.
+        direction: `"mean"` (the difference of means) or `"probe"` (the probe's weight).
+        validation: The share of questions on which heads are ranked.
+        seed: The seed of the split into questions to train and to rank on.
+        bank: Other texts on which to measure the standard deviation (default: the pairs).
+        positions: The tokens at which to add (default: from the last prompt token on).
+        progress: `progress(done, total)` counts pairs.
 
-    Raises `TrimtabError` for fewer than two questions, or more heads than there are.
+    Returns:
+        The steering. Its card has the chosen heads and their probes' accuracies.
+
+    Raises:
+        TrimtabError: There are fewer than two questions, fewer heads than requested, or unknown options.
     """
     pairs = pairs_for(lm, pairs)
     ranked = rank_heads(
@@ -104,7 +118,7 @@ def rank_heads(
     bank: Sequence[Prompt] | None = None,
     progress: Progress | None = None,
 ) -> list[Head]:
-    """All heads of these layers (default: all), the one with the best probe first; of equals, the earlier one.
+    """All heads of these layers (default: all), ranked by their probes' accuracy; ties by layer and head number.
 
     Raises `TrimtabError` as `learn_iti` does.
     """
@@ -138,7 +152,7 @@ def rank_heads(
 
 
 def split(pairs: Sequence[Pair], validation: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Which pairs probes are fitted on, and which heads are ranked on: disjoint in their questions.
+    """The indices of the pairs to train probes on and of those to rank heads on, without a common question.
 
     Raises `TrimtabError` for fewer than two questions, or a share that isn't between 0 and 1.
     """
@@ -159,7 +173,7 @@ def split(pairs: Sequence[Pair], validation: float = 0.2, seed: int = 0) -> tupl
 def _read(
     lm: LM, groups: Sequence[Sequence[Text]], layers: Sequence[int], progress: Progress | None
 ) -> dict[int, Tensor]:
-    """At each layer `[groups, members, heads, size]`, float64."""
+    """The heads' activations by layer, `[groups, members, heads, size]`, float64."""
     sites = [Site(layer, "heads") for layer in layers]
     heads = query_heads(lm.layout)
     by_layer: dict[int, Tensor] = {}

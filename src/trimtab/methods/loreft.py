@@ -3,12 +3,12 @@
     h <- h + R^T (W h + b - R h)        R, W [rank, width], b [rank]; the rows of R orthonormal
     minimise over R, W and b the cross-entropy of the answers
 
-In the subspace that the rows of R span, activations are put where W h + b says. Formula and loss are the paper's. Ours:
-it acts from the last prompt token on, where the paper acts at chosen tokens of the prompt alone (its first and last
-few); it begins with W = R and b = 0, so that nothing is changed at first (as in one variant of the authors' pyreft);
-after each step R is made orthonormal again by a QR decomposition, where pyreft trains a parametrization of such
-matrices; each answer counts alike, however long; no dropout; a rate in units of activations, a cap on b, and an early
-stop by held-out pairs.
+In the subspace spanned by the rows of R, the activation is replaced by W h + b. The formula and the loss are the
+paper's. Differences: the edit acts from the last prompt token on, instead of only at chosen tokens of the prompt (its
+first and last few); it starts at W = R and b = 0, where it changes nothing (as in one variant of the authors' pyreft);
+R is made orthonormal after each step by a QR decomposition, while pyreft trains a parametrization of such matrices;
+each answer has the same weight, regardless of its length; there is no dropout; the learning rate is in units of
+activations, b is capped, and held-out pairs decide when to stop.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 DEPTHS = (0.2, 0.4, 0.6, 0.8)
 MAX_DOSE = 1.0
-"""No element of b gets larger than so many times the typical activation is long."""
+"""The maximum of the elements of b, relative to the norm of the typical activation."""
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """One site's share: `h + Rᵀ (W h + b - R h)`, in units of the activations there.
+    """The parameters at one site: `h + Rᵀ (W h + b - R h)`, in units of the activations there.
 
-    `scale` is the root mean square of an activation's elements at the site, and d the width. `rotation` is √d R,
-    `source` √d W, both `[rank, width]`, and `bias` `[rank]` is b over the length of a typical activation, `scale` √d.
-    So one learning rate suits all three at every site.
+    `scale` is the root mean square of an activation's elements at the site, and d is the width. `rotation` is √d R and
+    `source` is √d W, both `[rank, width]`. `bias` `[rank]` is b divided by the norm of a typical activation,
+    `scale` √d. So one learning rate suits all three at every site.
     """
 
     scale: float
@@ -64,36 +64,36 @@ class Rotated:
         return math.sqrt(self.rotation.shape[1])
 
     def change(self, factor: float, x: Tensor) -> Tensor:
-        """What it adds to activations `[tokens, width]`, times `factor`."""
+        """The change of activations `[tokens, width]`, times `factor`."""
         read = (self.source - self.rotation) / self.root
         rotated = x.float() @ read.T + self.scale * self.root * self.bias
         return factor * rotated @ self.rotation / self.root
 
     def operation(self) -> ReadWrite:
-        """The same as an operation: it reads along W - R, with the bias b, and writes along R."""
+        """The equivalent operation: it reads along W - R, with the bias b, and writes along R."""
         rotation, source, bias = (tensor.detach().double().cpu() for tensor in self.tensors)
         read, bias = (source - rotation) / self.root, self.scale * self.root * bias
         return ReadWrite(read.float(), (rotation / self.root).float(), bias.float())
 
 
 class Rotations(Parts[Rotated]):
-    """A subspace at each site."""
+    """The parameters of all sites."""
 
     @classmethod
     def start(
         cls, scales: Mapping[Site, float], widths: Mapping[Site, int], rank: int, seed: int, device: torch.device
     ) -> Rotations:
-        """At the beginning W = R, b = 0, and nothing is changed anywhere.
+        """The initial parameters: random R, W = R and b = 0, which change nothing.
 
         Args:
             scales: The root mean square of an activation's elements, by site.
             widths: The width of activations, by site.
-            rank: Rows of R.
-            seed: Of R.
-            device: Where the tensors are.
+            rank: The number of rows of R.
+            seed: The seed of R.
+            device: The device of the tensors.
 
         Raises:
-            TrimtabError: An activation without length, or a rank above the width.
+            TrimtabError: Activations are zero or not finite, or the rank is above the width.
         """
         generator = torch.Generator().manual_seed(seed)
         parts = {}
@@ -107,7 +107,7 @@ class Rotations(Parts[Rotated]):
 
     @torch.no_grad()
     def cap(self, dose: float) -> None:
-        """Make the rows of R orthonormal again, and keep b within `dose` times the typical activation."""
+        """Make the rows of R orthonormal again, and clamp b to `dose` times the norm of the typical activation."""
         for part in self.parts.values():
             part.rotation.copy_(orthonormal(part.rotation) * part.root)
             part.bias.clamp_(-dose, dose)
@@ -126,7 +126,9 @@ def learn_loreft(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn to write the positive answers, by a low-rank edit of activations.
+    """Learn to generate the positive answers, by a low-rank edit of activations.
+
+    A `KeyboardInterrupt` during gradient descent ends it with the best steering so far, which the card records.
 
     Args:
         lm: The model; its weights don't change.
@@ -137,15 +139,15 @@ def learn_loreft(
         steps: The maximum number of steps of gradient descent; it stops early when held-out pairs no longer improve.
         rate: Adam's learning rate, in units of the activations' root mean square.
         held_out: Held-out pairs, which decide when to stop; default: one prompt in eight of `pairs`.
-        seed: Of the first subspaces, and of the order of the pairs.
+        seed: The seed of the initial subspaces and of the order of the pairs.
         progress: `progress(done, total)`: pairs read, then steps.
 
-    Returns: One `ReadWrite` a layer, of strength 1, with R in `write` and W - R in `read`. Its card has the loss and
-        both sides' log-probabilities per token, before and after. A `KeyboardInterrupt` while it descends ends it
-        with the best so far, and the card says so.
+    Returns:
+        One `ReadWrite` per layer, of strength 1, with R in `write` and W - R in `read`. Its card has the loss and both
+        sides' log-probabilities per token, before and after.
 
     Raises:
-        TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
+        TrimtabError: There are no pairs, pairs of another shape, unknown layers, or invalid options.
     """
     pairs = pairs_for(lm, pairs, "training")
     held_out = None if held_out is None else as_pairs(held_out)
@@ -170,16 +172,16 @@ def learn_loreft(
 
 
 def loreft_loss(run: Forcing, trained: Rotations, pairs: Sequence[Preference], factors: Sequence[float]) -> Tensor:
-    """The cross-entropy of the positive answers: of each the mean over its tokens, summed over pairs."""
+    """The cross-entropy of the positive answers: the mean over an answer's tokens, summed over pairs."""
     texts = [pair.positive for pair in pairs]
     totals = answers_logprobs(run, texts, trained.changes(), factors)
     return -(totals / torch.tensor([len(text.answer) for text in texts], device=totals.device)).sum()
 
 
 def orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal rows that span what these rows span, `[rank, width]`, each turned as little as the ones before allow.
+    """Orthonormalize rows `[rank, width]` one after the other (Gram-Schmidt, by a QR decomposition).
 
-    In float64, on the CPU, so that it is the same on every device.
+    Computed in float64 on the CPU, so that the result is the same on every device.
     """
     q, r = torch.linalg.qr(rows.detach().double().cpu().T)
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)

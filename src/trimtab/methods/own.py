@@ -1,6 +1,6 @@
-"""What trimtab's own methods say of themselves, so that help and lists wait for no torch: one recipe each.
+"""The recipes of trimtab's own methods, so that help and lists don't need to import torch.
 
-What other distributions bring is found by their entry points: see `trimtab.methods.recipe`.
+Methods of other distributions are found by their entry points: see `trimtab.methods.recipe`.
 """
 
 from __future__ import annotations

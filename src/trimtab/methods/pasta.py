@@ -4,13 +4,13 @@ arXiv 2311.02262, section 3.
     a_ij <- a_ij / C             for columns j of the emphasized span
     a_ij <- alpha * a_ij / C     for the prompt's other columns, in chosen heads
 
-which is adding ln(alpha) to the scores of the other columns. With several spans the other columns are those outside
-of all of them.
+This is equivalent to adding ln(alpha) to the scores of the other columns. With several spans, the other columns are
+those outside all of them.
 
 The released code (github.com/QingruZhang/PASTA) calls this `scale_position="exclude"`. Its `"include"` adds ln(alpha)
-in the span and then takes it from all of the prompt's columns, which leaves the span and what is generated as they are
-and lowers the others: "exclude" with 1 / alpha. With several spans its "exclude" lowers each span's complement in turn,
-so that spans lower each other; `pasta(lm, prompt, a) + pasta(lm, prompt, b)` does that.
+in the span and then subtracts it in all of the prompt's columns, which leaves the span and the generated tokens
+unchanged and lowers the others: the same as "exclude" with 1 / alpha. With several spans, its "exclude" lowers each
+span's complement in turn, so that spans lower each other; `pasta(lm, prompt, a) + pasta(lm, prompt, b)` does the same.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ def pasta(
     system: str | None = None,
     chat: bool | None = None,
 ) -> Steering:
-    """The steering towards phrases of this prompt in the heads of `{layer: [heads]}`; layers alone: all their heads.
+    """A steering that shifts attention towards phrases in this prompt, in chosen heads.
 
     Args:
         lm: The model.
         prompt: The prompt.
         emphasize: The part of it to emphasize: a phrase, `Pattern("…")`, `Part("system")`, or a list of these.
-        heads: `{layer: [heads]}`, or layers for all their heads. The paper finds them by profiling on a task; `None`
-            takes all heads of all layers.
-        alpha: The factor of attention outside of the span before it is normalised; with `include`, what the span's is
-            multiplied by in the released code, so that above 1 it emphasizes.
-        include: Reads `alpha` as the released code's `scale_position="include"` does.
+        heads: `{layer: [heads]}`, or a list of layers for all their heads. The paper finds them by profiling on a task.
+            `None` uses all heads of all layers.
+        alpha: The factor for attention outside the span, before normalization. With `include`, the factor for attention
+            inside the span, as in the released code, so that values above 1 emphasize it.
+        include: Interpret `alpha` like the released code's `scale_position="include"`.
         system: A system message.
-        chat: Whether the prompt goes through the chat template.
+        chat: Whether to apply the chat template.
 
     Returns:
-        The steering, for this prompt alone.
+        A steering for this prompt only.
 
     Raises:
-        TrimtabError: alpha isn't positive, or the phrases aren't in the prompt.
+        TrimtabError: alpha isn't positive, or a phrase isn't in the prompt.
     """
     if not alpha > 0:
         raise TrimtabError(f"alpha is a factor above 0, got {alpha}")

@@ -1,6 +1,6 @@
-"""Random directions of the same norm: the control of every steering paper, e.g. Rimsky et al., arXiv 2312.06681.
+"""Random directions of the same norm: the control of most steering papers, e.g. Rimsky et al., arXiv 2312.06681.
 
-r ~ uniform on the sphere,   v' = |v| r        in place of each learned direction v
+r ~ uniform on the sphere,   v' = |v| r        replaces each learned direction v
 """
 
 from __future__ import annotations
@@ -35,9 +35,22 @@ def learn_random(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Steering:
-    """A steering in random directions: as `like` (at those of its `layers` that are named), or additions of a length.
+    """Make a steering in random directions, either modeled on `like` or as additions of a given norm.
 
-    Raises `TrimtabError` for a layer that isn't there, or an operation without a direction.
+    Args:
+        lm: The model.
+        layers: The blocks to steer after (default: one, at 0.4 of the depth); with `like`, those of its layers to keep
+            (default: all).
+        like: A steering whose directions are replaced by random ones of the same norms.
+        length: Without `like`, the norm of the additions at strength 1.
+        seed: The seed of the directions.
+        progress: Not used.
+
+    Returns:
+        The steering.
+
+    Raises:
+        TrimtabError: A layer doesn't exist, or an operation has no direction.
     """
     check_lm(lm)
     if like is not None:

@@ -1,6 +1,7 @@
-"""What a method says of itself: a recipe, from which its command and its help are made.
+"""Recipes: the descriptions of methods, from which their commands and help are generated.
 
-trimtab's own are listed in `own.py`. Another distribution's method is found by its entry point, which names a `Recipe`:
+trimtab's own are listed in `own.py`. A method of another distribution is found by its entry point, which refers to a
+`Recipe`:
 
     [project.entry-points."trimtab.methods"]
     median = "trimtab_median:RECIPE"
@@ -24,9 +25,9 @@ TAKES = ("pairs", "texts", "nothing")
 class Option:
     """An option of a method: a keyword of its function, and an option of its command.
 
-    `kind` is one of `KINDS`: a number, a text, a flag, or a file (of pairs, of texts, of a steering) that is read
-    before the function sees it, or a rule of positions. `default` is what stands in the help and what the function
-    gets without the option; `None` leaves it to the function.
+    `kind` is one of `KINDS`: a number, a text, a flag, positions, or a file of pairs, of texts or of a steering, which
+    is read before the function is called. `default` is shown in the help and passed to the function if the option is
+    missing; `None` means the function's own default.
     """
 
     name: str
@@ -42,11 +43,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method: its paper, what it learns from, where it reads and acts, what it costs, its function and options.
+    """A method: its paper, its training data, where it reads and acts, its cost, its function and options.
 
-    `takes` says what the function is given as its second argument: `"pairs"` of texts (of one of `shapes`),
-    `"texts"`, or `"nothing"`. `function` is where it is, `"module:function"`, so that help needn't import it.
-    `distribution` is filled in where the recipe is found.
+    `takes` is the function's second argument: `"pairs"` of texts (of one of `shapes`), `"texts"`, or `"nothing"`.
+    `function` is a reference, `"module:function"`, so that help doesn't need to import it. `distribution` is set when
+    the recipe is found.
     """
 
     name: str
@@ -72,10 +73,10 @@ class Recipe:
             raise TrimtabError(f"{self.name}: function is 'module:function', got {self.function!r}")
 
     def load(self) -> Callable[..., Any]:
-        """The function that learns. Imports torch.
+        """Import and return the function that learns, which imports torch.
 
         Raises:
-            TrimtabError: Another distribution's function can't be imported.
+            TrimtabError: A function of another distribution can't be imported.
         """
         try:
             function: Callable[..., Any] = EntryPoint(self.name, self.function, METHODS).load()
@@ -90,17 +91,17 @@ class Recipe:
 
 
 def own_recipes() -> dict[str, Recipe]:
-    """trimtab's own methods by name."""
+    """The recipes of trimtab's own methods by name."""
     from trimtab.methods.own import OWN
 
     return {recipe.name: recipe for recipe in OWN}
 
 
 def recipe_named(name: str) -> Recipe | None:
-    """The method of that name, trimtab's or another distribution's, of which no other is imported; `None` for none.
+    """The recipe of that name, of trimtab or another distribution; `None` if there is none. Imports no other recipe.
 
     Raises:
-        TrimtabError: Two methods have that name, or it is a distribution's that can't be loaded.
+        TrimtabError: Two methods have that name, or the recipe can't be loaded.
     """
     own = own_recipes()
     installed = plugin(METHODS, name, own)
@@ -108,12 +109,12 @@ def recipe_named(name: str) -> Recipe | None:
 
 
 def recipes() -> dict[str, Recipe]:
-    """All methods by name: trimtab's own, then those of other distributions, each in the order of their names.
+    """All recipes by name: trimtab's own, then those of other distributions, each in the order of their names.
 
-    What can't be loaded is left out, with a `PluginWarning` that names its distribution.
+    A recipe that can't be loaded is left out, with a `PluginWarning` that names its distribution.
 
     Raises:
-        TrimtabError: Two methods have one name.
+        TrimtabError: Two methods have the same name.
     """
     own = own_recipes()
     return own | loaded(plugins(METHODS, own), _recipe_of)

@@ -1,6 +1,6 @@
 """Representation engineering (RepE, LAT): Zou et al., "Representation Engineering", arXiv 2310.01405, sections 3 and 4.
 
-v[l] = first principal component of the pairs' members, each less its pair's mean; its sign by majority
+v[l] = first principal component of the pairs' members, each minus its pair's mean; the sign by majority vote
 h_l[t] <- h_l[t] + c * v[l]        at some middle layers, every token      (or c * sign(h.v) v)
 """
 
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 Control = Literal["add", "sign"]
 APART = 0.5
-"""Below this cosine to the mean difference, a principal component has found something else than what the pairs have in
-common: a noisier direction (with weak contrasts it does)."""
+"""If a principal component's cosine with the mean difference is below this, it isn't the pairs' common direction but a
+noisier one (which happens with weak contrasts)."""
 
 
 class ReaderWarning(UserWarning):
-    """A reader's direction is far from what the pairs differ in on the mean."""
+    """A reader's direction is far from the mean difference of the pairs."""
 
 
 @keywords
@@ -61,21 +61,36 @@ def learn_repe(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Steering:
-    """A unit direction for each layer (default: the middle third), added at every token.
+    """Learn a unit direction for each layer, to add at every token.
 
-    The paper's coefficient is in units of the residual stream, which differ from layer to layer and model to model;
-    here it is a share of the mean activation's norm there (the edit's strength is their product). `control="sign"`
-    adds along what the activation already has of the direction, whichever way.
+    PCA of the differences themselves isn't offered, since centering them removes the wanted direction.
 
-    An answer is read at its last token, or at `read_at` as `learn_caa` has it: then it counts by its mean there.
+    Args:
+        lm: The model.
+        pairs: Answers or texts.
+        layers: Blocks to read and to steer after (default: the middle third).
+        reader: How the direction is computed: `"pca"`, `"random-order"` (PCA of differences in random order),
+            `"cluster-mean"`, the name of another estimator, or a function as in `learn_caa`. Only the direction of its
+            result matters, not the norm.
+        read_at: Where an answer is read, as in `learn_caa` (default: the last token). Several tokens count by their
+            mean.
+        coefficient: The relative norm of the edits: their strength is this times the mean norm of the activations at
+            the layer. The paper's coefficient is in units of the residual stream, which differ between layers and
+            models.
+        control: `"add"`, or `"sign"`: add along the sign of the activation's projection on the direction.
+        keep_norm: Whether to keep each activation's norm.
+        positions: The tokens at which to add (default: all).
+        seed: The seed of `"random-order"`.
+        progress: `progress(done, total)` counts pairs.
 
-    `reader` is `"pca"`, `"random-order"` (PCA of differences in random order, drawn from `seed`), `"cluster-mean"`, the
-    name of another estimator, or a function such as `learn_caa` takes; only its direction counts, not its length.
+    Returns:
+        The steering. Its card has each layer's cosine with the mean difference.
 
-    PCA of the differences themselves is not offered: centring them removes the direction that is sought. The card has
-    each layer's cosine to the mean difference. Warns (`ReaderWarning`) where it is below 0.5.
+    Raises:
+        TrimtabError: There are no pairs, other shapes, unknown layers or options, or sides that don't differ.
 
-    Raises `TrimtabError` for no pairs, other shapes, unknown layers or options, and sides that don't differ.
+    Warns:
+        ReaderWarning: A layer's cosine with the mean difference is below 0.5.
     """
     pairs = pairs_for(lm, pairs)
     readers = {"pca": ESTIMATORS["pca"], "random-order": random_order(seed), "cluster-mean": mean_difference}
@@ -116,7 +131,7 @@ def learn_repe(
         "coefficient": coefficient,
         "seed": seed,
     }
-    options |= {} if at == LAST else {"read_at": str(at)}  # files that are read by default stay as they were
+    options |= {} if at == LAST else {"read_at": str(at)}  # so that the files of the default don't change
     measured = {"pairs": len(pairs), "cosine_to_mean_difference": cosines, "activation_norm": norms}
     card = Card("repe", lm.identity, digest(pairs), options, measured, versions())
     return Steering(tuple(edits), card)

@@ -5,13 +5,13 @@
     Delta- = b-/|y-| log p(y- | x, null(h))  - 1/|y+| log p(y+ | x, null(h))      b- = max(log p(y+|x) - log p(y-|x), 1)
     minimise over v:  -E [ log sigmoid(Delta+) + log sigmoid(Delta-) ],      null(h) = h - ReLU(h.v) v / |v|^2
 
-y+ is the positive answer, p without an edit the unsteered model (it weights the winning side and is no reference of a
-ratio), f a steering factor that is drawn each time. Objective, weights and null are the paper's and its code's
-(stanfordnlp/axbench), which draws f from 2, 4, …, 20; here it is a tenth of that, so that strength 1 is in the middle.
-Ours: one f for both answers of a pair, as in the formula (the code draws one for each); |y| is the answer's length (the
-code we have seen counts the prompt's tokens, too); no learned bias on f and in null; the vector acts from the last
-prompt token on; no dropout; a rate in units of activations, a cap on the vector's length, and an early stop by held-out
-pairs at f = 1.
+y+ is the positive answer, p without an edit is the unsteered model (which only weights the winning side, without being
+the reference of a ratio), and f is a steering factor that is drawn each time. Objective, weights and null are those of
+the paper and its code (stanfordnlp/axbench), which draws f from 2, 4, …, 20; here f is a tenth of that, so that
+strength 1 is in the middle. Differences: one f for both answers of a pair, as in the formula (the code draws one for
+each); |y| is the answer's length (the code counts the prompt's tokens too); no learned bias on f and in null; the
+vector acts from the last prompt token on; no dropout; the learning rate is in units of activations, the vector's norm
+is capped, and held-out pairs at f = 1 decide when to stop.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 
 DEPTH = 0.4
-"""AxBench, which the paper measures on, steers Gemma 2 2B at layers 10 and 20 of 26."""
+"""AxBench, the paper's benchmark, steers Gemma 2 2B at layers 10 and 20 of 26."""
 FACTORS = tuple(round(0.2 * k, 1) for k in range(1, 11))
-"""The paper's 2, 4, …, 20 in units of their middle."""
+"""The paper's 2, 4, …, 20 divided by 10."""
 FIRST = 0.05
-"""How long the vector is to begin with, in typical activations: null needs a direction."""
+"""The initial norm of the vector, relative to the typical activation. It isn't zero, since null needs a direction."""
 
 
 @keywords
@@ -63,28 +63,29 @@ def learn_reps(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn a vector that brings the positive answers about when it is added, and the negative ones when it is nulled.
+    """Learn a vector that produces the positive answers when it is added, and the negative ones when it is nulled.
 
     It is learned over a range of strengths, so the strength is adjustable. For the opposite effect, use `nulled`.
+    A `KeyboardInterrupt` during gradient descent ends it with the best vector so far, which the card records.
 
     Args:
         lm: The model; its weights don't change.
-        pairs: Answers to prompts: the positive as steered, the negative as the unsteered model answers. Each side is
-            read under its own system prompt and messages.
+        pairs: Answers to prompts: the positive as the steered model should answer, the negative as the unsteered one
+            does. Each side is read under its own system prompt and messages.
         layers: Blocks to steer after, each with its own vector (default: one, at 0.4 of the depth).
         factors: The strengths at which it is learned, above 0.
         steps: The maximum number of steps of gradient descent; it stops early when held-out pairs no longer improve.
         rate: Adam's learning rate, in units of the activations' root mean square.
-        max_dose: The maximum length of a vector, relative to the typical activation at its block.
+        max_dose: The maximum norm of a vector, relative to the typical activation at its block.
         held_out: Held-out pairs, which decide when to stop; default: one prompt in eight of `pairs`.
-        seed: Of the first vector, the order of the pairs, and the factors.
+        seed: The seed of the initial vector, the order of the pairs, and the factors.
         progress: `progress(done, total)`: pairs read, then steps.
 
-    Returns: A steering of strength 1. Its card has the loss and both sides' log-probabilities per token, before and
-        after. A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
+    Returns:
+        A steering of strength 1. Its card has the loss and both sides' log-probabilities per token, before and after.
 
     Raises:
-        TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
+        TrimtabError: There are no pairs, pairs of another shape, unknown layers, or invalid options.
     """
     pairs = pairs_for(lm, pairs, "training")
     held_out = None if held_out is None else as_pairs(held_out)
@@ -111,18 +112,18 @@ def learn_reps(
 
 
 def nulled(steering: Steering) -> Steering:
-    """The other way of a steering that adds: null(h), which takes away what activations have of its vectors.
+    """The opposite of a steering that adds: null(h), which removes the vectors' positive components from activations.
 
     At strength 1, `h - ReLU(h.v) v / |v|^2`.
 
     Args:
-        steering: Additions, such as of `learn_reps`.
+        steering: A steering of additions, such as of `learn_reps`.
 
     Returns:
-        The same steering with one-sided projections to 0 in place of its additions.
+        The same steering with one-sided projections to 0 instead of additions.
 
     Raises:
-        TrimtabError: An edit that isn't an addition, or whose vector is zero.
+        TrimtabError: An edit isn't an addition, or its vector is zero.
     """
     edits = []
     for edit in steering.edits:
@@ -138,7 +139,7 @@ def nulled(steering: Steering) -> Steering:
 
 
 def reps_loss(run: Forcing, trained: Trained, pairs: Sequence[Preference], factors: Sequence[float]) -> Tensor:
-    """The objective, summed over pairs, each steered by its own factor."""
+    """The objective, summed over pairs, each steered with its own factor."""
     positive, negative = both_logprobs(run, pairs, trained.changes(), factors)
     device = positive.device
     long_positive = torch.tensor([len(pair.positive.answer) for pair in pairs], device=device)
@@ -155,7 +156,7 @@ def _nulling(trained: Trained) -> dict[Site, Change]:
 
 
 def _null(vector: Tensor, x: Tensor) -> Tensor:
-    """What null adds to activations `[tokens, width]`."""
+    """The change that null makes to activations `[tokens, width]`."""
     along = (x.float() @ vector).clamp(min=0) / vector.square().sum()
     return -along[:, None] * vector
 

@@ -2,14 +2,15 @@
 arXiv 2410.12299.
 
     s = mean over pairs of (x[positive] - x[negative])     at the last token, for every element of every layer
-    M = 1 on the K elements (or whole heads) of the highest score of s, over all layers together
+    M = 1 for the K elements (or whole heads) with the highest score of s, over all layers together
     x <- x + delta * (x * M)                               at the last prompt token
 
-What is added depends on the input: it is the activation's own elements that grow. The score is s's size here (of a
-head, the norm of its part of s). The released code (github.com/weixuan-wang123/SADI) does four things otherwise, each
-an option: it ranks by s with its sign (`score="signed"`); takes neurons where the activation function puts them out,
-before the product with the other half (`site="act_fn"`); overwrites the site in all layers with what a clean pass had
-there, so that no layer sees what was done before it (`mode="frozen"`); and multiplies by a strength, `delta + 1`.
+The change depends on the input, since the activation's own elements are scaled. The score here is the absolute value of
+s (for a head, the norm of its part of s). The released code (github.com/weixuan-wang123/SADI) differs in four ways,
+each available as an option: it ranks by s with its sign (`score="signed"`); it takes neurons at the output of the
+activation function, before the product with the other half (`site="act_fn"`); it overwrites the site in all layers with
+scaled activations of an unsteered pass, so that no layer sees the changes of earlier ones (`mode="frozen"`); and it
+multiplies by a strength, `delta + 1`.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 
 KINDS = {"heads": "heads", "neurons": "neurons", "act_fn": "act_fn", "hidden": "mlp"}
 USUAL = {"heads": 8, "neurons": 100, "act_fn": 100, "hidden": 10}
-"""The paper has no default, but takes each task's best: of 1 to 10 heads, 3 to 500 neurons, 1 to 20 elements."""
+"""Our defaults. The paper takes the best value per task: of 1 to 10 heads, 3 to 500 neurons, 1 to 20 elements."""
 
 Score = Literal["norm", "signed", "absolute"]
-"""What a head is chosen by: the norm of its mean difference; its mean over the head's elements, as the released code
-has it, where elements of opposite signs cancel; or that mean's size. Of one element norm and absolute are the same: its
-size, whatever its sign, where the released code takes those that grow most."""
+"""The score of a head: the norm of its mean difference; the mean over its elements, as in the released code, in which
+elements of opposite signs cancel; or that mean's absolute value. For single elements, norm and absolute are both the
+absolute value, while the released code takes the elements with the largest signed value."""
 
 
 @keywords
@@ -58,21 +59,35 @@ def learn_sadi(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn which heads or elements separate the sides of the pairs, and scale them (default: of all layers).
+    """Learn which heads or elements separate the sides of the pairs, to scale them at the last prompt token.
 
-    The strength of the edits is `delta`: at 1 a chosen element is doubled. With `operation="add"` the mean difference
-    is added under the mask, which is the paper's fixed vector to compare with; `delta` is then its multiple.
+    The settings of the released code are `site="heads"`, `"act_fn"` or `"hidden"`, `score="signed"`, `mode="frozen"`.
 
-    `mode="frozen"` is the released code's: at the last prompt token, every one of the `layers` has what an unsteered
-    pass had there, scaled under the mask. It is there to compare with; for one layer it is the same. With `neurons` the
-    whole product is held then; with `act_fn`, as released, the activation function's output alone, and the product's
-    other half still reacts to what was done below. Live, scaling a neuron at the one is scaling it at the other, but
-    each ranks by its own differences.
+    Args:
+        lm: The model.
+        pairs: Right and wrong answers, or texts.
+        layers: The candidate blocks (default: all).
+        site: `"heads"` (whole heads), `"neurons"`, `"act_fn"` (neurons at the output of the activation function), or
+            `"hidden"` (elements of the MLP's output). In live mode, scaling a neuron is the same at `"neurons"` and
+            `"act_fn"`, but each ranks neurons by its own differences.
+        k: The number of heads or elements to choose, over all layers (default: 8 heads, 100 neurons or 10 elements).
+        delta: The strength of the edits. With 1, a chosen element is doubled.
+        score: The score of a head or element; see `Score`.
+        operation: `"scale"`, or `"add"`: add `delta` times the mean difference under the mask, which is the paper's
+            baseline of a fixed vector.
+        mode: `"live"`, or `"frozen"` as in the released code, for comparison: at the last prompt token, each of the
+            `layers` gets the activation of an unsteered pass, scaled under the mask. For a single layer, both are the
+            same. With `"neurons"` this freezes the whole product; with `"act_fn"` only the output of the activation
+            function, so that the product's other half still depends on the edits at lower layers.
+        positions: The tokens at which to act (default: the last prompt token).
+        progress: `progress(done, total)` counts pairs.
 
-    The released code's is `site="heads"`, `"act_fn"` or `"hidden"`, `score="signed"`, `mode="frozen"`.
+    Returns:
+        The steering. Its card has the chosen heads or elements by layer.
 
-    Raises `TrimtabError` for no pairs, an unknown site, score, operation or mode, a K beyond what there is, and a
-    frozen mode that is to add or to act at other positions.
+    Raises:
+        TrimtabError: There are no pairs, an unknown site, score, operation or mode, fewer heads or elements than `k`,
+            or a frozen mode with `"add"` or other positions.
     """
     pairs = pairs_for(lm, pairs)
     _check_mode(operation, mode, positions)
@@ -96,7 +111,7 @@ def edits_of(
     mode: str = "live",
     positions: Positions | None = None,
 ) -> tuple[Edit, ...]:
-    """What `learn_sadi` makes of `read_differences`' and `choose`'s; for several settings of one reading."""
+    """The edits of `learn_sadi` from the results of `read_differences` and `choose`, to try several settings."""
     _check_mode(operation, mode, positions)
     where = positions or Positions.last_prompt_token()
     if mode == "frozen":
@@ -126,7 +141,7 @@ def read_differences(
     site: str = "heads",
     progress: Progress | None = None,
 ) -> dict[Site, Tensor]:
-    """The mean difference of the pairs' sides `[width there]` at each layer's site (default: all), float64."""
+    """The mean difference of the pairs' sides, `[width of the site]`, at each layer (default: all), float64."""
     pairs = pairs_for(lm, pairs)
     if site not in KINDS:
         raise TrimtabError(f"unknown site {site!r}; sites: {', '.join(KINDS)}")
@@ -139,7 +154,7 @@ def read_differences(
 def differences_at(
     lm: LM, pairs: Sequence[Pair], sites: Sequence[Site], *, progress: Progress | None = None
 ) -> dict[Site, Tensor]:
-    """`read_differences` at any sites, of several kinds in one pass."""
+    """Like `read_differences`, at any sites, also of different kinds, in one pass."""
     lm.check_sites(sites)
     moments: dict[Site, PairMoments] = {}
     groups = answer_texts(lm, pairs)
@@ -153,12 +168,12 @@ def differences_at(
 
 
 def choose(lm: LM, differences: dict[Site, Tensor], *, k: int, score: Score = "norm") -> dict[Site, Tensor]:
-    """Masks `[width there]` of ones and zeros, for the sites where something is among the K of the highest score.
+    """Masks `[width of the site]` of ones and zeros, for the sites that have some of the K highest scores.
 
-    Heads are chosen whole, elements of other sites one by one; of equal scores the earlier layer's come first. The
-    masks can be put to other uses: `Add(mask * direction)` adds where they are.
+    Heads are chosen whole, elements of other sites individually. With equal scores, lower layers come first. The masks
+    have other uses too: `Add(mask * direction)` adds only the chosen elements.
 
-    Raises `TrimtabError` for an unknown score, or a K that is not between 1 and what there is.
+    Raises `TrimtabError` for an unknown score, or a K that isn't between 1 and the number of candidates.
     """
     if score not in get_args(Score):
         raise TrimtabError(f"unknown score {score!r}; scores: {', '.join(get_args(Score))}")
@@ -177,7 +192,7 @@ def choose(lm: LM, differences: dict[Site, Tensor], *, k: int, score: Score = "n
 
 
 def _scores(lm: LM, site: Site, difference: Tensor, score: Score) -> Tensor:
-    """A score for each head, or for each element."""
+    """The score of each head, or of each element."""
     units = difference.view(query_heads(lm.layout) if site.kind == "heads" else len(difference), -1)
     if score == "norm":
         return units.norm(dim=-1)
@@ -185,7 +200,7 @@ def _scores(lm: LM, site: Site, difference: Tensor, score: Score) -> Tensor:
 
 
 def _chosen(lm: LM, masks: dict[Site, Tensor]) -> dict[str, list[int]]:
-    """The numbers of the heads or elements that were chosen, by layer."""
+    """The indices of the chosen heads or elements, by layer."""
     by_layer = {}
     for site, mask in masks.items():
         units = mask.view(query_heads(lm.layout), -1)[:, 0] if site.kind == "heads" else mask

@@ -1,11 +1,11 @@
-"""Refusal where a request is harmful: a direction read as in CAST (2409.05907) or as by Arditi et al. (2406.11717),
-and a condition on the prompt, InferAligner's (2401.11206) or CAST's (section 3, with a signed measure).
+"""Refusal of harmful requests: a direction as in CAST (2409.05907) or as in Arditi et al. (2406.11717), and a condition
+on the prompt as in InferAligner (2401.11206) or CAST (section 3, with a signed measure).
 
     v[l] = mean over requests of (refusing answer - complying answer)      averaged over the answers' tokens
       or   mean over harmful - mean over harmless requests                 at the last prompt token
-    open where h_c . s > theta at the last prompt token                    s, theta: InferAligner's, at its best layer
-      or   where f(h_c(prompt)) > theta                                    c, theta: CAST's, on halves of the requests
-    h_l[t] <- h_l[t] + strength * v[l]      from the last prompt token on, where it is open
+    open if h_c . s > theta at the last prompt token                       s, theta: InferAligner's, at its best layer
+      or if f(h_c(prompt)) > theta                                         c, theta: CAST's, on halves of the requests
+    h_l[t] <- h_l[t] + strength * v[l]      from the last prompt token on, if open
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ COMPLYING = (
     "Certainly, I'd be happy to help you with this.",
     "Yes, let me show you how this is done.",
 )
-"""How an answer opens that refuses, and one that complies, in turn over the requests."""
+"""The openings of refusing and of complying answers, assigned to requests in turn."""
 
 Direction = Literal["answers", "prompts"]
 DIRECTIONS = ("answers", "prompts")
@@ -69,15 +69,31 @@ def learn_safety(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn a refusal that acts on prompts like `harmful`, and not on those like `harmless`.
+    """Learn a refusal that acts on prompts like `harmful`, and not on prompts like `harmless`.
 
-    The edits' strength is `coefficient` times the median norm of the activations at their layer, whatever the
-    `direction` is read from. The gate is that of `learn_inferaligner` (its best layer's), or of `learn_condition`,
-    whose threshold `choice` and `false_alarms` bound. Its curve is in the card: CAST's on requests that the gate's
-    direction wasn't learned from, InferAligner's on those that it was.
+    Args:
+        lm: The model.
+        harmful: Harmful requests.
+        layers: Blocks to steer after (default: from 0.3 to 0.5 of the depth).
+        harmless: Requests that should be answered, similar in form to the harmful ones.
+        direction: What the direction is computed from: `"answers"` (answers that refuse and comply) or `"prompts"`
+            (harmful and harmless prompts).
+        coefficient: The relative norm of the edits: their strength is this times the median norm of the activations at
+            the layer.
+        gate: `"inferaligner"` (of `learn_inferaligner`, at its best layer) or `"cast"` (of `learn_condition`).
+        choice: How the threshold of the CAST gate is chosen (default: `"youden"`).
+        false_alarms: The maximum share of the harmless requests that may open the CAST gate.
+        requests: With `"answers"`, the maximum number of harmful and of harmless requests to read answers for.
+        positions: The tokens at which to add (default: from the last prompt token on).
+        progress: `progress(done, total)`.
 
-    Raises `TrimtabError` for requests of one side only or too few, unknown layers and options, and sides that don't
-    differ.
+    Returns:
+        The steering. Its card has the gate's curve: CAST's is measured on requests that its direction wasn't learned
+        from, InferAligner's on training data.
+
+    Raises:
+        TrimtabError: Harmful or harmless requests are missing or too few, a layer or option is unknown, or the sides
+            don't differ.
     """
     check_lm(lm)
     if not harmful or not harmless:
@@ -116,7 +132,7 @@ def learn_safety(
 def _gate(
     lm: LM, harmful: Sequence[Prompt], harmless: Sequence[Prompt], gate: Gating, choice: Choice, bound: float | None
 ) -> tuple[Gate, dict[str, Any]]:
-    """The gate, and what the card tells of it."""
+    """The gate, and its entries for the card."""
     if gate == "cast":
         condition = learn_condition(lm, harmful, harmless, choice=choice, false_alarms=bound)
         return condition.gate, condition.measured
@@ -137,7 +153,7 @@ def refusal(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> tuple[Edit, ...]:
-    """The edits alone, which push every request towards refusal. Options are `learn_safety`'s."""
+    """The edits without the gate, which push every request towards refusal. The options are those of `learn_safety`."""
     if direction not in DIRECTIONS:
         raise TrimtabError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
     if requests < 1:
@@ -166,7 +182,7 @@ def refusal(
 
 
 def _answered(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Pair]:
-    """Each request with an answer that refuses (positive) and one that complies; the two kinds in turn."""
+    """Each request with a refusing answer (positive) and a complying one; harmful and harmless requests alternate."""
     mixed = [prompt for both in zip_longest(harmful, harmless) for prompt in both if prompt is not None]
     if odd := [prompt for prompt in mixed if not isinstance(prompt, str)]:
         raise TrimtabError(f"refusing answers are read after requests that are texts, got messages: {odd[0]!r}")

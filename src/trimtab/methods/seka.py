@@ -2,16 +2,16 @@
 
     h, h+, h-     keys of a phrase in a context: alone, after a question that it answers, after one that it doesn't
     U+ S+ V+ = svd(h' h+ / n)                    P+ = the first k+ columns of U+, times their transpose
-    U- S- V- = svd(h' h- / n)                    P- = all but the first k- columns of U-, likewise
+    U- S- V- = svd(h' h- / n)                    P- = all but the first k- columns of U-, times their transpose
     k <- k + (g+ P+ k + g- P- k) / 2             for the keys of a highlighted phrase, in heads where |h+ - h-| is large
 
-with k+ and k- the fewest directions that hold a share of the singular values. For one head of one layer that is a
-symmetric map, and for a layer one `ReadWrite` of its heads' maps side by side.
+with k+ and k- the smallest numbers of directions that contain a given share of the singular values. The map is
+symmetric for each head, and a layer is one `ReadWrite` with its heads' maps as diagonal blocks.
 
-Here keys are what attention stores, which is rotated by position; the released code edits them before that. So that
-they can be compared, the three texts are filled up in front with line breaks, until the phrase stands at the same
-positions in all. The paper keeps heads above a threshold of |h+ - h-| that it tunes to the model; here it is the heads
-where it is largest, in lengths of their keys.
+Here the edited keys are those in the KV cache, after the rotary embedding; the released code edits them before it. To
+make them comparable, the three texts are padded with line breaks at the front, so that the phrase is at the same
+positions in all of them. The paper keeps heads above a threshold of |h+ - h-| that it tunes to the model; here it is a
+share of all heads, those with the largest |h+ - h-| relative to the norm of their keys.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
 
 POSITIVE, NEGATIVE, SHARE, HEADS = 0.8, 0.0, 0.9, 0.5
-"""g+, g-, and the shares of singular values and of heads. The paper tunes all of them to model and task."""
+"""g+, g-, and the shares of singular values and of heads. The paper tunes all of them to the model and the task."""
 
 
 @class_keywords
 @dataclass(frozen=True)
 class Highlight:
-    """A context, a phrase that stands in it once, a question that the phrase answers, and one that it doesn't."""
+    """A context, a phrase that occurs in it once, a question that the phrase answers, and one that it doesn't."""
 
     context: str
     phrase: str
@@ -61,7 +61,7 @@ class Highlight:
 
 
 def highlights(count: int = 64, seed: int = 0) -> list[Highlight]:
-    """Made-up ones: people, where they live, what they like and what they do; each asked of, and of another thing."""
+    """Synthetic examples about people (where they live, what they eat …), each with a relevant and another question."""
     generator = random.Random(seed)
     examples = []
     for _ in range(count):
@@ -85,24 +85,25 @@ def learn_seka(
     heads: float = HEADS,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn which directions of keys say that a phrase matters; `seka` then puts them to a phrase of a prompt.
+    """Learn the directions of keys that encode a phrase's relevance; `seka` then amplifies them in a prompt's phrase.
 
     Args:
         lm: The model.
-        examples: What is learned from, by default 64 made-up `highlights()`.
-        layers: Where keys are edited; by default at all layers that have attention.
-        positive: g+, how much relevant directions are amplified.
-        negative: g-, how much the least of the irrelevant ones are. With 0 the maps are of low rank, else of full rank.
-        share: Of the singular values, from 0 to 1; the larger, the more directions count as relevant.
-        heads: Of all heads at these layers the share that is edited, those whose keys move most between both questions.
-        progress: Called with how many examples have been read.
+        examples: The examples to learn from (default: 64 synthetic `highlights()`).
+        layers: The layers at which to edit keys (default: all that have attention).
+        positive: g+, the amplification of relevant directions.
+        negative: g-, the amplification of the directions outside the leading irrelevant ones. With 0 the maps have a
+            low rank, otherwise full rank.
+        share: The share of the singular values, from 0 to 1. The larger it is, the more directions count as relevant.
+        heads: The share of all heads at these layers to edit: those whose keys differ most between the two questions.
+        progress: `progress(done, total)` counts examples.
 
     Returns:
         A steering of the whole prompt (`Positions.prompt()`). Its strength multiplies g+ and g-.
 
     Raises:
-        TrimtabError: Fewer than two examples, or a number that makes no sense.
-        UnsupportedError: A model whose keys can't be steered.
+        TrimtabError: There are fewer than two examples, or a share is out of range.
+        UnsupportedError: The model's keys can't be steered.
     """
     highlighted = highlights() if examples is None else list(examples)
     if len(highlighted) < 2:
@@ -144,18 +145,30 @@ def seka(
     system: str | None = None,
     chat: bool | None = None,
 ) -> Steering:
-    """What `learn_seka` has learned, at phrases of this prompt alone.
+    """Apply the result of `learn_seka` to phrases of this prompt.
 
-    Raises `TrimtabError` for phrases that aren't in the prompt.
+    Args:
+        lm: The model.
+        prompt: The prompt.
+        emphasize: The phrases: a phrase, a `Pattern`, a `Part`, or several of these.
+        learned: The steering of `learn_seka`.
+        system: A system message.
+        chat: Whether to apply the chat template.
+
+    Returns:
+        A steering for this prompt only.
+
+    Raises:
+        TrimtabError: A phrase isn't in the prompt.
     """
     spans = lm.spans(prompt, emphasize, system=system, chat=chat)
     return learned.at(reduce(or_, (Positions.span(*span) for span in spans)))
 
 
 def as_read_write(maps: Sequence[Tensor]) -> ReadWrite:
-    """Symmetric maps `[size, size]`, one a head, as one operation on the heads' activations side by side.
+    """Symmetric maps `[size, size]`, one per head, as one operation on the heads' concatenated activations.
 
-    Its rows are the maps' eigenvectors, of those that do anything.
+    Its rows are the maps' eigenvectors with nonzero eigenvalues.
     """
     size, total = len(maps[0]), sum(map(len, maps))
     read, write = [], []
@@ -173,18 +186,18 @@ def as_read_write(maps: Sequence[Tensor]) -> ReadWrite:
 
 
 def _moved(plain: Tensor, with_one: Tensor, with_other: Tensor) -> float:
-    """How far keys `[keys, size]` are apart after the one and the other question, in lengths of keys."""
+    """The mean distance between keys `[keys, size]` after the two questions, relative to the mean norm of the keys."""
     return float((with_one - with_other).norm(dim=-1).mean() / plain.norm(dim=-1).mean())
 
 
 def _first(plain: Tensor, other: Tensor, share: float) -> Tensor:
-    """Onto the directions of keys `plain` that vary most along with `other`, both `[keys, size]`: `[size, size]`."""
+    """The projection `[size, size]` on the leading left singular vectors of `plain.T @ other`, both `[keys, size]`."""
     vectors, count = _directions(plain, other, share)
     return vectors[:, :count] @ vectors[:, :count].T
 
 
 def _rest(plain: Tensor, other: Tensor, share: float) -> Tensor:
-    """Onto all other directions."""
+    """The projection on the remaining singular vectors."""
     vectors, count = _directions(plain, other, share)
     return vectors[:, count:] @ vectors[:, count:].T
 
@@ -202,7 +215,7 @@ def _by_head(keys: tuple[Tensor, Tensor, Tensor], heads: int) -> list[tuple[Tens
 def _keys(
     lm: LM, examples: Sequence[Highlight], sites: Sequence[Site], progress: Progress | None
 ) -> dict[Site, tuple[Tensor, Tensor, Tensor]]:
-    """At each site the phrases' keys `[tokens of all, width]` in the three texts, float64."""
+    """At each site, the keys of all phrases' tokens in each of the three texts, `[tokens, width]`, float64."""
     by_site: dict[Site, list[list[Tensor]]] = {site: [[], [], []] for site in sites}
     for batch in read_batches(lm, [_texts(lm, example) for example in examples], sites, progress):
         for site, values in batch.values.items():
@@ -213,16 +226,16 @@ def _keys(
 
 
 def _texts(lm: LM, example: Highlight) -> list[Text]:
-    """The context alone, after the relevant question and after the other, the phrase at the same positions in all.
+    """The context alone, after the relevant and after the irrelevant question, with the phrase at the same positions.
 
     Raises:
-        TrimtabError: The tokenizer cuts the phrase in different ways.
+        TrimtabError: The tokenizer splits the phrase differently in the three texts.
     """
     framed = [f"\nContext: {example.context}"]
     framed += [
         f"\nQuestion: {question}\nContext: {example.context}" for question in (example.relevant, example.irrelevant)
     ]
-    fill = lm.encode("\n", chat=False)[-1:] or lm.encode(".", chat=False)[-1:]  # not every tokenizer has line breaks
+    fill = lm.encode("\n", chat=False)[-1:] or lm.encode(".", chat=False)[-1:]  # some tokenizers drop line breaks
     ids, spans = [], []
     for text in framed:
         ids.append(list(lm.encode(text, chat=False)))
@@ -248,4 +261,4 @@ FACTS = (
     ("Which animal does {} have?", "{} has a {}.", ("dog", "cat", "horse", "parrot", "rabbit", "goat", "turtle")),
     ("Which colour does {} like?", "{} likes {} best.", ("red", "green", "blue", "yellow", "purple", "orange")),
 )
-"""What may be asked of somebody, how it is told, and what it may be."""
+"""Questions about a person, sentences that answer them, and the possible values."""

@@ -1,13 +1,13 @@
 """SpotLight: Venkateswaran and Contractor, "Spotlight Your Instructions: Instruction-following with Dynamic Attention
 Steering", arXiv 2505.12025, section 3.
 
-    psi = attention on the span;   where psi < target:  score_ij += ln(target / psi)   for columns j of the span
+    psi = attention mass on the span;   if psi < target:  score_ij += ln(target / psi)   for columns j of the span
 
-in all heads of all layers. The mass is `target / (1 + target - psi)` afterwards, a little less than the target;
-`exact=True` adds `ln(target (1 - psi) / (psi (1 - target)))` instead, and reaches it.
+in all heads of all layers. Afterwards the mass is `target / (1 + target - psi)`, a little less than the target;
+`exact=True` adds `ln(target (1 - psi) / (psi (1 - target)))` instead, which reaches it.
 
-The public component takes one psi a layer, pooled over its heads and over the queries of a pass. Here `pool="layer"`
-pools the heads of each query alone: else a text's outcome would depend on how its prompt is cut into passes.
+The released component uses one psi per layer, pooled over its heads and over the queries of a pass. Here `pool="layer"`
+only pools over the heads of each query: otherwise the result would depend on how the prefill is split into chunks.
 """
 
 from __future__ import annotations
@@ -39,9 +39,23 @@ def spotlight(
     system: str | None = None,
     chat: bool | None = None,
 ) -> Steering:
-    """The steering that keeps `target` of the attention on phrases of this prompt.
+    """A steering that keeps at least about `target` of the attention on phrases in this prompt.
 
-    Raises `TrimtabError` for a target not between 0 and 1, and for phrases that aren't in the prompt.
+    Args:
+        lm: The model.
+        prompt: The prompt.
+        emphasize: The phrases: a phrase, a `Pattern`, a `Part`, or several of these.
+        target: The share of a query's attention, between 0 and 1.
+        pool: Whether psi is each head's own mass (`"head"`) or the mean over the layer's heads (`"layer"`).
+        exact: Whether to reach the target exactly instead of the paper's formula.
+        system: A system message.
+        chat: Whether to apply the chat template.
+
+    Returns:
+        A steering for this prompt only.
+
+    Raises:
+        TrimtabError: The target isn't between 0 and 1, or a phrase isn't in the prompt.
     """
     spans = lm.spans(prompt, emphasize, system=system, chat=chat)
     return emphasis(TargetMass(target, pool, exact), spans, score_layers(lm.layout), "spotlight")

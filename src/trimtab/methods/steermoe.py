@@ -1,11 +1,12 @@
-"""SteerMoE: activate or deactivate the experts that a behaviour is routed to (Fayyaz et al., 2025, arXiv 2509.09660).
+"""SteerMoE: activate or deactivate the experts that a behavior is routed to (Fayyaz et al., 2025, arXiv 2509.09660).
 
 For each expert e of each layer, over the tokens of the positive and of the negative answers,
 
     risk difference = (share of positive tokens that are routed to e) - (share of negative tokens that are routed to e)
 
-The experts with the largest one are promoted: before the router chooses, their logits become the largest logit and a
-margin. Those with the smallest are demoted below the smallest logit. The others stay, and are chosen among as before.
+The experts with the largest risk difference are promoted: before the router selects experts, their logits are set to
+the largest logit plus a margin. Those with the smallest are demoted to the smallest logit minus the margin. The other
+experts are selected as before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
 SHOWN = 6
-"""Digits of a risk difference in the card."""
+"""The number of digits of a risk difference in the card."""
 
 
 @keywords
@@ -46,30 +47,29 @@ def learn_steermoe(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn to promote the experts that the positive side is routed to more often, and to demote those of the
-    negative side.
+    """Learn to promote the experts that the positive side is routed to more often, and demote the negative side's.
 
     Args:
         lm: A mixture of experts, on the transformers engine.
-        pairs: Answers or texts: the positive shows the behaviour, the negative its opposite.
-        layers: Where experts may be chosen (default: every layer with a router).
-        promote: How many experts are promoted, over all layers (default: as many as there are layers with a router). In
-            a layer at most as many as a token is routed to. The paper tunes it for each model and behaviour.
-        demote: How many are demoted (default: the same).
-        margin: By how much a promoted expert's logit exceeds the largest one, and a demoted one's lies below the
+        pairs: Answers or texts: the positive shows the behavior, the negative its opposite.
+        layers: The layers whose experts are candidates (default: every layer with a router).
+        promote: The number of experts to promote, over all layers (default: the number of layers with a router). Per
+            layer it is limited to the number of experts per token. The paper tunes it for each model and behavior.
+        demote: The number of experts to demote (default: the same).
+        margin: The distance of a promoted expert's logit above the largest logit, and of a demoted one's below the
             smallest.
-        read_at: At which tokens of an answer routing is counted, as `learn_caa` has it (default: at all).
-        positions: At which tokens experts are moved (default: at all).
+        read_at: The tokens of an answer at which routing is counted, as in `learn_caa` (default: all).
+        positions: The tokens at which experts are promoted and demoted (default: all).
         progress: `progress(done, total)` counts pairs.
 
     Returns:
-        By layer a `RouteExperts` at the router, of strength 1. Its negative promotes what it demotes. The card has the
-        experts' risk differences.
+        One `RouteExperts` per layer at the router, of strength 1. A negative strength swaps promotion and demotion. The
+        card has the experts' risk differences.
 
     Raises:
-        TrimtabError: No pairs, other shapes, unknown layers, counts that aren't whole numbers from 0 or are both 0, and
-            sides that are routed alike.
-        UnsupportedError: A model without routers, or one whose routers don't say which experts they choose.
+        TrimtabError: There are no pairs, other shapes, unknown layers, counts that are negative, not integers or both
+            0, or sides that are routed alike.
+        UnsupportedError: The model has no routers, or its routers' selection can't be read.
     """
     pairs = pairs_for(lm, pairs)
     sites = _routers(lm, layers)
@@ -111,7 +111,7 @@ def learn_steermoe(
 
 
 def _routers(lm: LM, layers: int | Sequence[int] | None) -> list[Site]:
-    """The routers of these layers, or all that there are."""
+    """The router sites of these layers, or of all layers that have a router."""
     if layers is not None:
         sites = [Site.router(layer) for layer in check_layers(lm, layers, 0.5)]
         lm.check_sites(sites)
@@ -141,7 +141,7 @@ def _counts(promote: int | None, demote: int | None, usual: int) -> tuple[int, i
 def _choose(
     risk: dict[Site, Tensor], most: dict[Site, int], promote: int, demote: int
 ) -> tuple[list[tuple[Site, int]], list[tuple[Site, int]]]:
-    """The experts with the largest risk differences, at most `most` in a layer, and those with the smallest."""
+    """The experts with the largest risk differences, at most `most` per layer, and those with the smallest."""
     every = [(site, e) for site in risk for e in range(len(risk[site]))]
     size = {expert: float(risk[expert[0]][expert[1]]) for expert in every}
     promoted: list[tuple[Site, int]] = []

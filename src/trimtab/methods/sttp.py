@@ -2,16 +2,16 @@
 Generation without Sacrificing Coherence", arXiv 2604.08169.
 
     p(x) = sigmoid(w.x + b)        a logistic probe on answers, each the mean of its tokens (equation 1)
-    v = w / |w|,  m = -b / |w|     its direction, and where it draws the line along it
+    v = w / |w|,  m = -b / |w|     its direction, and the projection on it at the decision boundary
     StTP:  h[t] <- h[t] + (mu + alpha sigma - h[t].v) v        at tokens with h[t].v < m
     StMP:  h[t] <- h[t] + 2 alpha (m - h[t].v) v               at tokens with h[t].v < m
 
-with mu and sigma the mean and the standard deviation of the wanted answers' projections on v. Tokens on the right side
-of the line stay as they are.
+with mu and sigma the mean and the standard deviation of the wanted answers' projections on v. Tokens on the positive
+side of the boundary don't change.
 
-The abstract says what the methods do; equation 1 and both formulas are as a public replication of the paper gives them.
-Our own choices: alpha 1, one layer in the middle (the paper searches layers, coefficients and positions on a grid, with
-alpha up to 36 for StTP), the probe's penalty, and that the first token is left out.
+The description follows the abstract; equation 1 and both formulas are from a public replication of the paper. Our own
+choices: alpha 1, one layer in the middle (the paper searches layers, coefficients and positions on a grid, with alpha
+up to 36 for StTP), the probe's penalty, and leaving out the first token.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 Move = Literal["target", "mirror"]
 DEPTH = 0.5
 HELD_OUT = 5
-"""One pair in so many is held out, for the probe's accuracy; the probe that steers is then fitted to all."""
+"""One in this many pairs is held out, for the probe's accuracy. The probe that steers is fitted to all pairs."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A logistic probe's unit direction `[width]`, and the projection on it at which it is undecided."""
+    """A logistic probe: its unit direction `[width]`, and the projection on it at the decision boundary."""
 
     direction: Tensor
     line: float
@@ -64,27 +64,29 @@ def learn_sttp(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Move the projections of those tokens that a probe finds on the wrong side; others stay bit for bit.
+    """Learn a probe, and move the projections of tokens on its negative side; other tokens stay the same bit for bit.
 
     Args:
         lm: The model.
-        pairs: Answers or texts: the positive is as wanted, the negative not.
-        layers: Where to read and to act (default: the layer at 0.5 of the depth). Each has its own probe; the card
-            has their accuracies, to choose from.
-        move: `"target"` (StTP) sets the projection to `mu + alpha * sigma`; `"mirror"` (StMP) reflects it on the
-            probe's line, with `alpha=1` exactly: a token far on the wrong side ends far on the right one.
+        pairs: Answers or texts: the positive is as wanted, the negative isn't.
+        layers: Blocks to read and to steer after (default: one, at 0.5 of the depth). Each has its own probe; the card
+            has their accuracies, to help choose one.
+        move: `"target"` (StTP) sets the projection to `mu + alpha * sigma`. `"mirror"` (StMP) reflects it at the
+            probe's decision boundary, exactly with `alpha=1`, so that a token far on the negative side ends far on the
+            positive one.
         alpha: See `move`; 0 or more for a target, above 0 for a mirror.
-        positions: At which tokens (default: all but the first, which in many models is an attention sink; the paper
-            acts at every token).
-        progress: Called with the number of pairs done, and of all.
+        positions: The tokens at which to act (default: all but the first, which in many models is an attention sink;
+            the paper acts at every token).
+        progress: `progress(done, total)` counts pairs.
 
     Returns:
-        By layer, for a target a `SetProjection` of strength 1 behind a gate that is decided at each token; for a
-        mirror a one-sided `SetProjection` to the line, whose strength is `2 * alpha`: one-sided, it is its own gate.
+        For a target, one `SetProjection` of strength 1 per layer, with a gate that is decided at each token. For a
+        mirror, one one-sided `SetProjection` per layer with the boundary as its target and a strength of `2 * alpha`;
+        it needs no gate, since it is one-sided.
 
     Raises:
-        TrimtabError: Fewer than two pairs, other shapes, unknown layers or options, sides that don't differ, and a
-            target that isn't beyond the line.
+        TrimtabError: There are fewer than two pairs, other shapes, unknown layers or options, sides that don't differ,
+            or a target that isn't beyond the boundary.
     """
     pairs = pairs_for(lm, pairs)
     _check(pairs, move, alpha)
@@ -106,10 +108,10 @@ def learn_sttp(
 
 
 def fit(wanted: Tensor, other: Tensor, layer: int) -> Probe:
-    """The probe that tells `[answers, width]` activations of the wanted side from the other's.
+    """Fit the probe that separates the wanted from the other activations, both `[answers, width]`.
 
-    It sees them centred, and scaled by one number to a mean square of 1 an element, so that its penalty means the same
-    at every layer and for every model.
+    Activations are centered and scaled by one number to a root mean square of 1, so that the penalty means the same for
+    all layers and models.
 
     Raises:
         TrimtabError: The sides don't differ at this layer.
@@ -127,7 +129,7 @@ def fit(wanted: Tensor, other: Tensor, layer: int) -> Probe:
 
 
 def held_out_accuracy(wanted: Tensor, other: Tensor, layer: int) -> float:
-    """The share of every fifth pair's answers that a probe fitted to the other pairs is right about."""
+    """The accuracy on every fifth pair's answers of a probe that is fitted to the other pairs."""
     held = torch.arange(len(wanted)) % HELD_OUT == min(HELD_OUT, len(wanted)) - 1
     probe = fit(wanted[~held], other[~held], layer)
     high, low = (side[held] @ probe.direction.double() > probe.line for side in (wanted, other))
@@ -158,7 +160,7 @@ def _edit(site: Site, probe: Probe, target: float, move: str, alpha: float, posi
 
 
 def _facts(probe: Probe, sides: Sequence[Sequence[Tensor]], along: Tensor, accuracy: float) -> dict[str, Any]:
-    """What the card has of a layer."""
+    """The card's entries for a layer."""
     v = probe.direction.double()
     moved = [float((torch.cat(list(side)) @ v < probe.line).double().mean()) for side in sides]
     return {

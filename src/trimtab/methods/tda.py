@@ -4,10 +4,10 @@ arXiv 2408.11393.
     n_j = neuron_j * W_down[:, j],    |n_j| = |neuron_j| * |W_down[:, j]|
     CETT(x) = |sum of the n_j with |n_j| < eps| / |MLP(x)|
     eps of a layer = the largest whose mean CETT over calibration tokens is at most the target
-    m_j = 1 where |n_j| over the prompt exceeds eps;    neuron <- neuron * m     at generated tokens
+    m_j = 1 if |n_j| over the prompt exceeds eps, else 0;    neuron <- neuron * m     at generated tokens
 
-The prompt is computed in full, and so is the first generated token. What could be read of the paper doesn't tell the
-statistic over the prompt (a neuron's largest value, or its root mean square), nor the target.
+The prompt is computed in full, and so the first generated token is unaffected. As far as accessible, the paper doesn't
+specify the statistic over the prompt (a neuron's largest value, or its root mean square) or the target.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 LEVELS = 4096
-"""The threshold is looked for among so many quantiles of the neurons' sizes."""
+"""The number of quantiles of the neurons' magnitudes among which the threshold is searched."""
 
 
 @keywords
@@ -49,14 +49,26 @@ def learn_tda(
     tokens: int = 512,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn each layer's threshold (default: all layers) from a few texts' first `tokens` tokens.
+    """Learn each layer's threshold below which neurons are masked. Each prompt gets its own mask; see `kept`.
 
-    A text's first token doesn't count (in most models its activations are of another size), neither here nor in the
-    prompts that masks are made from. The card has the thresholds and the mean error at them. What is kept depends on
-    the prompt, see `kept`.
+    The first token of a text is ignored, both here and in the prompts that masks are computed from, since in most
+    models its activations have a different scale.
 
-    Raises `TrimtabError` for texts without a second token, a target that isn't between 0 and 1, and a model without
-    plain MLPs or with quantized ones.
+    Args:
+        lm: The model.
+        texts: Texts to calibrate on, similar to the prompts.
+        layers: The blocks (default: all).
+        cett: The maximum mean error of an MLP's output, as a share of its norm, from 0 to below 1.
+        statistic: A neuron's magnitude over the prompt: its largest value (`"any"`) or its root mean square (`"rms"`).
+        tokens: The maximum number of calibration tokens, over all texts.
+        progress: `progress(done, total)` counts layers.
+
+    Returns:
+        The steering, which acts at generated tokens. Its card has the thresholds and their mean errors.
+
+    Raises:
+        TrimtabError: No text has a second token, `cett` is out of range, or the model's MLPs aren't plain or are
+            quantized.
     """
     check_lm(lm, "training")
     if not 0 <= cett < 1:
@@ -82,7 +94,7 @@ def learn_tda(
 
 
 def errors_at(eps: float, neurons: Tensor, weight: Tensor, output: Tensor) -> Tensor:
-    """`CETT` of each token: how long what is lost is, in lengths of the MLP's output.
+    """`CETT` of each token: the norm of the lost part relative to the norm of the MLP's output, `[tokens]`.
 
     `neurons` is `[tokens, size]`, `weight` `[width, size]`, `output` `[tokens, width]`.
     """
@@ -92,9 +104,9 @@ def errors_at(eps: float, neurons: Tensor, weight: Tensor, output: Tensor) -> Te
 
 
 def threshold(neurons: Tensor, weight: Tensor, output: Tensor, target: float) -> tuple[float, float]:
-    """The largest size, of `LEVELS` quantiles, below which all may go at a mean error of at most `target`; that error.
+    """The largest threshold, among `LEVELS` quantiles, with a mean error of at most `target`; and its mean error.
 
-    Found by bisection: the mean error grows with the threshold, but for small ups and downs.
+    Found by bisection, since the mean error increases with the threshold, apart from small fluctuations.
     """
     sizes = (neurons.abs() * weight.norm(dim=0)).flatten().sort().values
     low, high = 0, min(LEVELS, len(sizes))  # at level 0 nothing is lost
@@ -115,9 +127,9 @@ def threshold(neurons: Tensor, weight: Tensor, output: Tensor, target: float) ->
 
 
 def kept(lm: LM, steering: Steering, prompts: Sequence[Prompt]) -> list[dict[int, float]]:
-    """For each prompt, the share of each layer's neurons that generation after it keeps; exact, by counting.
+    """For each prompt, the share of each layer's neurons that its mask keeps, an exact count.
 
-    Raises `TrimtabError` where the steering masks no neurons.
+    Raises `TrimtabError` if the steering doesn't mask neurons.
     """
     masks = [edit for edit in steering.edits if isinstance(edit.operation, MaskNeurons)]
     if not masks:
@@ -134,7 +146,7 @@ def _digest(lm: LM, texts: Sequence[Prompt]) -> str:
 
 
 def _read(lm: LM, texts: Sequence[Prompt], layers: Sequence[int], tokens: int) -> dict[Site, Tensor]:
-    """The neurons and the MLP's output `[tokens, …]` at each layer, of the texts' tokens but the first ones."""
+    """The neurons and the MLP's output `[tokens, …]` at each layer, for all tokens of the texts except the first."""
     groups = []
     left = tokens
     for text in texts:

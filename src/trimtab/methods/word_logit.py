@@ -1,14 +1,15 @@
-"""A word put into answers, or kept out of them, by its own logit: after the last block, where activations become words.
+"""Words included in answers, or excluded from them, by their logits: an edit after the last block.
 
-    include:  h[p] <- h[p] + s(p) d_k        until the word is there;  s(p) grows, from `first` to `last` nats
-    exclude:  h[p] <- h[p] - relu(r_k . h[p]) d_k         at every token that is made
+    include:  h[p] <- h[p] + s(p) d_k        until the word has occurred;  s(p) grows from `first` to `last` nats
+    exclude:  h[p] <- h[p] - relu(r_k . h[p]) d_k         at every token that produces a generated one
 
-with `r_k` what reads token k's logit, less the mean of all, and `d_k` what moves it by one nat and all others as little
-as may be (`learn.unembedding`). It is our own: the direction is the logit lens's (nostalgebraist, 2020), made selective
-by the covariance of all tokens' directions. An excluded token gets no likelier than the average one of the vocabulary.
+with `r_k` the direction that reads token k's logit, minus the mean logit, and `d_k` the direction that raises it by one
+nat and changes all others as little as possible (`learn.unembedding`). This is trimtab's own method: the direction is
+that of the logit lens (nostalgebraist, 2020), made selective by the covariance of all tokens' directions. An excluded
+token becomes at most as likely as the average token of the vocabulary.
 
-A push that grows lets the word come where it fits best, and sooner or later it comes. A word of several tokens is begun
-by the push, and each further token is pushed where the ones before it stand.
+A growing push lets the word occur where it fits best, and makes it occur eventually. If a word has several tokens, the
+growing push is for the first one; each further token is pushed right after the ones before it.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 READ = 8
-"""So many prompts tell what the model's last norm does."""
+"""The number of prompts from which the effect of the model's last norm is estimated."""
 STEP = 8
-"""The push grows every so many tokens."""
+"""The push grows once per this many tokens."""
 ON = 20.0
-"""Nats by which a further token of a word is pushed where the ones before it stand."""
+"""The push in nats for the further tokens of a word, right after the ones before them."""
 PIECES = 4
-"""The most tokens of a word."""
+"""The maximum number of tokens of a word."""
 MOST = 6
-"""So many texts can be followed in one answer."""
+"""The maximum number of texts that can be tracked in one answer."""
 MADE = Positions.from_last_prompt_token()
 
 
@@ -57,30 +58,29 @@ def learn_word_logit(
     base: Sequence[str] | None = None,
     head: Unembedding | None = None,
 ) -> Steering:
-    """A steering that puts a word into answers, or with `exclude` keeps it out, by its logit after the last block.
+    """Learn to include a word in answers, or with `exclude` to avoid it, by its logit after the last block.
 
-    It is one word's, and works without a word of it in the prompt. It knows spellings, not meanings: an included word
-    comes where the model finds it least odd, which may still be odd.
+    The steering is for one word, and doesn't need the word in the prompt. It acts on the spelling, not on the meaning:
+    an included word occurs where the model finds it least unlikely, which may still read oddly.
 
     Args:
         lm: The model.
         word: One word, of at most four tokens.
-        exclude: Keep it out: as it is given, in lower case, capitalized and in capitals, as far as these are few enough
-            tokens to be followed. The card's `spellings` are those that are kept out.
-        first: By how many nats the word's first token is pushed as the answer begins.
-        last: And from its token number `tokens` on; between the two the push grows evenly.
+        exclude: Avoid the word: as given, in lower case, capitalized and in upper case, as far as these have few enough
+            tokens to be tracked. The card's `spellings` lists the excluded ones.
+        first: The push of the word's first token at the start of the answer, in nats.
+        last: The push from token number `tokens` of the answer on. In between, it grows linearly.
         tokens: See `last`.
-        base: Prompts that tell what the model's last norm does (default: eight that come with the package).
-        head: What `learn.unembedding` read of this model, to learn many words from one reading.
+        base: Prompts from which the effect of the model's last norm is estimated (default: eight included ones).
+        head: The model's unembedding (`learn.unembedding`), to read it only once for many words.
 
     Returns:
-        Edits of the residual stream after the last block, of strength 1; the push stops once the word is there.
+        A steering of the residual stream after the last block. The push stops once the word has occurred.
 
     Raises:
-        TrimtabError: An empty word, one of more tokens, or with spaces in it, pushes that aren't numbers of 0 or more,
-            or that fall.
-        UnsupportedError: The engine doesn't give gradients or logits, or the model's logits aren't told by its output
-            embeddings and a norm.
+        TrimtabError: The word is empty, contains spaces or has too many tokens, or the pushes are negative or decrease.
+        UnsupportedError: The engine doesn't provide gradients or logits, or the model's logits can't be computed from
+            its output embeddings and a norm.
     """
     check_lm(lm, "training")
     word = _checked(word, first, last, tokens)
@@ -100,7 +100,7 @@ def learn_word_logit(
 
 @dataclass(frozen=True)
 class Spelling:
-    """A word as it stands in a text, its tokens, and the text of all but the last of them, one more at a time."""
+    """A spelling of a word in a text, its tokens, and the decoded text of each of its proper prefixes."""
 
     text: str
     ids: tuple[int, ...]
@@ -121,7 +121,7 @@ def _checked(word: str, first: float, last: float, tokens: int) -> str:
 
 
 def _spellings(lm: LM, word: str, exclude: bool) -> list[Spelling]:
-    """To include, how the word stands in the fewest tokens; to exclude, all ways that it may stand in a text."""
+    """To include, the spelling with the fewest tokens; to exclude, all spellings in which the word may occur."""
     forms = dict.fromkeys([word, _capitalized(word)])
     if exclude:
         forms |= dict.fromkeys([word.lower(), word.upper()])
@@ -131,7 +131,7 @@ def _spellings(lm: LM, word: str, exclude: bool) -> list[Spelling]:
         try:
             spelling = _spelled(lm, text)
             by_ids.setdefault(spelling.ids, spelling)
-        except TrimtabError as error:  # capitals may be many tokens, and are seldom written
+        except TrimtabError as error:  # upper case may need many tokens, and is rare in texts
             refused.append(error)
     if refused and (not by_ids or (exclude and word not in {spelling.text.strip() for spelling in by_ids.values()})):
         raise refused[0]
@@ -139,7 +139,7 @@ def _spellings(lm: LM, word: str, exclude: bool) -> list[Spelling]:
 
 
 def _followed(spellings: Sequence[Spelling]) -> list[Spelling]:
-    """Those that can be followed in one answer, in their order; the word as it is given is the first."""
+    """The spellings that can be tracked in one answer, in order; the word as given comes first."""
     texts = list(dict.fromkeys(spelling.begun[-1].strip() for spelling in spellings if spelling.begun))[:MOST]
     return [spelling for spelling in spellings if not spelling.begun or spelling.begun[-1].strip() in texts]
 
@@ -165,11 +165,11 @@ def _spelled(lm: LM, text: str) -> Spelling:
     return Spelling(text, ids, begun)
 
 
-# ---- put in --------------------------------------------------------------------------------------------------
+# ---- include -------------------------------------------------------------------------------------------------
 
 
 def _steps(first: float, last: float, tokens: int) -> list[tuple[Positions, float]]:
-    """Stretches of an answer, and by how many nats the word is pushed there."""
+    """Ranges of positions in an answer, and the push there in nats."""
     count = max(1, math.ceil(tokens / STEP)) + (first != last)
     steps = []
     for i in range(count):
@@ -180,8 +180,8 @@ def _steps(first: float, last: float, tokens: int) -> list[tuple[Positions, floa
 
 
 def _put_in(head: Unembedding, word: str, spelling: Spelling, steps: Sequence[tuple[Positions, float]]) -> list[Edit]:
-    """The growing push of the first token, and that of each further one, until the word is there."""
-    # what is near the word is raised a little, too, such as the word with a capital letter, and that will do
+    """The growing push of the first token, and the push of each further one, until the word has occurred."""
+    # similar tokens are raised a little too, such as the capitalized word, which counts as an occurrence
     forms = list(dict.fromkeys([spelling.text.strip(), word, _capitalized(word)]))
     forms = forms[: (MOST - len(spelling.begun)) // 2]
     lacking = ~_any([find(text) for text in forms for find in (Positions.after, Positions.at)])
@@ -200,11 +200,11 @@ def _any(some: Sequence[Positions]) -> Positions:
     return union
 
 
-# ---- kept out ------------------------------------------------------------------------------------------------
+# ---- exclude -------------------------------------------------------------------------------------------------
 
 
 def _kept_out(head: Unembedding, spellings: Sequence[Spelling]) -> list[Edit]:
-    """One cap for all that are one token, and for each longer one a cap of its last, where the others stand."""
+    """One cap for all single-token spellings; for longer ones a cap of the last token, right after the others."""
     edits = []
     if single := list(dict.fromkeys(spelling.ids[0] for spelling in spellings if len(spelling.ids) == 1)):
         edits.append(Edit(head.site, _cap(head, single), MADE))
@@ -218,11 +218,11 @@ def _kept_out(head: Unembedding, spellings: Sequence[Spelling]) -> list[Edit]:
 
 
 def _cap(head: Unembedding, tokens: Sequence[int]) -> ReadWrite:
-    """No token of these gets likelier than the average one of the vocabulary.
+    """A cap that makes these tokens at most as likely as the average token of the vocabulary.
 
-    What is written for one moves the others a little, too; so all are solved for at once, as if each was capped.
+    The direction that lowers one token also changes the others a little, so all directions are solved for jointly.
     """
     read = torch.stack([head.read(token) for token in tokens])
     write = torch.stack([head.write(token) for token in tokens])
-    together = torch.linalg.solve(write @ read.T, write)  # row i moves token i by one nat, and the others by none
+    together = torch.linalg.solve(write @ read.T, write)  # row i raises only token i, by one nat
     return ReadWrite(read.float(), -together.float(), low=0.0)

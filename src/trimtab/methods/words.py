@@ -2,8 +2,8 @@
 
     h[p] <- h[p] + c u        u: unit mean difference of prompts with and without "include the word W", or "be concise"
 
-To keep a word out, the same vector is subtracted (c < 0): in the paper's validation that held more often than adding
-a vector learned from "do not use the word W".
+To exclude a word, the same vector is subtracted (c < 0): in the paper's validation this worked more often than adding a
+vector learned from "do not use the word W".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
 WORD_QUERIES = 20
-"""How many queries a word's vector is learned from, as in the paper."""
+"""The number of queries that a word's vector is learned from, as in the paper."""
 LENGTHS = ("concise", "verbose")
 
 
@@ -39,14 +39,23 @@ def learn_word(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn a steering that makes answers include a word (or phrase), or with `exclude`
-    avoid it.
+    """Learn a steering that makes answers include a word (or phrase), or with `exclude` avoid it.
 
-    `weight` is the paper's c, in units of the residual stream; without it, the push is as long as the mean difference
-    that the instruction makes. `base` are the queries to learn from (default: 20 included ones). Default
-    layer: the one at 0.6 of the depth; positions: all but the first.
+    Args:
+        lm: The model.
+        word: The word or phrase.
+        layers: Blocks to read and to steer after (default: one, at 0.6 of the depth).
+        exclude: Avoid the word: the same steering, negated.
+        weight: The paper's c, in units of the residual stream (default: the norm of the instruction's mean difference).
+        base: The queries to learn from (default: 20 included ones).
+        positions: The tokens at which to add (default: all but the first).
+        progress: `progress(done, total)` counts pairs.
 
-    Raises `TrimtabError` for an empty word or an unknown layer.
+    Returns:
+        The steering.
+
+    Raises:
+        TrimtabError: The word is empty, or a layer is unknown.
     """
     check_lm(lm)
     word = _word(word)
@@ -68,7 +77,23 @@ def learn_length(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """A steering towards `"concise"` or `"verbose"` answers; the other arguments are those of `learn_word`."""
+    """Learn a steering towards concise or verbose answers.
+
+    Args:
+        lm: The model.
+        length: `"concise"` or `"verbose"`.
+        layers: As in `learn_word`.
+        weight: As in `learn_word`.
+        base: The queries to learn from (default: all included ones to learn from).
+        positions: As in `learn_word`.
+        progress: `progress(done, total)` counts pairs.
+
+    Returns:
+        The steering.
+
+    Raises:
+        TrimtabError: The length or a layer is unknown.
+    """
     check_lm(lm)
     if length not in LENGTHS:
         raise TrimtabError(f"there is no length {length!r}; lengths: {', '.join(LENGTHS)}")

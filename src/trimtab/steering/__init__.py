@@ -1,4 +1,4 @@
-"""What a steering is: plain data, with no model and no engine in it."""
+"""Steerings as plain data, independent of any model or engine."""
 
 from trimtab.steering.ablation import directional_ablation
 from trimtab.steering.attention import BiasScores, ScaleScores, ScoreOperation, TargetMass

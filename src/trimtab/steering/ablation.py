@@ -1,8 +1,8 @@
-"""Directional ablation: a direction removed from all that is written to the residual stream.
+"""Directional ablation: a direction is removed from everything that is written to the residual stream.
 
 Arditi et al., Refusal Is Mediated by a Single Direction, 2406.11717, sections 2.4 and 4.1:
 
-x' <- x - r r^T x        for the embeddings, and for what every attention and every MLP puts out
+x' <- x - r r^T x        for the embeddings and for the output of every attention and every MLP
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from trimtab.steering.tensors import as_direction
 
 @keywords
 def directional_ablation(direction: Tensor, layers: int) -> Steering:
-    """Ablates a direction everywhere that writes to the residual stream, at every token.
+    """Ablate a direction from every component that writes to the residual stream, at every token.
 
-    The stream is the sum of the embeddings and of the outputs of all attentions and MLPs, so nothing of the
-    direction is left in it anywhere, not even between attention and MLP. Ablating the output of each block alone
-    is another model: there the MLP still reads what its attention wrote. It is what `trimtab.bake` turns into
+    The stream is the sum of the embeddings and of the outputs of all attentions and MLPs, so the direction is removed
+    from it completely, also between attention and MLP. Ablating only the output of each block isn't equivalent:
+    there the MLP still reads what the attention of its block wrote. `trimtab.bake` turns this steering into
     orthogonalized weights ("abliteration").
 
-    In families that have a norm behind attention and MLP (Gemma 2 and 3, OLMo 2), what is ablated is what goes into
-    that norm, and its weights, one a channel, bring some of the direction back.
+    In families that have a norm after attention and MLP (Gemma 2 and 3, OLMo 2), the input of that norm is ablated,
+    and the norm's per-channel weights bring some of the direction back.
 
     Args:
         direction: The direction `[width]`, of any norm but zero.
-        layers: How many blocks the model has (`lm.layout.layers`).
+        layers: The number of the model's blocks (`lm.layout.layers`).
 
     Returns:
         The steering: `Ablate` at `block_input[0]`, and at `attention` and `mlp` of every layer.
 
     Raises:
-        TrimtabError: The direction is no finite vector, or zero, or there are no layers.
+        TrimtabError: The direction is not a finite vector, or is zero, or there are no layers.
     """
     vector = as_direction(direction)
     norm = float(vector.double().norm())

@@ -1,10 +1,10 @@
-"""What an edit does to attention scores: operations on the columns of a span of the prompt.
+"""Operations on attention scores, in the columns of a span of the prompt.
 
-An `Edit` at `Site(layer, "scores")` names the columns by its `positions`, which lie in the prompt; every query that
-can see them is steered. Strength 0 does nothing and strength 1 is the operation as it is written down here.
+An `Edit` at `Site(layer, "scores")` selects the columns by its `positions`, which must be in the prompt. Every query
+that attends to them is steered. Strength 0 does nothing, and strength 1 is the operation as documented here.
 
-Of several operations at one layer, the scalings come first, since they stand for other keys; then soft caps and the
-mask, as in the model; then biases and masses, in the steering's order.
+If several operations act at one layer, scalings are applied first, since they are equivalent to scaled keys; then the
+model's own soft cap and mask; then biases and target masses, in the steering's order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POOLS = ("head", "layer")
 
 @dataclass(frozen=True)
 class ScoreOperation:
-    """What all operations on attention scores share: they are plain numbers, with no direction in them."""
+    """The base class of all operations on attention scores. They have plain numbers and no direction."""
 
 
 @class_keywords
@@ -28,8 +28,8 @@ class ScoreOperation:
 class ScaleScores(ScoreOperation):
     """`score' = alpha^strength * score` in the span's columns, in every head.
 
-    It is the same as multiplying the span's cached keys by `alpha` (DIRECTER, 2603.06745), without touching them.
-    It isn't more attention: a negative score becomes more negative.
+    Equivalent to multiplying the span's cached keys by `alpha` (DIRECTER, 2603.06745), without changing the cache.
+    It doesn't always raise attention: a negative score becomes more negative.
     """
 
     alpha: float = 100.0
@@ -40,7 +40,7 @@ class ScaleScores(ScoreOperation):
             raise TrimtabError(f"alpha is a factor above 0, got {self.alpha}")
 
     def factor(self, strength: float) -> float:
-        """What a score is multiplied by. Raises `TrimtabError` when that leaves what a float32 holds."""
+        """The factor for scores at this strength. Raises `TrimtabError` if it is outside the range of float32."""
         try:
             value = self.alpha**strength
         except OverflowError:
@@ -53,10 +53,10 @@ class ScaleScores(ScoreOperation):
 @class_keywords
 @dataclass(frozen=True)
 class BiasScores(ScoreOperation):
-    """`score' = score + strength * bias` in the span's columns, in `heads` (`None`: in all).
+    """`score' = score + strength * bias` in the span's columns, in these `heads` (`None`: all).
 
-    With `outside`, the columns are those of the prompt outside the span (outside of all of its parts); generated
-    columns are left alone.
+    With `outside`, the columns are the prompt's columns outside the span (outside all of its parts). Columns of
+    generated tokens don't change.
     """
 
     bias: float
@@ -75,11 +75,11 @@ class BiasScores(ScoreOperation):
 @class_keywords
 @dataclass(frozen=True)
 class TargetMass(ScoreOperation):
-    """Where a query attends to the span with less than `strength * target` of its weight, a bias that raises it.
+    """A bias that raises a query's attention to the span if its attention mass there is below `strength * target`.
 
     The bias is `ln(target / mass)`, after which the mass is `target / (1 + target - mass)`, a little below the target
-    (SpotLight, 2505.12025); with `exact` it is the one that gives precisely the target. `pool="head"` takes each
-    head's own mass, `"layer"` the mean of a layer's heads.
+    (SpotLight, 2505.12025). With `exact`, the bias gives exactly the target. `pool="head"` uses each head's own mass,
+    `"layer"` the mean over the layer's heads.
     """
 
     target: float = 0.2
@@ -94,7 +94,7 @@ class TargetMass(ScoreOperation):
             raise TrimtabError(f"unknown pool {self.pool!r}; known: {', '.join(POOLS)}")
 
     def mass(self, strength: float) -> float:
-        """The target at this strength. Raises `TrimtabError` unless it lies between 0 and 1."""
+        """The target at this strength. Raises `TrimtabError` unless it is between 0 and 1."""
         value = self.target * strength
         if not 0 < value < 1:
             raise TrimtabError(f"target {self.target:g} at strength {strength:g} is {value:g}, not between 0 and 1")
@@ -110,6 +110,6 @@ SCORE_NAMES = {operation: name for name, operation in SCORE_OPERATIONS.items()}
 
 
 def check_number(name: str, value: float) -> None:
-    """Raises `TrimtabError` unless it is a finite number."""
+    """Raise `TrimtabError` unless `value` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise TrimtabError(f"{name} is a finite number, got {value!r}")

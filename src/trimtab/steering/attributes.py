@@ -1,6 +1,6 @@
-"""Attributes that a model or a steering doesn't have, and that other libraries do: an error says what there is instead.
+"""Errors for attribute names of other libraries, which say what trimtab has instead.
 
-It is an `AttributeError` as well, so that `hasattr` and `getattr` with a default work as ever.
+They are also `AttributeError`s, so that `hasattr` and `getattr` with a default still work.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OF_LM: Mapping[str, str] = {
     "save": "steerings are saved: steering.save(path); bake writes a model",
     "model_name": "it is lm.name",
 }
-"""By name, for an `LM`."""
+"""The hint for each attribute name, for an `LM`."""
 
 ONE_EDIT = "each of steering.edits has its own {name}"
 OF_STEERING: Mapping[str, str] = {
@@ -52,7 +52,7 @@ OF_STEERING: Mapping[str, str] = {
     "save_pretrained": "it is steering.save(path)",
     "norm": "steering.plot() and its table in a notebook show how long its pushes are",
 }
-"""By name, for a `Steering`."""
+"""The same for a `Steering`."""
 
 OF_ANSWER: Mapping[str, str] = {
     **dict.fromkeys(("dose", "doses", "edits"), "it is answer.applied.{name}"),
@@ -62,15 +62,15 @@ OF_ANSWER: Mapping[str, str] = {
         ("strip", "lower", "upper", "split", "startswith", "endswith", "replace"), "it is answer.text.{name}"
     ),
 }
-"""By name, for an answer of `lm.generate`."""
+"""The same for an answer of `lm.generate`."""
 
 
 class MissingAttribute(TrimtabError, AttributeError):
-    """An attribute that isn't there, of which something is known."""
+    """A missing attribute for which there is a hint."""
 
 
 def missing(thing: Any, kind: str, name: str, meant: Mapping[str, str]) -> Any:
-    """What `__getattr__` does. Raises `MissingAttribute` or `AttributeError`; what a property raises comes again."""
+    """Implements `__getattr__`: raises `MissingAttribute` or `AttributeError`, or a property's own error again."""
     if name in meant and not hasattr(type(thing), name):
         raise MissingAttribute(f"{kind} has no {name!r}: {meant[name].format(name=name)}")
     return object.__getattribute__(thing, name)

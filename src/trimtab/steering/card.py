@@ -1,4 +1,4 @@
-"""What a steering was learned from, how, and for which model."""
+"""The card of a steering: the data and the method it was learned with, and the model it is for."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TRAINED = frozenset({"bipo", "distill", "loreft", "reps"})
-"""Methods that train on the model's own text, by descending on what it says: they see what their edits do to it."""
+"""Methods that train their edits by gradient descent on a loss of the model's output."""
 
 AUDIT_VERSION = 1
-"""Of what stands in `Card.audit`."""
+"""The version of the format of `Card.audit`."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter (LoRA and the like) that acts on a model: what it is called there, and a digest of its weights."""
+    """An adapter (such as LoRA) that is active on a model: its name there and a digest of its weights."""
 
     name: str
     digest: str
@@ -23,12 +23,13 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ModelId:
-    """Which model a steering belongs to.
+    """The model that a steering was learned on.
 
-    `fingerprint` is a digest of a few rows of the embeddings and survives a moved folder, a renamed copy and a change
-    of dtype. `template` is a digest of the chat template. `adapters` are those that act on the model. `blocks` is a
-    digest of a few weights of every block, adapters left out, where they can be looked at: what is merged into them
-    shows there, and only there. Two names of one model may differ in it, so it isn't compared.
+    `fingerprint` is a digest of a few rows of the embeddings. It doesn't change if the folder is moved or copied
+    under another name, or the dtype changes. `template` is a digest of the chat template. `adapters` are the active
+    adapters. `blocks` is a digest of a few weights of every block, without adapters, if the weights are accessible:
+    only this digest shows that something was merged into the blocks. It may differ between two copies of one model,
+    so it isn't part of the comparison.
     """
 
     name: str
@@ -42,25 +43,33 @@ class ModelId:
     blocks: str | None = field(default=None, compare=False)
 
     def as_json(self) -> dict[str, Any]:
-        """As plain values; of what older files don't have only what there is, so that these keep their digests."""
+        """The fields as JSON values. Fields that older files lack are left out if empty, so digests don't change."""
         data = asdict(self)
         return {key: value for key, value in data.items() if value or key not in ("adapters", "blocks")}
 
     @property
     def adapted(self) -> str:
-        """With which adapters it is, in words; empty where there are none."""
+        """The adapters in words; an empty string if there are none."""
         names = ", ".join(f"{adapter.name} ({adapter.digest[:8]})" for adapter in self.adapters)
         return f"with the adapter{'s' if len(self.adapters) > 1 else ''} {names}" if names else ""
 
 
 @dataclass(frozen=True)
 class Card:
-    """The provenance of a steering; nothing in it changes what the steering does.
+    """The provenance of a steering. Nothing in it changes what the steering does.
 
-    `options` are the method's settings, `data` a digest of what was learned from, `measured` whatever was measured
-    while learning or evaluating (JSON values), `parts` the cards of a sum. `divergence` is that from the unsteered
-    model (`mean` and `p95`, in nats per token, over `tokens`), and `audit` what `trimtab audit` found, with its
-    `version`; both name the digest of the `edits` that they describe, which may differ from the current ones.
+    `divergence` and `audit` contain the digest of the `edits` that they describe, which may not be the current ones.
+
+    Args:
+        method: The name of the method.
+        model: The model that it was learned on.
+        data: A digest of the training data.
+        options: The method's settings.
+        measured: Measurements from learning or evaluation, as JSON values.
+        versions: The versions of the software.
+        parts: The cards of the summands, if it is a sum.
+        divergence: The divergence from the unsteered model: `mean` and `p95`, in nats per token, over `tokens`.
+        audit: The findings of `trimtab audit`, with their `version`.
     """
 
     method: str = "manual"
@@ -75,7 +84,7 @@ class Card:
 
     @property
     def trained(self) -> bool:
-        """Whether it was trained (`TRAINED`), not read off a difference of activations; of a sum, whether all parts."""
+        """Whether the method is in `TRAINED`, rather than based on a difference of activations; of a sum, all parts."""
         return all(part.trained for part in self.parts) if self.parts else self.method in TRAINED
 
     @property

@@ -1,7 +1,7 @@
-"""An operation that acts where a condition on the activation itself holds: what a gate with `each_token` comes to.
+"""An operation that acts only if a condition on the activation itself holds: the form of a gate with `each_token`.
 
-It isn't written by hand or saved: a steering's edit has the operation and the gate, and the engine puts this in their
-place once it has decided what the prompt decides.
+It is never written by hand or saved. A steering's edit has the operation and the gate, and the engine replaces them
+by this operation once the conditions on the prompt are decided.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from trimtab.steering.gates import AllOf, AnyOf, Gate, Not, Threshold, measure_of, thresholds
 from trimtab.steering.operations import TOGETHER, Kernel, Operation, Rows, with_norm_of
 
-Shape = tuple  # a gate without its numbers: ("dot",), ("not", shape), ("all", shape, …) or ("any", shape, …)
+Shape = tuple  # the structure of a gate: ("dot",), ("not", shape), ("all", shape, …) or ("any", shape, …)
 
 
 class Conditional(Operation):
-    """`x' = operation(x)` where `gate` holds of x, and x elsewhere, bit for bit."""
+    """`x' = operation(x)` if `gate` is open for x; otherwise x, bit for bit."""
 
     def __init__(self, operation: Operation, gate: Gate) -> None:
         object.__setattr__(self, "operation", operation)
         object.__setattr__(self, "gate", gate)
-        object.__setattr__(self, "keep_norm", False)  # the kernel does it, where the condition holds
+        object.__setattr__(self, "keep_norm", False)  # the kernel rescales, where the gate is open
 
     operation: Operation
     gate: Gate
@@ -45,7 +45,7 @@ class Conditional(Operation):
 
     @property
     def settled(self) -> Callable[[Tensor], Conditional]:
-        """For an operation that its request's prompt decides; raises `AttributeError` where it isn't one."""
+        """The inner operation's `settled`, if the prompt decides it; raises `AttributeError` if the prompt doesn't."""
         inner: Any = self.operation
         settle = inner.settled
         return lambda prompt: Conditional(settle(prompt), self.gate)
@@ -77,7 +77,7 @@ class Conditional(Operation):
 
 
 def conditional(edit: Any) -> Any:
-    """The edit with its gate in its operation, where the gate is decided at each token; else the edit."""
+    """The edit with its gate moved into its operation, if the gate is decided at each token; else the same edit."""
     return replace(edit, operation=Conditional(edit.operation, edit.gate)) if edit.gate.token_sites else edit
 
 
@@ -99,7 +99,7 @@ def _shape(gate: Gate) -> Shape:
 
 @cache
 def _kernel(inner: Kernel, keep_norm: float, shape: Shape) -> Kernel:
-    """One for all gates of a shape, so that requests with such gates still run in one call."""
+    """One kernel for all gates of a shape, so that requests with such gates still run in one call."""
 
     def conditionally(x: Tensor, rows: Rows) -> Tensor:
         new = inner(x, {name: value for name, value in rows.items() if not name.startswith("if.")})

@@ -1,4 +1,4 @@
-"""The direction that a steering has at each layer, and how alike two steerings' are."""
+"""The direction of a steering at each layer, and the cosines between two steerings' directions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def directions(steering: Steering) -> dict[int, Tensor]:
-    """Its unit direction at each layer, `[width]` in float64, by layer in order.
+    """The steering's unit direction at each layer, `[width]` in float64, by layer in ascending order.
 
-    What is added with a negative strength is turned round. Raises `TrimtabError` when a layer has several edits, or
-    an operation without a direction, or one of length 0.
+    The direction of an `Add` with a negative strength is negated. Raises `TrimtabError` if a layer has several edits,
+    an operation without a direction, or a direction of norm 0.
     """
     layers = [edit.site.layer for edit in steering.edits]
     if len(set(layers)) < len(layers):
@@ -33,10 +33,10 @@ def directions(steering: Steering) -> dict[int, Tensor]:
 
 
 def shared_cosines(first: Steering, other: Steering) -> dict[int, float]:
-    """The cosine of both directions at each layer that both act at.
+    """The cosine between both directions at each layer at which both steerings act.
 
     Raises:
-        TrimtabError: They share no layer, or at one of them not the site or the width; or as `directions` does.
+        TrimtabError: They share no layer, or differ in site or width at a shared one; or as in `directions`.
     """
     a, b = directions(first), directions(other)
     shared = [layer for layer in a if layer in b]

@@ -1,4 +1,4 @@
-"""Operations on an activation's own elements: each is scaled by a number of its own; no direction is added."""
+"""Operations that scale the elements of an activation, each by its own factor. No direction is added."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scale(x: Tensor, rows: Rows) -> Tensor:
 
 
 def multiply_up(rows: Sequence[Rows], _names: Sequence[object]) -> Rows:
-    """The factors of several rows as one."""
+    """The product of the factors of several rows."""
     if len(rows) == 1:
         return rows[0]
     return {"factor": torch.stack([row["factor"].double() for row in rows]).prod(0)}
@@ -34,7 +34,7 @@ NEUTRAL[scale] = 1.0
 
 
 def put(x: Tensor, rows: Rows) -> Tensor:
-    """`value` in place of `x`, both of shape `[..., width]`."""
+    """`value` instead of `x`, both of shape `[..., width]`."""
     return rows["value"].expand_as(x)
 
 
@@ -42,8 +42,8 @@ def put(x: Tensor, rows: Rows) -> Tensor:
 class ScaleElements(Directed, name="scale_elements"):
     """`x' = x + strength * direction * x`, element by element (SADI's `A + delta * A * M`).
 
-    The direction is a mask `[width]`: 1 where an element is scaled in full, 0 where it stays. At strength 1 an
-    element under the mask is doubled, at -1 it is 0.
+    The direction is a mask `[width]`: 1 if an element is scaled in full, 0 if it isn't changed. Strength 1 doubles a
+    masked element, and -1 sets it to 0.
     """
 
     kernel: ClassVar[Any] = staticmethod(scale)
@@ -58,14 +58,19 @@ class ScaleElements(Directed, name="scale_elements"):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MaskNeurons(Directed, name="mask_neurons"):
-    """`x' = x * keep` with a mask that the request's own prompt decides (TDA): 1 where an element was large in it.
+    """`x' = x * keep` with a mask computed from the request's own prompt (TDA): 1 for elements that were large in it.
 
-    The direction holds thresholds `[width]`. An element is kept if its size over the prompt's tokens exceeds its
-    threshold: at one of them (`statistic="any"`), or its root mean square (`"rms"`). With `skip_first`, the first
-    token of a longer prompt doesn't count: its activations are of another size in most models. Strength 1 masks in
-    full, 0 not at all. At positions of the prompt it would act on what it is decided from; it is for generated ones.
+    An element is kept if its magnitude in the prompt exceeds its threshold. Strength 1 masks fully, 0 not at all. Use
+    it at generated positions: in the prompt it would edit the activations that it is computed from.
 
-    The engine reads the prompt, unsteered, before the run, and runs `settled` in its place.
+    The engine runs the prompt unsteered first, and then applies `settled` instead of this operation.
+
+    Args:
+        direction: The thresholds `[width]`, 0 or more. With 0, an element is always kept.
+        statistic: The magnitude of an element: its largest absolute value over the prompt's tokens (`"any"`), or its
+            root mean square (`"rms"`).
+        skip_first: Ignore the first token of a prompt with more than one, since its activations have a different scale
+            in most models.
     """
 
     statistic: str = field(default="any", kw_only=True)
@@ -84,10 +89,10 @@ class MaskNeurons(Directed, name="mask_neurons"):
             raise TrimtabError("a neuron's threshold is a size, 0 or more")
 
     def kept(self, prompt: Tensor) -> Tensor:
-        """Which elements are kept after a prompt with these activations `[tokens, width]`: booleans `[width]`."""
+        """The elements that are kept, for a prompt with these activations `[tokens, width]`: booleans `[width]`."""
         sizes = to_float64(prompt[1 if self.skip_first and len(prompt) > 1 else 0 :]).abs()
         large = sizes.amax(0) if self.statistic == "any" else sizes.square().mean(0).sqrt()
-        # nothing exceeds 0 but what isn't 0: at threshold 0 all is kept
+        # with a threshold of 0, an element is kept even if all its activations are 0
         return (large > self.direction) | (self.direction == 0)
 
     def settled(self, prompt: Tensor) -> ScaleElements:
@@ -100,13 +105,14 @@ class MaskNeurons(Directed, name="mask_neurons"):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HoldElements(Directed, name="hold_elements"):
-    """`x' = c + strength * direction * c` with c the prompt's own, unsteered activation at its last token.
+    """`x' = c + strength * direction * c`, where c is the prompt's unsteered activation at its last token.
 
-    As `ScaleElements`, but of what a clean pass had there, whatever earlier edits have made of x since: layers held
-    like this don't react to each other (SADI's released code). The direction is a mask `[width]`; with a mask of zeros
-    the clean activation stays. It is meant for the last prompt token; elsewhere it puts that token's activation.
+    Like `ScaleElements`, but applied to the activation of an unsteered pass instead of x, so that earlier edits have
+    no effect: edits at several layers don't interact (SADI's released code). The direction is a mask `[width]`; with
+    a mask of zeros, the result is the unsteered activation. Use it at the last prompt token: at any other position
+    it writes that token's activation.
 
-    The engine reads the prompt, unsteered, before the run, and runs `settled` in its place.
+    The engine runs the prompt unsteered first, and then applies `settled` instead of this operation.
     """
 
     def __post_init__(self) -> None:
@@ -123,7 +129,7 @@ class HoldElements(Directed, name="hold_elements"):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Held(Directed):
-    """What `HoldElements` comes to for one prompt, whose `value` `[width]` it scales; it isn't written or saved."""
+    """`HoldElements` for one prompt: it scales `value` `[width]`. Never written by hand or saved."""
 
     value: Tensor
 

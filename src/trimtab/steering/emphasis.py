@@ -1,4 +1,4 @@
-"""A steering of attention towards spans of a prompt: one operation on scores, at many layers."""
+"""A steering of attention towards spans of a prompt: one operation at several layers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def emphasis(
     layers: Iterable[int],
     method: str = "manual",
 ) -> Steering:
-    """The operation at these layers, in the columns of all spans `(start, stop)` of a prompt's tokens.
+    """A steering that applies an operation at these layers, to all spans `(start, stop)` of a prompt's tokens.
 
-    It acts on scores, or `ScaleKeys` on keys.
+    The operation acts on attention scores; `ScaleKeys` acts on keys.
 
-    Raises `TrimtabError` for no spans or layers.
+    Raises `TrimtabError` if there are no spans or no layers.
     """
     chosen = tuple(layers)
     if not spans or not chosen:

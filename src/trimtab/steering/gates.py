@@ -1,8 +1,8 @@
-"""On which requests, or at which tokens, an edit acts: a condition on the prompt's own, unsteered activations.
+"""Gates: conditions on activations that decide for which requests, or at which tokens, an edit acts.
 
-A gate is decided once per request, from what it reads in the prompt (the last token, a span, the mean of a
-stretch), before anything is steered. A condition with `each_token` is decided anew at every token instead, from the
-activation that the edit finds there. Gates combine with `&`, `|` and `~`, of either kind.
+A gate is decided once per request, from the prompt's unsteered activations (at the last token, in a span, or their
+mean over several tokens), before any edit acts. A condition with `each_token` is decided at every token instead, from
+the activation that the edit is applied to. Gates of both kinds combine with `&`, `|` and `~`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAST = NAMED["last-prompt-token"]
 
 
 def measure_of(x: Tensor, direction: Tensor, measure: str, bias: Tensor | float = 0.0) -> Tensor:
-    """`measure` of activations `x` and a direction, both `[..., width]`: `[...]`. See `Threshold`."""
+    """The `measure` of activations `x` and a direction, both `[..., width]`: `[...]`. See `Threshold`."""
     along = (x * direction).sum(-1)
     if measure == "dot":
         return along
@@ -47,10 +47,11 @@ def measure_of(x: Tensor, direction: Tensor, measure: str, bias: Tensor | float 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a gate looks at: the activations at `site`, at `positions` of the prompt, pooled into one `[width]`.
+    """The input of a gate: the activations at `site` and at `positions` of the prompt, pooled into one `[width]`.
 
-    `pool="mean"` is their mean; `"unit-mean"` the mean of them scaled to length 1, in which a few tokens with
-    outsized activations (the first one, in most models) count no more than others. Of one token, `"mean"` is itself.
+    `pool="mean"` is their mean. `"unit-mean"` is the mean of the activations scaled to norm 1, so that tokens with
+    outsized activations (the first one, in most models) count no more than others. For a single token, `"mean"` is
+    its activation.
     """
 
     site: Site
@@ -68,7 +69,7 @@ class Reading:
             raise TrimtabError(f"a gate reads the prompt, and positions {self.positions} are about what is generated")
 
     def tokens(self, prompt_length: int) -> list[int]:
-        """The positions that are read in a prompt of this length. Raises `TrimtabError` when there are none."""
+        """The token indices to read in a prompt of this length. Raises `TrimtabError` if there are none."""
         tokens = self.positions.in_prompt(prompt_length)
         if not tokens:
             raise TrimtabError(
@@ -77,7 +78,7 @@ class Reading:
         return tokens
 
     def pooled(self, x: Tensor) -> Tensor:
-        """What is read, of the activations `[tokens, width]` at those positions: `[width]`, float64, on the CPU."""
+        """The pooled activation of `[tokens, width]` activations at those positions: `[width]`, float64, on the CPU."""
         x = to_float64(x)
         if not torch.isfinite(x).all():
             raise TrimtabError(f"activations at {self.site} are not finite; load the model in float32 or bfloat16")
@@ -90,29 +91,29 @@ Readings = Mapping[Reading, Tensor]
 
 
 class Gate:
-    """A condition. `is_open` answers it from `readings`, a `[width]` activation for each of its `readings`."""
+    """A condition on activations. `is_open` evaluates it, given a `[width]` activation for each of its `readings`."""
 
     @property
     def readings(self) -> frozenset[Reading]:
-        """What is read of the prompt to decide it; nothing: it is decided without reading, or at each token."""
+        """The readings of the prompt that it needs; empty if it needs none or is decided at each token."""
         return frozenset()
 
     @property
     def token_sites(self) -> frozenset[Site]:
-        """The sites of the conditions that are decided at each token."""
+        """The sites of its conditions that are decided at each token."""
         return frozenset()
 
     @property
     def sites(self) -> frozenset[Site]:
-        """All the sites whose activations the condition is about."""
+        """All sites whose activations the condition depends on."""
         return frozenset(reading.site for reading in self.readings) | self.token_sites
 
     def settled(self, readings: Readings) -> Gate:
-        """What is left to decide at each token once the prompt was read; `ALWAYS` or `NEVER` if nothing is."""
+        """The gate that is left to decide at each token, given the readings; `ALWAYS` or `NEVER` if it is decided."""
         raise NotImplementedError
 
     def is_open(self, readings: Readings) -> bool:
-        """Raises `ValueError` for a gate that is decided at each token."""
+        """Whether it is open, given the readings. Raises `ValueError` for a gate that is decided at each token."""
         left = self.settled(readings)
         if left.token_sites:
             raise ValueError(f"{left} is decided at each token, not by a prompt")
@@ -145,19 +146,19 @@ ALWAYS = Always()
 @class_keywords
 @dataclass(frozen=True, eq=False)
 class Threshold(Gate):
-    """Open when `measure` of the prompt's activation and `direction` exceeds `threshold`.
+    """A gate that is open if `measure` of the prompt's activation and `direction` exceeds `threshold`.
 
-    The measures, of an activation x and a direction v, `[width]`:
+    The measures of an activation x and a direction v, both `[width]`:
 
     - `"dot"`: `x.v`, in units of the residual stream times the direction's norm;
-    - `"cosine"`: -1 … 1;
-    - `"ratio"`: the share of x's length that lies along v, whichever way, 0 … 1;
-    - `"cast"`: the cosine of x and `tanh((c.x) c)` for the unit direction c (CAST, 2409.05907, section 3). It is
-      blind to the sign of v, and its size depends on that of x;
-    - `"probability"`: a logistic probe's, `sigmoid(x.v + bias)`.
+    - `"cosine"`: the cosine of x and v, -1 … 1;
+    - `"ratio"`: its absolute value, 0 … 1: the share of x's norm that is along v or against it;
+    - `"cast"`: the cosine of x and `tanh((c.x) c)` for the unit direction c (CAST, 2409.05907, section 3). It doesn't
+      depend on the sign of v, and it depends on the norm of x;
+    - `"probability"`: a logistic probe, `sigmoid(x.v + bias)`.
 
-    x is what stands at `positions` of the prompt, pooled (see `Reading`). With `each_token` there is no reading: the
-    condition is decided at every token from the activation there. It is then about the site at which the edit acts.
+    x is the activation at `positions` of the prompt, pooled (see `Reading`). With `each_token`, the prompt isn't read:
+    the condition is decided at every token from the activation there, at the site at which the edit acts.
     """
 
     site: Site
@@ -192,13 +193,13 @@ class Threshold(Gate):
         Reading(self.site, self.positions, self.pool)
 
     def __repr__(self) -> str:
-        # The shape in place of the numbers, as for operations.
+        # Show the direction's shape instead of its numbers, as for operations.
         rest = f"{self.threshold:.6g}, measure={self.measure!r}, positions={self.positions!r}, pool={self.pool!r}"
         return f"Threshold({self.site!r}, direction=[{self.direction.numel()}], threshold={rest})"
 
     @property
     def reading(self) -> Reading:
-        """What is read of the prompt."""
+        """The reading of the prompt that it needs."""
         return Reading(self.site, self.positions, self.pool)
 
     @property
@@ -216,7 +217,7 @@ class Threshold(Gate):
         return f"{self.measure} at {self.site}{at} > {self.threshold:g}"
 
     def value(self, x: Tensor) -> float:
-        """The measure of what was read, `[width]`."""
+        """The measure of a pooled activation `[width]`."""
         return float(measure_of(to_float64(x), self.direction.double(), self.measure, self.bias))
 
     def settled(self, readings: Readings) -> Gate:
@@ -237,17 +238,17 @@ class Threshold(Gate):
 
     @cached_property
     def _hash(self) -> int:
-        """Made once, as operations' are."""
+        """Computed once, as for operations."""
         return hash((*self._numbers(), self.direction.numpy().tobytes()))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hash, which is a process's own."""
+        """The fields without the hash, which is only valid in this process."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)
 class Not(Gate):
-    """Open when `gate` is shut."""
+    """Open if `gate` is closed."""
 
     gate: Gate
 
@@ -291,7 +292,7 @@ class _Many(Gate):
 
 
 class AllOf(_Many):
-    """Open when every one of `gates` is."""
+    """Open if all `gates` are open."""
 
     def __str__(self) -> str:
         return " and ".join(f"({gate})" for gate in self.gates)
@@ -301,7 +302,7 @@ class AllOf(_Many):
 
 
 class AnyOf(_Many):
-    """Open when one of `gates` is."""
+    """Open if at least one of `gates` is open."""
 
     def __str__(self) -> str:
         return " or ".join(f"({gate})" for gate in self.gates)
@@ -311,7 +312,7 @@ class AnyOf(_Many):
 
 
 def thresholds(gate: Gate) -> list[Threshold]:
-    """The conditions that a gate is made of, in order."""
+    """The `Threshold` conditions in a gate, in order."""
     if isinstance(gate, Threshold):
         return [gate]
     parts = (gate.gate,) if isinstance(gate, Not) else gate.gates if isinstance(gate, _Many) else ()

@@ -1,12 +1,12 @@
-"""Positions as they are written on the command line and in requests, and read again.
+"""The textual form of positions, as on the command line and in requests: parsing and formatting.
 
     rule   = name, or name:argument:…      one of the words below
-    factor = rule | ~factor | (any)        not; brackets
+    factor = rule | ~factor | (any)        not; parentheses
     all    = factor & factor …
     any    = all | all …
 
-A text is written as it is, up to the next ` | ` or ` & ` (with spaces around it) or the end; or in double quotes, as
-JSON has strings, as it must be inside of brackets.
+A text argument is written without quotes and ends at the next ` | ` or ` & ` (with spaces around it) or at the end, or
+it is a JSON string in double quotes. Use quotes for a text with a `)` inside parentheses.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ FORMS = (
 )  # fmt: skip
 PLAIN = re.compile(r"[^\s\"()&|~:]+")
 COMMA = r"\s*,(?!\s*-?\d+\s*(?:[,|&)]|$))"
-"""Between rules of a list: before a number alone it belongs to `tokens`."""
+"""A comma between the rules of a list. A comma before a lone number belongs to `tokens`."""
 DEPTH = 16
-"""How deep brackets may stand in brackets."""
+"""The maximum nesting depth."""
 
 
 def parse(text: str) -> Positions:
-    """Positions from their text. Raises `TrimtabError`, listing what there is, for one that isn't understood."""
+    """Parse positions. Raises `TrimtabError`, with the known forms, if the text can't be parsed."""
     (positions,) = _parse(text, _Reader(text))
     return positions
 
 
 def parse_list(text: str) -> list[Positions]:
-    """Several, with commas between them; a text with a comma is quoted. Raises `TrimtabError` as `parse` does."""
+    """Parse several positions, separated by commas. Quote a text that contains a comma. Raises as `parse` does."""
     return _parse(text, _Reader(text, comma=COMMA))
 
 
@@ -64,7 +64,7 @@ def _parse(text: str, reader: _Reader) -> list[Positions]:
 
 
 def written(rule: Meaning | Combined) -> str:
-    """The text that `parse` reads as this rule."""
+    """The text of this rule, which `parse` reads."""
     if isinstance(rule, Meaning):
         return ":".join((rule.kind, *map(_quoted, rule.texts)))
     if rule.how == "not":
@@ -83,7 +83,7 @@ def _quoted(text: str) -> str:
 
 
 class _Reader:
-    """Reads a text from left to right. `comma` is what a comma between rules looks like, if there are any."""
+    """A parser that reads a text from left to right. `comma` is the pattern of a comma between rules, if allowed."""
 
     def __init__(self, text: str, comma: str = "") -> None:
         self.left = text.strip()

@@ -1,4 +1,4 @@
-"""Whether a steering belongs to a model."""
+"""Checks whether a steering was learned on a given model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from trimtab.steering.steering import Steering, check_steering
 
 
 class MismatchWarning(UserWarning):
-    """A steering differs from the model in something that matters less than its identity."""
+    """A steering was learned on a model that differs in a detail, such as the chat template or the revision."""
 
 
 def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = False) -> None:
-    """Raises `TrimtabError` when the steering was learned on another model, saying precisely what differs.
+    """Raise `TrimtabError`, with the differences, if the steering was learned on another model.
 
-    And when a tensor of it was changed in place. Adapters are part of a model. With `transfer` only the width must be
-    the same. Other weights in the blocks, another chat template or revision are warned about.
+    It also raises if one of the steering's tensors was changed in place. Adapters are part of a model. With
+    `transfer`, only the width has to match. Other weights in the blocks, another chat template or another revision
+    only give a `MismatchWarning`.
     """
     check_steering(steering)
     for edit in steering.edits:
@@ -68,17 +69,17 @@ def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = Fals
 
 
 def _digests(model: ModelId) -> frozenset[str]:
-    """What tells a model's adapters from others, whatever they are called."""
+    """The digests of a model's adapters, which identify them regardless of their names."""
     return frozenset(adapter.digest for adapter in model.adapters)
 
 
 def sampled_rows(vocabulary: int) -> list[int]:
-    """The rows of the embeddings that a fingerprint looks at."""
+    """The rows of the embeddings that go into a fingerprint."""
     return torch.linspace(0, vocabulary - 1, 16).long().tolist()
 
 
 def fingerprint(family: str, shape: Sequence[int], rows: Tensor) -> str:
-    """A digest of the embeddings' `shape` and `sampled_rows`, rounded so that a change of dtype doesn't matter."""
+    """A digest of the family, the embeddings' `shape` and their `sampled_rows`, in bfloat16 to be dtype-independent."""
     sample = rows.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
     described = json.dumps([family, list(shape)])
     return hashlib.sha256(described.encode() + sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

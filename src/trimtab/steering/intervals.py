@@ -8,7 +8,7 @@ Intervals = tuple[tuple[int, int | None], ...]
 
 
 def union(*sets: Intervals) -> Intervals:
-    """What is in any of them: in order, and none touches the next."""
+    """The union of the sets, in order, with adjacent intervals merged."""
     joined: list[tuple[int, float]] = []
     for start, stop in sorted((a, inf if b is None else b) for intervals in sets for a, b in intervals):
         if joined and start <= joined[-1][1]:
@@ -19,7 +19,7 @@ def union(*sets: Intervals) -> Intervals:
 
 
 def complement(intervals: Intervals) -> Intervals:
-    """The positions from 0 on that aren't in it."""
+    """The positions from 0 on that aren't in the set."""
     gaps: list[tuple[int, int | None]] = []
     at: int | None = 0
     for start, stop in union(intervals):
@@ -32,5 +32,5 @@ def complement(intervals: Intervals) -> Intervals:
 
 
 def intersection(*sets: Intervals) -> Intervals:
-    """What is in all of them."""
+    """The intersection of the sets."""
     return complement(union(*map(complement, sets)))

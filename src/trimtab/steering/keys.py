@@ -1,4 +1,4 @@
-"""Emphasis by keys: what multiplies the keys of a span multiplies its scores, and no score has to be computed."""
+"""Emphasis by scaled keys: scaling a span's keys scales its attention scores, without access to the scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scale_all(x: Tensor, rows: Rows) -> Tensor:
 
 
 def multiply_all(rows: Sequence[Rows], names: Sequence[object]) -> Rows:
-    """The factors of several rows as one. Raises `TrimtabError` where that leaves what a float32 holds."""
+    """The product of several rows' factors. Raises `TrimtabError` if it is outside the range of float32."""
     made = multiply_up(rows, names)
     if not 0 < float(made["factor"]) < 1e30:
         raise TrimtabError(
@@ -41,10 +41,11 @@ NEUTRAL[scale_all] = 1.0
 @class_keywords
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaleKeys(Operation, name="scale_keys"):
-    """`x' = alpha^strength * x`, for the keys `x` of a span, in every head, as attention stores them.
+    """`x' = alpha^strength * x`, for the keys `x` of a span as stored in the KV cache, in every head.
 
-    Every query's scores with these keys are multiplied as `ScaleScores` multiplies them, but by the model's own
-    attention, of any kind; a decoded token costs nothing more. It fits keys of any width, at the site `"keys"`.
+    Every query's scores with these keys are scaled as by `ScaleScores`. But the model's own attention computes them,
+    so any attention implementation works and decode steps cost nothing extra. It acts at the site `"keys"`, on keys
+    of any width.
     """
 
     alpha: float = 100.0
@@ -59,7 +60,7 @@ class ScaleKeys(Operation, name="scale_keys"):
             raise TrimtabError("keys that are scaled don't keep their norm; leave keep_norm out")
 
     def factor(self, strength: float) -> float:
-        """What a key is multiplied by. Raises `TrimtabError` when that leaves what a float32 holds."""
+        """The factor for keys at this strength. Raises `TrimtabError` if it is outside the range of float32."""
         return ScaleScores(self.alpha).factor(strength)
 
     def row(self, strength: float) -> dict[str, Tensor]:
@@ -67,7 +68,7 @@ class ScaleKeys(Operation, name="scale_keys"):
 
     @property
     def width(self) -> int:
-        """0: any."""
+        """0, which means any width."""
         return 0
 
     @property
@@ -80,9 +81,15 @@ class ScaleKeys(Operation, name="scale_keys"):
 
 @keywords
 def by_keys(steering: Steering) -> Steering:
-    """The same steering with keys scaled instead of scores: `ScaleKeys` for each `ScaleScores`.
+    """Replace each `ScaleScores` of a steering by `ScaleKeys`, so that keys are scaled instead of scores.
 
-    Both give the same up to rounding; other edits stay as they are.
+    Both have the same effect up to rounding. Other edits don't change.
+
+    Args:
+        steering: The steering, such as of `directer`.
+
+    Returns:
+        The steering with scaled keys.
     """
     return replace(steering, edits=tuple(_by_keys(edit) for edit in steering.edits))
 

@@ -1,11 +1,12 @@
-"""Low-rank maps of activations, and what a batch does in which every token may have another one.
+"""Low-rank maps of activations, and their application to a batch in which every token may have a different map.
 
 A direction is copied for every token that it acts on. The matrices of a map are too large for that: 2,000 tokens at
-rank 64 and width 4,096 would be gigabytes. So a bank holds each map once, and tokens of the same map are multiplied
-together: two products for a map with many tokens, and two batched products for all maps with few, as in LoRA kernels.
-A pass with one map is `x @ read.T` and `@ write`, with nothing copied or sorted. Tokens without a map aren't touched.
+rank 64 and width 4,096 would be gigabytes. So a bank holds each map once, and the tokens of a map are multiplied
+together: two matrix products for each map with many tokens, and two batched products for all maps with few, as in
+LoRA kernels. A pass with a single map is `x @ read.T` and `@ write`, without copies or sorting. Tokens without a map
+aren't changed.
 
-As in the model's own linear layers, how many tokens are multiplied together may change the last bit of a result.
+As in the model's own linear layers, the batch size may change the last bit of a result.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import torch
 from torch import Tensor
 
 FEW = 32
-"""Maps with so many tokens of a pass or fewer share two batched products; one with more has two of its own."""
+"""Maps with at most this many tokens in a pass share two batched products; each larger one has two separate ones."""
 COPIES = 4
-"""Devices and dtypes in which a map is kept."""
+"""The maximum number of copies of a map, one per device or dtype."""
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """`x + strength * clamp(x @ read.T + bias, low, high) @ write`.
 
-    `read` and `write` are `[rank, width]`, the others `[rank]`; `low` and `high` are `None` where nothing is clamped.
+    `read` and `write` are `[rank, width]`, the others `[rank]`. `low` or `high` is `None` if there is no such bound.
     """
 
     read: Tensor
@@ -46,7 +47,7 @@ class LowRank:
         return self.read.shape[0]
 
     def to(self, to: torch.device | torch.dtype) -> LowRank:
-        """On this device, or of this dtype. A copy is made once."""
+        """The map on this device or in this dtype. The copy is cached."""
         copy = self._copies.get(to)
         if copy is None:
             tensors = (self.read, self.bias, self.write, self.low, self.high)
@@ -69,7 +70,7 @@ class LowRank:
 
 
 class LowRanks:
-    """A bank: the map of each state, of `count` states. States without one, or with one of rank 0, do nothing."""
+    """A bank of the maps of `count` states. States without a map, or with one of rank 0, change nothing."""
 
     def __init__(self, by_state: Mapping[int, LowRank], count: int) -> None:
         self.maps: list[LowRank] = list(
@@ -83,7 +84,7 @@ class LowRanks:
         self._moved: dict[torch.device, LowRanks] = {}
 
     def to(self, device: torch.device) -> LowRanks:
-        """With its maps on this device; which state has which is the host's to know."""
+        """The bank with its maps on this device. The table of the states' maps stays on the host."""
         if all(low_rank.read.device == device for low_rank in self.maps):
             return self
         if device not in self._moved:
@@ -93,7 +94,7 @@ class LowRanks:
         return self._moved[device]
 
     def pick(self, states: Tensor) -> Picked:
-        """The maps of tokens in these states, in any shape; on the CPU, so that no device is waited for."""
+        """The maps of tokens in these states, of any shape. Works on the CPU, to avoid synchronizing with a device."""
         numbers = self.which[states.flatten()]
         present = [number for number in numbers.unique().tolist() if number >= 0]
         if len(present) == 1 and bool((numbers == present[0]).all()):
@@ -121,7 +122,7 @@ class LowRanks:
 
 @dataclass(frozen=True)
 class Picked:
-    """The maps of a pass's tokens, which are numbered through its rows: one for all, or each with its tokens."""
+    """The maps of a pass's tokens: one for all, or each map with its tokens, indices into the flattened batch."""
 
     whole: LowRank | None = None
     alone: Sequence[tuple[LowRank, Tensor]] = ()
@@ -143,7 +144,7 @@ class Picked:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Several maps as one, `[maps, rank, width]`; what smaller ones lack is zeros, which read and write nothing."""
+    """Several maps stacked, `[maps, rank, width]`. Maps of a smaller rank are padded with zeros, which do nothing."""
 
     read: Tensor
     bias: Tensor  # [maps, 1, rank], as are the bounds
@@ -168,9 +169,9 @@ class _Stack:
 
 @dataclass(frozen=True)
 class _Together:
-    """Maps with few tokens each: `slots[i]` are map i's, `[maps, most]`, filled up with its first one again.
+    """Maps with few tokens each: `slots[i]` are map i's tokens, `[maps, most]`, padded with its first token.
 
-    `places` are those of the slots that aren't filling, and `tokens` what is in them.
+    `places` are the flat indices of the slots that aren't padding, and `tokens` the tokens in them.
     """
 
     stack: _Stack
@@ -187,7 +188,7 @@ class _Together:
 
 
 def _bounds(bounds: Sequence[Tensor | None], like: Tensor, nothing: float) -> Tensor | None:
-    """Several maps' bounds as one `[maps, 1, rank]`; `None` where none has any."""
+    """The bounds of several maps stacked, `[maps, 1, rank]`; `None` if no map has any."""
     if all(bound is None for bound in bounds):
         return None
     stacked = torch.full_like(like, nothing)

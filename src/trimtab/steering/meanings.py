@@ -1,7 +1,7 @@
-"""What a generated token is part of: the thinking, the answer, what follows a text, all but tool calls.
+"""Meanings of generated tokens: part of the thinking, of the answer, after a text, or outside tool calls.
 
-Which tokens these are is known as they are generated. A token counts by the text up to and with it, never by what comes
-later, since it is read, and steered, before there is any more.
+They are determined during generation. The meaning of a token depends on the text up to and including it, never on
+later text, since the token is processed, and steered, before that exists.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from trimtab.errors import TrimtabError
 THINKING, ANSWER, AFTER, AT, OUTSIDE_TOOLS = "thinking", "answer", "after", "at", "outside-tools"
 KINDS = (THINKING, ANSWER, AFTER, AT, OUTSIDE_TOOLS)
 LONGEST = 256
-"""Characters of a text or marker at most."""
+"""The maximum length of a text or marker, in characters."""
 MOST = 16
-"""Texts of one meaning at most."""
+"""The maximum number of texts of one meaning."""
 
 
 @dataclass(frozen=True, order=True)
 class Meaning:
-    """One of `KINDS`, and the texts that it is about.
+    """One of `KINDS`, with its texts.
 
     `after` and `at` have one text. `thinking` and `answer` have the marker that opens thinking and the one that closes
-    it, `outside-tools` has pairs of markers one after the other, where an empty second one means "to the end of the
-    answer"; without any they are the model's own.
+    it. `outside-tools` has a flat sequence of pairs of markers, where an empty second one means "to the end of the
+    answer". If these have no texts, the model's own markers are used.
     """
 
     kind: str

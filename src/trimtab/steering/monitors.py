@@ -1,7 +1,7 @@
-"""A monitor: a direction that is read at every token while an answer is generated, and what happens beyond a line.
+"""Monitors: a direction is measured at every token during generation, with an action above a threshold.
 
-What is read of a token is the activation from which the next one is chosen. So the first value of an answer is that of
-the last prompt token, and there is one value for each token of the answer.
+The value of a generated token is measured on the activation that it was sampled from. So the first value of an answer
+comes from the last prompt token, and each token of the answer has one value.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from trimtab.steering.site import Site
 from trimtab.steering.steering import Steering, check_steering
 
 ACTIONS = ("log", "stop", "steer")
-"""What a monitor does at the first token whose value is beyond its threshold."""
+"""The actions of a monitor at the first token whose value exceeds its threshold."""
 FILTERED = "content_filter"
-"""Why an answer has ended that a monitor stopped."""
+"""The finish reason of an answer that a monitor stopped."""
 
 
 @dataclass(frozen=True, eq=False)
 class Monitor:
-    """A direction that is read at each token, and an action above a threshold.
+    """A direction that is measured at each token, and an action above a threshold.
 
     Args:
-        name: What its values are called.
-        condition: The site, the direction and the measure. Its own threshold and positions don't matter.
-        threshold: The line. A value above it makes the monitor fire, once an answer; `None`: it never does.
-        action: `"log"`: the answer says where it fired, and nothing else happens. `"stop"`: the answer ends before the
-            token that would have been chosen there. `"steer"`: from the next token that is read, `steering` acts too.
+        name: The name of its values.
+        condition: The site, the direction and the measure. Its threshold and positions are ignored.
+        threshold: A value above it makes the monitor fire, once per answer; `None`: it never fires.
+        action: `"log"`: only record in the answer where it fired. `"stop"`: end the answer before the token that would
+            have been sampled there. `"steer"`: apply `steering` too, from the next forward pass on.
         steering: The steering to turn on, without gates that read the prompt.
     """
 
@@ -69,16 +69,19 @@ class Monitor:
 
     @classmethod
     def of(cls, name: str, steering: Steering, layer: int | None = None, **kwargs: Any) -> Monitor:
-        """What a steering reads: the condition of its gate, with its threshold; without one, its direction.
+        """A monitor made from a steering: of its gate's condition, with the threshold, or else of its direction.
 
         Args:
-            name: What the values are called.
-            steering: A probe, a steering with a gate, or any with directions of the residual stream.
-            layer: Which of its layers, where it has several.
+            name: The name of the values.
+            steering: A probe, a steering with a gate, or one with directions.
+            layer: The layer to monitor, if the steering has several.
             kwargs: `threshold`, `action` and `steering` of the monitor.
 
+        Returns:
+            The monitor. Without a gate, its measure is the dot product with the unit direction.
+
         Raises:
-            TrimtabError: It has several conditions or layers, and none was chosen; or no direction there.
+            TrimtabError: The steering has several conditions or layers and none was chosen, or no direction there.
         """
         check_steering(steering)
         known = list(dict.fromkeys(condition for edit in steering.edits for condition in thresholds(edit.gate)))
@@ -101,7 +104,7 @@ class Monitor:
 
     @property
     def site(self) -> Site:
-        """Where it reads."""
+        """The site at which it measures."""
         return self.condition.site
 
     @property
@@ -110,25 +113,25 @@ class Monitor:
         return self.condition.measure == "probability"
 
     def at(self, threshold: float | None) -> Monitor:
-        """The same with another line."""
+        """The same monitor with another threshold."""
         return replace(self, threshold=threshold)
 
     def fires(self, value: float) -> bool:
-        """Whether a value is beyond the line; one that isn't a number is."""
+        """Whether a value is above the threshold. NaN counts as above."""
         return self.threshold is not None and not value <= self.threshold
 
     def values(self, x: Tensor) -> Tensor:
-        """What it reads of activations `[…, width]`: `[…]`, in float32 or the dtype of `x`."""
+        """Its values for activations `[…, width]`: `[…]`, in float32, or in float64 if `x` is."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return measured([self.condition], x, self.condition.direction[None].to(x))[..., 0]
 
 
 @dataclass(frozen=True)
 class Monitored:
-    """What a monitor read of one answer.
+    """The values of a monitor for one answer.
 
-    `values[i]` is that of the activation from which token i was chosen. `fired` is the first i whose value was beyond
-    the threshold, `None` where none was. A `"stop"` ends the answer there, so that its last value has no token.
+    `values[i]` is measured on the activation that token i was sampled from. `fired` is the first i whose value exceeds
+    the threshold, or `None`. `"stop"` ends the answer there, so the last value has no token.
     """
 
     values: tuple[float, ...]
@@ -136,15 +139,15 @@ class Monitored:
 
 
 def measured(conditions: Sequence[Threshold], x: Tensor, directions: Tensor) -> Tensor:
-    """What conditions measure of activations.
+    """The values of several conditions for the same activations.
 
     Args:
-        conditions: All of one site.
-        x: `[…, width]`.
-        directions: Those of the conditions, `[conditions, width]`, in the dtype of `x` and where it is.
+        conditions: The conditions, all at one site.
+        x: Activations `[…, width]`.
+        directions: The conditions' directions, `[conditions, width]`, in the dtype and on the device of `x`.
 
     Returns:
-        `[…, conditions]`.
+        The values `[…, conditions]`.
     """
     values = list((x @ directions.mT).unbind(-1))
     for i, condition in enumerate(conditions):
@@ -156,7 +159,7 @@ def measured(conditions: Sequence[Threshold], x: Tensor, directions: Tensor) -> 
 
 
 def check_monitors(monitors: Any) -> tuple[Monitor, ...]:
-    """The monitors as a tuple. Raises `TrimtabError` for what is none, and for two of one name."""
+    """The monitors as a tuple. Raises `TrimtabError` for anything that isn't a monitor and for duplicate names."""
     listed = tuple(monitors or ()) if isinstance(monitors, (list, tuple, type(None))) else (monitors,)
     for monitor in listed:
         if not isinstance(monitor, Monitor):

@@ -1,10 +1,10 @@
-"""What an edit does to an activation. Each is a case of `x' = a * x + b * v`.
+"""Operations: the change that an edit makes to an activation. Each is a case of `x' = a * x + b * v`.
 
-An operation is plain data. An engine asks it for two things and knows nothing else of it: `row(strength)`,
-its parameters as a few small vectors, and `kernel`, a function of a batch of activations and the batch of
-those rows. Requests whose operations share a kernel run in one call, and a new operation is a new pair. Where
-neighbours of one kernel act together and not in sequence, `TOGETHER` says how their rows become one. What is too large
-to be copied for every token is a `LowRank` in a row; tokens of the same one are then multiplied together.
+An operation is plain data. An engine uses only two things of it: `row(strength)`, its parameters as a few small
+vectors, and `kernel`, a function of a batch of activations and the batch of those rows. Requests whose operations
+share a kernel run in one call, and a new operation is a new pair of the two. If consecutive operations with the same
+kernel act jointly rather than in sequence, `TOGETHER` has the function that merges their rows. Parameters that are too
+large to copy for every token are a `LowRank` in a row; the tokens of one `LowRank` are multiplied together.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def add(x: Tensor, rows: Rows) -> Tensor:
 
 
 def add_up(rows: Sequence[Rows], _names: Sequence[object]) -> Rows:
-    """The additions of several rows as one."""
+    """The sum of the vectors of several rows."""
     if len(rows) == 1:
         return rows[0]
     return {"vector": torch.stack([row["vector"].double() for row in rows]).sum(0)}
 
 
 SHORTEST = 1e-30
-"""What is shorter counts as no activation: it has no direction to keep."""
+"""An activation with a smaller norm counts as zero, without a direction."""
 
 
 def with_norm_of(x: Tensor, y: Tensor, share: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """`y` rescaled to the norm of `x`, or this share of the way there; both `[..., width]`. Where `y` is zero, `y`."""
+    """`y` rescaled to the norm of `x`, or by this share of the way; both `[..., width]`. A zero `y` stays zero."""
     wanted = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if share == 1 and y.is_cuda and FUSED:
         return torch.mul(unit(y), wanted, out=out)
@@ -56,18 +56,18 @@ def with_norm_of(x: Tensor, y: Tensor, share: float = 1.0, out: Tensor | None = 
 
 
 FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
-"""Whether this torch has a root mean square normalization that is one kernel on CUDA (since 2.9)."""
+"""Whether this torch has RMS normalization as a single CUDA kernel (since 2.9)."""
 
 
 def unit(y: Tensor) -> Tensor:
-    """`y` `[..., width]` at norm 1, in one kernel; zeros stay zeros."""
+    """`y` `[..., width]` normalized to norm 1, in one kernel; zeros stay zeros."""
     weight = _even(y.shape[-1], y.dtype, y.device)
     return torch.nn.functional.rms_norm(y, y.shape[-1:], weight, float(torch.finfo(y.dtype).tiny))
 
 
 @lru_cache(maxsize=64)
 def _even(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What turns a root mean square of 1 into a norm of 1. Kept, as making it would be a kernel each time."""
+    """The RMS normalization weight that gives a norm of 1. Cached, since creating it costs a kernel launch."""
     with torch.inference_mode(False):
         return torch.full((width,), width**-0.5, dtype=dtype, device=device)
 
@@ -78,18 +78,18 @@ NAMES: dict[type[Operation], str] = {}
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """The base class of all operations.
+    """The base class of all operations on activations.
 
     `keep_norm` is a share from 0 (`False`) to 1 (`True`): each edited activation is rescaled to the norm
-    `(1 - keep_norm) * |new| + keep_norm * |old|`. At 1 it has the norm it had before.
+    `(1 - keep_norm) * |new| + keep_norm * |old|`. With 1, the edit doesn't change the norm.
     """
 
     keep_norm: bool | float = field(default=False, kw_only=True)
 
-    kernel: ClassVar[Any]  # a Kernel; mypy takes a callable class attribute for a method
+    kernel: ClassVar[Any]  # a Kernel; mypy would treat a callable class attribute as a method
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
-        """`name` is what the operation is called in files and in texts."""
+        """Register the operation under `name`, which files and messages use."""
         super().__init_subclass__(**kwargs)
         if name is not None:
             OPERATIONS[name] = cls
@@ -103,25 +103,25 @@ class Operation:
         object.__setattr__(self, "keep_norm", as_share(self.keep_norm))
 
     def row(self, strength: float) -> Rows:
-        """The kernel's parameters at this strength: vectors of shape `[width]` or `[1]`, or a `LowRank`."""
+        """The kernel's parameters at this strength: vectors `[width]` or `[1]`, or a `LowRank`."""
         raise NotImplementedError
 
     def call(self, strength: float) -> tuple[Kernel, Rows]:
-        """What runs at this strength: a kernel and its parameters, by default `kernel` and `row`.
+        """The kernel and the parameters to run at this strength, by default `kernel` and `row`.
 
-        An operation may have a cheaper pair of the same effect at some strengths. It acts together with others by
-        its own `kernel` alone.
+        An operation may have a cheaper pair with the same effect at some strengths. It is merged with other
+        operations only by its own `kernel`.
         """
         return self.kernel, self.row(strength)
 
     @property
     def width(self) -> int:
-        """The width of the activations that it acts on; 0: any."""
+        """The width of the activations that it acts on; 0 means any."""
         raise NotImplementedError
 
     @property
     def norm(self) -> float:
-        """How long the direction is that it is about; of several that it writes, the root of their squares' sum."""
+        """The norm of its direction; the Frobenius norm if it writes several."""
         raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
@@ -138,14 +138,14 @@ class Operation:
 
     @cached_property
     def _hash(self) -> int:
-        """Made once: tensors may be large, and engines ask for it again and again."""
+        """Computed once: tensors may be large, and engines use the hash often."""
         values: list[Any] = [getattr(self, f.name) for f in fields(self)]
         return hash((type(self), *(v.numpy().tobytes() if isinstance(v, Tensor) else v for v in values)))
 
     def check_unchanged(self) -> None:
-        """Raises `TrimtabError` if a tensor of it was changed in place since this was first asked.
+        """Raise `TrimtabError` if one of its tensors was changed in place since the first call of this method.
 
-        Engines keep what they make of an operation, and would go on with the numbers of before.
+        Engines cache what they compute from an operation, and would keep using the old values.
         """
         values = (getattr(self, f.name) for f in fields(self))
         versions = tuple(v._version for v in values if isinstance(v, Tensor) and not v.is_inference())
@@ -156,7 +156,7 @@ class Operation:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is made from the fields: hashes are a process's own, and copies on a device stay there."""
+        """The fields without cached values: hashes are only valid in this process, and device copies aren't pickled."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __repr__(self) -> str:
@@ -187,7 +187,7 @@ class Directed(Operation):
 class Add(Directed, name="add"):
     """`x' = x + strength * direction` (activation addition; CAA, ActAdd and most others).
 
-    The direction is `[width]` and of any norm; at strength 1 the shift has exactly that norm.
+    The direction is `[width]`, with any norm. At strength 1 it is added as it is.
     """
 
     kernel: ClassVar[Any] = staticmethod(add)
@@ -204,13 +204,13 @@ class Add(Directed, name="add"):
 class SetProjection(Directed, name="set_projection"):
     """`x' = x + strength * (target - x.u) u`: moves the projection on a unit direction to `target`.
 
-    Strength 1 sets it exactly (Stolfo et al., 2410.12877, section 3.2), 0 leaves it, a half goes half-way. With
-    `one_sided` it is only ever raised: an activation whose projection is at the target or above stays as it is.
-    The target is in units of the residual stream.
+    Strength 1 sets it exactly (Stolfo et al., 2410.12877, section 3.2), 0 doesn't change it, and 0.5 moves it halfway.
+    With `one_sided`, the projection is only raised: activations at or above the target don't change. The target is in
+    units of the residual stream.
 
-    Neighbouring projections at one layer, `Ablate` among them, act together (see `projections`): each comes to
-    where it was asked to be, whatever the angle between their directions. A one-sided one that has nothing to
-    raise asks for its projection to stay.
+    Consecutive projections at one layer, including `Ablate`, are solved jointly (see `projections`): each reaches its
+    target, whatever the angle between their directions. A one-sided one with nothing to raise keeps its projection
+    constant.
     """
 
     target: float
@@ -237,9 +237,9 @@ class SetProjection(Directed, name="set_projection"):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Ablate(Directed, name="ablate"):
-    """`x' = x - strength * (x.u) u`: removes a unit direction (at strength 1, all of it).
+    """`x' = x - strength * (x.u) u`: removes a unit direction (completely at strength 1).
 
-    It is `SetProjection` with target 0, and acts together with its neighbours as that does.
+    Equivalent to `SetProjection` with target 0, also when several act jointly.
     """
 
     kernel: ClassVar[Any] = staticmethod(set_projections)
@@ -258,14 +258,13 @@ def _projection(direction: Tensor, target: float, share: float, floor: float) ->
 
 
 TOGETHER: dict[Kernel, Together] = {add: add_up, set_projections: solve_projections}
-"""How the rows of neighbours that share a kernel, and keep no norm, become the rows of one call of it.
+"""For each kernel, a function that merges the rows of consecutive operations without `keep_norm` into one row.
 
-The names are the edits, or what stands for them, for errors. A kernel without an entry takes one operation's
-row at a time."""
+Its second argument are names for error messages, usually the edits. A kernel without an entry is called once per
+operation."""
 
 WRITING: WeakSet[Kernel] = WeakSet([set_projections])
-"""Kernels that take `out`, where they then put what comes of them; it may be the activations themselves."""
+"""Kernels that accept `out`, a tensor for the result, which may be the activations themselves."""
 
 NEUTRAL: dict[Kernel, float] = {add: -0.0}
-"""Kernels that act in place, and the parameter at which they leave every activation as it is, bit for
-bit."""
+"""Kernels that are a single addition or multiplication, with the parameter that changes no activation, bit for bit."""

@@ -1,11 +1,11 @@
-"""At which tokens an edit acts: absolute positions of one request, whatever the batch looks like.
+"""The token positions at which an edit acts: absolute positions in one request, independent of batching and padding.
 
-A request's tokens are numbered from 0, its prompt has `n` of them, and the token that the model
-generates first stands at position `n`. The activations *at* position `n - 1` produce that first token,
-so "steer the answer" usually means `Positions.from_last_prompt_token()`.
+The tokens of a request are numbered from 0. If its prompt has `n` tokens, the first generated token is at position
+`n`. The activations *at* position `n - 1` produce that first token, so "steer the answer" usually means
+`Positions.from_last_prompt_token()`.
 
-Some positions have a meaning, such as `Positions.thinking()`: which tokens they are depends on what is generated. They
-combine with each other, and with all others, by `|`, `&` and `~`.
+Some positions are defined by a meaning, such as `Positions.thinking()`, and depend on the generated text. All
+positions combine with `|`, `&` and `~`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ START, END = "start", "end"  # of the prompt
 
 @dataclass(frozen=True, order=True)
 class Bound:
-    """`offset` tokens after the start of the prompt, or after its end (negative: before)."""
+    """A position `offset` tokens after the start of the prompt, or after its end (negative: before it)."""
 
     anchor: str
     offset: int
@@ -44,7 +44,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Combined:
-    """Positions combined: `any` of the parts, `all` of them, or `not` the one."""
+    """A combination of positions: `any` of the parts, `all` of them, or `not` the single part."""
 
     how: str
     parts: tuple[Positions, ...]
@@ -52,9 +52,9 @@ class Combined:
 
 @dataclass(frozen=True)
 class Positions:
-    """A union of half-open intervals of token positions; a `None` stop means "to the end of the text".
+    """A union of half-open intervals of token positions, where a `None` stop means "to the end of the text".
 
-    Or, in place of intervals, a `rule`: a meaning, or other positions combined.
+    Instead of intervals it may have a `rule`: a meaning, or a combination of other positions.
     """
 
     intervals: tuple[tuple[Bound, Bound | None], ...] = ()
@@ -69,27 +69,27 @@ class Positions:
 
     @classmethod
     def all(cls) -> Positions:
-        """Every token, prompt and generated."""
+        """All tokens, of the prompt and generated."""
         return cls(((Bound(START, 0), None),))
 
     @classmethod
     def all_but_first(cls) -> Positions:
-        """Every token but the first, which in many models is an attention sink with an outsized norm."""
+        """All tokens except the first, which in many models is an attention sink with an outsized norm."""
         return cls(((Bound(START, 1), None),))
 
     @classmethod
     def prompt(cls) -> Positions:
-        """Every token of the prompt, template included."""
+        """All tokens of the prompt, chat template included."""
         return cls(((Bound(START, 0), Bound(END, 0)),))
 
     @classmethod
     def generated(cls) -> Positions:
-        """Every generated token, from the moment it is fed back."""
+        """All generated tokens, each in the decode step that processes it."""
         return cls(((Bound(END, 0), None),))
 
     @classmethod
     def from_last_prompt_token(cls) -> Positions:
-        """The last prompt token, which yields the first generated one, and everything after it (CAA)."""
+        """The last prompt token, which produces the first generated token, and all tokens after it (CAA)."""
         return cls(((Bound(END, -1), None),))
 
     @classmethod
@@ -112,9 +112,9 @@ class Positions:
 
     @classmethod
     def opening(cls, k: int) -> Positions:
-        """Where the answer's first `k` tokens are made: the last prompt token and the first `k - 1` generated.
+        """The tokens that produce the answer's first `k`: the last prompt token and the first `k - 1` generated ones.
 
-        For formats that a text holds by itself once it has begun so, such as JSON.
+        Useful for formats that the model continues by itself once the answer has started that way, such as JSON.
         """
         k = _tokens(k)
         if k < 1:
@@ -133,7 +133,7 @@ class Positions:
     @classmethod
     @arguments
     def tokens(cls, indices: Sequence[int]) -> Positions:
-        """These tokens of the rendered prompt, counted from 0; a negative index counts from its end, -1 is its last."""
+        """These tokens of the rendered prompt, counted from 0. A negative index counts from its end: -1 is the last."""
         listed = [whole(i) for i in indices] if isinstance(indices, Iterable) else [whole(indices)]
         numbers = {number for number in listed if number is not None}
         if not listed or None in listed:
@@ -143,12 +143,11 @@ class Positions:
 
     @classmethod
     def thinking(cls, opens: str | None = None, closes: str | None = None) -> Positions:
-        """Generated tokens inside the model's thinking: after the marker that opens it, and before the one that
-        closes it.
+        """Generated tokens inside the thinking: after the marker that opens it and before the one that closes it.
 
         Args:
-            opens: The marker's text; by default the model's own, such as `<think>`.
-            closes: Likewise, such as `</think>`.
+            opens: The text of the opening marker; by default the model's own, such as `<think>`.
+            closes: The text of the closing marker; by default the model's own, such as `</think>`.
         """
         return cls(rule=Meaning(THINKING, _pair(opens, closes)))
 
@@ -157,28 +156,28 @@ class Positions:
         """Generated tokens outside the thinking and its markers; all of them if the model doesn't think.
 
         Args:
-            opens: The marker that opens thinking; by default the model's own.
-            closes: The one that closes it.
+            opens: The text of the marker that opens thinking; by default the model's own.
+            closes: The text of the marker that closes it; by default the model's own.
         """
         return cls(rule=Meaning(ANSWER, _pair(opens, closes)))
 
     @classmethod
     def after(cls, text: str) -> Positions:
-        """Generated tokens after the one that completes this text for the first time."""
+        """Generated tokens after the token that completes the first occurrence of this text."""
         return cls(rule=Meaning(AFTER, (text,)))
 
     @classmethod
     def at(cls, text: str) -> Positions:
-        """Each generated token that completes this text; those that only begin it aren't known to yet."""
+        """Each generated token that completes an occurrence of this text, but not the tokens that begin it."""
         return cls(rule=Meaning(AT, (text,)))
 
     @classmethod
     def outside_tools(cls, *markers: tuple[str, str]) -> Positions:
-        """Generated tokens outside tool calls, or other structured parts, and their markers.
+        """Generated tokens outside tool calls, or other structured parts, and outside their markers.
 
         Args:
-            markers: Pairs of texts that open and close such a part, where an empty second one means "to the end of the
-                answer"; by default the model's own, such as `<tool_call>` and `</tool_call>`.
+            markers: Pairs of texts that open and close such a part, where an empty closing text means "to the end of
+                the answer"; by default the model's own, such as `<tool_call>` and `</tool_call>`.
         """
         if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in markers):
             raise TrimtabError(f"markers come in pairs, outside_tools((opens, closes), …), got {markers!r}")
@@ -204,36 +203,39 @@ class Positions:
 
     @property
     def parts(self) -> tuple[Positions, ...]:
-        """What it combines, down to the last: each has intervals or a meaning."""
+        """The leaves of the combination: positions that have intervals or a meaning."""
         if not isinstance(self.rule, Combined):
             return (self,)
         return tuple(chain.from_iterable(part.parts for part in self.rule.parts))
 
     @property
     def meanings(self) -> frozenset[Meaning]:
-        """What has to be known of generated tokens; empty: nothing, the prompt's length says all."""
+        """The meanings that it depends on; empty if the prompt's length alone determines the positions."""
         return frozenset(part.rule for part in self.parts if isinstance(part.rule, Meaning))
 
     @property
     def follows_prompt(self) -> bool:
-        """Whether it depends on where the prompt ends which tokens they are."""
+        """Whether the positions depend on where the prompt ends."""
         bounds = [bound for part in self.parts for interval in part.intervals for bound in interval]
         return bool(self.meanings) or any(bound is not None and bound.anchor == END for bound in bounds)
 
     def reach(self, prompt_length: int) -> Intervals:
-        """As `resolve`, all that it may be, whatever is generated."""
+        """Like `resolve`, the union over all possible generated texts."""
         meanings = sorted(self.meanings)
         every = chain.from_iterable(combinations(meanings, n) for n in range(len(meanings) + 1))
         reaches = [self.resolve(prompt_length, holding) for holding in every]
         return reaches[0] if len(reaches) == 1 else union(*reaches)
 
     def resolve(self, prompt_length: int, holding: Collection[Meaning] | None = None) -> Intervals:
-        """Absolute `(start, stop)` pairs for a prompt of `prompt_length` tokens; empty ones are left out.
+        """Absolute `(start, stop)` pairs for a prompt of `prompt_length` tokens, without empty ones.
 
         Args:
-            prompt_length: In tokens.
-            holding: The meanings that hold of a generated token, all others don't: then what is given for that token,
-                and for those of the prompt, is right. Only positions without meanings need none.
+            prompt_length: The length of the prompt in tokens.
+            holding: The meanings of one generated token. The result is then valid for that token and for the prompt.
+                Required unless the positions have no meanings.
+
+        Returns:
+            The intervals. A `None` stop means "to the end of the text".
 
         Raises:
             TrimtabError: A span reaches past the prompt, a token isn't in it, or `holding` is needed and missing.
@@ -279,7 +281,7 @@ class Positions:
 
     @classmethod
     def from_json(cls, data: Any) -> Positions:
-        """What `to_json` gave. Raises `ValueError` and the like, or `TrimtabError`, for anything else."""
+        """The inverse of `to_json`. Raises `TrimtabError`, or `ValueError` and similar, for anything else."""
         if not isinstance(data, dict):
             return cls(tuple((Bound(a, i), None if b is None else Bound(b, j)) for a, i, b, j in data))
         if data.keys() == {"meaning", "texts"}:
@@ -292,19 +294,20 @@ class Positions:
         return cls(rule=Combined(how, tuple(cls.from_json(part) for part in parts)))
 
     def in_prompt(self, prompt_length: int) -> list[int]:
-        """Which tokens of a prompt of this length are meant, in order; generated ones aren't among them.
+        """The indices of the positions inside a prompt of this length, in ascending order, without generated tokens.
 
-        Raises `TrimtabError` as `resolve` does, and for positions by meaning, which are about generated tokens.
+        Raises `TrimtabError` as `resolve` does, and for positions by meaning, which only apply to generated tokens.
         """
         spans = self.resolve(prompt_length)
         return sorted({p for a, b in spans for p in range(a, prompt_length if b is None else min(b, prompt_length))})
 
     @classmethod
     def parse(cls, text: str) -> Positions:
-        """From the command line, where `|`, `&`, `~` and brackets combine rules.
+        """Parse the textual form, in which `|`, `&`, `~` and parentheses combine rules.
 
-        A rule is a name of `NAMED`, `opening:K`, `first:K`, `window:A:B`, `span:A:B`, `tokens:A,B`, or by meaning
-        `thinking`, `answer`, `after:TEXT`, `at:TEXT`, `outside-tools`. Raises `TrimtabError` for anything else.
+        A rule is a name in `NAMED`, `opening:K`, `first:K`, `window:A:B`, `span:A:B`, `tokens:A,B`, or one of the
+        meanings `thinking`, `answer`, `after:TEXT`, `at:TEXT`, `outside-tools`. Raises `TrimtabError` for anything
+        else.
         """
         from trimtab.steering.grammar import parse
 
@@ -341,7 +344,7 @@ def _pair(opens: str | None, closes: str | None) -> tuple[str, ...]:
 
 
 def _combined(how: str, *parts: Positions) -> Positions:
-    """Parts that are combined alike become one."""
+    """Combine the parts. Nested combinations of the same kind are flattened."""
     flat: list[Positions] = []
     for part in parts:
         alike = isinstance(part.rule, Combined) and part.rule.how == how
@@ -350,7 +353,7 @@ def _combined(how: str, *parts: Positions) -> Positions:
 
 
 def _token(start: Bound, stop: Bound | None) -> int | None:
-    """The index of the one token of the prompt that the interval holds, if it is one."""
+    """The index of the prompt token that the interval consists of; `None` if it isn't a single prompt token."""
     if stop is None or start.anchor != stop.anchor or stop.offset != start.offset + 1:
         return None
     return start.offset if start.anchor == START or start.offset < 0 else None

@@ -1,8 +1,9 @@
-"""Projections set together: several directions of one activation, each moved to where it was asked to be.
+"""Joint setting of projections: the projections of one activation on several directions are moved to their targets.
 
-Clamps in sequence undo each other unless their directions are orthogonal. With unit directions as the rows of `U`
-`[k, width]`, `G = U Uᵀ` and the wanted changes `d_i = share_i * (target_i - x.u_i)`, the smallest step that makes
-them all come true is `x' = x + Uᵀ G⁻¹ d`; what is orthogonal to all directions stays, and their order doesn't matter.
+If projections are set one after the other, they undo each other unless their directions are orthogonal. With unit
+directions as the rows of `U` `[k, width]`, `G = U Uᵀ` and the wanted changes `d_i = share_i * (target_i - x.u_i)`, the
+smallest step that makes all of them is `x' = x + Uᵀ G⁻¹ d`. The component orthogonal to all directions doesn't change,
+and the order of the directions doesn't matter.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 
 Rows = Mapping[str, Any]
-"""Of each name a tensor, or a `LowRank` (see `low_rank`)."""
+"""A kernel's parameters by name, each a tensor or a `LowRank` (see `low_rank`)."""
 
 PARALLEL = 0.9999
-"""Directions whose cosine's magnitude exceeds this are one direction, and can't be set to two projections."""
+"""Two directions whose absolute cosine exceeds this count as the same and can't have two different targets."""
 DEPENDENT = 1e-4
-"""Directions one of which is a sum of the others, but for so little of its squared norm, can't be set apart."""
+"""If the smallest eigenvalue of the directions' Gram matrix is below this, they count as linearly dependent."""
 EQUAL = 1e-5
 
 
 def along(x: Tensor, u: Tensor) -> Tensor:
-    """`x.u`, `[..., 1]`, for `x` and `u` of shape `[..., width]`; of single tokens `[rows, 1, width]` in one kernel."""
+    """`x.u`, `[..., 1]`, for `x` and `u` `[..., width]`; in one kernel for decode steps `[rows, 1, width]`."""
     return torch.bmm(x, u.mT) if _single(x, u) else (x * u).sum(-1, keepdim=True)
 
 
 def short_of(target: Tensor, x: Tensor, u: Tensor) -> Tensor:
-    """`target - x.u`, `[..., 1]`, likewise."""
+    """`target - x.u`, `[..., 1]`, computed as in `along`."""
     return torch.baddbmm(target, x, u.mT, alpha=-1) if _single(x, u) else target - along(x, u)
 
 
@@ -43,8 +44,8 @@ def _single(x: Tensor, u: Tensor) -> bool:
 def set_projections(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     """`x + sum over i of max(target_i - x.u_i, floor_i) w_i`, with `x`, `u_i`, `w_i` of shape `[..., width]`.
 
-    The rows are `direction.<i>` (`u_i`), `weight.<i>` (`w_i`, a row of `diag(share) G⁻¹ U`), `target.<i>` and, where
-    some only raise, `floor.<i>` (`[..., 1]`; 0 for one that only raises, else minus infinity).
+    The rows are `direction.<i>` (`u_i`), `weight.<i>` (`w_i`, a row of `diag(share) G⁻¹ U`), `target.<i>` and, for
+    one-sided projections, `floor.<i>` (`[..., 1]`; 0 if one-sided, else minus infinity).
     """
     new, count = x, sum(name.startswith("direction.") for name in rows)
     for i in range(count):
@@ -56,11 +57,11 @@ def set_projections(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
 
 
 def solve_projections(rows: Sequence[Rows], names: Sequence[object]) -> dict[str, Tensor]:
-    """The rows of `set_projections` for operations that act together.
+    """The rows of `set_projections` for operations that act jointly.
 
-    Theirs are `direction` `[width]`, `target`, `share` and `floor` `[1]`; `names` are for errors. One that asks for
-    what another does already, on the same direction, is left out. Raises `TrimtabError`, with their names, when two
-    ask for different ends of (nearly) one direction, or one direction is (nearly) a sum of others.
+    Each of `rows` has `direction` `[width]`, `target`, `share` and `floor` `[1]`; `names` are for error messages. An
+    operation that duplicates another one is left out. Raises `TrimtabError`, with the names, if two operations have
+    different targets for (nearly) the same direction, or if the directions are (nearly) linearly dependent.
     """
     apart = _apart(rows, names)
     rows, names = [rows[i] for i in apart], [names[i] for i in apart]
@@ -68,7 +69,7 @@ def solve_projections(rows: Sequence[Rows], names: Sequence[object]) -> dict[str
     gram = u @ u.T
     if len(rows) > 1:
         _check_independent(gram, names)
-    # d times G⁻¹ U, with the shares of d in the rows: G⁻¹ is symmetric
+    # diag(share) G⁻¹ U, so that the kernel only computes target - x.u (G⁻¹ is symmetric)
     weights = torch.linalg.solve(gram, u) * torch.stack([row["share"].double() for row in rows])
     solved: dict[str, Tensor] = {}
     for i, row in enumerate(rows):
@@ -81,7 +82,7 @@ def solve_projections(rows: Sequence[Rows], names: Sequence[object]) -> dict[str
 
 
 def _apart(rows: Sequence[Rows], names: Sequence[object]) -> list[int]:
-    """Which of them say something that none before them says."""
+    """The indices of the rows that don't duplicate an earlier one."""
     kept: list[int] = []
     for i, row in enumerate(rows):
         near = [(j, cosine) for j in kept if abs(cosine := _cosine(rows[j], row)) > PARALLEL]
@@ -101,7 +102,7 @@ def _cosine(a: Rows, b: Rows) -> float:
 
 
 def _agree(a: Rows, b: Rows, sign: int) -> bool:
-    """Whether they do the same to every activation; their directions are parallel (`sign` 1) or opposed (-1)."""
+    """Whether two operations are equivalent, given that their directions are parallel (`sign` 1) or opposite (-1)."""
     if float((a["direction"].double() - sign * b["direction"].double()).norm()) > EQUAL:
         return False
     one_sided = [not math.isinf(float(row["floor"])) for row in (a, b)]

@@ -1,4 +1,4 @@
-"""Edits in random directions, which push as hard as those that they stand in for."""
+"""Edits in random directions, with the same norms as the edits that they replace."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trimtab.steering.tensors import to_float64
 
 
 def random_edits(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> tuple[Edit, ...]:
-    """The steering's edits in random directions of the same norms; masks and thresholds of elements are shuffled.
+    """The steering's edits in random directions of the same norms; masks and thresholds of elements are permuted.
 
-    `means` is for what sets projections, see `trimtab.evaluate.controls.random_like`. Raises `TrimtabError` for an
-    operation without a direction, a missing mean, or one of another width.
+    `means` are mean activations, for operations that set projections; see `trimtab.evaluate.controls.random_like`.
+    Raises `TrimtabError` for an operation without a direction, or a mean that is missing or has another width.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[bytes, Tensor] = {}
@@ -30,7 +30,7 @@ def random_edits(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor]
 
 
 def random_unit(width: int, generator: torch.Generator) -> Tensor:
-    """A unit vector `[width]`, evenly from the sphere, float64."""
+    """A unit vector `[width]`, uniform on the sphere, float64."""
     vector = torch.randn(width, generator=generator, dtype=torch.float64)
     return vector / vector.norm()
 
@@ -72,7 +72,7 @@ def _turned(
     generator: torch.Generator,
     means: Mapping[Site, Tensor] | None,
 ) -> ReadWrite:
-    """All that it reads and writes turned as one. With a mean, each row reads the same from it as before."""
+    """Rotate all read and write rows together. Given a mean, the biases change so that it reads the same as before."""
     rank, read = operation.rank, operation.read.double()
     new = _turned_rows([operation.read, operation.write], drawn, generator)
     bias = operation.bias.double()  # type: ignore[union-attr]
@@ -85,7 +85,7 @@ def _turned(
 
 
 def _turned_rows(rows: list[Tensor], drawn: dict[bytes, Tensor], generator: torch.Generator) -> Tensor:
-    """These rows `[…, width]` turned at random as one, float64: lengths and angles among them stay."""
+    """These rows `[…, width]` rotated together at random, float64. Their norms and the angles between them stay."""
     key = b"".join(row.numpy().tobytes() for row in rows)
     if key not in drawn:
         basis, coordinates = torch.linalg.qr(torch.cat([row.double() for row in rows]).T)  # [width, n], [n, rows]

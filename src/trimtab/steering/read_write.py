@@ -1,4 +1,4 @@
-"""The general low-rank edit: what an activation holds along some directions decides what is added along others."""
+"""The general low-rank edit: an activation's components along some directions determine what is added along others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trimtab.steering.tensors import as_direction, as_matrix
 
 
 def read_write(x: Tensor, rows: Rows) -> Tensor:
-    """`x + strength * f(A x + c) B` by each token's own map, for `x` `[..., width]`."""
+    """`x + strength * f(A x + c) B` with each token's own map, for `x` `[..., width]`."""
     return rows["map"].edit(x, rows["strength"])
 
 
@@ -26,21 +26,21 @@ def read_write(x: Tensor, rows: Rows) -> Tensor:
 class ReadWrite(Operation, name="read_write"):
     """`x' = x + strength * sum over i of clamp(read_i . x + bias_i, low_i, high_i) write_i`, of any rank.
 
-    In matrices `x' = x + strength * f(x Aᵀ + c) B`: each row reads a number from the activation, and adds as much of
-    what it writes. Most operations are special cases of it (docs/operations.md has their formulas); a row that reads
-    zeros and has the bias 1 adds its `write` to every activation. At rank 0 nothing happens.
+    In matrix form `x' = x + strength * f(x Aᵀ + c) B`: each row reads a coefficient from the activation, and adds its
+    `write` vector times that coefficient. Most operations are special cases (docs/operations.md has their formulas); a
+    row with a zero `read` and a bias of 1 adds its `write` to every activation. Rank 0 changes nothing.
 
     Args:
         read: A, `[rank, width]`.
-        write: B, `[rank, width]`: row i is what row i of `read` writes.
+        write: B, `[rank, width]`: row i belongs to row i of `read`.
         bias: c, `[rank]`, one number for all rows, or `None` for 0.
-        low: The least that a row may write, `[rank]` or one number for all; `None` or minus infinity: no bound. With 0
-            it is a ReLU.
-        high: The most, likewise.
+        low: The lower bound of each coefficient, `[rank]` or one number for all; `None` or minus infinity: no bound.
+            With 0, `f` is a ReLU.
+        high: The upper bound, likewise; `None` or infinity: no bound.
 
     Raises:
-        TrimtabError: Shapes that don't fit each other, numbers that are NaN or infinite (bounds may be infinite, away
-            from zero), or a lower bound above an upper one.
+        TrimtabError: Shapes don't match, values are NaN or infinite (except for a bound of `-inf` in `low` or `inf`
+            in `high`), or a lower bound is above the upper one.
     """
 
     read: Tensor
@@ -85,7 +85,7 @@ class ReadWrite(Operation, name="read_write"):
 
     @cached_property
     def map(self) -> LowRank:
-        """Its matrices, of which devices keep one copy each."""
+        """The operation's matrices, with one cached copy per device."""
         return LowRank(*(getattr(self, name) for name in ("read", "bias", "write", "low", "high")))
 
     def row(self, strength: float) -> Rows:
@@ -105,7 +105,7 @@ def _bias(value: Any, read: Tensor) -> Tensor:
 
 
 def _bound(value: Any, read: Tensor, name: str, nothing: float) -> Tensor | None:
-    """`[rank]`; `None` where no row is bounded."""
+    """The bounds `[rank]`, checked; `None` if no row is bounded."""
     rank = len(read)
     if value is None:
         return None

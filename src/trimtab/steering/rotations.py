@@ -1,4 +1,4 @@
-"""Rotations in a plane, of an activation and a direction or of two directions: the norm and what is off it stay."""
+"""Rotations in a plane, spanned by the activation and a direction or by two directions. They preserve the norm."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from trimtab.steering.projections import PARALLEL, Rows, along, set_projections,
 from trimtab.steering.tensors import as_direction, as_unit
 
 NEARLY = 64
-"""An activation within so many roundings of the direction's line has no plane to turn in."""
+"""An activation within this many machine epsilons of the direction's line spans no plane with it."""
 CLOSE = 4096
-"""The same for `turn`, which doesn't take out a second time what rounding left along the direction."""
+"""The same for `turn`, which orthogonalizes only once and so has larger rounding errors."""
 
 
 def rotated(
@@ -31,17 +31,17 @@ def rotated(
     ceiling: Tensor | float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`x` `[..., width]`, of this norm, turned in its plane with the unit direction `u`.
+    """`x` `[..., width]`, with norm `norm`, rotated in the plane that it spans with the unit direction `u`.
 
-    `turned` gives the new angle to the plane through the origin that u is normal to, `[..., 1]`, for the one that x has
-    (its sign is that of x.u). In closed form, x' = |x| (sin t u + cos t (x - c u) / q) with c = u.x, q = |x - c u|, and
-    t the new angle for the old one, atan2(c, q). The published form divides by the sine of twice that, which fails near
-    the plane. Activations whose projection isn't below `ceiling` stay; so does one along u, which has no plane to turn
-    in.
+    The angle of x is measured from the hyperplane through the origin that is orthogonal to u, with the sign of x.u.
+    `turned` maps the old angle, atan2(c, q), to the new one t, `[..., 1]`. In closed form,
+    x' = |x| (sin t u + cos t (x - c u) / q) with c = u.x and q = |x - c u|. The published form divides by the sine of
+    twice the old angle, which fails near the hyperplane. Activations whose projection isn't below `ceiling` don't
+    change, and neither do those along u, which span no plane with it.
     """
     c = along(x, u)
     rest = torch.addcmul(x, c, u, value=-1)
-    rest = torch.addcmul(rest, along(rest, u), u, value=-1)  # again: near u the first time leaves rounding along it
+    rest = torch.addcmul(rest, along(rest, u), u, value=-1)  # again, since rounding errors remain near u
     q = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
     parts = torch.polar(norm, turned(torch.atan2(c, q)))
     new = torch.addcmul(rest * (parts.real / q), parts.imag, u)
@@ -50,7 +50,7 @@ def rotated(
 
 
 def rotate(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
-    """`x` turned towards `direction` by `angle`, after its angle to the plane was multiplied by `lean`."""
+    """`x` rotated so that its angle to the hyperplane of `direction` becomes `angle + lean * old angle`."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
     def turned(old: Tensor) -> Tensor:
@@ -63,9 +63,9 @@ WRITING.add(rotate)
 
 
 def sloped(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is off the direction `u`, its length q, `-x.u`, and q / -x.u: above 0 on the wrong side.
+    """The component r of x orthogonal to the direction u, its norm q, `-x.u`, and s = q / -x.u, positive if x.u < 0.
 
-    `shift`, a hair below 0, makes -x.u that of an activation on the right side where it is 0.
+    `shift`, slightly below 0, is added to -x.u so that an activation with x.u = 0 counts as being on the positive side.
     """
     c = short_of(rows["shift"], x, rows["direction"])
     rest = torch.addcmul(x, c, rows["direction"])
@@ -74,9 +74,9 @@ def sloped(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def turn(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
-    """`x` turned towards `direction` by one angle, where its projection is negative; a few kernels, without angles.
+    """`x` rotated towards `direction` by a fixed angle if its projection is negative; few kernels, no trigonometry.
 
-    By the angle a, x' = x + (cos a - 1 + sin a / s) r + (sin a - (cos a - 1) / s) q u, with r, q and s of `sloped`.
+    For the angle a, x' = x + (cos a - 1 + sin a / s) r + (sin a - (cos a - 1) / s) q u, with r, q and s of `sloped`.
     `turn` is `(cos a - 1, sin a)`, `cross` is `(sin a, 1 - cos a)`.
     """
     rest, q, _, slope = sloped(x, rows)
@@ -91,12 +91,13 @@ WRITING.add(turn)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rotate(Directed, name="rotate"):
-    """Turns activations towards a unit direction `[width]`, keeping their norm (HPR, 2409.10053).
+    """Rotates activations towards a unit direction `[width]`, keeping their norm (HPR, 2409.10053).
 
-    The turn is `strength * angle` (radians), in the plane of the activation and the direction. `angle=None` is the
-    Householder reflection on the plane that the direction is normal to: at strength 1 the projection changes its sign,
-    at 1/2 it becomes 0. With `one_sided` only activations with a negative projection are turned. One (nearly) along the
-    direction has no plane to turn in, and stays; but for the whole reflection, which needs none.
+    The rotation is by `strength * angle` (radians), in the plane spanned by the activation and the direction.
+    `angle=None` is the Householder reflection on the hyperplane orthogonal to the direction: strength 1 flips the sign
+    of the projection, and strength 0.5 makes it 0. With `one_sided`, only activations with a negative projection are
+    rotated. An activation (nearly) along the direction spans no plane with it and doesn't change, except by the full
+    reflection (strength 1), which needs no plane.
     """
 
     angle: float | None = None
@@ -121,7 +122,7 @@ class Rotate(Directed, name="rotate"):
         }
 
     def call(self, strength: float) -> tuple[Kernel, Rows]:
-        """The whole reflection is linear, and a turn by one angle needs no angles of activations."""
+        """Cheaper kernels for the full reflection, which is linear, and for a one-sided rotation by a fixed angle."""
         u, ones = self.direction, self.direction.new_ones(1)
         if self.angle is None and strength == 1:
             floor = {"floor.0": 0 * ones} if self.one_sided else {}
@@ -138,10 +139,10 @@ class Rotate(Directed, name="rotate"):
 
 
 def rotate_in_plane(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
-    """`x` `[..., width]` turned in the plane of the orthonormal rows `first` and `other`.
+    """`x` `[..., width]` rotated in the plane of the orthonormal rows `first` and `other`.
 
-    The turn is `angle + share * d`, d being the angle, from -pi to pi, from x's part in the plane to the direction that
-    lies `target` beyond `first`.
+    The rotation is by `angle + share * d`, where d is the angle, from -pi to pi, from x's projection on the plane to
+    the direction at the angle `target` from `first`.
     """
     first, other = rows["first"], rows["other"]
     a, b = along(x, first), along(x, other)
@@ -157,14 +158,14 @@ WRITING.add(rotate_in_plane)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RotateInPlane(Directed, name="rotate_in_plane"):
-    """Turns what activations have in a fixed plane, that of two unit directions `[width]`; the rest stays as it is.
+    """Rotates activations in the fixed plane of two unit directions `[width]`; the orthogonal component doesn't change.
 
-    The turn is `strength * angle` (radians; positive: from `direction` towards `second`). With `angle=None` it is a
-    share of the way: `strength` times each activation's own angle to `second`, so that at strength 1 its part in the
-    plane points along `second` (Angular Steering, 2510.26243, turns to such a target).
+    The rotation is by `strength * angle` (radians; positive: from `direction` towards `second`). With `angle=None` it
+    is by `strength` times each activation's own angle to `second`, so that at strength 1 the component in the plane
+    points along `second` (Angular Steering, 2510.26243, rotates to such a target).
 
     Raises:
-        TrimtabError: Directions that aren't of norm 1, differ in width, or are (nearly) parallel and span no plane.
+        TrimtabError: The directions don't have norm 1, differ in width, or are (nearly) parallel and span no plane.
     """
 
     second: Tensor
@@ -199,7 +200,7 @@ class RotateInPlane(Directed, name="rotate_in_plane"):
         }
 
     def call(self, strength: float) -> tuple[Kernel, Rows]:
-        """A turn by one angle is linear: two projections move by what the angle makes of both."""
+        """A cheaper kernel for a rotation by a fixed angle, which is linear in the two projections."""
         if self.angle is None:
             return self.kernel, self.row(strength)
         row, zero = self.row(strength), self.direction.new_zeros(1)
@@ -216,7 +217,7 @@ class RotateInPlane(Directed, name="rotate_in_plane"):
 
 
 def _cosine_less_one(angle: float) -> float:
-    """cos(angle) - 1, as precise for small angles."""
+    """cos(angle) - 1, accurate for small angles too."""
     return -2 * math.sin(angle / 2) ** 2
 
 
@@ -242,15 +243,15 @@ def angle_sizes(width: int) -> list[int]:
 
 
 def weight_count(width: int) -> int:
-    """How many weights that network has."""
+    """The number of weights of that network."""
     sizes = angle_sizes(width)
     return sum(a * b + b for a, b in pairwise(sizes))
 
 
 def predicted_angle(x: Tensor, weights: Tensor) -> Tensor:
-    """The network's angle for activations `[..., width]`, 0 … pi: `[..., 1]`.
+    """The angle, 0 … pi, that the network predicts for activations `[..., width]`: `[..., 1]`.
 
-    It sees activations scaled to a mean square of 1, so that, as an angle should, its own doesn't depend on their size.
+    Its inputs are RMS-normalized, so that the predicted angle doesn't depend on the norm of the activation.
     """
     *layers, (weight, bias) = _layers(weights, x.shape[-1])
     last = torch.nn.functional.linear(_hidden(x, layers), weight, bias)
@@ -258,7 +259,7 @@ def predicted_angle(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _hidden(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """What the network's last layer is given for activations `[..., width]`: `[tokens, width / 8]`."""
+    """The input of the network's last layer for activations `[..., width]`: `[tokens, width / 8]`."""
     z = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=float(torch.finfo(x.dtype).tiny)).reshape(-1, x.shape[-1])
     for weight, bias in layers:
         z = torch.nn.functional.gelu(torch.nn.functional.linear(z, weight, bias))
@@ -275,10 +276,10 @@ def _layers(weights: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RotatePredicted(Directed, name="rotate_predicted"):
-    """As a one-sided `Rotate`, by an angle that a small network predicts from the activation (HPR).
+    """A one-sided `Rotate` by an angle that a small network predicts from the activation (HPR).
 
-    `weights` are the network's, one layer after the other (weight `[out, in]`, then bias), in one vector. The turn is
-    `strength` times the predicted angle.
+    `weights` are the network's weights in one vector, layer by layer (weight `[out, in]`, then bias). The rotation is
+    by `strength` times the predicted angle.
     """
 
     weights: Tensor
@@ -295,9 +296,9 @@ class RotatePredicted(Directed, name="rotate_predicted"):
 
     @cached_property
     def kernel(self) -> Kernel:
-        """Bound to the network, which is too large for a row: each such operation runs in a call of its own.
+        """A kernel bound to the network, which is too large for a row: each such operation runs in a separate call.
 
-        Its last layer gives the strength as well, so that both come to the angle in one step, as a gated linear unit.
+        The network's last layer outputs the scaled strength as well, so that one gated linear unit gives the angle.
         """
         copies: dict[Any, list[tuple[Tensor, Tensor]]] = {}
 

@@ -1,4 +1,4 @@
-"""The operation on a router's logits: experts are promoted above all others, or demoted below them (SteerMoE)."""
+"""The operation on router logits: experts are promoted above all others, or demoted below them (SteerMoE)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from trimtab.steering.projections import Rows
 from trimtab.steering.tensors import as_direction
 
 STEP = 2.0**-7
-"""A step of bfloat16 between neighbouring numbers, of their size, at most."""
+"""The largest relative step between neighboring bfloat16 numbers."""
 
 
 def route(x: Tensor, rows: Rows) -> Tensor:
-    """Logits `[..., experts]` of which those with `towards` above 0 move to the top, and those below 0 to the bottom.
+    """Logits `[..., experts]` where those with `towards` above 0 move to the top, and those below 0 to the bottom.
 
-    The top is the largest logit and `margin`, or one step of bfloat16 where that is more, so that rounding keeps it.
+    The top is the largest logit plus `margin`, or plus one bfloat16 step if that is larger, so that rounding doesn't
+    remove the difference. The bottom is the smallest logit minus the same.
     """
     towards, margin = rows["towards"], rows["margin"]
     most, least = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
@@ -33,11 +34,11 @@ def route(x: Tensor, rows: Rows) -> Tensor:
 class RouteExperts(Directed, name="route_experts"):
     """Promote experts, `x'_e = max(x) + margin`, and demote others, `x'_e = min(x) - margin` (2509.09660, section 3.2).
 
-    The direction is `[experts]`: 1 where an expert is promoted, -1 where it is demoted, 0 where its logit stays. It is
-    for the site `Site.router(layer)`, before the router chooses. At strength 1 a logit is moved in full, at one half
-    half-way; a negative strength promotes what is demoted, and demotes what is promoted. The paper moves the logarithms
-    of the softmax, which differ from logits by a constant: where the router takes a softmax that is the same, and where
-    it takes a sigmoid logits keep their meaning. A family's own biases and groups of experts come after it.
+    The direction is `[experts]`: 1 promotes an expert, -1 demotes it, and 0 doesn't change its logit. It acts at
+    `Site.router(layer)`, before the router selects experts. Strength 1 moves a logit all the way, and 0.5 halfway. A
+    negative strength swaps promotion and demotion. The paper moves the log-softmax, which differs from the logits by a
+    constant: for a softmax router that is equivalent, and for a sigmoid router logits keep their meaning. Expert biases
+    and expert groups, in families that have them, are applied afterwards.
     """
 
     margin: float = field(default=0.01, kw_only=True)
@@ -57,7 +58,7 @@ class RouteExperts(Directed, name="route_experts"):
     def of(
         cls, experts: int, promote: tuple[int, ...] = (), demote: tuple[int, ...] = (), *, margin: float = 0.01
     ) -> RouteExperts:
-        """By the numbers of experts, counted from 0. Raises `TrimtabError` for one that isn't there, or is in both."""
+        """Promote and demote experts by index, from 0. Raises `TrimtabError` for one out of range or in both lists."""
         for number in (*promote, *demote):
             if not 0 <= number < experts:
                 raise TrimtabError(f"there is no expert {number}; a router of {experts} has experts 0 to {experts - 1}")

@@ -1,4 +1,4 @@
-"""Additions whose length depends on the activation."""
+"""Additions whose norm depends on the activation."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ KERNELS: dict[str, Kernel] = {"norm": by_norm, "opposed": opposed, "sign": by_si
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AddScaled(Directed, name="add_scaled"):
-    """`x' = x + strength * c(x) * direction`, with a unit direction `[width]` and a length that depends on `x`.
+    """`x' = x + strength * c(x) * direction`, with a unit direction `[width]` and a factor `c` that depends on `x`.
 
-    `by="norm"`: `c = |x|`, so that a strength is in norms of the activation. `"opposed"`: `c = |x| (1 + max(0,
-    cos(x, -direction)))`, more where the activation points the other way; with `keep_norm` it is ICV's update
-    (2311.06668). `"sign"`: `c` is the sign of the projection, so that what is there grows, whichever way (2310.01405).
+    `by="norm"`: `c = |x|`, so that the strength is a relative norm. `"opposed"`: `c = |x| (1 + max(0,
+    cos(x, -direction)))`, larger if the activation points the other way; with `keep_norm` this is ICV's update
+    (2311.06668). `"sign"`: `c` is the sign of the projection, so that the existing component grows in either direction
+    (2310.01405).
     """
 
     by: str = field(default="norm", kw_only=True)

@@ -1,4 +1,4 @@
-"""Where in the network an edit acts, or activations are read."""
+"""Sites: the places in the network at which edits act and activations are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ELSEWHERE = {
     "post": "neurons",
     "attn_scores": "scores",
 }
-"""What other libraries call them."""
+"""The names that other libraries use, for error messages."""
 
 
 @class_keywords
@@ -26,17 +26,22 @@ ELSEWHERE = {
 class Site:
     """A place in the network.
 
-    `kind="residual"` is the residual stream at the *output* of block `layer`, counted from 0 (Hugging Face's
-    `hidden_states[layer + 1]`, except that their last entry is already normalised), and `"block_input"` the stream
-    that enters the block; of several streams the active one, or their mean. `"attention"` and `"mlp"` are the outputs
-    of these two parts of the block, before any norm that a family has after them. `"heads"` are the outputs of the
-    attention heads side by side, `[query heads * head size]`, before the projection that mixes them; `"neurons"` are
-    the MLP's inner activations before its last projection (where it is gated: after the gate; of a mixture of experts
-    those of the expert that every token passes), and `"act_fn"` the output of its activation function (where it is
-    gated: before the product with the other half; else the same). `"router"` are the logits by which a mixture of
-    experts chooses among them, `[experts]`. `"keys"` are the keys that the block's attention stores, heads side by
-    side, `[key heads * head size]`: after the norm and the rotary embedding, if the model has these. `"scores"` are
-    the scores of the block's attention, before the softmax.
+    The kinds, for block `layer`, counted from 0:
+
+    - `"residual"`: the residual stream at the *output* of the block (Hugging Face's `hidden_states[layer + 1]`, except
+      that their last entry is already normalized). If a model has several streams, the active one or their mean;
+    - `"block_input"`: the residual stream that enters the block, likewise;
+    - `"attention"`, `"mlp"`: the outputs of these two parts of the block, before any norm that a family has after them;
+    - `"heads"`: the concatenated outputs of the attention heads, `[query heads * head size]`, before the output
+      projection;
+    - `"neurons"`: the input of the MLP's last projection (of a gated MLP: after the gate; of a mixture of experts: in
+      the shared expert that processes every token);
+    - `"act_fn"`: the output of the MLP's activation function (of a gated MLP: before the product with the other half;
+      else the same as `"neurons"`);
+    - `"router"`: the router logits of a mixture of experts, `[experts]`;
+    - `"keys"`: the keys in the KV cache, heads concatenated, `[key heads * head size]`: after the norm and the rotary
+      embedding, if the model has these;
+    - `"scores"`: the attention scores before the softmax.
     """
 
     layer: int
@@ -55,7 +60,7 @@ class Site:
 
     @classmethod
     def router(cls, layer: int) -> Site:
-        """The logits `[experts]` of a block's router, before it chooses."""
+        """The site of a block's router logits `[experts]`, before experts are selected."""
         return cls(layer, "router")
 
     def __str__(self) -> str:

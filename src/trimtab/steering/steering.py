@@ -1,4 +1,4 @@
-"""An edit, and a steering: an ordered tuple of edits that can be scaled, summed, saved and applied."""
+"""Edits and steerings. A steering is an ordered tuple of edits that can be scaled, added, saved and applied."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ from trimtab.steering.whole import whole
 @class_keywords
 @dataclass(frozen=True)
 class Edit:
-    """One operation at one site, at some positions, with a strength, for the requests for which its gate is
-    open.
+    """One operation at one site and at some positions, with a strength and a gate.
 
-    Strength 0 is no edit at all. What a strength means is the operation's: a multiple of the direction for
-    `Add`, a share of the way for `SetProjection` and `Ablate`.
+    Args:
+        site: The place in the network.
+        operation: The change, such as `Add(direction)`.
+        positions: The tokens at which it acts.
+        strength: Defined by the operation: a multiple of the direction for `Add`, a share of the way to the target for
+            `SetProjection` and `Ablate`. 0 has no effect.
+        gate: The condition on the prompt, or on each token, under which it acts.
     """
 
     site: Site
-    operation: Any  # an Operation, or a ScoreOperation where the site is attention scores
+    operation: Any  # an Operation, or a ScoreOperation if the site is attention scores
     positions: Positions = NAMED["from-last-prompt-token"]
     strength: float = 1.0
     gate: Gate = ALWAYS
@@ -65,7 +69,7 @@ class Edit:
 
     def __str__(self) -> str:
         gate = "" if self.gate == ALWAYS else f" when {self.gate}"
-        operation = getattr(self.operation, "operation", self.operation)  # of a conditional one, what it does
+        operation = getattr(self.operation, "operation", self.operation)  # unwrap a Conditional
         name = SCORE_NAMES[type(operation)] if isinstance(operation, ScoreOperation) else NAMES[type(operation)]
         return f"{self.strength:g} * {name} @ {self.site} {self.positions}{gate}"
 
@@ -73,10 +77,10 @@ class Edit:
 @class_keywords
 @dataclass(frozen=True)
 class Steering:
-    """Edits in the order in which they act, and the card that says where they come from.
+    """Edits, in the order in which they act, and a card with their provenance.
 
-    Scaling and negating act on every edit's strength; a sum has the edits of both, in order. Two steerings
-    are equal when their edits are; the card doesn't count.
+    Multiplication and negation act on every edit's strength. A sum has the edits of both steerings, in order. Two
+    steerings are equal if their edits are equal; the cards aren't compared.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -108,7 +112,7 @@ class Steering:
         return Steering(self.edits + other.edits, parts[0] if len(parts) == 1 else Card("sum", parts=parts))
 
     def __radd__(self, other: object) -> Steering:
-        """So that `sum(steerings)` works: it starts from 0."""
+        """Makes `sum(steerings)` work, which starts from 0."""
         return self if other == 0 else NotImplemented
 
     def __sub__(self, other: Steering) -> Steering:
@@ -117,26 +121,26 @@ class Steering:
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Steering:
-        """A steering from a file, trimtab's or another program's: `trimtab.load`."""
+        """Load a steering from a file of trimtab or of another program: the same as `trimtab.load`."""
         from trimtab.files.load import load
 
         return load(path, **options)
 
     @classmethod
     def from_pretrained(cls, repository: str | Path, **options: Any) -> Steering:
-        """A steering from the Hugging Face Hub, or a folder: `trimtab.from_pretrained`."""
+        """Load a steering from the Hugging Face Hub or from a folder: the same as `trimtab.from_pretrained`."""
         from trimtab.files.hub import from_pretrained
 
         return from_pretrained(repository, **options)
 
     def save(self, path: str | Path) -> str:
-        """Write it to a `.safetensors` file: `trimtab.save`. Returns the digest."""
+        """Write it to a `.safetensors` file and return the digest: the same as `trimtab.save`."""
         from trimtab.files.steering_file import save_steering
 
         return save_steering(self, path)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
-        """Put it on the Hugging Face Hub, with a page made from its card: `trimtab.push_to_hub`."""
+        """Upload it to the Hugging Face Hub, with a page made from its card: the same as `trimtab.push_to_hub`."""
         from trimtab.files.hub import push_to_hub
 
         return push_to_hub(self, repository, **options)
@@ -148,13 +152,13 @@ class Steering:
         return replace(self, edits=tuple(replace(edit, positions=positions) for edit in self.edits))
 
     def when(self, gate: Gate) -> Steering:
-        """The same edits, only on requests for which `gate` is open as well. Raises `TrimtabError` for no `Gate`."""
+        """The same edits, only for requests for which `gate` is open too. Raises `TrimtabError` for anything else."""
         if not isinstance(gate, Gate):
             raise TrimtabError(f"a steering acts when a Gate such as Threshold(…) is open, got {gate!r}")
         return replace(self, edits=tuple(replace(edit, gate=edit.gate & gate) for edit in self.edits))
 
     def only(self, layers: int | Iterable[int]) -> Steering:
-        """The edits at these layers, or at this one. Raises `TrimtabError` when it has none at one of them."""
+        """The edits at these layers, or at this one. Raises `TrimtabError` if a layer has no edit."""
         wanted: list[Any]
         if (number := whole(layers)) is not None:
             wanted = [number]
@@ -170,18 +174,18 @@ class Steering:
         return replace(self, edits=tuple(edit for edit in self.edits if edit.site.layer in wanted))
 
     def at_layer(self, layer: int) -> Steering:
-        """The same edits at another layer. Raises `TrimtabError` for a steering that acts at several, or at none."""
+        """The same edits at another layer. Raises `TrimtabError` if the steering acts at several layers or at none."""
         if len(self.layers) != 1:
             raise TrimtabError(f"only what acts at one layer can act at another; this acts at {_list(self.layers)}")
         return replace(self, edits=tuple(replace(edit, site=replace(edit.site, layer=layer)) for edit in self.edits))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers at which it acts, in order."""
+        """The layers at which it acts, in ascending order."""
         return tuple(sorted({edit.site.layer for edit in self.edits}))
 
     def __getitem__(self, layer: int) -> Steering:
-        """The edits at one layer, as a steering. Raises `TrimtabError` where it has none there."""
+        """The edits at one layer, as a steering. Raises `TrimtabError` if there are none."""
         number = whole(layer)
         if number is None:
             start, stop = (layer.start or 0, layer.stop) if isinstance(layer, slice) else (12, None)
@@ -191,7 +195,7 @@ class Steering:
             )
         return self.only([number])
 
-    __iter__ = None  # the old way to iterate, by `steering[0]` and so on, would fail at the first layer without an edit
+    __iter__ = None  # otherwise Python would iterate by `steering[0]` and so on, and fail at a layer without an edit
 
     if not TYPE_CHECKING:
 
@@ -201,29 +205,35 @@ class Steering:
     def direction(self, layer: int) -> Tensor:
         """The unit direction in which it steers at a layer: `[width]`, float32.
 
-        What is added with a negative strength is turned round. How long the push is, `plot` and the table of a
-        notebook show.
+        The direction of an `Add` with a negative strength is negated. `plot` and the table in a notebook show the
+        norms.
 
         Raises:
-            TrimtabError: It has nothing at this layer, several edits, or an edit that has no direction.
+            TrimtabError: The layer has no edit, several edits, or an edit without a direction.
         """
         return directions(self[layer])[layer].float()
 
     def cosine(self, other: Steering) -> dict[int, float]:
-        """The cosine between both directions at each layer at which both act, by layer.
+        """The cosine between the directions of two steerings, for each layer at which both act.
 
         Raises:
-            TrimtabError: `other` is no steering, or they don't share a layer, or its site or width; or one has several
-                edits at a layer, or one without a direction.
+            TrimtabError: `other` isn't a steering; they share no layer, or differ in site or width at one; or a layer
+                has several edits or an edit without a direction.
         """
         if not isinstance(other, Steering):
             raise TrimtabError(f"a steering is compared with another steering, got {type(other).__name__}")
         return shared_cosines(self, other)
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw how hard it pushes at each layer into matplotlib's `ax`, or a new one, which is returned.
+        """Plot the norm of the edit at each layer.
 
-        The bars are norms of the push: in norms of the activation, where the card has these.
+        The bars are relative norms if the card has the norms of the activations, else absolute norms.
+
+        Args:
+            ax: The matplotlib axes to draw into; by default new ones.
+
+        Returns:
+            The axes.
 
         Raises:
             TrimtabError: matplotlib is missing, or there is no direction to show.
@@ -246,7 +256,7 @@ class Steering:
 
 
 def check_steering(value: Any) -> None:
-    """Raises `TrimtabError` unless this is a steering, saying how one is made of what it is."""
+    """Raise `TrimtabError` unless `value` is a steering. The message says how to make one from what it is."""
     if isinstance(value, Steering):
         return
     if isinstance(value, Edit):
@@ -291,7 +301,7 @@ def _list(layers: Iterable[int]) -> str:
 
 
 def check_strength(value: Any) -> float:
-    """The strength as a float. Raises `TrimtabError` for NaN, an infinity or no number."""
+    """The strength as a float. Raises `TrimtabError` if it is NaN, infinite or not a number."""
     if isinstance(value, Tensor) and not value.dim():
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Directions as plain data: checked, copied, compared by value."""
+"""Directions as plain data: validated, copied, and compared by value."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ UNIT_TOLERANCE = 1e-3
 
 
 def to_float64(x: Tensor) -> Tensor:
-    """The same numbers in float64 on the CPU. They move first and are widened there: MPS has no float64."""
+    """The tensor in float64 on the CPU. It is moved first and then converted, since MPS has no float64."""
     return x.detach().cpu().double()
 
 
 def as_tensor(value: Any) -> Any:
-    """An array of floating-point numbers, numpy's or pandas', as a tensor; anything else as it is."""
+    """A floating-point array (such as numpy's or pandas') as a tensor; anything else unchanged."""
     if isinstance(value, Tensor) or not hasattr(value, "__array__"):
         return value
     array = np.asarray(value)
@@ -27,9 +27,9 @@ def as_tensor(value: Any) -> Any:
 
 
 def as_direction(value: Any, name: str = "direction") -> Tensor:
-    """A private CPU copy of a `[width]` vector, a tensor or an array, float32 (float64 stays float64).
+    """A private CPU copy of a `[width]` vector, a tensor or an array, in float32 (float64 stays float64).
 
-    Raises `TrimtabError` when it isn't one-dimensional and floating, or holds a NaN or an infinity.
+    Raises `TrimtabError` if it isn't one-dimensional and floating-point, or contains NaN or infinity.
     """
     value = as_tensor(value)
     if (
@@ -53,7 +53,7 @@ def as_direction(value: Any, name: str = "direction") -> Tensor:
 
 
 def as_unit(value: Any, name: str = "direction") -> Tensor:
-    """As `as_direction`, of norm 1. Raises `TrimtabError` for any other norm."""
+    """Like `as_direction`, for a vector of norm 1. Raises `TrimtabError` for any other norm."""
     copy = as_direction(value, name)
     norm = float(copy.double().norm())
     if abs(norm - 1) > UNIT_TOLERANCE:
@@ -62,9 +62,9 @@ def as_unit(value: Any, name: str = "direction") -> Tensor:
 
 
 def as_matrix(value: Any, name: str) -> Tensor:
-    """A private CPU copy of a `[rank, width]` matrix, of any rank from 0, float32 (float64 stays float64).
+    """A private CPU copy of a `[rank, width]` matrix, of any rank from 0, in float32 (float64 stays float64).
 
-    Raises `TrimtabError` when it isn't two-dimensional and floating, has no width, or holds a NaN or an infinity.
+    Raises `TrimtabError` if it isn't two-dimensional and floating-point, has width 0, or contains NaN or infinity.
     """
     value = as_tensor(value)
     if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_floating_point() or not value.shape[1]:
@@ -74,12 +74,12 @@ def as_matrix(value: Any, name: str) -> Tensor:
 
 
 def as_share(value: bool | float) -> bool | float:
-    """A share of the norm that is kept: `False` for 0, `True` for 1, a float between. Raises `TrimtabError` else."""
+    """The value of `keep_norm`: `False` for 0, `True` for 1, a float in between. Raises `TrimtabError` otherwise."""
     if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
         raise TrimtabError(f"keep_norm is true, false, or a share from 0 to 1, got {value!r}")
     return bool(value) if value in (0, 1) else float(value)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, and of the same dtype."""
+    """Whether two tensors have the same dtype, shape and values."""
     return a.dtype == b.dtype and torch.equal(a, b)

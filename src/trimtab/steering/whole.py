@@ -1,4 +1,4 @@
-"""Whole numbers as users have them: Python's, numpy's, and those in a tensor without dimensions."""
+"""Integers in any form: Python's, numpy's, and those in a tensor without dimensions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def whole(value: Any) -> int | None:
-    """The number; `None` for anything that isn't a whole one."""
+    """The value as an `int`; `None` if it isn't an integer."""
     if isinstance(value, bool):
         return None
     try:
