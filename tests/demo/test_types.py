@@ -120,9 +120,11 @@ def test_the_short_names_are_those_of_the_demo_and_lead_to_types(alias):
     name, values = ALIASES[alias]
     assert instruction_type(alias) == TYPES[name]
     assert set(values) <= {p.name for p in TYPES[name].parameters}
-    recognised = recognise(instructions()[alias].learn[0])
+    phrasing = instructions()[alias].learn[0]
+    recognised = recognise(phrasing)
     assert recognised is not None
     assert recognised.type.name == name
+    assert recognise(phrasing.upper()) == recognise(phrasing.lower()) == recognised
 
 
 def test_arguments_are_ifevals():

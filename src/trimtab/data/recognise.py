@@ -60,7 +60,8 @@ class Recognised:
 def recognise(sentence: str) -> Recognised | None:
     """The type of the sentence; `None` if no phrasing is similar, or the value of a parameter is missing."""
     for name, (kind, values) in ALIASES.items():
-        if _plain(sentence) in map(_plain, read_json("instructions.json")[name]["learn"]):
+        phrasings = read_json("instructions.json")[name]["learn"]
+        if _plain(sentence).casefold() in (_plain(phrasing).casefold() for phrasing in phrasings):
             return Recognised(instruction_type(kind), dict(values))
     types = instruction_types().values()
     exact = [match for kind in types if (match := _exactly(kind, sentence))]
