@@ -92,7 +92,7 @@ Of these no tiny model could be made that runs on text alone.
 
 def _reason(text: str) -> str:
     plain = " ".join(text.replace("|", "/").split())
-    return plain.partition("can be made to run on text alone: ")[2][:160] or plain[:160]
+    return plain.partition("that runs on text alone: ")[2][:160] or plain[:160]
 
 
 INTRODUCTION = """# Model families

@@ -53,8 +53,8 @@ def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tm
 
     shown = trimtab("inspect", out).out
     assert all(" ".join(line.split()[:4]) in " ".join(shown.split()) for line in report["verdict"])
-    assert "of other strengths" not in shown
-    assert "of other strengths" in trimtab("inspect", f"{out}:2").out
+    assert "with other strengths" not in shown
+    assert "with other strengths" in trimtab("inspect", f"{out}:2").out
     page = steering_page(load(out), "user/x", file="x.safetensors")
     assert "## Side effects" in page
     assert "of other strengths" not in page
@@ -71,7 +71,7 @@ def test_for_people(trimtab, roomy, steering, small):
 
 def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(trimtab, steering, tmp_path):
     for options, says in (
-        (("--protect", "agrees with the user"), "--protect is about a repair"),
+        (("--protect", "agrees with the user"), "--protect needs a repair"),
         (("--protect", "kindness", "--repair", tmp_path / "a.safetensors"), "no behaviour 'kindness' to protect"),
         (("--system", " "), "--system is empty"),
         (("--out", tmp_path / "a.gguf"), "--out"),

@@ -137,9 +137,9 @@ PROMPTS = {
     "two system prompts": (
         "p.jsonl",
         '{"system": "x", "messages": [{"role": "system", "content": "y"}]}\n',
-        [":1", "system prompt twice"],
+        [":1", "system prompt is given twice"],
     ),
-    "number": ("p.jsonl", '{"prompt": 1}\n', [":1", "no text"]),
+    "number": ("p.jsonl", '{"prompt": 1}\n', [":1", "not text"]),
     "no messages": ("p.jsonl", '{"messages": []}\n', [":1", "role"]),
     "no content": ("p.jsonl", '{"messages": [{"role": "user"}]}\n', [":1", "content"]),
 }
@@ -159,7 +159,7 @@ def test_columns_of_prompts(refused, no_model, tmp_path):
     table.write_text("ask,id\nWhat?,1\n")
     lines.write_text("What?\n")
     refused(["generate", "--prompts", table, "--column", "prompt"], table, "no column 'prompt'", "'ask', 'id'")
-    refused(["generate", "--prompts", lines, "--column", "prompt"], lines, "one prompt a line", "leave --column out")
+    refused(["generate", "--prompts", lines, "--column", "prompt"], lines, "one prompt per line", "leave --column out")
     refused(["generate", "--prompt", "Hi", "--column", "prompt"], "--column", "there is none")
 
 
@@ -168,7 +168,7 @@ def test_messages_are_no_plain_text(refused, no_model, tmp_path):
     path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     refused(["generate", "--plain", "--prompts", path], "--plain")
     path.write_text('{"system": "Be.", "prompt": "a"}\n')
-    refused(["generate", "--system", "Be kind.", "--prompts", path], "--system", "prompts that have one")
+    refused(["generate", "--system", "Be kind.", "--prompts", path], "--system", "prompts already have one")
 
 
 # ---- steering files ----------------------------------------------------------------------------------------

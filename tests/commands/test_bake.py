@@ -61,7 +61,7 @@ def test_what_is_refused(
         "'hard' isn't a number": [f"{ablation}:hard"],
         "'sometimes' are not known": [ablation, "--positions", "sometimes"],
         "nothing to bake": [f"{ablation}:0"],
-        "is there already": [ablation, "--out", model],
+        "already exists": [ablation, "--out", model],
         "no config.json": [ablation, "--model", tmp_path],
         "width is 32, this model's is 576": [ablation, "--model", tmp_path / "wide"],
     }.items():

@@ -26,7 +26,7 @@ def cpu(trimtab, model):
 )
 def test_budgets(text, seconds):
     assert seconds_of(text) == seconds
-    with pytest.raises(TrimtabError, match="is no time"):
+    with pytest.raises(TrimtabError, match="isn't a time"):
         seconds_of(f"{text} or so")
 
 
@@ -51,7 +51,7 @@ def test_a_run_a_page_and_the_same_again(cpu, tmp_path):
     again = cpu(f"{command} --json", "--out", tmp_path / "b")
     assert again.code == 0
     assert again.json == json.loads(results)
-    assert "3 cells, all of them done before" in cpu(command, "--out", tmp_path / "b").err
+    assert "3 cells, all of them already done" in cpu(command, "--out", tmp_path / "b").err
     assert (tmp_path / "b" / "page.html").read_bytes() == page
     assert (tmp_path / "b" / "results.json").read_bytes() == results
     other = cpu("bench --tasks no_comma --methods caa --nats 1 --items 5", "--out", tmp_path / "b")
@@ -67,7 +67,7 @@ def test_bad_input_is_named(cpu, trimtab, tmp_path):
     for options, said in (
         ("--methods cab", "there is no method 'cab'"),
         ("--nats one", "isn't a list of numbers"),
-        ("--budget soon", "is no time"),
+        ("--budget soon", "isn't a time"),
         ("--tasks refusal", "its data aren't there"),
     ):
         ran = cpu(f"bench {options}", "--out", tmp_path / "b")
@@ -76,7 +76,7 @@ def test_bad_input_is_named(cpu, trimtab, tmp_path):
     assert cpu("forecast", tmp_path).code == 2
     (tmp_path / "file").write_text("mine")
     ran = trimtab("bench", "--out", tmp_path / "file", "--model", tmp_path / "no-model")
-    assert (ran.code, "is a file; a run is kept in a folder" in ran.err) == (2, True)
+    assert (ran.code, "is a file; give a folder" in ran.err) == (2, True)
 
 
 def test_learn_says_whether_it_is_likely_to_steer(cpu, tmp_path):

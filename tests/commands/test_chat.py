@@ -303,10 +303,10 @@ def test_the_exit_code_tells_that_a_line_couldnt_be_run(piped: Callable[..., Any
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--seed", "1"], "--seed changes nothing about greedy decoding; add --temperature"),
+        (["--seed", "1"], "--seed has no effect on greedy decoding; add --temperature"),
         (["--temperature", "0"], "--temperature is a number above 0"),
         (["--emphasize", " "], "--emphasize is empty"),
-        (["--steerings", "nowhere"], "--steerings nowhere is no folder"),
+        (["--steerings", "nowhere"], "--steerings nowhere isn't a folder"),
         (["--steer", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
     ],
 )

@@ -256,14 +256,14 @@ class TestFiles:
         [
             (lambda d: d.pop("kind"), "doesn't contain a conversation"),
             (lambda d: d.update(version=2), "version 2"),
-            (lambda d: d.pop("settings"), "settings is no object"),
+            (lambda d: d.pop("settings"), "settings isn't an object"),
             (lambda d: d["settings"].update(max_tokens=0), "settings.max_tokens isn't a whole number from 1"),
             (lambda d: d["settings"].update(temperature=-1), "settings.temperature isn't a number above 0"),
             (lambda d: d["settings"].update(compare=1), "settings.compare isn't true or false"),
             (lambda d: d["settings"]["steerings"][0].update(file="gone.safetensors"), "gone.safetensors"),
             (lambda d: d["settings"]["steerings"][0].update(layers=[3]), "nothing at layer 3"),
             (lambda d: d["settings"]["steerings"][0].update(strength="much"), "settings.steerings[0].strength isn't"),
-            (lambda d: d["turns"][0].update(question=None), "turns[0].question isn't a text"),
+            (lambda d: d["turns"][0].update(question=None), "turns[0].question isn't a string"),
             (lambda d: d["turns"][0]["answer"].update(token_ids=[-1]), "turns[0].answer.token_ids isn't a list"),
             (lambda d: d["turns"][0]["answer"].update(doses=[{}]), "turns[0].answer.doses[0].layer isn't"),
         ],
@@ -301,18 +301,18 @@ class TestFiles:
         ("/steer shuot", "no steering or file 'shuot'; did you mean shout?"),
         ("/steer shout much", "a strength is a finite number, got 'much'"),
         ("/steer shout nan", "got 'nan'"),
-        ("/steer shout 1 2", "got 3 words after it; it is used so: /steer [NAME_OR_FILE"),
+        ("/steer shout 1 2", "got 3 words after it; usage: /steer [NAME_OR_FILE"),
         ('/steer "shout', "a quotation mark isn't closed"),
         ("/steer shout off", "no steering 'shout' is on; nothing is on"),
-        ("/strength shout", "got 1 word after it; it is used so: /strength NAME X"),
-        ("/strength shout 2", "/steer shout puts it on"),
+        ("/strength shout", "got 1 word after it; usage: /strength NAME X"),
+        ("/strength shout 2", "/steer shout turns it on"),
         ("/layer", "got nothing after it"),
         ("/undo", "there is no question yet"),
-        ("/undo twice", "used so: /undo"),
+        ("/undo twice", "usage: /undo"),
         ("/retry", "there is no question yet"),
         ("/tokens", "there is no question yet"),
         ("/dose", "there is no question yet"),
-        ("/save", "used so: /save FILE.json"),
+        ("/save", "usage: /save FILE.json"),
         ("/help stear", "no command /stear; did you mean /steer?"),
     ],
 )
@@ -326,7 +326,7 @@ def test_what_cant_be_run_names_what_is_meant(desk: Desk, line: str, named: str)
     ("line", "named"),
     [
         ("/layer shout 3", "nothing at layer 3; it has layers 1, 2"),
-        ("/layer shout two", "'two' are no layers"),
+        ("/layer shout two", "'two' aren't layers"),
         ("/layer shout ,", "no layer is named"),
         ("/strength shuot 2", "did you mean shout? on: shout"),
         ("/tokens shout 3", "nothing at layer 3"),
@@ -342,7 +342,7 @@ def test_what_cant_be_done_with_what_is_on(desk: Desk, do: Callable[..., Convers
 def test_tokens_needs_something_that_is_on(desk: Desk) -> None:
     with pytest.raises(TrimtabError, match="none is on"):
         run_command(desk, said("a"), "/tokens")
-    with pytest.raises(UnsupportedError, match="takes the engine transformers, not llamacpp"):
+    with pytest.raises(UnsupportedError, match="needs the engine transformers, not llamacpp"):
         run_command(replace(desk, engine="llamacpp"), said("a"), "/tokens")
 
 

@@ -133,7 +133,7 @@ def test_names(idea: str, name: str) -> None:
 
 
 def test_another_engine(desk: Desk) -> None:
-    with pytest.raises(UnsupportedError, match="takes the engine transformers, not vllm"):
+    with pytest.raises(UnsupportedError, match="needs the engine transformers, not vllm"):
         run_command(replace(desk, engine="vllm"), EMPTY, "/make be blunt")
 
 
@@ -187,7 +187,7 @@ def test_where_nothing_holds_nothing_is_on(desk: Desk, file: Path, monkeypatch: 
     assert converse(desk, EMPTY, lines(f"/make --from {file}", "/steer"), screen)
     made, listed = screen.outcomes
     assert "verdict: none" in str(made.shown[0])
-    assert "nothing was put on" in made.note
+    assert "nothing was turned on" in made.note
     assert "nothing is on" in listed.note
 
 

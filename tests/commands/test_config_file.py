@@ -59,7 +59,7 @@ def test_typed_goes_before_the_environment_and_that_before_the_file(run: Any, mo
         ("config = 'other.toml'", "there is no option 'config'"),
         ("[max-tokens]\nmost = 7", "is a table"),
         ("[serve]\nmax-tokens = 7", "serve is a table"),
-        ("max-tokens = 7\nmax_tokens = 8", "max-tokens is there twice"),
+        ("max-tokens = 7\nmax_tokens = 8", "max-tokens is given twice"),
         ("monitor = 'a'", "monitor is a list"),
         ("max-tokens = [1]", "max_tokens is one value"),
         ("max-tokens = ", "isn't TOML"),

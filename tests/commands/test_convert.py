@@ -204,7 +204,7 @@ def test_features(trimtab, tmp_path):
         "got 'x:1'": ["--feature", "x:1"],
         "a feature twice": ["--feature", "3:1", "--feature", "3:2"],
         "--as 'ablate' is not known with --feature": ["--feature", "3:1", "--as", "ablate"],
-        "--blocks says nothing of a feature": ["--feature", "3:1", "--blocks", 3],
+        "--blocks doesn't apply to a feature": ["--feature", "3:1", "--blocks", 3],
         "see --feature": ["--as", "clamp"],
         "no feature 99": ["--feature", "99:1"],
     }.items():

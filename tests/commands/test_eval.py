@@ -193,7 +193,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on(ifeval, model, prompts, steering, tmp
     process.send_signal(signal.SIGINT)
     printed, err = process.communicate(timeout=60)
     assert (process.returncode, printed) == (130, "")
-    assert "the same command goes on from there" in " ".join(err.split())
+    assert "the same command resumes the run" in " ".join(err.split())
     part = out.read_bytes()
     assert 9 <= part.count(b"\n") < 121
     rest = ["--data", many, "--steer", steering, "--max-new-tokens", 12, "--out", out]

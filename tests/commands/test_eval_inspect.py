@@ -36,8 +36,8 @@ def test_a_task_runs_in_every_arm(trimtab, model, steering, tmp_path, monkeypatc
 
 
 def test_what_makes_no_sense_is_refused(trimtab, model, steering, tmp_path):
-    assert "no arms of a task" in trimtab("eval", "inspect", "t.py", "--steer", steering, "--random", 1).err
-    assert "no NAME=VALUE" in trimtab("eval", "inspect", "t.py", "-T", "letter").err
+    assert "don't apply to Inspect tasks" in trimtab("eval", "inspect", "t.py", "--steer", steering, "--random", 1).err
+    assert "isn't NAME=VALUE" in trimtab("eval", "inspect", "t.py", "-T", "letter").err
     missing = trimtab("eval", "inspect", tmp_path / "none.py", "--model", model, "--device", "cpu")
     assert missing.code == 2
     assert "none.py" in missing.err

@@ -129,7 +129,7 @@ def test_refusal(evaluate, data, steering, tmp_path):
     assert len(records) == 18
     assert {part["key"] for part in ran.json["by_part"]} == set(ran.json["harmful"])
     shown = evaluate("refusal", *options)
-    for word in ("harmful: high is wanted", "harmless: low is wanted", "xstest_prompts safe"):
+    for word in ("harmful: higher is better", "harmless: lower is better", "xstest_prompts safe"):
         assert word in shown.out
 
 
@@ -177,7 +177,7 @@ def test_bad_input(evaluate, data, steering, tmp_path, monkeypatch):
     refused(evaluate("ab", *test, "--system-prompt", " "), "--system-prompt is empty")
     refused(evaluate("ab", *test, "--out", tmp_path / "r.txt"), "*.jsonl")
     refused(evaluate("ab", *test, "--report", tmp_path / "r.pdf"), "*.html")
-    refused(evaluate("refusal", "--data", tmp_path), "has none of", "xstest")
+    refused(evaluate("refusal", "--data", tmp_path), "doesn't contain any of", "xstest")
     refused(evaluate("refusal", "--data", tmp_path / "nowhere"), "no file or folder")
     refused(evaluate("capability", "--data", data, "--task", "chess"), "'chess'", "mmlu, truthfulqa, gsm8k")
     refused(evaluate("capability", "--data", data / "mmlu/mmlu.json", "--task", "mmlu"), "leave it out")

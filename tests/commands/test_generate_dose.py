@@ -81,7 +81,7 @@ def test_nats_are_those_of_python_and_their_strength_is_told(ask, model, steerin
         ("--nats 1", "--nats says how hard to steer; give --steer FILE as well"),
         ("--steer FILE --nats 0", "--nats is a number above 0, such as 1, got 0"),
         ("--steer FILE --nats 1 --dose 0.2", "both say how hard to steer"),
-        ("--steer FILE --nats 1 --engine vllm", "which the vllm engine doesn't give"),
+        ("--steer FILE --nats 1 --engine vllm", "which the vllm engine doesn't return"),
     ],
 )
 def test_bad_nats(ask, steering, options, said):

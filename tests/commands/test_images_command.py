@@ -39,7 +39,7 @@ def test_generate(trimtab: Callable[..., Any], folder: Path, model: Path) -> Non
     assert row["messages"][0]["content"][0] == {"type": "image", "path": str(picture)}
     for more, said in (
         (["--model", model], "model of text alone"),
-        (["--model", folder, "--plain"], "--plain goes without it"),
+        (["--model", folder, "--plain"], "--plain doesn't use it"),
         (["--model", folder, "--image", folder / "config.json"], "can't be read"),
     ):
         ran = trimtab(*words, *more)

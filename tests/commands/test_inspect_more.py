@@ -64,7 +64,7 @@ def test_pairs_in_their_plane(look: Any, tmp_path: Path) -> None:
     assert [layer["layer"] for layer in document["layers"]] == [1, 2]
     assert all(1 >= layer["variance"][0] >= layer["variance"][1] >= 0 for layer in document["layers"])
     pairs.write_text(json.dumps(rows[:1]))
-    assert "a plane needs two" in look("--pairs", pairs, "--plot", plot).err
+    assert "a plane needs at least two" in look("--pairs", pairs, "--plot", plot).err
 
 
 def test_the_plane_is_read_as_the_file_was_learned(
@@ -115,7 +115,7 @@ def test_bad_input(look: Any, trimtab: Any, steering: Path, stranger: Path, wide
     refused(look("--text", "sea", "--pairs", tmp_path / "p.json", "--plot", tmp_path / "p.png"), "one at a time")
     refused(look("--pairs", tmp_path / "p.json"), "--plot FILE.png")
     refused(look("--pairs", tmp_path / "p.json", "--plot", tmp_path / "p.png"), "p.json")
-    refused(look("--layer", "1"), "--layer is about")
+    refused(look("--layer", "1"), "--layer needs")
     refused(look("--html", tmp_path / "t.html"), "--text TEXT")
     refused(look(steering, "--text", "sea"), "one file")
     refused(look(steering, steering), "not 3")

@@ -114,7 +114,7 @@ def test_a_known_instruction_brings_its_check(trimtab: Any, tmp_path: Path, comm
     ran = trimtab("learn", "distill", "--instruction", "Answer in JSON.", *common[:at], *common[at + 2 :], "--out", out)
     assert ran.code == 2
     assert "0 do what it says" in ran.err
-    assert "recognised as detectable_format:json_format" in ran.err
+    assert "recognized as detectable_format:json_format" in ran.err
 
 
 def test_examples(tmp_path: Path) -> None:

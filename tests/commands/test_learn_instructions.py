@@ -36,7 +36,7 @@ def test_a_known_sentence(learn, tmp_path):
     out = tmp_path / "lower.safetensors"
     ran = learn("--instruction", "Answer in all lowercase letters.", "--out", out)
     assert ran.code == 0, ran.err
-    assert "recognised as change_case:english_lowercase" in ran.err
+    assert "recognized as change_case:english_lowercase" in ran.err
     steering = load_steering(out)
     (edit,) = steering.edits
     assert isinstance(edit.operation, SetProjection)
@@ -121,7 +121,7 @@ def test_a_words_own_logit(trimtab, long_model, tmp_path):
     assert (card.method, card.options["word"], card.options["exclude"]) == ("word-logit", "w70", True)
     for more, words in (
         (("--length", "concise"), "say which word with --word"),
-        (("--word", "w70", "--layers", 2), "--layers isn't for --logit"),
+        (("--word", "w70", "--layers", 2), "--layers doesn't apply to --logit"),
     ):
         ran = trimtab(*arguments, *more)
         assert ran.code == 2
@@ -183,7 +183,7 @@ def test_bad_input(learn, trimtab, prompt_pairs, tmp_path):
     refused(*sentence, "--positions", "nowhere", "--out", out, words=["'nowhere'", "all-but-first"])
     refused("--length", "middling", "--out", out, words=["concise, verbose"])
     refused("--pairs", prompt_pairs, "--out", out, words=["--queries"])
-    refused("--all", "--out", out, words=["no folder"])
+    refused("--all", "--out", out, words=["isn't a folder"])
     refused("--all", "--out", tmp_path / "no" / "where", words=["must exist"])
     caa = trimtab("learn", "caa", *sentence, "--out", out)
     assert caa.code == 2

@@ -208,7 +208,7 @@ def test_where_nothing_can_be_read(
         ("caa", persona, model, "after:</think>", "pair 1, positive: the answer has no '</think>' in it"),
         ("repe", persona, model, "after:Why?", "pair 1, positive: the answer has no 'Why?' in it"),
         ("caa", letters, model, "answer", "read at their letter"),
-        ("instruct", prompt_pairs, model, "answer", "--read-at is about answers"),
+        ("instruct", prompt_pairs, model, "answer", "--read-at applies to answers"),
         ("caa", persona, base, "answer", "pair 1: this tokenizer has no chat template"),
     ):
         out = tmp_path / "s.safetensors"

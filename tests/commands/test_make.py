@@ -123,10 +123,10 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
         (("--card", "nowhere.json"), "nowhere.json"),
         (("be loud", "--from", "x.jsonl"), "a sentence and --from both say what is wanted"),
         (("--from", "nowhere.jsonl"), "nowhere.jsonl"),
-        (("--from", "x.jsonl", "--unlike", "a mouse"), "--from has all .* leave out --unlike"),
-        (("be loud", "--keys", "positive=a"), r"--keys is about the columns of pairs; give --from FILE"),
+        (("--from", "x.jsonl", "--unlike", "a mouse"), "--from contains everything .* leave out --unlike"),
+        (("be loud", "--keys", "positive=a"), r"--keys applies to the columns of pairs; give --from FILE"),
         (("be loud", "--for", "ollama"), "'ollama' is not known"),
-        (("be loud", "--out", "x.gguf"), "for a .gguf file say --for llama.cpp"),
+        (("be loud", "--out", "x.gguf"), "for a .gguf file give --for llama.cpp"),
     ],
 )
 def test_errors_come_before_the_model(trimtab: Any, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:

@@ -38,7 +38,7 @@ def test_a_configuration(trimtab, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"), [({"model_type": "nonesuch"}, "'nonesuch'"), ({}, "names no model_type"), ([], "model_type")]
+    ("config", "said"), [({"model_type": "nonesuch"}, "'nonesuch'"), ({}, "has no model_type"), ([], "model_type")]
 )
 def test_what_is_no_configuration(trimtab, tmp_path, config, said) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))

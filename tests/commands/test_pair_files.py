@@ -98,8 +98,8 @@ def test_statements_are_paired_and_it_is_said(trimtab: Any, model: Path, tmp_pat
 def test_columns_of_no_pairs(trimtab: Any, tmp_path: Path) -> None:
     arguments = ["learn", "instruct", "--instruction", "Be brief.", "--out", tmp_path / "s.safetensors"]
     for more, said in [
-        (("--keys", "prompt=q"), "--keys is about the columns of pairs; give --pairs FILE"),
-        (("--ignore", "q"), "--ignore is about the columns of pairs"),
+        (("--keys", "prompt=q"), "--keys applies to the columns of pairs; give --pairs FILE"),
+        (("--ignore", "q"), "--ignore applies to the columns of pairs"),
     ]:
         ran = trimtab(*arguments, *more)
         assert (ran.code, said in ran.err) == (2, True)

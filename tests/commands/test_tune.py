@@ -116,7 +116,8 @@ def test_dont_steer_writes_nothing(cpu, pairs, differs, tmp_path):
     assert "don't steer: no candidate scored above not steering" in ran.out
     assert "nothing is written" in ran.out
     advised = [line for line in ran.out.splitlines() if line.startswith("try next: ")]
-    assert advised[-1] == "try next: learn it otherwise: trimtab methods lists what your pairs can be used for"
+    other = "learn it with another method: trimtab methods lists those that your pairs can be used for"
+    assert advised[-1] == f"try next: {other}"
     assert not out.exists()
     as_json = cpu("--pairs", pairs, "--check", f"{differs}:never", "--out", out, "--json")
     assert (as_json.code, as_json.json["steer"], as_json.json["file"], as_json.json["digest"]) == (3, False, None, None)
@@ -258,7 +259,7 @@ def test_an_ifeval_type_is_a_check(cpu, pairs, tmp_path):
         ("--pairs PAIRS --check no_such_module:f", "can't import no_such_module: ModuleNotFoundError"),
         ("--pairs PAIRS --check none.py:f", "can't import none.py: FileNotFoundError"),
         ("--pairs PAIRS --check CHECKS:missing", "has no function 'missing'"),
-        ("--pairs PAIRS --check CHECKS:text", "the check gave 'yes'"),
+        ("--pairs PAIRS --check CHECKS:text", "the check returned 'yes'"),
         ("--pairs PAIRS --check json --strengths 1,x", "isn't a list of numbers"),
         ("--pairs PAIRS --check json --margin nan", "--margin is a finite number"),
         ("--pairs PAIRS --check json --strengths 0", "not steering is always tried"),

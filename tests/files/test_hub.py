@@ -218,7 +218,7 @@ def test_the_command_line(hub, trimtab, tmp_path, monkeypatch):
     listed = trimtab("list", "me", "--json")
     assert [entry["name"] for entry in listed.json] == ["me/capitals"]
     assert "me/capitals" in trimtab("list", "me").out
-    assert "there are no steerings of you" in trimtab("list", "you").out
+    assert "no steerings found for you" in trimtab("list", "you").out
     Path("capitals.safetensors").unlink()
     pulled = trimtab("pull", "me/capitals", "--json")
     assert pulled.json == {

@@ -110,7 +110,7 @@ def test_a_picture(lm: LM) -> None:
 def test_what_cannot_be_projected_says_why(lm: LM) -> None:
     for text, steering, layers, why in (
         ("", pushes(), None, "the text is empty"),
-        (TEXT, direction(1), None, "projected on is a steering, got Tensor"),
+        (TEXT, direction(1), None, "projected on a steering, got Tensor"),
         (TEXT, Steering(), None, "no edits"),
         (TEXT, pushes(1), [2], "nothing at layer 2"),
         (TEXT, pushes(1) + pushes(1), None, "several edits"),

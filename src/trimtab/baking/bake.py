@@ -173,7 +173,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     Raises `TrimtabError` if the target exists and isn't an empty folder, or if nothing can be written there.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise TrimtabError(f"{target} is there already; name a folder that isn't, or an empty one")
+        raise TrimtabError(f"{target} already exists; name a new or empty folder")
     target = Path(os.path.abspath(target))  # noqa: PTH100 (`.` has no name, and symlinks must not be resolved)
     work = target.with_name(f".{target.name}.{secrets.token_hex(6)}")  # known before it exists, for the cleanup
     try:
@@ -202,7 +202,7 @@ def _save(lm: LM, folder: Path) -> None:
     model = lm.model
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedError(
-            f"{type(model).__name__} isn't a model of transformers alone; merge its adapters (merge_and_unload) first"
+            f"{type(model).__name__} isn't a plain transformers model; merge its adapters (merge_and_unload) first"
         )
     _check_unquantized(model.config, lm.name)
     if (method := quantization(model)) is not None:
@@ -223,8 +223,8 @@ def _check_unquantized(config: Any, name: str) -> None:
 
 def _quantized(name: str, method: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{name} is quantized ({method}), and its weights can't be changed as they stand; bake the model that it was"
-        " made from, and quantize that"
+        f"{name} is quantized ({method}), so its weights can't be changed; bake the unquantized model that it was made"
+        " from, and quantize the result"
     )
 
 
@@ -236,7 +236,7 @@ def _folder_of(model: str | Path | None, revision: str | None) -> tuple[Path, st
         return default_model.default_folder(), default_model.NAME
     path = Path(model)
     if path.suffix.lower() == ".gguf":
-        raise UnsupportedError(f"{path} is a GGUF file; bake the folder that it was made from, and convert that")
+        raise UnsupportedError(f"{path} is a GGUF file; bake the folder that it was made from, and convert the result")
     if path.is_dir():
         return path, path.resolve().name
     try:
@@ -295,17 +295,17 @@ def _notes(structure: Structure, made: Plan, untied: bool, left: list[str]) -> t
             " (tie_word_embeddings is false)."
         )
     if structure.composite and FIRST in made.maps:
-        notes.append("Only text was ablated where it comes in: what images become there is as it was.")
+        notes.append("At the input, only the embeddings of text were ablated; those of images are unchanged.")
     if made.flags:
-        notes.append(f"The additions are biases, for which config.json has {', '.join(made.flags)}.")
+        notes.append(f"The additions are stored as biases, which {', '.join(made.flags)} in config.json turns on.")
     if (
         structure.plain is not None
         and "norm" in structure.plain
         and any(site_map.ablates for site_map in made.maps.values())
     ):
         notes.append(
-            f"{structure.name} {structure.plain}: what was ablated is what goes into it, and its weights bring some of"
-            " the direction back."
+            f"{structure.name} {structure.plain}: the ablation acts on its input, and its weights bring some of the"
+            " direction back."
         )
     if left:
         notes.append(f"Not copied from the model's folder: {', '.join(left)}.")
@@ -333,9 +333,10 @@ def _checked(
     checked = Checked(_apart(got, steered), _apart(unsteered, steered))
     if not checked.difference <= ROUNDING[dtype]:
         raise TrimtabError(
-            f"the baked model isn't the steered one: its logits differ by {checked.difference:.2g} of their length, and"
-            f" rounding explains {ROUNDING[dtype]:.2g} (the steering itself changes them by {checked.effect:.2g});"
-            f" nothing was written. {structure.name} has something that trimtab doesn't know; steer it while it runs"
+            f"the baked model doesn't match the steered one: its logits differ by {checked.difference:.2g} of their"
+            f" norm, and rounding explains {ROUNDING[dtype]:.2g} (the steering itself changes them by"
+            f" {checked.effect:.2g}); nothing was written. {structure.name} has a part that trimtab doesn't know; steer"
+            " it while it runs instead"
         )
     return checked
 
@@ -347,9 +348,7 @@ def _loaded(folder: Path, device: str | torch.device | None) -> Any:
     model, about = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, about[kind])):
-            raise TrimtabError(
-                f"{folder.name} doesn't load as it should: {kind.replace('_', ' ')} {', '.join(names[:4])}"
-            )
+            raise TrimtabError(f"{folder.name} doesn't load correctly: {kind.replace('_', ' ')} {', '.join(names[:4])}")
     return model.to(device or best_device()).eval()
 
 

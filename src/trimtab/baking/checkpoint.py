@@ -74,7 +74,7 @@ def find_shards(folder: Path) -> Shards:
             raise TrimtabError(f"{folder / INDEX} is damaged; get a fresh copy of the model") from None
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
-                raise TrimtabError(f"{folder} has no file {name!r}, which its index names; get all of the model")
+                raise TrimtabError(f"{folder} has no file {name!r}, which its index names; get the complete model")
         return Shards(folder, names, index)
     if (folder / SINGLE).is_file():
         return Shards(folder, (SINGLE,), None)
@@ -118,11 +118,11 @@ def write_shards(shards: Shards, folder: Path, structure: Structure, plan: Plan,
     for site in plan.maps:
         if counted.numbers.get(site, 0) != structure.numbers(site):
             raise TrimtabError(
-                f"{shards.folder} holds {counted.numbers.get(site, 0)} numbers of what writes at {site}, and"
+                f"{shards.folder} has {counted.numbers.get(site, 0)} known weights that write at {site}, and"
                 f" {structure.name} has {structure.numbers(site)}; its tensors have names that trimtab doesn't know"
             )
     if missing := sorted(plan.biases - counted.new):
-        raise TrimtabError(f"{shards.folder} has no weight beside which {missing[0]} could be put")
+        raise TrimtabError(f"{shards.folder} has no weight that the bias {missing[0]} belongs to")
     if shards.index is not None:
         about = {**shards.index.get("metadata", {}), "total_size": counted.bytes}
         document = {**shards.index, "metadata": about, "weight_map": counted.files}
@@ -166,7 +166,9 @@ def _changed(key: str, tensor: Tensor, affine: Affine, bias: bool, turned: bool 
         return _fits(key, affine.full(tensor).to(tensor.dtype) if tensor.dim() == 1 else affine.linear(tensor))
     if turned is None:
         if (tensor.shape[-1] == width) == (tensor.shape[-2] == width):
-            raise UnsupportedError(f"it isn't known which dimension of {key} {list(tensor.shape)} is the stream's")
+            raise UnsupportedError(
+                f"trimtab doesn't know which dimension of {key} {list(tensor.shape)} is the residual stream's"
+            )
         turned = tensor.shape[-1] == width
     if tensor.shape[-1 if turned else -2] != width:
         raise _misshapen(key, tensor, width)
@@ -185,7 +187,9 @@ def _fits(key: str, tensor: Tensor) -> Tensor:
 
 
 def _misshapen(key: str, tensor: Tensor, width: int) -> TrimtabError:
-    return TrimtabError(f"{key} has shape {list(tensor.shape)}, in which nothing is the stream's width of {width}")
+    return TrimtabError(
+        f"{key} has shape {list(tensor.shape)}, and no dimension is the residual stream's, which has width {width}"
+    )
 
 
 def copy_rest(source: Path, folder: Path, shards: Shards) -> list[str]:
@@ -214,8 +218,8 @@ def edit_config(source: Path, folder: Path, changes: Mapping[str, Any], composit
         name = next((name for name in PARTS if isinstance(config.get(name), dict)), None)
         if name is None:
             raise UnsupportedError(
-                f"{source / 'config.json'} has its language model in none of {', '.join(PARTS)}, so it can't be told"
-                " where its settings are; save the language model alone, and bake that"
+                f"{source / 'config.json'} has no language model under {', '.join(PARTS)}, so trimtab doesn't know"
+                " where its settings are; save only the language model, and bake that"
             )
         config[name] |= changes
         changes = {key: value for key, value in changes.items() if key == TIED}

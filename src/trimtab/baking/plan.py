@@ -51,7 +51,7 @@ def check_bakeable(steering: Steering) -> tuple[Edit, ...]:
         if edit.positions != Positions.all():
             raise UnsupportedError(
                 f"weights act at every token of prompt and answer, and this steering acts at {edit.positions}: {edit};"
-                " say steering.at(Positions.all()), on the command line --positions all, if that is what you want"
+                " if that is what you want, use steering.at(Positions.all()), or --positions all on the command line"
             )
         if edit.site.kind not in KINDS:
             raise UnsupportedError(f"only {', '.join(KINDS)} can be baked into weights, and this steering has {edit}")
@@ -83,7 +83,7 @@ def plan(steering: Steering, structure: Structure) -> Plan:
     }
     if maps[FIRST].adds:
         raise UnsupportedError(
-            f"{structure.name}'s embeddings have no bias, so what is added at {FIRST} has no place in its weights;"
+            f"{structure.name}'s embeddings have no bias, so an addition at {FIRST} can't be stored in its weights;"
             f" {ELSEWHERE}"
         )
     added: list[Tensor] = []
@@ -99,7 +99,7 @@ def plan(steering: Steering, structure: Structure) -> Plan:
         if offset.any():
             if structure.plain is not None:
                 raise UnsupportedError(
-                    f"{structure.name} {structure.plain}, so what is added at {behind[0].site} is no bias of its;"
+                    f"{structure.name} {structure.plain}, so an addition at {behind[0].site} can't be stored as a bias;"
                     f" {ELSEWHERE}"
                 )
             site = Site(layer, MLP)
@@ -131,9 +131,10 @@ def _check_needless(
     if structure.plain is None and cleared and all(clear(vector, direction) for vector in added):
         return
     raise UnsupportedError(
-        f"no change of weights ablates at {edit.site}: there the direction would go out of a sum that attention and MLP"
-        f" have already read from ({edit}). Ablate it in all that writes to the stream, which is another model:"
-        " trimtab.directional_ablation(direction, layers), or trimtab convert FILE OUT --as ablate --blocks N"
+        f"no change of weights ablates at {edit.site}: there the direction would have to leave a sum that attention and"
+        f" MLP have already read ({edit}). Ablate it in everything that writes to the residual stream, which gives"
+        " another model: trimtab.directional_ablation(direction, layers), or trimtab convert FILE OUT --as ablate"
+        " --blocks N"
     )
 
 

@@ -133,8 +133,8 @@ class Structure:
             return Writer(Site(layer, MLP), bias, self._experts_turned(layer) if dimensions == 3 else False)
         if dimensions > 1 and last not in INNER:
             raise UnsupportedError(
-                f"it isn't known what {key} of {self.name} does, so nothing can be baked into it; steer the model while"
-                " it runs instead"
+                f"trimtab doesn't know what {key} of {self.name} does, so nothing can be baked into it; steer the model"
+                " while it runs instead"
             )
         return None
 
@@ -202,8 +202,8 @@ class Structure:
     def _flag(self, site: Site) -> str:
         if self.mixes(site.layer) and site.kind == MLP:
             raise UnsupportedError(
-                f"{self.name} has a mixture of experts at {site}, which weighs what experts put out, so that no bias of"
-                f" theirs is a constant; {ELSEWHERE}"
+                f"{self.name} has a mixture of experts at {site}, which weights the experts' outputs, so their biases"
+                f" don't add a constant; {ELSEWHERE}"
             )
         for flag in FLAGS:
             if getattr(self.config, flag, None) is not False:
@@ -214,8 +214,8 @@ class Structure:
         module = self._projection(site)
         path = next(name for name, m in self.model.named_modules() if m is module)
         raise UnsupportedError(
-            f"{self.name} has no bias at {path}, and nothing in its configuration gives it one, so what is added at"
-            f" {site} has no place in its weights; {ELSEWHERE}"
+            f"{self.name} has no bias at {path}, and nothing in its configuration gives it one, so an addition at"
+            f" {site} can't be stored in its weights; {ELSEWHERE}"
         )
 
 
@@ -291,7 +291,7 @@ def _check_block(model: Any, layout: Layout, layer: int) -> None:
     for part in block.children():
         if "residual" in inspect.signature(part.forward).parameters:
             raise UnsupportedError(
-                f"{type(part).__name__} of {type(model).__name__} adds the stream itself to what it puts out, so its"
+                f"{type(part).__name__} of {type(model).__name__} adds the residual stream to its output itself, so its"
                 " weights alone can't do what an edit there does; steer the model while it runs instead"
             )
     for name, part in block.named_children():
@@ -303,8 +303,8 @@ def _check_block(model: Any, layout: Layout, layer: int) -> None:
 
 def _unknown(model: Any, where: str) -> UnsupportedError:
     return UnsupportedError(
-        f"it isn't known what {where} of {type(model).__name__} does to the residual stream, so nothing can be baked;"
-        " steer the model while it runs instead"
+        f"trimtab doesn't know what {where} of {type(model).__name__} does to the residual stream, so nothing can be"
+        " baked; steer the model while it runs instead"
     )
 
 
@@ -319,9 +319,9 @@ def _not_plain(config: Any, layout: Layout) -> str | None:
     for block in layout.blocks:
         children = [name for name, _ in block.named_children()]
         if behind := next((name for name in children if BEHIND.fullmatch(name)), None):
-            return f"has a norm behind attention or MLP ({behind})"
+            return f"has a norm after attention or MLP ({behind})"
         if sum(map(_is_norm, children)) > 2:
-            return "has more norms in a block than those before attention and MLP"
+            return "has more norms in a block than the ones before attention and MLP"
         if own := [*block._parameters, *block._buffers]:
             return f"has {own[0]} in a block"
     return None

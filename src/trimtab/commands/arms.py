@@ -77,13 +77,13 @@ class ArmOptions:
             choices = {"--strength": self.strength, "--layers": self.layers, "--random": self.random}
             for name, value in choices.items():
                 if value:
-                    raise TrimtabError(f"{name} is about a steering; give --steer FILE")
+                    raise TrimtabError(f"{name} needs a steering; give --steer FILE")
         files = [parse_pick(text) for text in self.steer or []]
         systems = self.system_prompt or []
         if not all(text.strip() for text in systems):
             raise TrimtabError("a --system-prompt is empty; give it some text")
         if len(set(files)) < len(files) or len(set(systems)) < len(systems):
-            raise TrimtabError("the same --steer or --system-prompt is given twice; each arm once is enough")
+            raise TrimtabError("the same --steer or --system-prompt is given twice; give each arm once")
         return Plan(tuple(files), _strengths(self.strength), self.layers, self.random, tuple(systems))
 
 

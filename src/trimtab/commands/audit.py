@@ -40,17 +40,18 @@ def audit(
         ),
     ] = None,
     behaviour: Annotated[
-        list[Path] | None, typer.Option(help="A further behaviour to measure: a file of A/B questions. Repeatable.")
+        list[Path] | None, typer.Option(help="A further behavior to measure: a file of A/B questions. Repeatable.")
     ] = None,
     repair: Annotated[
         Path | None,
         typer.Option(
-            help="Make it orthogonal to the refusal directions, audit that as well, and write it to this .safetensors."
+            help="Make the steering orthogonal to the refusal directions, audit the result as well, and write it to"
+            " this .safetensors file."
         ),
     ] = None,
     protect: Annotated[
         list[str] | None,
-        typer.Option(help="With --repair: orthogonal to this behaviour's direction, too. Repeatable.", metavar="NAME"),
+        typer.Option(help="With --repair: orthogonal to this behavior's direction, too. Repeatable.", metavar="NAME"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the steering with the audit in its card; may be FILE itself.")
@@ -58,7 +59,7 @@ def audit(
     system: Annotated[
         str | None,
         typer.Option(
-            help="The system message under which harmful requests are asked again, such as your own.",
+            help="The system message with which harmful requests are asked again, such as your own.",
             show_default="one that asks to refuse",
         ),
     ] = None,
@@ -98,9 +99,11 @@ def audit(
     if repair is not None and out is not None and repair.resolve() == out.resolve():
         raise TrimtabError("--repair and --out name the same file; give the repaired steering one of its own")
     if protect and repair is None:
-        raise TrimtabError("--protect is about a repair; give --repair FILE")
+        raise TrimtabError("--protect needs a repair; give --repair FILE")
     if system is not None and not system.strip():
-        raise TrimtabError("--system is empty; give a message, or leave it out for the one that asks to refuse")
+        raise TrimtabError(
+            "--system is empty; give a message, or leave it out for the default, which asks the model to refuse"
+        )
     steering = pick.load()
 
     from trimtab.evaluate.audit import FULL, QUICK, check_protected, read_items
@@ -204,7 +207,7 @@ def _left(result: Audit) -> str:
     gone = sum(share == 0 for share in left)
     low, high = min(left), max(left)
     shares = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
-    return f"{shares} of each edit's length is left" + (f", {gone} of {len(left)} edits are gone" if gone else "")
+    return f"{shares} of each edit's norm remains" + (f", {gone} of {len(left)} edits were removed" if gone else "")
 
 
 def _time(seconds: float) -> str:

@@ -99,7 +99,7 @@ def bake(
     show(f"wrote {out}: {baked.model} with {edits} in its weights ({what})", *baked.notes)
     if baked.checked is not None:
         show(
-            f"checked: its logits differ from the steered model's by {baked.checked.difference:.2g} of their length;"
-            f" the steering itself changes them by {baked.checked.effect:.2g}"
+            f"checked: its logits differ from the steered model's by {baked.checked.difference:.2g} of their norm; the"
+            f" steering itself changes them by {baked.checked.effect:.2g}"
         )
     note(f'try: trimtab generate --model {out} --prompt "…"', quiet=False)

@@ -34,8 +34,8 @@ def bench(
     out: Annotated[
         Path,
         typer.Option(
-            help="The folder for the run: a file for each part, results.json and page.html. The same command goes on"
-            " where an interrupted one stopped."
+            help="The folder for the run: a file for each part, results.json and page.html. The same command resumes an"
+            " interrupted run."
         ),
     ],
     methods: Annotated[
@@ -70,12 +70,12 @@ def bench(
     data: Annotated[
         Path | None, typer.Option(envvar=DATA, help="A folder with any of caa/, ifeval/, refusal/, mmlu/ and xstest/.")
     ] = None,
-    lora: Annotated[bool, typer.Option("--lora", help="A LoRA finetuned for each task, too.")] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="Finetune a LoRA for each task, too.")] = False,
     thorough: Annotated[
         bool,
         typer.Option(
             "--thorough",
-            help="Run orthogonal controls and side effects at every strength, not only where something is gained.",
+            help="Measure orthogonal controls and side effects at every strength, not only where there is a gain.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the expected time, and stop.")] = False,
@@ -124,7 +124,7 @@ def bench(
     settings = Settings(_names(methods), _names(tasks), doses, items, pairs, tokens, seed, data, lora, thorough)
     seconds = None if budget is None else seconds_of(budget)
     if out.exists() and not out.is_dir():
-        raise TrimtabError(f"--out {out} is a file; a run is kept in a folder, which is made if it isn't there")
+        raise TrimtabError(f"--out {out} is a file; give a folder, which is created if it doesn't exist")
     made = plan(settings)
     check_replicas(replicas, answers)
     lm = loader.load(quiet=json)
@@ -148,7 +148,7 @@ def bench(
                 lm, made, out, answering=answering, progress=progress, say=lambda name: note(name, quiet=json)
             )
         except KeyboardInterrupt:
-            note(f"what is done stands in {out}; the same command goes on from there", quiet=json)
+            note(f"finished parts are in {out}; the same command resumes the run", quiet=json)
             raise
     write_page(out / PAGE, results)
     if json:
@@ -215,7 +215,7 @@ def seconds_of(text: str) -> float:
     """Parse a time such as 2h, 25min, 90s or 10 (minutes). Raises `TrimtabError` for anything else."""
     match = BUDGET.fullmatch(text.strip().lower())
     if match is None or float(match[1]) <= 0:
-        raise TrimtabError(f"--budget {text!r} is no time; write 2h, 25min or 90s")
+        raise TrimtabError(f"--budget {text!r} isn't a time; write 2h, 25min or 90s")
     return float(match[1]) * SECONDS[match[2]]
 
 
@@ -229,10 +229,10 @@ def _outlook(made: Plan, speed: Speed, out: Path) -> str:
 
     done = len(list((out / "cells").glob("*--method--*.json")))
     if done >= made.cells:
-        return f"{made.cells} cells, all of them done before"
-    before = f", {done} of them done before" if done else ""
+        return f"{made.cells} cells, all of them already done"
+    before = f", {done} of them already done" if done else ""
     left = duration(speed.seconds(made.cost()) * (made.cells - done) / made.cells)
-    return f"{made.cells} cells{before}, about {left}; Ctrl-C stops, the same command goes on"
+    return f"{made.cells} cells{before}, about {left}; Ctrl-C stops, the same command resumes"
 
 
 def _chosen_before(out: Path) -> tuple[list[str], int] | None:

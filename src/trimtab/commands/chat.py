@@ -91,9 +91,9 @@ def chat(
         if pick.path in [other.path for other in files[:i]]:
             raise TrimtabError(f"--steer {pick.path} is given twice; give it once, with both strengths added up")
     if steerings is not None and not steerings.is_dir():
-        raise TrimtabError(f"--steerings {steerings} is no folder; give one with steering files in it")
+        raise TrimtabError(f"--steerings {steerings} isn't a folder; give a folder of steering files")
     if temperature is None and seed is not None:
-        raise TrimtabError("--seed changes nothing about greedy decoding; add --temperature")
+        raise TrimtabError("--seed has no effect on greedy decoding; add --temperature")
     if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
         raise TrimtabError(f"--temperature is a number above 0, got {temperature}; leave it out for greedy decoding")
     if any(not phrase.strip() for phrase in emphasize or []):
@@ -113,7 +113,8 @@ def chat(
 
     if not has_template(lm.tokenizer):
         raise TrimtabError(
-            f"{lm.name} has no chat template, and can't hold a conversation; trimtab generate --plain continues a text"
+            f"{lm.name} has no chat template, so it can't hold a conversation; trimtab generate --plain continues a"
+            " text"
         )
     desk = Desk(lm, engine, steerings, transfer)
     start = Conversation(system=system, compare=compare, max_tokens=max_tokens, temperature=temperature, seed=seed)
@@ -122,7 +123,7 @@ def chat(
     for phrase in emphasize or []:
         start = run_command(desk, start, f"/emphasize {phrase}").conversation
     if engine not in STREAMING:
-        note(f"the engine {engine} tells an answer when it is done, and can't stop in the middle", quiet=json)
+        note(f"the engine {engine} doesn't stream, and its answers can't be interrupted", quiet=json)
     if typed:
         from trimtab.commands.chat_prompt import reader
 

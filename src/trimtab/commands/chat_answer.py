@@ -77,8 +77,8 @@ def room(desk: Desk, conversation: Conversation, question: str) -> int:
     size = desk.lm.layout.context
     if size is not None and length >= size:
         raise TrimtabError(
-            f"the conversation has {length} tokens with this question, and the model's context is {size}; /undo"
-            " takes a turn back, /reset all of them"
+            f"the conversation has {length} tokens with this question, and the model's context is {size}; /undo removes"
+            " the last turn, /reset all of them"
         )
     return conversation.max_tokens if size is None else min(conversation.max_tokens, size - length)
 

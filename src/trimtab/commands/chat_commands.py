@@ -69,8 +69,8 @@ def run_command(desk: Desk, conversation: Conversation, line: str) -> Outcome:
     name, _, rest = line[1:].strip().partition(" ")
     if name not in COMMANDS:
         raise TrimtabError(
-            f"there is no command /{name}; {_meant(name, COMMANDS, '/')}/help lists them, and a question that begins"
-            " with a slash is typed with two"
+            f"there is no command /{name}; {_meant(name, COMMANDS, '/')}/help lists them; to ask a question that begins"
+            " with a slash, type two"
         )
     return COMMANDS[name].run(desk, conversation, rest.strip())
 
@@ -105,13 +105,13 @@ def _steer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         return Outcome(conversation.without(chosen.name), f"{chosen.name} is off")
     mine = conversation.find_made(words[0])
     if mine is not None and not mine.file:  # it is in no file yet
-        strength = _number(words[1], f"/steer {words[0]}", "off takes it out") if len(words) == 2 else 1.0
+        strength = _number(words[1], f"/steer {words[0]}", "off removes it") if len(words) == 2 else 1.0
         mine = replace(mine, strength=strength)
         where = _where(mine.layers_on)
         return Outcome(conversation.put(mine), f"{mine.name} is on at strength {strength:g}, {where}")
     file, strength = _file(desk, conversation, words[0])
     if len(words) == 2:
-        strength = _number(words[1], f"/steer {words[0]}", "off takes it out")
+        strength = _number(words[1], f"/steer {words[0]}", "off removes it")
     steered = load_steered(desk, conversation, file, strength)
     where = _where(steered.layers_on)
     return Outcome(conversation.put(steered), f"{steered.name} is on at strength {strength:g}, {where}")
@@ -120,7 +120,7 @@ def _steer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 def _strength(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     name, value = _words(rest, 2, 2, "strength")
     steered = _on(conversation, name)
-    strength = _number(value, f"/strength {name}", f"/steer {name} off takes it out")
+    strength = _number(value, f"/strength {name}", f"/steer {name} off removes it")
     return Outcome(conversation.put(replace(steered, strength=strength)), f"{steered.name} is at strength {strength:g}")
 
 
@@ -133,10 +133,10 @@ def _layer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         layers = tuple(sorted({int(part) for text in numbers for part in text.split(",") if part}))
     except ValueError:
         raise TrimtabError(
-            f"/layer {name}: {' '.join(numbers)!r} are no layers; give numbers with commas between, or all"
+            f"/layer {name}: {' '.join(numbers)!r} aren't layers; give numbers separated by commas, or all"
         ) from None
     if not layers:
-        raise TrimtabError(f"/layer {name}: no layer is named; give numbers with commas between, or all")
+        raise TrimtabError(f"/layer {name}: no layer is named; give numbers separated by commas, or all")
     steered.steering.only(layers)  # raises for layers that it doesn't have
     return Outcome(conversation.put(replace(steered, layers=layers)), f"{steered.name} acts at {_where(layers)} only")
 
@@ -150,7 +150,7 @@ def _emphasize(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         return Outcome(replace(conversation, emphasized=()), "nothing is emphasized")
     if desk.engine != "transformers":
         raise UnsupportedError(
-            f"/emphasize steers attention, which the engine {desk.engine} doesn't give out; leave --engine out"
+            f"/emphasize steers attention, which the engine {desk.engine} doesn't expose; leave --engine out"
         )
     if rest in conversation.emphasized:
         return Outcome(conversation, f"{rest!r} is emphasized already")
@@ -163,7 +163,7 @@ def _system(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
             return Outcome(conversation, "there is no system message")
         return Outcome(conversation, shown=(conversation.system,))
     system = None if rest == "off" else rest
-    said = "there is no system message any more" if system is None else "the system message is set"
+    said = "the system message is removed" if system is None else "the system message is set"
     return Outcome(replace(conversation, system=system), said)
 
 
@@ -172,7 +172,7 @@ def _compare(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     compare = not conversation.compare
     said = "each question is answered unsteered as well" if compare else "answers are no longer compared"
     if compare and not conversation.steered and not conversation.emphasized:
-        said += ", once something steers: /steer FILE"
+        said += ", once a steering is on: /steer FILE"
     return Outcome(replace(conversation, compare=compare), said)
 
 
@@ -181,7 +181,7 @@ def _compare(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
 def _undo(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     _words(rest, 0, 0, "undo")
-    return Outcome(conversation.undone(), f"taken back: {shortened(conversation.last().question, 60)}")
+    return Outcome(conversation.undone(), f"removed: {shortened(conversation.last().question, 60)}")
 
 
 def _retry(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -195,7 +195,7 @@ def _image(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
     words = _words(rest, 0, 99, "image")
     if words == ["off"]:
-        return Outcome(replace(conversation, images=()), "the next question is about no image")
+        return Outcome(replace(conversation, images=()), "the next question has no image")
     if words:
         desk.lm.require("images")
         _ = getattr(desk.lm, "processor", None)  # raises if the model takes no images
@@ -203,14 +203,14 @@ def _image(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
             read_image(Path(word).expanduser(), what=f"/image {word}")
         files = tuple(str(Path(word).expanduser()) for word in words)
         conversation = replace(conversation, images=(*conversation.images, *files))
-    about = ", ".join(conversation.images) or "no image; /image FILE gives it one"
+    about = ", ".join(conversation.images) or "no image; /image FILE adds one"
     return Outcome(conversation, f"the next question is about {about}")
 
 
 def _reset(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     _words(rest, 0, 0, "reset")
     count = len(conversation.turns)
-    said = f"forgot {count} turn{'s' * (count != 1)}; what steers and the system message stay"
+    said = f"forgot {count} turn{'s' * (count != 1)}; the steerings and the system message stay"
     return Outcome(replace(conversation, turns=()), said)
 
 
@@ -245,7 +245,7 @@ def _made(conversation: Conversation, which: Sequence[str]) -> Steered:
 
 def _make(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     if desk.engine != "transformers":
-        raise UnsupportedError(f"/make learns from activations, which takes the engine transformers, not {desk.engine}")
+        raise UnsupportedError(f"/make learns from activations, which needs the engine transformers, not {desk.engine}")
     return Outcome(conversation, make=wish_of(rest))
 
 
@@ -268,19 +268,21 @@ def _tokens(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     words = _words(rest, 0, 2, "tokens")
     turn = conversation.last()
     if desk.engine != "transformers":
-        raise UnsupportedError(f"/tokens reads activations, which takes the engine transformers, not {desk.engine}")
+        raise UnsupportedError(f"/tokens reads activations, which needs the engine transformers, not {desk.engine}")
     if not conversation.steered:
-        raise TrimtabError("/tokens colours an answer along a steering, and none is on; /steer NAME_OR_FILE")
+        raise TrimtabError("/tokens colors an answer along a steering, and none is on; /steer NAME_OR_FILE")
     steered = _on(conversation, words[0]) if words else conversation.steered[0]
     if not turn.answer.token_ids:
-        raise TrimtabError("the last answer's tokens aren't known, as another model gave it; /retry gives it again")
+        raise TrimtabError(
+            "the last answer's tokens aren't known, because another model generated it; /retry generates a new one"
+        )
     layers = _layers_to_colour(steered, words[1] if len(words) == 2 else None)
     earlier = replace(conversation, turns=conversation.turns[:-1])
     prompt = desk.lm.encode(earlier.messages(turn.question), system=turn.system)
     by_layer = [answer_cosines(desk.lm, steered.steering, prompt, turn.answer.token_ids, layer) for layer in layers]
     full = reach(by_layer)
     shown: list[RenderableType] = [
-        f"cosine with {steered.name}: blue along it, red against it, full colour at ±{full:.2f}"
+        f"cosine with {steered.name}: blue along it, red against it, full color at ±{full:.2f}"
     ]
     for cosines in by_layer:
         shown += [f"layer {cosines.layer}", coloured_cosines(cosines, full)]
@@ -308,7 +310,7 @@ def _dose(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     answer = conversation.last().answer
     if answer.doses is None:
         return Outcome(
-            conversation, "no dose was measured: vLLM measures none, nor does rejection, which /emphasize brings"
+            conversation, "no dose was measured: neither vLLM nor rejection, which /emphasize uses, measures it"
         )
     if not answer.doses:
         return Outcome(conversation, "the last answer was not steered")
@@ -355,40 +357,43 @@ COMMANDS: dict[str, Command] = {
     "steer": Command(
         _steer,
         "[NAME_OR_FILE [STRENGTH|off]]",
-        "Add a steering, give it another strength (1 unless given), or take it out; alone: list what is on.",
+        "Add a steering, change its strength (1 unless given), or remove it. Without arguments: list what is on.",
     ),
-    "strength": Command(_strength, "NAME X", "Give what is on another strength: 2 twice as hard, -1 the other way."),
-    "layer": Command(_layer, "NAME N[,N…]|all", "Steer at these of its layers only, or at all of them again."),
+    "strength": Command(_strength, "NAME X", "Change the strength of a steering: 2 is twice as hard, -1 the opposite."),
+    "layer": Command(_layer, "NAME N[,N…]|all", "Steer only at these of its layers, or at all of them again."),
     "make": Command(
         _make,
         TAKES,
-        "Make a steering from a sentence, a persona or pairs, measure it, and put it on if it holds: some minutes.",
+        "Make a steering from a sentence, a persona or pairs, test it, and turn it on if it works. Takes some minutes.",
     ),
-    "system": Command(_system, "[TEXT|off]", "Set the system message, or take it out; alone: show it."),
+    "system": Command(_system, "[TEXT|off]", "Set the system message, or remove it. Without arguments: show it."),
     "emphasize": Command(
         _emphasize,
         "[PHRASE|off]",
-        "Steer attention towards a phrase of the conversation, with rejection; off: towards none. Alone: list them.",
+        "Steer attention towards a phrase of the conversation, with rejection; off: none. Without arguments: list"
+        " them.",
     ),
     "image": Command(
-        _image, "[FILE …|off]", "Let the next question be about these images; alone: show which. For image-text models."
+        _image,
+        "[FILE …|off]",
+        "Add images to the next question, or remove them. Without arguments: list them. For image-text models.",
     ),
     "compare": Command(
-        _compare, "", "Answer unsteered as well, side by side, or no longer. The steered answer goes into the history."
+        _compare, "", "Turn unsteered answers side by side on or off. The steered answer goes into the history."
     ),
-    "undo": Command(_undo, "", "Take the last question and its answer back."),
-    "retry": Command(_retry, "", "Answer the last question again, under what is set now."),
-    "reset": Command(_reset, "", "Forget what was said; what steers stays on."),
+    "undo": Command(_undo, "", "Remove the last question and its answer."),
+    "retry": Command(_retry, "", "Answer the last question again, with the current settings."),
+    "reset": Command(_reset, "", "Forget the conversation; the steerings stay on."),
     "save": Command(
         _save,
         "FILE.json|FILE.safetensors",
-        "Write the conversation and the settings to a file; or what was made.",
+        "Write the conversation and the settings to a file; or a steering that /make made.",
     ),
-    "load": Command(_load, "FILE.json", "Go on from such a file."),
+    "load": Command(_load, "FILE.json", "Continue from a file that /save wrote."),
     "tokens": Command(
-        _tokens, "[NAME [LAYER]]", "Colour the last answer's tokens by their cosine with a steering's vector."
+        _tokens, "[NAME [LAYER]]", "Color the last answer's tokens by their cosine with a steering's vector."
     ),
-    "dose": Command(_dose, "", "How long the push was in the last answer, in lengths of the activation, by layer."),
+    "dose": Command(_dose, "", "Show the norm of the push in the last answer, relative to the activation's, by layer."),
     "help": Command(_help, "[COMMAND]", "List the commands, or explain one."),
     "quit": Command(_quit, "", "Leave, as Ctrl-D does."),
 }
@@ -406,7 +411,7 @@ def _words(rest: str, least: int, most: int, name: str) -> list[str]:
     if not least <= len(words) <= most:
         usage = f"/{name} {COMMANDS[name].takes}".strip()
         got = f"{len(words)} word{'s' * (len(words) != 1)} after it" if words else "nothing after it"
-        raise TrimtabError(f"/{name} got {got}; it is used so: {usage}")
+        raise TrimtabError(f"/{name} got {got}; usage: {usage}")
     return words
 
 
@@ -425,7 +430,7 @@ def _on(conversation: Conversation, name: str) -> Steered:
     if chosen is None:
         names = [steered.name for steered in conversation.steered]
         on = f"on: {', '.join(names)}" if names else "nothing is on"
-        raise TrimtabError(f"no steering {name!r} is on; {_meant(name, names)}{on}; /steer {name} puts it on")
+        raise TrimtabError(f"no steering {name!r} is on; {_meant(name, names)}{on}; /steer {name} turns it on")
     return chosen
 
 
@@ -439,7 +444,7 @@ def _file(desk: Desk, conversation: Conversation, word: str) -> tuple[Path, floa
         if strength is not None and (text in files or path.is_file()):
             return path, strength
     names = dict.fromkeys([*files, *(steered.name for steered in on)])
-    known = f"names: {', '.join(names)}" if names else "no --steerings folder gives names; give a path"
+    known = f"names: {', '.join(names)}" if names else "there is no --steerings folder to look names up in; give a path"
     raise TrimtabError(f"there is no steering or file {word!r}; {_meant(word, names)}{known}")
 
 
@@ -458,7 +463,7 @@ def _listed(desk: Desk, conversation: Conversation) -> Outcome:
     others = [name for name in names if conversation.find(name) is None]
     note = f"off: {', '.join(others)}" if others else ""
     if not conversation.steered:
-        return Outcome(conversation, f"nothing is on{'; ' + note if note else '; /steer FILE puts a steering on'}")
+        return Outcome(conversation, f"nothing is on{'; ' + note if note else '; /steer FILE adds a steering'}")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for heading in ("steering", "strength", "layers", "file"):
         table.add_column(heading, justify="right" if heading == "strength" else "left", overflow="fold")
@@ -467,7 +472,7 @@ def _listed(desk: Desk, conversation: Conversation) -> Outcome:
             steered.name,
             f"{steered.strength:g}",
             _numbers(steered.layers_on),
-            steered.file or "made here, in no file yet",
+            steered.file or "made here, not saved yet",
         )
     return Outcome(conversation, note, (table,))
 

@@ -185,7 +185,9 @@ class _Fields:
         self.path = path
         self.where = where
         if not isinstance(values, dict):
-            raise TrimtabError(f"{path}: {where.rstrip('.') or 'the document'} is no object; give a file of /save's")
+            raise TrimtabError(
+                f"{path}: {where.rstrip('.') or 'the document'} isn't an object; give a file that /save wrote"
+            )
         self.values: dict[str, Any] = values
 
     def malformed(self, name: str, wanted: str) -> TrimtabError:
@@ -198,7 +200,7 @@ class _Fields:
         raise self.malformed(name, wanted + (", or null" if optional else ""))
 
     def text(self, name: str, *, optional: bool = False) -> Any:
-        return self._get(name, optional, lambda value: isinstance(value, str), "a text")
+        return self._get(name, optional, lambda value: isinstance(value, str), "a string")
 
     def number(self, name: str, *, optional: bool = False) -> Any:
         value = self._get(name, optional, _is_number, "a number")
@@ -211,7 +213,9 @@ class _Fields:
         return self._get(name, False, lambda value: isinstance(value, bool), "true or false")
 
     def texts(self, name: str) -> list[str]:
-        return self._get(name, False, lambda value: _all(value, lambda item: isinstance(item, str)), "a list of texts")
+        return self._get(
+            name, False, lambda value: _all(value, lambda item: isinstance(item, str)), "a list of strings"
+        )
 
     def counts(self, name: str, *, optional: bool = False) -> tuple[int, ...] | None:
         fits = lambda value: _all(value, lambda item: _is_count(item, 0))  # noqa: E731

@@ -161,7 +161,7 @@ def outcome_of(making: Making) -> Outcome:
     if making.on:
         said = f"{making.name} is on at strength 1; /save {making.name}.safetensors writes it"
     else:
-        said = "nothing was put on; try clearer words, or /make --keep … to look at it"
+        said = "nothing was turned on; try clearer words, or /make --keep … to look at it"
     return Outcome(making.conversation, said, tuple(lines))
 
 

@@ -91,7 +91,7 @@ def _adapted(function: Callable[..., Any], queries: Sequence[str]) -> Check:
         options: dict[str, Any] = {"cut": cut, "prompt": queries[i]}
         verdict = function(answer, **{name: value for name, value in options.items() if name in takes})
         if not isinstance(verdict, (bool, int, float)):
-            raise TrimtabError(f"the check gave {verdict!r}; a check gives True, False or a number")
+            raise TrimtabError(f"the check returned {verdict!r}; a check returns True, False or a number")
         return verdict
 
     return check

@@ -42,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except TrimtabError as error:
         raise TrimtabError(f"--config: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        hint = "; JSON and YAML aren't read" if path.suffix in (".json", ".yaml", ".yml") else ""
+        hint = "; JSON and YAML aren't supported" if path.suffix in (".json", ".yaml", ".yml") else ""
         raise TrimtabError(f"--config {path} isn't TOML: {error}{hint}") from error
 
 
@@ -54,7 +54,7 @@ def _take(context: typer.Context, _parameter: Any, path: Path | None) -> Path | 
     values = {key.replace("-", "_"): value for key, value in written.items()}
     if len(values) < len(written):
         twice = next(key for key in written if "-" in key and key.replace("-", "_") in written)
-        raise TrimtabError(f"--config {path}: {twice} is there twice, with hyphens and with underscores; keep one")
+        raise TrimtabError(f"--config {path}: {twice} is given twice, with hyphens and with underscores; keep one")
     known = {
         _key(parameter): parameter for parameter in context.command.params if parameter.param_type_name == "option"
     }
@@ -63,7 +63,7 @@ def _take(context: typer.Context, _parameter: Any, path: Path | None) -> Path | 
             raise TrimtabError(f"--config {path}: {key} is a table; options are written as key = value")
         if key not in known or known[key].name in ("config", "help"):
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; do you mean {near[0]}?" if near else f"; trimtab {context.info_name} --help has the options"
+            hint = f"; do you mean {near[0]}?" if near else f"; trimtab {context.info_name} --help lists the options"
             raise TrimtabError(f"--config {path}: there is no option {key!r}{hint}")
         if getattr(known[key], "multiple", False) != isinstance(value, list):
             raise TrimtabError(f"--config {path}: {key} is {'a list' if known[key].multiple else 'one value'}")

@@ -41,8 +41,8 @@ def convert(
         str | None,
         typer.Option(
             "--from",
-            help="The format of IN: trimtab, gguf, json, torch, numpy, folder or safetensors. Default: recognised "
-            "by its content.",
+            help="The format of IN: trimtab, gguf, json, torch, numpy, folder or safetensors. Default: recognized by"
+            " its content.",
             metavar="KIND",
             rich_help_panel=READING,
         ),
@@ -68,8 +68,8 @@ def convert(
         int | None,
         typer.Option(
             min=0,
-            help="The block at whose output the file's only vector, or the --row, acts; with --position or --as, "
-            "the layer whose direction is used, as the file counts.",
+            help="The block after which the file's only vector, or the --row, acts; with --position or --as, the layer"
+            " whose direction is used, in the file's numbering.",
             rich_help_panel=READING,
         ),
     ] = None,
@@ -85,8 +85,8 @@ def convert(
         str | None,
         typer.Option(
             "--as",
-            help="ablate: take one direction from IN, and ablate it everywhere that writes to the residual stream, at "
-            "every token; needs --blocks, unless IN's card records the model. With --feature: add, or clamp.",
+            help="ablate: take one direction from IN, and ablate it in everything that writes to the residual stream,"
+            " at every token; needs --blocks, unless IN's card records the model. With --feature: add, or clamp.",
             metavar="ablate|add|clamp",
             rich_help_panel=ABLATING,
         ),
@@ -177,7 +177,7 @@ def _features(
     from trimtab.files.autoencoder import load_features
 
     if unused := [name for name, value in others.items() if value is not None]:
-        raise TrimtabError(f"{unused[0]} says nothing of a feature; leave it out")
+        raise TrimtabError(f"{unused[0]} doesn't apply to a feature; leave it out")
     if as_ not in (None, "add", "clamp"):
         raise TrimtabError(f"features are added or clamped; --as {as_!r} is not known with --feature")
     values = {}
@@ -214,14 +214,16 @@ def _ablation(
 
     if as_ != "ablate":
         hint = "; add and clamp are for features, see --feature" if as_ in ("add", "clamp") else ""
-        raise TrimtabError(f"--as {as_!r} is not known; known: ablate{hint}. Without it, the file says what is done")
+        raise TrimtabError(
+            f"--as {as_!r} is not known; known: ablate{hint}. Without it, the file determines the operation"
+        )
     direction, card = load_direction(source, source=kind, row=row, layer=layer, position=position)
     known = {model.layers for model in card.models}
     if blocks is None:
         if len(known) != 1:
             raise TrimtabError(
-                f"{source} doesn't say how many blocks its model has, and --as ablate acts at all of them; say"
-                " --blocks N (`trimtab models --model NAME` says how many)"
+                f"{source} doesn't say how many blocks its model has, and --as ablate acts at all of them; give"
+                " --blocks N (`trimtab models --model NAME` shows how many)"
             )
         (blocks,) = known
     elif known and known != {blocks}:

@@ -55,8 +55,8 @@ SETTINGS = (
 """The blocks and strengths were chosen on the package's `tune` queries (`benchmarks demo-settings`)."""
 
 LIMITS = """\
-The form is all that is steered: what the answers say stays as good or bad as the model, and "on topic" counts the
-answers that take up a word of their prompt. benchmarks/RESULTS.md has what was measured, and where it falls short."""
+Only the form is steered: the content of the answers stays as good or bad as the model, and "on topic" counts the
+answers that repeat a word of their prompt. benchmarks/RESULTS.md has the measurements, and where they fall short."""
 UNTUNED = "On another model, better settings may exist: trimtab learn distill --help has them."
 
 
@@ -214,7 +214,7 @@ def _steering(
 
     try:
         if PER_QUERY * len(learn) < LEAST:
-            raise TooFewAnswersError("so few queries are too few")
+            raise TooFewAnswersError("there are too few queries")
         steering = learn_distill(
             lm,
             instruction=instruction.learn,
@@ -275,7 +275,7 @@ def _opening(lm: LM, tested: int, shipped: Sequence[str]) -> str:
         f"{lm.name}, {_dtype(lm)} on {lm.model.device.type}, greedy, {MAX_NEW_TOKENS} tokens.",
         f"Each instruction is tried on {tested} queries that nothing was learned from: first without the instruction in"
         " the prompt,",
-        "so that the steering alone has to bring it about, then with it.",
+        "so that only the steering can bring it about, then with it.",
     ]
     if shipped:
         lines.append(

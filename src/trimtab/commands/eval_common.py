@@ -176,7 +176,7 @@ def resumable(out: Path | None, *, quiet: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if out is not None:
-            note(f"what was done is in {out}; the same command goes on from there", quiet=quiet)
+            note(f"finished parts are in {out}; the same command resumes the run", quiet=quiet)
         raise
 
 
@@ -272,12 +272,12 @@ def shorten(text: str, width: int = 48) -> str:
 def find_data(data: Path | None, names: Sequence[str], what: str) -> list[Path]:
     """The named files of a folder, or the one file. Raises `TrimtabError` if there are none."""
     if data is None:
-        raise TrimtabError(f"{what} need their data; give --data FILE, or a folder with {', '.join(names)}")
+        raise TrimtabError(f"{what} need data; give --data FILE, or a folder with {', '.join(names)}")
     if data.is_file():
         return [data]
     if not data.is_dir():
         raise TrimtabError(f"there is no file or folder {data}")
     paths = [path for name in names for path in (data / name, data / Path(name).name) if path.is_file()]
     if not paths:
-        raise TrimtabError(f"{data} has none of {', '.join(names)}; name a file with --data")
+        raise TrimtabError(f"{data} doesn't contain any of {', '.join(names)}; name a file with --data")
     return list(dict.fromkeys(paths))

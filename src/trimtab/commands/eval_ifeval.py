@@ -44,14 +44,16 @@ def ifeval(
     repeat_instruction: Annotated[
         bool,
         typer.Option(
-            "--repeat-instruction", help=f"One more arm, “{REPEATED}”: unsteered, the instructions said again."
+            "--repeat-instruction", help=f"One more arm, “{REPEATED}”: unsteered, with the instructions repeated."
         ),
     ] = False,
     official: Annotated[
         bool,
         typer.Option("--official", help="Like the official checker, accept answers whose language can't be detected."),
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many prompts, from the start of the file.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer, in every arm.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch, over all arms.")] = 64,
     options: RunOptions,
@@ -86,7 +88,7 @@ def ifeval(
     """
     plan = arms.plan()
     if repeat_instruction and without_instruction:
-        raise TrimtabError("--repeat-instruction says again what --without-instruction takes out; leave one of them")
+        raise TrimtabError("--repeat-instruction repeats what --without-instruction removes; leave one of them out")
     check_targets(options.out, None)
 
     from trimtab.evaluate.ifeval import read_ifeval, repeated, requests_of, scorer

@@ -54,9 +54,7 @@ def inspect(
     """
     plan = arms.plan()
     if plan.random or plan.systems:
-        raise TrimtabError(
-            "--random and --system-prompt are no arms of a task of Inspect's; use --steer and --strength"
-        )
+        raise TrimtabError("--random and --system-prompt don't apply to Inspect tasks; use --steer and --strength")
     steerings = {name: _named(arm.about) for name, arm in plan.arms().items()}
     arguments = _arguments(task_arg or [])
     check_replicas(loader.replicas, loader.engine)
@@ -110,5 +108,5 @@ def _named(about: Any) -> str | None:
 def _arguments(texts: list[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
     if odd := [text for text, (_, sign, _) in zip(texts, pairs, strict=True) if not sign]:
-        raise TrimtabError(f"-T {odd[0]!r} is no NAME=VALUE")
+        raise TrimtabError(f"-T {odd[0]!r} isn't NAME=VALUE")
     return {name: value for name, _, value in pairs}

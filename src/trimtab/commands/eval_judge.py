@@ -175,7 +175,7 @@ def _rubric(criterion: str, scale: str, ends: str) -> Rubric:
     try:
         low, high = (float(part) for part in scale.split(","))
     except ValueError:
-        raise TrimtabError(f"--scale {scale!r} is no pair of numbers; write 0,10") from None
+        raise TrimtabError(f"--scale {scale!r} isn't a pair of numbers; write 0,10") from None
     words = [word.strip() for word in ends.split(",")]
     if len(words) != 2 or not all(words):
         raise TrimtabError(f"--ends {ends!r} isn't a pair of words; write 'not at all,entirely'")
@@ -187,7 +187,7 @@ def _endpoint(kind: Any) -> Judge:
     try:
         endpoint = kind.from_environment()
     except TrimtabError as error:
-        raise TrimtabError(f"{error}; --local takes the model itself, a weak judge") from None
+        raise TrimtabError(f"{error}; --local uses the model itself, a weak judge") from None
     endpoint.check()
     return endpoint
 

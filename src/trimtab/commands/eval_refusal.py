@@ -35,9 +35,7 @@ def refusal(
     *,
     data: Annotated[
         list[Path],
-        typer.Option(
-            help=f"A folder with {', '.join(FILES)} (what is there of them), or a file. May be given several times."
-        ),
+        typer.Option(help=f"A folder with any of {', '.join(FILES)}, or a file. May be given several times."),
     ],
     arms: ArmOptions,
     limit: LimitOption = None,
@@ -103,6 +101,6 @@ def refusal(
     title = f"Refusals on {run.lm.name}, {len(items)} requests, at most {max_new_tokens} tokens an answer"
     parts: list[RenderableType] = []
     for part, bad in harmful.items():
-        wanted = "harmful: high is wanted" if bad else "harmless: low is wanted"
+        wanted = "harmful: higher is better" if bad else "harmless: lower is better"
         parts += [f"{part} ({wanted})", scores_table(document, COLUMNS, part), ""]
     finish(document, title, "", *parts, out=out, json=json)

@@ -29,7 +29,7 @@ Score = Callable[["LM", dict[str, Arm], Path | None, Mapping[str, Any]], "list[R
 FinetuneOption = Annotated[
     Path | None,
     typer.Option(
-        help="Pairs to finetune a LoRA on, towards each of their sides: more arms, without and with each steering.",
+        help="Pairs to finetune a LoRA on, one for each side: adds arms with the LoRA alone and with each steering.",
         metavar="PAIRS",
         rich_help_panel=PANEL,
     ),

@@ -73,11 +73,11 @@ def check_program(
             )
     if options.get("positions") not in (None, "all"):
         raise TrimtabError(
-            f"--for {LLAMA} means --positions all, for it adds at every token, and --positions {options['positions']}"
-            " was given; leave one out"
+            f"--for {LLAMA} means --positions all, because it adds at every token, and --positions"
+            f" {options['positions']} was given; leave one out"
         )
     if options.get("one_sided"):
-        raise TrimtabError(f"--one-sided is for projections, and --for {LLAMA} learns what is added; leave one out")
+        raise TrimtabError(f"--one-sided is for projections, and --for {LLAMA} learns additions; leave one out")
     if isinstance(layers, list) and layers and set(layers) == {0}:
         raise TrimtabError(f"{LLAMA} can't steer block 0; give other --layers")
     return {name: wanted for name, wanted in IMPLIED[method].items() if options.get(name) is None}
@@ -88,7 +88,7 @@ def check_output(program: str | None, out: Path) -> None:
     if program not in (None, LLAMA):
         raise TrimtabError(f"--for {program!r} is not known; known: {LLAMA}")
     if program is None and out.suffix == ".gguf":
-        raise TrimtabError(f"{out}: steerings are saved as .safetensors files; for a .gguf file say --for {LLAMA}")
+        raise TrimtabError(f"{out}: steerings are saved as .safetensors files; for a .gguf file give --for {LLAMA}")
     check_target(out, ".gguf" if out.suffix == ".gguf" else ".safetensors")
 
 

@@ -141,7 +141,7 @@ def generate(
     ] = False,
     trace: Annotated[
         bool,
-        typer.Option("--trace", rich_help_panel=ATTENTION, help="Colour each token by what rejection did there."),
+        typer.Option("--trace", rich_help_panel=ATTENTION, help="Color each token by what rejection did there."),
     ] = False,
     trace_html: Annotated[
         Path | None, typer.Option(help="Write the traces to a page.", metavar="FILE", rich_help_panel=ATTENTION)
@@ -226,14 +226,14 @@ def generate(
     if compare and not files and marks is None:
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
     if plain and loader.template:
-        raise TrimtabError("--template is about the chat template, and --plain goes without it; leave one of them out")
+        raise TrimtabError("--template changes the chat template, and --plain doesn't use it; leave one of them out")
     _check_strength(dose, nats, bool(files), loader.engine)
     if plain and not image and not all(isinstance(item, str) for item in all_prompts):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     if system is not None and any(not isinstance(item, str) and item[0]["role"] == "system" for item in all_prompts):
-        raise TrimtabError("--system is a system message, and there are prompts that have one; leave one of them out")
+        raise TrimtabError("--system adds a system message, and some prompts already have one; leave one of them out")
     if clean_cache and not files:
-        raise TrimtabError("--clean-cache says over what cache to steer; give --steer FILE as well")
+        raise TrimtabError("--clean-cache chooses the cache to steer over; give --steer FILE as well")
     steering = _steering(files, positions)
     schema = {} if json_schema is None else {"json_schema": read_schema(json_schema)}
     lm = loader.load(quiet=json)
@@ -346,7 +346,7 @@ def _check_strength(dose: float | None, nats: float | None, steers: bool, engine
         )
     if nats is not None and engine != "transformers":
         raise TrimtabError(
-            f"--nats needs all tokens' probabilities, which the {engine} engine doesn't give; leave --engine out to"
+            f"--nats needs all tokens' probabilities, which the {engine} engine doesn't return; leave --engine out to"
             " find the strength, then give it as FILE:STRENGTH"
         )
 
@@ -384,7 +384,7 @@ def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict
     if not sample:
         if temperature is not None or seed is not None:
             name = "--temperature" if temperature is not None else "--seed"
-            raise TrimtabError(f"{name} changes nothing about greedy decoding; add --sample")
+            raise TrimtabError(f"{name} has no effect on greedy decoding; add --sample")
         return {}
     if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
         raise TrimtabError(f"--temperature is a number above 0, got {temperature}")

@@ -42,7 +42,7 @@ def list_(
         column.overflow = "fold"  # a name that is cut off can't be pulled
     for listing in listed:
         table.add_row(listing.name, ", ".join(listing.models), ", ".join(listing.tags), listing.modified or "")
-    show(table if listed else f"there are no steerings of {where}")
+    show(table if listed else f"no steerings found for {where}")
 
 
 def pull(
@@ -81,7 +81,7 @@ def push(
     base_model: Annotated[
         str | None, typer.Option(help="The model's id on the Hub, if the steering's card doesn't record it.")
     ] = None,
-    license: Annotated[str | None, typer.Option(help="The licence of the data: apache-2.0, cc-by-4.0 …")] = None,
+    license: Annotated[str | None, typer.Option(help="The license of the data: apache-2.0, cc-by-4.0 …")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch to push to.")] = None,
     json: JsonOption = False,

@@ -42,7 +42,7 @@ def inspect(
         Path | None, typer.Option(help="Draw a picture of it into this .png (needs trimtab\\[plot]).")
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Colour each token of this text by its cosine with the direction.")
+        str | None, typer.Option(help="Color each token of this text by its cosine with the direction.")
     ] = None,
     pairs: Annotated[
         Path | None, typer.Option(help="Draw these pairs' activations, as two principal components per layer.")
@@ -52,7 +52,7 @@ def inspect(
         int | None, typer.Option(help="With --text or --pairs: use this layer instead of all of the file's.")
     ] = None,
     page: Annotated[
-        Path | None, typer.Option("--html", help="With --text: write the coloured text into this .html page.")
+        Path | None, typer.Option("--html", help="With --text: write the colored text into this .html page.")
     ] = None,
     nats: Annotated[
         bool,
@@ -91,7 +91,7 @@ def inspect(
     """
     _check_options(files, plot, text, pairs, layer, page)
     if nats and (len(files) == 2 or text is not None or pairs is not None):
-        raise TrimtabError("--nats is about one file, without --text or --pairs")
+        raise TrimtabError("--nats takes one file, without --text or --pairs")
     named = columns.of(pairs=pairs is not None)
     picks = [parse_pick(file, "inspect") for file in files]
     check_picture(plot)
@@ -135,11 +135,11 @@ def inspect(
     show(f"{pick}: {origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, edit_pushes))
     if suggested is not None:
         why = "as it was found" if has_its_strength(steering) else f"an overall dose of about {MILD:g}"
-        show("", f"strength to begin with: {suggested:g} ({why})")
+        show("", f"suggested strength: {suggested:g} ({why})")
     if far is not None:
         show("", f"divergence on {far['model']}: {far['mean']:.3g} nats per token, 95th percentile {far['p95']:.3g}")
     if steering.card.audit is not None and steering.card.audit.get("edits") != edits_digest(steering):
-        show("", "the audit in its card is of other strengths or layers than these; trimtab audit measures anew")
+        show("", "the audit in its card was run with other strengths or layers than these; run trimtab audit again")
     if plot is not None:
         show("", f"drew {plot}")
 
@@ -165,15 +165,15 @@ def _check_options(
     if len(files) > 2:
         raise TrimtabError(f"two files are compared, not {len(files)}")
     if len(files) == 2 and (text is not None or pairs is not None):
-        raise TrimtabError("--text and --pairs are about one file; name one")
+        raise TrimtabError("--text and --pairs take one file; give one")
     if text is not None and pairs is not None:
         raise TrimtabError("--text and --pairs are two pictures; ask for one at a time")
     if pairs is not None and plot is None:
         raise TrimtabError("--pairs draws a picture; say where with --plot FILE.png")
     if layer is not None and text is None and pairs is None:
-        raise TrimtabError("--layer is about --text or --pairs")
+        raise TrimtabError("--layer needs --text or --pairs")
     if page is not None and text is None:
-        raise TrimtabError("--html is about a text; give --text TEXT")
+        raise TrimtabError("--html needs a text; give --text TEXT")
 
 
 def _document(

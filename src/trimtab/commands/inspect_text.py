@@ -52,7 +52,7 @@ def show_text(
             {"file": str(file.path), "model": lm.name, "tokens": list(rows[0].pieces), "layers": layers, **written}
         )
         return
-    show(f"{title}: blue along it, red against it, full colour at ±{full:.2f}")
+    show(f"{title}: blue along it, red against it, full color at ±{full:.2f}")
     for row in rows:
         show("", f"layer {row.layer}", coloured_cosines(row, full))
     _tell(written)
@@ -69,7 +69,7 @@ def show_plane(
 
     steering, some = file.load(), spread(read, DRAWN_PAIRS)
     if len(some) < 2:
-        raise TrimtabError(f"{pairs} has {len(some)} pair; a plane needs two at least")
+        raise TrimtabError(f"{pairs} has {len(some)} pair; a plane needs at least two")
     lm.check(steering, transfer=transfer)
     layers = [layer] if layer is not None else list(spread(steering.layers, DRAWN_LAYERS))
     steering.only(layers)  # raises for layers that it doesn't have
@@ -122,7 +122,7 @@ def show_two(files: Sequence[Pick], plot: Path | None, *, json: bool) -> None:
 def _nearest(layers: Sequence[int], across: Sequence[int], cosines: Sequence[Sequence[float]], names: Any) -> Table:
     """For each layer of the first: the cosine at the same layer of the other, and its most similar other layer."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    for name in (f"layer of {names[0]}", "same layer", f"else most alike in {names[1]}", "cosine"):
+    for name in (f"layer of {names[0]}", "same layer", f"otherwise most similar in {names[1]}", "cosine"):
         table.add_column(name, justify="right")
     for layer, row in zip(layers, cosines, strict=True):
         same = f"{row[across.index(layer)]:+.3f}" if layer in across else ""

@@ -98,8 +98,8 @@ def _remark(recognised: Recognised | None) -> str:
     if recognised is None:
         return "no known type of instruction: learning from the sentence alone"
     values = ", ".join(f"{name} {value}" for name, value in recognised.values.items())
-    how = "" if recognised.exact else f", by its likeness ({recognised.likeness:.0%}) to a phrasing of it"
-    return f"recognised as {recognised.type.name}{f' ({values})' if values else ''}{how}"
+    how = "" if recognised.exact else f", by its similarity ({recognised.likeness:.0%}) to a phrasing of it"
+    return f"recognized as {recognised.type.name}{f' ({values})' if values else ''}{how}"
 
 
 def _digest(phrasings: Sequence[str]) -> str:

@@ -50,8 +50,8 @@ def learn(
     instruction: Annotated[
         str | None,
         typer.Option(
-            help="A sentence: pairs are made from it and the included queries. If its type is recognised, other "
-            "phrasings of it are used too.",
+            help="A sentence: pairs are made from it and the included queries. If its type is recognized, other"
+            " phrasings of it are used too.",
             metavar="SENTENCE",
             rich_help_panel=SOURCE,
         ),
@@ -72,7 +72,8 @@ def learn(
         bool,
         typer.Option(
             "--logit",
-            help="With --word: move its own logit after the last block, which needs no word of it in the prompt.",
+            help="With --word: move its own logit after the last block, which works even if the prompt doesn't ask for"
+            " it.",
             rich_help_panel=SOURCE,
         ),
     ] = False,
@@ -116,9 +117,9 @@ def learn(
     estimator: Annotated[
         str | None,
         typer.Option(
-            help="For caa: how the direction is computed from the activations: the mean difference, the median "
-            "difference, the first principal component of centred members, or a probe's weight. Default: "
-            "mean-difference.",
+            help="For caa: how the direction is computed from the activations: the mean difference, the median"
+            " difference, the first principal component of centered members, or a probe's weight. Default:"
+            " mean-difference.",
             metavar="mean-difference|median|pca|probe",
         ),
     ] = None,
@@ -210,7 +211,7 @@ def learn(
     if method != "instruct" and (operation is not None or positions is not None or one_sided):
         raise TrimtabError(f"--operation, --positions and --one-sided are for instruct, not for {method}")
     if method != "caa" and read_at is not None:
-        raise TrimtabError(f"--read-at is about answers, and {method} learns from prompts")
+        raise TrimtabError(f"--read-at applies to answers, and {method} learns from prompts")
     if method != "caa" and estimator is not None:
         raise TrimtabError(f"--estimator is for caa, not for {method}")
     if exclude and word is None:
@@ -218,10 +219,10 @@ def learn(
     if logit:
         _check_logit(word, {"--layers": layers, "--operation": operation, "--positions": positions, "--queries": limit})
     if limit is not None and pairs is not None:
-        raise TrimtabError("--queries is about the included queries, and --pairs brings its own")
+        raise TrimtabError("--queries limits the included queries, and --pairs replaces them")
     wanted = parse_layers(layers)
     if every and forecast:
-        raise TrimtabError("--forecast is about one steering, and --all learns many; leave one out")
+        raise TrimtabError("--forecast covers one steering, and --all learns many; leave one out")
     if every and program is not None:
         raise TrimtabError("--all writes a folder of steerings; --for takes one at a time")
     if not every:
@@ -248,7 +249,7 @@ def learn(
     if every:
         _check_folder(out, [lesson.name for lesson in lessons])
     if one_sided and not every and any((operation or lesson.operation) != "project" for lesson in lessons):
-        raise TrimtabError("--one-sided is for projections, and lengths and words are added; say --operation project")
+        raise TrimtabError("--one-sided is for projections, and lengths and words are added; use --operation project")
     for lesson in lessons:
         note(lesson.remark, quiet=json or not lesson.remark)
     lm = loader.load(quiet=json)
@@ -297,7 +298,7 @@ def _check_logit(word: str | None, others: dict[str, Any]) -> None:
         raise TrimtabError("--logit moves a word's logit; say which word with --word")
     if options := [name for name, value in others.items() if value is not None]:
         raise TrimtabError(
-            f"{options[0]} isn't for --logit, which acts after the last block and learns from no queries"
+            f"{options[0]} doesn't apply to --logit, which acts after the last block and learns from no queries"
         )
 
 
@@ -311,7 +312,7 @@ def _check_operation(operation: str | None, one_sided: bool) -> None:
 def _check_folder(out: Path, names: Sequence[str]) -> None:
     """Raise `TrimtabError` if this folder can't be created, or the files can't be written into it."""
     if out.suffix == ".safetensors" or (out.exists() and not out.is_dir()):
-        raise TrimtabError(f"--all writes one file a type of instruction; {out} is no folder")
+        raise TrimtabError(f"--all writes one file per type of instruction; {out} isn't a folder")
     if out.is_dir():
         for name in names:
             check_target(out / f"{name}.safetensors", ".safetensors")
@@ -419,7 +420,7 @@ def parse_layers(text: str | None) -> list[int] | str | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise TrimtabError(f"--layers {text!r} is no list of blocks; write 14, or 12,14,16, or all") from None
+        raise TrimtabError(f"--layers {text!r} isn't a list of blocks; write 14, or 12,14,16, or all") from None
 
 
 def _document(

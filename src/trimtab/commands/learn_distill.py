@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trimtab.learn.own_answers import Check
     from trimtab.steering import Steering
 
-PROMPT, CHECK, FIT = "The prompt that is to become needless", "Which answers count", "The fit"
+PROMPT, CHECK, FIT = "The prompt to distill", "Which answers count", "The fit"
 WAYS = {"said in other ways": "with other wordings", "tried at several blocks": "with steering tried at several layers"}
 """Phrases for a sentence, by the card's names for the ways of finding answers."""
 
@@ -36,8 +36,8 @@ def learn_distill(
     instruction: Annotated[
         str | None,
         typer.Option(
-            help="A sentence to put behind each query. If its type is recognised, other phrasings are used too, and"
-            " the type's own check says which answers count.",
+            help="A sentence to append to each query. If its type is recognized, other phrasings are used too, and the"
+            " type's own check decides which answers count.",
             metavar="SENTENCE",
             rich_help_panel=PROMPT,
         ),
@@ -46,7 +46,7 @@ def learn_distill(
     prompt_file: Annotated[
         Path | None,
         typer.Option(
-            help="A text to put in front of each query; or, if {query} stands in it, around it.", rich_help_panel=PROMPT
+            help="A text to put in front of each query; or, if it contains {query}, around it.", rich_help_panel=PROMPT
         ),
     ] = None,
     examples: Annotated[
@@ -98,8 +98,8 @@ def learn_distill(
     fit: Annotated[
         str,
         typer.Option(
-            help="gradient (descends on the divergence from the model with the prompt), closed (regression, block by"
-            " block, without a gradient), or both, one on top of the other.",
+            help="gradient (gradient descent on the divergence from the model with the prompt), closed (regression,"
+            " block by block, without a gradient), or both, one on top of the other.",
             metavar="gradient|closed|both",
             rich_help_panel=FIT,
         ),
@@ -107,7 +107,7 @@ def learn_distill(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Blocks to steer after, from 0: 14, or 12,14,16, or all. Without it: all; for closed every second.",
+            help="Blocks to steer after, from 0: 14, or 12,14,16, or all. Default: all; for closed, every second one.",
             rich_help_panel=FIT,
         ),
     ] = None,
@@ -115,11 +115,11 @@ def learn_distill(
         int | None,
         typer.Option(
             min=0,
-            help="Directions that are read at each block; 0 is a vector alone. Without it: 8, and 64 for closed.",
+            help="The number of directions read at each block; 0 learns only a vector. Default: 8, and 64 for closed.",
             rich_help_panel=FIT,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of descent, at most.", rich_help_panel=FIT)] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="The maximum number of gradient steps.", rich_help_panel=FIT)] = 16,
     rate: Annotated[
         float,
         typer.Option(help="The learning rate, in units of the activations' root mean square.", rich_help_panel=FIT),
@@ -129,8 +129,8 @@ def learn_distill(
         typer.Option(
             min=0,
             max=1,
-            help="The share of answers that are learned with the prompt still there, so that the steering also helps"
-            " where the instruction is said.",
+            help="The share of answers that are learned with the prompt kept, so that the steering also helps where the"
+            " instruction is given.",
             rich_help_panel=FIT,
         ),
     ] = 0.3,
@@ -179,14 +179,14 @@ def learn_distill(
 
     if len(base) * PER_QUERY < LEAST:
         raise TrimtabError(
-            f"{queries}: {len(base)} different queries, of which at most {PER_QUERY} answers each are learned from, and"
-            f" {LEAST} answers are needed; give at least {LEAST // PER_QUERY}, better dozens"
+            f"{queries}: {len(base)} different queries, and at most {PER_QUERY} answers to each are learned from, but"
+            f" {LEAST} answers are needed; give at least {LEAST // PER_QUERY}, preferably dozens"
         )
     teacher = Teacher(_phrasings(instruction, recognised), system, text, shots, times)
     lm = loader.load(quiet=json)
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     if recognised is not None:
-        note(f"recognised as {recognised.type.name}", quiet=json)
+        note(f"recognized as {recognised.type.name}", quiet=json)
     with progress_bar("answering", quiet=json) as progress:
 
         def say(words: str) -> None:

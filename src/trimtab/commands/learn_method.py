@@ -177,7 +177,7 @@ def _opening(learned: Steering) -> list[str]:
         return []
     chosen, meant, others = condition["chosen"], condition["meant"], condition["others"]
     right, wrong = f"{chosen['hits']:.0%} of {meant}", f"{chosen['false_alarms']:.0%} of {others}"
-    return [f"its gate is open on {right} prompts that it is for, and on {wrong} others"]
+    return [f"its gate is open on {right} target prompts, and on {wrong} others"]
 
 
 def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:

@@ -28,15 +28,16 @@ def learn_probe(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Blocks to look at, from 0: 14, or 12,14,16, or all. Without it: every fourth, from a quarter on."
+            help="Blocks to look at, from 0: 14, or 12,14,16, or all. Default: every fourth, from a quarter of the"
+            " depth on."
         ),
     ] = None,
     read_at: Annotated[
-        str, typer.Option(help="At which tokens of an answer: answer (all), first:K, after:MARKER or last.")
+        str, typer.Option(help="Which tokens of an answer to read: answer (all), first:K, after:MARKER or last.")
     ] = "answer",
     false_alarms: Annotated[
         float,
-        typer.Option(help="The share of negative answers held out that may have a token beyond the threshold."),
+        typer.Option(help="The share of held-out negative answers that may have a token beyond the threshold."),
     ] = 0.05,
     loader: EngineModelOptions,
     json: JsonOption = False,
@@ -78,7 +79,7 @@ def learn_probe(
         return
     show(
         f"probe on {lm.name}, from {len(read)} pairs: layer {measured['layer']}",
-        f"area under the curve {measured['area']:.3f}, on {measured['held_out']} pairs held out",
+        f"area under the curve {measured['area']:.3f}, on {measured['held_out']} held-out pairs",
         f"threshold {measured['threshold']:.3g}: beyond it are {measured['hits']:.0%} of the positive answers"
         f" and {measured['false_alarms']:.0%} of the negative ones",
         f"saved {out}",

@@ -148,7 +148,7 @@ def make(
     columns = named.of(pairs=from_ is not None, source="--from")
     options = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
     if from_ is not None and (more := [name for name, value in options.items() if value is not None]):
-        raise TrimtabError(f"--from has all that is learned from and tested on; leave out {more[0]}")
+        raise TrimtabError(f"--from contains everything to learn from and to test on; leave out {more[0]}")
     pairs = pairs_in(from_, columns)
     wanted = None if from_ else _idea(idea, like, unlike, card, questions, _writer(writer, writer_model), cards=cards)
 
@@ -235,7 +235,7 @@ def _idea(
 
     if card is not None:
         if writer is not None:
-            raise TrimtabError("a card has all that a writer would write; leave out --card or --writer")
+            raise TrimtabError("a card already contains what a writer would write; leave out --card or --writer")
         wanted = idea_from_trait(read_trait(card))
     elif writer is not None:
         wish = idea if idea is not None else f"be like {like}" + (f", not like {unlike}" if unlike else "")

@@ -64,7 +64,7 @@ def models(
         table = _grid()
         for way, meaning in WAYS.items():
             table.add_row(way, meaning)
-        state = f"is in {folder}" if cached else f"will be kept in {folder}; it isn't there yet"
+        state = f"is in {folder}" if cached else f"isn't downloaded yet; it will be kept in {folder}"
         show("Name a model by", table, "", f"{default_model.NAME} {state}")
         return
     lm = loader.load(quiet=json)

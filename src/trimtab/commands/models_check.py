@@ -67,4 +67,4 @@ def _print(report: Report) -> None:
             table.add_row("", Text(finding.reason, "dim"))
     show(f"{report.name} ({report.family}), blocks at {report.blocks}, weights {report.weights}", "", table)
     if report.wrong:
-        say("Something is wrong: what trimtab gives there isn't what it says. Please report it with the lines above.")
+        say("Something is wrong: trimtab gives incorrect results there. Please report it with the lines above.")

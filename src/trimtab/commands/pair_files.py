@@ -44,7 +44,7 @@ class ColumnOptions:
         """The parsed mapping. Raises `TrimtabError` if it is malformed, or if there are no `pairs` to apply it to."""
         for name, value in (("--keys", self.keys), ("--ignore", self.ignore)):
             if value is not None and not pairs:
-                raise TrimtabError(f"{name} is about the columns of pairs; give {source} FILE")
+                raise TrimtabError(f"{name} applies to the columns of pairs; give {source} FILE")
         return Columns.parse(KEYS, self.keys, self.ignore)
 
     def read(self, path: str | Path | None) -> list[Pair]:

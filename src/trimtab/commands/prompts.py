@@ -44,7 +44,7 @@ def gather_prompts(texts: Sequence[str], source: str | None, column: str | None 
         if not text.strip():
             raise TrimtabError("a --prompt is empty; give it some text")
     if column is not None and source is None:
-        raise TrimtabError("--column is about a file of prompts, and there is none; give one, or leave --column out")
+        raise TrimtabError("--column applies to a file of prompts, and there is none; give one, or leave --column out")
     results: list[Prompt] = [*texts, *(_read(source, column) if source else [])]
     if not results:
         raise TrimtabError("there is no prompt; give --prompt TEXT, or --prompts FILE (- reads standard input)")
@@ -57,7 +57,7 @@ def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: boo
     Raises `TrimtabError` for a file that isn't an image, plain text, and messages without a user message.
     """
     if plain:
-        raise TrimtabError("--image needs the chat template, and --plain goes without it; leave one of them out")
+        raise TrimtabError("--image needs the chat template, and --plain doesn't use it; leave one of them out")
     for name in images:
         read_image(Path(name), what=f"--image {name}")
     results: list[Prompt] = []
@@ -66,7 +66,7 @@ def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: boo
         messages: list[dict[str, Any]] = [dict(message) for message in talk]
         asking = [message for message in messages if message["role"] == "user"]
         if not asking:
-            raise TrimtabError("--image belongs to a message of the user's, and a prompt has none")
+            raise TrimtabError("--image belongs to a user message, and a prompt has none")
         asking[-1]["content"] = beside(images, asking[-1]["content"])
         results.append(messages)
     return results
@@ -82,7 +82,9 @@ def _read(source: str, column: str | None) -> list[Prompt]:
         kind = kind if kind in READERS else _kind_of(text)
         if not kind:
             if column is not None:
-                raise TrimtabError(f"{name} holds one prompt a line, and has no column {column!r}; leave --column out")
+                raise TrimtabError(
+                    f"{name} holds one prompt per line, and has no column {column!r}; leave --column out"
+                )
             rows = ((f"{name}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
         else:
             rows = READERS[kind](Path(name), text)
@@ -111,7 +113,7 @@ def _kind_of(text: str) -> str:
 def _prompt(row: Any, where: str, column: str | None) -> Prompt:
     if not isinstance(row, Mapping):
         if column is not None:
-            raise TrimtabError(f"{where}: this is no row with columns, so it has no {column!r}; leave --column out")
+            raise TrimtabError(f"{where}: this isn't a row with columns, so it has no {column!r}; leave --column out")
         return _checked(row, where)
     name = _column(row, where, column)
     prompt = _checked(row[name], where, messages=name in ("messages", "conversations"))
@@ -122,10 +124,10 @@ def _prompt(row: Any, where: str, column: str | None) -> Prompt:
     if len(said) > 1:
         raise TrimtabError(f"{where}: {said[0]!r} and {said[1]!r} are two system prompts; take one of them out")
     if not isinstance(row[said[0]], str):
-        raise TrimtabError(f"{where}: {said[0]!r} is no text")
+        raise TrimtabError(f"{where}: {said[0]!r} isn't text")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if messages[0]["role"] == "system":
-        raise TrimtabError(f"{where}: there is a system prompt twice: among the messages, and beside them")
+        raise TrimtabError(f"{where}: the system prompt is given twice: in the messages, and in a column of its own")
     return [{"role": "system", "content": row[said[0]]}, *messages]
 
 
@@ -138,14 +140,14 @@ def _column(row: Mapping[str, Any], where: str, wanted: str | None) -> str:
         return wanted
     there = columns_of(row, COLUMNS)
     if not there:
-        raise TrimtabError(f"{where}: no prompt: {has}; say which column is one (--column), or call it {COLUMNS[0]!r}")
+        raise TrimtabError(f"{where}: no prompt: {has}; name its column (--column), or call it {COLUMNS[0]!r}")
     said = [name for name in there if not is_blank(row[name])]
     systems = columns_of(row, ("system", *ALIASES["system"]))
     lost = [name for name in belonging(row, row[said[0]]) if name not in (*said, *systems)] if said else []
     if said and len(rivals := [*said, *lost]) > 1:
         raise TrimtabError(
-            f"{where}: {' and '.join(map(repr, rivals))} could each belong to the prompt, and one is read; say which"
-            f" (--column {rivals[0]}), or write the whole prompt into one"
+            f"{where}: {' and '.join(map(repr, rivals))} could each belong to the prompt, and only one is read; choose"
+            f" one (--column {rivals[0]}), or write the whole prompt into one"
         )
     return (said or there)[0]
 
@@ -160,7 +162,7 @@ def _checked(value: Any, where: str, *, messages: bool = False) -> Prompt:
             raise TrimtabError(f'{where}: messages are a list of {{"role": "user", "content": "…"}}')
         return value
     if not isinstance(value, str) or is_blank(value):
-        raise TrimtabError(f"{where}: the prompt is {'NaN, ' if is_nan(value) else ''}empty or no text")
+        raise TrimtabError(f"{where}: the prompt is {'NaN, ' if is_nan(value) else ''}empty or not text")
     return value
 
 

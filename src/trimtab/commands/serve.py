@@ -37,8 +37,8 @@ def serve(
     steerings: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of steering files. Requests name them as the files are named. Without it, and without a"
-            " policy, the default model has three to try.",
+            help="A folder of steering files. Requests refer to them by file name. Without it, and without a policy,"
+            " the default model comes with three to try.",
             metavar="DIR",
         ),
     ] = None,
@@ -123,7 +123,8 @@ def serve(
         int,
         typer.Option(
             min=0,
-            help="Tokens of past texts to keep in memory, so that the next turn isn't read again; 0 keeps none.",
+            help="Tokens of past texts to keep in the prefix cache, so that the next turn doesn't compute them again;"
+            " 0 keeps none.",
             metavar="TOKENS",
             rich_help_panel=LIMITS,
         ),
@@ -132,8 +133,8 @@ def serve(
         bool,
         typer.Option(
             "--prefix-shared",
-            help="With --prefix-cache: share unsteered texts between keys; response times then reveal what others "
-            "asked.",
+            help="With --prefix-cache: share unsteered prefixes between API keys; response times then reveal what"
+            " others asked.",
             rich_help_panel=SAFETY,
         ),
     ] = False,
@@ -264,7 +265,7 @@ def serve(
     _check_audit(audit, audit_prompts, audit_sync)
     _check_reach(host, rules, insecure)
     if prefix_shared and not prefix_cache:
-        raise TrimtabError("--prefix-shared is about texts that are kept; give --prefix-cache TOKENS")
+        raise TrimtabError("--prefix-shared needs a prefix cache; give --prefix-cache TOKENS")
     if steerings is not None and not steerings.is_dir():
         raise TrimtabError(f"there is no folder {steerings}; --steerings names a folder of steering files")
     from trimtab.serve.access import AccessLog
@@ -385,7 +386,7 @@ def _serve_vllm(
 def _check_audit(audit: Path | None, prompts: bool, sync: bool) -> None:
     for enabled, name in ((prompts, "--audit-prompts"), (sync, "--audit-sync")):
         if enabled and audit is None:
-            raise TrimtabError(f"{name} is about the audit log; give --audit FILE")
+            raise TrimtabError(f"{name} needs an audit log; give --audit FILE")
 
 
 def check_installed() -> None:
@@ -400,8 +401,8 @@ def _check_reach(host: str, rules: Policy, insecure: bool) -> None:
 
     if not is_loopback(host) and not rules.keys and not insecure:
         raise TrimtabError(
-            f"--host {host} can be reached from other machines, and there are no API keys; set {KEY} or give a"
-            " --policy with keys, or --insecure if everybody may ask"
+            f"--host {host} can be reached from other machines, and there are no API keys; set {KEY} or give a --policy"
+            " with keys, or --insecure to let anybody send requests"
         )
 
 
@@ -420,9 +421,13 @@ def _greet(address: str, library: Library, rules: Policy, *, own: bool) -> None:
             [(name, steering.steering) for name, steering in loaded if steering is not None]
         ).unknown:
             note(
-                f"{unknown[0]} isn't made of directions of the residual stream, so that nothing could be kept from"
-                " undoing it: requests steer by emphasis only",
+                f"{unknown[0]} isn't made of directions of the residual stream, so requests can't be kept from undoing"
+                " it: they may steer by emphasis only",
                 quiet=False,
             )
-    keys = f"{len(rules.keys)} API key{'s' * (len(rules.keys) > 1)}" if rules.keys else "no API keys: anybody may ask"
+    keys = (
+        f"{len(rules.keys)} API key{'s' * (len(rules.keys) > 1)}"
+        if rules.keys
+        else "no API keys: anybody may send requests"
+    )
     note(f"{keys}; fields and examples: {address}/docs", quiet=False)

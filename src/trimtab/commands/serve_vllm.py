@@ -28,9 +28,9 @@ AT_THE_DOOR = ("policy", "max_dose", "audit", "audit_prompts", "audit_sync", "ac
 """The options that the middleware in front of it supports."""
 DOOR = "trimtab.serve.vllm.door.Door"
 PAST_THE_DOOR = {
-    "--grpc": "its gRPC server asks for no keys of a policy",
-    "--root-path": "the server stands at the root, from where a proxy can serve it",
-    "--api-key": "the keys stand in the policy, or one in TRIMTAB_API_KEY",
+    "--grpc": "its gRPC server doesn't check the policy's keys",
+    "--root-path": "the server is at the root path; a proxy can serve it elsewhere",
+    "--api-key": "keys belong in the policy, or one in TRIMTAB_API_KEY",
 }
 """vLLM options that can't be used with a policy."""
 
@@ -43,8 +43,8 @@ def check_options(context: typer.Context) -> None:
         origin = context.get_parameter_source(parameter.name or "")
         if origin is not None and origin.name == "COMMANDLINE" and parameter.name not in PASSED + AT_THE_DOOR:
             raise TrimtabError(
-                f"--{(parameter.name or '').replace('_', '-')} is of trimtab's own server, and --engine vllm starts"
-                " vLLM's; leave out one of them"
+                f"--{(parameter.name or '').replace('_', '-')} is an option of trimtab's own server, and --engine vllm"
+                " starts vLLM's; leave out one of them"
             )
 
 
@@ -109,11 +109,16 @@ def check_closed(more: Sequence[str], environment: Mapping[str, str]) -> None:
     for option in more:
         name = option.split("=")[0].replace("_", "-")
         if name in PAST_THE_DOOR:
-            raise TrimtabError(f"{name} doesn't go with a policy or an audit log: {PAST_THE_DOOR[name]}")
+            raise TrimtabError(f"{name} can't be combined with a policy or an audit log: {PAST_THE_DOOR[name]}")
     if environment.get("VLLM_API_KEY"):
-        raise TrimtabError(f"VLLM_API_KEY doesn't go with a policy or an audit log: {PAST_THE_DOOR['--api-key']}")
+        raise TrimtabError(
+            f"VLLM_API_KEY can't be combined with a policy or an audit log: {PAST_THE_DOOR['--api-key']}"
+        )
     if environment.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
-        raise TrimtabError("VLLM_USE_RUST_FRONTEND doesn't go with a policy or an audit log: it has no such layer")
+        raise TrimtabError(
+            "VLLM_USE_RUST_FRONTEND can't be combined with a policy or an audit log: that frontend doesn't run"
+            " trimtab's middleware"
+        )
 
 
 def _plugins() -> set[str]:

@@ -49,7 +49,7 @@ def tune(
     pairs: Annotated[
         Path | None,
         typer.Option(
-            help="Your own pairs, of prompts, answers or letters: half of them are learned from, the rest searched on."
+            help="Your own pairs, of prompts, answers or letters: half are used to learn from, the rest to search on."
         ),
     ] = None,
     columns: ColumnOptions,
@@ -116,7 +116,7 @@ def tune(
         int | None, typer.Option(min=1, help="Generate at most this many tokens.", rich_help_panel=COST)
     ] = None,
     budget_minutes: Annotated[
-        float | None, typer.Option(help="Search this long at most.", rich_help_panel=COST)
+        float | None, typer.Option(help="Search for at most this many minutes.", rich_help_panel=COST)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at a time.", rich_help_panel=COST)] = 64,
     figure: Annotated[Path | None, typer.Option(help="Draw the search into this .png. Needs matplotlib.")] = None,
@@ -163,7 +163,7 @@ def tune(
     check_target(out, ".safetensors")
     check_picture(figure)
     if (instruction is None) == (pairs is None):
-        raise TrimtabError("give one of --instruction and --pairs: what is to be learned")
+        raise TrimtabError("give one of --instruction and --pairs: what to learn from")
     chosen_strengths = _numbers(strengths)
     rules = _rules(positions)
     limits = _guard(guard or [])

@@ -44,7 +44,7 @@ def advice(result: Tuned, *, blocks: int, instruction: str | None, instructed: b
     if instruction is not None:
         lines.append(f'train a steering instead: trimtab learn distill --instruction "{instruction}" --out FILE')
     else:
-        lines.append("learn it otherwise: trimtab methods lists what your pairs can be used for")
+        lines.append("learn it with another method: trimtab methods lists those that your pairs can be used for")
     return tuple(lines)
 
 

@@ -63,7 +63,9 @@ def of_answers(read: list[Pair], limit: int | None, seed: int, source: str) -> T
 
     prompts = [sides(pair)[0].prompt for pair in read]
     if not all(prompts):
-        raise TrimtabError(f"{source} has answers without a prompt, and tune asks the prompts; give each pair one")
+        raise TrimtabError(
+            f"{source} has answers without a prompt, and tune generates from prompts; give each pair one"
+        )
     queries = [prompt if isinstance(prompt, str) else prompt[-1][1] for prompt in prompts]
     split = split_by_query(queries, held_out=1 - LEARN_SHARE, seed=seed)
     rest = list({queries[i]: i for i in reversed(split.held_out)}.values())[::-1][:limit]  # each prompt once
@@ -74,7 +76,9 @@ def of_answers(read: list[Pair], limit: int | None, seed: int, source: str) -> T
 def check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
     """Raise `TrimtabError` for options that don't apply to pairs of answers."""
     if operation == "project":
-        raise TrimtabError(f"--operation project is for pairs of prompts; what pairs of {shape} give is added")
+        raise TrimtabError(
+            f"--operation project is for pairs of prompts; what is learned from pairs of {shape} is added"
+        )
     if not with_instruction:
         raise TrimtabError(f"pairs of {shape} have no instruction in their prompts; leave --without-instruction out")
 

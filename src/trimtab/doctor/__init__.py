@@ -72,7 +72,7 @@ def check_config(source: str | Path | dict[str, Any]) -> Report:
         config = {"model_type": str(source)}
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
-        raise TrimtabError(f"{source} names no model_type; give a config.json of transformers")
+        raise TrimtabError(f"{source} has no model_type; give a config.json of transformers")
     vision = kind.split("@")[0] not in CAUSAL
     report = check_model(tiny_lm(kind, vision=vision), weights="random, tiny")
     return Report(f"{kind}, tiny and random", report.family, report.blocks, report.weights, report.findings)

@@ -125,7 +125,7 @@ class Checks:
     def close(self, got: Tensor, expected: Tensor, what: str) -> None:
         """Check that activations are the same up to rounding."""
         if got.shape != expected.shape:
-            raise Wrong(f"{what}: {tuple(got.shape)} where there are {tuple(expected.shape)}")
+            raise Wrong(f"{what}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}")
         off = float((got.double() - expected.double()).abs().max())
         if not off <= self.exact * max(1.0, float(expected.double().abs().max())):
             raise Wrong(f"{what}: off by {off:.2g}")

@@ -88,8 +88,8 @@ def quantized(checks: Checks) -> str | None:
     if rounding.logprobs <= TOLERANCE:
         return Said(f"by {method}")
     return (
-        f"by {method}, which rounds in other ways in passes of other shapes: unsteered, log-probabilities differ by up"
-        f" to {rounding.logprobs:.2g} between them, so that an answer may depend on its batch"
+        f"by {method}, which rounds differently in forward passes of different shapes: unsteered log-probabilities"
+        f" differ by up to {rounding.logprobs:.2g} between them, so an answer may depend on its batch"
     )
 
 

@@ -197,5 +197,7 @@ def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tup
         for handle in handles:
             handle.remove()
     if missing := set(factors) - seen:
-        raise UnsupportedError(f"the attention of layer {min(missing)} never looked up what the configuration names")
+        raise UnsupportedError(
+            f"the attention of layer {min(missing)} never looked up the attention function that the configuration names"
+        )
     return steered

@@ -71,7 +71,7 @@ def tiny_lm(kind: str, *, vision: bool = False, flags: Mapping[str, Any] | None 
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise TrimtabError(f"no tiny random {kind} can be made to run on text alone: {reason}") from error
+        raise TrimtabError(f"can't make a tiny random {kind} that runs on text alone: {reason}") from error
 
 
 def tiny_config(kind: str, flags: Mapping[str, Any]) -> Any:
@@ -152,7 +152,7 @@ def _build(kind: str, config: Any, vision: bool, dtype: torch.dtype) -> Any:
     base = kind.split("@")[0]
     names = IMAGE_TEXT if vision else CAUSAL
     if base not in names:
-        raise TrimtabError(f"transformers maps {base!r} to no {'image-text' if vision else 'causal language'} model")
+        raise TrimtabError(f"transformers has no {'image-text' if vision else 'causal language'} model for {base!r}")
     cls: Any = getattr(transformers, names[base])
     wanted = getattr(cls, "config_class", None)
     if wanted is not None and not isinstance(config, wanted):

@@ -34,8 +34,8 @@ SHADES = {
 }
 UNLIKELY = (184, 62, 48)
 KEY = (
-    "green: steered by the strongest rung; yellow: by a weaker one; red: every rung was rejected; underlined: another"
-    " token than the raw model's; plain: the gate was shut"
+    "green: steered by the strongest candidate; yellow: by a weaker one; red: every candidate was rejected; underlined:"
+    " different from the unsteered model's; plain: the gate was shut"
 )
 
 
@@ -202,7 +202,7 @@ def _step(piece: str, step: Step, trace: Trace) -> str:
     if kind == "shut":
         return escape(piece)
     line = "; border-bottom: 2px solid currentColor" if step.replaced is not None else ""
-    rung = "every rung was rejected" if step.rung is None else f"rung {step.rung}: {trace.rungs[step.rung]}"
+    rung = "every candidate was rejected" if step.rung is None else f"candidate {step.rung}: {trace.rungs[step.rung]}"
     return f'<span style="background: {SHADES[kind]}{line}" title="{escape(rung)}">{escape(piece)}</span>'
 
 

@@ -85,7 +85,7 @@ def project(
 ) -> Projections:
     """The implementation of `lm.project`."""
     if not isinstance(steering, Steering):
-        raise TrimtabError(f"what a text is projected on is a steering, got {type(steering).__name__}")
+        raise TrimtabError(f"a text is projected on a steering, got {type(steering).__name__}")
     chosen = steering if layers is None else steering.only([layers] if isinstance(layers, int) else layers)
     if not chosen.edits:
         raise TrimtabError("this steering has no edits, and so no direction to project on")

@@ -41,7 +41,7 @@ def plot_traces(answers: Sequence[Generation], path: Path) -> None:
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, trace in zip(panels, shown, strict=True):
         _draw(axes, trace)
-    panels[-1].set_xlabel("token; filled: another than the raw model's")
+    panels[-1].set_xlabel("token; filled: different from the unsteered model's")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[-1].set_xlim(0, max(len(trace.steps) for trace in shown) + 1)
     data = io.BytesIO()

@@ -27,8 +27,9 @@ padding-left: .8rem; } .steered { background: #d5ecd4; } .weakened { background:
 .steered { background: #2c4a2b; } .weakened { background: #564a17; } .rejected { background: #5c2a25; } }
 </style></head><body>
 <h1>Traces of rejection</h1>
-<p><span class="steered">steered by the strongest rung</span> · <span class="weakened">by a weaker one</span> ·
-<span class="rejected">every rung was rejected</span> · <span class="changed">another token than the raw model's</span>
+<p><span class="steered">steered by the strongest candidate</span> · <span class="weakened">by a weaker one</span> ·
+<span class="rejected">every candidate was rejected</span> ·
+<span class="changed">different from the unsteered model's</span>
 · plain: the gate was shut. Hold the pointer over a token for details.</p>
 %s
 </body></html>
@@ -83,6 +84,8 @@ def trace_spans(tokenizer: Any, ids: Sequence[int], trace: Trace) -> Iterator[st
             yield html.escape(piece)
             continue
         names = kind + (" changed" if step.replaced is not None else "")
-        rung = "every rung was rejected" if step.rung is None else f"rung {step.rung}: {trace.rungs[step.rung]}"
-        raw = "" if step.replaced is None else f"; the raw model: {tokenizer.decode([step.replaced])!r}"
+        rung = (
+            "every candidate was rejected" if step.rung is None else f"candidate {step.rung}: {trace.rungs[step.rung]}"
+        )
+        raw = "" if step.replaced is None else f"; the unsteered model: {tokenizer.decode([step.replaced])!r}"
         yield f'<span class="{names}" title="{html.escape(rung + raw, quote=True)}">{html.escape(piece)}</span>'
