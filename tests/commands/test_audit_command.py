@@ -57,8 +57,8 @@ def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tm
     assert "with other strengths" in trimtab("inspect", f"{out}:2").out
     page = steering_page(load(out), "user/x", file="x.safetensors")
     assert "## Side effects" in page
-    assert "of other strengths" not in page
-    assert "of other strengths" in steering_page(2 * load(out), "user/x", file="x.safetensors")
+    assert "with other strengths" not in page
+    assert "with other strengths" in steering_page(2 * load(out), "user/x", file="x.safetensors")
 
 
 def test_for_people(trimtab, roomy, steering, small):

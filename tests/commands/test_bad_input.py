@@ -209,8 +209,8 @@ def damage(how, path, good, tmp_path):
         ("truncated", "fresh copy"),
         ("tampered", "altered"),
         ("pickle", "never opens"),
-        ("torch pickle", "its pickle asks for io.open"),
-        ("foreign", "no steering of trimtab's"),
+        ("torch pickle", "its pickle needs io.open"),
+        ("foreign", "not a trimtab steering"),
         ("NaN", "NaN"),
     ],
 )

@@ -109,7 +109,7 @@ def test_gemma_scope(tmp_path: Path) -> None:
     weights = WEIGHTS | THRESHOLD
     path = tmp_path / "params.npz"
     np.savez(path, **{name: value.numpy() for name, value in weights.items()})
-    with pytest.raises(TrimtabError, match="say --layer N"):
+    with pytest.raises(TrimtabError, match="pass --layer N"):
         load_features(path, {3: 2.0})
     clamps = load_features(path, {3: 2.0}, how="clamp", layer=1)
     assert clamps.edits[0].site == Site(1)
@@ -175,7 +175,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"activation_fn_str": "topk"}, clamp, r"\(topk\) depend"),
         ({"normalize_activations": "layer_norm"}, clamp, r"scales activations before it reads them \(layer_norm\)"),
         ({"architecture": "jumprelu"}, clamp, "no thresholds"),
-        ({"metadata": {"hook_name": "blocks.2.hook_mlp_out"}}, {}, "no place in the residual stream"),
+        ({"metadata": {"hook_name": "blocks.2.hook_mlp_out"}}, {}, "isn't a place in the residual stream"),
         ({"metadata": {"hook_name": "transformer.wte"}}, {}, "isn't the output of a block"),
         ({}, {"layer": 1}, "reads the output of block 2; leave layer 1 out"),
         ({}, {"how": "set"}, "add or clamp, got 'set'"),
@@ -187,10 +187,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     folder(path, architecture="topk")
     assert load_features(path, {3: 1.0}).edits  # which can be added
     for features, words in (
-        ({FEATURES: 1.0}, f"no feature {FEATURES}; they count from 0 to {FEATURES - 1}"),
+        ({FEATURES: 1.0}, f"no feature {FEATURES}; features are numbered from 0 to {FEATURES - 1}"),
         ({-1: 1.0}, "no feature -1"),
         ({3: float("nan")}, "finite number"),
-        ({}, "no feature was named"),
+        ({}, "no feature was given"),
     ):
         with pytest.raises(TrimtabError, match=words):
             load_features(path, features)
@@ -207,7 +207,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrimtabError, match=r"no cfg\.json"):
         load_features(path, {3: 1.0})
     (tmp_path / "v.bin").write_bytes(b"abc")
-    with pytest.raises(TrimtabError, match="neither a folder of SAELens'"):
+    with pytest.raises(TrimtabError, match="neither a SAELens folder"):
         load_features(tmp_path / "v.bin", {3: 1.0})
     with pytest.raises(UnsupportedError):
         load_features(folder(path, architecture="gated"), {3: 1.0}, how="clamp")

@@ -75,7 +75,7 @@ def test_rows_are_asked_for(write: Callable[..., Path]) -> None:
     assert (layer.site, layer.operation.direction.tolist()) == (Site(1), DIFFS[0, 2].tolist())
     assert only(load(write(DIFFS[0], "layer_3"), row=1)).site == Site(3)
     for options, words in (
-        ({"row": 4, "layer": 1}, "no row 4; they count from 0 to 3"),
+        ({"row": 4, "layer": 1}, "no row 4; rows are numbered from 0 to 3"),
         ({"row": "joy", "layer": 1}, "rows have no names"),
         ({"row": 1}, "doesn't say at which block"),
         ({"row": 1, "layer": 2, "position": -1}, "no axis of token positions"),
@@ -144,9 +144,9 @@ def test_one_direction_wherever_it_acts(write: Callable[..., Path], tmp_path: Pa
     layers = write(DIFFS[0], "layers")
     assert torch.equal(load_direction(layers, layer=3)[0], DIFFS[0, 3])
     assert torch.equal(load_direction(layers, row=3)[0], DIFFS[0, 3])
-    with pytest.raises(TrimtabError, match=r"several directions, 4 rows; say --row R"):
+    with pytest.raises(TrimtabError, match=r"several directions, 4 rows; pass --row R"):
         load_direction(layers)
-    with pytest.raises(TrimtabError, match="no layer 9; they count from 0 to 3"):
+    with pytest.raises(TrimtabError, match="no layer 9; layers are numbered from 0 to 3"):
         load_direction(layers, layer=9)
 
 
@@ -171,7 +171,7 @@ def test_numpy_files_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(TrimtabError, match="damaged"):
             load(path)
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(TrimtabError, match="damaged, or no array"):
+    with pytest.raises(TrimtabError, match="damaged, or isn't an array"):
         load(path)
     np.save(path, np.arange(WIDTH))
     with pytest.raises(TrimtabError, match="int64"):

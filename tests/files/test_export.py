@@ -159,7 +159,7 @@ def test_lm_eval_clamps(tmp_path):
     assert set(hooks) == {"layers.3", "layers.5", "layers.7"}
     for words, steering in {
         "wholly|whole": 0.5 * steering_of(operation=SetProjection(unit, 2.0)),
-        "both sides": steering_of(operation=SetProjection(unit, 2.0, one_sided=True)),
+        "two-sided": steering_of(operation=SetProjection(unit, 2.0, one_sided=True)),
         "several": steering_of(operation=Ablate(unit)) + steering_of(),
         "every token": steering_of(operation=Ablate(unit), positions=Positions.generated()),
     }.items():

@@ -119,7 +119,7 @@ def test_the_generators_shift_is_warned_about_and_never_guessed(tmp_path):
 
 def test_a_count_of_all_layers_is_warned_about_too(tmp_path):
     path = gguf_file(tmp_path / "v.gguf", vectors(1, 2), count=12, controlvector__model_hint="llama")
-    with pytest.warns(FormatWarning, match=r"is 12, and it has 2 vectors, as jukofyork.*--layer-offset -1"):
+    with pytest.warns(FormatWarning, match=r"is 12, but it has 2 vectors; jukofyork.*--layer-offset -1"):
         load(path)
     assert load(path, layer_offset=-1).layers == (0, 1)
 
@@ -134,7 +134,7 @@ def test_other_floating_types(tmp_path, dtype):
 def test_what_no_control_vector_is(tmp_path):
     published = vectors(1)
     cases = {
-        "a model perhaps": ({"architecture": "llama"}, published),
+        "perhaps a model": ({"architecture": "llama"}, published),
         r"shape \[2, 4\]": ({}, {1: published[1].reshape(2, 4)}),
         "GGUF type 26": ({}, {1: published[1].astype(np.int32)}),
         "'direction.x'": ({}, {"x": published[1]}),
@@ -208,7 +208,7 @@ def test_odd_json(tmp_path):
     good = packed(vectors(1, 2), {1: 1.0, 2: 1.0})["post_block"]
     cases = {
         "hook 'pre_attn'": {"pre_attn": {"1": {"vector": [1.0]}}},
-        "none of the layouts": {"a": 1},
+        "no known layout": {"a": 1},
         "no list of numbers": {"post_block": {"1": {"vector": "abc"}}},
         "rows of different lengths": {"directions": {"1": [[1.0], [1.0, 2.0]]}},
         "mixes numbers and lists": {"directions": {"1": [[1.0], 1.0]}},
@@ -216,12 +216,12 @@ def test_odd_json(tmp_path):
         "too large a number": {"directions": {"1": [10**400]}},
         "isn't the number of a block": {"directions": {"../1": [1.0]}},
         "float8": {"post_block": {**good, "dtype": "float8"}},
-        "aren't that long": {"post_block": {**good, "shape": [2, 1 << 40]}},
+        "too short for their shape": {"post_block": {**good, "shape": [2, 1 << 40]}},
         "bytes instead of": {"post_block": {**good, "shape": [2, 4]}},
         "2 vectors for 1 layers": {"post_block": {**good, "layer_indices": [1]}},
-        "different ones": {"post_block": {**good, "layer_indices": [1, 1]}},
-        "no base64": {"post_block": {**good, "data": "!" * len(good["data"])}},
-        "another number of scales": {"post_block": {**good, "scales": [1.0]}},
+        "each layer once": {"post_block": {**good, "layer_indices": [1, 1]}},
+        "aren't valid base64": {"post_block": {**good, "data": "!" * len(good["data"])}},
+        "one scale per layer": {"post_block": {**good, "scales": [1.0]}},
         "no shape": {"post_block": {**good, "shape": [[2], 8]}},
     }
     path = tmp_path / "v.json"
@@ -265,7 +265,7 @@ def test_one_vector_a_file(tmp_path):
     same(load(path, layer=3), {3: published[3]})
     path.with_suffix(".json").write_text(json.dumps({"behavior": "refusal", "layer_index": 3}))
     same(load(path), {3: published[3]})
-    with pytest.raises(TrimtabError, match="without files layer_<N>"):
+    with pytest.raises(TrimtabError, match="without layer_<N>"):
         load(tmp_path)
 
 
@@ -279,7 +279,7 @@ def test_all_layers_in_one_tensor_or_dict(tmp_path):
     for key in (int, str):
         torch.save({key(layer): torch.tensor(vector) for layer, vector in published.items()}, path)
         same(load(path), published)
-    with pytest.raises(TrimtabError, match="names its layers itself"):
+    with pytest.raises(TrimtabError, match="already names its layers"):
         load(path, layer=3)
     torch.save(torch.tensor(published[0])[None].bfloat16(), path)
     same(load(path, layer=4), {4: torch.tensor(published[0]).bfloat16().float().numpy()})
@@ -333,7 +333,7 @@ def test_odd_tensors(tmp_path):
         "holds a str": "text",
         "with the keys": {"weights": [1]},
         "NaN": torch.tensor([float("nan")]),
-        "Size|isn't all there|shape": torch.zeros(0),
+        "Size|incomplete|shape": torch.zeros(0),
         "holds a list": [torch.zeros(3)],
     }
     for words, content in cases.items():
@@ -357,7 +357,7 @@ def test_foreign_safetensors(tmp_path):
         load(path)
     save_file({"lm_head.weight": torch.zeros(9, 2), "norm.weight": torch.zeros(2)}, path)
     with pytest.raises(
-        TrimtabError, match=r"its tensors are lm_head.weight \[9, 2\], norm.weight \[2\], and these are no names"
+        TrimtabError, match=r"its tensors are lm_head.weight \[9, 2\], norm.weight \[2\], whose names aren't layers"
     ):
         load(path)
 

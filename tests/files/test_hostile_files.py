@@ -84,8 +84,8 @@ BIG = 1 << 62
 CRAFTED = {
     "twice": crafted([], [tensor("direction.1"), tensor("direction.1", offset=32)]),
     "entry 'a' twice": crafted([text("a") + struct.pack("<If", 6, 1.0)] * 2, []),
-    "isn't that long": crafted([], [], counts=(BIG, 1)),
-    "isn't that long ": crafted([], [], counts=(0, BIG)),
+    "too short for the": crafted([], [], counts=(BIG, 1)),
+    "too short for the ": crafted([], [], counts=(0, BIG)),
     "reaches past its end": crafted([], [tensor("direction.1", shape=(BIG,))]),
     "reaches past its end ": crafted([], [tensor("direction.1", offset=BIG)]),
     "a key": crafted([struct.pack("<Q", BIG)], []),
@@ -213,13 +213,13 @@ ARCHIVES = {
     "os.system": protocol_0(b"cos\nsystem\n(S'true'\ntR."),
     "an object (STACK_GLOBAL)": protocol_0(b"\x8c\x02os\x8c\x06system\x93."),
     "an object (INST)": protocol_0(b"(S'true'\nios\nsystem\n."),
-    "can't be followed": protocol_0(b"\xff\xff"),
+    "can't be parsed": protocol_0(b"\xff\xff"),
     "'../data.pkl'": lambda e: e.update({"../data.pkl": b""}),
     "'a/../../x'": lambda e: e.update({"a/../../x": b"x"}),
     "'/etc/passwd'": lambda e: e.update({"/etc/passwd": b"x"}),
     "'C:/x'": lambda e: e.update({"C:/x": b"x"}),
-    "not one of torch's": lambda e: e.update({"elsewhere/data.pkl": b""}),
-    "not one of torch's ": lambda e: [e.pop(name) for name in list(e) if name.endswith("data.pkl")],
+    "not one that torch.save writes": lambda e: e.update({"elsewhere/data.pkl": b""}),
+    "not one that torch.save writes;": lambda e: [e.pop(name) for name in list(e) if name.endswith("data.pkl")],
 }
 
 
@@ -251,7 +251,7 @@ def test_archives_that_are_larger_than_they_are(tmp_path):
 
     path.write_bytes(rezipped(bomb, zipfile.ZIP_DEFLATED))
     assert path.stat().st_size < 1 << 20
-    refused(path, "more than the file is long")
+    refused(path, "more data than the file")
     path.write_bytes(rezipped(lambda e: e.update({"archive/x": b"x" * 10}), zipfile.ZIP_DEFLATED))
     refused(path, "compressed")
     buffer = io.BytesIO()
@@ -260,16 +260,16 @@ def test_archives_that_are_larger_than_they_are(tmp_path):
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("a/data.pkl", b"N.")
     path.write_bytes(buffer.getvalue())
-    refused(path, "a name twice")
+    refused(path, "two entries of the same name")
 
 
 def test_tensors_that_are_larger_than_they_are(tmp_path):
     """A number that says it is a trillion, and a storage that says it is longer than its bytes."""
     path = tmp_path / "layer_1.pt"
     path.write_bytes(saved(torch.ones(1).expand(1 << 40)))
-    refused(path, "isn't all there")
+    refused(path, "incomplete tensor")
     path.write_bytes(saved({3: torch.ones(1).expand(1 << 40)}))
-    refused(path, "isn't all there")
+    refused(path, "incomplete tensor")
     short = rezipped(lambda entries: entries.update({name: b"\0\0" for name in entries if name.endswith("data/0")}))
     path.write_bytes(short)
     refused(path)

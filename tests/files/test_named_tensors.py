@@ -63,7 +63,7 @@ def test_names_of_layers(write: Callable[..., Path], name: str) -> None:
     assert directions_of(load(path, layer_offset=-1)) == {Site(2): GIVEN[0].tolist(), Site(13): GIVEN[1].tolist()}
     assert torch.equal(load_direction(path, layer=14)[0], GIVEN[1])
     for options, words in (
-        ({"layer": 3}, "names its layers itself"),
+        ({"layer": 3}, "already names its layers"),
         ({"row": 1}, "no rows"),
         ({"position": 0}, "axis"),
     ):
@@ -79,8 +79,8 @@ def test_before_a_block_is_behind_the_one_before(write: Callable[..., Path]) -> 
     path = write({"blocks.0.hook_resid_pre": GIVEN[0], "blocks.3.hook_resid_pre": GIVEN[1]})
     assert directions_of(load(path)) == {Site(0, "block_input"): GIVEN[0].tolist(), Site(2): GIVEN[1].tolist()}
     for names, words in (
-        (["blocks.3.hook_mlp_out", "blocks.4.hook_mlp_out"], "no place in the residual stream"),
-        (["blocks.3.hook_resid_pre", "blocks.2.hook_resid_post"], "two of its tensors are for one block"),
+        (["blocks.3.hook_mlp_out", "blocks.4.hook_mlp_out"], "isn't a place in the residual stream"),
+        (["blocks.3.hook_resid_pre", "blocks.2.hook_resid_post"], "two of its tensors are for the same block"),
     ):
         with pytest.raises(TrimtabError, match=words):
             load(write({name: GIVEN[i] for i, name in enumerate(names)}))
@@ -109,7 +109,7 @@ def test_a_layer_as_a_plain_number(tmp_path: Path) -> None:
     with pytest.raises(TrimtabError, match="isn't the number of a block"):
         load(tmp_path / "v.pt")
     torch.save({"vector": GIVEN[0], "layer": [3]}, tmp_path / "v.pt")
-    with pytest.raises(TrimtabError, match="a list under 'layer'"):
+    with pytest.raises(TrimtabError, match="under 'layer', a list"):
         load(tmp_path / "v.pt")
 
 
@@ -130,7 +130,7 @@ def test_names_of_concepts_are_picked_by_name(write: Callable[..., Path]) -> Non
 
 def test_rows_in_each_layer(write: Callable[..., Path]) -> None:
     path = write({"layer_1": GIVEN[:2], "layer_2": GIVEN[2:]})
-    with pytest.raises(TrimtabError, match=r"'layer_1' has 2 rows; say --row R"):
+    with pytest.raises(TrimtabError, match=r"'layer_1' has 2 rows; pass --row R"):
         load(path)
     assert directions_of(load(path, row=1)) == {Site(1): GIVEN[1].tolist(), Site(2): GIVEN[3].tolist()}
     with pytest.raises(TrimtabError, match="no row 2"):
@@ -147,7 +147,7 @@ def test_lists_in_json(tmp_path: Path) -> None:
     with pytest.warns(FormatWarning, match=r"strength of 3 isn't applied.*--strength 3"):
         assert directions_of(load(path)) == {Site(2): GIVEN[0].tolist()}
     path.write_text(json.dumps({"2": [0.0, 0.0]}))
-    with pytest.warns(FormatWarning, match="all zero, and steer nothing"):
+    with pytest.warns(FormatWarning, match="all zero, so it has no effect"):
         load(path)
     path.write_text("[[1.0, 2.0], [1.0]]")
     with pytest.raises(TrimtabError, match="different lengths"):
@@ -166,7 +166,7 @@ def test_archives_that_are_damaged_or_too_large(tmp_path: Path) -> None:
     with pytest.raises(TrimtabError, match="damaged"):
         load(path)
     np.savez(path, layer_1=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(TrimtabError, match="damaged, or no array"):
+    with pytest.raises(TrimtabError, match="damaged, or isn't an array"):
         load(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("layer_1.npy", bytes(1 << 20))
@@ -204,9 +204,9 @@ def test_neuronpedia(tmp_path: Path) -> None:
     assert directions_of(load(written(hookName="blocks.6.hook_resid_pre"))) == {Site(5): GIVEN[0].tolist()}
     assert directions_of(load(written(hookName=None), layer=4)) == {Site(4): GIVEN[0].tolist()}
     for more, words in (
-        ({"vector": []}, "without the feature's vector.*--feature INDEX"),
-        ({"hookName": None}, "say --layer N"),
-        ({"hookName": "blocks.9.hook_mlp_in"}, "no place in the residual stream"),
+        ({"vector": []}, "doesn't include the feature's vector.*--feature INDEX"),
+        ({"hookName": None}, "pass --layer N"),
+        ({"hookName": "blocks.9.hook_mlp_in"}, "isn't a place in the residual stream"),
     ):
         with pytest.raises(TrimtabError, match=words):
             load(written(**more))

@@ -124,7 +124,7 @@ def test_steering_vectors_that_are_no_site(monkeypatch):
     library(monkeypatch, "steering_vectors")
     vector = to_steering_vectors(adding(1))
     vector.layer_type = "input_layernorm"
-    with pytest.raises(TrimtabError, match="'input_layernorm' is no site"):
+    with pytest.raises(TrimtabError, match="'input_layernorm' isn't supported"):
         from_steering_vectors(vector)
     with pytest.raises(TrimtabError, match="no layer_activations"):
         from_steering_vectors({})

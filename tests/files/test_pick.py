@@ -53,8 +53,8 @@ def test_what_is_written_is_what_acts(file, tail, layers, strength):
         ("@5,:1", "'5,' isn't a list of layers"),
         ("@-5", "'-5' isn't a list of layers"),
         ("@7-5", "write 5-7"),
-        ("@5,5-6", "name one twice"),
-        ("@0-99999999999", "no model has so many"),
+        ("@5,5-6", "name a layer twice"),
+        ("@0-99999999999", "more than any model has"),
     ],
 )
 def test_what_cant_be_meant_is_refused(file, tail, said):

@@ -218,9 +218,9 @@ def test_a_pickle_is_never_opened(tmp_path, how):
 def test_a_foreign_safetensors(tmp_path):
     path = tmp_path / "s.safetensors"
     save_file({"direction.1": vector(1)}, path)
-    refused(path, "no steering of trimtab's")
+    refused(path, "not a trimtab steering")
     save_file({"direction.1": vector(1)}, path, metadata={"format": "pt"})
-    refused(path, "no steering of trimtab's")
+    refused(path, "not a trimtab steering")
 
 
 def test_other_files(tmp_path):

@@ -61,9 +61,9 @@ TOO_MUCH: list[tuple[str, Callable[[], Steering], str]] = [
         lambda: Steering(tuple(addition(gate=AllOf(tuple(condition(9 * i + j) for j in range(9)))) for i in range(9))),
         "64",
     ),
-    ("norm", lambda: Steering((addition(torch.full((32,), 1e30)),)), "vector of length"),
-    ("strength", lambda: Steering((addition(strength=1e9),)), "vector of length"),
-    ("product", lambda: Steering((addition(1e4 * V, strength=1e3),)), "vector of length"),
+    ("norm", lambda: Steering((addition(torch.full((32,), 1e30)),)), "vector of norm"),
+    ("strength", lambda: Steering((addition(strength=1e9),)), "vector of norm"),
+    ("product", lambda: Steering((addition(1e4 * V, strength=1e3),)), "vector of norm"),
 ]
 
 
@@ -131,7 +131,7 @@ class TestBounds:
         )
         monkeypatch.setattr(library, "MOST_BYTES", 300)
         assert put(client, "ann", "a").status_code == put(client, "ben", "b").status_code == 201
-        assert "MiB at most" in put(client, "ann", "c").json()["error"]["message"]
+        assert "take up at most" in put(client, "ann", "c").json()["error"]["message"]
         monkeypatch.setattr(library, "MOST_BYTES", 1 << 20)
         monkeypatch.setattr(library, "MOST_OWNED", 2)
         assert put(client, "ann", "c").status_code == 201
@@ -212,5 +212,5 @@ def test_a_pipe_in_the_folder_is_refused(tiny_lm: Any, tmp_path: Path) -> None:
     from trimtab.serve.library import read_folder
 
     os.mkfifo(tmp_path / "x.safetensors")
-    with pytest.raises(TrimtabError, match="is no file"):
+    with pytest.raises(TrimtabError, match="isn't a regular file"):
         read_folder(tiny_lm, tmp_path)

@@ -106,7 +106,7 @@ class TestLines:
 
     def test_two_servers_have_two_files(self, tmp_path: Path) -> None:
         first = Audit(tmp_path / "a.jsonl")
-        with pytest.raises(TrimtabError, match="another server writes to it"):
+        with pytest.raises(TrimtabError, match="another server is writing to it"):
             Audit(tmp_path / "a.jsonl")
         first.close()
         Audit(tmp_path / "a.jsonl").close()

@@ -169,7 +169,7 @@ class TestChat:
         # colours
         page.click("#tt-colour input")
         layer = steering.layers[0]
-        page.get_by_role("option", name=f"coloured by bullets, layer {layer}").click()
+        page.get_by_role("option", name=f"colored by bullets, layer {layer}").click()
         page.wait_for_selector("#tt-talk .tt-steered .tt-text span[title]")
         assert words(page, "tt-steered") == expected[0.5]
         assert "Cosine" in page.locator(".tt-key").inner_text()
@@ -209,7 +209,7 @@ class TestChat:
         assert f"{changed} changed" in page.locator(".tt-steered .tt-end").inner_text()
         assert page.inner_text(".tt-you mark") == "in capital letters"
         page.click("#tt-colour input")
-        page.get_by_role("option", name="coloured by where steering was held back").click()
+        page.get_by_role("option", name="colored by where steering was held back").click()
         page.wait_for_selector("#tt-talk .tt-steered .tt-text span")
         opened = sum(step.open for step in answer.trace.steps)
         assert page.locator("#tt-talk .tt-steered .tt-text span").count() == opened > 0
@@ -218,7 +218,7 @@ class TestChat:
     def test_errors_are_words(self, page: Any) -> None:
         page.press("#tt-message textarea", "Enter")
         page.wait_for_selector(".tt-error[role=alert]")
-        assert "Type something to say first" in page.inner_text(".tt-error")
+        assert "Type a message first" in page.inner_text(".tt-error")
         say(page, ASK)  # and it goes on
         assert page.locator(".tt-error").count() == 0
         page.get_by_role("tab", name="Learn").click()
@@ -336,7 +336,7 @@ class TestMaking:
         page.fill("#tt-unlike input, #tt-unlike textarea", "an office clerk")
         page.click("#tt-make")
         page.wait_for_selector(".tt-error[role=alert]")
-        assert "Say as well whom the model is to be like" in page.inner_text(".tt-error[role=alert]")
+        assert "Also say whom the model should be like" in page.inner_text(".tt-error[role=alert]")
         page.fill("#tt-like input, #tt-like textarea", "a tired poet")
         page.keyboard.press("Enter")
         page.wait_for_function("document.querySelector('#tt-made')?.innerText.includes('1 of 4: answering')")

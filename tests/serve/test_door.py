@@ -117,7 +117,7 @@ def test_with_keys_strangers_have_small_requests_and_no_answers(page: Callable[.
     assert client.post(JOIN, json=big).status_code == 413
     assert client.post(JOIN, json=big, headers={"Authorization": "Bearer eve"}).status_code == 413
     assert client.post(JOIN, json=big, headers={"Authorization": "Bearer ann"}).status_code == 200
-    for secret, words in (("", "type your API key first"), ("eve", "isn't known"), ("ann", "curl")):
+    for secret, words in (("", "enter your API key first"), ("eve", "isn't known"), ("ann", "curl")):
         session = f"k{secret}"
         assert client.post(JOIN, json=copying(names, session, secret=secret)).status_code == 200
         done = next(answer for answer in answers(client, session) if answer["msg"] == "process_completed")

@@ -159,7 +159,7 @@ class TestChat:
     def test_errors_have_their_types(self, client: Any) -> None:
         with pytest.raises(openai.NotFoundError, match="no steering 's9'"):
             client.chat.completions.create(model="trimtab", messages=ASK, extra_body={"steering": [{"name": "s9"}]})
-        with pytest.raises(openai.NotFoundError, match="requests may also call trimtab"):
+        with pytest.raises(openai.NotFoundError, match="requests may also call it trimtab"):
             client.chat.completions.create(model="gpt-4", messages=ASK)
         with pytest.raises(openai.BadRequestError, match="steerng"):
             client.chat.completions.create(model="trimtab", messages=ASK, extra_body={"steerng": []})

@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_refused(client: Any) -> None:
         (body("w10", "file:///etc/passwd"), "nothing is fetched"),
         (body("w10", "data:image/png;base64,AAAA"), "can't be read"),
         (body("w10", url(1), url(2), url(3)), "2 images at most"),
-        ({**body(url()), "messages": [by_system]}, "messages of the user's"),
+        ({**body(url()), "messages": [by_system]}, "only user messages"),
     ):
         answered = client.post(CHATS, json=request_body)
         assert answered.status_code == 400

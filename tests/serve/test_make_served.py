@@ -184,14 +184,14 @@ class TestRequests:
         [
             ({"idea": None}, "describe what you want"),
             ({"like": "a parrot"}, "describe what you want"),
-            ({"unlike": "a mouse"}, "unlike goes with like"),
+            ({"unlike": "a mouse"}, "unlike needs like"),
             ({"idea": " . "}, "describe in a sentence what you want"),
             ({"idea": None, "like": "a mouse", "unlike": "a mouse"}, "the same"),
             ({"idea": "x" * 501}, "at most 500 characters"),
             ({"questions": 15}, "must be at least 16"),
             ({"questions": 41}, "must be at most 40"),
             ({"tokens": 7}, "must be at least 8"),
-            ({"tokens": 33}, "tokens is 32 at most on this server"),
+            ({"tokens": 33}, "tokens can be at most 32 on this server"),
             ({"name": "../x"}, "name"),
             ({"keeep": True}, "keeep"),
         ],
@@ -386,7 +386,7 @@ class TestPage:
         assert (trouble, learned) == ("", "loud")
         options = service.library.get("loud").steering.card.options
         assert (options["source"], options["idea"]) == ("persona", "a parrot")
-        assert "<strong>loud</strong> is made" in page
+        assert "<strong>loud</strong> was made" in page
 
     def test_where_nothing_holds_it_says_why_and_nothing_is_chosen(
         self, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -394,7 +394,7 @@ class TestPage:
         monkeypatch.setattr(verdict, "LEAST_SHARE", 1e9)
         service = serving()
         page, _, learned = self.function(service)("<b>shout</b>", "loud", keep=False)[-1]
-        assert "<strong>loud</strong> isn't added: " in page
+        assert "<strong>loud</strong> wasn't added: " in page
         assert "Or tick the box" in page
         assert "tt-save" not in page
         assert "<b>" not in page
@@ -407,9 +407,9 @@ class TestPage:
         for sentence, name, persona, words in (
             (" ", "x", {}, "Describe in a sentence what you want"),
             ("shout", " ", {}, "Give the steering a name"),
-            ("shout", "../x", {}, "Name: a steering&#x27;s name has letters"),
+            ("shout", "../x", {}, "Name: a steering&#x27;s name has at most 64 letters"),
             ("shout", "x", {"like": "a parrot"}, "Give a sentence, or a persona and its opposite, not both"),
-            ("", "x", {"unlike": "a mouse"}, "Say as well whom the model is to be like"),
+            ("", "x", {"unlike": "a mouse"}, "Also say whom the model should be like"),
         ):
             ((page, trouble, _),) = create(sentence, name, **persona)
             assert page == ""

@@ -82,7 +82,7 @@ def test_a_first_visit_by_keyboard_and_ear(start: Callable[..., Any], open_page:
         page.get_by_role("button", name=name).click()
     page.wait_for_function("document.querySelector('#tt-curl')?.innerText.includes('curl')")
     page.click("#tt-colour input")
-    page.get_by_role("option", name="coloured by s0, layer 0").click()
+    page.get_by_role("option", name="colored by s0, layer 0").click()
     page.wait_for_selector("#tt-talk .tt-text span[title]")
     assert violations(page) == []
     assert page.locator("#tt-teller p").count() == 2

@@ -224,7 +224,7 @@ class TestPolicy:
 
     def test_who_has_no_key_gets_nothing(self, guarded: Any) -> None:
         for secret in (None, "", " "):
-            with pytest.raises(Refusal, match="type your API key"):
+            with pytest.raises(Refusal, match="enter your API key"):
                 caller(guarded, secret)
         with pytest.raises(Refusal, match="isn't known"):
             caller(guarded, "eve")
@@ -234,7 +234,7 @@ class TestPolicy:
         alice = caller(guarded, "alice")
         (side,) = ask(guarded, (Chosen((("s0", 2.0, AS_LEARNED),), max_tokens=4), True), key=alice)
         assert [(steering.name, steering.always) for steering in side.steerings] == [("s7", True), ("s0", False)]
-        for name, strength, words in (("s1", 1.0, "no steering 's1'"), ("s0", 2.5, "between 0 and 2")):
+        for name, strength, words in (("s1", 1.0, "no steering 's1'"), ("s0", 2.5, "from 0 to 2")):
             with pytest.raises(Refusal, match=words):
                 ask(guarded, (Chosen(((name, strength, AS_LEARNED),)), True), key=alice)
         assert {value.partition("@")[0] for _, value in offered(guarded, alice)[3:]} == {"s0", "s7"}
@@ -401,7 +401,7 @@ class TestSweep:
             with pytest.raises(TrimtabError, match=words):
                 sweep_of(name, strengths, layers)
         many = sweep_of("s0", " ".join(map(str, range(17))), "")
-        with pytest.raises(TrimtabError, match="17 answers, 16 at most"):
+        with pytest.raises(TrimtabError, match="17 answers; at most 16"):
             many.requests(service, Chosen(), TEXT)
         with pytest.raises(ValidationError):
             sweep_of("s0", "1e9", "").requests(service, Chosen(), TEXT)
@@ -532,7 +532,7 @@ class TestShown:
     @pytest.mark.parametrize(
         ("names", "keys", "learns", "says"),
         [
-            (None, False, True, "are being listed"),
+            (None, False, True, "Loading the steerings"),
             (None, True, True, "Enter your API key"),
             (("s0",), True, False, "A steering is selected"),
             ((), False, True, "on the <b>Learn</b> tab"),
@@ -552,7 +552,7 @@ class TestShown:
         with pytest.raises(ValidationError) as caught:
             ChatRequest.model_validate({"model": "trimtab", "messages": []})
         assert in_words(caught.value).startswith("messages: ")
-        assert in_words(KeyError("/home/x/secret")) == "something went wrong inside the server; its log says what"
+        assert in_words(KeyError("/home/x/secret")) == "something went wrong inside the server; see its log"
         assert "secret" in caplog.text
 
 

@@ -81,7 +81,7 @@ class TestPolicy:
     def test_the_digest_of_nothing_is_no_key(self, tmp_path: Path, nothing: str) -> None:
         """It is what `printf %s "$KEY" | sha256sum` says where KEY isn't set."""
         document = {"keys": [{"name": "a", "sha256": digest("a")}, {"name": "empty", "sha256": digest(nothing)}]}
-        with pytest.raises(TrimtabError, match=r"digest of no key at all for 'empty'.*variable"):
+        with pytest.raises(TrimtabError, match=r"digest of an empty key for 'empty'.*variable"):
             read_policy(write(tmp_path / "p.json", document))
 
     @pytest.mark.parametrize("secret", [None, "", " ", "\t"])

@@ -257,7 +257,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"previous_response_id": "resp_1"}, "nothing is stored; send the whole conversation", "previous_response_id"),
     ({"conversation": "c"}, "nothing is stored", "conversation"),
     ({"background": True}, "nothing is stored; wait", "background"),
-    ({"truncation": "auto"}, "prompts aren't cut", "truncation"),
+    ({"truncation": "auto"}, "prompts aren't truncated", "truncation"),
     ({"input": []}, "at least 1", "input"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "item", "input.0"),
     (
@@ -265,7 +265,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "it is missing",
         "input.0.content.0.image_url",
     ),
-    ({"input": [{"type": "function_call_output", "call_id": "x", "output": "1"}]}, "answers a call", "input"),
+    ({"input": [{"type": "function_call_output", "call_id": "x", "output": "1"}]}, "answer an earlier call", "input"),
     ({"tools": [{"type": "web_search"}]}, "'function'", "tools.0.type"),
     ({"tool_choice": {"type": "function", "name": "f"}}, "there is no tool 'f'", "tool_choice.name"),
     (
@@ -273,7 +273,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "Invalid type: strin",
         "text.format.schema",
     ),
-    ({"max_output_tokens": 100_000}, "at most on this server", "max_output_tokens"),
+    ({"max_output_tokens": 100_000}, "on this server", "max_output_tokens"),
     ({"reasoning": {"effort": "high"}}, "chat_template_kwargs", "reasoning"),
     ({"steering": [{"name": "nobody"}]}, "there is no steering 'nobody'", "steering.0.name"),
     ({"inputs": "x"}, "did you mean 'input'", "inputs"),

@@ -292,8 +292,8 @@ def test_neighbours_dont_matter(client_for: Callable[[str], Any]) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
-    ({"tools": [WEATHER, WEATHER]}, "two tools of the name 'get_weather'", "tools.1.function.name"),
-    ({"tool_choice": "required"}, "a call is required, and there are no tools", "tool_choice"),
+    ({"tools": [WEATHER, WEATHER]}, "two tools named 'get_weather'", "tools.1.function.name"),
+    ({"tool_choice": "required"}, "a call is required, but there are no tools", "tool_choice"),
     (
         {"tools": [BARE], "tool_choice": {"type": "function", "function": {"name": "f"}}},
         "there is no tool 'f'",
@@ -301,7 +301,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
-        "arguments are an object",
+        "its parameters must be of type object",
         "tools.0.function.parameters.type",
     ),
     (
@@ -319,7 +319,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"messages": [*ASK, {"role": "tool", "tool_call_id": "x", "content": "1"}]},
-        "answers a call of the assistant's before it",
+        "answer an earlier call of the assistant",
         "messages.1.tool_call_id",
     ),
     (
@@ -332,7 +332,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
                 },
             ]
         },
-        "arguments of a call are a JSON object",
+        "arguments of a call must be a JSON object",
         "messages.1.tool_calls.0.function.arguments",
     ),
     ({"chat_template_kwargs": {"tools": []}}, "tools is a separate field", "chat_template_kwargs"),

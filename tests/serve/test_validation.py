@@ -108,7 +108,7 @@ class TestShapes:
 
     def test_bounds_are_said(self) -> None:
         for body, words in (
-            ({str(i): i for i in range(FIELDS + 1)}, f"{FIELDS} are the most"),
+            ({str(i): i for i in range(FIELDS + 1)}, f"at most {FIELDS} are allowed"),
             ({"a": {"b": ["x"] * (ITEMS + 1)}}, rf"a\.b has {ITEMS + 1} items"),
             ({"prompt": [1] * 100_000}, None),
         ):
@@ -145,18 +145,18 @@ class TestShapes:
 WORDS: list[tuple[str, dict[str, Any], str]] = [
     (CHATS, {"steerng": []}, "steerng: this field isn't known; did you mean 'steering'?"),
     (CHATS, {"messages": None}, "messages: it is missing"),
-    (CHATS, {"messages": []}, "messages: it takes at least 1 items"),
-    (CHATS, {"messages": [{"role": "user"}]}, "messages.0: a message of the user's needs content"),
+    (CHATS, {"messages": []}, "messages: it must have at least 1 items"),
+    (CHATS, {"messages": [{"role": "user"}]}, "messages.0: a message with the role user needs content"),
     (CHATS, {"messages": [{"role": "god", "content": "x"}]}, "messages.0.role: it must be 'system', 'developer'"),
     (
         CHATS,
         {"messages": [{"role": "user", "content": 5}]},
-        "messages.0.content: it must be a text, or a list of text",
+        "messages.0.content: it must be a string, or a list of text",
     ),
     (
         CHATS,
         {"messages": [{"role": "user", "content": [{"type": "input_audio", "data": "x"}]}]},
-        "messages.0.content.0: only text and images can be read here",
+        "messages.0.content.0: only text and images are supported",
     ),
     (CHATS, {"tools": [{"type": "function"}]}, "tools.0.function: it is missing"),
     (CHATS, {"tools": [{"type": "web_search"}]}, "tools.0.type: it must be 'function'"),
@@ -166,22 +166,22 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
         "tools.0.function.name: a function's name has letters",
     ),
     (CHATS, {"tool_choice": "any"}, 'tool_choice: it must be "none", "auto", "required", or'),
-    (CHATS, {"functions": [{"name": "f"}]}, "functions: they have been replaced by tools"),
+    (CHATS, {"functions": [{"name": "f"}]}, "functions: functions have been replaced by tools"),
     (CHATS, {"guided_json": {}}, "guided_json: give response_format"),
     (CHATS, {"presence_penalty": 0.5}, "presence_penalty: penalties aren't supported; leave it out"),
     (CHATS, {"response_format": {"type": "xml"}}, 'response_format: it must be {"type": "text"}, {"type": "json_o'),
     (CHATS, {"response_format": {"type": "json_schema"}}, "response_format.json_schema: it is missing"),
-    (CHATS, {"reasoning_effort": "high"}, "reasoning_effort: it isn't supported; chat_template_kwargs"),
+    (CHATS, {"reasoning_effort": "high"}, "reasoning_effort: it isn't supported; set the chat template's own options"),
     (CHATS, {"top_k": 5}, "top_k: it isn't supported; use top_p, or temperature 0"),
-    (CHATS, {"web_search_options": {}}, "web_search_options: this server searches nothing"),
+    (CHATS, {"web_search_options": {}}, "web_search_options: web search isn't supported"),
     (CHATS, {"temperature": 3}, "temperature: it must be at most 2"),
     (CHATS, {"temperature": "0"}, "temperature: it must be a number"),
-    (CHATS, {"stop": ["a"] * 5}, "stop: it takes at most 4 items"),
-    (CHATS, {"stop": 5}, "stop: it must be a text, or up to 4 of them"),
+    (CHATS, {"stop": ["a"] * 5}, "stop: it can have at most 4 items"),
+    (CHATS, {"stop": 5}, "stop: it must be a string, or up to 4 strings"),
     (CHATS, {"steering": [{"name": "s0", "strength": 101}]}, "steering.0.strength: it must be at most 100"),
     (CHATS, {"steering": [{"name": "s0", "stregth": 1}]}, "steering.0.stregth: this field isn't known; did you mean"),
     (CHATS, {"rejection": 5}, "rejection: it must be true, false, or an object"),
-    (TEXTS, {"prompt": {}}, "prompt: it must be a text, several, or token ids"),
+    (TEXTS, {"prompt": {}}, "prompt: it must be a string, a list of strings, or token ids"),
     (TEXTS, {"prompt": [1, "a"]}, "prompt"),
     (TEXTS, {"echo": True}, "echo: prompts aren't echoed"),
     (TEXTS, {"best_of": 4}, "best_of: it isn't supported; ask for n answers and choose"),
@@ -220,11 +220,11 @@ class TestWords:
         }[where]
         sent = client.post("/v1/chat/completions", content=json.dumps({"model": "trimtab", **more}), headers=KIND)
         assert sent.status_code == 400
-        assert "has half a character, \\ud800" in sent.json()["error"]["message"]
+        assert "has an unpaired surrogate, \\ud800" in sent.json()["error"]["message"]
 
     def test_names_of_uploads(self, client: Any) -> None:
         response = client.put("/v1/steerings/-x", content=b"x", headers={"Content-Type": "application/octet-stream"})
-        assert response.json()["error"]["message"].startswith("name: a steering's name has letters, digits")
+        assert response.json()["error"]["message"].startswith("name: a steering's name has at most 64 letters, digits")
 
 
 NOTHING: list[dict[str, Any]] = [

@@ -93,7 +93,7 @@ class TestClosed:
         ("more", "words"),
         [
             ({"background": True}, "background"),
-            ({"previous_response_id": "resp_1"}, "belongs to no key"),
+            ({"previous_response_id": "resp_1"}, "aren't tied to a key"),
             ({"use_beam_search": True}, "beam search"),
             ({"emphasize": ["Why"]}, "ask for rejection: false"),
             ({"emphasize": ["Why"], "rejection": False}, "TRIMTAB_SITES=keys"),
@@ -104,12 +104,12 @@ class TestClosed:
             ({"emphasize": [{"role": "system"}], "rejection": False}, "no system message"),
             ({"monitors": ["harm"]}, "monitors"),
             ({"clean_cache": True}, "cache"),
-            ({"vllm_xargs": {"trimtab": "[]"}}, "what the server makes of it"),
+            ({"vllm_xargs": {"trimtab": "[]"}}, "only the server sets"),
             ({"steering": "s0", "vllm_xargs": {"steering": "s0"}}, "give it once"),
             ({"vllm_xargs": {"steering": '[{"name": "s7"}]'}}, "always on"),
             ({"steering": [{"name": "s0", "strenth": 1}]}, "strength"),
             ({"steering": [{"name": "s0", "strength": "1"}]}, "a number"),
-            ({"steering": "[{"}, "no JSON"),
+            ({"steering": "[{"}, "isn't valid JSON"),
             ({"steering": 5}, "a list"),
         ],
     )
@@ -360,7 +360,7 @@ class TestBeforeItStarts:
         assert "can't be measured here: graphs" in start(max_dose=1.0)
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("TRIMTAB_CLOSED")
-            assert "would take requests past them" in start(max_dose=1.0)
+            assert "would accept requests that bypass them" in start(max_dose=1.0)
         with pytest.raises(TrimtabError, match="TRIMTAB_DOOR isn't set"):
             Door(client.app)
 

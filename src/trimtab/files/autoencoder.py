@@ -84,11 +84,11 @@ def load_features(
     """
     path = Path(path)
     if how not in HOW:
-        raise TrimtabError(f"features are used by {' or '.join(HOW)}, got {how!r}")
+        raise TrimtabError(f"how must be {' or '.join(HOW)}, got {how!r}")
     if not isinstance(features, Mapping):
-        raise TrimtabError(f"features are named with their values, {{1234: 40.0}}, got {features!r}")
+        raise TrimtabError(f"features must be a dict of numbers and values such as {{1234: 40.0}}, got {features!r}")
     if not features:
-        raise TrimtabError("no feature was named; say {number: value}, on the command line --feature NUMBER:VALUE")
+        raise TrimtabError("no feature was given; pass {number: value}, on the command line --feature NUMBER:VALUE")
     for value in features.values():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise TrimtabError(f"a feature's value is a finite number, got {value!r}")
@@ -107,14 +107,16 @@ def _steering(
 ) -> Steering:
     for number in features:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < autoencoder.features:
-            raise TrimtabError(f"there is no feature {number}; they count from 0 to {autoencoder.features - 1}")
+            raise TrimtabError(
+                f"there is no feature {number}; features are numbered from 0 to {autoencoder.features - 1}"
+            )
     if layer is not None and autoencoder.layer not in (None, layer):
         raise TrimtabError(
-            f"it says itself that it reads the output of block {autoencoder.layer}; leave layer {layer} out"
+            f"the file says that it reads the output of block {autoencoder.layer}; leave layer {layer} out"
         )
     at = autoencoder.layer if layer is None else layer
     if at is None:
-        raise TrimtabError("it doesn't say which block's output it reads; say --layer N (layer=N)")
+        raise TrimtabError("it doesn't say which block's output it reads; pass --layer N (layer=N)")
     decoder = {i: check_vector(autoencoder.rows("W_dec", i), f"W_dec[{i}]") for i in features}
     operations: list[tuple[int, Operation]]
     if how == "add":
@@ -169,7 +171,7 @@ def _folder(path: Path) -> Autoencoder:
     try:
         config = json.loads((path / CONFIG).read_bytes())
     except OSError as error:
-        raise TrimtabError(f"it has no {CONFIG}, as SAELens' folders have ({error.strerror})") from None
+        raise TrimtabError(f"it has no {CONFIG}, which SAELens folders have ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise TrimtabError(f"its {CONFIG} isn't valid JSON") from None
     if not isinstance(config, dict):
@@ -219,7 +221,7 @@ def _problem(said: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | None:
     activation = said.get("activation_fn", said.get("activation_fn_str", "relu"))
     if kind not in ("standard", "jumprelu") or activation != "relu":
         what = kind if kind not in ("standard", "jumprelu") else activation
-        return f"its features ({str(what)[:40]}) depend on each other, so that one can't be clamped by itself"
+        return f"its features ({str(what)[:40]}) depend on each other, so they can't be clamped one by one"
     if kind == "jumprelu" and "threshold" not in shapes:
         return "it has no thresholds, which JumpReLU needs"
     if said.get("normalize_activations", "none") not in ("none", None, False):
@@ -243,17 +245,15 @@ def _archive(path: Path) -> Autoencoder:
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > LARGEST:
-                raise TrimtabError("its arrays are larger than an autoencoder's")
+                raise TrimtabError("its arrays are too large for an autoencoder")
         with np.load(path, allow_pickle=False) as arrays:
             held = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
     except TrimtabError:
         raise
     except (*DAMAGE, TypeError) as error:
-        raise TrimtabError(
-            f"it is neither a folder of SAELens' nor Gemma Scope's params.npz: {str(error)[:200]}"
-        ) from None
+        raise TrimtabError(f"it is neither a SAELens folder nor Gemma Scope's params.npz: {str(error)[:200]}") from None
     sizes = _sizes({name: list(value.shape) for name, value in held.items()})
-    missing = None if "threshold" in held else "it has no thresholds, which Gemma Scope's have"
+    missing = None if "threshold" in held else "it has no thresholds, which Gemma Scope's autoencoders have"
     return Autoencoder(
         lambda name, i: held[name] if i < 0 else held[name][:, i] if name == "W_enc" else held[name][i],
         *sizes,

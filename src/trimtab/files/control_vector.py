@@ -31,9 +31,9 @@ PREFIX = "direction."
 OURS = "controlvector.trimtab."
 INT32 = 5
 SHIFTED = (
-    "{why}, as {program} writes files whose direction.N was read at the output of block N-1; it is added at block N, as"
-    " llama.cpp does. Say --layer-offset -1 to trimtab convert (in Python layer_offset=-1) to add it where it was read,"
-    " 0 to leave it"
+    "{why}; {program} writes files whose direction.N was read at the output of block N-1. It is added at block N, as"
+    " in llama.cpp. To add it where it was read, pass --layer-offset -1 to trimtab convert (in Python"
+    " layer_offset=-1); to keep it at block N, pass 0"
 )
 
 
@@ -63,14 +63,14 @@ def _doubt(container: Container, vectors: int) -> str | None:
     if container.kinds.get("controlvector.layer_count") == INT32:
         return SHIFTED.format(why="its layer count is a signed number", program="llama.cpp's cvector-generator")
     if count is not None and count != vectors:
-        why = f"its layer count is {count}, and it has {vectors} vectors"
+        why = f"its layer count is {count}, but it has {vectors} vectors"
         return SHIFTED.format(why=why, program="jukofyork's control-vectors")
     return None
 
 
 def _check(key: str, value: Any) -> None:
     if key == "general.architecture" and value not in ARCHITECTURES:
-        raise TrimtabError(f"it is a GGUF file of {str(value)[:40]!r}, a model perhaps, and no control vector")
+        raise TrimtabError(f"it is a GGUF file of {str(value)[:40]!r}, perhaps a model, not a control vector")
     if key == "hook_site" and value != "resid_post":
         raise TrimtabError(f"its directions are for the hook site {value!r}, and only resid_post can be read")
 
@@ -97,7 +97,7 @@ def _size(name: str, place: Place) -> int:
     if place.type not in TYPES:
         raise TrimtabError(f"its tensor {name!r} is of GGUF type {place.type}; {_known()} are read")
     if len(place.shape) != 1 or not place.shape[0]:
-        raise TrimtabError(f"its tensor {name!r} has shape {list(place.shape)}, and a direction has [width]")
+        raise TrimtabError(f"its tensor {name!r} has shape {list(place.shape)}; a direction has shape [width]")
     return place.shape[0] * TYPES[place.type][1]
 
 

@@ -41,10 +41,10 @@ BY_SUFFIX = {".safetensors": "trimtab", ".gguf": "llama.cpp", ".pt": "lm-eval", 
 def target_of(path: Path, to: str | None) -> str:
     """The program to write for: as named, or the default for the suffix. Raises `TrimtabError` if it is unknown."""
     if to is not None and to not in TARGETS:
-        raise TrimtabError(f"can't write for {to!r}; known: {', '.join(TARGETS)}")
+        raise TrimtabError(f"can't export to {to!r}; known: {', '.join(TARGETS)}")
     if to is None and path.suffix not in BY_SUFFIX:
         suffixes = ", ".join(f"{suffix} ({name})" for suffix, name in BY_SUFFIX.items())
-        raise TrimtabError(f"{path} has no suffix that says what to write; use {suffixes}, or say for which program")
+        raise TrimtabError(f"{path} has no suffix of a known format; use {suffixes}, or name the program (--to, to=)")
     name = to or BY_SUFFIX[path.suffix]
     check_target(path, TARGETS[name].suffix)
     return name

@@ -62,7 +62,7 @@ def _site(layer: int, kind: str) -> Site:
     if kind == "residual" and layer == -1:
         return Site(0, "block_input")  # the embeddings
     if not 0 <= layer <= LARGEST_LAYER:
-        raise TrimtabError(f"there is no block {layer}; blocks count from 0, see the layer offset")
+        raise TrimtabError(f"there is no block {layer}; blocks are numbered from 0, see the layer offset")
     return Site(layer, kind)
 
 
@@ -81,9 +81,9 @@ def check_vector(value: Any, name: str) -> Tensor:
     if value.dim() == 2 and value.shape[0] == 1:
         value = value[0]
     if value.dim() != 1 or not 0 < value.shape[0] <= WIDEST:
-        raise TrimtabError(f"{name} has shape {list(value.shape)}, and a direction has [width]")
+        raise TrimtabError(f"{name} has shape {list(value.shape)}; a direction has shape [width]")
     if value.layout != torch.strided or not value.is_floating_point():
-        raise TrimtabError(f"{name} holds {value.dtype} numbers, and a direction has floating ones")
+        raise TrimtabError(f"{name} has dtype {value.dtype}; a direction must be floating point")
     value = value.detach().to(torch.float64 if value.dtype == torch.float64 else torch.float32)
     if not bool(torch.isfinite(value).all()):
         raise TrimtabError(f"{name} holds numbers that are NaN or infinite")
@@ -120,7 +120,7 @@ def folded(steering: Steering, target: str, kinds: Iterable[str] = ("residual",)
         if not isinstance(operation, Add):
             raise UnsupportedError(f"{target} can only add directions, and this steering has {edit}")
         if edit.site.kind not in kinds:
-            raise UnsupportedError(f"{target} steers {' or '.join(kinds)} only, and this steering has {edit}")
+            raise UnsupportedError(f"{target} steers {' or '.join(kinds)} only, but this steering has {edit}")
         check_plain(edit, target)
         vector = operation.direction.double() * edit.strength
         if edit.site in sums and sums[edit.site].shape != vector.shape:
@@ -138,9 +138,9 @@ def check_plain(edit: Edit, target: str) -> None:
     if edit.operation.keep_norm:
         raise UnsupportedError(f"{target} can't keep the activation's norm, as this steering asks: {edit}")
     if not isinstance(edit.gate, Always):
-        raise UnsupportedError(f"{target} has no gates, and this steering has one: {edit}")
+        raise UnsupportedError(f"{target} has no gates, but this steering has one: {edit}")
     if edit.positions != NAMED["all"]:
         raise UnsupportedError(
-            f"{target} steers every token of prompt and answer, and this steering acts at {edit.positions}; say"
-            " steering.at(Positions.all()), on the command line --positions all, if that is what you want"
+            f"{target} steers every token of prompt and answer, but this steering acts at {edit.positions}; if that"
+            " is what you want, use steering.at(Positions.all()), on the command line --positions all"
         )

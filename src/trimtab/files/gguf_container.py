@@ -84,11 +84,11 @@ def read_container(data: Any, check: Callable[[str, Any], None] = lambda _key, _
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
         what = "big-endian" if swapped else f"of version {version}"
-        raise TrimtabError(f"it is {what}, and trimtab reads GGUF of version 2 and 3, little-endian")
+        raise TrimtabError(f"it is {what}; trimtab reads little-endian GGUF of versions 2 and 3")
     tensor_count, entry_count = cursor.number("Q", "the header"), cursor.number("Q", "the header")
     if tensor_count * SMALLEST_TENSOR + entry_count * SMALLEST_ENTRY > cursor.size:
         raise TrimtabError(
-            f"it is damaged: it says that it has {entry_count} entries and {tensor_count} tensors, and isn't that long"
+            f"it is damaged: it is too short for the {entry_count} entries and {tensor_count} tensors in its header"
         )
     metadata: dict[str, Any] = {}
     kinds: dict[str, int] = {}

@@ -151,7 +151,7 @@ def _in_folder(folder: Path) -> Iterator[Listed]:
 
 def _check_name(repo: str) -> None:
     if not HUB_ID.fullmatch(repo):
-        raise TrimtabError(f"{repo!r} is no folder and no name on the Hub, which has the form user/name")
+        raise TrimtabError(f"{repo!r} is neither a folder nor a name on the Hub (user/name)")
 
 
 @contextmanager

@@ -23,8 +23,8 @@ BLOCK = "post_block"  # the only hook whose vector is added to a block's output
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 EARLY = (
     "CAST's own program adds a .svec's vector N at the input of block N, one block before where it was read; it is"
-    " added at the output of block N, where it was read. Say --layer-offset -1 to trimtab convert (in Python"
-    " layer_offset=-1) to do as that program does, 0 to leave it"
+    " added at the output of block N, where it was read. To do as that program does, pass --layer-offset -1 to"
+    " trimtab convert (in Python layer_offset=-1); to keep it, pass 0"
 )
 
 
@@ -57,7 +57,7 @@ def read_json_layout(path: Path, wanted: Wanted) -> Imported:
         value = value["vectors"]
     if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
         return _module(value)
-    raise TrimtabError("its JSON is none of the layouts of steering vectors known here (.svec, steering modules)")
+    raise TrimtabError("its JSON has no known layout of steering vectors (.svec, steering modules)")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _svec(value: Mapping[str, Any]) -> Imported:
         vector = _vector(rows, f"layer {key}")
         if vector.dim() == 2 and vector.shape[0] > 1:
             raise TrimtabError(
-                f"layer {key} has {vector.shape[0]} vectors (for tokens, heads or a plane), and an addition has one"
+                f"layer {key} has {vector.shape[0]} vectors (for tokens, heads or a plane), but an addition takes one"
             )
         directions[layer] = vector.reshape(-1)
     about = {"model_hint": value["model_type"]} if isinstance(value.get("model_type"), str) else {}
@@ -98,14 +98,14 @@ def neuronpedia_vector(value: Mapping[str, Any], wanted: Wanted) -> Imported:
     """
     if not value["vector"]:
         raise TrimtabError(
-            "Neuronpedia's answer comes without the feature's vector; take it from the autoencoder itself: trimtab"
+            "Neuronpedia's response doesn't include the feature's vector; take it from the autoencoder itself: trimtab"
             " convert SAE_FOLDER OUT --feature INDEX"
         )
     hook = value.get("hookName")
     layer = block_named(hook) if isinstance(hook, str) else None
     if layer is None and wanted.layer is None:
         raise TrimtabError(
-            "Neuronpedia's answer doesn't say where its vector acts; say --layer N to trimtab convert (layer=N)"
+            "Neuronpedia's response doesn't say where its vector acts; pass --layer N to trimtab convert (layer=N)"
         )
     if layer is not None:
         wanted.not_needed()
@@ -141,19 +141,21 @@ def _packed(hook: Mapping[str, Any]) -> dict[int, Tensor]:
         raise TrimtabError("its packed vectors have no shape [layers, width], layer_indices and data")
     assert isinstance(shape, list)
     if len(layers) != shape[0] or len(set(map(str, layers))) != len(layers):
-        raise TrimtabError(f"it has {shape[0]} vectors for {len(layers)} layers, which must be different ones")
+        raise TrimtabError(
+            f"it has {shape[0]} vectors for {len(layers)} layers; it must have one per layer, and each layer once"
+        )
     size = prod(shape) * DTYPES[dtype].itemsize
     if size > len(data):
-        raise TrimtabError(f"its packed vectors say that they are {shape}, and aren't that long")
+        raise TrimtabError(f"its packed vectors are too short for their shape {shape}")
     try:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise TrimtabError("its packed vectors are no base64") from None
+        raise TrimtabError("its packed vectors aren't valid base64") from None
     if len(raw) != size:
         raise TrimtabError(f"its packed vectors have {len(raw)} bytes instead of {size}")
     scales = hook.get("scales") or [1.0] * len(layers)
     if not isinstance(scales, list) or len(scales) != len(layers):
-        raise TrimtabError("its packed vectors have another number of scales than of layers")
+        raise TrimtabError("its packed vectors don't have one scale per layer")
     rows = torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(shape)
     by_layer = {}
     for layer, row, scale in zip(layers, rows, scales, strict=True):

@@ -91,7 +91,7 @@ def load(
     if kind == "trimtab":
         said = {"layer_offset": layer_offset, "row": row, "layer": layer, "position": position, "positions": positions}
         if extra := [name for name, value in said.items() if value is not None]:
-            raise TrimtabError(f"{path} is trimtab's own file and says by itself where it acts; leave {extra[0]} out")
+            raise TrimtabError(f"{path} is a trimtab steering, which already says where it acts; leave {extra[0]} out")
         return load_steering(path)
     imported = _read(path, kind, Wanted(row, layer, position, layer_offset))
     try:
@@ -102,7 +102,7 @@ def load(
         warnings.warn(f"{path}: {imported.doubt}", FormatWarning, stacklevel=outside())
     operations = [operation for _, operation in imported.operations]
     if all(isinstance(operation, Add) and not bool(operation.direction.any()) for operation in operations):
-        warnings.warn(f"{path}: its directions are all zero, and steer nothing", FormatWarning, stacklevel=outside())
+        warnings.warn(f"{path}: its directions are all zero, so it has no effect", FormatWarning, stacklevel=outside())
     for name in FACTORS:
         factor = imported.about.get(name, 1)
         if isinstance(factor, (int, float)) and factor != 1:
@@ -142,7 +142,7 @@ def load_direction(
         card = steering.card
         if row is not None or position is not None:
             which = "rows" if row is not None else "axis of token positions"
-            raise TrimtabError(f"{path} is trimtab's own file, which has no {which}; leave that out")
+            raise TrimtabError(f"{path} is a trimtab steering, which has no {which}; leave that out")
     else:
         read = _read(path, kind, Wanted(row, layer, position, anywhere=True))
         operations, card = read.operations, Card("imported", options={"format": read.format, **read.about})
@@ -151,10 +151,10 @@ def load_direction(
     layers = ", ".join(str(n) for n in sorted({n for n, _ in operations})) or "none"
     if len(chosen) != 1:
         what = "several directions" if chosen else f"no direction at layer {layer}"
-        raise TrimtabError(f"{path} has {what} (layers {layers}); say --layer N (layer=N) for one of them")
+        raise TrimtabError(f"{path} has {what} (layers {layers}); pass --layer N (layer=N) to choose one")
     operation = chosen[0][1]
     if not isinstance(operation, (Add, AddScaled, Ablate, SetProjection)):
-        raise TrimtabError(f"{path} has {type(operation).__name__} there, which is not about one direction")
+        raise TrimtabError(f"{path} has {type(operation).__name__} there, which doesn't have a single direction")
     return operation.direction, card
 
 

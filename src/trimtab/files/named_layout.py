@@ -42,7 +42,7 @@ def of_dict(tensors: Mapping[Any, Tensor], about: Mapping[str, Any] | None = Non
     """A `Named` of tensors in memory. Raises `TrimtabError` if two keys are the same as texts."""
     named = {str(key): value for key, value in tensors.items()}
     if len(named) < len(tensors):
-        raise TrimtabError("two of its keys are the same but for their type")
+        raise TrimtabError("two of its keys differ only in type")
     return Named({name: list(value.shape) for name, value in named.items()}, named.__getitem__, about or {}, kind)
 
 
@@ -54,7 +54,7 @@ def block_named(name: str) -> int | None:
     if match := HOOK.fullmatch(name):
         if match[2] not in BEFORE:
             raise TrimtabError(
-                f"{name!r} is no place in the residual stream; {', '.join(filter(None, BEFORE))} can be read"
+                f"{name!r} isn't a place in the residual stream; {', '.join(filter(None, BEFORE))} can be read"
             )
         return layer_number(match[1], f"{name!r}") + BEFORE[match[2]]
     match = PLAIN.fullmatch(name)
@@ -86,8 +86,8 @@ def named_layout(file: Named, path: Path, wanted: Wanted) -> Imported:
     if wanted.row is not None:
         raise TrimtabError(f"it has no tensor {str(wanted.row)[:60]!r}; its tensors are {held}")
     raise TrimtabError(
-        f"it is no steering of trimtab's; its tensors are {held}, and these are no names of layers (14, layer_14,"
-        " model.layers.14, direction.14). For one of them:"
+        f"it isn't a trimtab steering; its tensors are {held}, whose names aren't layers (14, layer_14,"
+        " model.layers.14, direction.14). To use one of them:"
         f" {convert_with(path, '--row NAME --layer N', 'row=NAME, layer=N')}"
     )
 
@@ -116,17 +116,17 @@ def _layers(file: Named, blocks: Mapping[str, int], wanted: Wanted) -> Imported:
     if wanted.row is not None and not all(len(file.shapes[name]) == 2 for name in blocks):
         wanted.no_row()
     if len(set(blocks.values())) < len(blocks):
-        raise TrimtabError(f"two of its tensors are for one block: {', '.join(sorted(blocks)[:6])}")
+        raise TrimtabError(f"two of its tensors are for the same block: {', '.join(sorted(blocks)[:6])}")
     directions = {}
     for name, block in blocks.items():
         value = file.get(name)
         rows = value.shape[0] if value.dim() == 2 else 1
         if wanted.row is not None:
             if isinstance(wanted.row, str) or not 0 <= wanted.row < rows:
-                raise TrimtabError(f"{name!r} has rows 0 to {rows - 1}, and no row {wanted.row!r}")
+                raise TrimtabError(f"{name!r} has rows 0 to {rows - 1}, but no row {wanted.row!r}")
             value = value[wanted.row]
         elif rows > 1:
-            raise TrimtabError(f"{name!r} has {rows} rows; say --row R (row=R) to trimtab convert for one of them")
+            raise TrimtabError(f"{name!r} has {rows} rows; pass --row R (row=R) to trimtab convert to choose one")
         directions[block] = check_vector(value, repr(name))
     about = _plain(file.about) | ({} if wanted.row is None else {"row": wanted.row})
     return Imported(f"{file.kind}s by layer", additions(directions), about)

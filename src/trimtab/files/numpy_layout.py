@@ -40,7 +40,7 @@ def read_numpy_layout(path: Path, wanted: Wanted) -> Imported:
     except TrimtabError:
         raise
     except DAMAGE as error:
-        raise TrimtabError(f"it is damaged, or no array of plain numbers: {_first_line(error)}") from None
+        raise TrimtabError(f"it is damaged, or isn't an array of plain numbers: {_first_line(error)}") from None
     return tensor_layout(value, path, wanted, "array")
 
 
@@ -51,7 +51,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
             raise TrimtabError(f"its arrays have {size >> 20} MB; a steering is smaller")
         names = archive.namelist()
     if len(set(names)) != len(names):
-        raise TrimtabError("its archive has a name twice")
+        raise TrimtabError("its archive has two entries of the same name")
     with np.load(path, allow_pickle=False) as arrays:
         return {name: _tensor(arrays[name]) for name in arrays.files}
 

@@ -27,9 +27,9 @@ def from_steering_vectors(vector: Any, *, positions: Positions | None = None) ->
     """
     activations, kind = getattr(vector, "layer_activations", None), getattr(vector, "layer_type", "decoder_block")
     if not isinstance(activations, dict):
-        raise TrimtabError(f"a {type(vector).__name__} has no layer_activations, so it is no SteeringVector")
+        raise TrimtabError(f"a {type(vector).__name__} has no layer_activations, so it isn't a SteeringVector")
     if kind not in KINDS:
-        raise TrimtabError(f"its layer type {kind!r} is no site here; known: {', '.join(KINDS)}")
+        raise TrimtabError(f"its layer type {kind!r} isn't supported; known: {', '.join(KINDS)}")
     directions = {layer_number(layer, "the vector"): value for layer, value in activations.items()}
     return steering_of(Imported("steering-vectors", additions(directions), kind=KINDS[kind]), positions=positions)
 
@@ -59,7 +59,7 @@ def from_repeng(vector: Any, *, positions: Positions | None = None) -> Steering:
     """
     directions = getattr(vector, "directions", None)
     if not isinstance(directions, dict):
-        raise TrimtabError(f"a {type(vector).__name__} has no directions, so it is no ControlVector")
+        raise TrimtabError(f"a {type(vector).__name__} has no directions, so it isn't a ControlVector")
     tensors = {layer_number(int(layer), "the vector"): torch.tensor(np.asarray(v)) for layer, v in directions.items()}
     hint = getattr(vector, "model_type", None)
     about = {"model_hint": hint} if isinstance(hint, str) else {}

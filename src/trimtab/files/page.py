@@ -62,8 +62,8 @@ def baked_page(steering: Steering, name: str, model: str, notes: Sequence[str]) 
     sections = [
         f"---\n{_header(steering.card, models, None, 'transformers')}\n---\n",
         f"# {_inline(name)}\n",
-        f"{_inline(model)} with a steering in its weights, made with trimtab. It loads as any model does, and no hook"
-        " or other code runs; the licence of the model that it was made from holds for it too.\n",
+        f"{_inline(model)} with a steering in its weights, made with trimtab. It loads like any other model, without"
+        " hooks or other code; the license of the original model applies to it too.\n",
         "".join(f"- {_escaped(note)}\n" for note in notes),
         "## What was baked in\n",
         _table(("layer", "site", "operation", "at", "strength", "norm"), list(_edits(steering))),
@@ -79,13 +79,17 @@ def _measured_effects(steering: Steering) -> list[str]:
     sections = []
     if isinstance(card.divergence, Mapping):
         far = [(f"divergence, {name}", _number(card.divergence.get(name))) for name in ("mean", "p95")]
-        sections += ["## How far it goes\n", _table(("nats per token", ""), far)]
+        sections += ["## How much it changes the model\n", _table(("nats per token", ""), far)]
     audit = card.audit
     if isinstance(audit, Mapping) and isinstance(audit.get("verdict"), (list, tuple)):
         stale = (
-            "" if audit.get("edits") == edits_digest(steering) else " It was of other strengths or layers than these."
+            ""
+            if audit.get("edits") == edits_digest(steering)
+            else " It was run with other strengths or layers than these."
         )
-        about = f"What `trimtab audit` found besides what it is for ({_inline(str(audit.get('size')))} size).{stale}\n"
+        about = (
+            f"What `trimtab audit` found besides the intended effect ({_inline(str(audit.get('size')))} size).{stale}\n"
+        )
         lines = [f"- {_escaped(' '.join(str(line).split()))}\n" for line in audit["verdict"]]
         sections += ["## Side effects\n", about, "".join(lines)]
     return sections

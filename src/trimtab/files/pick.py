@@ -134,8 +134,8 @@ def _layers(text: str, where: str) -> tuple[int, ...]:
         if last < first:
             raise TrimtabError(f"{where}: the layers {part!r} end before they begin; write {last}-{first}")
         if last - first > 10_000:
-            raise TrimtabError(f"{where}: {part!r} is {last - first + 1} layers, and no model has so many")
+            raise TrimtabError(f"{where}: {part!r} is {last - first + 1} layers, more than any model has")
         layers += range(first, last + 1)
     if len(set(layers)) < len(layers):
-        raise TrimtabError(f"{where}: the layers {text!r} name one twice; name each once")
+        raise TrimtabError(f"{where}: the layers {text!r} name a layer twice; name each once")
     return tuple(sorted(layers))

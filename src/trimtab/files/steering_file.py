@@ -124,7 +124,7 @@ def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str
         return header, tensors, _digest(header, tensors)
     except (TypeError, ValueError) as error:
         raise TrimtabError(
-            f"the steering's card and settings must be finite numbers, texts and lists of them: {error}"
+            f"the steering's card and settings must be finite numbers, strings and lists of these: {error}"
         ) from None
 
 
@@ -161,7 +161,7 @@ def _metadata(path: Path | str, start: bytes) -> dict[str, Any]:
         raise TrimtabError(f"{path} isn't a safetensors file, or its header is damaged; get a fresh copy") from None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or KEY not in metadata:
-        raise TrimtabError(f"{path} is a safetensors file, but no steering of trimtab's; `trimtab learn` writes them")
+        raise TrimtabError(f"{path} is a safetensors file, but not a trimtab steering; `trimtab learn` writes them")
     return metadata
 
 
@@ -274,7 +274,7 @@ def _card(data: dict[str, Any]) -> Card:
     model = None if data["model"] is None else _model(data["model"])
     parts = tuple(_card(part) for part in data["parts"])
     if odd := [name for name in MEASURED if not isinstance(data.get(name), (dict, type(None)))]:
-        raise TypeError(f"a card's {odd[0]} is an object")
+        raise TypeError(f"a card's {odd[0]} must be an object")
     return Card(**{**data, "model": model, "parts": parts})
 
 

@@ -13,7 +13,7 @@ def check_target(path: str | Path, suffix: str) -> None:
     """Raises `TrimtabError` if a file of this kind can't be written there. Leaves nothing behind."""
     path = Path(path)
     if path.suffix != suffix:
-        raise TrimtabError(f"{path} must be named *{suffix}, for that is what is written there")
+        raise TrimtabError(f"{path} must be named *{suffix}, since that is the format that is written")
     if path.is_dir():
         raise TrimtabError(f"can't write {path}: it is a folder; name a file in it")
     probe = _beside(path)

@@ -25,7 +25,7 @@ LARGEST_SIDECAR = 1 << 20
 INPUT = "the input of block {}, which is the output of the one before it"
 NEW = "steering.safetensors"
 FEATURES = (  # the path is quoted by the caller
-    "it is a sparse autoencoder; say which of its features steer: trimtab convert {path} {new} --feature NUMBER:VALUE"
+    "it is a sparse autoencoder; choose its features: trimtab convert {path} {new} --feature NUMBER:VALUE"
     " (in Python load_features(path, {{number: value}}))"
 )
 
@@ -49,7 +49,7 @@ class Wanted:
     def not_needed(self) -> None:
         """Raises `TrimtabError` if the caller says something that the file says itself."""
         if self.layer is not None and not self.anywhere:
-            raise TrimtabError("it names its layers itself; leave --layer out, or shift them with --layer-offset")
+            raise TrimtabError("it already names its layers; leave --layer out, or shift them with --layer-offset")
         self.no_row()
         if self.position is not None:
             raise TrimtabError("it has no axis of token positions; leave --position out")
@@ -107,12 +107,12 @@ def _of_rows(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Imported:
     if wanted.layer_offset is not None and wanted.layer is None:
         return Imported(f"{kind} of layers", additions(dict(enumerate(value))))
     if wanted.anywhere:
-        raise TrimtabError(f"it has several directions, {rows} rows; say --row R (row=R) for one of them")
+        raise TrimtabError(f"it has several directions, {rows} rows; pass --row R (row=R) to choose one")
     for_one_row, every = convert_with(path, "--row R --layer N", "row=R, layer=N"), "--layer-offset K (layer_offset=K)"
     raise TrimtabError(
-        f"it holds {rows} rows of {width} numbers, and nothing says what the rows are. For one of them: {for_one_row}."
-        f" If they are blocks, {every} instead: 0 where row 0 is the output of block 0, -1 where row 0 is the"
-        " embeddings, as in hidden_states"
+        f"it holds {rows} rows of {width} numbers, but doesn't say what the rows are. To use one of them:"
+        f" {for_one_row}. If they are blocks, pass {every} instead: 0 if row 0 is the output of block 0, -1 if row 0"
+        " is the embeddings, as in hidden_states"
     )
 
 
@@ -124,14 +124,14 @@ def _of_three_axes(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Impo
     if row is not None and wanted.layer is not None and (wanted.layer_offset is not None or wanted.anywhere):
         vector = check_vector(value[row, _row(wanted.layer, second, "layer")], f"its {kind}")
         return Imported(f"row {row} of a {kind} of rows and layers", additions({wanted.layer: vector}), {"row": row})
-    shown = f"it holds {first} x {second} x {width} numbers, and nothing says what its axes are"
+    shown = f"it holds {first} x {second} x {width} numbers, but doesn't say what its axes are"
     theirs = f"refusal_direction's mean_diffs.pt, whose layer N is {INPUT.format('N')}"
     means = convert_with(path, "--position P --layer N", "position=P, layer=N")
     other = convert_with(path, "--row R --layer-offset K", "row=R, layer_offset=K")
     raise TrimtabError(
-        f"{shown}. Token positions x layers, as {theirs}:"
-        f" {means}; -1 is the prompt's last token. Rows (concepts, say) x layers: {other}, where layer 0 is the output"
-        " of block K (0), or the embeddings (-1); with --layer N as well, that layer alone"
+        f"{shown}. If they are token positions x layers, as in {theirs}: {means}; -1 is the prompt's last token. If"
+        f" they are rows (such as concepts) x layers: {other}, with K=0 if layer 0 is the output of block 0, -1 if it"
+        " is the embeddings; with --layer N as well, only that layer is used"
     )
 
 
@@ -142,11 +142,11 @@ def _of_positions(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Impor
     axes = f"it holds {positions} positions x {layers} layers x {width} wide"
     if wanted.layer is None:
         means = convert_with(path, "--position P --layer N", "position=P, layer=N")
-        raise TrimtabError(f"{axes}, as refusal_direction's mean_diffs.pt does; pick the layer too: {means}")
+        raise TrimtabError(f"{axes}, as refusal_direction's mean_diffs.pt does; choose the layer too: {means}")
     assert wanted.position is not None
     if not -positions <= wanted.position < positions or not 0 <= wanted.layer < layers:
         raise TrimtabError(
-            f"{axes}: there are positions {-positions} to -1 and layers 0 to {layers - 1}, and no position"
+            f"{axes}: there are positions {-positions} to -1 and layers 0 to {layers - 1}, but no position"
             f" {wanted.position} at layer {wanted.layer}"
         )
     vector = check_vector(value[wanted.position, wanted.layer], f"its {kind}")
@@ -158,9 +158,11 @@ def _row(row: int | str | None, rows: int, name: str = "row") -> int | None:
     if row is None:
         return None
     if isinstance(row, str):
-        raise TrimtabError(f"its rows have no names, so there is no row {row!r}; they count from 0 to {rows - 1}")
+        raise TrimtabError(
+            f"its rows have no names, so there is no row {row!r}; rows are numbered from 0 to {rows - 1}"
+        )
     if not 0 <= row < rows:
-        raise TrimtabError(f"there is no {name} {row}; they count from 0 to {rows - 1}")
+        raise TrimtabError(f"there is no {name} {row}; {name}s are numbered from 0 to {rows - 1}")
     return row
 
 
@@ -182,7 +184,8 @@ def layer_of(path: Path, wanted: Wanted) -> tuple[int, Mapping[str, Any]]:
         said = _sidecar(beside)
         if not isinstance(said, dict) or "layer" not in said:
             raise TrimtabError(
-                f"{beside.name} beside it doesn't say its layer; mend it, or say --layer N to trimtab convert (layer=N)"
+                f"{beside.name} next to it doesn't give its layer; fix it, or pass --layer N to trimtab convert"
+                " (layer=N)"
             )
         layer = layer_number(said["layer"], beside.name)
         about = {"read_at": INPUT.format(layer)} | (
@@ -192,9 +195,9 @@ def layer_of(path: Path, wanted: Wanted) -> tuple[int, Mapping[str, Any]]:
     if wanted.anywhere:
         return 0, {}
     raise TrimtabError(
-        "it doesn't say at which block its vector acts, and to use it one has to:"
-        f" {convert_with(path, '--layer N', 'layer=N')} adds it at the output of block N, from 0. To ablate it"
-        f" everywhere: trimtab convert {quote(str(path))} {NEW} --as ablate --blocks N"
+        "it doesn't say at which block its vector acts. To add it at the output of block N (from 0):"
+        f" {convert_with(path, '--layer N', 'layer=N')}. To ablate it everywhere: trimtab convert {quote(str(path))}"
+        f" {NEW} --as ablate --blocks N"
     )
 
 

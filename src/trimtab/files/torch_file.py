@@ -78,16 +78,16 @@ def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, bytes]:
     infos = archive.infolist()
     names = [info.filename for info in infos]
     if len(infos) > MOST_ENTRIES or sum(info.file_size for info in infos) > size:
-        raise TrimtabError("its archive says that it holds more than the file is long")
+        raise TrimtabError("its archive claims to hold more data than the file")
     if len(set(names)) != len(names):
-        raise TrimtabError("its archive has a name twice")
+        raise TrimtabError("its archive has two entries of the same name")
     for name in names:
         parts = name.split("/")
         if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or "\\" in name or ":" in parts[0]:
             raise TrimtabError(f"its archive has the name {name[:80]!r}, which torch never writes")
     tops = {name.split("/")[0] for name in names}
     if len(tops) != 1 or f"{next(iter(tops))}/data.pkl" not in names:
-        raise TrimtabError("it is an archive, but not one of torch's; PyTorch 1.6 and later writes what can be read")
+        raise TrimtabError("it is an archive, but not one that torch.save writes; save it with PyTorch 1.6 or later")
     if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in infos):
         raise TrimtabError("its archive is compressed or encrypted, which torch never does")
     return {info.filename: archive.read(info) for info in infos}
@@ -96,19 +96,19 @@ def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, bytes]:
 def _check_pickle(data: bytes) -> None:
     """Raises `TrimtabError` if the pickle names anything but tensors. Nothing in it is run."""
     if len(data) > LARGEST_PICKLE:
-        raise TrimtabError("its pickle is too large for one that holds tensors")
+        raise TrimtabError("its pickle is too large for a file of tensors")
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name in ELSEWHERE or (opcode.name == "GLOBAL" and argument not in HARMLESS):
                 named = str(argument).replace(" ", ".") if opcode.name == "GLOBAL" else f"an object ({opcode.name})"
                 raise TrimtabError(
-                    f"its pickle asks for {named[:80]}, and trimtab opens pickles of tensors, numbers and texts only;"
-                    " save the tensors alone, with torch.save"
+                    f"its pickle needs {named[:80]}, but trimtab opens only pickles of tensors, numbers and strings;"
+                    " save only the tensors, with torch.save"
                 )
     except TrimtabError:
         raise
     except Exception as error:  # pickletools raises many types of errors
-        raise TrimtabError(f"it is damaged: its pickle can't be followed ({type(error).__name__})") from None
+        raise TrimtabError(f"it is damaged: its pickle can't be parsed ({type(error).__name__})") from None
 
 
 def _check_tensors(value: Any, largest: int) -> None:
@@ -116,7 +116,7 @@ def _check_tensors(value: Any, largest: int) -> None:
     for tensor in _tensors(value, DEEPEST):
         stored = tensor.untyped_storage().nbytes()
         if tensor.layout != torch.strided or stored > largest or tensor.numel() * tensor.element_size() > stored:
-            raise TrimtabError(f"it holds a tensor of shape {list(tensor.shape)} that isn't all there")
+            raise TrimtabError(f"it holds an incomplete tensor of shape {list(tensor.shape)}")
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Tensor]:

@@ -44,7 +44,7 @@ def read_torch_layout(path: Path, wanted: Wanted) -> Imported:
         return _named(value, path, wanted)
     if not isinstance(value, Tensor):
         keys = f" with the keys {', '.join(map(repr, list(value)[:6]))}" if isinstance(value, Mapping) else ""
-        raise TrimtabError(f"it holds a {type(value).__name__}{keys}, which is no known layout of steering vectors")
+        raise TrimtabError(f"it holds a {type(value).__name__}{keys}, which isn't a known layout of steering vectors")
     return tensor_layout(value, path, wanted)
 
 
@@ -55,7 +55,7 @@ def read_torch_folder(path: Path) -> Imported:
     if not files and (path / "sae_weights.safetensors").is_file():
         raise TrimtabError(FEATURES.format(path=quote(str(path)), new=NEW))
     if not files:
-        raise TrimtabError("it is a folder without files layer_<N>.pt")
+        raise TrimtabError("it is a folder without layer_<N>.pt files")
     operations: list[tuple[int, Operation]] = []
     for layer in sorted(files):
         operations.append((layer, Add(check_vector(read_torch_file(files[layer]), files[layer].name))))
@@ -67,7 +67,9 @@ def _named(value: Mapping[Any, Any], path: Path, wanted: Wanted) -> Imported:
     others = {str(key): item for key, item in value.items() if not isinstance(item, Tensor)}
     for key, item in others.items():
         if not isinstance(item, (str, int, float, type(None))):
-            raise TrimtabError(f"it holds a {type(item).__name__} under {key[:60]!r}, and tensors beside it")
+            raise TrimtabError(
+                f"it holds tensors and, under {key[:60]!r}, a {type(item).__name__}, which isn't supported"
+            )
     tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
     return named_layout(of_dict(tensors, others, "tensor"), path, wanted)
 
@@ -84,7 +86,7 @@ def _lm_eval(value: Mapping[Any, Any]) -> Imported:
         if match is None:
             raise TrimtabError(f"its hook point {str(name)[:80]!r} isn't the output of a block (layers.N)")
         if item.get("head_index") is not None or item.get("bias") is not None:
-            raise TrimtabError(f"its hook point {name} has a head or a bias, which no operation here has")
+            raise TrimtabError(f"its hook point {name} has a head or a bias, which isn't supported")
         vector = check_vector(item["steering_vector"], f"the hook point {name}")
         factor = item.get("steering_coefficient", 1.0)
         if isinstance(factor, Tensor) and factor.numel() == 1:
@@ -110,8 +112,8 @@ def _vllm_hook(value: Mapping[Any, Any], layer: int) -> Imported:
         return Imported("vLLM-Hook", ((layer, Add(direction)),))
     if abs(float(direction.double().norm()) - 1) > UNIT:
         raise TrimtabError(
-            f"its dir has the norm {float(direction.norm()):.4g}, and vLLM-Hook takes it as it is for a unit vector;"
-            " divide it by its norm, and avg_proj too"
+            f"its dir has the norm {float(direction.norm()):.4g}, but vLLM-Hook uses it as a unit vector; divide it"
+            " by its norm, and avg_proj too"
         )
     number = float(target.reshape(-1)[0]) if isinstance(target, Tensor) and target.numel() == 1 else target
     if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -131,10 +133,14 @@ def write_lm_eval(steering: Steering, path: Path, blocks: str = "layers") -> Non
     for edit in clamps:
         check_plain(edit, target)
         if edit.site.kind != "residual" or edit.strength != 1 or getattr(edit.operation, "one_sided", False):
-            raise UnsupportedError(f"{target} sets whole projections of the residual stream, to both sides, not {edit}")
+            raise UnsupportedError(
+                f"{target} sets whole, two-sided projections of the residual stream only, not {edit}"
+            )
         name = f"{blocks}.{edit.site.layer}"
         if sum(other.site == edit.site for other in steering.edits) > 1:
-            raise UnsupportedError(f"{target} does one thing a block, and this steering does several at {edit.site}")
+            raise UnsupportedError(
+                f"{target} takes one operation per block, but this steering has several at {edit.site}"
+            )
         number = float(getattr(edit.operation, "target", 0.0))
         hooks[name] = _hook("clamp", edit.operation.direction.float(), number)
     if len(clamps) < len(steering.edits) or not clamps:

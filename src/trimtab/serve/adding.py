@@ -24,7 +24,7 @@ def check_may_add(service: Service, key: Key, name: str) -> None:
     if not key.add:
         raise Refusal(403, "your key may not add steerings")
     if any(loaded.name == name for loaded in service.visible(key)):  # hidden steerings don't take names
-        raise Refusal(400, "there is a steering of this name already; choose another", param="name")
+        raise Refusal(400, "there is already a steering of this name; choose another", param="name")
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def removed(service: Service, who: dict[str, str], key: Key, name: str) -> None:
     Raises `Refusal` for a key that may not add, a file of the server, and a name that doesn't exist.
     """
     if not key.add:
-        raise Refusal(403, "your key may not add steerings, nor take any out")
+        raise Refusal(403, "your key may not add or delete steerings")
     loaded = next((entry for entry in service.visible(key) if entry.name == name), None)
     if loaded is None:
         raise no_such_steering(name)
     if loaded.source == "file":
-        raise Refusal(403, f"{name!r} is a file of the server's; only what was added can be deleted")
+        raise Refusal(403, f"{name!r} is one of the server's files; only steerings that were added can be deleted")
     service.audit.write({"event": "removed", **who, "removed": name, "digest": loaded.digest})
     service.library.remove(name, loaded.owner)

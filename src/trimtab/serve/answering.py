@@ -112,7 +112,7 @@ class _Run:
                 await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
                 if not coming.done():
                     coming.cancel()
-                    raise Refusal(499, "the client went away")
+                    raise Refusal(499, "the client disconnected")
                 self._take(*coming.result())
             self._close("done")  # before sending: what can't be logged isn't sent
             return Json(self.wire.whole(self.prepared, self.answers))
@@ -132,7 +132,7 @@ class _Run:
         try:
             await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not coming.done():
-                raise Refusal(499, "the client went away")
+                raise Refusal(499, "the client disconnected")
             index, event = coming.result()
             if isinstance(event, Failed):
                 outcome = event.kind

@@ -45,22 +45,22 @@ from trimtab.steering import Steering
 
 DESCRIPTION = """OpenAI's completions with activation steering.
 
-`steering` names steerings of this server and how strong each is to be, `emphasize` what of the prompt to heed, and
+`steering` names steerings of this server and their strengths, `emphasize` the phrases of the prompt to follow, and
 `rejection` weakens steering where it is implausible. The response's `trimtab` says what was applied. With OpenAI's
 Python client: `client.chat.completions.create(…, extra_body={"steering": [{"name": "json", "strength": 1.2}]})`.
 """
 
 NOWHERE = (
-    "there is no such route: POST /v1/chat/completions, /v1/responses and /v1/completions answer, GET /v1/models and"
-    " /v1/steerings list what there is, and /docs explains all"
+    "no such route; POST /v1/chat/completions, /v1/responses or /v1/completions for an answer, GET /v1/models and"
+    " /v1/steerings for lists, and see /docs for all routes"
 )
 RETRY = {"headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "The request is malformed, or can't be honoured."},
-    401: {"model": ErrorBody, "description": "No API key, or a wrong one."},
-    403: {"model": ErrorBody, "description": "Not allowed to this key."},
+    400: {"model": ErrorBody, "description": "The request is malformed, or can't be fulfilled."},
+    401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
+    403: {"model": ErrorBody, "description": "Not allowed with this key."},
     404: {"model": ErrorBody, "description": "There is no such model or steering."},
-    408: {"model": ErrorBody, "description": "The request's body came too slowly."},
+    408: {"model": ErrorBody, "description": "The request's body took too long to arrive."},
     413: {"model": ErrorBody, "description": "The request is too large."},
     429: {"model": ErrorBody, "description": "The server is busy.", **RETRY},
     503: {
@@ -199,15 +199,22 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def broken(_request: Request, _error: Exception) -> Response:
         """The traceback goes to the server's log; the client gets an error in the API's format."""
-        return Refusal(500, "something went wrong inside the server; its log says what").response
+        return Refusal(500, "something went wrong inside the server; see its log").response
 
 
 def _health(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz", tags=["health"], summary="Whether the server is alive", responses={503: {"model": Health}})
+    @app.get(
+        "/healthz", tags=["health"], summary="Check whether the server is alive", responses={503: {"model": Health}}
+    )
     async def healthz() -> Health:
         return Health(status="ok") if service.scheduler.alive else _unwell("dead")
 
-    @app.get("/readyz", tags=["health"], summary="Whether it takes requests", responses={503: {"model": Health}})
+    @app.get(
+        "/readyz",
+        tags=["health"],
+        summary="Check whether the server accepts requests",
+        responses={503: {"model": Health}},
+    )
     async def readyz() -> Health:
         if not service.scheduler.alive:
             return _unwell("dead")
@@ -218,7 +225,7 @@ def _health(app: FastAPI, service: Service) -> None:
     @app.get(
         "/metrics",
         tags=["health"],
-        summary="For Prometheus",
+        summary="Metrics for Prometheus",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, 401: ERRORS[401]},
     )
@@ -241,7 +248,10 @@ def _completions(app: FastAPI, service: Service) -> None:
         tags=["completions"],
         summary="Answer a conversation",
         response_model=ChatCompletion,
-        responses={**answers, 200: {"content": STREAM, "description": "The answer; with `stream`, in events."}},
+        responses={
+            **answers,
+            200: {"content": STREAM, "description": "The answer; with `stream`, as server-sent events."},
+        },
     )
     async def chat(request: Request, body: ChatRequest) -> Any:
         return await answer(service, request, body)
@@ -251,33 +261,39 @@ def _completions(app: FastAPI, service: Service) -> None:
         tags=["completions"],
         summary="Continue a text",
         response_model=Completion,
-        responses={**answers, 200: {"content": STREAM, "description": "The answer; with `stream`, in events."}},
+        responses={
+            **answers,
+            200: {"content": STREAM, "description": "The answer; with `stream`, as server-sent events."},
+        },
     )
     async def complete(request: Request, body: CompletionRequest) -> Any:
         return await answer(service, request, body)
 
-    @app.get("/v1/monitors", tags=["completions"], summary="The monitors", responses={401: ERRORS[401]})
+    @app.get("/v1/monitors", tags=["completions"], summary="List the monitors", responses={401: ERRORS[401]})
     async def monitors() -> MonitorList:
         return monitors_described(service)
 
     @app.post(
         "/v1/responses",
         tags=["completions"],
-        summary="Answer a conversation, as OpenAI's newer API has it",
+        summary="Answer a conversation (OpenAI's Responses API)",
         response_model=ResponseTold,
-        responses={**answers, 200: {"content": STREAM, "description": "The answer; with `stream`, in events."}},
+        responses={
+            **answers,
+            200: {"content": STREAM, "description": "The answer; with `stream`, as server-sent events."},
+        },
     )
     async def responses(request: Request, body: ResponsesRequest) -> Any:
         return await respond_to(service, request, body)
 
-    @app.get("/v1/models", tags=["completions"], summary="The model", responses={401: ERRORS[401]})
+    @app.get("/v1/models", tags=["completions"], summary="List the model", responses={401: ERRORS[401]})
     async def models() -> ModelList:
         return ModelList(data=[_model(service)])
 
     @app.get(
         "/v1/models/{model:path}",
         tags=["completions"],
-        summary="The model",
+        summary="Describe the model",
         responses={c: ERRORS[c] for c in (401, 404)},
     )
     async def model(model: str) -> ModelTold:
@@ -291,7 +307,9 @@ def _model(service: Service) -> ModelTold:
 
 
 def _steerings(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/steerings", tags=["steerings"], summary="The steerings you may use", responses={401: ERRORS[401]})
+    @app.get(
+        "/v1/steerings", tags=["steerings"], summary="List the steerings you may use", responses={401: ERRORS[401]}
+    )
     async def steerings(request: Request) -> SteeringList:
         key: Key = request.state.key
         return SteeringList(data=[described(service.policy, key, loaded) for loaded in service.visible(key)])
@@ -299,7 +317,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/steerings/{name}",
         tags=["steerings"],
-        summary="One of them",
+        summary="Describe a steering",
         responses={c: ERRORS[c] for c in (400, 401, 404)},
     )
     async def steering(request: Request, name: str) -> SteeringTold:
@@ -314,7 +332,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
         @app.post(
             "/v1/steerings",
             tags=["steerings"],
-            summary="Learn one from pairs",
+            summary="Learn a steering from pairs",
             response_model=SteeringTold,
             status_code=201,
             responses=ERRORS,
@@ -328,19 +346,19 @@ def _steerings(app: FastAPI, service: Service) -> None:
         @app.post(
             "/v1/steerings/make",
             tags=["steerings"],
-            summary="Make one from a sentence, a persona or pairs, and say what it is worth",
+            summary="Make a steering from a sentence, a persona or pairs, and measure its effect",
             response_model=MadeTold,
             status_code=201,
             responses={
                 **ERRORS,
-                429: {**BUSY[429], "description": "Another one is being made."},
+                429: {**BUSY[429], "description": "Another steering is being made."},
                 200: {
                     "model": MadeTold,
                     "content": STREAM,
-                    "description": "The verdict is none, and nothing was added; with `stream`, events of how far it has"
-                    " come, and at the end what was made.",
+                    "description": "The verdict is negative, so nothing was added; with `stream`, events with the"
+                    " progress, and the result at the end.",
                 },
-                201: {"description": "It was made and added."},
+                201: {"description": "The steering was made and added."},
             },
         )
         async def make(request: Request, body: MakeRequest) -> Any:
@@ -351,7 +369,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
         @app.put(
             "/v1/steerings/{name}",
             tags=["steerings"],
-            summary="Bring one: the bytes of a .safetensors file",
+            summary="Upload a steering: the bytes of a .safetensors file",
             response_model=SteeringTold,
             status_code=201,
             responses=ERRORS,
@@ -371,7 +389,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
         @app.delete(
             "/v1/steerings/{name}",
             tags=["steerings"],
-            summary="Take one out that you added",
+            summary="Delete a steering that you added",
             responses={c: ERRORS[c] for c in (400, 401, 403, 404, 503)},
         )
         async def delete(request: Request, name: Annotated[str, Path(pattern=NAME)]) -> Deleted:

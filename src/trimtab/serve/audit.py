@@ -61,13 +61,15 @@ class Audit:
             raise TrimtabError(f"can't write the audit log {path}: {error.strerror}") from None
         self._regular = stat.S_ISREG(mode)
         if not self._regular and not stat.S_ISCHR(mode):
-            raise TrimtabError(f"can't write the audit log {path}: it is no file; name one that is, or a new one")
+            raise TrimtabError(
+                f"can't write the audit log {path}: it isn't a regular file; name a regular or a new file"
+            )
         if self._regular:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise TrimtabError(
-                    f"can't write the audit log {path}: another server writes to it; give each its own file"
+                    f"can't write the audit log {path}: another server is writing to it; give each server its own file"
                 ) from None
             self._mend(path)
 
@@ -120,7 +122,7 @@ class Audit:
             while rest:
                 written = os.write(self._file, rest)
                 if not written:
-                    raise OSError(None, "nothing more fits")
+                    raise OSError(None, "no space left")
                 rest = rest[written:]
             if self.sync and self._regular:
                 os.fsync(self._file)
@@ -128,7 +130,7 @@ class Audit:
             if self._regular:
                 os.ftruncate(self._file, start)
             if self.trouble is None:
-                log.error("the audit log can't be written: %s; nobody is answered until it can", error.strerror)
+                log.error("the audit log can't be written: %s; requests are refused until it can", error.strerror)
             self.trouble, self._tried = str(error.strerror), time.monotonic()
             raise unaudited() from None
         if self.trouble is not None:
@@ -160,7 +162,7 @@ class Audit:
 def unaudited() -> Refusal:
     """The refusal of requests while the log can't be written."""
     return Refusal(
-        503, "the audit log can't be written, so nobody is answered; try again later", code="unaudited", retry=10
+        503, "the audit log can't be written, so requests are refused; try again later", code="unaudited", retry=10
     )
 
 

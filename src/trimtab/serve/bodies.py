@@ -52,7 +52,7 @@ class Bodies:
 
     async def read(self, scope: Scope, receive: Receive, limit: int, draining: Callable[[], bool]) -> bytes:
         """The whole body; the caller calls `let_go(len(…))`. Raises `Refusal` for one that is too large or too slow."""
-        too_large = Refusal(413, f"the body of a request here has {limit} bytes at most", code="too_large")
+        too_large = Refusal(413, f"the request's body can have at most {limit} bytes", code="too_large")
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared[:20]) > limit:
             raise too_large
@@ -63,10 +63,10 @@ class Bodies:
             while True:
                 message = await _next(receive, until, draining)
                 if message["type"] != "http.request":
-                    raise Refusal(400, "the client went away")
+                    raise Refusal(400, "the client disconnected")
                 part = message.get("body", b"")
                 if part and self.held + len(part) > self.most:
-                    raise Refusal(429, "the server has no memory for more requests", code="busy", retry=1)
+                    raise Refusal(429, "the server has no memory left for more requests", code="busy", retry=1)
                 self.held += len(part)
                 size += len(part)
                 if size > limit:

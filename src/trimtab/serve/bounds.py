@@ -36,7 +36,7 @@ def check_file(data: bytes) -> None:
     """Raises `Refusal` for a file whose header is too long or too deeply nested to parse while other requests wait."""
     size = int.from_bytes(data[:8], "little")
     if size > HEADER and data[8:9] == b"{":
-        raise _too_much(f"its header has {size} bytes, {HEADER} at most")
+        raise _too_much(f"its header has {size} bytes; at most {HEADER} are allowed")
     if _nesting(data[8 : 8 + min(size, HEADER)]) > 64:
         raise _too_much("its header is nested too deeply")
 
@@ -44,7 +44,7 @@ def check_file(data: bytes) -> None:
 def check_bounds(steering: Steering) -> None:
     """Raises `Refusal` for a steering with too many parts, or with a vector whose norm is too large."""
     if len(steering.edits) > EDITS:
-        raise _too_much(f"it has {len(steering.edits)} edits, {EDITS} at most")
+        raise _too_much(f"it has {len(steering.edits)} edits; at most {EDITS} are allowed")
     tests: set[int] = set()
     for edit in steering.edits:
         for test in _tests(edit.gate, 0):
@@ -53,12 +53,12 @@ def check_bounds(steering: Steering) -> None:
                 raise _too_much(f"its gates have more than {TESTS} conditions")
     intervals = sum(max(1, len(part.intervals)) for edit in steering.edits for part in edit.positions.parts)
     if intervals > INTERVALS:
-        raise _too_much(f"it acts on {intervals} stretches of tokens, {INTERVALS} at most")
+        raise _too_much(f"it acts on {intervals} intervals of tokens; at most {INTERVALS} are allowed")
     for edit in steering.edits:
         for vector in tensors(edit.operation):
             length = float(vector.double().norm()) * max(1.0, abs(edit.strength))
             if not length <= NORM:
-                raise _too_much(f"{edit} has a vector of length {length:.3g}, {NORM:g} at most")
+                raise _too_much(f"{edit} has a vector of norm {length:.3g}; at most {NORM:g} is allowed")
         if abs(edit.strength) > NORM:
             raise _too_much(f"{edit} has a strength above {NORM:g}")
 
@@ -85,12 +85,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def _tests(gate: Gate, depth: int) -> Iterator[Threshold]:
     if depth > DEPTH:
-        raise _too_much(f"its gates are nested more than {DEPTH} deep")
+        raise _too_much(f"its gates are nested more than {DEPTH} levels deep")
     if isinstance(gate, Threshold):
         yield gate
     parts = (gate.gate,) if isinstance(gate, Not) else gate.gates if isinstance(gate, (AllOf, AnyOf)) else ()
     if len(parts) > TESTS:
-        raise _too_much(f"a gate of it has {len(parts)} parts, {TESTS} at most")
+        raise _too_much(f"one of its gates has {len(parts)} parts; at most {TESTS} are allowed")
     for part in parts:
         yield from _tests(part, depth + 1)
 
@@ -117,4 +117,4 @@ def _nesting(header: bytes) -> int:
 
 
 def _too_much(what: str) -> Refusal:
-    return Refusal(400, f"a steering that is brought here is bounded: {what}", code="too_large")
+    return Refusal(400, f"an uploaded steering is too large: {what}", code="too_large")

@@ -106,13 +106,13 @@ class Choosing:
         low, high = self.policy.range_of(key)
         strength = choice.strength
         if not low <= strength <= high:
-            raise Refusal(403, f"a strength lies between {low:g} and {high:g} for you", param=param)
+            raise Refusal(403, f"you can use strengths from {low:g} to {high:g}", param=param)
         down, up = before[0] + min(strength, 0.0), before[1] + max(strength, 0.0)
         if up > max(high, 0.0) or down < min(low, 0.0):
             raise Refusal(
                 403,
                 f"the strengths of {choice.name!r} add up to {up if up > max(high, 0.0) else down:g} in this request;"
-                f" for you they lie between {low:g} and {high:g}, all layers together",
+                f" you can use {low:g} to {high:g}, summed over all layers",
                 param=param,
             )
         return down, up

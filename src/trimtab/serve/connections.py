@@ -150,9 +150,9 @@ def room_for(wanted: int) -> int:
     return wanted
 
 
-BUSY = Refusal(503, "the server has as many connections as it takes; try again", code="busy")
-MALFORMED = Refusal(400, "this is no request in HTTP/1.1; for HTTPS or HTTP/2, put a proxy in front of this server")
-LATE = Refusal(408, f"the head of the request took longer than {HEAD_SECONDS:g} s", code="too_slow")
+BUSY = Refusal(503, "the server has reached its connection limit; try again", code="busy")
+MALFORMED = Refusal(400, "not an HTTP/1.1 request; for HTTPS or HTTP/2, put a proxy in front of this server")
+LATE = Refusal(408, f"the request's headers took longer than {HEAD_SECONDS:g} s", code="too_slow")
 
 
 def _raw(refusal: Refusal, reason: str) -> bytes:

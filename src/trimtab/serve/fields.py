@@ -43,7 +43,7 @@ class Unsupported(In):
     top_k: Literal[-1, 0] | None = Field(None, description=OFF)
     min_p: Zero | None = Field(None, description=OFF)
     ignore_eos: Literal[False] | None = Field(None, description=OFF)
-    skip_special_tokens: Literal[True] | None = Field(None, description="Always so.")
+    skip_special_tokens: Literal[True] | None = Field(None, description="Always true.")
 
 
 class UnsupportedChat(Unsupported):
@@ -54,7 +54,7 @@ class UnsupportedChat(Unsupported):
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     reasoning_effort: Literal["none"] | None = Field(None, description=OFF)
     verbosity: Literal["medium"] | None = Field(None, description=OFF)
-    store: bool | None = Field(None, description="Taken; nothing is stored.")
+    store: bool | None = Field(None, description="Accepted and ignored: nothing is stored.")
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = Field(None, max_length=512)
     prompt_cache_key: str | None = Field(None, max_length=512)
@@ -65,34 +65,34 @@ INSTEAD = {
     "presence_penalty": "penalties aren't supported; leave it out",
     "frequency_penalty": "penalties aren't supported; leave it out",
     "repetition_penalty": "penalties aren't supported; leave it out",
-    "length_penalty": "beams aren't supported; leave it out",
-    "logit_bias": "biases of tokens aren't supported; leave it out",
+    "length_penalty": "beam search isn't supported; leave it out",
+    "logit_bias": "token biases aren't supported; leave it out",
     "top_k": "it isn't supported; use top_p, or temperature 0",
     "min_p": "it isn't supported; use top_p, or temperature 0",
     "ignore_eos": "an answer ends where the model ends it; leave it out",
-    "skip_special_tokens": "special tokens are never a part of an answer; leave it out",
-    "functions": "they have been replaced by tools; give those",
+    "skip_special_tokens": "special tokens are never part of an answer; leave it out",
+    "functions": "functions have been replaced by tools; use tools",
     "function_call": "it has been replaced by tool_choice and tool_calls; use those",
     "modalities": "answers are text; leave it out",
     "audio": "answers are text; leave it out",
-    "reasoning_effort": "it isn't supported; chat_template_kwargs tell the model's own template how to think",
-    "verbosity": "it isn't supported; say in the prompt how long the answer is to be",
+    "reasoning_effort": "it isn't supported; set the chat template's own options for thinking in chat_template_kwargs",
+    "verbosity": "it isn't supported; ask for a length in the prompt",
     "prediction": "predicted outputs aren't supported; leave it out",
-    "web_search_options": "this server searches nothing; leave it out",
-    "service_tier": "there is one tier; leave it out",
+    "web_search_options": "web search isn't supported; leave it out",
+    "service_tier": "there is only one tier; leave it out",
     "previous_response_id": "nothing is stored; send the whole conversation as input, with the items of its responses",
     "conversation": "nothing is stored; send the whole conversation as input, with the items of its responses",
     "background": "nothing is stored; wait for the answer, or stream it",
-    "truncation": "prompts aren't cut; shorten the input",
-    "reasoning": "it isn't supported; chat_template_kwargs tell the model's own template how to think",
-    "include": "nothing of that can be had; leave it out",
-    "max_tool_calls": "this server calls no tools itself; leave it out",
+    "truncation": "prompts aren't truncated; shorten the input",
+    "reasoning": "it isn't supported; set the chat template's own options for thinking in chat_template_kwargs",
+    "include": "only message.output_text.logprobs is supported; leave others out",
+    "max_tool_calls": "this server doesn't call tools itself; leave it out",
     "echo": "prompts aren't echoed; leave it out",
-    "suffix": "text is continued, not filled in; leave it out",
+    "suffix": "text is only continued, not filled in; leave it out",
     "best_of": "it isn't supported; ask for n answers and choose",
     "function_calls": "functions have been replaced by tools; leave such messages out",
     "annotations": "annotations aren't supported; leave them out",
-    "use_beam_search": "beams aren't supported; leave it out",
+    "use_beam_search": "beam search isn't supported; leave it out",
     "guided_json": 'give response_format: {"type": "json_schema", …}',
     "guided_regex": 'give a JSON schema with a pattern, as response_format: {"type": "json_schema", …}',
     "guided_choice": 'give a JSON schema with an enum, as response_format: {"type": "json_schema", …}',
@@ -100,9 +100,9 @@ INSTEAD = {
 }
 """What to do instead, by field."""
 EXPECTED = {
-    "content": "a text, or a list of text and image parts",
-    "prompt": "a text, several, or token ids",
-    "stop": "a text, or up to 4 of them",
+    "content": "a string, or a list of text and image parts",
+    "prompt": "a string, a list of strings, or token ids",
+    "stop": "a string, or up to 4 strings",
     "tool_choice": '"none", "auto", "required", or {"type": "function", "function": {"name": …}}',
     "response_format": '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": …}',
     "emphasize": 'a list of phrases, {"text", "occurrence"} or {"role", "index"}',

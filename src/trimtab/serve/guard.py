@@ -150,7 +150,9 @@ class Guard:
         path, method = scope["path"], scope["method"]
         host = headers.get(b"host", b"").decode("latin-1")
         if self.local and _name(host) not in LOCAL:
-            raise Refusal(403, "this server is bound to this machine alone; ask for it as localhost", code="host")
+            raise Refusal(
+                403, "this server accepts only requests from this machine; address it as localhost", code="host"
+            )
         if path in self.open:
             return
         key = self._caller(headers)
@@ -159,7 +161,7 @@ class Guard:
         if page:
             origin = headers.get(b"origin", b"").decode("latin-1")
             if method == "OPTIONS" or (self.local and origin and urlsplit(origin).netloc.lower() != host.lower()):
-                raise Refusal(403, "this page answers to itself alone, not to pages of another origin", code="origin")
+                raise Refusal(403, "requests from pages of other origins aren't allowed", code="origin")
         elif key is None:
             raise Refusal(401, "give your API key as Authorization: Bearer …", code="invalid_api_key")
         if method in CHANGES and (not page or path == JOIN) and not self.service.audit.check():

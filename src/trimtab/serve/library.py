@@ -83,12 +83,12 @@ class Library:
         entry = Loaded(name, steering, steering_digest(steering), source, owner)
         with self._lock:
             if (owner, name) in self._loaded:
-                raise TrimtabError(f"there is a steering {name!r} already; choose another name")
+                raise TrimtabError(f"there is already a steering {name!r}; choose another name")
             added = [other for other in self._loaded.values() if other.source != "file"]
             if len(added) >= MOST_ADDED or sum(other.owner == owner for other in added) >= self._most_of(owner):
-                raise TrimtabError("as many steerings were added as the server keeps; delete one that isn't needed")
+                raise TrimtabError("the server can't keep more added steerings; delete one that isn't needed")
             if sum(size_of(other.steering) for other in added) + size_of(steering) > MOST_BYTES:
-                raise TrimtabError(f"steerings that are added hold {MOST_BYTES >> 20} MiB at most; delete one")
+                raise TrimtabError(f"added steerings can take up at most {MOST_BYTES >> 20} MiB; delete one")
             self._loaded = {**self._loaded, (owner, name): entry}
         return entry
 
@@ -129,9 +129,11 @@ def files_of(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*.safetensors"))
     for path in paths:
         if not path.is_file():  # reading a pipe would wait for its writer
-            raise TrimtabError(f"{path} is no file; remove it from the folder, or rename it")
+            raise TrimtabError(f"{path} isn't a regular file; remove it from the folder, or rename it")
         if not re.fullmatch(NAME, path.stem):
-            raise TrimtabError(f"{path}: a steering is named as its file, in letters, digits, '.', '_' and '-'")
+            raise TrimtabError(
+                f"{path}: a steering has the name of its file, which may contain letters, digits, '.', '_' and '-'"
+            )
     if not paths:
         raise TrimtabError(f"{folder} has no .safetensors files; `trimtab make` and `trimtab learn` write them")
     return paths

@@ -42,7 +42,7 @@ async def respond(service: Service, request: Request, who: dict[str, str], body:
     try:
         await asyncio.wait({last, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not last.done():
-            raise Refusal(499, "the client went away")
+            raise Refusal(499, "the client disconnected")
         finished = last.result()
     finally:
         leaving.cancel()
@@ -71,7 +71,7 @@ async def _events(service: Service, key: Key, name: str, first: Step | Finished,
             yield event(Refusal(400, str(error)).body)
         except Exception as error:
             log.error("making a steering failed", exc_info=error)
-            yield event(Refusal(500, "something went wrong inside the server; its log says what").body)
+            yield event(Refusal(500, "something went wrong inside the server; see its log").body)
         yield END
 
 

@@ -63,10 +63,10 @@ def wish_of(request: MakeRequest) -> Idea | list[Pair]:
             param="idea",
         )
     if request.unlike is not None and request.like is None:
-        raise Refusal(400, 'unlike goes with like; in an idea the opposite follows after "not"', param="unlike")
+        raise Refusal(400, 'unlike needs like; in an idea, put the opposite after "not"', param="unlike")
     if request.pairs is not None:
         if "questions" in request.model_fields_set:
-            raise Refusal(400, "pairs bring their own questions; leave questions out", param="questions")
+            raise Refusal(400, "pairs contain their own questions; leave questions out", param="questions")
         return pairs_from_rows(request.model_dump()["pairs"])
     wanted = (
         idea_from_sentence(request.idea)
@@ -98,7 +98,7 @@ async def making(
     check_may_add(service, key, request.name)
     wanted, tokens = wish_of(request), _tokens(service, request)
     if not service.making.acquire(blocking=False):
-        raise Refusal(429, "another steering is being made; ask again when it is done", retry=AGAIN)
+        raise Refusal(429, "another steering is being made; try again when it is done", retry=AGAIN)
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Step | None] = asyncio.Queue()
     gone = threading.Event()
@@ -162,7 +162,7 @@ def _tokens(service: Service, request: MakeRequest) -> int:
     if request.tokens is None:
         return min(TOKENS, most)
     if request.tokens > most:
-        raise Refusal(400, f"tokens is {most} at most on this server", param="tokens")
+        raise Refusal(400, f"tokens can be at most {most} on this server", param="tokens")
     return request.tokens
 
 

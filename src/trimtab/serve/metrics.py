@@ -25,34 +25,42 @@ class Metrics:
             "trimtab_requests", "Requests by route and status.", ["route", "status"], **mine
         )
         self.seconds: Histogram = Histogram(
-            "trimtab_request_seconds", "From a request to the end of its response.", ["route"], buckets=SECONDS, **mine
+            "trimtab_request_seconds",
+            "Seconds from a request to the end of its response.",
+            ["route"],
+            buckets=SECONDS,
+            **mine,
         )
         self.first: Histogram = Histogram(
-            "trimtab_first_token_seconds", "From a request to its first token.", buckets=SECONDS, **mine
+            "trimtab_first_token_seconds", "Seconds from a request to its first token.", buckets=SECONDS, **mine
         )
         self.prompt: Counter = Counter("trimtab_prompt_tokens", "Tokens of prompts.", **mine)
         self.cached: Counter = Counter(
-            "trimtab_cached_prompt_tokens", "Tokens of prompts that were taken over.", **mine
+            "trimtab_cached_prompt_tokens", "Tokens of prompts that were taken from the prefix cache.", **mine
         )
         self.generated: Counter = Counter("trimtab_generated_tokens", "Tokens generated.", **mine)
         self.answers: Counter = Counter("trimtab_answers", "Answers by how they ended.", ["end"], **mine)
-        self.steered: Counter = Counter("trimtab_steered_answers", "Answers that something steered.", **mine)
+        self.steered: Counter = Counter("trimtab_steered_answers", "Answers that were steered.", **mine)
         self.judged: Counter = Counter(
-            "trimtab_rejection_tokens", "Tokens decoded with rejection, by what came of it.", ["result"], **mine
+            "trimtab_rejection_tokens", "Tokens decoded with rejection, by result.", ["result"], **mine
         )
         self.probability: Histogram = Histogram(
-            "trimtab_monitor_probability", "What monitors read that are probes.", ["monitor"], buckets=SHARES, **mine
+            "trimtab_monitor_probability", "Probabilities read by probe monitors.", ["monitor"], buckets=SHARES, **mine
         )
         self.projection: Histogram = Histogram(
-            "trimtab_monitor_projection", "What other monitors read.", ["monitor"], buckets=LENGTHS, **mine
+            "trimtab_monitor_projection",
+            "Projections read by the other monitors.",
+            ["monitor"],
+            buckets=LENGTHS,
+            **mine,
         )
         self.fired: Counter = Counter(
             "trimtab_monitor_fired", "Answers in which a monitor fired.", ["monitor", "action"], **mine
         )
-        self.queued: Gauge = Gauge("trimtab_queued", "Answers that wait.", **mine)
-        self.running: Gauge = Gauge("trimtab_running", "Answers that are being decoded.", **mine)
-        self.audited: Gauge = Gauge("trimtab_audit_writable", "1, or 0 while the audit log can't be written.", **mine)
-        self.steps: Gauge = Gauge("trimtab_steps", "Steps of the batch so far.", **mine)
+        self.queued: Gauge = Gauge("trimtab_queued", "Answers that are waiting.", **mine)
+        self.running: Gauge = Gauge("trimtab_running", "Answers being decoded.", **mine)
+        self.audited: Gauge = Gauge("trimtab_audit_writable", "1 if the audit log can be written, else 0.", **mine)
+        self.steps: Gauge = Gauge("trimtab_steps", "Batch steps so far.", **mine)
 
     def finished(self, event: Event, task: Task) -> None:
         """Count an answer that has ended."""

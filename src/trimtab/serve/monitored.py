@@ -35,9 +35,11 @@ class MonitorChoice(In):
     """A monitor of the server, with another threshold than its own, or an action beyond it."""
 
     name: str = Field(max_length=64, examples=["harm"])
-    threshold: Finite | None = Field(None, description="Without it: the file's own.")
-    action: Action = Field("log", description="Beyond the threshold: log it, stop the answer, or switch a steering on.")
-    steering: Switched | None = Field(None, description="With the action steer.")
+    threshold: Finite | None = Field(None, description="Default: the one in the file.")
+    action: Action = Field(
+        "log", description="What to do beyond the threshold: log it, stop the answer, or switch on a steering."
+    )
+    steering: Switched | None = Field(None, description="The steering for the action `steer`.")
 
 
 class MonitorTold(BaseModel):
@@ -47,9 +49,9 @@ class MonitorTold(BaseModel):
     action: Action
     threshold: float | None
     fired: int | None = Field(
-        description="The first token, counted from 0, that was chosen where the value was beyond the threshold."
+        description="The first token, counted from 0, that was sampled when the value was beyond the threshold."
     )
-    values: list[float | None] = Field(description="`null` where it was no number.")
+    values: list[float | None] = Field(description="One value per token; `null` if it isn't a finite number.")
 
 
 class MonitorDescribed(BaseModel):
@@ -59,7 +61,7 @@ class MonitorDescribed(BaseModel):
     site: str
     measure: str
     threshold: float | None
-    action: Action = Field(description="What it does in every answer; `log` where requests choose.")
+    action: Action = Field(description="Its action in every answer; `log` if requests choose.")
     always: bool = Field(description="Whether it reads every answer.")
 
 
@@ -83,7 +85,7 @@ def picks_of(texts: Sequence[str]) -> dict[str, Pick]:
         if not equals or not re.fullmatch(NAME, name):
             raise TrimtabError(f"--monitor {text!r}: write NAME=FILE or NAME=FILE@LAYER, such as harm=harm.safetensors")
         if name in picks:
-            raise TrimtabError(f"--monitor {name} is given twice; names differ")
+            raise TrimtabError(f"--monitor {name} is given twice; names must differ")
         picks[name] = parse_pick(where, "--monitor")
     return picks
 
@@ -109,14 +111,14 @@ def always_of(service: Service) -> tuple[Monitor, ...]:
         if base is None:
             known = ", ".join(sorted(service.monitors)) or "none"
             raise TrimtabError(
-                f"the policy names the monitor {watching.name!r}, and there are {known}; --monitor gives one"
+                f"the policy names the monitor {watching.name!r}, but the monitors are {known}; add it with --monitor"
             )
         steering = None
         if watching.steering is not None:
             loaded = service.library.get(watching.steering)
             if loaded is None:
                 raise TrimtabError(
-                    f"the policy's monitor {watching.name!r} switches on {watching.steering!r}, which isn't there"
+                    f"the policy's monitor {watching.name!r} switches on {watching.steering!r}, which doesn't exist"
                 )
             steering = watching.strength * loaded.steering
         line = base.threshold if watching.threshold is None else watching.threshold
@@ -145,8 +147,8 @@ def monitors_for(service: Service, key: Key, request: Any) -> tuple[Monitor, ...
             continue
         base = service.monitors.get(choice.name)
         if base is None:
-            known = ", ".join(sorted(service.monitors)) or "none: the server is started with --monitor"
-            raise Refusal(404, f"there is no monitor {choice.name!r}; there are {known}", param=where)
+            known = ", ".join(sorted(service.monitors)) or "none (start the server with --monitor)"
+            raise Refusal(404, f"there is no monitor {choice.name!r}; monitors: {known}", param=where)
         steering = None
         if choice.steering is not None:
             loaded = service.library.get(choice.steering.name, service.owner(key.name))

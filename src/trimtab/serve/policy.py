@@ -144,10 +144,10 @@ def read_policy(path: Path) -> Policy:
         raise TrimtabError(f"the policy {path} is not valid at {where}: {first['msg']}") from None
     names = [key.name for key in parsed.keys]
     if len(set(names)) < len(names) or len({key.sha256 for key in parsed.keys}) < len(names):
-        raise TrimtabError(f"the policy {path} has two keys of one name, or the same key twice")
+        raise TrimtabError(f"the policy {path} has two keys with the same name, or the same key twice")
     if nothing := [key.name for key in parsed.keys if bytes.fromhex(key.sha256) in NO_KEYS]:
         raise TrimtabError(
-            f"the policy {path} has the digest of no key at all for {nothing[0]!r}, which would admit anybody;"
+            f"the policy {path} has the digest of an empty key for {nothing[0]!r}, which would admit anybody;"
             ' was the variable empty in printf %s "$KEY" | sha256sum?'
         )
     keys = tuple(
@@ -190,7 +190,7 @@ def check_names(policy: Policy, known: Iterable[str]) -> None:
     named = {name for name, _ in policy.always}.union(*(key.steerings or () for key in policy.keys))
     if missing := sorted(named - names):
         raise TrimtabError(
-            f"the policy names {missing[0]!r}, and the steerings are {', '.join(sorted(names)) or 'none'}"
+            f"the policy names {missing[0]!r}, but the steerings are {', '.join(sorted(names)) or 'none'}"
         )
 
 
@@ -207,5 +207,5 @@ def _range(bounds: list[float] | None, path: Path) -> tuple[float, float]:
 
 def _finite(value: float, path: Path) -> float:
     if not math.isfinite(value):
-        raise TrimtabError(f"the policy {path} has a strength that is no finite number")
+        raise TrimtabError(f"the policy {path} has a strength that isn't a finite number")
     return value

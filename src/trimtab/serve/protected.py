@@ -83,19 +83,21 @@ def _apart(held: Protected, edit: Edit) -> tuple[Edit, float]:
         return edit, 0.0
     if held.unknown:
         raise TrimtabError(
-            f"{held.unknown[0]!r} is always on and isn't made of directions of the residual stream, so nothing can be"
-            " kept from undoing it: requests steer by emphasis only on this server"
+            f"{held.unknown[0]!r} is always on and isn't made of directions of the residual stream, so it can't be"
+            " protected from other steerings: on this server, requests can only steer by emphasis"
         )
     operation = edit.operation
     if edit.site.kind not in STREAM or type(operation) not in (Add, SetProjection, Ablate) or operation.keep_norm:
         raise TrimtabError(
-            f"{edit} could undo what is always on here; what adds to the residual stream, or sets or ablates a"
-            " projection of it, can be asked for, without keep_norm"
+            f"{edit} could undo a steering that is always on here; only edits without keep_norm that add to the"
+            " residual stream, or set or ablate a projection of it, are allowed"
         )
     assert held.basis is not None
     direction = operation.direction.double()
     if direction.shape[-1] != held.basis.shape[-1]:
-        raise TrimtabError(f"{edit} has width {direction.shape[-1]}, the residual stream {held.basis.shape[-1]}")
+        raise TrimtabError(
+            f"{edit} has width {direction.shape[-1]}, but the residual stream has {held.basis.shape[-1]}"
+        )
     norm = float(direction.norm())
     along = held.basis.T @ (held.basis @ direction)
     if not norm or float(along.norm()) <= 1e-7 * norm:
@@ -103,7 +105,7 @@ def _apart(held: Protected, edit: Edit) -> tuple[Edit, float]:
     rest = direction - along
     rest = rest - held.basis.T @ (held.basis @ rest)  # again, to remove rounding errors
     if float(rest.norm()) < LEAST * norm:
-        raise TrimtabError(f"{edit} acts along what is always on here, and nothing else is left of it")
+        raise TrimtabError(f"{edit} acts almost only along a steering that is always on here")
     if not isinstance(operation, Add):
         rest = rest / rest.norm()
     return replace(edit, operation=replace(operation, direction=rest.to(operation.direction.dtype))), float(

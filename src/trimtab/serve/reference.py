@@ -16,9 +16,9 @@ from typing import Any
 
 Schema = Mapping[str, Any]
 ABOUT = (
-    "<p>Any client of OpenAI's API works: its base URL is the address of this page with <code>/v1</code>, and its key"
-    " your API key, or any text where the server asks for none. What steers is in fields of its own."
-    " <code>GET /openapi.json</code> is this in full, for programs.</p>"
+    "<p>Any client of OpenAI's API works: set its base URL to the address of this page with <code>/v1</code>, and its"
+    " key to your API key, or to any text if the server doesn't ask for one. Steering has its own fields. <code>GET"
+    " /openapi.json</code> returns the full document for programs.</p>"
 )
 UNSUPPORTED = "Not supported."
 """The description of fields that exist only to be refused; they are listed last."""

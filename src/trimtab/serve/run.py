@@ -50,7 +50,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise TrimtabError(
-            f"can't listen on {host} port {port}: {error.strerror or error}; --port chooses another (0: any)"
+            f"can't listen on {host} port {port}: {error.strerror or error}; choose another with --port (0: any)"
         ) from None
     return bound
 
@@ -98,7 +98,7 @@ def one_at_a_time(work: Callable[[], None]) -> Callable[[], None]:
             try:
                 work()
             except Exception:  # the next one runs all the same
-                log.exception("the work that a signal requested failed")
+                log.exception("a task requested by a signal failed")
 
     threading.Thread(target=forever, daemon=True).start()
     return lambda: wanted.put(None)

@@ -139,7 +139,7 @@ class Scheduler:
         self._batch.check(_request(task))
         edits = task.steering.edits if task.rejection is not None and task.steering is not None else ()
         if task.max_dose is not None and any(edit.site.kind != "scores" for edit in edits):
-            raise TrimtabError("doses aren't measured with rejection, and this server caps them; leave rejection out")
+            raise TrimtabError("doses aren't measured with rejection, but this server caps them; leave rejection out")
         if edits and task.monitors:
             raise TrimtabError("monitors can't be combined with rejection; ask for rejection: false")
 
@@ -250,7 +250,7 @@ class Scheduler:
 
     def _why_over(self, task: Task, gone: set[Task], now: float, shut: bool) -> Failed | None:
         if task in gone:
-            return Failed("cancelled", "the client has gone")
+            return Failed("cancelled", "the client has disconnected")
         if now > task.deadline:
             return Failed("timeout", f"the answer took longer than {task.seconds:g} s")
         return Failed("shutdown", "the server is shutting down") if shut else None
@@ -277,7 +277,7 @@ class Scheduler:
         if response.error is not None:
             del self._answers[response.key]
             expected = isinstance(response.error, TrimtabError)
-            message = str(response.error) if expected else f"{type(response.error).__name__} while the prompt was read"
+            message = str(response.error) if expected else f"{type(response.error).__name__} during prefill"
             self._end(answer, Failed("input" if expected else "server", message))
             return
         applied = response.applied
@@ -289,7 +289,7 @@ class Scheduler:
                 self._batch.remove(response.key)
                 del self._answers[response.key]
                 message = (
-                    f"the doses of all sites add up to {dose:.2g} and may come to {task.max_dose:g}; lower the"
+                    f"the doses of all sites add up to {dose:.2g}, and the cap is {task.max_dose:g}; lower the"
                     " strengths, or steer at fewer layers"
                 )
                 self._end(answer, Failed("dose", message), now)
@@ -310,7 +310,7 @@ class Scheduler:
                 read = answer.log.readings(task.monitors) if task.monitors else None
                 self._end(answer, Done(finish, answer.tokens, applied, trace, monitors=read, cached=answer.cached))
             else:
-                self._end(answer, Failed("dose", "the push is too long to be measured; lower the strength"), applied)
+                self._end(answer, Failed("dose", "the push is too large to be measured; lower the strength"), applied)
 
     def _end(self, answer: _Answer, event: Event, applied: Applied | None = None) -> None:
         if isinstance(event, Failed):

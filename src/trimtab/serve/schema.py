@@ -21,17 +21,17 @@ class SteeringChoice(In):
     """A steering of the server, and the factor for its strength."""
 
     name: str = Field(max_length=64, examples=["json"])
-    strength: Finite = Field(1.0, ge=-100, le=100, description="2 pushes twice as hard, -1 the other way.")
+    strength: Finite = Field(1.0, ge=-100, le=100, description="2 pushes twice as hard, -1 in the opposite direction.")
     layer: int | None = Field(
-        None, ge=0, lt=10_000, description="Act at this layer instead; for a steering that acts at one."
+        None, ge=0, lt=10_000, description="Act at this layer instead; only for a steering that acts at one layer."
     )
     positions: str | None = Field(
         None,
         min_length=1,
         max_length=500,
         examples=["answer"],
-        description="Act at these tokens instead, as --positions has them. Without it: at those that the"
-        " steering was made for, but not in tool calls, nor in an answer by `response_format`.",
+        description="Act at these tokens instead, in the format of --positions. Default: the steering's own, except"
+        " in tool calls and in answers constrained by `response_format`.",
     )
 
 
@@ -52,7 +52,9 @@ class PartChoice(In):
 class RejectionChoice(In):
     """How a steering is weakened or rejected where the steered token is implausible (DIRECTER)."""
 
-    beta: Finite = Field(0.5, ge=0, le=1, description="The least share of the likeliest raw token's probability.")
+    beta: Finite = Field(
+        0.5, ge=0, le=1, description="The minimum probability, relative to the most likely unsteered token's."
+    )
     ladder: Literal["halve", "strength"] = "halve"
     min_layers: int = Field(2, ge=1, le=10_000)
 
@@ -67,16 +69,17 @@ class Steered(Unsupported):
     """The fields beyond OpenAI's; with its Python client they go into `extra_body`."""
 
     steering: Annotated[list[SteeringChoice], Field(fail_fast=True)] = Field(
-        [], max_length=16, description="Added up.", examples=[[{"name": "json", "strength": 1.2}]]
+        [], max_length=16, description="Their effects add up.", examples=[[{"name": "json", "strength": 1.2}]]
     )
     emphasize: Emphasized = Field(
-        [], max_length=16, description="What of the prompt to steer attention towards.", examples=[["in one sentence"]]
+        [], max_length=16, description="Parts of the prompt to steer attention towards.", examples=[["in one sentence"]]
     )
     rejection: bool | RejectionChoice | None = Field(
-        None, description="Weaken or reject steering where it is implausible. With `emphasize` on, unless false."
+        None, description="Weaken or reject steering where it is implausible. Default: on with `emphasize`, else off."
     )
     clean_cache: bool | None = Field(
-        None, description="Steer over the unsteered model's cache, so that a turn leaves no colour on the next."
+        None,
+        description="Steer over the unsteered model's KV cache, so that a steered turn doesn't affect the next one.",
     )
     monitors: Choices = Field(
         [], max_length=8, description="Monitors of this server that read the answer.", examples=[["harm"]]
@@ -89,7 +92,7 @@ class Steered(Unsupported):
 class StreamOptions(In):
     """What a stream includes besides the answer."""
 
-    include_usage: bool = Field(False, description="One more chunk at the end, with the tokens counted.")
+    include_usage: bool = Field(False, description="Send one more chunk at the end, with the token counts.")
     include_obfuscation: bool | None = None
 
 
@@ -99,19 +102,19 @@ Stop = Annotated[str, Field(min_length=1, max_length=200)]
 class Common(Steered):
     """The fields of both kinds of completion."""
 
-    model: str = Field(max_length=512, description="As /v1/models has it.", examples=["trimtab"])
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="Without it: as many as the server allows.")
-    temperature: Finite | None = Field(None, ge=0, le=2, description="1 unless given; 0 is greedy.")
+    model: str = Field(max_length=512, description="A name from /v1/models, or `trimtab`.", examples=["trimtab"])
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="Default: as many as the server allows.")
+    temperature: Finite | None = Field(None, ge=0, le=2, description="Default: 1; 0 is greedy.")
     top_p: Finite | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=128, description="How many answers.")
+    n: int | None = Field(None, ge=1, le=128, description="The number of answers.")
     stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
-        None, description="At most 4 texts that end an answer; they aren't part of it."
+        None, description="At most 4 strings that end an answer; they aren't part of it."
     )
     seed: Seed | None = Field(None, description="The same seed gives the same samples; answer i of `n` has seed + i.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512)
-    metadata: Metadata | None = Field(None, description="Taken, and kept nowhere.")
+    metadata: Metadata | None = Field(None, description="Accepted and ignored.")
 
 
 class TextPart(In):
@@ -126,7 +129,7 @@ class ImageAddress(In):
 
     url: str = Field(max_length=64 << 20, examples=["data:image/png;base64,…"])
     detail: Literal["auto", "low", "high", "original"] | None = Field(
-        None, description="Taken; the model's own processor says how fine an image is read."
+        None, description="Accepted and ignored: the model's processor determines the resolution."
     )
 
 
@@ -145,23 +148,23 @@ class Message(In):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)] = Field(
-        "", description="Of the assistant's messages it may be missing."
+        "", description="Optional in assistant messages."
     )
-    name: str | None = Field(None, max_length=64, description="Taken, and not told to the model.")
+    name: str | None = Field(None, max_length=64, description="Accepted, but not shown to the model.")
     refusal: None = None
     audio: None = None
     function_call: None = None
-    reasoning_content: Text | None = Field(None, description="Of the assistant's: what it thought.")
+    reasoning_content: Text | None = Field(None, description="In assistant messages: the reasoning.")
     tool_calls: Annotated[list[Call], Field(max_length=128, fail_fast=True)] | None = Field(
-        None, description="Of the assistant's: what it called."
+        None, description="In assistant messages: the tool calls."
     )
-    tool_call_id: str | None = Field(None, max_length=256, description="Of a tool's: which call it answers.")
+    tool_call_id: str | None = Field(None, max_length=256, description="In tool messages: the call that it answers.")
     annotations: Nothing | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
         if self.role != "assistant" and "content" not in self.model_fields_set:
-            raise PydanticCustomError("no_content", "a message of the {role}'s needs content", {"role": self.role})
+            raise PydanticCustomError("no_content", "a message with the role {role} needs content", {"role": self.role})
         return self
 
 
@@ -185,24 +188,24 @@ class ChatRequest(Common, UnsupportedChat):
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=1000)
     continue_final_message: bool | None = Field(
         None,
-        description="Go on with the last message, the assistant's, instead of answering it: as vLLM's server does. The"
-        " response holds what was added.",
+        description="Continue the last message, which is the assistant's, instead of answering it, as vLLM's server"
+        " does. The response contains only the continuation.",
     )
     add_generation_prompt: bool | None = Field(
-        None, description="false with `continue_final_message`, else true; neither has to be said."
+        None, description="Optional: false with `continue_final_message`, else true."
     )
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = Field(
         None,
-        description="Keywords of the model's chat template. One that it doesn't use is refused.",
+        description="Keywords of the model's chat template. Ones that it doesn't use are refused.",
         examples=[{"enable_thinking": False}],
     )
-    tools: Tools | None = Field(None, description="What the model may call.")
+    tools: Tools | None = Field(None, description="The tools that the model may call.")
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
-        None, description="Whether it calls one: `auto` unless given, where there are tools."
+        None, description="Whether the model calls a tool. Default: `auto` if there are tools."
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
     response_format: ResponseFormat | None = Field(
-        None, description="Answers in JSON: every one of them is, unless it ends at `max_tokens`."
+        None, description="Answers in JSON: every answer is valid unless it is cut off at `max_tokens`."
     )
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000, description="The newer name of max_tokens.")
     logprobs: bool | None = None
@@ -227,7 +230,7 @@ class CompletionRequest(Common):
         }
     )
 
-    prompt: Prompts = Field(description="A text, several, or token ids.")
+    prompt: Prompts = Field(description="A string, several, or token ids.")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = Field(None, description="Not supported.")
     suffix: Literal[""] | None = Field(None, description="Not supported.")

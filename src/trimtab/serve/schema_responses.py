@@ -24,7 +24,7 @@ class ContentPart(In):
     text: Text
     annotations: Nothing | None = None
     logprobs: Annotated[list[Any], Field(max_length=100_000)] | None = Field(
-        None, description="Taken, of an answer that is sent back; nothing is read in it."
+        None, description="Accepted in an answer that is sent back, and ignored."
     )
 
 
@@ -158,7 +158,7 @@ class ResponsesRequest(Steered):
 
     model: str = Field(max_length=512, examples=["trimtab"])
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=1000, fail_fast=True)] = Field(
-        description="A text of the user's, or the items of the conversation."
+        description="A message of the user as a string, or the items of the conversation."
     )
     instructions: Text | None = Field(None, description="A system message before the input.")
     tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
@@ -174,10 +174,11 @@ class ResponsesRequest(Steered):
     stream_options: StreamOptions | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
     user: str | None = Field(None, max_length=512)
-    metadata: Metadata | None = Field(None, description="Sent back, and kept nowhere.")
-    store: bool | None = Field(None, description="Taken; nothing is stored.")
+    metadata: Metadata | None = Field(None, description="Sent back, but not stored.")
+    store: bool | None = Field(None, description="Accepted and ignored: nothing is stored.")
     include: Annotated[list[Included], Field(max_length=8, fail_fast=True)] | None = Field(
-        None, description="Log-probabilities of the text's tokens; what is encrypted is taken, and nothing is."
+        None,
+        description="Log-probabilities of the text's tokens. `reasoning.encrypted_content` is accepted and ignored.",
     )
     reasoning: NoReasoning | None = Field(None, description=OFF)
     truncation: Literal["disabled"] | None = None
@@ -187,7 +188,11 @@ class ResponsesRequest(Steered):
     prompt_cache_key: str | None = Field(None, max_length=512)
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     top_logprobs: int | None = Field(
-        None, ge=0, le=20, description="So many of the likeliest tokens in each one's place, where `include` has them."
+        None,
+        ge=0,
+        le=20,
+        description="The number of most likely tokens to return at each position, if `include` asks for"
+        " log-probabilities.",
     )
 
 
@@ -314,4 +319,4 @@ class ResponseTold(Out):
     previous_response_id: None = None
     reasoning: None = None
     truncation: Literal["disabled"] = "disabled"
-    trimtab: Told | None = Field(default=None, description="What was applied; once it is over.")
+    trimtab: Told | None = Field(default=None, description="What was applied; present once the response is complete.")

@@ -19,7 +19,7 @@ class SteeringTold(Out):
     source: Literal["file", "uploaded", "learned", "made"]
     layers: list[int]
     edits: list[str]
-    strength: list[float] = Field(description="The range that you may ask for.", examples=[[-4, 4]])
+    strength: list[float] = Field(description="The range that you may request.", examples=[[-4, 4]])
     always: bool
     card: dict[str, Any]
 
@@ -88,7 +88,7 @@ class MakeRequest(In):
         None,
         min_length=1,
         max_length=500,
-        description="A sentence. Its opposite may follow after 'not': be blunt, not flattering.",
+        description="A sentence, optionally with its opposite after 'not': be blunt, not flattering.",
     )
     like: str | None = Field(
         None,
@@ -100,23 +100,26 @@ class MakeRequest(In):
         None,
         min_length=1,
         max_length=200,
-        description="And one that it must be unlike; without it an ordinary assistant.",
+        description="A persona that the model should be unlike. Default: an ordinary assistant.",
     )
     pairs: Pairs | None = Field(
         None,
         min_length=16,
         max_length=512,
-        description="Or pairs of yours, as POST /v1/steerings takes them: some to learn from, others for the verdict.",
+        description="Or your own pairs, as in POST /v1/steerings: some to learn from, others for the verdict.",
     )
     questions: int = Field(
-        40, ge=16, le=40, description="How many are asked: half to learn from, half for the verdict. Not with pairs."
+        40,
+        ge=16,
+        le=40,
+        description="The number of questions: half to learn from, half for the verdict. Not with `pairs`.",
     )
     tokens: int | None = Field(
-        None, ge=8, le=256, description="The most of an answer. Without it: 64, or as many as the server allows."
+        None, ge=8, le=256, description="The maximum tokens of an answer. Default: 64, or as many as the server allows."
     )
-    distill: bool = Field(True, description="Whether to distill too, which captures more and takes longest.")
-    keep: bool = Field(False, description="Whether to add it even if the verdict is none.")
-    stream: bool = Field(False, description="Whether to tell in events how far it has come.")
+    distill: bool = Field(True, description="Whether to distill too, which captures more and takes the longest.")
+    keep: bool = Field(False, description="Whether to add the steering even if the verdict is negative.")
+    stream: bool = Field(False, description="Whether to send the progress as events.")
 
 
 class VerdictTold(Out):
@@ -124,31 +127,33 @@ class VerdictTold(Out):
 
     share_of_prompt: float | None = Field(
         None,
-        description="The part of the system prompt's effect that it has without it. `null` where none stands behind "
-        "the pairs; then `gain` says it in nats per token.",
+        description="The share of the system prompt's effect that the steering has without the prompt. `null` for"
+        " pairs without a system prompt; see `gain` instead, in nats per token.",
     )
-    gain: float | None = Field(None, description="How much the wanted answers gain on the others, in nats per token.")
-    likelier: float | None = Field(None, description="How much likelier they are themselves, in nats per token.")
+    gain: float | None = Field(
+        None, description="How much likelier the wanted answers become relative to the others, in nats per token."
+    )
+    likelier: float | None = Field(
+        None, description="How much likelier the wanted answers become by themselves, in nats per token."
+    )
     interval: list[float] = Field(description="The 95 % interval of the share or the gain.", examples=[[0.4, 0.7]])
-    random: list[float] = Field(description="The same of random directions.")
+    random: list[float] = Field(description="The same for random directions.")
     p: float = Field(
-        description="How often luck does as well: the largest p of the exact paired tests against the unsteered model"
-        " and against each random direction."
+        description="The p-value: the largest of the exact paired tests against the unsteered model and against each"
+        " random direction."
     )
     questions: int
     loops: float = Field(description="The share of answers that are repetitive.")
-    loops_p: float = Field(
-        description="How often luck alone makes so many more answers repetitive (exact paired test)."
-    )
+    loops_p: float = Field(description="The p-value of the increase in repetitive answers (exact paired test).")
     loops_prompted: float | None = Field(None, description="The same under the system prompt.")
-    loops_unsteered: float | None = Field(None, description="The same without steering, where there is no such prompt.")
+    loops_unsteered: float | None = Field(None, description="The same without steering, if there is no system prompt.")
     perplexity_ratio: float | None
     signs: list[float] | None = Field(
         None, description="The share of answers with the idea's words: unsteered, under the system prompt, steered."
     )
     holds: bool
-    why_not: str = Field(description="What speaks against it; empty if it holds.")
-    lines: list[str] = Field(description="All of that in words.")
+    why_not: str = Field(description="Why the verdict is negative; empty if it holds.")
+    lines: list[str] = Field(description="The verdict in words.")
 
 
 class ExampleTold(Out):
@@ -167,10 +172,10 @@ class MadeTold(Out):
     name: str
     added: bool
     idea: str
-    source: str = Field(description="Where the system prompts come from.", examples=["trait pirate"])
-    chosen: str = Field(description="Which of the ways to learn it did best.")
+    source: str = Field(description="The source of the system prompts.", examples=["trait pirate"])
+    chosen: str = Field(description="The learning method that did best.")
     verdict: VerdictTold
     examples: list[ExampleTold] = Field(
-        max_length=4, description="None where the server's policy would steer, cap or refuse such answers."
+        max_length=4, description="Empty if the server's policy would steer, cap or refuse such answers."
     )
     steering: SteeringTold | None

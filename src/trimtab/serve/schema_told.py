@@ -20,16 +20,16 @@ class AppliedSteering(Out):
     digest: str
     strength: float
     always: bool = False
-    layer: int | None = Field(default=None, description="Where it acts instead of where it was learned.")
-    positions: str | None = Field(default=None, description="At which tokens, if the request said so.")
+    layer: int | None = Field(default=None, description="The layer at which it acts, if the request changed it.")
+    positions: str | None = Field(default=None, description="The tokens at which it acts, if the request set them.")
     unsteered: Literal["tool_calls", "answer"] | None = Field(
         default=None,
-        description="What it doesn't act on, as the request doesn't say `positions`: tool calls, or an answer that is"
-        " JSON.",
+        description="What it doesn't act on because the request doesn't set `positions`: tool calls, or the whole"
+        " answer if it is JSON.",
     )
     taken_off: float | None = Field(
         default=None,
-        description="The share of its length that was taken off, as it lay along what is always on: 0 to 1.",
+        description="The share of its norm that was removed because it lay along steerings that are always on, 0 to 1.",
     )
 
 
@@ -71,7 +71,9 @@ class Told(Out):
     steering: list[AppliedSteering]
     emphasized_tokens: int
     answers: list[AppliedTold]
-    unheld: list[str] = Field(default=[], description="What answers aren't held to of schemas that aren't strict.")
+    unheld: list[str] = Field(
+        default=[], description="The keywords of schemas that aren't strict which no grammar enforces."
+    )
 
 
 class PromptDetails(Out):
@@ -131,8 +133,8 @@ class ChatMessage(Out):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
-    reasoning_content: str | None = Field(default=None, description="What it thought, where the model thinks.")
-    tool_calls: list[ToolCall] | None = Field(default=None, description="What it calls, where there are tools.")
+    reasoning_content: str | None = Field(default=None, description="The reasoning, if the model thinks.")
+    tool_calls: list[ToolCall] | None = Field(default=None, description="The tool calls, if there are tools.")
 
 
 class ChatChoice(Out):

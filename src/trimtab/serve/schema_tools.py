@@ -20,11 +20,11 @@ class FunctionSpec(In):
 
     name: FunctionName
     description: Words | None = None
-    parameters: Schema | None = Field(None, description="A JSON schema of an object. Without it: any object.")
+    parameters: Schema | None = Field(None, description="A JSON schema of an object. Default: any object.")
     strict: bool | None = Field(
         None,
-        description="true: refuse a schema that can't be held to in all its parts. Otherwise keywords that no grammar"
-        " holds to are left out, and told in `trimtab.unheld`.",
+        description="true: refuse a schema that can't be fully enforced. Otherwise keywords that no grammar can"
+        " enforce are ignored, and listed in `trimtab.unheld`.",
     )
 
 
@@ -61,7 +61,7 @@ class Call(In):
     id: str = Field(max_length=256)
     type: Literal["function"] = "function"
     function: CallFunction
-    index: int | None = Field(None, ge=0, lt=1000, description="Taken: streams have it.")
+    index: int | None = Field(None, ge=0, lt=1000, description="Accepted, since streams have it.")
 
 
 class TextFormat(In):
@@ -84,7 +84,7 @@ class NamedSchema(In):
     schema_: Schema = Field({}, alias="schema")
     strict: bool | None = Field(
         None,
-        description="false: leave out keywords that no grammar holds to, and tell them in `trimtab.unheld`; otherwise"
+        description="false: ignore keywords that no grammar can enforce, and list them in `trimtab.unheld`; otherwise"
         " they are refused.",
     )
 

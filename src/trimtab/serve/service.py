@@ -163,7 +163,8 @@ class Service:
         if wanted != self.clean_cache and self.policy.always:
             raise Refusal(
                 403,
-                "steerings that are always on act as this server has it; leave clean_cache out",
+                "this server has steerings that are always on, whose clean_cache can't be changed; leave clean_cache"
+                " out",
                 param="clean_cache",
             )
         return wanted
@@ -172,7 +173,7 @@ class Service:
 
     def its_model(self) -> str:
         """The error message for a request for another model."""
-        return f"this server has the model {self.lm.name}, which requests may also call {ALIAS}"
+        return f"this server's model is {self.lm.name}; requests may also call it {ALIAS}"
 
     def prepare(self, key: Key, request: ChatRequest | CompletionRequest) -> Prepared:
         """The tasks of a request; whoever submits them sets `deliver`. Raises `Refusal` for anything that can't run.
@@ -191,7 +192,7 @@ class Service:
         else:
             prompts = _prompts(request.prompt)
         if count * len(prompts) > self.limits.answers:
-            raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
+            raise Refusal(400, f"a request can have at most {self.limits.answers} answers", param="n")
         structured = structured_part(self.lm.tokenizer, request) if isinstance(request, ChatRequest) else None
         steerings, steering = self.chosen(key, request, structured)
         rejection = self.rejection(request, steering)
@@ -210,8 +211,8 @@ class Service:
                 if rejection is not None and len(ids) > self.limits.rejecting_tokens:
                     raise Refusal(
                         400,
-                        f"with rejection a prompt has {self.limits.rejecting_tokens} tokens at most, and this one"
-                        f" {len(ids)}; shorten it, or ask for rejection: false",
+                        f"with rejection a prompt can have at most {self.limits.rejecting_tokens} tokens, but this"
+                        f" one has {len(ids)}; shorten it, or ask for rejection: false",
                         code="context_length_exceeded",
                     )
                 mine, tokens = self._emphasized(request, prompt, chat, steering, template)
@@ -266,7 +267,7 @@ class Service:
         if _is_ids(prompt):
             size = self.lm.model.get_input_embeddings().weight.shape[0]
             if max(prompt) >= size:
-                raise Refusal(400, f"a token id is below {size} for this model", param="prompt")
+                raise Refusal(400, f"token ids must be below {size} for this model", param="prompt")
             ids = list(prompt)
         else:
             with self._tokenizing:
@@ -274,7 +275,9 @@ class Service:
                 ids, images = self.lm.encode_with_images(prompt, **chat_kwargs)
         most = self.limits.prompt_tokens
         if most is not None and len(ids) > most:
-            raise Refusal(400, f"the prompt has {len(ids)} tokens, {most} are allowed", code="context_length_exceeded")
+            raise Refusal(
+                400, f"the prompt has {len(ids)} tokens; at most {most} are allowed", code="context_length_exceeded"
+            )
         return ids, images
 
     def _most(self, request: ChatRequest | CompletionRequest, length: int) -> int:
@@ -283,7 +286,7 @@ class Service:
         if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
             requested = request.max_completion_tokens
         if requested is not None and requested > self.limits.max_tokens:
-            raise Refusal(400, f"max_tokens is {self.limits.max_tokens} at most on this server", param="max_tokens")
+            raise Refusal(400, f"max_tokens can be at most {self.limits.max_tokens} on this server", param="max_tokens")
         context = self.lm.layout.context
         room = self.limits.max_tokens if context is None else min(self.limits.max_tokens, context - length)
         wanted = max(1, room) if requested is None else requested
@@ -301,7 +304,7 @@ class Service:
         if not request.emphasize:
             return steering, 0
         if _is_ids(prompt):
-            raise Refusal(400, "phrases can't be placed in token ids; give text", param="emphasize")
+            raise Refusal(400, "phrases can't be located in token ids; send text", param="emphasize")
         marks: list[Emphasis] = []
         with self._tokenizing:
             chat_kwargs: dict[str, Any] = {"chat": None if chat else False, "template": template}
@@ -340,7 +343,7 @@ class Prepared:
 
 def _missing(phrase: str) -> str:
     shown = phrase if len(phrase) <= 80 else f"{phrase[:79]}…"
-    return f"the phrase {shown!r} isn't in the prompt; write it as it stands there"
+    return f"the phrase {shown!r} isn't in the prompt; write it exactly as it is there"
 
 
 def _template(request: ChatRequest | CompletionRequest) -> Template | None:
@@ -349,7 +352,7 @@ def _template(request: ChatRequest | CompletionRequest) -> Template | None:
         return None
     continues = bool(request.continue_final_message)
     if request.add_generation_prompt is not None and request.add_generation_prompt == continues:
-        meant = "is false" if continues else "can be false only"
+        meant = "must be false" if continues else "can only be false"
         raise Refusal(
             400, f"add_generation_prompt {meant} with continue_final_message: true", param="add_generation_prompt"
         )
@@ -371,7 +374,7 @@ def _is_ids(prompt: Any) -> bool:
 def _stop(texts: str | list[str] | None) -> tuple[str, ...]:
     stop = (texts,) if isinstance(texts, str) else tuple(texts or ())
     if len(stop) > 4:
-        raise Refusal(400, "there are 4 stop texts at most", param="stop")
+        raise Refusal(400, "at most 4 stop strings are allowed", param="stop")
     return stop
 
 

@@ -48,7 +48,7 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, dict):
         most = ITEMS if where == TOKENS else FIELDS
         if len(value) > most:
-            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} fields; {most} are the most", where)
+            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} fields; at most {most} are allowed", where)
         keep = where.partition(".")[0] in KEPT
         return {
             _whole(name, where): _clean(inner, f"{where}.{name}" if where else name, depth + 1)
@@ -59,7 +59,7 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
         if all(type(inner) is int for inner in value):
             return value
         if len(value) > ITEMS:
-            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} items; {ITEMS} are the most", where)
+            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} items; at most {ITEMS} are allowed", where)
         return [_clean(inner, f"{where}.{i}", depth + 1) for i, inner in enumerate(value)]
     return value
 
@@ -72,7 +72,7 @@ def _whole(text: str, where: str) -> str:
         except UnicodeEncodeError as error:
             half = rf"\u{ord(text[error.start]):04x}"
             raise _wrong(
-                f"{_short(where) or 'the body'} has half a character, {half} without its other half; send whole ones",
+                f"{_short(where) or 'the body'} has an unpaired surrogate, {half}; send complete characters",
                 where,
             ) from None
     return text

@@ -133,13 +133,13 @@ def _tools(request: ChatRequest) -> list[Any]:
     names = [tool.function.name for tool in tools]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise Refusal(400, f"there are two tools of the name {name!r}", param=f"tools.{i}.function.name")
+            raise Refusal(400, f"there are two tools named {name!r}", param=f"tools.{i}.function.name")
     if isinstance(choice, ToolChoice):
         if choice.function.name not in names:
             raise Refusal(400, f"there is no tool {choice.function.name!r} in tools", param="tool_choice.function.name")
         return [tools[names.index(choice.function.name)]]
     if choice == "required" and not tools:
-        raise Refusal(400, "a call is required, and there are no tools; give some", param="tool_choice")
+        raise Refusal(400, "a call is required, but there are no tools; send some", param="tool_choice")
     return tools if may_call(request) else []
 
 
@@ -152,7 +152,9 @@ def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:
         where = f"the tool {spec.name!r}"
         schema = {**ANY_OBJECT, **(spec.parameters or {})}
         if schema["type"] != "object":
-            raise Refusal(400, f"{where}: arguments are an object", param=f"tools.{i}.function.parameters.type")
+            raise Refusal(
+                400, f"{where}: its parameters must be of type object", param=f"tools.{i}.function.parameters.type"
+            )
         try:
             checked = check_schema(schema, lenient=not spec.strict, where=where)
         except TrimtabError as error:
@@ -204,7 +206,7 @@ def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, An
         }
         if message.tool_calls:
             if message.role != "assistant":
-                raise Refusal(400, "tools are called by the assistant alone", param=f"messages.{i}.tool_calls")
+                raise Refusal(400, "only assistant messages can have tool calls", param=f"messages.{i}.tool_calls")
             where = f"messages.{i}.tool_calls"
             entry["tool_calls"] = [_call(call, f"{where}.{n}") for n, call in enumerate(message.tool_calls)]
             called |= {call.id: call.function.name for call in message.tool_calls}
@@ -212,7 +214,7 @@ def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, An
             if message.tool_call_id not in called:
                 raise Refusal(
                     400,
-                    "a tool's message answers a call of the assistant's before it; tool_call_id says which",
+                    "a tool message must answer an earlier call of the assistant; set tool_call_id to that call's id",
                     param=f"messages.{i}.tool_call_id",
                 )
             entry |= {"tool_call_id": message.tool_call_id, "name": called[message.tool_call_id]}
@@ -230,7 +232,7 @@ def _content(message: Message, where: str) -> str | list[dict[str, Any]]:
     if not any(isinstance(part, ImagePart) for part in content):
         return "\n".join(part.text for part in content if isinstance(part, TextPart))
     if message.role != "user":
-        raise Refusal(400, "images stand in messages of the user's", param=where)
+        raise Refusal(400, "only user messages can have images", param=where)
     return [part.model_dump(exclude_none=True) for part in content]
 
 
@@ -241,5 +243,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise Refusal(400, "the arguments of a call are a JSON object, as a text", param=f"{where}.function.arguments")
+        raise Refusal(
+            400, "the arguments of a call must be a JSON object in a string", param=f"{where}.function.arguments"
+        )
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

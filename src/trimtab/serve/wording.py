@@ -14,9 +14,9 @@ from trimtab.serve.schema_steerings import LearnRequest, MakeRequest
 
 LOOKED_AT = 200
 """The most errors of one request among which the one to report is chosen."""
-NAMES = "letters, digits, '.', '_' and '-', of which the first is a letter or a digit, 64 at most"
+NAMES = "at most 64 letters, digits, '.', '_' and '-', and begins with a letter or a digit"
 KINDS = {
-    "string_type": "a text",
+    "string_type": "a string",
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
@@ -35,11 +35,11 @@ SAID: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "less_than": lambda about: f"it must be below {about['lt']}",
     "less_than_equal": lambda about: f"it must be at most {about['le']}",
     "finite_number": lambda _: "it must be a finite number",
-    "too_long": lambda about: f"it takes at most {about['max_length']} items",
-    "too_short": lambda about: f"it takes at least {about['min_length']} items",
-    "string_too_long": lambda about: f"it takes at most {about['max_length']} characters",
-    "string_too_short": lambda about: f"it takes at least {about['min_length']} characters",
-    "json_invalid": lambda _: "it isn't JSON",
+    "too_long": lambda about: f"it can have at most {about['max_length']} items",
+    "too_short": lambda about: f"it must have at least {about['min_length']} items",
+    "string_too_long": lambda about: f"it can have at most {about['max_length']} characters",
+    "string_too_short": lambda about: f"it must have at least {about['min_length']} characters",
+    "json_invalid": lambda _: "it isn't valid JSON",
 }
 FIELDS = sorted({name for model in (ChatRequest, CompletionRequest, ResponsesRequest) for name in model.model_fields})
 INNER = sorted({name for model in (Message, SteeringChoice, LearnRequest, MakeRequest) for name in model.model_fields})
@@ -56,9 +56,9 @@ def in_words(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     here = [candidate for place, candidate in placed if place == where]
     said = _said(where, error, here)
     if isinstance(body, bytes) and not where:
-        said = "it is sent as JSON, with Content-Type: application/json"
+        said = "send it as JSON, with Content-Type: application/json"
     elif error["type"] == "bytes_type":
-        said = "it is the bytes of a file, with Content-Type: application/octet-stream"
+        said = "send the bytes of a file, with Content-Type: application/octet-stream"
     dotted = ".".join(map(str, where))
     message = f"{dotted}: {said}" if dotted else f"the body: {said}"
     return Refusal(400, message[:1000], param=dotted[:200] or None)
@@ -108,7 +108,7 @@ def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping
         kind.startswith("union_tag_") and name == "content" and isinstance(where[-1], int)
     ):
         return (
-            "only text and images can be read here: {'type': 'text', 'text': …} and {'type': 'image_url', 'image_url':"
+            "only text and images are supported: {'type': 'text', 'text': …} and {'type': 'image_url', 'image_url':"
             " {'url': 'data:image/png;base64,…'}}; leave other parts out"
         )
     if kind == "string_pattern_mismatch" and name == "name":

@@ -25,7 +25,7 @@ def caller(service: Service, secret: str | None) -> Key:
     key = service.policy.caller((secret or "").strip() or None)
     if key is None:
         typed = bool((secret or "").strip())
-        raise Refusal(401, "this API key isn't known to the server" if typed else "type your API key first")
+        raise Refusal(401, "this API key isn't known to the server" if typed else "enter your API key first")
     return key
 
 
@@ -43,4 +43,4 @@ def in_words(error: Exception) -> str:
     if isinstance(error, ValidationError):
         return wording.in_words(error.errors(include_input=False, include_url=False), None).message
     log.error("the playground failed", exc_info=error)
-    return "something went wrong inside the server; its log says what"
+    return "something went wrong inside the server; see its log"

@@ -184,7 +184,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             choice = chosen(values)
             wanted = choice.phrases
             if not wanted or not ((text or "").strip() or talk.turns):
-                return show.note("It is looked for in your message.") if wanted else ""
+                return show.note("The phrases are looked for in your message.") if wanted else ""
             return show.marks(
                 find_marks(service, _next_prompt(service, choice, talk, text), wanted, chat=talks(service))
             )
@@ -245,5 +245,5 @@ def _next_prompt(service: Service, choice: Chosen, talk: Talk, text: str) -> Any
 
 def _checked(text: str | None) -> str:
     if not (text or "").strip():
-        raise TrimtabError("type something to say first")
+        raise TrimtabError("type a message first")
     return (text or "").strip()

@@ -90,7 +90,9 @@ def prompt_of(service: Service, choice: Chosen, said: Sequence[Message], text: s
     Raises `TrimtabError` for a text that is too long to be sent back and forth while a user types.
     """
     if len(text) + len(choice.system) > LONGEST:
-        raise TrimtabError(f"on the page a message has {LONGEST:,} characters at most; the API takes longer ones")
+        raise TrimtabError(
+            f"on this page a message can have at most {LONGEST:,} characters; the API accepts longer ones"
+        )
     if not talks(service):
         return text
     opening = [{"role": "system", "content": choice.system}] if choice.system else []

@@ -28,12 +28,12 @@ TRACE_KEY = (
     ' <span class="rejected">steering left out</span> <span class="changed">not the unsteered word</span>'
     " <span>plain: nothing steered here</span>"
 )
-COSINES = "Cosine of each token's activation, read unsteered, with the steering's vector:"
+COSINES = "Cosine of each token's unsteered activation with the steering's vector:"
 NO_TRACE = (
-    "No answer here was generated with rejection. It is on where something is emphasized, or always, if you choose so"
+    "No answer here was generated with rejection. It is on when something is emphasized, or always if you choose that"
     " under “Hold steering back”."
 )
-PLAIN = [("formatted", FORMATTED), ("as plain text", NOTHING), ("coloured by where steering was held back", REJECTION)]
+PLAIN = [("formatted", FORMATTED), ("as plain text", NOTHING), ("colored by where steering was held back", REJECTION)]
 """Ways to show answers that need no steering."""
 
 
@@ -47,7 +47,7 @@ def offered(service: Service, key: Key) -> list[tuple[str, str]]:
             continue
         sites = {edit.site.layer for edit in loaded.steering.edits if edit.site.kind == "residual"}
         shown = spread([layer for layer in layers if layer in sites], MOST_LAYERS)
-        ways += [(f"coloured by {loaded.name}, layer {layer}", f"{loaded.name}@{layer}") for layer in shown]
+        ways += [(f"colored by {loaded.name}, layer {layer}", f"{loaded.name}@{layer}") for layer in shown]
     return ways
 
 
@@ -65,7 +65,7 @@ async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -
     for side in sides:
         if side.done is not None and side.ids and colour not in side.cosines:
             if len(side.prompt) + len(side.ids) > LONGEST:  # computed in one pass, while everybody waits
-                raise TrimtabError(f"answers in chats of more than {LONGEST} tokens aren't coloured; start a new chat")
+                raise TrimtabError(f"answers in chats of more than {LONGEST} tokens aren't colored; start a new chat")
             job = partial(answer_cosines, service.lm, loaded.steering, side.prompt, side.ids, int(layer))
             side.cosines[colour] = await asyncio.wrap_future(service.scheduler.run(job))
 

@@ -109,10 +109,10 @@ class Sessions:
     def join(self, session: str) -> None:
         """Note a request of a session. Raises `Refusal` if there are too many already."""
         if len(self.blocks._queue.pending_event_ids_session.get(session, ())) >= EVENTS:
-            raise Refusal(429, "this page sends more requests than it reads answers", code="busy", retry=5)
+            raise Refusal(429, "this page has too many unread answers", code="busy", retry=5)
         unread = self.unread
         if session not in unread and not self._readers[session] and len(unread) >= SESSIONS:
-            raise Refusal(429, "too many pages ask and don't read the answers", code="busy", retry=5)
+            raise Refusal(429, "too many pages have unread answers", code="busy", retry=5)
         self._seen[session] = time.monotonic()
 
     @contextmanager
@@ -134,7 +134,7 @@ class Sessions:
             try:
                 await self.drop_unread()
             except Exception as error:
-                log.error("what nobody reads of the page couldn't be dropped", exc_info=error)
+                log.error("unread answers of the page couldn't be dropped", exc_info=error)
 
     async def drop_unread(self) -> None:
         """Drop results that have been unread for too long, or that have become too many."""
@@ -162,10 +162,10 @@ def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise Refusal(400, "the page asks in JSON")
+        raise Refusal(400, "the request must be a JSON object")
     session, number, data = parsed.get("session_hash"), parsed.get("fn_index"), parsed.get("data")
     if not isinstance(session, str) or not re.fullmatch("[A-Za-z0-9]{1,64}", session):
-        raise Refusal(400, "a session is letters and digits, 64 at most", param="session_hash")
+        raise Refusal(400, "a session consists of at most 64 letters and digits", param="session_hash")
     function = blocks.fns.get(number) if type(number) is int else None
     if function is None or function.fn is None:
         raise Refusal(400, "the page has no such function", param="fn_index")

@@ -15,8 +15,8 @@ from trimtab.serve.playground.make_part import make_from_sentence
 from trimtab.serve.service import Service
 
 ABOUT = (
-    "A steering is the difference between two sides of many pairs: what the model should say, and what not. A dozen"
-    " pairs show something, a hundred are better."
+    "A steering is the difference between two sides of many pairs: what the model should say, and what it shouldn't."
+    " A dozen pairs show an effect, a hundred are better."
 )
 SHAPES = """{"prompt": "How are you?", "positive": "Splendid, thank you!", "negative": "Go away."}
 {"prompt": "Can you help me?", "positive": "With pleasure.", "negative": "No."}"""

@@ -75,7 +75,7 @@ async def learn(service: Service, key: Key, request: LearnRequest) -> AsyncItera
 def as_row(prompt: str, positive: str, negative: str) -> str:
     """One typed pair as a line of JSONL. Raises `TrimtabError` if a side is missing."""
     if not positive.strip() or not negative.strip():
-        raise TrimtabError("a pair needs both: what the model should say, and what not")
+        raise TrimtabError("a pair needs both: what the model should say, and what it shouldn't")
     opening = {"prompt": prompt.strip()} if prompt.strip() else {}
     return json.dumps({**opening, "positive": positive.strip(), "negative": negative.strip()}, ensure_ascii=False)
 
@@ -86,7 +86,7 @@ def lesson_html(lesson: Lesson) -> str:
     name = html.escape(loaded.name)
     remarks = "".join(f'<p class="tt-note">{html.escape(remark)}</p>' for remark in lesson.remarks)
     return (
-        f'<div class="tt-lesson" role="status"><p><strong>{name}</strong> is learned, and chosen on the panel.</p>'
+        f'<div class="tt-lesson" role="status"><p><strong>{name}</strong> was learned and is selected on the panel.</p>'
         f"<p>{html.escape(_measured(loaded.steering))}</p>{remarks}{saving(loaded)}</div>"
     )
 
@@ -98,8 +98,8 @@ def saving(loaded: Loaded) -> str:
     return (
         f'<p><a class="tt-save" download="{name}.safetensors" href="data:application/octet-stream;base64,{data}">'
         f"Save {name}.safetensors</a></p>"
-        '<p class="tt-note">The server keeps it until it stops. With the file it is there again: put it into the'
-        " folder that --steerings names.</p>"
+        '<p class="tt-note">The server keeps it until it stops. To use it again, save the file and put it into the'
+        " folder given with --steerings.</p>"
     )
 
 
@@ -111,6 +111,6 @@ def _measured(steering: Steering) -> str:
         if push.share is not None:
             words += f", {push.share:.0%} of the activation's length"
         if push.agreement is not None:
-            words += f"; the pairs agree by {push.agreement:.2f}"
+            words += f"; agreement of the pairs {push.agreement:.2f}"
         said.append(words)
     return " · ".join(said)

@@ -15,8 +15,9 @@ from trimtab.serve.playground.makings import coming, made, make, making_of
 from trimtab.serve.service import Service
 
 ABOUT = (
-    "Say what the model should do, and it answers questions for and against that; what makes the difference is learned,"
-    " and measured on other questions. It takes some minutes, in which everybody else waits; closing the page stops it."
+    "Describe what the model should do. It answers questions for and against that; the difference is learned, and its"
+    " effect is measured on other questions. This takes a few minutes, during which everybody else waits; closing the"
+    " page stops it."
 )
 
 
@@ -25,7 +26,7 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
     gr.HTML(show.note(ABOUT))
     sentence = gr.Textbox(
         label="A sentence",
-        info="What is wanted, and if you like its opposite after 'not'",
+        info="What you want, optionally with its opposite after 'not'",
         placeholder="be blunt, not flattering",
         max_lines=4,
         max_length=500,
@@ -33,7 +34,7 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
     )
     with gr.Row():
         like = gr.Textbox(
-            label="Or like whom",
+            label="Or like",
             info="A persona instead of a sentence",
             placeholder="a tired poet",
             max_length=200,
@@ -41,8 +42,8 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
             elem_id="tt-like",
         )
         unlike = gr.Textbox(
-            label="And unlike whom",
-            info="May be empty: an ordinary assistant",
+            label="And unlike",
+            info="Optional; default: an ordinary assistant",
             placeholder="an office clerk",
             max_length=200,
             min_width=180,
@@ -50,7 +51,7 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
         )
     with gr.Row():
         name = gr.Textbox(label="Name of the steering", placeholder="pirate", min_width=140, elem_id="tt-make-name")
-        keep = gr.Checkbox(label="Add it even if the verdict is none", min_width=160, elem_id="tt-make-keep")
+        keep = gr.Checkbox(label="Add it even if the verdict is negative", min_width=160, elem_id="tt-make-keep")
     go = gr.Button("Make", variant="primary", elem_id="tt-make")
     trouble = gr.HTML(elem_classes="tt-say")
     result = gr.HTML(elem_id="tt-made", elem_classes="tt-say")

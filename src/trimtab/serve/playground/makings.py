@@ -18,7 +18,7 @@ from trimtab.serve.service import Service
 
 SHOWN = 2
 HIDDEN = "Answers aren't shown here: this server's policy would steer, cap or refuse them."
-NEXT = "Try clearer words, or name an opposite after 'not'. Or tick the box to add it even so, and look at it."
+NEXT = "Try clearer words, or name an opposite after 'not'. Or tick the box to add it anyway, and try it."
 
 
 def making_of(name: str, sentence: str, like: str, unlike: str, *, keep: bool) -> MakeRequest:
@@ -27,7 +27,7 @@ def making_of(name: str, sentence: str, like: str, unlike: str, *, keep: bool) -
     if said["idea"] and (said["like"] or said["unlike"]):
         raise TrimtabError("give a sentence, or a persona and its opposite, not both")
     if said["unlike"] and not said["like"]:
-        raise TrimtabError("say as well whom the model is to be like, such as: a pirate")
+        raise TrimtabError("also say whom the model should be like, such as: a pirate")
     if not said["idea"] and not said["like"]:
         raise TrimtabError("describe in a sentence what you want, such as: be blunt, not flattering")
     if not name.strip():
@@ -61,9 +61,9 @@ def made(name: str, finished: Finished) -> str:
     loaded, verdict = finished.loaded, finished.made.verdict
     known = f"<strong>{html.escape(name)}</strong>"
     if loaded is None:
-        said = f"{known} isn't added: {html.escape(verdict.why_not)}."
+        said = f"{known} wasn't added: {html.escape(verdict.why_not)}."
     else:
-        said = f"{known} is made, and chosen on the panel" + ("." if verdict.holds else ", as you asked.")
+        said = f"{known} was made and is selected on the panel" + ("." if verdict.holds else ", as you requested.")
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in [*verdict.lines(), f"chosen: {finished.made.name}"])
     pairs = "".join(
         show.two(example.question, example.unsteered, example.steered) for example in finished.examples[:SHOWN]

@@ -93,7 +93,7 @@ def make_blocks(service: Service) -> gr.Blocks:
             talk.names = tuple(known)
             chosen = [name for name in names or [] if name in known]
             kept = chosen or [name for name in [first(known)] if name is not None]
-            none = f"There are no steerings yet: {LEARN * service.learn}start with --steerings DIR."
+            none = f"There are no steerings yet: {LEARN * service.learn}start the server with --steerings DIR."
             proposed = examples(known)
             buttons = [_button(proposed[number] if number < len(proposed) else None) for number in range(SHOWN)]
             return [

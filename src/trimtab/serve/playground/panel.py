@@ -72,7 +72,7 @@ def make_panel(service: Service) -> Panel:
         multiselect=True,
         max_choices=SLOTS,
         label="Steerings",
-        info="What the model is pushed towards. Several are added up.",
+        info="What the model is pushed towards. The effects of several add up.",
         elem_id="tt-names",
     )
     none = gr.HTML(elem_classes="tt-say")
@@ -80,13 +80,13 @@ def make_panel(service: Service) -> Panel:
     with gr.Accordion("Emphasize a part of your message", open=False):
         emphasis = gr.Textbox(
             label="Phrases to emphasize",
-            info="One a line, as they stand in your message: the model's attention is steered towards them.",
+            info="One per line, exactly as in your message: the model's attention is steered towards them.",
             placeholder="in one sentence",
             lines=2,
             max_lines=6,
             elem_id="tt-emphasis",
         )
-        marking = gr.Button("Add what is selected in the message", size="sm", elem_id="tt-marking")
+        marking = gr.Button("Add the selection in the message", size="sm", elem_id="tt-marking")
         marking.click(None, emphasis, emphasis, js=SELECTED)
         marks = gr.HTML(elem_classes="tt-say")
     with gr.Accordion("Hold steering back where it goes wrong", open=False):
@@ -94,8 +94,8 @@ def make_panel(service: Service) -> Panel:
             list(REJECTIONS),
             value=REJECTIONS[2] if service.policy.always else REJECTIONS[0],
             label="Hold it back",
-            info="Where the steered next word is implausible to the unsteered model, steering is weakened for it, or"
-            " left out.",
+            info="Where the unsteered model finds the steered next word implausible, steering is weakened or"
+            " left out for it.",
             elem_id="tt-rejection",
         )
         beta = gr.Slider(
@@ -104,19 +104,19 @@ def make_panel(service: Service) -> Panel:
             0.5,
             step=0.05,
             label="How plausible a word must be (β)",
-            info="0: any will do. 1: only the unsteered model's own first choice.",
+            info="0: any word. 1: only the unsteered model's first choice.",
         )
     with gr.Accordion("Length, temperature, system message", open=False):
         context = service.lm.layout.context
         most = service.limits.max_tokens if context is None else min(service.limits.max_tokens, max(2, context // 2))
-        max_tokens = gr.Slider(1, most, min(128, most), step=1, label="Tokens at most", elem_id="tt-tokens")
+        max_tokens = gr.Slider(1, most, min(128, most), step=1, label="Maximum tokens", elem_id="tt-tokens")
         temperature = gr.Slider(
-            0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest word; above 0 they are drawn"
+            0, 2, 0, step=0.1, label="Temperature", info="0: always the most likely token; above 0, tokens are sampled"
         )
         seed = gr.Number(0, precision=0, label="Seed", info="Above temperature 0: the same seed, the same answer")
         system = gr.Textbox(
             label="System message",
-            info="Said to the model before the conversation, on both sides",
+            info="Sent before the conversation, on both sides",
             lines=1,
             max_lines=6,
         )

@@ -29,7 +29,7 @@ NONE_YET = (
     """<p>There is no steering to choose yet: {ways}. Until then, you can emphasize phrases of your message.</p>"""
 )
 FOLDER = "start the server with a folder of them, <code>trimtab serve --steerings DIR</code>"
-LISTING = "<p>The steerings are being listed …</p>"
+LISTING = "<p>Loading the steerings …</p>"
 NEEDS_KEY = "<p>Enter your API key above: it decides which steerings you may choose from.</p>"
 HELD_BACK = {"steered": "steered in full", "weakened": "steered more weakly", "rejected": "not steered"}
 """Labels for the kinds of steps with rejection."""
@@ -69,7 +69,7 @@ def talk(service: Service, conversation: Talk, colour: str = FORMATTED) -> str:
 
 def _turn(service: Service, turn: Turn, colour: str, full: float) -> str:
     always = [steering.name for steering in turn.plain.steerings if steering.always]
-    plain = f"Unsteered, but for {', '.join(always)}" if always else "Unsteered"
+    plain = f"Unsteered, except for {', '.join(always)}" if always else "Unsteered"
     chosen = [_named(steering) for steering in turn.steered.steerings if not steering.always]
     emphasized = [f"emphasis on “{phrase}”" for phrase in turn.phrases]
     steered = " + ".join(chosen + emphasized) or "nothing chosen"

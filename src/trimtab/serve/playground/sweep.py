@@ -24,7 +24,7 @@ class Sweep:
         """One request per cell, row by row. Raises `TrimtabError` for more answers than a request may have."""
         count = len(self.strengths) * len(self.layers)
         if count > service.limits.answers:
-            raise TrimtabError(f"these are {count} answers, {service.limits.answers} at most are given at once")
+            raise TrimtabError(f"that would be {count} answers; at most {service.limits.answers} are possible at once")
         requests = []
         for layer in self.layers:
             for strength in self.strengths:
@@ -51,7 +51,7 @@ def numbers(text: str, what: str) -> tuple[float, ...]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise TrimtabError(f"{word!r} isn't a number; {what} are numbers with commas between them")
+            raise TrimtabError(f"{word!r} isn't a number; {what} are numbers separated by commas")
         values.append(value)
     return tuple(dict.fromkeys(values))
 
@@ -71,5 +71,5 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     layers: Sequence[float] = numbers(text, "layers")
     for value in layers:
         if value != int(value) or value < 0:
-            raise TrimtabError(f"a layer is a whole number from 0, not {value:g}")
+            raise TrimtabError(f"a layer is a whole number, at least 0, not {value:g}")
     return tuple(int(value) for value in layers)

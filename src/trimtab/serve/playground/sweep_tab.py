@@ -21,8 +21,8 @@ from trimtab.serve.service import Service
 
 EXAMPLE = "What makes a good friend?"
 ABOUT = (
-    "One message, answered at each strength, and at each layer if you name some: all answers are written side by side."
-    " The panel's steerings are left out; its emphasis, length and system message count."
+    "One message, answered at each strength, and at each layer if you name some: all answers are shown side by side."
+    " The panel's steerings aren't used; its emphasis, length and system message are."
 )
 
 
@@ -64,7 +64,7 @@ def make_sweep(service: Service, key: Any, panel: Panel) -> SweepTab:
     ) -> AsyncIterator[list[Any]]:
         try:
             if not (text or "").strip():
-                raise TrimtabError("type something to say first")
+                raise TrimtabError("type a message first")
             mine, sweep = caller(service, secret), sweep_of(steering, pushed or "", at or "")
             asking = Asking(service, mine, sweep.requests(service, chosen(values), text.strip()))
             number = talk.begin(asking)

@@ -51,8 +51,8 @@ OURS = ("/healthz", "/readyz", "/trimtab", "/v1/steerings")
 CHANGED = "/trimtab/steerings/"
 """Where the holder of the key in TRIMTAB_ADMIN_KEY changes steerings; the endpoint checks that key."""
 NOWHERE = (
-    "there is no such route here: POST /v1/chat/completions, /v1/completions and /v1/responses answer, GET /v1/models"
-    " and /v1/steerings list what there is"
+    "no such route; POST /v1/chat/completions, /v1/responses or /v1/completions for an answer, GET /v1/models and"
+    " /v1/steerings for lists"
 )
 
 
@@ -119,12 +119,14 @@ class Door:
         if engine is None:
             raise TrimtabError("vLLM hasn't loaded trimtab's routes; name trimtab in VLLM_PLUGINS")
         if self.closed and not is_closed():
-            raise TrimtabError("the server has a policy or an audit log, and its engine would take requests past them")
+            raise TrimtabError(
+                "the server has a policy or an audit log, but its engine would accept requests that bypass them"
+            )
         check_names(self.policy, self.names)
         link = getattr(engine, LINK)
         capped = self.policy.max_dose is not None or any(key.max_dose is not None for key in self.policy.keys)
         if capped and link.unmeasured:
-            raise TrimtabError(f"doses are to be capped, and they can't be measured here: {link.unmeasured}")
+            raise TrimtabError(f"doses can't be capped because they can't be measured here: {link.unmeasured}")
         self.names.pinned |= {name: "is always on" for name, _ in self.policy.always}
         settings = self.settings
         self.audit = _audit(settings.audit, settings)
@@ -165,7 +167,7 @@ class Door:
         state["parsed"] = request
         steerings, steering = await asyncio.to_thread(self._choosing.chosen, key, request.steering)
         if request.beams and (steering is not None or request.marked is not None):
-            raise Refusal(400, "vLLM's beam search makes requests of its own, which aren't steered; leave it out")
+            raise Refusal(400, "vLLM's beam search makes its own requests, which aren't steered; leave it out")
         who = {"request": state["request_id"], "key": key.name, "route": scope["path"]}
         record = Record(self.audit, who, request, steerings)
 
@@ -191,7 +193,7 @@ class Door:
     async def _ours(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if scope["method"] != "GET":
-            raise Refusal(405, "it can only be read")
+            raise Refusal(405, "this route only supports GET")
         if path in ("/healthz", "/readyz"):
             if path == "/readyz" and not self.audit.check():
                 await Json({"status": "unaudited"}, 503)(scope, receive, send)

@@ -98,7 +98,7 @@ class Outgoing:
     def _with_field(self, body: bytes) -> bytes:
         if not (body.startswith(b"{") and body.endswith(b"}") and len(body) > 2):
             raise Refusal(
-                500, "vLLM's answer is no JSON object, so what steered it can't be reported; see --middleware"
+                500, "vLLM's response isn't a JSON object, so its steering can't be reported; check --middleware"
             )
         return body[:-1] + b',"trimtab":' + _dumped(self._field()) + b"}"
 
@@ -171,7 +171,7 @@ class Outgoing:
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
             return Refusal(status, str(error.get("message", "")), param=error.get("param"))
         if status < 400 and not self._ticket.begun:
-            return Refusal(500, "vLLM answers, and its engine was given nothing to steer", code="unsteered")
+            return Refusal(500, "vLLM answered, but its engine received no steering", code="unsteered")
         return None
 
     def _too_high(self) -> Refusal:

@@ -21,13 +21,13 @@ BESIDE = "vllm_xargs"
 """vLLM's field for extra arguments."""
 ABSENT = {
     **REFUSED,
-    "monitors": "activations that are read at each token, which vLLM's server doesn't",
-    "clean_cache": "a second cache for each request, which the vllm engine hasn't",
+    "monitors": "activations to be read at each token, which vLLM's server doesn't do",
+    "clean_cache": "a second cache for each request, which the vllm engine doesn't have",
 }
 """Fields of trimtab's own server that this one doesn't support, and what they need."""
 KEPT_BY_VLLM = {
-    "background": "it would be answered after its line in the log",
-    "previous_response_id": "what vLLM keeps of responses belongs to no key; send the whole conversation as input",
+    "background": "it would be answered after its entry in the audit log has ended",
+    "previous_response_id": "responses that vLLM stores aren't tied to a key; send the whole conversation as input",
 }
 """Fields of vLLM that a server with a policy refuses, and why."""
 
@@ -64,7 +64,7 @@ def read(body: bytes, *, closed: bool) -> VllmRequest:
             raise Refusal(400, f"{name} needs {why}; the transformers engine can (trimtab serve)", param=name)
     for name, why in KEPT_BY_VLLM.items() if closed else ():
         if parsed.get(name):
-            raise Refusal(400, f"{name} isn't taken here: {why}", param=name)
+            raise Refusal(400, f"{name} isn't accepted here: {why}", param=name)
     fields = _fields(_choices(_taken_out(parsed, ASKED)), _taken_out(parsed, EMPHASIZED))
     user = parsed.get("user")
     return VllmRequest(
@@ -85,11 +85,11 @@ def _taken_out(parsed: dict[str, Any], name: str) -> Any:
     if not isinstance(beside, dict):
         return value
     if RESOLVED in beside:
-        message = f"a request asks for steering as {ASKED!r}; {RESOLVED!r} is what the server makes of it"
+        message = f"a request asks for steering as {ASKED!r}; only the server sets {RESOLVED!r}"
         raise Refusal(400, message, param=BESIDE)
     also = beside.pop(name, None)
     if value and also:
-        raise Refusal(400, f"{name} stands in the request and in its {BESIDE}; give it once", param=name)
+        raise Refusal(400, f"{name} is in the request and in its {BESIDE}; give it once", param=name)
     return value or also
 
 
@@ -99,7 +99,7 @@ def _choices(choices: Any) -> Any:
         try:
             choices = json.loads(choices) if choices.lstrip()[:1] in ("[", "{") else [{"name": choices}]
         except (ValueError, RecursionError):
-            raise Refusal(400, f"steering: it is no JSON: {choices[:80]!r}", param=ASKED) from None
+            raise Refusal(400, f"steering: it isn't valid JSON: {choices[:80]!r}", param=ASKED) from None
     return [choices] if isinstance(choices, dict) else choices or []
 
 

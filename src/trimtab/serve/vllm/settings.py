@@ -45,8 +45,8 @@ class DoorSettings:
         rules = policy_from(None if self.policy is None else Path(self.policy), self.max_dose, environment.get(KEY))
         if rules.monitors:
             raise UnsupportedError(
-                f"the policy has the monitor {rules.monitors[0].name!r}, and vLLM's server reads no activations while"
-                " it answers; leave monitors out, or serve with --engine transformers"
+                f"the policy has the monitor {rules.monitors[0].name!r}, but vLLM's server doesn't read activations;"
+                " leave monitors out, or serve with --engine transformers"
             )
         return rules
 
