@@ -74,7 +74,7 @@ CASES: dict[str, tuple[Callable[[LM], Any], str]] = {
     "LM": (lambda lm: LM(lm.model, lm.tokenizer, chat_template_kwargs={}), "it is template={…}"),  # type: ignore[call-arg]
     "learn, thinking": (
         lambda lm: trimtab.learn_instruct(lm, PAIRS, enable_thinking=False),  # type: ignore[call-arg]
-        "those that are learned from too",
+        "including those of learn functions",
     ),
     "learn, system": (lambda lm: trimtab.learn_caa(lm, PAIRS, system="x"), "positive_system=…"),  # type: ignore[call-arg]
     "learn, a slip": (lambda lm: trimtab.learn_caa(lm, PAIRS, layer=1), "did you mean layers?"),  # type: ignore[call-arg]

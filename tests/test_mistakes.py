@@ -56,10 +56,10 @@ MISTAKES: dict[str, tuple[Callable[[LM], Any], str]] = {
     "what is steered": (lambda lm: lm.steered(V).__enter__(), "a steering was expected, got a Tensor"),
     "a name": (lambda lm: LM("gpt2"), "LM.load('gpt2') loads one"),
     "no tokenizer": (lambda lm: LM(lm.model), "needs the model's tokenizer as well"),
-    "an LM": (lambda lm: LM(lm, lm.tokenizer), "this is an LM already"),
-    "a model": (lambda lm: LM.load(lm.model), "LM(model, tokenizer) wraps a model"),
-    "a sum": (lambda lm: PUSHES + 2, "got 2; 2 * steering pushes harder"),
-    "a sum with a direction": (lambda lm: PUSHES + V, "only a steering is added to a steering, got a Tensor"),
+    "an LM": (lambda lm: LM(lm, lm.tokenizer), "this is already an LM"),
+    "a model": (lambda lm: LM.load(lm.model), "LM(model, tokenizer) wraps a"),
+    "a sum": (lambda lm: PUSHES + 2, "got 2; 2 * steering doubles its strength"),
+    "a sum with a direction": (lambda lm: PUSHES + V, "only a steering can be added to a steering, got a Tensor"),
     "a product": (lambda lm: PUSHES * "2", "a strength is a finite number, got '2'"),
     "positions": (lambda lm: PUSHES.at("generated"), "write Positions.parse('generated')"),  # type: ignore[arg-type]
     "a gate": (lambda lm: PUSHES.when(True), "a Gate such as Threshold(…) is open, got True"),  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ MISTAKES: dict[str, tuple[Callable[[LM], Any], str]] = {
     "an edit's positions": (lambda lm: Edit(Site(1), Add(V), "all"), "write Positions.parse('all')"),  # type: ignore[arg-type]
     "an edit's gate": (lambda lm: Edit(Site(1), Add(V), gate=0.5), "is a Gate such as"),  # type: ignore[arg-type]
     "what is loaded": (lambda lm: trimtab.load(PUSHES), "from a path, got Steering"),  # type: ignore[arg-type]
-    "what is saved": (lambda lm: trimtab.save("x.safetensors", PUSHES), "'x.safetensors' is no steering"),  # type: ignore[arg-type]
+    "what is saved": (lambda lm: trimtab.save("x.safetensors", PUSHES), "'x.safetensors' isn't a steering"),  # type: ignore[arg-type]
     "pairs": (lambda lm: read_pairs([Pair("a", "b")]), "read_pairs reads a file, got list"),  # type: ignore[arg-type]
 }
 

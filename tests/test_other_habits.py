@@ -112,22 +112,22 @@ REFUSED: dict[str, tuple[Callable[[LM], Any], str]] = {
     "a head": (lambda lm: LM(lm.model.model, lm.tokenizer).generate(TEXT), "AutoModelForCausalLM"),
     "swapped": (lambda lm: LM(lm.tokenizer, lm.model), "the model first"),
     "a class": (lambda lm: LM(transformers.LlamaForCausalLM, lm.tokenizer), "is a class; LM.load loads one"),
-    "any module": (lambda lm: LM(torch.nn.Linear(2, 2), lm.tokenizer), "Linear is no model of transformers"),
-    "a tokenizer": (lambda lm: LM(lm.model, "gpt2"), "AutoTokenizer.from_pretrained(…) gives, got str"),
+    "any module": (lambda lm: LM(torch.nn.Linear(2, 2), lm.tokenizer), "Linear isn't a transformers model"),
+    "a tokenizer": (lambda lm: LM(lm.model, "gpt2"), "AutoTokenizer.from_pretrained(…) returns, got str"),
     # a strength behind the steering, as in repeng and steering-vectors
     "a strength": (lambda lm: lm.generate(TEXT, PUSH, 2.0), "2 * steering"),
     "a strength, inside": (lambda lm: lm.steered(PUSH, 2.0), "2 * steering"),  # type: ignore[call-arg]
-    "prompt": (lambda lm: lm.generate(prompt=TEXT), "did you mean prompts by prompt?"),  # type: ignore[call-arg]
+    "prompt": (lambda lm: lm.generate(prompt=TEXT), "did you mean prompts instead of prompt?"),  # type: ignore[call-arg]
     "aggregator": (lambda lm: trimtab.learn_caa(lm, PAIRS, aggregator="pca"), "it is estimator="),  # type: ignore[call-arg]
     "a progress bar": (lambda lm: trimtab.learn_caa(lm, PAIRS, progress=True), "called as progress(done, total)"),  # type: ignore[arg-type]
     "packed": (lambda lm: packed(lm, PUSH), "several texts are packed into it"),
     "changed in place": (lambda lm: changed(lm), "changed in place after it had been used"),
     "half a pair": (lambda lm: lm.generate("w5 \ud800"), "character 4 of the prompt is half a surrogate pair"),
-    "no rows": (lambda lm: lm.steered([]), "there are no steerings"),
+    "no rows": (lambda lm: lm.steered([]), "the list of steerings is empty"),
     "a length": (lambda lm: lm.steered(PUSH, prompt_lengths=5), "one for each row, got 5"),  # type: ignore[arg-type]
     "no length": (lambda lm: lm.steered(PUSH, prompt_lengths=[0]), "from 1 up"),
     "lengths": (lambda lm: looped(lm, PUSH, [5, 5]), "2 prompt lengths for a batch of 1 rows"),
-    "too long": (lambda lm: looped(lm, PUSH, [99]), "has 99 tokens, and 8 were computed"),
+    "too long": (lambda lm: looped(lm, PUSH, [99]), "has 99 tokens, but 8 were computed"),
     # in a notebook
     "a table": (lambda lm: lm.generate(numpy.rec.array([(TEXT,)], names="q").view(_Table)), "its columns: 'q'"),
     "a set": (lambda lm: lm.generate({TEXT}), "it has no order; give a list"),  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[LM], Any], str]] = {
     "a name": (lambda lm: lm.capture(TEXT, "all"), "sites are layers or Sites"),  # type: ignore[arg-type]
     "from the end": (lambda lm: lm.capture(TEXT, -1), "lm.layout.layers - 1"),
     "another layer": (lambda lm: lm.capture(TEXT, 1)[0][2], "no activations at 2; captured are residual[1]"),  # type: ignore[index]
-    "supports": (lambda lm: lm.supports("rejection"), "is no steering"),  # type: ignore[arg-type]
+    "supports": (lambda lm: lm.supports("rejection"), "isn't a steering"),  # type: ignore[arg-type]
     "the hook's name": (lambda lm: Site(1, "hook_resid_post"), "here it is 'residual'"),
     "a class of operations": (lambda lm: Edit(Site(1), Add), "got a type; write Add(direction)"),
     "nothing done": (lambda lm: Edit(Site(1), None), "got None; write Add(direction)"),
@@ -162,11 +162,11 @@ REFUSED: dict[str, tuple[Callable[[LM], Any], str]] = {
     "nothing to find": (lambda lm: lm.spans(TEXT, None), "a phrase of the prompt, or several, got None"),  # type: ignore[arg-type]
     "features": (lambda lm: trimtab.load_features("sae", [1]), "{1234: 40.0}, got [1]"),  # type: ignore[arg-type]
     "an idea": (lambda lm: trimtab.make(lm, 3), "an idea is a sentence"),  # type: ignore[arg-type]
-    "push": (lambda lm: trimtab.push_to_hub("me/x", PUSH), "is no steering"),  # type: ignore[arg-type]
-    "export": (lambda lm: trimtab.export("x.gguf", PUSH), "is no steering"),  # type: ignore[arg-type]
+    "push": (lambda lm: trimtab.push_to_hub("me/x", PUSH), "isn't a steering"),  # type: ignore[arg-type]
+    "export": (lambda lm: trimtab.export("x.gguf", PUSH), "isn't a steering"),  # type: ignore[arg-type]
     "where to read": (lambda lm: trimtab.learn_caa(lm, PAIRS, layers=1, read_at=-1), "read_at is a text"),  # type: ignore[arg-type]
     # attributes of other libraries' models and vectors
-    "device": (lambda lm: lm.device, "lm.runs_in has it"),
+    "device": (lambda lm: lm.device, "see lm.runs_in"),
     "eval": (lambda lm: lm.eval(), "lm.model.eval"),
     "run_with_cache": (lambda lm: lm.run_with_cache(TEXT), "lm.capture(prompts, [10, 14])"),
     "set_control": (lambda lm: lm.set_control(PUSH), "with lm.steered(steering)"),

@@ -21,45 +21,45 @@ R = TypeVar("R")
 Class = TypeVar("Class", bound=type)
 
 TEMPLATE = (
-    "it is about the chat template, and what renders prompts takes it: LM.load(…, template={{{name!r}: …}}) for all of"
-    " them, those that are learned from too, or template={{{name!r}: …}} of lm.generate and lm.encode for one"
+    "it is about the chat template: pass it as LM.load(…, template={{{name!r}: …}}) for all prompts, including those"
+    " of learn functions, or as template={{{name!r}: …}} to lm.generate or lm.encode for one call"
 )
-LOADED = "a model is loaded with it: LM.load(…, {name}=…)"
+LOADED = "it is an option of loading a model: LM.load(…, {name}=…)"
 STRENGTH = "a strength multiplies the steering: 2 * steering"
 MEANT = {
     "enable_thinking": TEMPLATE,
     "thinking": TEMPLATE,
     "reasoning_effort": TEMPLATE,
-    "add_generation_prompt": "prompts are rendered up to where the answer begins, and an assistant's message goes on",
-    "chat_template_kwargs": "it is template={{…}}, of LM.load, lm.generate or lm.encode",
-    "chat_template": "the tokenizer has it: tokenizer.chat_template = …",
-    "apply_chat_template": "it is chat=True, of lm.generate and lm.encode",
+    "add_generation_prompt": "prompts always end where the answer begins, and a final assistant message is continued",
+    "chat_template_kwargs": "it is template={{…}} of LM.load, lm.generate or lm.encode",
+    "chat_template": "set it on the tokenizer: tokenizer.chat_template = …",
+    "apply_chat_template": "it is chat=True of lm.generate and lm.encode",
     "system": "a system message is part of a pair: Pair(…, positive_system=…, negative_system=…), or messages",
-    "system_prompt": "it is system=…, of lm.generate and lm.encode; a pair has positive_system and negative_system",
+    "system_prompt": "it is system=… of lm.generate and lm.encode; a pair has positive_system and negative_system",
     "strength": STRENGTH,
     "multiplier": STRENGTH,
     "coefficient": STRENGTH,
     "coeff": STRENGTH,
     "scale": STRENGTH,
     "steerings": "it is steering, one for all prompts or a list with one for each",
-    "max_tokens": "it is max_new_tokens, of lm.generate",
+    "max_tokens": "it is max_new_tokens of lm.generate",
     "max_new_tokens": "lm.generate takes it",
     "temperature": "lm.generate takes it, with do_sample=True",
     "do_sample": "lm.generate takes it",
     "device": LOADED,
     "dtype": LOADED,
     "device_map": LOADED,
-    "torch_dtype": "it is dtype, of LM.load(…)",
+    "torch_dtype": "it is dtype of LM.load(…)",
     "revision": LOADED,
     "adapter": LOADED,
     "quantization_config": LOADED,
-    "load_in_4bit": "it is quantization_config=BitsAndBytesConfig(load_in_4bit=True), of LM.load(…)",
-    "load_in_8bit": "it is quantization_config=BitsAndBytesConfig(load_in_8bit=True), of LM.load(…)",
+    "load_in_4bit": "it is quantization_config=BitsAndBytesConfig(load_in_4bit=True) of LM.load(…)",
+    "load_in_8bit": "it is quantization_config=BitsAndBytesConfig(load_in_8bit=True) of LM.load(…)",
     "positions": "a steering says where it acts: steering.at(Positions.generated())",
     "gate": "a steering says when it acts: steering.when(gate)",
     "layer": "a steering says where it acts: steering[14] is what it does at layer 14",
     "layers": "a steering says where it acts: steering.only([12, 14]) are two of its layers",
-    "model": "what is steered or learned from comes first, without a name: LM.load('…'), learn_caa(lm, pairs)",
+    "model": "pass the model first, by position: LM.load('…'), learn_caa(lm, pairs)",
     "tokenizer": "LM(model, tokenizer) takes it; LM.load finds the model's own",
     "question": "the context of a pair is prompt=…",
     "aggregator": "it is estimator='pca', 'median', 'probe' or a function",
@@ -121,14 +121,14 @@ def arguments(function: Callable[P, R]) -> Callable[P, R]:
 
 def _too_many(what: str, names: list[str], extra: Any) -> KeywordError:
     number = isinstance(extra, (int, float)) and not isinstance(extra, bool)
-    hint = "all else is given by name"
+    hint = "pass everything else by keyword"
     hint = f"{STRENGTH}; {hint}" if number and "steering" in names else hint
     return KeywordError(f"{what} takes {' and '.join(names) or 'nothing'} by position, and also got {extra!r}: {hint}")
 
 
 def _missing(what: str, name: str, names: list[str], kwargs: Mapping[str, Any]) -> KeywordError:
     near = get_close_matches(name, kwargs, 1, 0.75)
-    instead = f"did you mean {name} by {near[0]}?" if near else f"it takes {', '.join(names)}"
+    instead = f"did you mean {name} instead of {near[0]}?" if near else f"it takes {', '.join(names)}"
     return KeywordError(f"{what} is missing {name!r}: {instead}")
 
 

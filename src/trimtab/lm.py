@@ -116,7 +116,7 @@ class LM(LanguageModel):
         processor: Any = None,
     ) -> None:
         if isinstance(model, LM):
-            raise TrimtabError("this is an LM already; LM(model, tokenizer) wraps a model of transformers")
+            raise TrimtabError("this is already an LM; LM(model, tokenizer) wraps a transformers model")
         check_wrapped(model, tokenizer)
         self.model = model
         self.tokenizer: Any = with_keywords(tokenizer, template)
@@ -515,8 +515,8 @@ class LM(LanguageModel):
                 yield session
             if sites and not session.ran:
                 raise TrimtabError(
-                    "nothing was steered inside lm.steered(…): this model didn't run there, or ran past its hooks (a"
-                    " captured graph, a traced copy, another model)"
+                    "nothing was steered inside lm.steered(…): this model didn't run there, or its hooks were"
+                    " bypassed (a captured graph, a traced copy, another model)"
                 )
             if prompt_lengths is not None:
                 session.check_prompts_reached()

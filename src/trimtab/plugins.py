@@ -97,7 +97,8 @@ def _one_each(group: str, entries: Collection[EntryPoint], own: Collection[str])
             continue
         first = f"trimtab's own {kind} {candidate.name!r}" if other is None else str(other)
         raise TrimtabError(
-            f"{first} and {candidate} have one name; uninstall {candidate.distribution.split()[0]}, or rename it there"
+            f"{first} and {candidate} have the same name; uninstall {candidate.distribution.split()[0]}, or rename it"
+            " there"
         )
     return by_name
 

@@ -473,8 +473,8 @@ def test_directional_ablation() -> None:
     for wrong, layers, words in (
         (torch.zeros(WIDTH), 2, "all zeros"),
         (torch.ones(2, WIDTH), 2, r"\[width\]"),
-        (direction(1), 0, "how many blocks"),
-        (direction(1), True, "how many blocks"),
+        (direction(1), 0, "number of blocks"),
+        (direction(1), True, "number of blocks"),
     ):
         with pytest.raises(TrimtabError, match=words):
             directional_ablation(wrong, layers)

@@ -249,7 +249,7 @@ def test_what_does_not_fit_the_model(refused, model, wide, stranger, base, steer
 
     refused(ask(wide, "--steer", steering), "learned on tiny", "this is wide", "width 32 instead of 48")
     refused(ask(wide, "--steer", steering, "--transfer"), "width 32 instead of 48")
-    refused(ask(stranger, "--steer", steering), "this is stranger", "other weights", "transfer")
+    refused(ask(stranger, "--steer", steering), "this is stranger", "different weights", "transfer")
     refused(ask(model, "--steer", steering, "--positions", "span:900:901"), "span 900:901", "not in the prompt")
     refused(ask(model, "--steer", steering, "--positions", "tokens:0,900"), "token 900", "not in the prompt")
     refused(ask(model, "--steer", steering, "--positions", "tokens:0,-900"), "token -900", "not in the prompt")

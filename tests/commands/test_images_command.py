@@ -38,7 +38,7 @@ def test_generate(trimtab: Callable[..., Any], folder: Path, model: Path) -> Non
     assert (row["text"], row["prompt_tokens"]) == (expected.text, expected.prompt_tokens)
     assert row["messages"][0]["content"][0] == {"type": "image", "path": str(picture)}
     for more, said in (
-        (["--model", model], "model of text alone"),
+        (["--model", model], "is a text-only model"),
         (["--model", folder, "--plain"], "--plain doesn't use it"),
         (["--model", folder, "--image", folder / "config.json"], "can't be read"),
     ):
@@ -53,7 +53,7 @@ def test_chat(folder: Path, model: Path, tmp_path: Path) -> None:
     desk, start = Desk(lm), Conversation(max_tokens=3)
     with pytest.raises(TrimtabError, match="no file"):
         run_command(desk, start, "/image none.png")
-    with pytest.raises(TrimtabError, match="model of text alone"):
+    with pytest.raises(TrimtabError, match="is a text-only model"):
         run_command(Desk(LM.load(model, device="cpu")), start, f"/image {picture}")
     begun = run_command(desk, start, f"/image {picture}").conversation
     assert run_command(desk, begun, "/image off").conversation.images == ()

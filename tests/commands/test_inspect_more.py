@@ -119,6 +119,6 @@ def test_bad_input(look: Any, trimtab: Any, steering: Path, stranger: Path, wide
     refused(look("--html", tmp_path / "t.html"), "--text TEXT")
     refused(look(steering, "--text", "sea"), "one file")
     refused(look(steering, steering), "not 3")
-    refused(trimtab("inspect", steering, "--model", stranger, "--text", "sea"), "other weights", "allow transfer")
+    refused(trimtab("inspect", steering, "--model", stranger, "--text", "sea"), "different weights", "allow transfer")
     assert trimtab("inspect", steering, "--model", stranger, "--text", "sea", "--transfer").code == 0
     refused(trimtab("inspect", steering, "--model", wide, "--text", "sea", "--transfer"), "width")

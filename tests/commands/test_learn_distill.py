@@ -103,7 +103,8 @@ def test_too_few_answers_that_count(trimtab: Any, tmp_path: Path, common: list[A
     checks.write_text("def anything(answer):\n    return False\n")
     ran = trimtab("learn", "distill", "--instruction", "Whisper.", *common, "--out", tmp_path / "out.safetensors")
     assert (ran.code, ran.out) == (2, "")
-    assert "0 do what it says" in ran.err
+    assert "0 of" in ran.err
+    assert "answers written under this prompt follow it" in ran.err
     assert "more queries" in ran.err
 
 
@@ -113,7 +114,8 @@ def test_a_known_instruction_brings_its_check(trimtab: Any, tmp_path: Path, comm
     at = common.index("--check")
     ran = trimtab("learn", "distill", "--instruction", "Answer in JSON.", *common[:at], *common[at + 2 :], "--out", out)
     assert ran.code == 2
-    assert "0 do what it says" in ran.err
+    assert "0 of" in ran.err
+    assert "answers written under this prompt follow it" in ran.err
     assert "recognized as detectable_format:json_format" in ran.err
 
 

@@ -167,7 +167,7 @@ BROKEN = {
     "its module ends the program": ("broken_module:RECIPE", "raise SystemExit(1)", "SystemExit: 1"),
     "it imports what was renamed": ("broken_module:RECIPE", "from torch import nothing_of_that_name", "ImportError"),
     "the name isn't there": ("broken_module:RECIPE", "", "AttributeError"),
-    "it is no recipe": ("broken_module:RECIPE", "RECIPE = {'name': 'bad'}", "it is no Recipe"),
+    "it is no recipe": ("broken_module:RECIPE", "RECIPE = {'name': 'bad'}", "it isn't a Recipe"),
     "its recipe is wrong": (
         "broken_module:RECIPE",
         "from trimtab.methods.recipe import Recipe\nRECIPE = Recipe('bad', '', '', '', '', '', function='f')",

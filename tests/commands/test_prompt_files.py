@@ -134,7 +134,7 @@ def test_what_is_learned_is_rendered_with_the_keywords(
         "generate", "--model", thinker, "--device", "cpu", "--steer", tmp_path / "off.safetensors", "--prompt", "Why?",
         "--max-new-tokens", 2,
     )  # fmt: skip
-    assert "another chat template" in ran.err
+    assert "a different chat template" in ran.err
 
 
 def test_keywords_that_can_not_be_given(trimtab: Any, thinker: Path, model: Path, base: Path) -> None:

@@ -143,7 +143,7 @@ def test_edits_that_cannot_act_together_change_nothing() -> None:
     bank = Bank(torch.float32, lambda _: CPU)
     bank.insert((Edit(Site(0), Add(U), Positions.all()),))
     bad = tuple(Edit(Site(0), SetProjection(U, target), Positions.all()) for target in (1.0, 2.0))
-    with pytest.raises(TrimtabError, match="different ends"):
+    with pytest.raises(TrimtabError, match="different targets"):
         bank.insert(bad)
     assert (bank.rows, bank.touched(Site(0))) == (1, [True])
 

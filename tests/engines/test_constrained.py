@@ -165,7 +165,7 @@ def test_what_is_refused(lm: LM) -> None:
     for options, words in (
         ({"json_schema": {"type": "strin"}}, "Invalid type"),
         ({"json_schema": [{}, {}]}, "2 JSON schemas for 1 prompts"),
-        ({"json_schema": {}, "num_beams": 2}, "beams change places"),
+        ({"json_schema": {}, "num_beams": 2}, "beam search reorders its rows"),
         ({"json_schema": {}, "min_new_tokens": 2}, "where an answer ends"),
     ):
         with pytest.raises(TrimtabError, match=words):
@@ -175,7 +175,7 @@ def test_what_is_refused(lm: LM) -> None:
 def test_what_other_settings_forbid_is_said(lm: LM) -> None:
     """Where nothing is left that may come, no token is chosen all the same."""
     banned = [[token] for token in range(len(lm.tokenizer)) if '"' in lm.tokenizer.decode([token])]
-    with pytest.raises(TrimtabError, match="can't keep to its grammar"):
+    with pytest.raises(TrimtabError, match="can't follow its grammar"):
         lm.generate([PROMPT], json_schema={"const": "x"}, chat=False, max_new_tokens=9, bad_words_ids=banned)
 
 

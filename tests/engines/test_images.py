@@ -168,12 +168,12 @@ def test_emphasis_rejection_and_a_clean_cache(kind: str) -> None:
 
 def test_where_rows_cannot_join_what_needs_that_is_refused() -> None:
     lm = pictured("mllama")
-    with pytest.raises(UnsupportedError, match="at every token"):
+    with pytest.raises(UnsupportedError, match="at every decode step"):
         lm.generate([PROMPTS[0]], STEERINGS[1], rejection=True, max_new_tokens=NEW)
 
 
 def test_models_and_readings_of_text_alone_refuse_images() -> None:
-    with pytest.raises(UnsupportedError, match="model of text alone"):
+    with pytest.raises(UnsupportedError, match="is a text-only model"):
         tiny("llama").generate([PROMPTS[0]])
     lm = pictured("llava")
     with pytest.raises(TrimtabError, match="text alone is read here"):

@@ -353,7 +353,7 @@ def test_another_models_steering_is_refused(lm, llama, tmp_path):
     with pytest.raises(TrimtabError, match="learned on other"):
         llama.generate("Why?", other)
     llama.generate("Why?", other, transfer=True, max_new_tokens=1)
-    with pytest.warns(MismatchWarning, match="other weights"):
+    with pytest.warns(MismatchWarning, match="different weights"):
         llama.check(replace(mine, card=Card("caa", replace(here, fingerprint="0" * 16))))
 
 

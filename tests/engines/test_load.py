@@ -85,7 +85,7 @@ def test_a_plain_model_is_moved_afterwards(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "why"),
     [
-        ("stays", "was to be on meta, and parts of it are on cpu: its quantization can't be run there"),
+        ("stays", "was requested on meta, but parts of it were placed on cpu, where its quantization can't run"),
         ("refuse", "can't load the quantized model .* on meta: this quantization needs a GPU. Give another device"),
     ],
 )

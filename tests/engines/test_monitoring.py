@@ -225,9 +225,9 @@ class TestWhatIsRefused:
             (("", condition), "has a name"),
             (("m", condition, 0.5, "shout"), "an action is one of"),
             (("m", condition, None, "stop"), "no threshold"),
-            (("m", condition, 0.5, "steer"), "a steering belongs"),
+            (("m", condition, 0.5, "steer"), "steer needs a steering"),
             (("m", condition, float("nan")), "finite"),
-            (("m", condition, 0.5, "steer", STEERINGS[3]), "the prompt decides it"),
+            (("m", condition, 0.5, "steer", STEERINGS[3]), "it is decided by the prompt"),
         ]:
             with pytest.raises(TrimtabError, match=message):
                 Monitor(*arguments)  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ def test_bad_input() -> None:
         lm.next_logprobs([Choice([4, 5, 6], 4, (1,))])
     with pytest.raises(TrimtabError, match="no token is asked for"):
         lm.next_logprobs([Choice([4, 5, 6], 3, ())])
-    with pytest.raises(TrimtabError, match="'shout' is no steering"):
+    with pytest.raises(TrimtabError, match="'shout' isn't a steering"):
         lm.next_logprobs([Choice([4, 5, 6], 3, (1,))], "shout")
     with pytest.raises(TrimtabError, match="2 steerings for 1"):
         lm.next_logprobs([Choice([4, 5, 6], 3, (1,))], [None, None])

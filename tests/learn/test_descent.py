@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_is_an_error(run: Forcing, value: float) -> No
 
 
 def test_errors(run: Forcing) -> None:
-    with pytest.raises(TrimtabError, match="nothing to learn from"):
+    with pytest.raises(TrimtabError, match="no texts to learn from"):
         descent(run, Descent(), examples=[])
     for name in ("steps", "rate", "batch", "every", "max_dose"):
         for value in (0, -1, math.nan):

@@ -193,9 +193,9 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("gives", "why"),
     [
-        (lambda p, n: None, "gave NoneType; a direction is a floating-point tensor of shape \\[12\\]"),
-        (lambda p, n: p - n, "gave torch.float64 of shape \\[5, 12\\]"),
-        (lambda p, n: p[0].long(), "gave torch.int64 of shape \\[12\\]"),
+        (lambda p, n: None, "returned NoneType; a direction is a floating-point tensor of shape \\[12\\]"),
+        (lambda p, n: p - n, "returned torch.float64 of shape \\[5, 12\\]"),
+        (lambda p, n: p[0].long(), "returned torch.int64 of shape \\[12\\]"),
         (lambda p, n: p[0] * float("nan"), "NaN or infinite"),
     ],
 )
@@ -246,7 +246,7 @@ def test_a_new_direction_is_a_function(lm: LM) -> None:
     assert torch.allclose(edit.operation.direction, mean.operation.direction, atol=1e-6)
     card = learn_caa(lm, PAIRS, 2, estimator=first_pair).card
     assert card.options["estimator"].endswith("first_pair")
-    with pytest.raises(TrimtabError, match=r"layer 2: the estimator .* gave"):
+    with pytest.raises(TrimtabError, match=r"layer 2: the estimator .* returned"):
         learn_caa(lm, PAIRS, 2, estimator=lambda positive, negative: positive)
 
 

@@ -97,5 +97,5 @@ def test_what_is_said_is_not_empty(options: dict) -> None:
 def test_something_is_said() -> None:
     with pytest.raises(TrimtabError, match="needs an instruction, a system message, a text or examples"):
         Teacher()
-    with pytest.raises(TrimtabError, match="once or more, got 0"):
+    with pytest.raises(TrimtabError, match="1 or more times, got 0"):
         Teacher((ONE,), times=0)

@@ -103,7 +103,7 @@ def test_the_seed_decides_the_beginning() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
 def test_activations_without_length_are_an_error(scale: float) -> None:
-    with pytest.raises(TrimtabError, match=r"activations at residual\[1\] are .* long; nothing can be learned"):
+    with pytest.raises(TrimtabError, match=r"activations at residual\[1\] have norm .*; nothing can be learned"):
         Trained.start({Site(1): scale}, {Site(1): 8}, 0, 0, CPU)
 
 

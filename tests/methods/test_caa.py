@@ -180,7 +180,7 @@ def test_equalised_vectors_keep_direction_and_mean_length(lm: LM) -> None:
         for old, new in zip(before, after, strict=True):
             assert float(torch.cosine_similarity(old, new, dim=0)) == pytest.approx(1, abs=1e-6)
     assert equal["one"].card.options["with"] == ["one", "two"]
-    with pytest.raises(TrimtabError, match="'two' hasn't one edit at each of the same"):
+    with pytest.raises(TrimtabError, match="'two' doesn't have exactly one edit at each of the same layers"):
         equalised({"one": learned["one"], "two": learned["two"].only([1])})
     with pytest.raises(TrimtabError, match="strength 1"):
         equalised({"one": 2 * learned["one"]})
@@ -206,7 +206,7 @@ def test_another_width_is_refused_and_another_model_needs_transfer(lm: LM) -> No
     steering = learn_caa(lm, PAIRS, 1)
     other = tiny.tiny("llama", seed=1)
     other = LM(other.model, lm.tokenizer, name="tiny-other")
-    with pytest.raises(TrimtabError, match="other weights"):
+    with pytest.raises(TrimtabError, match="different weights"):
         other.check(steering)
     other.check(steering, transfer=True)
     narrow = Steering((Edit(Site(1), Add(torch.ones(tiny.WIDTH + 1))),))

@@ -327,7 +327,7 @@ def test_the_card_says_what_was_measured(lm: LM) -> None:
         ({"instruction": ""}, "is empty"),
         ({"instruction": []}, "needs an instruction, a system message, a text or examples"),
         ({"teacher": Teacher((SAID,)), "system": "w5"}, "not both"),
-        ({"check": lambda *_: False}, "0 do what it says; 8 are needed"),
+        ({"check": lambda *_: False}, "answers written under this prompt follow it; 8 are needed"),
         ({"queries": QUERIES[:2]}, "8 are needed"),
     ],
 )

@@ -180,7 +180,9 @@ class TestManyAtOnce:
         assert (edit.site, edit.positions) == (Site(3), Positions.prompt())
         assert steering.card.options["layers"] == [3]
         assert steering_from(moments, [1, 0]).layers == (0, 1)
-        with pytest.raises(TrimtabError, match="nothing was read at layer 2; there are 0, 1, 3"):
+        with pytest.raises(
+            TrimtabError, match="no activations were read at layer 2; the layers that were read are 0, 1, 3"
+        ):
             steering_from(moments, 2)
 
     def test_each_query_is_read_once(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +281,7 @@ class TestTransfer:
         with pytest.raises(TrimtabError, match="allow transfer"):
             bare.generate(QUERIES[0], steering, max_new_tokens=2)
         plain = bare.generate(QUERIES[0], max_new_tokens=6, logprobs=True)[0]
-        with pytest.warns(MismatchWarning, match="another chat template"):
+        with pytest.warns(MismatchWarning, match="a different chat template"):
             (answer,) = bare.generate(QUERIES[0], steering, max_new_tokens=6, transfer=True, logprobs=True)
         assert answer.applied.dose > 0
         assert answer.logprobs != plain.logprobs

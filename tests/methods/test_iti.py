@@ -140,7 +140,7 @@ def test_what_it_refuses() -> None:
     lm = tiny.tiny("llama")
     with pytest.raises(TrimtabError, match="from 1 to 16"):
         learn_iti(lm, PAIRS)  # 48 heads of 16
-    with pytest.raises(TrimtabError, match="1 is too few"):
+    with pytest.raises(TrimtabError, match="got 1, which is too few"):
         learn_iti(lm, PAIRS[:2], heads=2)
     with pytest.raises(TrimtabError, match="directions: mean, probe"):
         learn_iti(lm, PAIRS, heads=2, direction="pca")

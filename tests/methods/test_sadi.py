@@ -224,8 +224,8 @@ def test_what_it_refuses() -> None:
         ({"score": "best"}, "scores: norm, signed, absolute"),
         ({"operation": "rotate"}, "scale, add"),
         ({"mode": "cold"}, "live, frozen"),
-        ({"mode": "frozen", "operation": "add"}, "the frozen mode scales"),
-        ({"mode": "frozen", "positions": Positions.all()}, "the frozen mode scales"),
+        ({"mode": "frozen", "operation": "add"}, "the frozen mode only scales"),
+        ({"mode": "frozen", "positions": Positions.all()}, "the frozen mode only scales"),
     )
     for options, message in cases:
         with pytest.raises(TrimtabError, match=message):

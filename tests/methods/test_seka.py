@@ -101,7 +101,7 @@ def test_it_is_put_to_a_phrase(lm: LM) -> None:
 
 
 def test_what_makes_no_sense(lm: LM) -> None:
-    with pytest.raises(TrimtabError, match="stand once"):
+    with pytest.raises(TrimtabError, match="occur exactly once"):
         Highlight("a b a", "a", "x", "y")
     for wrong in ({"examples": EXAMPLES[:1]}, {"share": 0.0}, {"heads": 1.5}):
         with pytest.raises(TrimtabError):

@@ -142,7 +142,7 @@ def test_the_push_grows() -> None:
     [
         (" ", {}, "can't be empty"),
         ("two words", {}, "more than one word"),
-        ("w70", {"first": 9.0, "last": 3.0}, "doesn't fall"),
+        ("w70", {"first": 9.0, "last": 3.0}, "doesn't decrease"),
         ("w70", {"tokens": 0}, "one token or more"),
     ],
 )
@@ -154,7 +154,7 @@ def test_bad_input(lm: LM, word: str, options: dict[str, Any], words: str) -> No
 def test_logits_that_are_made_otherwise_are_refused() -> None:
     lm = tiny.tiny("llama")
     lm.model.lm_head.register_forward_hook(lambda _m, _a, o: o.flip(-1))
-    with pytest.raises(UnsupportedError, match="aren't told by its output embeddings"):
+    with pytest.raises(UnsupportedError, match="can't be predicted from its output embeddings"):
         learn_word_logit(lm, "w70", base=BASE)
 
 

@@ -266,7 +266,7 @@ def test_bad_input() -> None:
     with pytest.raises(TrimtabError, match="span 7:9 is not in the prompt, which has 4 tokens"):
         lm.generate(PROMPTS, Steering((EDIT,)).when(beyond), max_new_tokens=NEW)
     late = Threshold(Site(1), direction(3), 0.0, positions=Positions.generated())
-    with pytest.raises(TrimtabError, match="where a prompt of 4 tokens has none"):
+    with pytest.raises(TrimtabError, match="but a prompt of 4 tokens has no such tokens"):
         lm.generate(PROMPTS, Steering((EDIT,)).when(late), max_new_tokens=NEW)
     for more in ({"bias": 1.0}, {"pool": "max"}, {"each_token": True, "pool": "unit-mean"}, {"bias": float("nan")}):
         with pytest.raises(ValueError, match=r"bias|pool"):

@@ -219,7 +219,7 @@ class TestOneModel:
             lm.generate(PROMPTS[0], 200 * span, max_new_tokens=1)
         with pytest.raises(TrimtabError, match=r"width at keys\[1\] is 5, this model's is 16"):
             lm.check(Steering((Edit(Site(1, "keys"), Add(torch.ones(5))),)))
-        with pytest.raises(UnsupportedError, match="acts on the prompt alone"):
+        with pytest.raises(UnsupportedError, match="acts only on the prompt"):
             lm.generate(PROMPTS[0], span, rejection=Rejection(beta=0.5), max_new_tokens=1)
         with pytest.raises(UnsupportedError, match="acts before it alone"):
             lm.generate(PROMPTS[0], span, clean_cache=True, max_new_tokens=1)

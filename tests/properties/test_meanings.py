@@ -234,7 +234,7 @@ class TestWhatCantBe:
             lm.model(inputs_embeds=x)
 
     def test_a_prompt_has_no_such_tokens(self, lm: LM) -> None:
-        with pytest.raises(TrimtabError, match="thinking:<:> depend on what is generated"):
+        with pytest.raises(TrimtabError, match="thinking:<:> depend on the generated text"):
             lm.capture("ab", [1], Positions.thinking("<", ">"))
         with pytest.raises(TrimtabError, match="a gate reads the prompt"):
             Threshold(Site(0), direction(1), 0.0, positions=Positions.after("a"))

@@ -301,7 +301,7 @@ class TestOtherCaches:
     def test_a_token_whose_position_cant_be_told(self, lm: LM) -> None:
         with lm.steered(ALL):
             lm.model(ids_of(lm, PROMPTS[0]))
-            with pytest.raises(TrimtabError, match="no cache of those before it that trimtab can find"):
+            with pytest.raises(TrimtabError, match="no cache of the tokens before it that trimtab can find"):
                 lm.layout.decoder(torch.tensor([[5]]), position_ids=torch.tensor([[5]]))
             with pytest.raises(TrimtabError, match="one token after 5 others, without a cache, a mask or position ids"):
                 lm.layout.decoder(torch.tensor([[5]]))

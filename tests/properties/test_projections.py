@@ -190,7 +190,7 @@ class TestWhatCannotBeMadeTrue:
         ran = []
         handle = lm.layout.blocks[0].register_forward_hook(lambda *_: ran.append(1))
         try:
-            with pytest.raises(TrimtabError, match="to different ends") as caught:
+            with pytest.raises(TrimtabError, match="to different targets") as caught:
                 lm.generate(PROMPTS[0], at(2, THREE[0], other), max_new_tokens=1)
         finally:
             handle.remove()
@@ -204,7 +204,7 @@ class TestWhatCannotBeMadeTrue:
         apart = at(2, THREE[0], positions=Positions.prompt()) + at(2, other, positions=Positions.generated())
         assert lm.generate(PROMPTS[0], apart, max_new_tokens=2)
         both = at(2, THREE[0], positions=Positions.prompt()) + at(2, other, positions=Positions.last_prompt_token())
-        with pytest.raises(TrimtabError, match="to different ends"):
+        with pytest.raises(TrimtabError, match="to different targets"):
             lm.generate(PROMPTS[0], both, max_new_tokens=2)
         shut = Threshold(Site(0), direction(1), 1e9)
         assert lm.generate(PROMPTS[0], at(2, THREE[0]) + at(2, other).when(shut), max_new_tokens=1)
@@ -217,7 +217,7 @@ class TestWhatCannotBeMadeTrue:
     def test_a_direction_made_of_two_others(self, lm: LM) -> None:
         u = THREE[0].direction + THREE[1].direction
         three = at(2, *THREE[:2], SetProjection(u / u.norm(), 1.0))
-        with pytest.raises(TrimtabError, match=r"nearly\) a sum of the others"):
+        with pytest.raises(TrimtabError, match=r"nearly\) a linear combination of the others"):
             lm.generate(PROMPTS[0], three, max_new_tokens=1)
 
 

@@ -228,11 +228,11 @@ class TestInAFixedPlane:
         assert load(tmp_path / "s.safetensors") == steering
 
     def test_bad_input(self) -> None:
-        with pytest.raises(TrimtabError, match="span no plane"):
+        with pytest.raises(TrimtabError, match="don't span a plane"):
             RotateInPlane(U, -U)
         with pytest.raises(TrimtabError, match="second direction must be a unit vector"):
             RotateInPlane(U, 2 * self.V)
-        with pytest.raises(TrimtabError, match="have one width"):
+        with pytest.raises(TrimtabError, match="have the same width"):
             RotateInPlane(U, torch.eye(5)[0])
         with pytest.raises(TrimtabError, match="finite number of radians"):
             RotateInPlane(U, self.V, math.inf)

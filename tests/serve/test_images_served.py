@@ -108,4 +108,4 @@ def test_what_cannot_be_read_is_refused(client: Any) -> None:
 def test_a_model_of_text_alone_says_so(make_service: Callable[..., Any], client_of: Callable[..., Any]) -> None:
     answered = client_of(make_service()).post(CHATS, json=body("Name a fruit.", url()))
     assert answered.status_code == 400
-    assert "model of text alone" in answered.json()["error"]["message"]
+    assert "is a text-only model" in answered.json()["error"]["message"]

@@ -246,7 +246,7 @@ class TestFormats:
             response = client_for("no tools").post(CHATS, json=body)
             if unheld is None:
                 assert response.status_code == 400
-                assert "no grammar can hold to uniqueItems" in response.json()["error"]["message"]
+                assert "a grammar can't enforce uniqueItems" in response.json()["error"]["message"]
                 assert response.json()["error"]["param"] == "response_format.json_schema.schema"
             else:
                 assert response.json()["trimtab"]["unheld"] == unheld

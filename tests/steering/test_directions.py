@@ -22,7 +22,7 @@ def test_one_layer() -> None:
     with pytest.raises(TrimtabError, match="nothing at layer 3; it has layers 2, 5"):
         both[3]
     for no_layer in (slice(2, 5), "5", True, [2, 5]):
-        with pytest.raises(TrimtabError, match=r"what acts at layer 14.*steering\.only"):
+        with pytest.raises(TrimtabError, match=r"the edits at layer 14.*steering\.only"):
             both[no_layer]  # type: ignore[index]
 
 
@@ -49,11 +49,11 @@ def test_the_cosine_layer_by_layer() -> None:
 
 def test_what_two_steerings_do_not_share_is_named() -> None:
     first = adds({1: X, 2: Y})
-    with pytest.raises(TrimtabError, match="share no layer: the one acts at 1, 2, the other at 3;"):
+    with pytest.raises(TrimtabError, match="share no layer: one acts at 1, 2, the other at 3;"):
         first.cosine(adds({3: X}))
-    with pytest.raises(TrimtabError, match="at layer 2 these steerings share no width: 3 and 4"):
+    with pytest.raises(TrimtabError, match="at layer 2 these steerings have different widths, 3 and 4"):
         first.cosine(adds({2: torch.ones(4)}))
-    with pytest.raises(TrimtabError, match=r"share no site: the one acts at residual\[2\], the other at mlp\[2\]"):
+    with pytest.raises(TrimtabError, match=r"share no site: one acts at residual\[2\], the other at mlp\[2\]"):
         first.cosine(Steering((Edit(Site(2, "mlp"), Add(X)),)))
     with pytest.raises(TrimtabError, match="with another steering, got Tensor"):
         first.cosine(X)  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ def test_they_are_sets_of_tokens(positions: Positions, n: int) -> None:
         reached |= tokens
     assert reached == {t for t in range(16) if any(a <= t and (b is None or t < b) for a, b in positions.reach(n))}
     if meanings:
-        with pytest.raises(TrimtabError, match="depend on what is generated"):
+        with pytest.raises(TrimtabError, match="depend on the generated text"):
             positions.resolve(n)
 
 
@@ -110,7 +110,7 @@ def test_what_is_written(text: str, positions: Positions) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("thought", "outside-tools, or several of them with |, & and ~"),
+        ("thought", "outside-tools, or combine several with |, & and ~"),
         ("after", "after needs one text that isn't empty: after:TEXT"),
         ("thinking:<think>", "needs both markers, thinking:OPEN:CLOSE, or none"),
         ("outside-tools:a", "needs markers in pairs"),

@@ -136,7 +136,7 @@ class InstructionType:
         """
         if self.name == "combination:repeat_prompt":
             if query is None:
-                raise TrimtabError(f"{self.name} is checked against the query; give it")
+                raise TrimtabError(f"{self.name} is checked against the query; pass the query")
             return {"prompt_to_repeat": query}
         if missing := [p.name for p in self.parameters if p.name not in values]:
             raise TrimtabError(f"{self.name} needs a value for {', '.join(missing)}")

@@ -95,7 +95,7 @@ def lark_grammar(text: str, ignored: tuple[str, ...] = ()) -> Grammar:
     grammar = library.LLMatcher.grammar_from_lark(text)
     failed, messages = library.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
     if failed:
-        raise TrimtabError(f"these schemas are too much for one grammar together: {_line(messages[0])}")
+        raise TrimtabError(f"these schemas together are too complex for one grammar: {_line(messages[0])}")
     return Grammar(grammar, ignored)
 
 
@@ -112,9 +112,9 @@ def check_schema(schema: Schema, *, lenient: bool = False, where: str = "the JSO
     except (TypeError, ValueError) as error:
         raise TrimtabError(f"{where} isn't JSON: {error}") from None
     if size > SCHEMA_SIZE:
-        raise TrimtabError(f"{where} has {size} characters of JSON, {SCHEMA_SIZE} are the most; describe less of it")
+        raise TrimtabError(f"{where} has {size} characters of JSON, more than the limit of {SCHEMA_SIZE}; simplify it")
     if _depth(schema) > SCHEMA_DEPTH:
-        raise TrimtabError(f"{where} is nested deeper than {SCHEMA_DEPTH} levels; describe less of it")
+        raise TrimtabError(f"{where} is nested deeper than {SCHEMA_DEPTH} levels; simplify it")
     text = _with_options(schema, lenient)
     reason, ignored = _compiled(text)
     if reason is None:
@@ -223,11 +223,11 @@ def _depth(value: Any) -> int:
 def _explained(reason: str) -> str:
     if match := re.match(r'Unimplemented keys: \["(.*)"\]', reason):
         names = ", ".join(match[1].split('", "'))
-        return f"no grammar can hold to {names}; leave it out, or don't ask for strict"
+        return f"a grammar can't enforce {names}; leave it out, or don't ask for strict"
     if reason.startswith("Unknown format"):
         return f"{_line(reason)}; leave it out, or don't ask for strict"
     if "retrieving it failed" in reason:
-        return "a $ref leads out of the schema; put what it means into $defs"
+        return "a $ref points outside the schema; put its definition into $defs"
     return _line(reason)
 
 

@@ -51,7 +51,7 @@ def read_each(
         TrimtabError: There are no texts, a layer is unknown, a text is too long, or activations aren't finite.
     """
     if not groups:
-        raise TrimtabError("there is nothing to learn from")
+        raise TrimtabError("there are no texts to learn from")
     activations: dict[Site, list[list[Tensor]]] = {site: [[] for _ in groups] for site in sites}
     for batch in read_batches(lm, groups, sites, progress):
         for site in sites:

@@ -119,7 +119,7 @@ def descend(
         TrimtabError: There are no examples, or the loss isn't finite.
     """
     if not examples:
-        raise TrimtabError("there is nothing to learn from")
+        raise TrimtabError("there are no texts to learn from")
     optimizer = torch.optim.Adam(trained.tensors, lr=how.rate, betas=(0.9, 0.98))
     order = _order(len(examples), how)
     course, best, stale, lowest = Course(), trained.frozen(), 0, math.inf
@@ -127,7 +127,7 @@ def descend(
         if held_out:
             course.first = course.best = lowest = mean_loss(run, trained, held_out, loss, groups)
             if not math.isfinite(course.first):
-                raise TrimtabError(f"the loss is {course.first} before the first step, on what is held out")
+                raise TrimtabError(f"the loss is {course.first} on the held-out texts before the first step")
         for step in range(how.steps):
             for group in optimizer.param_groups:
                 group["lr"] = how.rate * _schedule(step, how.steps)

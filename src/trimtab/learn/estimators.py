@@ -97,7 +97,7 @@ def as_estimator(value: str | Estimator, known: Mapping[str, Estimator] = ESTIMA
     if isinstance(value, str) or not callable(value):
         raise TrimtabError(
             f"there is no estimator {value!r}; estimators: {', '.join(known)}, or a function of the positives' and the"
-            " negatives' activations, each [pairs, width], that gives a direction [width]"
+            " negatives' activations, each [pairs, width], that returns a direction [width]"
         )
     return value
 
@@ -136,11 +136,13 @@ def estimate(estimator: Estimator, positive: Tensor, negative: Tensor) -> Tensor
             else type(direction).__name__
         )
         raise TrimtabError(
-            f"the estimator {estimator_name(estimator)} gave {what}; a direction is a floating-point tensor of shape"
-            f" [{positive.shape[1]}]"
+            f"the estimator {estimator_name(estimator)} returned {what}; a direction is a floating-point tensor of"
+            f" shape [{positive.shape[1]}]"
         )
     if not bool(torch.isfinite(direction).all()):
-        raise TrimtabError(f"the estimator {estimator_name(estimator)} gave a direction with NaN or infinite values")
+        raise TrimtabError(
+            f"the estimator {estimator_name(estimator)} returned a direction with NaN or infinite values"
+        )
     return to_float64(direction)
 
 

@@ -38,7 +38,7 @@ def check_lm(lm: Any, *features: str) -> None:
     lm.require(*features)
     if lm.is_steered:
         raise TrimtabError(
-            "this model is being steered, so that what is learned now would be learned from steered activations; leave"
+            "this model is being steered, so a steering would be learned from steered activations; leave"
             " lm.steered(…) first"
         )
 

@@ -166,9 +166,8 @@ def own_answers(
             tries += more
     if sum(min(count, PER_QUERY) for count in Counter(lesson.query for lesson in good).values()) < LEAST:
         raise TooFewAnswersError(
-            f"of {sum(attempt.asked for attempt in tries)} answers written under this prompt, {len(good)} do what"
-            f" it says; {LEAST} are needed, at most {PER_QUERY} a query. Say it in other words, give examples, or"
-            " more queries"
+            f"{len(good)} of {sum(attempt.asked for attempt in tries)} answers written under this prompt follow it;"
+            f" {LEAST} are needed, at most {PER_QUERY} per query. Reword the prompt, or give examples or more queries"
         )
     if progress is not None:
         progress(total, total)

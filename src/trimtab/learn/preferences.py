@@ -111,7 +111,9 @@ def preferences(lm: LM, pairs: Sequence[Pair], name: str = "pair") -> list[Prefe
 
 def _forced(lm: LM, side: Answered) -> Forced:
     if not side.start:
-        raise TrimtabError("the prompt has no tokens, so there is nowhere for the steering to begin; write one")
+        raise TrimtabError(
+            "the prompt has no tokens, so there is no token at which the steering can begin; give a prompt"
+        )
     check_length(lm.layout, len(side.ids), "a prompt with its answer")
     return Forced(tuple(side.ids[: side.start]), tuple(side.ids[side.start :]))
 
@@ -284,8 +286,8 @@ def _per_token(run: Forcing, trained: P, pairs: Sequence[Preference]) -> dict[st
 def _warn(course: Course, aside: Sequence[Preference]) -> None:
     if aside and not course.best_step and not course.interrupted:
         warnings.warn(
-            f"in {course.steps} steps nothing became better on the {len(aside)} held-out pairs, so what comes back is"
-            " what it began with; give more pairs, or more alike ones, or change the rate",
+            f"in {course.steps} steps the loss on the {len(aside)} held-out pairs didn't improve, so the initial"
+            " steering is returned; give more pairs or more similar ones, or change the rate",
             NoGainWarning,
             stacklevel=outside(),
         )

@@ -81,7 +81,7 @@ def learn_probe(
     check_lm(lm)
     pairs = pairs_for(lm, pairs)
     if len(pairs) < LEAST:
-        raise TrimtabError(f"a probe needs {LEAST} pairs at least, half of them to fit it, and there are {len(pairs)}")
+        raise TrimtabError(f"a probe needs at least {LEAST} pairs, half of them to fit it, and there are {len(pairs)}")
     if isinstance(false_alarms, bool) or not 0 <= false_alarms <= 1:
         raise TrimtabError(f"false_alarms is a share from 0 to 1, got {false_alarms!r}")
     read_at = as_read_at(read_at)
@@ -127,7 +127,7 @@ def _fit(pairs: Sequence[Sequence[Tensor]], site: Site, penalty: float) -> _Fitt
     weight, bias = logistic((rows - mean) / deviation, labels, penalty)
     weight = weight / deviation
     if not weight.any():
-        raise TrimtabError(f"layer {site.layer}: both sides of the pairs read alike there")
+        raise TrimtabError(f"layer {site.layer}: the two sides of the pairs don't differ there")
     return _Fitted(site, weight, float(bias - weight @ mean))
 
 

@@ -39,7 +39,7 @@ class Teacher:
         if not all(part.strip() for part in said):
             raise TrimtabError("a teacher's instruction, system message, text or example is empty")
         if self.times < 1:
-            raise TrimtabError(f"an instruction is said once or more, got {self.times}")
+            raise TrimtabError(f"an instruction is repeated 1 or more times, got {self.times}")
 
     @property
     def turns(self) -> int:

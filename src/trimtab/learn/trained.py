@@ -150,7 +150,7 @@ def having_length(scales: Mapping[Site, float]) -> list[Site]:
     """The sites in order. Raises `TrimtabError` if activations are zero or not finite, since they are the unit."""
     for site in sorted(scales):
         if not (scales[site] > 0 and math.isfinite(scales[site])):
-            raise TrimtabError(f"activations at {site} are {scales[site]} long; nothing can be learned there")
+            raise TrimtabError(f"the activations at {site} have norm {scales[site]}; nothing can be learned there")
     return sorted(scales)
 
 

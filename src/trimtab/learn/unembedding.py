@@ -90,13 +90,13 @@ def unembedding(lm: LM, prompts: Sequence[str]) -> Unembedding:
     z = x / rms
     module = lm.model.get_output_embeddings()
     if module is None or not isinstance(getattr(module, "weight", None), Tensor):
-        raise UnsupportedError(f"{type(lm.model).__name__} has no matrix of output embeddings that could be read")
+        raise UnsupportedError(f"{type(lm.model).__name__} has no readable matrix of output embeddings")
     with in_memory(module):
         rows = module.weight.detach().float()
     if rows.shape != (logits.shape[1], x.shape[1]):
         raise UnsupportedError(
-            f"the output embeddings are {list(rows.shape)}, and there are {logits.shape[1]} logits of activations of"
-            f" width {x.shape[1]}"
+            f"the output embeddings have shape {list(rows.shape)}, but there are {logits.shape[1]} logits and"
+            f" activations of width {x.shape[1]}"
         )
     rows = rows - rows.mean(0)
     # recover the normalized activations from the logits, then estimate the norm's gain for each element
@@ -108,9 +108,9 @@ def unembedding(lm: LM, prompts: Sequence[str]) -> Unembedding:
     explained = 1 - float((wanted - predicted).square().sum() / wanted.square().sum())
     if not explained >= LEAST:
         raise UnsupportedError(
-            f"the logits of {type(lm.model).__name__} aren't told by its output embeddings and a norm (share of their"
-            f" variance: {explained:.2f}, at least {LEAST} is needed), so a word's logit can't be moved there; learn"
-            " from prompts instead"
+            f"the logits of {type(lm.model).__name__} can't be predicted from its output embeddings and a norm"
+            f" (explained share of their variance: {explained:.2f}, at least {LEAST} is needed), so a word's logit"
+            " can't be moved there; learn from prompts instead"
         )
     return Unembedding(site, rows, _moment(rows) / len(rows), float(rms.median()), explained)
 

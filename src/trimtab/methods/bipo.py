@@ -80,7 +80,7 @@ def learn_bipo(
     pairs = pairs_for(lm, pairs, "training")
     held_out = None if held_out is None else as_pairs(held_out)
     if not beta > 0:
-        raise TrimtabError(f"beta scales the log-ratios and is above 0, got {beta}; the paper has 0.1")
+        raise TrimtabError(f"beta scales the log-ratios and is above 0, got {beta}; the paper uses 0.1")
     chosen = check_layers(lm, layers, DEPTH)
     how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed)
 

@@ -176,7 +176,10 @@ def equalised(steerings: Mapping[str, Steering]) -> dict[str, Steering]:
     for name, steering in steerings.items():
         lengths[name] = {edit.site.layer: _length(edit, name) for edit in steering.edits}
         if len(lengths[name]) != len(steering.edits) or set(lengths[name]) != set(next(iter(lengths.values()))):
-            raise TrimtabError(f"behaviours are equalised layer by layer; {name!r} hasn't one edit at each of the same")
+            raise TrimtabError(
+                f"behaviours are equalised layer by layer; {name!r} doesn't have exactly one edit at each of the same"
+                " layers"
+            )
     together = sorted(steerings)
     result = {}
     for name, steering in steerings.items():
@@ -198,8 +201,8 @@ def moved(steering: Steering, layer: int) -> Steering:
     """
     if len(steering.layers) != 1:
         raise TrimtabError(
-            f"a vector of one layer is moved, and this steering acts at {len(steering.layers)} layers;"
-            " choose one with only([…])"
+            f"only a vector of one layer can be moved, but this steering acts at {len(steering.layers)} layers; choose"
+            " one with only([…])"
         )
     edits = tuple(replace(edit, site=Site(layer, edit.site.kind)) for edit in steering.edits)
     moved_from = {"moved_from": steering.layers[0]} if steering.layers != (layer,) else {}
@@ -251,7 +254,7 @@ def _warn_of_balance(balance: Mapping[str, float], of: str) -> None:
     if abs(balance[worst]) > BALANCE_LIMIT:
         listed = ", ".join(f"{letter} {net:+.2f}" for letter, net in balance.items())
         warnings.warn(
-            f"the letters of the pairs{of} are unbalanced ({listed} a pair): the steering pushes towards a letter"
+            f"the letters of the pairs{of} are unbalanced ({listed} per pair): the steering pushes towards a letter"
             " too. Swap the options of some questions",
             PairsWarning,
             stacklevel=outside(),

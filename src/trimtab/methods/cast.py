@@ -251,7 +251,7 @@ def _condition(on: Tensor, off: Tensor, measure: str, layer: int) -> Tensor:
         centred = torch.cat([on, off]) - (on.mean(0) + off.mean(0)) / 2
         return torch.linalg.svd(centred, full_matrices=False).Vh[0]
     except TrimtabError:
-        raise TrimtabError(f"layer {layer}: prompts of both kinds read alike there") from None
+        raise TrimtabError(f"layer {layer}: the two kinds of prompts don't differ there") from None
 
 
 def _worth(hits: float, alarms: float, on: int, off: int, choice: str) -> float:

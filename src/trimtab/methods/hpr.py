@@ -126,7 +126,7 @@ def _aligned(positive: Text, negative: Text) -> list[Text]:
     count = min(len(a), len(b))
     part = next((j for j in range(count) if positive.ids[a[j]] != negative.ids[b[j]]), None)
     if part is None:
-        raise TrimtabError("two answers don't part before the shorter one ends; give answers with different words")
+        raise TrimtabError("two answers don't differ before the shorter one ends; give answers with different words")
     return [Text(positive.ids, a[part:count]), Text(negative.ids, b[part:count])]
 
 

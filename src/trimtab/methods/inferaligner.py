@@ -75,7 +75,9 @@ def learn_inferaligner(
     if not harmful or not harmless:
         raise TrimtabError("InferAligner learns from harmful and from harmless prompts; one of the two is missing")
     if gate not in ("each", "best") or threshold not in CHOICES:
-        raise TrimtabError(f"a gate is for each layer or the best, by {', '.join(CHOICES)}; got {gate}, {threshold}")
+        raise TrimtabError(
+            f"gate is each or best, and threshold is one of {', '.join(CHOICES)}; got {gate}, {threshold}"
+        )
     check_guide(lm, guide)
     if layers is None:
         count = lm.layout.layers

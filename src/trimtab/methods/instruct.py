@@ -157,7 +157,10 @@ def steering_from(
     _check_operation(operation, one_sided)
     chosen = sorted(moments if layers is None else {layers} if isinstance(layers, int) else set(layers))
     if missing := [layer for layer in chosen if layer not in moments]:
-        raise TrimtabError(f"nothing was read at layer {missing[0]}; there are {', '.join(map(str, sorted(moments)))}")
+        raise TrimtabError(
+            f"no activations were read at layer {missing[0]}; the layers that were read are"
+            f" {', '.join(map(str, sorted(moments)))}"
+        )
     where = POSITIONS[operation] if positions is None else positions
     edits = tuple(Edit(Site(layer), OPERATIONS[operation](moments[layer], one_sided), where) for layer in chosen)
     card = Card("instruct") if card is None else card

@@ -86,7 +86,7 @@ def learn_iti(
         lm, pairs, layers, direction=direction, validation=validation, seed=seed, bank=bank, progress=progress
     )
     if isinstance(heads, bool) or not isinstance(heads, int) or not 1 <= heads <= len(ranked):
-        raise TrimtabError(f"heads is a whole number from 1 to {len(ranked)}, which is all there are, got {heads!r}")
+        raise TrimtabError(f"heads is a whole number from 1 to {len(ranked)} (all heads), got {heads!r}")
     chosen = ranked[:heads]
     size = head_size(lm.layout, chosen[0].layer)
     edits = []
@@ -162,7 +162,9 @@ def split(pairs: Sequence[Pair], validation: float = 0.2, seed: int = 0) -> tupl
     for i, pair in enumerate(pairs):
         questions.setdefault(sides(pair)[0].prompt or i, []).append(i)
     if len(questions) < 2:
-        raise TrimtabError(f"heads are ranked on questions that probes haven't seen; {len(questions)} is too few")
+        raise TrimtabError(
+            f"heads are ranked on questions that probes haven't seen; got {len(questions)}, which is too few"
+        )
     order = list(questions.values())
     random.Random(seed).shuffle(order)
     count = min(max(1, round(validation * len(order))), len(order) - 1)

@@ -13,11 +13,11 @@ OWN = (
         title="activation addition",
         paper="Turner et al., 2023, arXiv 2308.10248",
         takes="nothing",
-        data="two short texts, no more",
+        data="exactly two short texts",
         reads="every token of the two texts, at a block's input",
         acts="adds at one block's input (default: 1/8 of the depth), at the prompt's first tokens",
         sites="block_input",
-        cost="nothing a generated token: it acts on the prompt only",
+        cost="nothing per generated token: it acts only on the prompt",
         function="trimtab.methods.actadd:learn_actadd",
         options=(
             Option("positive", "str", None, "The text to go towards, such as Love."),
@@ -31,19 +31,19 @@ OWN = (
         title="a vector by bi-directional preference optimization",
         paper="Cao et al., NeurIPS 2024, arXiv 2406.00045",
         shapes=("answers",),
-        data="prompt + positive (preferred) + negative, some dozens or more",
+        data="prompt + positive (preferred) + negative, a few dozen or more",
         reads="the answers' tokens, teacher-forced, with gradients",
         acts="adds at one block (default: 0.47 of the depth), from the last prompt token on; -1 prefers the negatives",
         function="trimtab.methods.bipo:learn_bipo",
         options=(
             Option(
-                "beta", "float", 0.1, "How soon a preference is strong enough: the scale of log-ratios in the loss."
+                "beta", "float", 0.1, "The scale of log-ratios in the loss: how soon a preference is strong enough."
             ),
             Option("steps", "int", 40, "Steps of gradient descent, at most."),
             Option("rate", "float", 0.01, "Adam's learning rate, in units of the activations' root mean square."),
-            Option("max_dose", "float", 1.0, "The vector's greatest length, in typical activations."),
+            Option("max_dose", "float", 1.0, "The vector's maximum norm, relative to a typical activation's."),
             Option("held_out", "pairs", None, "Pairs that decide when to stop (default: one prompt in eight)."),
-            Option("seed", "int", 0, "Of the order of the pairs, and of the signs."),
+            Option("seed", "int", 0, "Seed for the order of the pairs, and for the signs."),
         ),
     ),
     Recipe(
@@ -55,7 +55,7 @@ OWN = (
         " system prompts)",
         reads="the answer's letter, or the last token of a text, or several tokens of it",
         acts="adds at one block (default: 0.4 of the depth), from the last prompt token on",
-        cost="one addition at one layer a token",
+        cost="one addition per token, at one layer",
         function="trimtab.methods.caa:learn_caa",
         options=(
             Option(
@@ -63,14 +63,15 @@ OWN = (
                 "str",
                 None,
                 "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8),"
-                " or over those after a text (after:MARKER). Default: the letter of letters, else last.",
+                " or over those after a text (after:MARKER). Default: the letter of multiple-choice answers,"
+                " otherwise last.",
             ),
             Option(
                 "estimator",
                 "str",
                 "mean-difference",
-                "How a direction comes of the activations: their mean difference, its median, the first principal"
-                " component of centred members, or a probe's weight.",
+                "How a direction is computed from the activations: their mean or median difference, the first"
+                " principal component of centred members, or a probe's weight.",
                 choices=("mean-difference", "median", "pca", "probe"),
             ),
         ),
@@ -80,15 +81,15 @@ OWN = (
         title="activation capping",
         paper="Lu et al., 2026, arXiv 2601.10387",
         shapes=("answers", "texts"),
-        data="prompt + positive (wanted) + negative, some dozens or more",
+        data="prompt + positive (wanted) + negative, a few dozen or more",
         reads="all tokens of the answers",
         acts="raises projections that are below the cap, at blocks from 0.7 to 0.85 of the depth, at all tokens but the"
         " first",
         cost="one projection per layer and token",
         function="trimtab.methods.cap:learn_cap",
         options=(
-            Option("quantile", "float", 0.25, "Which quantile of the answers' projections the cap is, 0 to 1."),
-            Option("over", "str", "wanted", "Of which answers' projections.", choices=("wanted", "both")),
+            Option("quantile", "float", 0.25, "The quantile of the answers' projections that is the cap, 0 to 1."),
+            Option("over", "str", "wanted", "The answers whose projections are used.", choices=("wanted", "both")),
             Option(
                 "bound",
                 "str",
@@ -108,13 +109,13 @@ OWN = (
         data="prompt + positive + negative for the behaviour; prompts that should trigger it, and others",
         reads="the answers' tokens, and the prompts'",
         acts="adds at blocks from 0.3 to 0.5 of the depth, at every token, where the prompt meets the condition",
-        cost="one addition per layer and token; a reading of the prompt where the condition isn't below all "
-        "steered layers",
+        cost="one addition per layer and token; another pass over the prompt if the condition isn't below all steered"
+        " layers",
         function="trimtab.methods.cast:learn_cast",
         options=(
             Option("when", "texts", None, "Prompts on which the behaviour should act."),
             Option("unless", "texts", None, "Prompts on which it should not."),
-            Option("coefficient", "float", 0.2, "The length of the push, in shares of the mean activation's."),
+            Option("coefficient", "float", 0.2, "The norm of the push, relative to the mean activation's."),
             Option("behaviour", "str", "pca", "The behaviour's direction.", choices=("pca", "mean")),
             Option(
                 "measure",
@@ -146,7 +147,7 @@ OWN = (
         data="an instruction, a system message, a text or examples, and the model's own answers under it",
         reads="the answers' tokens, with and without the prompt",
         acts="a low-rank map at every block (default), or a vector, from the last prompt token on",
-        cost="two products of 8 rows per layer and token; of rank 0 one addition",
+        cost="two products with 8 rows per layer and token; with rank 0 one addition",
         function="trimtab.methods.distill:learn_distill",
     ),
     Recipe(
@@ -155,22 +156,22 @@ OWN = (
         paper="Pham and Nguyen, EMNLP 2024, arXiv 2409.10053",
         shapes=("answers", "texts"),
         data="prompt + positive + negative, a few hundred or more",
-        reads="all tokens of the answers from where the two part, at every block",
+        reads="all tokens of the answers from where the two differ, at every block",
         acts="turns activations on the wrong side of a probe, at the best 5 blocks, from the last prompt token on",
         cost="a small network per layer and token (none with --turn fixed or reflect)",
         function="trimtab.methods.hpr:learn_hpr",
         options=(
-            Option("keep", "int", 5, "So many layers, those whose probes are best on held-out pairs."),
+            Option("keep", "int", 5, "The number of layers to steer: those whose probes are best on held-out pairs."),
             Option(
                 "turn",
                 "str",
                 "predicted",
-                "By a predicted angle, the mean angle of the pairs, or the reflection.",
+                "Turn by a predicted angle, by the mean angle of the pairs, or reflect.",
                 choices=("predicted", "fixed", "reflect"),
             ),
             Option("alpha", "float", 1.0, "Multiplies the angle."),
-            Option("epochs", "int", 5, "Of training the angle network."),
-            Option("seed", "int", 0, "Of the network's first weights and the order of its batches."),
+            Option("epochs", "int", 5, "Epochs of training the angle network."),
+            Option("seed", "int", 0, "Seed for the network's initial weights and the order of its batches."),
             Option("positions", "positions", None, "At which tokens (default: from the last prompt token on)."),
         ),
     ),
@@ -186,13 +187,18 @@ OWN = (
         cost="a projection, a norm and an addition per layer and token",
         function="trimtab.methods.icv:learn_icv",
         options=(
-            Option("scale", "float", 0.1, "Lambda: the push, in shares of the activation (paper: 0.10 to 0.12)."),
+            Option(
+                "scale",
+                "float",
+                0.1,
+                "Lambda: the norm of the push, relative to the activation's (paper: 0.10 to 0.12).",
+            ),
             Option(
                 "estimator",
                 "str",
                 "mean",
-                "What the differences share: their mean, their median, their first direction, not centred, or what a"
-                " probe tells the sides by.",
+                "How a direction is computed from the differences: their mean, their median, their first principal"
+                " component, not centred, or a probe's weight.",
                 choices=("mean", "median", "pca", "probe"),
             ),
             Option(
@@ -213,12 +219,18 @@ OWN = (
         data="harmful prompts, and harmless ones",
         reads="the last token of each prompt",
         acts="adds at the middle third of the blocks, at every token, where the prompt reads as harmful",
-        cost="one addition per layer and token, and where there is a gate a reading of the prompt",
+        cost="one addition per layer and token, and with a gate another pass over the prompt",
         function="trimtab.methods.inferaligner:learn_inferaligner",
         options=(
             Option("harmless", "texts", None, "Prompts that are not harmful."),
             Option("alpha", "float", 1.0, "How many times the guide's difference is added."),
-            Option("gate", "str", "each", "A gate a layer, or the best layer's for all.", choices=("each", "best")),
+            Option(
+                "gate",
+                "str",
+                "each",
+                "A gate for each layer, or the best layer's gate for all.",
+                choices=("each", "best"),
+            ),
             Option(
                 "threshold",
                 "str",
@@ -238,7 +250,7 @@ OWN = (
         reads="the last prompt token",
         acts="moves the projection at one block (default: 0.6 of the depth) to where the instruction puts it, at every"
         " token but the first; or adds",
-        cost="one projection at one layer a token",
+        cost="one projection per token, at one layer",
         function="trimtab.methods.instruct:learn_instruct",
     ),
     Recipe(
@@ -250,14 +262,14 @@ OWN = (
         reads="every head's output at the answer's letter, or the last token of a text",
         acts="adds at the heads whose probes do best, from the last prompt token on",
         sites="heads",
-        cost="one addition a token at each layer that has chosen heads",
+        cost="one addition per token at each layer that has chosen heads",
         function="trimtab.methods.iti:learn_iti",
         options=(
             Option("heads", "int", 48, "How many heads, over all layers."),
-            Option("alpha", "float", 15.0, "How far, in deviations of the activations along the direction."),
+            Option("alpha", "float", 15.0, "How far, in standard deviations of the activations along the direction."),
             Option("direction", "str", "mean", "The difference of means, or the probe's weight.", ("mean", "probe")),
             Option("validation", "float", 0.2, "The share of questions that heads are ranked on."),
-            Option("seed", "int", 0, "Of the split into questions to fit and to rank on."),
+            Option("seed", "int", 0, "Seed for the split into questions to fit and to rank on."),
             Option("bank", "texts", None, "Other texts to measure the deviation on. Without it: the pairs' own."),
             Option("positions", "positions", None, "At which tokens. Without it: from-last-prompt-token."),
         ),
@@ -267,10 +279,10 @@ OWN = (
         title="low-rank representation finetuning",
         paper="Wu et al., NeurIPS 2024, arXiv 2404.03592",
         shapes=("answers",),
-        data="prompt + positive (what is learned) + negative (what is only measured), some dozens or more",
+        data="prompt + positive (what is learned) + negative (what is only measured), a few dozen or more",
         reads="the positive answers' tokens, teacher-forced, with gradients",
-        acts="puts activations in a low-rank subspace where a linear map of them says, at four blocks, from the last"
-        " prompt token on",
+        acts="sets activations in a low-rank subspace to a linear map of them, at four blocks, from the last prompt"
+        " token on",
         cost="two products of `rank` rows per layer and token",
         function="trimtab.methods.loreft:learn_loreft",
         options=(
@@ -278,7 +290,7 @@ OWN = (
             Option("steps", "int", 40, "Steps of gradient descent, at most."),
             Option("rate", "float", 0.01, "Adam's learning rate, in units of the activations' root mean square."),
             Option("held_out", "pairs", None, "Pairs that decide when to stop (default: one prompt in eight)."),
-            Option("seed", "int", 0, "Of the first subspaces, and of the order of the pairs."),
+            Option("seed", "int", 0, "Seed for the initial subspaces, and for the order of the pairs."),
         ),
     ),
     Recipe(
@@ -293,8 +305,8 @@ OWN = (
         function="trimtab.methods.random:learn_random",
         options=(
             Option("like", "steering", None, "A steering whose directions are replaced, at their norms."),
-            Option("length", "float", 1.0, "Without --like: the length of the push at strength 1."),
-            Option("seed", "int", 0, "Which directions are drawn."),
+            Option("length", "float", 1.0, "Without --like: the norm of the push at strength 1."),
+            Option("seed", "int", 0, "Seed for the random directions."),
         ),
     ),
     Recipe(
@@ -323,11 +335,17 @@ OWN = (
                 "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8),"
                 " or over those after a text (after:MARKER).",
             ),
-            Option("coefficient", "float", 1.0, "The length of the push, in shares of the mean activation's."),
-            Option("control", "str", "add", "Add the direction, or what is there of it.", choices=("add", "sign")),
+            Option("coefficient", "float", 1.0, "The norm of the push, relative to the mean activation's."),
+            Option(
+                "control",
+                "str",
+                "add",
+                "Add the direction, or add it with the sign of the activation's projection.",
+                choices=("add", "sign"),
+            ),
             Option("keep_norm", "bool", False, "Keep each activation's norm."),
             Option("positions", "positions", None, "At which tokens (default: all)."),
-            Option("seed", "int", 0, "Of the random order."),
+            Option("seed", "int", 0, "Seed for the random order."),
         ),
     ),
     Recipe(
@@ -335,16 +353,16 @@ OWN = (
         title="a vector by reference-free preference steering",
         paper="Wu et al., NeurIPS 2025, arXiv 2505.20809",
         shapes=("answers",),
-        data="prompt + positive (steered) + negative (as the model answers), some dozens or more",
+        data="prompt + positive (steered) + negative (as the model answers), a few dozen or more",
         reads="the answers' tokens, teacher-forced, with gradients",
         acts="adds at one block (default: 0.4 of the depth), from the last prompt token on",
         function="trimtab.methods.reps:learn_reps",
         options=(
             Option("steps", "int", 40, "Steps of gradient descent, at most."),
             Option("rate", "float", 0.01, "Adam's learning rate, in units of the activations' root mean square."),
-            Option("max_dose", "float", 1.0, "The vector's greatest length, in typical activations."),
+            Option("max_dose", "float", 1.0, "The vector's maximum norm, relative to a typical activation's."),
             Option("held_out", "pairs", None, "Pairs that decide when to stop (default: one prompt in eight)."),
-            Option("seed", "int", 0, "Of the first vector, the order of the pairs, and the steering factors."),
+            Option("seed", "int", 0, "Seed for the initial vector, the order of the pairs, and the steering factors."),
         ),
     ),
     Recipe(
@@ -354,7 +372,7 @@ OWN = (
         shapes=("letters", "answers", "texts"),
         data="pairs of a right and a wrong answer, hundreds of them",
         reads="the answer's letter, or the last token of a text, at heads, neurons or the MLP's output",
-        acts="scales the most telling heads or elements, at the last prompt token",
+        acts="scales the most discriminative heads or elements, at the last prompt token",
         sites="heads, neurons, act_fn or mlp",
         cost="nothing after the prompt; one multiplication per layer and token where it acts on generated tokens",
         function="trimtab.methods.sadi:learn_sadi",
@@ -367,14 +385,21 @@ OWN = (
                 ("heads", "neurons", "act_fn", "hidden"),
             ),
             Option("k", "int", None, "How many, over all layers. Without it: 8 heads, 100 neurons, 10 elements."),
-            Option("delta", "float", 1.0, "By how much of themselves they grow."),
-            Option("score", "str", "norm", "What they are chosen by (code: signed).", ("norm", "signed", "absolute")),
+            Option("delta", "float", 1.0, "How much they grow, relative to themselves."),
+            Option(
+                "score",
+                "str",
+                "norm",
+                "The score by which they are chosen (code: signed).",
+                ("norm", "signed", "absolute"),
+            ),
             Option("operation", "str", "scale", "scale, or add the mean difference under the mask.", ("scale", "add")),
             Option(
                 "mode",
                 "str",
                 "live",
-                "Layers see what was done before them, or (code: frozen) all of them scale what a clean pass had.",
+                "Layers see the edits of earlier layers, or (code: frozen) all of them scale the activations of a"
+                " clean pass.",
                 ("live", "frozen"),
             ),
             Option("positions", "positions", None, "At which tokens. Without it: last-prompt-token."),
@@ -387,12 +412,12 @@ OWN = (
         takes="texts",
         data="harmful requests, and harmless ones, a hundred or more of each",
         reads="answers that refuse or comply, and the last token of each prompt",
-        acts="adds at blocks from 0.3 to 0.5 of the depth, from the last prompt token on, where the prompt reads"
+        acts="adds at blocks from 0.3 to 0.5 of the depth, from the last prompt token on, where the prompt reads as"
         " harmful",
         cost="one addition per layer and token",
         function="trimtab.methods.safety:learn_safety",
         options=(
-            Option("harmless", "texts", None, "Requests that are to be answered, in form like the harmful ones."),
+            Option("harmless", "texts", None, "Requests that should be answered, similar in form to the harmful ones."),
             Option(
                 "direction",
                 "str",
@@ -400,9 +425,13 @@ OWN = (
                 "What refusal is read from: answers that refuse and comply, or harmful and harmless prompts.",
                 choices=("answers", "prompts"),
             ),
-            Option("coefficient", "float", 0.08, "The length of the push, in shares of the median activation's."),
+            Option("coefficient", "float", 0.08, "The norm of the push, relative to the median activation's."),
             Option(
-                "gate", "str", "inferaligner", "How a request is told to be harmful.", choices=("inferaligner", "cast")
+                "gate",
+                "str",
+                "inferaligner",
+                "How a request is recognized as harmful.",
+                choices=("inferaligner", "cast"),
             ),
             Option(
                 "choice",
@@ -415,7 +444,10 @@ OWN = (
                 "false_alarms", "float", None, "CAST's gate: at most this share of the harmless requests may open it."
             ),
             Option(
-                "requests", "int", 24, "From so many requests of either kind refusing and complying answers are read."
+                "requests",
+                "int",
+                24,
+                "The number of requests of either kind after which refusing and complying answers are read.",
             ),
             Option("positions", "positions", None, "At which tokens (default: from the last prompt token on)."),
         ),
@@ -425,15 +457,17 @@ OWN = (
         title="experts of a mixture, activated and deactivated",
         paper="Fayyaz et al., 2025, arXiv 2509.09660",
         shapes=("answers", "texts"),
-        data="prompt + positive (the behaviour) + negative, some dozens or more; a model that is a mixture of experts",
+        data="prompt + positive (the behaviour) + negative, a few dozen or more; a model that is a mixture of experts",
         reads="to which experts the answers' tokens are routed",
         acts="promotes and demotes experts before the router chooses, at all tokens",
         sites="router",
-        cost="a largest and a smallest number per layer and token; the experts that run are as many as before",
+        cost="a maximum and a minimum per layer and token; the number of experts that run stays the same",
         function="trimtab.methods.steermoe:learn_steermoe",
         options=(
-            Option("promote", "int", None, "Experts that are promoted, over all layers (default: one a layer)."),
-            Option("demote", "int", None, "Experts that are demoted, over all layers (default: one a layer)."),
+            Option(
+                "promote", "int", None, "The number of experts to promote, over all layers (default: one per layer)."
+            ),
+            Option("demote", "int", None, "The number of experts to demote, over all layers (default: one per layer)."),
             Option("margin", "float", 0.01, "By how much a promoted expert's logit exceeds the largest."),
             Option("read_at", "str", "answer", "At which tokens of an answer routing is counted."),
             Option("positions", "positions", None, "At which tokens experts are moved (default: all)."),
@@ -444,7 +478,7 @@ OWN = (
         title="steering to a target or mirror projection, at tokens that need it",
         paper="Herbster et al., 2026, arXiv 2604.08169",
         shapes=("answers", "texts"),
-        data="prompt + positive (wanted) + negative, some dozens or more",
+        data="prompt + positive (wanted) + negative, a few dozen or more",
         reads="all tokens of the answers",
         acts="moves projections on the wrong side of a probe, at one block (default: 0.5 of the depth), at all tokens"
         " but the first",
@@ -469,16 +503,16 @@ OWN = (
         title="training-free dynamic activation",
         paper="Ma et al., 2024, arXiv 2408.11393",
         takes="texts",
-        data="a few texts like those to be read, to calibrate on",
+        data="a few texts like those that will be processed, to calibrate on",
         reads="the MLPs' neurons at all tokens but the first",
-        acts="switches off neurons that were small in the prompt, at generated tokens",
+        acts="switches off neurons whose activations were small in the prompt, at generated tokens",
         sites="neurons",
-        cost="a second reading of the prompt, and one multiplication per layer and token; saves nothing by itself",
+        cost="a second pass over the prompt, and one multiplication per layer and token; saves nothing by itself",
         function="trimtab.methods.tda:learn_tda",
         options=(
             Option("cett", "float", 0.2, "What share of the MLP's output may be lost, on average."),
             Option("statistic", "str", "any", "A neuron's size over the prompt: its largest, or rms.", ("any", "rms")),
-            Option("tokens", "int", 512, "Calibrate on at most so many tokens."),
+            Option("tokens", "int", 512, "The maximum number of tokens to calibrate on."),
         ),
     ),
 )

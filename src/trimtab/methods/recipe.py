@@ -68,7 +68,7 @@ class Recipe:
         if self.takes not in TAKES:
             raise TrimtabError(f"{self.name}: takes is one of {', '.join(TAKES)}, got {self.takes!r}")
         if (self.takes == "pairs") != bool(self.shapes):
-            raise TrimtabError(f"{self.name}: a method that takes pairs, and no other, names their shapes")
+            raise TrimtabError(f"{self.name}: a method that takes pairs names their shapes, and no other method does")
         if not all(self.function.partition(":")):
             raise TrimtabError(f"{self.name}: function is 'module:function', got {self.function!r}")
 
@@ -123,7 +123,7 @@ def recipes() -> dict[str, Recipe]:
 def _recipe_of(entry: Plugin) -> Recipe:
     recipe = entry.load()
     if not isinstance(recipe, Recipe):
-        raise entry.broken(f"it is no Recipe(…), but of the kind {type(recipe).__name__}")
+        raise entry.broken(f"it isn't a Recipe(…), but a {type(recipe).__name__}")
     if recipe.name != entry.name:
         raise entry.broken(f"its recipe is called {recipe.name!r}, and its entry point {entry.name!r}")
     return replace(recipe, distribution=entry.distribution)

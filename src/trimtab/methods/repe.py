@@ -119,8 +119,8 @@ def learn_repe(
         edits.append(Edit(site, operation, positions or Positions.all(), coefficient * norm))
     if far := [layer for layer, cosine in cosines.items() if abs(cosine) < APART]:
         warnings.warn(
-            f"the direction read by {estimator_name(reader, readers)} at layer {', '.join(far)} is not what the pairs"
-            " differ in on the mean; use more pairs, or reader cluster-mean",
+            f"the direction read by {estimator_name(reader, readers)} at layer {', '.join(far)} isn't the pairs' mean"
+            " difference; use more pairs, or reader cluster-mean",
             ReaderWarning,
             stacklevel=outside(),
         )

@@ -130,7 +130,9 @@ def _check_mode(operation: str, mode: str, positions: Positions | None) -> None:
     if mode not in ("live", "frozen"):
         raise TrimtabError(f"unknown mode {mode!r}; known: live, frozen")
     if mode == "frozen" and (operation != "scale" or positions not in (None, Positions.last_prompt_token())):
-        raise TrimtabError("the frozen mode scales, and at the last prompt token alone; leave out the rest, or mode")
+        raise TrimtabError(
+            "the frozen mode only scales, and only at the last prompt token; leave out the other options, or mode"
+        )
 
 
 def read_differences(
@@ -181,7 +183,7 @@ def choose(lm: LM, differences: dict[Site, Tensor], *, k: int, score: Score = "n
     scores = [_scores(lm, where, differences[where], score) for where in sites]
     together = torch.cat(scores)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(together):
-        raise TrimtabError(f"k is a whole number from 1 to {len(together)}, which is all there is, got {k!r}")
+        raise TrimtabError(f"k is a whole number from 1 to {len(together)} (all elements), got {k!r}")
     best = torch.zeros(len(together))
     best[torch.sort(together, descending=True, stable=True).indices[:k]] = 1
     masks = {}

@@ -103,7 +103,7 @@ def learn_safety(
     if gate not in GATINGS:
         raise TrimtabError(f"unknown gate {gate!r}; known: {', '.join(GATINGS)}")
     if gate != "cast" and (choice is not None or false_alarms is not None):
-        raise TrimtabError("choice and false_alarms are of CAST's gate; give gate=cast, or leave them out")
+        raise TrimtabError("choice and false_alarms are options of CAST's gate; give gate=cast, or leave them out")
     edits = refusal(
         lm,
         harmful,
@@ -175,7 +175,7 @@ def refusal(
         try:
             v = unit(on[reading].mean(0) - off[reading].mean(0))
         except TrimtabError:
-            raise TrimtabError(f"layer {reading.site.layer}: requests of both kinds read alike there") from None
+            raise TrimtabError(f"layer {reading.site.layer}: the two kinds of requests don't differ there") from None
         norm = float(on[reading].norm(dim=-1).median())
         added.append(Edit(reading.site, Add(v.float()), where, coefficient * norm))
     return tuple(added)

@@ -57,7 +57,7 @@ class Highlight:
 
     def __post_init__(self) -> None:
         if not self.phrase or self.context.count(self.phrase) != 1:
-            raise TrimtabError(f"the phrase {self.phrase!r} must stand once in the context {self.context!r}")
+            raise TrimtabError(f"the phrase {self.phrase!r} must occur exactly once in the context {self.context!r}")
 
 
 def highlights(count: int = 64, seed: int = 0) -> list[Highlight]:
@@ -242,7 +242,9 @@ def _texts(lm: LM, example: Highlight) -> list[Text]:
         (span,) = lm.spans(text, example.phrase, chat=False)
         spans.append(span)
     if len({stop - start for start, stop in spans}) > 1:
-        raise TrimtabError(f"the phrase {example.phrase!r} has other tokens in other texts; take one between spaces")
+        raise TrimtabError(
+            f"the phrase {example.phrase!r} is tokenized differently in other texts; use a phrase between spaces"
+        )
     first = max(start for start, _ in spans)
     texts = []
     for own, (start, stop) in zip(ids, spans, strict=True):

@@ -112,9 +112,9 @@ def _checked(word: str, first: float, last: float, tokens: int) -> str:
     if not word:
         raise TrimtabError("a word to include or exclude can't be empty")
     if len(word.split()) > 1:
-        raise TrimtabError(f"{word!r} is more than one word; learn each, and add the steerings up")
+        raise TrimtabError(f"{word!r} is more than one word; learn each one, and add the steerings")
     if not (0 <= first <= last < math.inf):
-        raise TrimtabError(f"a push is 0 or more nats and doesn't fall, got first {first} and last {last}")
+        raise TrimtabError(f"a push is 0 or more nats and doesn't decrease, got first {first} and last {last}")
     if tokens < 1:
         raise TrimtabError(f"a push grows over one token or more, got {tokens}")
     return word
@@ -152,14 +152,15 @@ def _spelled(lm: LM, text: str) -> Spelling:
     ids = tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not 1 <= len(ids) <= PIECES:
         raise TrimtabError(
-            f"{text.strip()!r} is {len(ids)} tokens of this model; its logit can be moved for words of at most {PIECES}"
+            f"{text.strip()!r} has {len(ids)} tokens in this model; a logit can only be moved for words of at most"
+            f" {PIECES}"
         )
     if lm.tokenizer.unk_token_id in ids:
         raise TrimtabError(f"{text.strip()!r} has letters that this model's tokenizer doesn't know")
     begun = tuple(lm.tokenizer.decode(ids[:n]) for n in range(1, len(ids)))
     if not all(text.strip().startswith(part.strip()) and part.strip() for part in begun):
         raise TrimtabError(
-            f"{text.strip()!r} is made of tokens that are no whole letters ({', '.join(map(repr, begun))}), so it can't"
+            f"{text.strip()!r} contains tokens that aren't whole letters ({', '.join(map(repr, begun))}), so it can't"
             " be followed as it is written; use learn_word or learn_distill"
         )
     return Spelling(text, ids, begun)

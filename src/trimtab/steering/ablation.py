@@ -46,7 +46,7 @@ def directional_ablation(direction: Tensor, layers: int) -> Steering:
     if not norm > 0:
         raise TrimtabError("the direction is all zeros, so there is nothing to ablate; learn it again")
     if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-        raise TrimtabError(f"layers is how many blocks the model has (lm.layout.layers), got {layers!r}")
+        raise TrimtabError(f"layers is the model's number of blocks (lm.layout.layers), got {layers!r}")
     ablate = Ablate((vector.double() / norm).to(vector.dtype))
     sites = [Site(0, "block_input")]
     sites += [Site(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]

@@ -11,13 +11,13 @@ from typing import Any
 from trimtab.errors import TrimtabError
 
 HIDDEN = "lm.capture(prompts, [10, 14]) gives activations, residual streams by default"
-STEERS = "lm.generate(prompts, steering) steers, and with lm.steered(steering): whatever runs the model inside"
-OF_MODEL = "it is the model's: lm.model.{name}"
+STEERS = "to steer, use lm.generate(prompts, steering), or call the model inside `with lm.steered(steering):`"
+OF_MODEL = "it belongs to the model: lm.model.{name}"
 OF_LM: Mapping[str, str] = {
     **dict.fromkeys(("config", "eval", "train", "parameters", "state_dict", "forward", "generation_config"), OF_MODEL),
     **dict.fromkeys(("to", "cuda", "cpu", "half", "float", "bfloat16", "compile", "requires_grad_"), OF_MODEL),
-    **dict.fromkeys(("device", "dtype"), "lm.runs_in has it; the model itself is lm.model"),
-    **dict.fromkeys(("decode", "batch_decode", "chat_template"), "it is the tokenizer's: lm.tokenizer.{name}"),
+    **dict.fromkeys(("device", "dtype"), "see lm.runs_in; the model itself is lm.model"),
+    **dict.fromkeys(("decode", "batch_decode", "chat_template"), "it belongs to the tokenizer: lm.tokenizer.{name}"),
     **dict.fromkeys(("tokenize", "to_tokens"), "lm.encode(prompt) gives a prompt's tokens"),
     **dict.fromkeys(("num_layers", "n_layers", "num_hidden_layers"), "it is lm.layout.layers"),
     **dict.fromkeys(("hidden_size", "d_model", "width"), "it is lm.layout.width"),
@@ -28,12 +28,18 @@ OF_LM: Mapping[str, str] = {
     **dict.fromkeys(("run_with_cache", "trace", "hidden_states", "get_activations", "get_hidden_states"), HIDDEN),
     **dict.fromkeys(("run_with_hooks", "add_hook", "set_control", "steer", "apply", "add_steering", "hook"), STEERS),
     **dict.fromkeys(
-        ("reset", "remove_hooks", "reset_hooks", "unload"), "nothing stays on the model once it has answered"
+        ("reset", "remove_hooks", "reset_hooks", "unload"),
+        "no hooks stay on the model after an answer, so there is nothing to remove",
     ),
-    **dict.fromkeys(("chat", "generate_text", "create_completion"), "it is lm.generate, or lm.stream piece by piece"),
-    **dict.fromkeys(("logits", "get_logits"), "lm.next_logprobs scores candidates of a next token; else lm.model(…)"),
+    **dict.fromkeys(
+        ("chat", "generate_text", "create_completion"), "use lm.generate, or lm.stream to get the answer in pieces"
+    ),
+    **dict.fromkeys(
+        ("logits", "get_logits"),
+        "lm.next_logprobs scores candidates for the next token; for all logits call lm.model(…)",
+    ),
     "from_pretrained": "it is LM.load(…), or LM(model, tokenizer)",
-    "save": "steerings are saved: steering.save(path); bake writes a model",
+    "save": "save the steering with steering.save(path); bake writes a model",
     "model_name": "it is lm.name",
 }
 """The hint for each attribute name, for an `LM`."""
@@ -42,15 +48,17 @@ ONE_EDIT = "each of steering.edits has its own {name}"
 OF_STEERING: Mapping[str, str] = {
     **dict.fromkeys(("strength", "site", "positions", "gate", "operation"), ONE_EDIT),
     **dict.fromkeys(("scale", "multiplier", "coeff", "coefficient"), "a strength multiplies it: 2 * steering"),
-    **dict.fromkeys(("vector", "vectors", "directions", "layer_activations"), "steering.direction(14) is one layer's"),
+    **dict.fromkeys(
+        ("vector", "vectors", "directions", "layer_activations"), "steering.direction(14) is the direction at layer 14"
+    ),
     "layer": "it is steering.layers",
     **dict.fromkeys(("apply", "patch_activations", "steer", "generate"), STEERS),
-    **dict.fromkeys(("to", "cuda", "cpu", "half"), "it goes where the model is by itself"),
+    **dict.fromkeys(("to", "cuda", "cpu", "half"), "it moves to the model's device automatically"),
     **dict.fromkeys(
-        ("export", "export_gguf", "save_gguf"), "trimtab.export(steering, path) writes other programs' files"
+        ("export", "export_gguf", "save_gguf"), "trimtab.export(steering, path) writes files for other programs"
     ),
     "save_pretrained": "it is steering.save(path)",
-    "norm": "steering.plot() and its table in a notebook show how long its pushes are",
+    "norm": "steering.plot() and its table in a notebook show the norms of its edits",
 }
 """The same for a `Steering`."""
 

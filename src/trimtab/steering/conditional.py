@@ -94,7 +94,7 @@ def _shape(gate: Gate) -> Shape:
         return ("not", _shape(gate.gate))
     if isinstance(gate, (AllOf, AnyOf)):
         return ("all" if isinstance(gate, AllOf) else "any", *(_shape(part) for part in gate.gates))
-    raise TypeError(f"{gate} is no condition on a token")
+    raise TypeError(f"{gate} isn't a condition on a token")
 
 
 @cache

@@ -43,19 +43,19 @@ def shared_cosines(first: Steering, other: Steering) -> dict[int, float]:
     if not shared:
         mine, theirs = (", ".join(map(str, layers)) or "none" for layers in (a, b))
         raise TrimtabError(
-            f"these steerings share no layer: the one acts at {mine}, the other at {theirs}; learn both at the same"
-            " layers, or compare each layer with each by `trimtab inspect FILE FILE`"
+            f"these steerings share no layer: one acts at {mine}, the other at {theirs}; learn both at the same"
+            " layers, or compare all pairs of layers with `trimtab inspect FILE FILE`"
         )
     sites = [{edit.site.layer: edit.site for edit in steering.edits} for steering in (first, other)]
     for layer in shared:
         here, there = sites[0][layer], sites[1][layer]
         if here != there:
             raise TrimtabError(
-                f"at layer {layer} these steerings share no site: the one acts at {here}, the other at {there}"
+                f"at layer {layer} these steerings share no site: one acts at {here}, the other at {there}"
             )
         if len(a[layer]) != len(b[layer]):
             raise TrimtabError(
-                f"at layer {layer} these steerings share no width: {len(a[layer])} and {len(b[layer])}; they were"
-                " learned on different models"
+                f"at layer {layer} these steerings have different widths, {len(a[layer])} and {len(b[layer])}; they"
+                " were learned on different models"
             )
     return {layer: float(a[layer] @ b[layer]) for layer in shared}

@@ -86,7 +86,7 @@ class MaskNeurons(Directed, name="mask_neurons"):
         if not isinstance(self.skip_first, bool):
             raise TrimtabError(f"skip_first is true or false, got {self.skip_first!r}")
         if bool((self.direction < 0).any()):
-            raise TrimtabError("a neuron's threshold is a size, 0 or more")
+            raise TrimtabError("a neuron's threshold is a magnitude, 0 or more")
 
     def kept(self, prompt: Tensor) -> Tensor:
         """The elements that are kept, for a prompt with these activations `[tokens, width]`: booleans `[width]`."""
@@ -100,7 +100,7 @@ class MaskNeurons(Directed, name="mask_neurons"):
         return ScaleElements(self.kept(prompt).to(self.direction.dtype) - 1, keep_norm=self.keep_norm)
 
     def row(self, strength: float) -> dict[str, Tensor]:
-        raise TrimtabError("a mask of neurons is decided by a prompt; run it with lm.generate(…) or lm.steered(…)")
+        raise TrimtabError("a neuron mask is computed from a prompt; run it with lm.generate(…) or lm.steered(…)")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,7 +124,7 @@ class HoldElements(Directed, name="hold_elements"):
         return Held(self.direction, to_float64(prompt[-1]), keep_norm=self.keep_norm)
 
     def row(self, strength: float) -> dict[str, Tensor]:
-        raise TrimtabError("what is held is decided by a prompt; run it with lm.generate(…) or lm.steered(…)")
+        raise TrimtabError("the values to hold are computed from a prompt; run it with lm.generate(…) or lm.steered(…)")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

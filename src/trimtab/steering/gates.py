@@ -66,14 +66,15 @@ class Reading:
         if self.pool not in POOLS:
             raise ValueError(f"unknown pooling {self.pool!r}; known: {', '.join(POOLS)}")
         if self.positions.meanings:
-            raise TrimtabError(f"a gate reads the prompt, and positions {self.positions} are about what is generated")
+            raise TrimtabError(f"a gate reads the prompt, but positions {self.positions} refer to generated tokens")
 
     def tokens(self, prompt_length: int) -> list[int]:
         """The token indices to read in a prompt of this length. Raises `TrimtabError` if there are none."""
         tokens = self.positions.in_prompt(prompt_length)
         if not tokens:
             raise TrimtabError(
-                f"a gate reads the prompt at {self.positions}, where a prompt of {prompt_length} tokens has none"
+                f"a gate reads the prompt at {self.positions}, but a prompt of {prompt_length} tokens has no such"
+                " tokens"
             )
         return tokens
 

@@ -59,7 +59,7 @@ def _parse(text: str, reader: _Reader) -> list[Positions]:
         raise TrimtabError(f"positions {text!r}: {error}") from None
     except (KeyError, TypeError, ValueError):
         raise TrimtabError(
-            f"positions {text!r} are not known; use {', '.join(FORMS)}, or several of them with |, & and ~"
+            f"positions {text!r} are not known; use {', '.join(FORMS)}, or combine several with |, & and ~"
         ) from None
 
 
@@ -106,7 +106,7 @@ class _Reader:
     def factor(self) -> Positions:
         self.depth += 1
         if self.depth > DEPTH:
-            raise TrimtabError(f"they are nested more than {DEPTH} deep")
+            raise TrimtabError(f"they are nested more than {DEPTH} levels deep")
         if self.take("~"):
             positions = ~self.factor()
         elif self.take("("):

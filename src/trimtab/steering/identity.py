@@ -44,27 +44,27 @@ def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = Fals
             if there != mine
         ]
         if learned.width != here.width or (not transfer and (differ or not same)):
-            detail = f" ({', '.join(differ)})" if differ else " (same shape, other weights)"
+            detail = f" ({', '.join(differ)})" if differ else " (same shape, different weights)"
             hint = "learn it on this model" + ("" if learned.width != here.width else ", or allow transfer")
             raise TrimtabError(f"the steering was learned on {learned.name}, this is {here.name}{detail}; {hint}")
         if not transfer and _digests(learned) != _digests(here):
             there, mine = (model_id.adapted or "without an adapter" for model_id in (learned, here))
             raise TrimtabError(
-                f"the steering was learned on {learned.name} {there}, this is {here.name} {mine};"
-                " switch adapters so that they are the same, learn it on this model, or allow transfer"
+                f"the steering was learned on {learned.name} {there}, this is {here.name} {mine}; switch to the same"
+                " adapters, learn it on this model, or allow transfer"
             )
         looked_at = not learned.adapters and None not in (learned.blocks, here.blocks)
         if not transfer and looked_at and learned.blocks != here.blocks:
             message = (
-                f"the blocks of {here.name} have other weights than when the steering was learned (an adapter merged"
-                " into them, another finetuning, revision or dtype?)"
+                f"the blocks of {here.name} have different weights than when the steering was learned (an adapter"
+                " merged into them, or a different finetuning, revision or dtype?)"
             )
             warnings.warn(message, MismatchWarning, stacklevel=outside())
         elif not transfer and learned.fingerprint != here.fingerprint:
-            message = f"{here.name} has other weights than when the steering was learned (revision, quantization?)"
+            message = f"{here.name} has different weights than when the steering was learned (revision, quantization?)"
             warnings.warn(message, MismatchWarning, stacklevel=outside())
         if learned.template != here.template:
-            message = f"{here.name} has another chat template than {learned.name} had when the steering was learned"
+            message = f"{here.name} has a different chat template than {learned.name} had when the steering was learned"
             warnings.warn(message, MismatchWarning, stacklevel=outside())
 
 

@@ -32,10 +32,12 @@ class Meaning:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise TrimtabError(f"there are no positions {self.kind!r}; by meaning there are {', '.join(KINDS)}")
+            raise TrimtabError(
+                f"there are no positions {self.kind!r}; the kinds found by meaning are {', '.join(KINDS)}"
+            )
         if not all(isinstance(text, str) and len(text) <= LONGEST for text in self.texts) or len(self.texts) > MOST:
             raise TrimtabError(
-                f"{self.kind} is about texts of at most {LONGEST} characters, {MOST} of them, got {self.texts!r}"
+                f"{self.kind} takes at most {MOST} texts of at most {LONGEST} characters, got {self.texts!r}"
             )
         if self.kind in (AFTER, AT) and (len(self.texts) != 1 or not self.texts[0]):
             raise TrimtabError(f"{self.kind} needs one text that isn't empty: {self.kind}:TEXT")

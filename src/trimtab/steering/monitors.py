@@ -49,7 +49,9 @@ class Monitor:
             raise TrimtabError(f"a monitor has a name, got {self.name!r}")
         if not isinstance(self.condition, Threshold):
             kind = type(self.condition).__name__
-            raise TrimtabError(f"monitor {self.name}: what is read is a Threshold(…), got {kind}; Monitor.of makes one")
+            raise TrimtabError(
+                f"monitor {self.name}: its condition is a Threshold(…), got {kind}; Monitor.of makes one"
+            )
         if self.action not in ACTIONS:
             raise TrimtabError(f"monitor {self.name}: an action is one of {', '.join(ACTIONS)}, got {self.action!r}")
         if self.action != "log" and self.threshold is None:
@@ -58,13 +60,14 @@ class Monitor:
                 " writes files that have one)"
             )
         if (self.action == "steer") != (self.steering is not None):
-            raise TrimtabError(f"monitor {self.name}: a steering belongs to the action steer, and to no other")
+            raise TrimtabError(f"monitor {self.name}: the action steer needs a steering, and no other action takes one")
         if self.threshold is not None and not abs(self.threshold) < float("inf"):
             raise TrimtabError(f"monitor {self.name}: a threshold is a finite number, got {self.threshold!r}")
         for edit in self.steering.edits if self.steering is not None else ():
             if edit.gate.readings or hasattr(edit.operation, "settled"):
                 raise TrimtabError(
-                    f"monitor {self.name} can't switch on {edit}: the prompt decides it, and that has been read by then"
+                    f"monitor {self.name} can't switch on {edit}: it is decided by the prompt, which has been read by"
+                    " then"
                 )
 
     @classmethod

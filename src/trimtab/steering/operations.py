@@ -151,8 +151,8 @@ class Operation:
         versions = tuple(v._version for v in values if isinstance(v, Tensor) and not v.is_inference())
         if self.__dict__.setdefault("_versions", versions) != versions:
             raise TrimtabError(
-                f"the tensors of {self!r} were changed in place after it had been used; an operation stays as it was"
-                " made: make another one of the new numbers, or multiply the steering"
+                f"the tensors of {self!r} were changed in place after it had been used; an operation can't be changed:"
+                " create another one with the new values, or multiply the steering"
             )
 
     def __getstate__(self) -> dict[str, Any]:

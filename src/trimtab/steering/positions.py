@@ -36,7 +36,7 @@ class Bound:
             raise ValueError(f"a bound is anchored at {START!r} or {END!r} of the prompt, not {self.anchor!r}")
         object.__setattr__(self, "offset", _tokens(self.offset))
         if self.anchor == START and self.offset < 0:
-            raise TrimtabError(f"nothing stands {-self.offset} tokens before the start of a prompt")
+            raise TrimtabError(f"there is no position {-self.offset} tokens before the start of a prompt")
 
     def resolve(self, prompt_length: int) -> int:
         return self.offset if self.anchor == START else max(0, prompt_length + self.offset)
@@ -64,8 +64,8 @@ class Positions:
         pairs = self.intervals if isinstance(self.intervals, tuple) else (self.intervals,)
         if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Bound) for pair in pairs):
             parsed = isinstance(self.intervals, str)
-            fix = f"Positions.parse({self.intervals!r})" if parsed else "Positions.tokens([2, 10]), say"
-            raise TrimtabError(f"positions are made by name, got {self.intervals!r}; write {fix}")
+            fix = f"Positions.parse({self.intervals!r})" if parsed else "for example Positions.tokens([2, 10])"
+            raise TrimtabError(f"positions are created with a named constructor, got {self.intervals!r}; write {fix}")
 
     @classmethod
     def all(cls) -> Positions:
@@ -137,7 +137,7 @@ class Positions:
         listed = [whole(i) for i in indices] if isinstance(indices, Iterable) else [whole(indices)]
         numbers = {number for number in listed if number is not None}
         if not listed or None in listed:
-            raise TrimtabError(f"tokens are named by whole numbers, at least one of them, got {indices!r}")
+            raise TrimtabError(f"token indices are whole numbers, at least one of them, got {indices!r}")
         anchors = [(START if i >= 0 else END, i) for i in sorted(numbers, key=lambda i: (i < 0, i))]
         return cls(tuple((Bound(anchor, i), Bound(anchor, i + 1)) for anchor, i in anchors))
 
@@ -247,7 +247,7 @@ class Positions:
             return union(*parts) if self.rule.how == "any" else intersection(*parts)
         if self.rule is not None:
             if holding is None:
-                raise TrimtabError(f"positions {self} depend on what is generated, so they aren't known beforehand")
+                raise TrimtabError(f"positions {self} depend on the generated text, so they aren't known in advance")
             return ((prompt_length, None),) if self.rule in holding else ()
         resolved = []
         for start, stop in self.intervals:

@@ -90,9 +90,9 @@ def _apart(rows: Sequence[Rows], names: Sequence[object]) -> list[int]:
             kept.append(i)
         elif any(not _agree(rows[j], row, 1 if cosine > 0 else -1) for j, cosine in near):
             raise TrimtabError(
-                f"two edits set the projection on (nearly) the same direction to different ends: {names[near[0][0]]}"
-                f" (target {_end(rows[near[0][0]])}) and {names[i]} (target {_end(row)}); use one of them, or put"
-                " them at different layers or positions"
+                "two edits set the projection on (nearly) the same direction to different targets:"
+                f" {names[near[0][0]]} (target {_end(rows[near[0][0]])}) and {names[i]} (target {_end(row)}); use one"
+                " of them, or put them at different layers or positions"
             )
     return kept
 
@@ -125,6 +125,7 @@ def _check_independent(gram: Tensor, names: Sequence[object]) -> None:
             str(name) for name, share in zip(names, weight.tolist(), strict=True) if share > 0.1 * float(weight.max())
         ]
         raise TrimtabError(
-            f"one of these edits' directions is (nearly) a sum of the others', so that their projections can't be set"
-            f" apart: {'; '.join(which)}; leave one out, or put them at different layers or positions"
+            "one of these edits' directions is (nearly) a linear combination of the others, so their projections"
+            f" can't be set separately: {'; '.join(which)}; leave one out, or put them at different layers or"
+            " positions"
         )

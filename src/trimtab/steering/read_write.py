@@ -100,7 +100,7 @@ def _bias(value: Any, read: Tensor) -> Tensor:
         value = read.new_full((rank,), value)
     bias = as_direction(value, "bias")
     if len(bias) != rank:
-        raise TrimtabError(f"a bias has one number a row of read, which are {rank}, got {len(bias)}")
+        raise TrimtabError(f"a bias has one number per row of read ({rank} rows), got {len(bias)}")
     return bias
 
 
@@ -111,7 +111,7 @@ def _bound(value: Any, read: Tensor, name: str, nothing: float) -> Tensor | None
         return None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if isnan(value):
-            raise TrimtabError(f"{name} is a number a row, or one for all, got nan")
+            raise TrimtabError(f"{name} is one number per row, or one for all rows, got NaN")
         value = read.new_full((rank,), value)
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != 1 or len(value) != rank:
         what = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
@@ -120,6 +120,6 @@ def _bound(value: Any, read: Tensor, name: str, nothing: float) -> Tensor | None
     bound = value.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
     if bool((bound.isnan() | (bound == -nothing)).any()):
         raise TrimtabError(
-            f"{name} holds a number that nothing can meet: NaN, or {-nothing:g}; use {nothing:g} for no bound"
+            f"{name} contains a bound that no value can satisfy: NaN, or {-nothing:g}; use {nothing:g} for no bound"
         )
     return None if bool((bound == nothing).all()) else bound

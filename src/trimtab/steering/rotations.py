@@ -180,10 +180,12 @@ class RotateInPlane(Directed, name="rotate_in_plane"):
         object.__setattr__(self, "angle", _angle(self.angle))
         if self.second.shape != self.direction.shape:
             raise TrimtabError(
-                f"the two directions of a plane have one width, got {self.width} and {self.second.shape[0]}"
+                f"the two directions of a plane have the same width, got {self.width} and {self.second.shape[0]}"
             )
         if abs(float(self.direction.double() @ self.second.double())) > PARALLEL:
-            raise TrimtabError("the two directions are (nearly) parallel, and span no plane; take another second one")
+            raise TrimtabError(
+                "the two directions are (nearly) parallel, so they don't span a plane; choose a different second one"
+            )
 
     def row(self, strength: float) -> dict[str, Tensor]:
         first, second = self.direction.double(), self.second.double()
@@ -232,7 +234,7 @@ def _angle(value: float | None) -> float | None:
         raise TrimtabError(f"an angle is a finite number of radians, got {value!r}")
     if abs(angle) > 2 * math.pi:
         raise TrimtabError(
-            f"an angle is in radians, of which a full turn has 6.28, got {angle:g}; write math.radians({angle:g})"
+            f"an angle is in radians (a full turn is 6.28), got {angle:g}; write math.radians({angle:g})"
         )
     return angle
 

@@ -50,7 +50,10 @@ class RouteExperts(Directed, name="route_experts"):
         object.__setattr__(self, "direction", as_direction(self.direction, "choice of experts"))
         object.__setattr__(self, "margin", float(self.margin))
         if not bool(torch.isin(self.direction.double(), torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)).all()):
-            raise TrimtabError("of experts 1 promotes one, -1 demotes one, and 0 leaves one; there is another number")
+            raise TrimtabError(
+                "a choice of experts has 1 to promote, -1 to demote and 0 to leave an expert; it contains another"
+                " number"
+            )
         if not 0 < self.margin < float("inf"):
             raise TrimtabError(f"the margin of promoted experts is a number above 0, got {self.margin!r}")
 
@@ -63,7 +66,7 @@ class RouteExperts(Directed, name="route_experts"):
             if not 0 <= number < experts:
                 raise TrimtabError(f"there is no expert {number}; a router of {experts} has experts 0 to {experts - 1}")
         if both := set(promote) & set(demote):
-            raise TrimtabError(f"expert {min(both)} is to be promoted and demoted")
+            raise TrimtabError(f"expert {min(both)} is both promoted and demoted")
         signs = torch.zeros(experts)
         signs[list(promote)], signs[list(demote)] = 1.0, -1.0
         return cls(signs, margin=margin)

@@ -51,7 +51,7 @@ class Edit:
             raise TrimtabError(f"an edit's site is a Site, got {self.site!r}; write Site({site})")
         if not isinstance(self.operation, (Operation, ScoreOperation)):
             raise TrimtabError(
-                f"an edit's operation says what is done with a direction, got {_kind(self.operation)}; write"
+                f"an edit's operation is an Operation such as Add(direction), got {_kind(self.operation)}; write"
                 " Add(direction)"
             )
         if not isinstance(self.positions, Positions):
@@ -176,7 +176,9 @@ class Steering:
     def at_layer(self, layer: int) -> Steering:
         """The same edits at another layer. Raises `TrimtabError` if the steering acts at several layers or at none."""
         if len(self.layers) != 1:
-            raise TrimtabError(f"only what acts at one layer can act at another; this acts at {_list(self.layers)}")
+            raise TrimtabError(
+                f"only a steering that acts at one layer can be moved to another; this one acts at {_list(self.layers)}"
+            )
         return replace(self, edits=tuple(replace(edit, site=replace(edit.site, layer=layer)) for edit in self.edits))
 
     @property
@@ -191,7 +193,8 @@ class Steering:
             start, stop = (layer.start or 0, layer.stop) if isinstance(layer, slice) else (12, None)
             several = "[12, 14]" if stop is None else f"range({start}, {stop})"
             raise TrimtabError(
-                f"steering[14] has what acts at layer 14, got {layer!r}; for several, steering.only({several})"
+                f"steering[14] selects the edits at layer 14, got {layer!r}; for several layers use"
+                f" steering.only({several})"
             )
         return self.only([number])
 
@@ -269,7 +272,7 @@ def check_steering(value: Any) -> None:
     if isinstance(value, (int, float)):
         raise TrimtabError(f"a steering was expected, got {value!r}; a strength multiplies the steering: 2 * steering")
     if isinstance(value, (str, Path)):
-        raise TrimtabError(f"{str(value)!r} is no steering; trimtab.load(…) reads one from a file")
+        raise TrimtabError(f"{str(value)!r} isn't a steering; trimtab.load(…) reads one from a file")
     raise TrimtabError(f"a steering was expected, got {_kind(value)}")
 
 
@@ -282,7 +285,9 @@ def _kind(value: Any) -> str:
 
 def _check_summand(other: Any) -> None:
     if not isinstance(other, Steering):
-        raise TrimtabError(f"only a steering is added to a steering, got {_kind(other)}; 2 * steering pushes harder")
+        raise TrimtabError(
+            f"only a steering can be added to a steering, got {_kind(other)}; 2 * steering doubles its strength"
+        )
 
 
 def _no_positions(value: Any) -> str:

@@ -43,7 +43,7 @@ def as_direction(value: Any, name: str = "direction") -> Tensor:
         fix = "; give one of its rows" if isinstance(value, Tensor) and value.dim() == 2 else fix
         raise TrimtabError(f"a {name} is a floating-point tensor of shape [width], got {what}{fix}")
     if value.is_meta:
-        raise TrimtabError(f"the {name} is on the meta device, where it has no numbers")
+        raise TrimtabError(f"the {name} is on the meta device, where it has no values")
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     copy = value.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
     if not torch.isfinite(copy).all():

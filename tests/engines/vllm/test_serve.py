@@ -132,7 +132,7 @@ def test_requests_are_steered_by_name(url: str) -> None:
     [
         ({"steering": [{"name": "nobody"}]}, "there is no steering 'nobody'"),
         ({"steering": [{"name": "s0", "positions": "span:2:9999"}]}, "is not in the prompt"),
-        ({"steering": [{"name": "s0", "layer": 2}]}, "can act at another"),
+        ({"steering": [{"name": "s0", "layer": 2}]}, "can be moved to another"),
         ({"steering": [{"name": "s0"}], "use_beam_search": True, "n": 2}, "beam search"),
         ({"emphasize": ["ship"]}, "rejection: false"),
         ({"emphasize": ["boat"], "rejection": False}, "isn't in the prompt"),

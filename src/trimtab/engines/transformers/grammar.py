@@ -22,14 +22,14 @@ from trimtab.engines.transformers.compat import LogitsProcessor
 from trimtab.errors import TrimtabError, UnsupportedError
 
 REFUSED = {
-    "num_beams": "beams change places; decode greedily or sample",
-    "min_new_tokens": "the grammar says where an answer ends",
-    "prompt_lookup_num_tokens": "drafts aren't checked against the grammar",
+    "num_beams": "beam search reorders its rows; decode greedily or sample",
+    "min_new_tokens": "the grammar decides where an answer ends",
+    "prompt_lookup_num_tokens": "draft tokens aren't checked against the grammar",
 }
 """Options of `generate` that can't be combined with a grammar, and why."""
 STUCK = (
-    "the answer can't keep to its grammar here: no token that it allows is left by the other settings, the logits are"
-    " no numbers any more, or the grammar is too complex"
+    "the answer can't follow its grammar any further: the other settings exclude every token that it allows, the"
+    " logits are NaN or infinite, or the grammar is too complex"
 )
 KEPT = 64
 """The number of most recently used compiled grammars to keep."""
@@ -94,7 +94,7 @@ class Grammars:
             self._size = max(size, len(tokenizer), max(stops) + 1)
             self._tokenizer = hf.from_tokenizer(tokenizer, n_vocab=self._size, eos_token=stops)
         except ValueError as error:
-            raise UnsupportedError(f"no grammar can be had with this tokenizer: {error}") from None
+            raise UnsupportedError(f"this tokenizer can't be used with a grammar: {error}") from None
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Matcher] = OrderedDict()
 
@@ -224,7 +224,7 @@ def check_grammar_options(options: Mapping[str, Any]) -> None:
     """Raise `TrimtabError` for options of `generate` that can't be combined with a grammar."""
     for name, why in REFUSED.items():
         if options.get(name) not in (None, 0, 1):
-            raise TrimtabError(f"answers by a JSON schema can't run with {name}: {why}")
+            raise TrimtabError(f"answers that follow a JSON schema can't be generated with {name}: {why}")
 
 
 def with_grammars(options: Mapping[str, Any], matchers: Sequence[Matcher | None]) -> dict[str, Any]:

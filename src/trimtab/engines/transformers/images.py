@@ -72,7 +72,7 @@ def encode_with_images(
         raise TrimtabError(f"the model's processor refuses these messages: {reason}") from error
     ids = encoded["input_ids"]
     if len(ids) != 1 or not bool(torch.as_tensor(encoded["attention_mask"]).all()):
-        raise TrimtabError("the model's processor made more than one unpadded row of one prompt")
+        raise TrimtabError("the model's processor returned several rows, or a padded one, for one prompt")
     return torch.as_tensor(ids)[0].tolist(), PromptImages(_inputs(model, encoded), count)
 
 
@@ -81,7 +81,9 @@ def with_template(tokenizer: Any, processor: Any) -> Any:
     if has_template(tokenizer):
         return tokenizer
     if not getattr(processor, "chat_template", None):
-        raise TrimtabError("this model's processor has no chat template, so it can't be told where an image stands")
+        raise TrimtabError(
+            "this model's processor has no chat template, so the position of an image can't be determined"
+        )
     other = copy.copy(tokenizer)
     other.chat_template = processor.chat_template
     return other
@@ -103,14 +105,16 @@ def _inputs(model: Any, encoded: Mapping[str, Any]) -> dict[str, Any]:
             if name.endswith(BY_TOKEN):
                 continue
             raise UnsupportedError(
-                f"{type(model).__name__} doesn't take {name}, which its processor gives for an image; this processor is"
-                " another model's"
+                f"{type(model).__name__} doesn't take {name}, which its processor returns for an image; this processor"
+                " belongs to another model"
             )
         if isinstance(value, Tensor):
             value = value.to(device=device, dtype=model.dtype if value.is_floating_point() else None)
         inputs[name] = value
     if not any("pixel" in name or "image" in name for name in inputs):
-        raise TrimtabError("the model's processor made no pixels of these images; its chat template leaves them out")
+        raise TrimtabError(
+            "the model's processor returned no pixel values for these images; its chat template leaves them out"
+        )
     return inputs
 
 
@@ -142,8 +146,8 @@ def counting(layout: Layout, tokens: int | None) -> Iterator[Counted]:
         entering = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         if isinstance(entering, Tensor) and entering.shape[1] != tokens:
             raise UnsupportedError(
-                f"{type(decoder).__name__} computes {entering.shape[1]} tokens of a prompt that has {tokens}: it puts"
-                " images in beside the text; which token is at which position can't be told"
+                f"{type(decoder).__name__} computes {entering.shape[1]} tokens for a prompt of {tokens}: it inserts"
+                " images next to the text, so the positions of its tokens can't be determined"
             )
         positions = arguments.get("position_ids")
         if isinstance(positions, Tensor):
@@ -187,7 +191,7 @@ def check_takes_images(model: Any) -> None:
     """Raise `UnsupportedError` for a text-only model."""
     if not compat.takes_images(model):
         raise UnsupportedError(
-            f"{type(model).__name__} is a model of text alone, and these messages have images; leave them out, or load"
+            f"{type(model).__name__} is a text-only model, and these messages contain images; leave them out, or load"
             " an image-text model"
         )
 
@@ -254,8 +258,8 @@ def _moved(short: Sequence[int], long: Sequence[int], start: int, stop: int) -> 
     if list(short[start:]) == list(long[start + behind :]):
         return start + behind, stop + behind
     raise UnsupportedError(
-        "this phrase stands between two images, where its tokens can't be told; emphasize one before the first image or"
-        " after the last"
+        "the tokens of a phrase between two images can't be determined; emphasize one before the first image or after"
+        " the last"
     )
 
 
@@ -305,7 +309,7 @@ def check_goes_on(model: Any, layout: Layout, ids: Sequence[int], images: Prompt
     """Raise `UnsupportedError` if a row with images can't join a batch in continuous batching."""
     if not goes_on(model, layout, ids, images):
         raise UnsupportedError(
-            f"{type(model).__name__} needs a prompt's images at every token, not in the pass over the prompt alone, so"
-            " that its rows can't join a batch of steps; lm.generate(…) without rejection, monitors or a clean cache"
-            " answers such a prompt by itself"
+            f"{type(model).__name__} needs a prompt's images at every decode step, not only in prefill, so its rows"
+            " can't join continuous batching; lm.generate(…) without rejection, monitors or a clean cache answers"
+            " such a prompt"
         )

@@ -55,8 +55,8 @@ def keys_of(layout: Layout, site: Site) -> Keys:
     if layout.decoder not in _known:
         if steered_here(layout.decoder):  # this run's hooks would steer the pass
             raise UnsupportedError(
-                f"which keys {type(layout.decoder).__name__} stores is found out by a pass of its own, which this run's"
-                " hooks would take for theirs; lm.check(steering) finds it out before"
+                f"which keys {type(layout.decoder).__name__} stores is determined in a separate pass, which can't run"
+                " while the model is steered; call lm.check(steering) first"
             )
         _known[layout.decoder] = _examine(layout)
     examined = _known[layout.decoder][site.layer]
@@ -98,8 +98,9 @@ class _Storing:
         for known, change in self.changes:
             if keys.dim() != 4 or (keys.shape[1], keys.shape[3]) != (known.heads, known.size):
                 raise TrimtabError(
-                    f"{type(known.attention).__name__} stores keys {tuple(keys.shape)}, where it has stored"
-                    f" {known.heads} heads of {known.size}; which is whose can't be told"
+                    f"{type(known.attention).__name__} stores keys of shape {tuple(keys.shape)}, and stored"
+                    f" {known.heads} heads of size {known.size} before; which keys belong to which head can't be"
+                    " determined"
                 )
             keys = _changed(keys, change)
         stored: tuple[Tensor, Tensor] = self.cache.update(keys, values, *args, **kwargs)
@@ -197,5 +198,5 @@ def _keys_stored(module: nn.Module | None, stored: list[Tensor], attended_keys: 
         return f"its attention stores keys {len(stored)} times and attends {len(attended_keys)} times in a pass"
     (keys,), (attended,) = stored, attended_keys
     if keys.dim() != 4 or keys.shape[0] != ROWS or keys.shape[2] != TOKENS or not torch.equal(keys, attended):
-        return "what its attention stores isn't the keys that it attends to (latents of them, say)"
+        return "its attention stores something other than the keys that it attends to (latents, for example)"
     return Keys(module, keys.shape[1], keys.shape[3])

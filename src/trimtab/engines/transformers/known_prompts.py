@@ -50,7 +50,7 @@ def known_prompts(model: Any, session: Session, steers: bool, stays: bool = Fals
             fix = "write model.generate(**inputs)" if isinstance(tokens, Mapping) else "lm.generate takes texts"
             raise TrimtabError(f"model.generate takes a tensor of tokens, got {type(tokens).__name__}; {fix}")
         if mask is None and tokens.dim() == 2 and len(tokens) > 1:
-            raise TrimtabError("model.generate with several rows needs its attention_mask, to tell pads from text")
+            raise TrimtabError("model.generate with several rows needs its attention_mask, to tell padding from text")
         lengths = [tokens.shape[1]] * tokens.shape[0] if mask is None else mask.sum(-1).tolist()
         left = mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all())
         with generating():

@@ -56,12 +56,12 @@ def check_wrapped(model: Any, tokenizer: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         inside = "; pass the model inside: LM(pipeline.model, pipeline.tokenizer)" if hasattr(model, "model") else ""
-        raise TrimtabError(f"LM(model, tokenizer) wraps a model of transformers, got {type(model).__name__}{inside}")
+        raise TrimtabError(f"LM(model, tokenizer) wraps a transformers model, got {type(model).__name__}{inside}")
     if tokenizer is ...:
         raise TrimtabError("LM(model, tokenizer) needs the model's tokenizer as well")
     if tokenizer is not None and not callable(tokenizer):
         raise TrimtabError(
-            f"the tokenizer is one of transformers, as AutoTokenizer.from_pretrained(…) gives, got"
+            "the tokenizer must be a transformers tokenizer, such as AutoTokenizer.from_pretrained(…) returns, got"
             f" {type(tokenizer).__name__}"
         )
 
@@ -87,8 +87,8 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or not hasattr(model, "get_decoder"):
         raise UnsupportedError(
-            f"{type(model).__name__} is no model of transformers: it doesn't say where its blocks are; pass the"
-            " model inside it, which AutoModelForCausalLM.from_pretrained(…) gave"
+            f"{type(model).__name__} isn't a transformers model: it doesn't declare its blocks; pass the model inside"
+            " it, which AutoModelForCausalLM.from_pretrained(…) returned"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder; trimtab steers decoder-only models")
@@ -129,7 +129,7 @@ def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
     try:
         blocks = model.get_submodule(path)
     except AttributeError:
-        raise TrimtabError(f"{type(model).__name__} has no {path!r}; lists of blocks it has: {_names(model)}") from None
+        raise TrimtabError(f"{type(model).__name__} has no {path!r}; its lists of blocks: {_names(model)}") from None
     if not isinstance(blocks, nn.ModuleList):
         raise TrimtabError(f"{path!r} is a {type(blocks).__name__}, not a list of blocks; lists: {_names(model)}")
     return path, blocks

@@ -65,7 +65,7 @@ def mean_nlls(
     with _decoder_gives(model, layout, type(output)) as give:
         each = _token_nlls(give, there, tokens, vocabulary_size(model))
     if each.isnan().any():
-        raise TrimtabError(f"{name} gives logits that are not numbers; load it in float32 or bfloat16")
+        raise TrimtabError(f"{name} produces NaN logits; load it in float32 or bfloat16")
     sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, rows, each)
     return [total / len(answer) for total, (_, answer) in zip(sums.tolist(), texts, strict=True)]
 

@@ -87,7 +87,7 @@ def _put_on(model: Any, adapter: str | Path) -> None:
             ) from error
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
-            raise TrimtabError(f"{adapter} has no {name}, so it holds no adapter that can be read")
+            raise TrimtabError(f"{adapter} has no {name}, so no adapter can be loaded from it")
     try:
         loaded = model.load_adapter(str(folder), adapter_name=folder.name.replace(".", "_"), low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -147,8 +147,8 @@ def _read(
         ) from error
     if placed is not None and (elsewhere := {p.device for p in model.parameters()} - _same(placed)):
         raise TrimtabError(
-            f"the quantized model {source!r} was to be on {placed}, and parts of it are on"
-            f" {', '.join(sorted(map(str, elsewhere)))}: its quantization can't be run there. Give another device, or a"
+            f"the quantized model {source!r} was requested on {placed}, but parts of it were placed on"
+            f" {', '.join(sorted(map(str, elsewhere)))}, where its quantization can't run. Give another device, or a"
             " device_map of your own"
         )
     return model, tokenizer

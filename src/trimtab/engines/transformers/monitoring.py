@@ -39,8 +39,8 @@ def check_watched(monitors: Sequence[Monitor], steering: Steering | None, layout
         where = place(layout, monitor.site)
         if len(monitor.condition.direction) != where.size:
             raise TrimtabError(
-                f"monitor {monitor.name} reads {len(monitor.condition.direction)} numbers at {monitor.site}, and this"
-                f" model has {where.size} there; it was learned on another model"
+                f"monitor {monitor.name} reads activations of width {len(monitor.condition.direction)} at"
+                f" {monitor.site}, and this model's width there is {where.size}; it was learned on another model"
             )
         if monitor.steering is not None:
             check_edits(monitor.steering if steering is None else steering + monitor.steering, layout)
@@ -127,7 +127,7 @@ class Watch:
             if i not in by_condition:
                 raise TrimtabError(
                     f"the part of the model at {condition.site} didn't run in a pass that a monitor reads; something"
-                    " runs the model past its hooks (a captured graph, a replaced forward)"
+                    " bypasses the model's hooks (a captured graph, a replaced forward)"
                 )
         self.values = torch.stack([by_condition[i].to(by_condition[0].device) for i in range(len(by_condition))], -1)
 

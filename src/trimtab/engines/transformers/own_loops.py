@@ -56,7 +56,10 @@ def steerings_of(steering: Any) -> tuple[Steering, ...]:
         check_steering(steering)
         return (steering,)
     if not steering:
-        raise TrimtabError("there are no steerings; give one for all rows, or a list with one for each (None for none)")
+        raise TrimtabError(
+            "the list of steerings is empty; give one steering for all rows, or a list with one for each (None for an"
+            " unsteered row)"
+        )
     chosen = tuple(each_steering for each_steering in steering if each_steering is not None)
     for each_steering in chosen:
         check_steering(each_steering)

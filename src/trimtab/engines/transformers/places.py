@@ -75,8 +75,8 @@ def place(layout: Layout, site: Site) -> Place:
         raise UnsupportedError(f"the transformers engine has no activations at {site}")
     if where.module in shared_modules(layout):
         raise UnsupportedError(
-            f"{type(layout.decoder).__name__} runs one and the same {type(where.module).__name__} in several blocks, so"
-            f" that {site} isn't apart from theirs; steer the residual stream"
+            f"{type(layout.decoder).__name__} shares one {type(where.module).__name__} between several blocks, so"
+            f" {site} can't be accessed separately; steer the residual stream"
         )
     return where
 
@@ -125,13 +125,13 @@ def _streams(layout: Layout, site: Site) -> Streams | None:
             else f"{block.shape} for {ROWS} rows of {TOKENS} tokens"
         )
         raise UnsupportedError(
-            f"block {site.layer} of {type(layout.decoder).__name__} puts out {what} at width {layout.width}; which"
-            " token's residual stream is where can't be told"
+            f"block {site.layer} of {type(layout.decoder).__name__} outputs {what} at width {layout.width}, so the"
+            " residual stream of each token can't be located"
         )
     if block.runs > 1:
         raise UnsupportedError(
-            f"block {site.layer} of {type(layout.decoder).__name__} runs {block.runs} times in a pass, so that there is"
-            f" no one {site}"
+            f"block {site.layer} of {type(layout.decoder).__name__} runs {block.runs} times in a pass, so {site} isn't"
+            " unique"
         )
     return block.streams
 
@@ -145,7 +145,8 @@ def query_heads(layout: Layout) -> int:
     count = compat.query_heads(layout.decoder.config)
     if count is None:
         raise UnsupportedError(
-            f"{type(layout.decoder).__name__} has no one number of heads: its configuration has none for all layers"
+            f"{type(layout.decoder).__name__} has no single number of heads: its configuration doesn't give one for"
+            " all layers"
         )
     return count
 
@@ -173,7 +174,7 @@ def output_weight(layout: Layout, site: Site) -> Tensor:
         UnsupportedError: The site is of another kind, or the weight isn't a plain matrix (it is quantized).
     """
     if site.kind not in ("heads", "neurons"):
-        raise UnsupportedError(f"{site} doesn't go into one projection; heads and neurons do")
+        raise UnsupportedError(f"{site} isn't the input of a single projection; heads and neurons are")
     where = place(layout, site)
     with in_memory(where.module):
         weight = getattr(where.module, "weight", None)
@@ -206,8 +207,8 @@ def _mlp_place(layout: Layout, block: nn.Module, site: Site) -> Place:
     beside = [name for name, _ in block.named_children() if name in BESIDE]
     if len(beside) > 1:
         raise UnsupportedError(
-            f"{site}: what {', '.join(beside)} of {type(layout.decoder).__name__} put out is added up outside of any"
-            " part; steer the residual stream"
+            f"{site}: {type(layout.decoder).__name__} adds the outputs of {', '.join(beside)} outside of any module;"
+            " steer the residual stream"
         )
     part = _mlp(block)
     if part is None or _adds_stream(part):

@@ -67,7 +67,7 @@ def read_pass(decoder: nn.Module, arguments: dict[str, Any], outer_mask: Any, re
     if mask is not None:
         by_mask = mask.shape[1] - length
         if by_mask < 0:
-            raise TrimtabError(f"an attention mask of {mask.shape[1]} columns for {length} tokens")
+            raise TrimtabError(f"the attention mask has {mask.shape[1]} columns for {length} tokens")
         if cache is not None and past is not None and past != by_mask:
             raise TrimtabError(
                 f"{name} was given a cache of {past} tokens and {length} new ones under a mask of {mask.shape[1]}"
@@ -92,13 +92,13 @@ def _check_first(name: str, arguments: dict[str, Any], length: int, reached: int
         if first == 0:
             return
         raise TrimtabError(
-            f"{name} was given a token at position {first}, and no cache of those before it that trimtab can find; it"
-            f" was given {', '.join(sorted(k for k, v in arguments.items() if v is not None))}"
+            f"{name} was given a token at position {first}, but no cache of the tokens before it that trimtab can"
+            f" find; its arguments were {', '.join(sorted(k for k, v in arguments.items() if v is not None))}"
         )
     if length == 1 and reached:
         raise TrimtabError(
             f"{name} was given one token after {reached} others, without a cache, a mask or position ids: its position"
-            " can't be told"
+            " can't be determined"
         )
 
 
@@ -112,8 +112,8 @@ def check_not_packed(forward_pass: Pass, position_ids: Any) -> None:
         falls = falls & text[:, 1:] & text[:, :-1]
     if bool(falls.any()):
         raise UnsupportedError(
-            "the position ids begin anew inside a row: several texts are packed into it, and where each one's prompt"
-            " ends can't be determined; give each text a row of its own"
+            "the position ids restart inside a row: several texts are packed into it, and the ends of their prompts"
+            " can't be determined; give each text its own row"
         )
 
 
@@ -147,7 +147,7 @@ def count_pads(forward_pass: Pass, unseen: Any, lengths: Sequence[int] | None, c
         repeat = forward_pass.rows // len(lengths)
         return [columns - n for n in lengths for _ in range(repeat)]
     if unseen is not None:
-        raise UnsupportedError("can't tell pads from text in this attention mask; pass a two-dimensional one")
+        raise UnsupportedError("can't tell padding from text in this attention mask; pass a two-dimensional one")
     return [0] * forward_pass.rows
 
 

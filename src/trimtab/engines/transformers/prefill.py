@@ -143,9 +143,7 @@ class Prefill:
                 return
             first.close()
             if self._deepest is not None:
-                raise TrimtabError(
-                    f"block {self._deepest} didn't run in the pass over the prompts, so no gate is decided"
-                )
+                raise TrimtabError(f"block {self._deepest} didn't run in prefill, so no gate was decided")
             self._decide()
             session.resume()
             repeat = kwargs["input_ids"].shape[0] // len(self.lengths)
@@ -201,7 +199,7 @@ class Prefill:
         """Compute the last column again, steered, and replace the cache entries and logits of these rows."""
         cache = compat.cache_of(kwargs, type(self.model).__name__)
         if not compat.grows_plainly(cache):
-            raise UnsupportedError(f"a gate can't be decided over a {type(cache).__name__}; use the default cache")
+            raise UnsupportedError(f"a gate can't be decided with a {type(cache).__name__}; use the default cache")
         ends = [(layer.keys[..., -1:, :], layer.values[..., -1:, :]) for layer in cache.layers if layer.is_initialized]
         layers = [layer for layer in cache.layers if layer.is_initialized]
         for layer in layers:

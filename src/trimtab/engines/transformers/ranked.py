@@ -59,7 +59,7 @@ def rank_layers(
     observed = observed or dict(enumerate(layout.blocks))
     if ranking == "repo" and (without := sorted(set(layers) - observed.keys())):
         raise UnsupportedError(
-            f"ranking='repo' goes by the attention of the steered layers, and layer {without[0]} has none; use 'paper'"
+            f"ranking='repo' ranks the steered layers by their attention, and layer {without[0]} has none; use 'paper'"
         )
     tables: list[list[Tensor]] = []  # per lot of rows, for each observed layer: the distances of the rows
     raws: list[Tensor] = []
@@ -125,7 +125,7 @@ def _observe(
         )
     if len(observations) != len(modules):
         raise UnsupportedError(
-            f"{len(observations)} attentions ran where {len(modules)} were expected, so layers can't be ranked; give"
-            " Rejection(ranking=…) their order"
+            f"{len(observations)} attention modules ran instead of {len(modules)}, so the layers can't be ranked; give"
+            " their order as Rejection(ranking=…)"
         )
     return observations

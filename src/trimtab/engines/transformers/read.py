@@ -292,8 +292,8 @@ def check_read(sites: Sequence[Site], activations: Mapping[Site, Any]) -> None:
     """Raise `TrimtabError` unless activations were read at every site."""
     if missing := sorted(set(sites) - set(activations)):
         raise TrimtabError(
-            f"the part of the model at {missing[0]} didn't run in a pass that reads there; something runs the model"
-            " past its hooks (a captured graph, a replaced forward)"
+            f"the part of the model at {missing[0]} didn't run in a pass that reads there; something bypasses the"
+            " model's hooks (a captured graph, a replaced forward)"
         )
 
 
@@ -326,8 +326,8 @@ def recording(
         whole = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
         if whole.shape[:2] != (rows, tokens):
             raise UnsupportedError(
-                f"at {site} the model computes {tuple(x.shape)} in a pass of {rows} rows and {tokens} tokens; which is"
-                " whose can't be told"
+                f"at {site} the model computes {tuple(x.shape)} in a pass of {rows} rows and {tokens} tokens; which"
+                " belongs to which can't be determined"
             )
         activations[site] = keep(whole)
         if len(activations) == len(wanted) and not to_the_end:

@@ -64,12 +64,14 @@ def router_of(layout: Layout, layer: int) -> Router:
     if len(routers) != 1:
         what = "no router" if not routers else f"{len(routers)} routers ({', '.join(routers)})"
         raise UnsupportedError(
-            f"block {layer} of {name} has {what}: only a mixture of experts that chooses among them in one place has"
-            f" a site router[{layer}]"
+            f"block {layer} of {name} has {what}: only a mixture of experts with a single router in the block has a"
+            f" site router[{layer}]"
         )
     ((path, module),) = routers.items()
     if any(is_adapter_layer(part) for part in module.modules()):
-        raise UnsupportedError(f"an adapter stands in the router of block {layer}, {path}: its logits can't be told")
+        raise UnsupportedError(
+            f"an adapter is part of the router of block {layer}, {path}: the router's logits can't be determined"
+        )
     counts = _counts(layout)
     maps: list[tuple[nn.Module, tuple[int, ...]]] = []
     for part in module.modules():
@@ -78,8 +80,8 @@ def router_of(layout: Layout, layer: int) -> Router:
             maps.append((part, tuple(own.shape)))
     if len(maps) != 1:
         raise UnsupportedError(
-            f"{type(module).__name__}, the router of block {layer} of {name}, has {len(maps)} weights that could give"
-            f" logits of its experts; steer the residual stream, or the block's mlp"
+            f"{type(module).__name__}, the router of block {layer} of {name}, has {len(maps)} weights that could"
+            " produce the logits of its experts; steer the residual stream, or the block's mlp"
         )
     ((source, (experts, width)),) = maps
     return Router(module, source, experts, width)
@@ -170,8 +172,8 @@ class Listening:
                 output = forward(*args, **kwargs)
             if listener.heard != 1:
                 raise UnsupportedError(
-                    f"{type(module).__name__} computes its logits in {listener.heard} linear maps where one was to be"
-                    " seen, so that they can't be steered or read; steer the residual stream, or the block's mlp"
+                    f"{type(module).__name__} computes its logits in {listener.heard} linear maps instead of one, so"
+                    " they can't be steered or read; steer the residual stream, or the block's mlp"
                 )
             return output
 
@@ -227,7 +229,7 @@ def chosen_experts(layout: Layout, layer: int, logits: Tensor) -> Tensor:
     except TrimtabError:
         raise
     except Exception as error:
-        raise UnsupportedError(f"{type(router.module).__name__} doesn't choose experts by itself: {error}") from error
+        raise UnsupportedError(f"{type(router.module).__name__} can't choose experts on its own: {error}") from error
     finally:
         handle.remove()
     listed = [
@@ -244,4 +246,4 @@ def chosen_experts(layout: Layout, layer: int, logits: Tensor) -> Tensor:
     scores = [tensor for tensor in listed if tensor.shape == logits.shape and bool((tensor == 0).any())]
     if len(scores) == 1:  # 0 for experts that aren't chosen
         return (scores[0] != 0).cpu()
-    raise UnsupportedError(f"{type(router.module).__name__} doesn't put out which experts it chooses")
+    raise UnsupportedError(f"{type(router.module).__name__} doesn't return the experts that it chooses")

@@ -123,7 +123,7 @@ class Token:
     def rows(self, picked: Tensor, drafts: Drafts | None = None) -> dict[str, Tensor]:
         """The inputs `[1, rows]` of a pass with one row for each request in `picked` (`[rows]`), draft tokens last."""
         if self.positions is None:
-            raise UnsupportedError("rows over one cache need a model that is told its tokens' positions")
+            raise UnsupportedError("rows that share one cache need a model that takes position_ids")
         count = len(picked) - (0 if drafts is None else len(drafts.ids))
         ids, positions = self.ids[picked[:count]], self.positions[picked]
         if drafts is not None:
@@ -300,8 +300,9 @@ class Rows:
         """Raise `TrimtabError` unless every layer called our attention and every edited site ran."""
         if missing := sorted(set(range(len(run.cache.layers))) - run.attended):
             raise TrimtabError(
-                f"the attention of layer {missing[0]} didn't see the rows of this pass: it doesn't look up the"
-                " attention that the model's configuration names, or doesn't update the cache that it was given"
+                f"the attention of layer {missing[0]} didn't run on the rows of this pass: it doesn't use the"
+                " attention function that the model's configuration names, or doesn't update the cache that it was"
+                " given"
             )
         wanted = set() if run.states is None or self._versions is None else set(self._versions.plan.stages)
         if unedited := sorted(wanted - run.edited):
@@ -381,7 +382,7 @@ class Rows:
             raise UnsupportedError(f"{type(module).__name__} attends to keys that another layer cached")
         past_keys, past_values = run.past
         if past_keys.shape[1::2] != key.shape[1::2] or past_values.shape[1::2] != value.shape[1::2]:
-            raise UnsupportedError(f"{type(module).__name__} attends to other keys than those that it caches")
+            raise UnsupportedError(f"{type(module).__name__} attends to keys other than those that it caches")
         if run.drafts is None:  # only drafts attend to the newest column: the other rows use their own key
             past_keys, past_values = past_keys[:, :, :-1], past_values[:, :, :-1]
         own = 1 if run.drafts is None else 2
@@ -432,8 +433,8 @@ def seen(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor]:
     count = 0 if keys is None else keys.shape[2]
     if count != columns:
         raise TrimtabError(
-            f"the cache of the unsteered stream holds {count} tokens where {columns} have been read: the model didn't"
-            " put them into the cache that it was given, or a pass was missed"
+            f"the unsteered cache has {count} columns instead of {columns}: the model didn't update the cache it was"
+            " given, or a forward pass was skipped"
         )
     return keys, values
 

@@ -158,9 +158,9 @@ class Session:
         """Raise `TrimtabError` unless the hooks saw all passes up to this column."""
         if self._hooked and (self._reached or 0) < columns:
             raise TrimtabError(
-                f"{columns} columns of tokens were computed, and {self._reached or 0} of them by passes that trimtab"
-                " saw: the others weren't steered, so the text is thrown away. Something runs the model past its hooks"
-                " (a captured graph, a replaced forward)"
+                f"{columns} columns of tokens were computed, but only {self._reached or 0} of them in passes that"
+                " trimtab saw: the others weren't steered, so the text is discarded. Something bypasses the model's"
+                " hooks (a captured graph, a replaced forward)"
             )
 
     def check_prompts_reached(self) -> None:
@@ -172,8 +172,8 @@ class Session:
             computed = self._reached - self._pads[request * repeat]
             if computed < length:
                 raise TrimtabError(
-                    f"prompt_lengths says that the prompt of row {request + 1} has {length} tokens, and {computed} were"
-                    " computed: what was generated was steered as if it were prompt"
+                    f"prompt_lengths says that the prompt of row {request + 1} has {length} tokens, but {computed}"
+                    " were computed: generated tokens were steered as if they belonged to the prompt"
                 )
 
     # ---- before the decoder's forward --------------------------------------------------------------------
@@ -224,7 +224,7 @@ class Session:
         if not begins and self._reached is not None and forward_pass.past > self._reached:
             raise TrimtabError(
                 f"columns {self._reached} to {forward_pass.past - 1} were computed by passes that trimtab didn't see,"
-                " so they weren't steered; something runs the model past its hooks"
+                " so they weren't steered; something bypasses the model's hooks"
             )
         if forward_pass.length > 1 or begins:
             unseen = self._outer_mask if self._outer_seen else arguments.get("attention_mask")
@@ -295,7 +295,7 @@ class Session:
         segments = self.plan.segments
         if forward_pass.rows % len(segments) or forward_pass.rows != len(self._pads):
             raise TrimtabError(
-                f"the model runs {forward_pass.rows} rows for {len(segments)} requests; give one steering a request"
+                f"the model runs {forward_pass.rows} rows for {len(segments)} requests; give one steering per request"
             )
         texts, ids = self._texts, forward_pass.ids if forward_pass.ids is not None else self._outer_ids
         states = (
@@ -550,8 +550,8 @@ class Session:
             self._called[number] += 1
         elif self._pass is None and not torch.is_grad_enabled():  # with gradients: a checkpointed block may run again
             raise TrimtabError(
-                f"the part of the model at {site} ran outside of a pass of the decoder: something runs the model past"
-                " trimtab's hooks (a captured graph, a replaced forward)"
+                f"the part of the model at {site} ran outside of a pass of the decoder: something bypasses trimtab's"
+                " hooks (a captured graph, a replaced forward)"
             )
         return self.edit(site, activations)
 

@@ -66,7 +66,7 @@ def teacher_forced(
     scores = [score_edits(row_edits) for row_edits in edits]
     lengths = [len(text.prompt) for text in texts]
     if any(scores) and len({(len(text.prompt), len(text.answer)) for text in texts}) > 1:
-        raise TrimtabError("texts whose attention scores are steered are read in batches of one length")
+        raise TrimtabError("texts with steered attention scores must all have the same length within a batch")
     sites = sorted({edit.site for row_edits in residual for edit in row_edits})
     device = input_device(model)
     whole = [(*text.prompt, *text.answer) for text in texts]

@@ -92,7 +92,7 @@ def check_rejection(edits: Sequence[Edit], prompt_length: int) -> None:
         spans = edit.positions.reach(prompt_length)
         if not any(stop is None or stop >= prompt_length for _, stop in spans):
             raise UnsupportedError(
-                f"rejection steers the token that is being decoded, and {edit} acts on the prompt alone"
+                f"rejection steers the token that is being decoded, but {edit} acts only on the prompt"
             )
 
 

@@ -60,8 +60,8 @@ def embedding_rows(model: Any, chosen: Callable[[int], list[int]]) -> tuple[tupl
         weight = getattr(module, "weight", None)
         if weight is None or weight.is_meta:
             raise UnsupportedError(
-                f"the embeddings of this {type(model).__name__} have no numbers (a model on the meta device), and"
-                " trimtab knows a model by them; load its weights first"
+                f"the embeddings of this {type(model).__name__} have no values (a model on the meta device), and"
+                " trimtab identifies a model by them; load its weights first"
             )
         return tuple(weight.shape), weight.detach()[chosen(weight.shape[0])]
 

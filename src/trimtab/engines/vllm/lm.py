@@ -231,7 +231,7 @@ class VllmLM(LanguageModel):
             steps = output.prompt_logprobs[len(context) :]
             total = math.fsum(-float(step[token].logprob) for step, token in zip(steps, answer, strict=True))
             if math.isnan(total):
-                raise TrimtabError(f"{self.name} gives logits that are not numbers; load it in float32 or bfloat16")
+                raise TrimtabError(f"{self.name} produces NaN logits; load it in float32 or bfloat16")
             nlls.append(total / len(answer))
         return nlls
 
