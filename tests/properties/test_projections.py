@@ -187,6 +187,7 @@ class TestWhatCannotBeMadeTrue:
         ids=["another target", "opposed", "ablated", "one-sided", "nearly parallel"],
     )
     def test_two_ends_of_one_direction(self, lm: LM, other: object) -> None:
+        lm.generate(PROMPTS[0], at(2, THREE[0]), max_new_tokens=1)  # the first call also probes how the model runs
         ran = []
         handle = lm.layout.blocks[0].register_forward_hook(lambda *_: ran.append(1))
         try:
