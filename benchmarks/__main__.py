@@ -35,14 +35,14 @@ app.command()(results)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
 Check = Annotated[bool, typer.Option("--check", help="Exit with status 1 when a target is missed.")]
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as it stands in RESULTS.md.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds that count.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table in the format of RESULTS.md.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measured interleaved rounds.")]
 
 
 @app.command()
 def static(
     rounds: Rounds = 15,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 32,
     only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     json_file: Json = None,
     check: Check = False,
@@ -67,7 +67,7 @@ def extract(
     rounds: Rounds = 3,
     pairs: Annotated[int, typer.Option(min=1, help="Contrastive pairs.")] = 300,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory on 10 times the pairs, too.")] = True,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory on 10 times the pairs.")] = True,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -85,8 +85,8 @@ def extract(
 @app.command()
 def instruct(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to search on.")] = 8,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 32,
-    layers: Annotated[int | None, typer.Option(min=1, help="Let the reference search so many layers only.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per answer.")] = 32,
+    layers: Annotated[int | None, typer.Option(min=1, help="Let the reference search only this many layers.")] = None,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -101,15 +101,15 @@ def instruct(
 def distill(
     model: Annotated[str | None, typer.Option(help="A Hub id, a folder or a GGUF file.")] = None,
     names: Annotated[
-        str, typer.Option("--instructions", help="Which of the package's.")
+        str, typer.Option("--instructions", help="Which of the built-in instructions, separated by commas.")
     ] = "json,title,bullets,sentence",
-    seeds: Annotated[int, typer.Option(min=1, help="Learn each so often.")] = 2,
-    fits: Annotated[str, typer.Option(help="gradient, closed, both; the first one has controls.")] = "gradient,closed",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per instruction, with different seeds.")] = 2,
+    fits: Annotated[str, typer.Option(help="gradient, closed, both; the first has controls.")] = "gradient,closed",
     lora: Annotated[bool, typer.Option(help="Train a LoRA on the same answers, too.")] = True,
-    folder: Annotated[Path, typer.Option(help="Where steerings are kept, and taken from.")] = Path("distilled"),
-    limit: Annotated[int | None, typer.Option(min=1, help="Answer so many of the test queries only.")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Of a descent alone: rows that read activations.")] = None,
-    dtype: Annotated[str, typer.Option(help="The model's numbers: float32, bfloat16.")] = "float32",
+    folder: Annotated[Path, typer.Option(help="Where steerings are stored and reused.")] = Path("distilled"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this number of test queries.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Gradient descent only: the rank of the map.")] = None,
+    dtype: Annotated[str, typer.Option(help="The model's dtype: float32 or bfloat16.")] = "float32",
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -125,9 +125,9 @@ def distill(
 
 @app.command()
 def doses(
-    prompts: Annotated[int, typer.Option(min=2, help="Queries that each steering answers.")] = 8,
-    tokens: Annotated[int, typer.Option(min=8, help="New tokens an answer.")] = 32,
-    layers: Annotated[str, typer.Option(help="Over how many layers, around the middle.")] = "1,3,6,30",
+    prompts: Annotated[int, typer.Option(min=2, help="Queries per steering.")] = 8,
+    tokens: Annotated[int, typer.Option(min=8, help="New tokens per answer.")] = 32,
+    layers: Annotated[str, typer.Option(help="Numbers of layers to steer, around the middle.")] = "1,3,6,30",
     only: Annotated[str, typer.Option(help="Only steerings whose name contains this.")] = "",
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
@@ -143,15 +143,16 @@ def doses(
 
 @app.command()
 def following(
-    folder: Annotated[Path, typer.Option(help="Where answers and choices are kept; a second start goes on there.")],
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
-    mode: Annotated[str, typer.Option(help="with or without the instruction in the prompt.")] = "with",
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
-    tune_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer of the search.")] = 48,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many test prompts.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="A type not to search for, and so not to steer.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where answers and choices are stored; a second run resumes there.")],
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
+    mode: Annotated[str, typer.Option(help="'with' or 'without' the instruction in the prompt.")] = "with",
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per test answer.")] = 128,
+    tune_tokens: Annotated[int, typer.Option(min=1, help="New tokens per answer in the search.")] = 48,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this number of test prompts.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="A type to neither search for nor steer; repeatable.")] = None,
     nats: Annotated[
-        float | None, typer.Option(help="Search nothing: steer each type so many nats from the unsteered model.")
+        float | None,
+        typer.Option(help="No search: steer each type to this divergence (nats) from the unsteered model."),
     ] = None,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
@@ -163,7 +164,7 @@ def following(
 
     file = data / DATASET
     if mode not in ("with", "without"):
-        raise typer.BadParameter(f"{mode!r} is neither with nor without", param_hint="--mode")
+        raise typer.BadParameter(f"{mode!r} is neither 'with' nor 'without'", param_hint="--mode")
     if not file.is_file():
         Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
         return
@@ -173,20 +174,18 @@ def following(
 
 @app.command("following-distilled")
 def following_distilled(
-    folder: Annotated[Path, typer.Option(help="Where steerings and answers are kept; a second start goes on there.")],
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
-    mode: Annotated[str, typer.Option(help="with or without the instruction in the prompt.")] = "without",
+    folder: Annotated[Path, typer.Option(help="Where steerings and answers are stored; a second run resumes there.")],
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
+    mode: Annotated[str, typer.Option(help="'with' or 'without' the instruction in the prompt.")] = "without",
     fit: Annotated[str, typer.Option(help="gradient, closed or both.")] = "gradient",
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
-    learn_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer that is learned from.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per test answer.")] = 128,
+    learn_tokens: Annotated[int, typer.Option(min=1, help="New tokens per answer that is learned from.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 16,
-    rank: Annotated[int | None, typer.Option(min=0, help="Rows that read activations; 0: a vector.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="The rank of the map; 0: a vector.")] = None,
     rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 0.005,
-    one_for_all: Annotated[
-        bool, typer.Option("--one", help="With the instruction: one steering for all types.")
-    ] = False,
+    one_for_all: Annotated[bool, typer.Option("--one", help="With --mode with: one steering for all types.")] = False,
     dtype: Annotated[str, typer.Option(help="The model's dtype.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of what is drawn in learning; take a folder for each.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed for learning; use a separate folder for each.")] = 0,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -199,9 +198,9 @@ def following_distilled(
 
     file = data / DATASET
     if mode not in ("with", "without"):
-        raise typer.BadParameter(f"{mode!r} is neither with nor without", param_hint="--mode")
+        raise typer.BadParameter(f"{mode!r} is neither 'with' nor 'without'", param_hint="--mode")
     if one_for_all and mode != "with":
-        raise typer.BadParameter("one steering for all types heeds the prompt: give --mode with", param_hint="--one")
+        raise typer.BadParameter("one steering for all types follows the prompt: give --mode with", param_hint="--one")
     if not file.is_file():
         Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
         return
@@ -227,11 +226,11 @@ def following_distilled(
 
 @app.command()
 def traits(
-    folder: Annotated[Path, typer.Option(help="Where what was made is kept; a second start goes on there.")],
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
-    names: Annotated[str | None, typer.Option(help="Traits, with commas between; without it, twenty.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where results are stored; a second run resumes there.")],
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
+    names: Annotated[str | None, typer.Option(help="Traits, separated by commas; default: twenty of them.")] = None,
     dtype: Annotated[str, typer.Option(help="The model's dtype.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of answers' order and random directions.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed for the order of answers and for random directions.")] = 0,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -244,20 +243,20 @@ def traits(
 
 @app.command()
 def words(
-    folder: Annotated[Path, typer.Option(help="Where answers and choices are kept; a second start goes on there.")],
+    folder: Annotated[Path, typer.Option(help="Where answers and choices are stored; a second run resumes there.")],
     task: Annotated[str, typer.Option(help="include, exclude, length, or both (a letter case and a word left out).")],
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
-    mode: Annotated[str, typer.Option(help="with or without the instruction in the prompt.")] = "with",
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
-    tune_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer of the search.")] = 48,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many test prompts.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
+    mode: Annotated[str, typer.Option(help="'with' or 'without' the instruction in the prompt.")] = "with",
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per test answer.")] = 128,
+    tune_tokens: Annotated[int, typer.Option(min=1, help="New tokens per answer in the search.")] = 48,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this number of test prompts.")] = None,
     learner: Annotated[
-        str, typer.Option(help="tune (a mean difference), or without a search: distill, or logit, a word's own.")
+        str, typer.Option(help="tune (a mean difference), or without a search: distill, or logit (the word's own).")
     ] = "tune",
     fit: Annotated[str, typer.Option(help="With --learner distill: gradient, closed or both.")] = "gradient",
-    from_queries: Annotated[int, typer.Option(min=8, help="With --learner distill: of so many queries.")] = 104,
-    learn_tokens: Annotated[int, typer.Option(min=1, help="Likewise: new tokens an answer learned from.")] = 64,
-    dtype: Annotated[str, typer.Option(help="With a learner: the model's dtype.")] = "float32",
+    from_queries: Annotated[int, typer.Option(min=8, help="With --learner distill: queries to learn from.")] = 104,
+    learn_tokens: Annotated[int, typer.Option(min=1, help="With --learner distill: new tokens per answer.")] = 64,
+    dtype: Annotated[str, typer.Option(help="With --learner distill or logit: the model's dtype.")] = "float32",
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -270,13 +269,13 @@ def words(
     from benchmarks.words_learned import run as with_learned
 
     if mode not in ("with", "without"):
-        raise typer.BadParameter(f"{mode!r} is neither with nor without", param_hint="--mode")
+        raise typer.BadParameter(f"{mode!r} is neither 'with' nor 'without'", param_hint="--mode")
     if learner not in ("tune", *LEARNERS):
-        raise typer.BadParameter(f"{learner!r} is none of tune, {', '.join(LEARNERS)}", param_hint="--learner")
+        raise typer.BadParameter(f"{learner!r} isn't one of tune, {', '.join(LEARNERS)}", param_hint="--learner")
     if (learner != "tune" and task == "both") or (learner, task) == ("logit", "length"):
         raise typer.BadParameter(f"{learner} has no task {task}", param_hint="--task")
     if task not in (*WORDS, "length", "both"):
-        raise typer.BadParameter(f"{task!r} is none of include, exclude, length and both", param_hint="--task")
+        raise typer.BadParameter(f"{task!r} isn't one of include, exclude, length and both", param_hint="--task")
     if task != "length" and not (data / "ifeval").is_dir():
         Console(stderr=True).print(f"skipped: there is no {data / 'ifeval'}; name the folder of data sets with --data")
         return
@@ -294,7 +293,7 @@ def words(
 
 @app.command("demo-settings")
 def demo_settings(
-    limit: Annotated[int | None, typer.Option(min=8, help="Only so many queries to search and confirm on.")] = None,
+    limit: Annotated[int | None, typer.Option(min=8, help="The number of queries to search and confirm on.")] = None,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -307,15 +306,15 @@ def demo_settings(
 
 @app.command()
 def directer(
-    rounds: Annotated[int, typer.Option(min=1, help="Prompts (or batches of them) that count.")] = 24,
-    tokens: Annotated[int, typer.Option(min=2, help="New tokens a request.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured prompts (or batches of them).")] = 24,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens per request.")] = 64,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable. 1 and 8 unless given.")] = None,
-    naive_rounds: Annotated[int, typer.Option(min=0, help="Prompts that the naive form is run on.")] = 4,
+    naive_rounds: Annotated[int, typer.Option(min=0, help="Prompts for the naive form.")] = 4,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
-    bench: Annotated[bool, typer.Option(help="Run on the bench model, too, where it can be built.")] = True,
+    bench: Annotated[bool, typer.Option(help="Also run on the bench model, if it can be built.")] = True,
     default: Annotated[bool, typer.Option(help="Run on the default model.")] = True,
     schedule: Annotated[
-        list[str] | None, typer.Option(help="Only this schedule beside unsteered and the naive form; repeatable.")
+        list[str] | None, typer.Option(help="Only this schedule, besides unsteered and the naive form; repeatable.")
     ] = None,
     json_file: Json = None,
     check: Check = False,
@@ -325,13 +324,13 @@ def directer(
     from benchmarks.directer import PROMPTS, SCHEDULES, bench_model, run
 
     if unknown := sorted(set(schedule or ()) - set(SCHEDULES)):
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(SCHEDULES)}", param_hint="--schedule")
+        raise typer.BadParameter(f"{unknown[0]!r} isn't one of {', '.join(SCHEDULES)}", param_hint="--schedule")
     if not (data / PROMPTS).is_file():
         Console(stderr=True).print(f"skipped: there is no {data / PROMPTS}; name the folder of data sets with --data")
         return
     other = bench_model(data.parent / "tools" / "fetch_bench_model.sh") if bench else ""
     if bench and not other:
-        Console(stderr=True).print("the bench model can't be built here; running on the default model alone")
+        Console(stderr=True).print("the bench model can't be built here; running only on the default model")
     results = run(data, rounds, tokens, batch or [1, 8], naive_rounds, other, default, schedule or SCHEDULES)
     finish(results, json_file, check, as_markdown)
 
@@ -340,7 +339,7 @@ def directer(
 def evaluate(
     rounds: Rounds = 3,
     items: Annotated[int, typer.Option(min=1, help="Questions.")] = 20,
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -357,23 +356,25 @@ def evaluate(
 
 @app.command()
 def behaviours(
-    folder: Annotated[Path, typer.Option(help="Where all is kept and drawn; a second start goes on there.")],
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="Only so many test questions a behaviour.")] = None,
-    pairs: Annotated[int, typer.Option(min=2, help="Pairs to learn a behaviour from.")] = 100,
+    folder: Annotated[Path, typer.Option(help="Where results and figures are stored; a second run resumes there.")],
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Maximum number of test questions per behaviour.")] = None,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs to learn from, per behaviour.")] = 100,
     held_out: Annotated[int, typer.Option(min=2, help="Other pairs, to choose the layer on.")] = 24,
     seeds: Annotated[int, typer.Option(min=1, help="Random directions.")] = 3,
-    questions: Annotated[int, typer.Option(min=2, help="Questions of MMLU.")] = 57,
+    questions: Annotated[int, typer.Option(min=2, help="Questions from MMLU.")] = 57,
     dose: Annotated[
         float | None,
-        typer.Option(min=0.0, help="What share of the activation strength 1 pushes by; else the vectors' own length."),
+        typer.Option(
+            min=0.0, help="The dose of strength 1, a share of the activation's norm; default: the vectors' own norms."
+        ),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this behaviour; repeatable.")] = None,
     learner: Annotated[str, typer.Option(help="caa, or bipo: trained at every third block.")] = "caa",
     both_orders: Annotated[
-        bool, typer.Option("--both-orders", help="Learn from and ask each question with its answers exchanged, too.")
+        bool, typer.Option("--both-orders", help="Use each question with its answers swapped, too.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="The model's numbers: float32, bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="The model's dtype: float32 or bfloat16.")] = "float32",
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -410,12 +411,12 @@ def behaviours(
 
 @app.command()
 def emphasis(
-    folder: Annotated[Path, typer.Option(help="Where answers are kept; a second start goes on there.")],
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts, evenly spread.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 96,
+    folder: Annotated[Path, typer.Option(help="Where answers are stored; a second run resumes there.")],
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts, evenly spaced.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per answer.")] = 96,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
-    seka: Annotated[bool, typer.Option("--seka", help="SEKA as well, which is learned first.")] = False,
+    seka: Annotated[bool, typer.Option("--seka", help="Also measure SEKA, which is learned first.")] = False,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -434,13 +435,13 @@ def emphasis(
 
 @app.command()
 def methods(
-    rounds: Annotated[int, typer.Option(min=0, help="Interleaved rounds that count; 0: memory alone.")] = 5,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 32,
+    rounds: Annotated[int, typer.Option(min=0, help="Measured interleaved rounds; 0: measure only memory.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 32,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Batch sizes; repeatable. 1 and 16 unless given.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this method (or: gate, scores); repeatable.")] = None,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, too, each case in a process of its own.")] = True,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory, each case in a separate process.")] = True,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -453,13 +454,13 @@ def methods(
 
 @app.command()
 def safety(
-    folder: Annotated[Path, typer.Option(help="Where answers are kept; a second start goes on there.")],
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="So many test requests of AdvBench.")] = 100,
-    jailbreaks: Annotated[int, typer.Option(min=0, help="So many of JailbreakBench.")] = 50,
-    safe: Annotated[int, typer.Option(min=1, help="So many of XSTest's safe prompts.")] = 250,
-    questions: Annotated[int, typer.Option(min=1, help="Questions of MMLU.")] = 114,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 24,
+    folder: Annotated[Path, typer.Option(help="Where answers are stored; a second run resumes there.")],
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Test requests from AdvBench.")] = 100,
+    jailbreaks: Annotated[int, typer.Option(min=0, help="Test requests from JailbreakBench.")] = 50,
+    safe: Annotated[int, typer.Option(min=1, help="Safe prompts from XSTest.")] = 250,
+    questions: Annotated[int, typer.Option(min=1, help="Questions from MMLU.")] = 114,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per answer.")] = 24,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -478,12 +479,12 @@ def safety(
 
 @app.command()
 def sadi(
-    folder: Annotated[Path, typer.Option(help="Where all is kept; a second start goes on there.")],
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where results are stored; a second run resumes there.")],
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Only this task; repeatable.")] = None,
-    pairs: Annotated[int, typer.Option(min=2, help="Pairs to learn a task from.")] = 96,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs to learn from, per task.")] = 96,
     held_out: Annotated[int, typer.Option(min=2, help="Other questions, to choose settings on.")] = 32,
-    limit: Annotated[int, typer.Option(min=2, help="Test questions a task.")] = 100,
+    limit: Annotated[int, typer.Option(min=2, help="Test questions per task.")] = 100,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -494,7 +495,7 @@ def sadi(
 
     tasks = task or list(TASKS)
     if unknown := [each for each in tasks if each not in TASKS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(TASKS)}", param_hint="--task")
+        raise typer.BadParameter(f"{unknown[0]!r} isn't one of {', '.join(TASKS)}", param_hint="--task")
     if files := missing(data, tasks):
         Console(stderr=True).print(f"skipped: there is no {data / files[0]}; name the folder of data sets with --data")
         return
@@ -503,13 +504,13 @@ def sadi(
 
 @app.command()
 def dialogues(
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Dialogues.")] = 4,
-    turns: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 10,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 24,
+    turns: Annotated[int, typer.Option(min=1, help="Turns per dialogue.")] = 10,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per answer.")] = 24,
     nats: Annotated[float, typer.Option(help="The divergence of every arm, 95th percentile, in nats.")] = 1.0,
-    layer: Annotated[int | None, typer.Option(help="Where to steer; without it, in the middle.")] = None,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds of what a token costs; 0 leaves that out.")] = 5,
+    layer: Annotated[int | None, typer.Option(help="The layer to steer; default: the middle one.")] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds for the cost per token; 0 skips it.")] = 5,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -534,7 +535,7 @@ def peak_methods(
 @app.command()
 def llamacpp(
     rounds: Rounds = 8,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 64,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -548,11 +549,11 @@ def llamacpp(
 @app.command("vllm")
 def vllm_engine(
     rounds: Rounds = 5,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 128,
     batch: Annotated[
         list[int] | None, typer.Option(help="Batch sizes; repeatable. 1, 32 and 128 unless given.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
     dummy: Annotated[bool, typer.Option("--dummy", help="Random weights of the model's shape.")] = False,
     options: Annotated[str, typer.Option(help="vLLM's engine arguments, as a JSON object.")] = "{}",
     json_file: Json = None,
@@ -598,14 +599,14 @@ def peak_extract(file: Annotated[Path, typer.Option()], pairs: Annotated[int, ty
 @app.command()
 def serve(
     rounds: Rounds = 3,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 48,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per answer.")] = 48,
     clients: Annotated[
-        list[int] | None, typer.Option(help="Clients at once; repeatable.", show_default="1, 8, 32")
+        list[int] | None, typer.Option(help="Number of concurrent clients; repeatable.", show_default="1, 8, 32")
     ] = None,
     decoding: Annotated[
-        str, typer.Option(help="Which of greedy, sampled and logprobs, with commas between.")
+        str, typer.Option(help="Among greedy, sampled and logprobs, separated by commas.")
     ] = "greedy,sampled,logprobs",
-    peer: Annotated[bool, typer.Option(help="Measure `transformers serve` beside it, where it decodes so.")] = True,
+    peer: Annotated[bool, typer.Option(help="Also measure `transformers serve` if it supports the decoding.")] = True,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -615,7 +616,7 @@ def serve(
 
     decodings = decoding.split(",")
     if unknown := [name for name in decodings if name not in DECODINGS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(DECODINGS)}", param_hint="--decoding")
+        raise typer.BadParameter(f"{unknown[0]!r} isn't one of {', '.join(DECODINGS)}", param_hint="--decoding")
     finish(run(rounds, tokens, clients or CLIENTS, decodings, peer=peer), json_file, check, as_markdown)
 
 
@@ -623,7 +624,7 @@ def serve(
 def gaps(
     tokens: Annotated[int, typer.Option(min=512, help="Length of the long prompts.")] = 4000,
     rounds: Annotated[int, typer.Option(min=1, help="Long prompts.")] = 3,
-    model: Annotated[str | None, typer.Option(help="A folder; without it, the default model's.")] = None,
+    model: Annotated[str | None, typer.Option(help="A folder; default: the default model's.")] = None,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -636,9 +637,9 @@ def gaps(
 
 @app.command()
 def soak(
-    minutes: Annotated[float, typer.Option(min=0.05, help="How long.")] = 15.0,
-    tokens: Annotated[int, typer.Option(min=48, help="Tokens of an answer, at most.")] = 64,
-    model: Annotated[str | None, typer.Option(help="A folder; without it, the default model's.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.05, help="Duration in minutes.")] = 15.0,
+    tokens: Annotated[int, typer.Option(min=48, help="Maximum number of tokens per answer.")] = 64,
+    model: Annotated[str | None, typer.Option(help="A folder; default: the default model's.")] = None,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,

@@ -111,7 +111,7 @@ def strength_of(far: Callable[[float], float], nats: float) -> float:
     while far(high) < nats:
         high *= 2
         if high > 1024:
-            raise ValueError(f"{nats} nats can't be had")
+            raise ValueError(f"{nats} nats can't be reached")
     low = high / 2
     for _ in range(6):
         middle = (low + high) / 2

@@ -93,7 +93,7 @@ def arms_of(lm: LM, data: Path, questions: Sequence[str], spreads: Sequence[int]
             warnings.simplefilter("ignore", PairsWarning)
             learned.append(("caa, refusal", learn_caa(lm, read_pairs(data / CAA)[:PAIRS], every), questions))
     else:
-        print(f"there is no {data / CAA}: without CAA's vectors")
+        print(f"there is no {data / CAA}; leaving out CAA's vectors")
     arms = []
     for name, steering, contexts in learned:
         for layers in spreads:

@@ -64,7 +64,7 @@ def run(file: Path, pairs: int, rounds: int, *, memory: bool = True) -> Report:
     """All results, on the first `pairs` pairs of a file of CAA's multiple-choice records."""
     listed = read_pairs(file)
     if len(listed) < pairs:
-        raise SystemExit(f"{file} has {len(listed)} pairs, {pairs} are asked for")
+        raise SystemExit(f"{file} has {len(listed)} pairs, but {pairs} were requested")
     measured = _memory(file, pairs) if memory else []
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         workers = {name: stack.enter_context(w) for name, w in _workers(file, listed[:pairs], Path(scratch)).items()}

@@ -97,7 +97,7 @@ def _gaps_beside(url: str, prompt: list[int]) -> list[float]:
     started = time.perf_counter()
     _drain(url, prompt, 1)
     if not listener.is_alive():
-        raise RuntimeError(f"the stream ended after {len(times)} tokens, before the prompt was read")
+        raise RuntimeError(f"the stream ended after {len(times)} tokens, before the prompt was prefilled")
     read.set()
     listener.join(PATIENCE)
     before = [moment for moment in times if moment < started][-1:]

@@ -74,7 +74,7 @@ class Result:
         result = cls(data["case"], data["metric"], data["value"], data["unit"], data["low"], data["high"], target)
         if result.holds is not data["holds"]:
             raise ValueError(
-                f"{result.case}, {result.metric}: 'holds' is {data['holds']}, and the value says otherwise"
+                f"{result.case}, {result.metric}: 'holds' is {data['holds']}, but the value says otherwise"
             )
         return result
 

@@ -36,21 +36,23 @@ MISSES = 2
 
 def results(
     add: Annotated[
-        list[Path] | None, typer.Option("--add", help="Take this report, as --json wrote it; repeatable.")
+        list[Path] | None, typer.Option("--add", help="Add this report, written by --json; repeatable.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="With --add: what to call it, if not as its benchmark.")] = None,
-    date: Annotated[str | None, typer.Option(help="With --add: when it ran, if the report doesn't say.")] = None,
+    name: Annotated[str | None, typer.Option(help="With --add: its name; default: the name of its benchmark.")] = None,
+    date: Annotated[str | None, typer.Option(help="With --add: the date of the run, if the report has none.")] = None,
     command: Annotated[
-        list[str] | None, typer.Option(help="With --add: how it ran, if the report doesn't say; repeatable.")
+        list[str] | None, typer.Option(help="With --add: the command of the run, if the report has none; repeatable.")
     ] = None,
     note: Annotated[str | None, typer.Option(help="With --add: what else ran on the machine.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit with 1 if RESULTS.md isn't that.")
+        bool, typer.Option("--check", help="Write nothing; exit with status 1 if RESULTS.md is out of date.")
     ] = False,
 ) -> None:
     """Write the tables of RESULTS.md from the reports in benchmarks/results, and take new ones."""
     if add and (check or (name is not None and len(add) > 1)):
-        raise typer.BadParameter("--check takes no reports, and --name one", param_hint="--add")
+        raise typer.BadParameter(
+            "--check can't be used with --add, and --name only with one report", param_hint="--add"
+        )
     before = PAGE.read_text(encoding="utf-8")
     page = before
     try:
@@ -67,7 +69,7 @@ def results(
         changes = list(difflib.unified_diff(before.splitlines(), page.splitlines(), "RESULTS.md", "the reports", n=0))
         if changes:
             print("\n".join(changes[:40]), file=sys.stderr)
-            print("RESULTS.md isn't what the reports give: run python -m benchmarks results", file=sys.stderr)
+            print("RESULTS.md doesn't match the reports: run python -m benchmarks results", file=sys.stderr)
             raise typer.Exit(1)
         return
     PAGE.write_text(page, encoding="utf-8")

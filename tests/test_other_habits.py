@@ -323,5 +323,5 @@ def test_a_system_prompt_that_the_template_leaves_out_is_an_error(lm: LM) -> Non
     )
     chat = LM(lm.model, tokenizer)
     assert chat.encode("w5 w6") == [5, 6]
-    with pytest.raises(TrimtabError, match="leaves system prompts out"):
+    with pytest.raises(TrimtabError, match="drops system prompts"):
         chat.encode("w5 w6", system="w7")

@@ -123,7 +123,7 @@ def test_methods_that_cannot_act_are_listed_with_the_reason(done):
     assert "pairs of answers" in task.left_out["bipo"]
     assert "two texts" in task.left_out["actadd"]
     assert "all prompts are of one kind" in task.left_out["safety"]
-    assert "directed at nothing" in task.left_out["tda"]
+    assert "isn't directed at any behaviour" in task.left_out["tda"]
     assert task.left_out["broken"] == "it couldn't be learned: it can't learn this"
     assert task.left_out["foreign"] == "it couldn't be learned: RuntimeError: a fault of theirs (theirs 1.0)"
 
@@ -188,7 +188,7 @@ def test_answers_may_come_from_another_engine(lm, done, tmp_path):
     assert json.loads(there["run.json"])["answers"]["engine"] == "elsewhere"
     with pytest.raises(TrimtabError, match="answers differ"):
         bench(lm, planned(rows), tmp_path)
-    with pytest.raises(TrimtabError, match="isn't the same model: its weights is"):
+    with pytest.raises(TrimtabError, match="isn't the one that methods are learned on: weights"):
         bench(lm, planned(rows), tmp_path / "other", answering=Elsewhere(tiny("llama", 5).model, lm.tokenizer))
 
 

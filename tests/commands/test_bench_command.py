@@ -93,7 +93,7 @@ def test_learn_says_whether_it_is_likely_to_steer(cpu, tmp_path):
     assert "forecast" not in quiet.json
     assert "forecast" not in cpu("learn caa", "--pairs", file, "--out", tmp_path / "d.safetensors").out
     few = cpu("learn caa --forecast", "--pairs", _first(file, 4, tmp_path), "--out", tmp_path / "e.safetensors")
-    assert "forecast: can't say (of 4 pairs nothing can be foretold" in few.out
+    assert "forecast: can't say (4 pairs are too few for a forecast" in few.out
 
 
 def _first(file, count, folder):

@@ -165,7 +165,7 @@ def test_bad_input(trimtab, judging, served, tmp_path, monkeypatch):
     rows.write_text(json.dumps({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}))
     refused(trimtab(*judging, "--prompts", rows, "--system-prompt", "z"), "system message already")
     monkeypatch.setenv(URL, "localhost:8000")
-    refused(trimtab(*judging), "'localhost:8000' isn't the address")
+    refused(trimtab(*judging), "'localhost:8000' isn't the URL")
     monkeypatch.delenv(URL)
     refused(trimtab(*judging), f"set {URL}", "--local")
     assert not served.requests

@@ -124,7 +124,7 @@ def test_examples(tmp_path: Path) -> None:
     path.write_text('prompt,answer\n"What is 1?",one\n"What is 2?",two\n')
     assert read_examples(path) == [("What is 1?", "one"), ("What is 2?", "two")]
     for text, words in (
-        ("prompt,answer\nWhat?,\n", ":2: an example has prompt and answer"),
+        ("prompt,answer\nWhat?,\n", ":2: an example needs a prompt and an answer"),
         ("prompt,answer\n", "no ex"),
     ):
         path.write_text(text)

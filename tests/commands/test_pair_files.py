@@ -57,7 +57,7 @@ def test_every_command_that_reads_pairs(
         return str(ran.err)
 
     assert "its keys are q, good, bad, note" in said()
-    assert "nothing is read of 'note'" in said(*SAID)
+    assert "'note' would be ignored" in said(*SAID)
     assert "no column 'other'" in said("--keys", "prompt=q,positive=good,negative=other", "--ignore", "note")
     monkeypatch.setattr("trimtab.commands.model.load_model", _stop)
     if command == "eval ab":

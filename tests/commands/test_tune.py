@@ -95,7 +95,7 @@ def test_two_held_out_prompts_are_too_few_whatever_works(cpu, pairs, differs, tm
     ran = cpu(*options, "--limit", 6, "--out", tmp_path / "s.safetensors", "--json")
     assert ran.code == 3
     (doubt,) = ran.json["warnings"]
-    assert doubt.startswith("the last word will be on 2 prompts, and even if all of them are won that can't be told")
+    assert doubt.startswith("the final test has 2 prompts, and even if all of them are won that can't be told")
     assert "can't be told from luck: 1.00 instead of 0.00 on 2 held-out prompts" in ran.json["reason"]
 
 
@@ -202,11 +202,11 @@ def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):
     ran = cpu(*options, "--out", tmp_path / "s.safetensors", "--batch-size", 5, "--budget-tokens", 4 * (5 * 2 + 10 + 1))
     assert ran.code == 0, ran.err
     assert "the budget is spent: this is the best so far" in ran.out
-    assert "warning: the budget of 84 tokens may pay for 2 of the 6 prompts of the first round" in ran.err
+    assert "warning: the budget of 84 tokens may cover only 2 of the 6 prompts of the first round" in ran.err
     assert "give 160, or try fewer layers or strengths" in ran.err
     poor = cpu(*options, "--out", tmp_path / "s.safetensors", "--budget-tokens", 8)
     assert poor.code == 2
-    assert "a budget of 8 tokens does not pay for one prompt" in poor.err
+    assert "a budget of 8 tokens doesn't cover one prompt" in poor.err
 
 
 def test_letters_are_scored_without_generating(cpu, tmp_path):

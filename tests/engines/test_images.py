@@ -176,7 +176,7 @@ def test_models_and_readings_of_text_alone_refuse_images() -> None:
     with pytest.raises(UnsupportedError, match="is a text-only model"):
         tiny("llama").generate([PROMPTS[0]])
     lm = pictured("llava")
-    with pytest.raises(TrimtabError, match="text alone is read here"):
+    with pytest.raises(TrimtabError, match="only text is supported here"):
         lm.encode(PROMPTS[0])
     lm._processor = None
     with pytest.raises(TrimtabError, match="processor=processor"):
@@ -222,7 +222,7 @@ def test_an_image_in_all_its_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("https://example.org/a.png", "nothing is fetched"),
+        ("https://example.org/a.png", "nothing is downloaded"),
         ("/no/such/file.png", "no file"),
         (encoded(image())[:60], "can't be read"),
         (b"%PDF-1.4", "can't be read"),
@@ -242,7 +242,7 @@ def test_what_is_no_image_is_refused(source: Any, said: str) -> None:
 def test_bounds() -> None:
     with pytest.raises(TrimtabError, match="bytes"):
         read_image(encoded(image()), Bounds(bytes=100))
-    with pytest.raises(TrimtabError, match="no data: URL"):
+    with pytest.raises(TrimtabError, match="isn't a data: URL"):
         read_image("one.png", Bounds(local=False))
     with pytest.raises(TrimtabError, match="1 images at most"):
         pictured("llava").encode_with_images(image_prompt(image(), image()), bounds=Bounds(images=1))

@@ -135,7 +135,7 @@ def test_system_messages_need_a_template() -> None:
         requests_of(lm, ITEMS, {"x": None}, {"x": "Be kind."})
     with pytest.raises(TrimtabError, match="twice"):
         score_ab(lm, requests_of(lm, [ITEMS[0], ITEMS[0]], {"x": None}), ITEMS)
-    with pytest.raises(TrimtabError, match="no item 'q5'"):
+    with pytest.raises(TrimtabError, match="names item 'q5', which isn't"):
         score_ab(lm, requests_of(lm, ITEMS, {"x": None}), ITEMS[:5])
     with pytest.raises(TrimtabError, match=f"width is {WIDTH + 1}"):
         scored(lm, {"x": Steering((Edit(Site(1), Add(torch.ones(WIDTH + 1))),))})
@@ -175,12 +175,12 @@ def test_two_option_sets_have_categories(tmp_path: Path) -> None:
         ("[]", "at least one"),
         ("{}", "a list of objects"),
         ("[3]", "item 1: an object with question"),
-        (json.dumps([row("yes")]), "no bracketed letter"),
+        (json.dumps([row("yes")]), "isn't a bracketed letter"),
         (json.dumps([row("(A)", "(A)")]), r"both answers are \(A\)"),
-        (json.dumps([row(" ")]), "is empty or no text"),
+        (json.dumps([row(" ")]), "is empty or not text"),
         (
             json.dumps([{**row("(A)", "(B)"), "positive_system": "Be kind."}]),
-            "'positive_system' isn't asked",
+            "'positive_system' isn't supported",
         ),
     ],
 )
@@ -200,7 +200,7 @@ def test_spread_takes_from_everywhere() -> None:
 def test_polarity() -> None:
     assert "shut down" in polarity("x/survival-instinct/test_dataset_ab.json")
     assert "agrees with the user" in polarity("sycophancy.json")
-    assert polarity("mine.json") == "matching is what mine.json names as matching"
+    assert polarity("mine.json") == "matching is as defined in mine.json"
 
 
 @data
@@ -209,7 +209,7 @@ def test_the_sets_at_hand() -> None:
     for folder in sorted(path for path in DATA.iterdir() if path.is_dir()):
         items, left_out[folder.name] = read_ab(folder / "test_dataset_ab.json", exclude=True)
         assert len(items) + len(left_out[folder.name]) == 50
-        assert "names as matching" not in polarity(folder / "test_dataset_ab.json")
+        assert "as defined in" not in polarity(folder / "test_dataset_ab.json")
         always_a = sum(item.matching == "A" for item in items) / 50
         known = {"corrigible-neutral-HHH": 0.44, "hallucination": 0.46, "sycophancy": 0.56, "refusal": 0.46}
         assert always_a == pytest.approx(known.get(folder.name, 0.64))
@@ -255,7 +255,7 @@ def test_the_second_order_exchanges_the_options_and_nothing_else() -> None:
     ["(A) yes, (B) no", "Q\n(A) one\n(A) two\n(B) three", "Q\n(A) one\n(B) two\n(B) three", "Q\n(B) one\n(A) two"],
 )
 def test_options_that_cannot_be_told_apart_are_refused_by_name(question: str) -> None:
-    with pytest.raises(TrimtabError, match="item 3: options"):
+    with pytest.raises(TrimtabError, match="item 3: to be asked in both orders"):
         in_both_orders([ABItem("3", question, "A", "B")])
 
 

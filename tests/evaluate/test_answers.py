@@ -167,7 +167,7 @@ def test_other_files_are_left_alone(tmp_path):
         with pytest.raises(TrimtabError, match=r"r\.jsonl isn't a file of records"):
             run(out)
         assert out.read_bytes() == content
-    with pytest.raises(TrimtabError, match="folder that is there"):
+    with pytest.raises(TrimtabError, match="existing, writable folder"):
         run(tmp_path / "nowhere" / "r.jsonl")
 
 
@@ -176,7 +176,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     run(out, lm)
     lines = out.read_bytes().splitlines(keepends=True)
     for damaged, where in (
-        ([*lines[:2], b"{oops\n", *lines[3:]], ":3: this is no record"),
+        ([*lines[:2], b"{oops\n", *lines[3:]], ":3: this isn't a record"),
         ([*lines[:1], lines[2], lines[1], *lines[3:]], ":2 is out of order"),
         ([*lines, lines[-1]], "16 records for 15 requests"),
     ):
@@ -192,7 +192,7 @@ def test_what_cannot_run_is_said_before_anything_runs(tmp_path, monkeypatch):
     late = Steering((Edit(Site(1), Add(direction(0)), Positions.span(50, 51)),))
     wrong = [
         ([], "no requests"),
-        ([*requests_of(), requests_of()[0]], "'q0' is twice in arm 'unsteered'"),
+        ([*requests_of(), requests_of()[0]], "'q0' occurs twice in arm 'unsteered'"),
         ([*requests_of(), ArmPrompt("a", "i", "w3 " * 130)], "128"),
         ([*requests_of(), ArmPrompt("a", "i", "w3", Steering((Edit(Site(9), Add(direction(0))),)))], "9"),
         ([*requests_of(), ArmPrompt("a", "i", "w3", late)], "50"),

@@ -56,7 +56,7 @@ def test_tables_and_lists_hold_the_same_items(tmp_path):
     assert read_ifeval(file(tmp_path / "items.json", json.dumps([COMMA]))) == [expected]
     table = 'prompt,instruction_id_list,kwargs\nName a fruit.,"[""punctuation:no_comma""]",[{}]'
     assert read_ifeval(file(tmp_path / "items.csv", table)) == [expected]
-    with pytest.raises(TrimtabError, match=r"items.jsonl:1: 'system_prompt' isn't asked"):
+    with pytest.raises(TrimtabError, match=r"items.jsonl:1: 'system_prompt' isn't supported"):
         read_ifeval(file(tmp_path / "items.jsonl", {**COMMA, "system_prompt": "Be brief."}))
 
 
@@ -201,8 +201,8 @@ BAD = {
     "not JSON": ("{oops", [":2", "not JSON"]),
     "a list": ("[]", [":2", "an object with prompt"]),
     "no prompt": ({**COMMA, "prompt": " "}, [":2", "prompt is empty"]),
-    "no kwargs": ({**COMMA, "kwargs": None}, [":2", "kwargs is a list"]),
-    "too many kwargs": ({**COMMA, "kwargs": [{}, {}]}, [":2", "as many as kwargs"]),
+    "no kwargs": ({**COMMA, "kwargs": None}, [":2", "kwargs must be a list"]),
+    "too many kwargs": ({**COMMA, "kwargs": [{}, {}]}, [":2", "as long as kwargs"]),
     "empty without": ({**COMMA, "prompt_without_instruction": ""}, [":2", "prompt_without_instruction is empty"]),
     "unknown type": ({**COMMA, "instruction_id_list": ["punctuation:none"]}, [":2", "'punctuation:none'", "no_comma"]),
     "unknown argument": ({**COMMA, "kwargs": [{"n": 2}]}, [":2", "can't take", '"n": 2']),
@@ -321,7 +321,7 @@ def test_nltk_reads_the_tables_that_were_written(no_punkt):
 
 def test_punkt_out_of_reach(no_punkt, monkeypatch):
     monkeypatch.setitem(sys.modules, "punkt.data", None)
-    words = r"counting sentences needs data of NLTK's .*pip install 'trimtab\[eval\]', or get them with `python -m nltk"
+    words = r"counting sentences needs NLTK data .*pip install 'trimtab\[eval\]', or get it with `python -m nltk"
     with pytest.raises(TrimtabError, match=words):
         punkt.ensure_punkt()
     assert not any((no_punkt / "cache").rglob("*.*"))

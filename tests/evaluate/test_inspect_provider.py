@@ -127,7 +127,7 @@ def adds() -> Any:
 
 
 def test_what_would_be_dropped_is_refused(model: Path, file: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrimtabError, match="call no tools here, and 'adds' was offered"):
+    with pytest.raises(TrimtabError, match="can't call tools here, but 'adds' was offered"):
         run_task(letters(solver=[use_tools(adds()), generate()]), str(model), log_dir=tmp_path, dtype="float32")
     with pytest.raises(TrimtabError, match="no argument 'stear'; they have steer"):
         run_task(letters(), str(model), stear=str(file), log_dir=tmp_path)

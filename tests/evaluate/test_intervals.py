@@ -65,5 +65,5 @@ def test_a_higher_level_is_wider():
     ("before", "after", "level"), [([], None, 0.95), ([], [], 0.95), ([1], [1, 0], 0.95), ([1], None, 95)]
 )
 def test_what_makes_no_sense_is_refused(before, after, level):
-    with pytest.raises(ValueError, match=r"pairs|nothing|level"):
+    with pytest.raises(ValueError, match=r"pairs|no items|level"):
         paired_bootstrap(before, after, level=level)

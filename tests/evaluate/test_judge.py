@@ -131,7 +131,7 @@ def test_garbage_is_a_failure_and_no_score(served: Served, body: bytes) -> None:
     judge = endpoint(served)
     verdicts = judge_answers(judge, RUBRIC, [("q", "a")])
     assert verdicts[0].score is None
-    assert "no chat completion" in str(verdicts[0].problem)
+    assert "isn't a chat completion" in str(verdicts[0].problem)
     assert tally(judge, verdicts).failed == 1
 
 
@@ -139,7 +139,7 @@ def test_a_reply_without_text_is_a_failure(served: Served) -> None:
     served.faults = [answers(b'{"choices": [{"message": {"content": null}}]}')]
     (verdict,) = judge_answers(endpoint(served), RUBRIC, [("q", "a")])
     assert verdict.score is None
-    assert "holds no text" in str(verdict.problem)
+    assert "has no text" in str(verdict.problem)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
@@ -275,7 +275,7 @@ def test_the_environment_names_the_endpoint(served: Served, monkeypatch: pytest.
 
 @pytest.mark.parametrize("url", ["http://[", "localhost:8000/v1", "ftp://x/v1", "http://", "http://x:port/v1", "v1"])
 def test_a_wrong_address_is_named(url: str) -> None:
-    with pytest.raises(TrimtabError, match="isn't the address"):
+    with pytest.raises(TrimtabError, match="isn't the URL"):
         judge_answers(Endpoint(url, "m"), RUBRIC, [("q", "a")])
 
 

@@ -125,7 +125,7 @@ def test_what_is_trained_of_a_pair(lm: LM) -> None:
     assert (texts.ids, texts.count) == ((10, 11), 1)
     with pytest.raises(TrimtabError, match="pairs of prompts"):
         target(lm, Pair("w7", "w8", "", "prompts"), "positive")
-    with pytest.raises(TrimtabError, match="one token"):
+    with pytest.raises(TrimtabError, match="single token"):
         target(lm, Pair("w7", "w8 w9"), "positive")
 
 
@@ -161,7 +161,7 @@ def test_an_adapter_is_kept_and_taken_again(lm: LM, tmp_path: Path) -> None:
         assert matching(tuned, pairs) == pytest.approx(first, abs=1e-7)
     with load_adapter(letters_lm(dtype=torch.float32), folder) as tuned:
         assert matching(tuned, pairs) == pytest.approx(first, abs=1e-7)
-    with pytest.raises(TrimtabError, match=r"another training \(seed differ\)"):
+    with pytest.raises(TrimtabError, match=r"another training run \(seed differ\)"):
         with finetuned(lm, pairs, lora=replace(QUICK, seed=1), folder=folder):
             raise AssertionError("it was opened")
     with pytest.raises(TrimtabError, match="side"):

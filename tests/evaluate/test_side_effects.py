@@ -170,7 +170,7 @@ def test_what_cannot_be_repaired_is_named() -> None:
     with pytest.raises(TrimtabError, match="nothing is left of the steering without r: that is all it does"):
         repaired(whole, lambda site: list(r.at(site).values()), ["r"])
     for edit, says in (
-        (Edit(Site(1), Rotate(direction(2))), "a repair is made of edits that add, set or ablate"),
+        (Edit(Site(1), Rotate(direction(2))), "only edits that add, set or ablate"),
         (Edit(Site(1), Add(direction(2), keep_norm=True)), "it keeps the norm"),
         (Edit(Site(1, "heads"), Add(direction(2))), "goes through a projection first"),
         (Edit(Site(1, "neurons"), MaskNeurons(torch.ones(48))), "goes through a projection first"),

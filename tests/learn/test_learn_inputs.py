@@ -41,19 +41,19 @@ def test_tuples_lists_and_dictionaries_are_pairs() -> None:
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        ("pairs.jsonl", r"read a file by read_pairs\('pairs.jsonl'\)"),
-        (Path("pairs.jsonl"), r"read a file by read_pairs\('pairs.jsonl'\)"),
+        ("pairs.jsonl", r"read a file with read_pairs\('pairs.jsonl'\)"),
+        (Path("pairs.jsonl"), r"read a file with read_pairs\('pairs.jsonl'\)"),
         (Pair("a", "b"), "got one Pair; put it in a list"),
         (ROWS[0], "got one dict; put it in a list"),
-        (TEXTS[0], r"pairs\[0\] is a text, 'w.*, and no pair"),
+        (TEXTS[0], r"pairs\[0\] is a text, 'w.*, not a pair"),
         (3, "got int"),
-        ([("a", "b", "c", "d")], r"pairs\[0\] is no pair; .*\(prompt, positive, negative\).* got 4 things"),
-        ([TEXTS[0], None], r"pairs\[1\] is no pair; .* got NoneType"),
+        ([("a", "b", "c", "d")], r"pairs\[0\] isn't a pair; .*\(prompt, positive, negative\).* got 4 items"),
+        ([TEXTS[0], None], r"pairs\[1\] isn't a pair; .* got NoneType"),
         ([TEXTS[0], ("a", "")], r"pairs\[1\]: 'negative' is empty"),
         ([("a", "a")], r"pairs\[0\]: both sides of the pair are the same"),
-        ([("a", 5)], r"pairs\[0\]: 'negative' is empty or no text"),
+        ([("a", 5)], r"pairs\[0\]: 'negative' is empty or not text"),
         ([TEXTS[0], ANSWERS[0]], r"pairs\[1\] is a pair of answers among pairs of texts"),
-        ([{"good": "a", "bad": "b"}], r"pairs\[0\]: no pair: its keys are good, bad"),
+        ([{"good": "a", "bad": "b"}], r"pairs\[0\]: not a pair: its keys are good, bad"),
     ],
 )
 def test_what_is_no_pair_says_why(value: Any, why: str) -> None:
@@ -64,7 +64,7 @@ def test_what_is_no_pair_says_why(value: Any, why: str) -> None:
 def test_a_table_says_how_its_rows_are_given() -> None:
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame(ROWS)
-    with pytest.raises(TrimtabError, match=r"got a DataFrame; give .to_dict\('records'\)"):
+    with pytest.raises(TrimtabError, match=r"got a DataFrame; pass its .to_dict\('records'\)"):
         as_pairs(table)
     assert as_pairs(table.to_dict("records")) == as_pairs(ANSWERS)
 

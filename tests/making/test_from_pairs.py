@@ -180,7 +180,7 @@ def test_without_a_system_prompt_it_is_measured_in_nats_beside_random_directions
     )
     assert verdict.effect > 0
     assert verdict.holds or kind == "texts"  # the answers begin with different words, which is easily learned
-    assert "no system prompt stands behind these pairs" in "\n".join(verdict.lines())
+    assert "these pairs have no system prompt" in "\n".join(verdict.lines())
     measured = made.steering.card.measured
     assert (measured["gain"], "share_of_prompt" in measured) == (pytest.approx(verdict.effect, abs=1e-4), False)
     assert made.steering.card.options["source"] == f"{COUNT} pairs"
@@ -283,7 +283,7 @@ def test_what_cant_be_used_is_named(lm: LM, rows: list[dict[str, Any]], said: st
 
 
 def test_other_positions_are_refused(lm: LM) -> None:
-    with pytest.raises(TrimtabError, match=r"from the last prompt token on, or at all tokens, not .*; move it"):
+    with pytest.raises(TrimtabError, match=r"for the last prompt token on, or for all tokens, not for .*; change its"):
         make_from_pairs(lm, pairs("answers"), positions=Positions.generated())
 
 
@@ -291,7 +291,7 @@ def test_other_positions_are_refused(lm: LM) -> None:
     ("changed", "why"),
     [
         ({}, ""),
-        ({"likelier": -0.1}, "makes the unwanted answers unlikelier, and the wanted ones no likelier"),
+        ({"likelier": -0.1}, "makes the unwanted answers less likely, but the wanted ones no more likely"),
         ({"p": 0.2}, "or from that of a random direction"),
         ({"loops": 0.9}, "90% of its answers are repetitive, and 10% unsteered"),
     ],

@@ -62,10 +62,10 @@ def test_questions_of_ones_own() -> None:
     ("call", "words"),
     [
         (lambda: idea_from_sentence(" . "), "describe in a sentence what you want"),
-        (lambda: idea_from_contrast("  "), "say whom the model is to be like"),
+        (lambda: idea_from_contrast("  "), "say who the model should be like"),
         (lambda: idea_from_contrast("a poet", " a poet."), "like and unlike are the same: 'a poet'"),
         (lambda: Idea("x", (), ("b",), QUESTIONS[:8], QUESTIONS[8:]), "'x' needs system prompts for it and against it"),
-        (lambda: Idea("x", ("a",), ("b",), QUESTIONS[:8], QUESTIONS[7:]), "is also learned from: 'Question 7"),
+        (lambda: Idea("x", ("a",), ("b",), QUESTIONS[:8], QUESTIONS[7:]), "is also one to learn from: 'Question 7"),
     ],
 )
 def test_errors(call: object, words: str) -> None:

@@ -142,7 +142,9 @@ def test_a_prompt_without_an_effect_is_nothing_to_measure_by(lm: LM, both_sides:
     """Two negative effects would give a share above 0."""
     base, by_prompt = effect(lm, None, both_sides), prompted(lm, both_sides)
     for less in (base, Effect(by_prompt.wanted, {question: base.leads[question] - 1 for question in base.leads})):
-        with pytest.raises(TrimtabError, match="the system prompts themselves don't bring the model nearer"):
+        with pytest.raises(
+            TrimtabError, match="the system prompts themselves don't make the wanted answers more likely"
+        ):
             share_of(base, less, less)
 
 
@@ -154,7 +156,7 @@ def test_what_is_not_read_is_refused(lm: LM, both_sides: Contrasts) -> None:
         effect(lm, Steering((edit, replace(edit, site=Site(2), positions=Positions.all()))), both_sides)
     with pytest.raises(TrimtabError, match="without a gate"):
         effect(lm, Steering((edit,)).when(Threshold(Site(1), direction(3, 2.0), 0.0)), both_sides)
-    with pytest.raises(TrimtabError, match="one edit a site"):
+    with pytest.raises(TrimtabError, match="one edit per site"):
         effect(lm, Steering((edit, edit)), both_sides)
 
 
@@ -233,7 +235,7 @@ def test_prompts_without_an_effect_are_noticed_before_anything_is_learned(
 ) -> None:
     stages: list[str] = []
     monkeypatch.setattr(sys.modules["trimtab.making.make"], "prompted", lambda lm, answers: effect(lm, None, answers))
-    with pytest.raises(TrimtabError, match="don't bring the model nearer"):
+    with pytest.raises(TrimtabError, match="don't make the wanted answers more likely"):
         make(lm, IDEA, tokens=TOKENS, stage=lambda what, done, total: stages.append(what) or None)
     assert list(dict.fromkeys(stages)) == ["answering for and against", "answering the test questions"]
 

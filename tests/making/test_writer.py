@@ -42,7 +42,7 @@ def test_what_cannot_be_used_is_asked_for_again() -> None:
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        ("no", "tried 3 times: it isn't a JSON object"),
+        ("no", "unusable 3 times: it isn't a JSON object"),
         ("[1]", "it isn't a JSON object"),
         (json.dumps({**WRITTEN, "questions": []}), "its 'questions' isn't a list of texts"),
         (json.dumps({**WRITTEN, "questions": ["Why?"] * 40}), "at least 8 and 4 are needed"),

@@ -116,7 +116,7 @@ def test_swapped_pairs_negate(lm: LM) -> None:
 
 
 def test_bad_input(lm: LM) -> None:
-    with pytest.raises(TrimtabError, match="no bracketed letter"):
+    with pytest.raises(TrimtabError, match="isn't a bracketed letter"):
         learn_caa(lm, [Pair("yes", "no", "is it", "letters")])
     with pytest.raises(TrimtabError, match="pairs of prompts are for the method instruct"):
         learn_caa(lm, [Pair("is it", "is", "", "prompts")])

@@ -258,7 +258,7 @@ def test_a_template_that_leaves_system_prompts_out_is_an_error_everywhere(lm: LM
         Pair("w3", "w3", "", "prompts", "w5", "w6"),
     ):
         learn = learn_instruct if pair.shape == "prompts" else learn_caa
-        with pytest.raises(TrimtabError, match="pair 1: the chat template leaves system prompts out"):
+        with pytest.raises(TrimtabError, match="pair 1: the chat template drops system prompts"):
             learn(deaf, [pair], 1)
 
 

@@ -222,7 +222,7 @@ class TestWhatCantBe:
             (Positions.thinking(), "thinking:<think>:</think>"),
             (Positions.outside_tools(), "outside_tools"),
         ):
-            with pytest.raises(TrimtabError, match=f"this model has no markers.*{words}"):
+            with pytest.raises(TrimtabError, match=f"this model has no known markers.*{words}"):
                 lm.generate(PROMPTS[0], steering(rule), max_new_tokens=4)
         (answer,) = lm.generate(PROMPTS[0], steering(Positions.answer()), max_new_tokens=4)
         (generated,) = lm.generate(PROMPTS[0], steering(Positions.generated()), max_new_tokens=4)

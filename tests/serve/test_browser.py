@@ -226,7 +226,7 @@ class TestChat:
         page.fill("#tt-pairs textarea", '{"positive": "yes"}')
         page.click("#tt-learn")
         page.wait_for_selector(".tt-error[role=alert]")
-        assert "Pairs:1: no pair" in page.inner_text(".tt-error")
+        assert "Pairs:1: not a pair" in page.inner_text(".tt-error")
 
     @pytest.mark.long
     def test_what_is_asked_while_the_last_answer_ends_is_answered(

@@ -94,8 +94,8 @@ def test_answers_are_those_of_generate(client: Any, sees: LM, tmp_path: Path) ->
 def test_what_cannot_be_read_is_refused(client: Any) -> None:
     by_system = {**body(url())["messages"][0], "role": "system"}
     for request_body, said in (
-        (body("w10", "https://example.org/a.png"), "nothing is fetched"),
-        (body("w10", "file:///etc/passwd"), "nothing is fetched"),
+        (body("w10", "https://example.org/a.png"), "nothing is downloaded"),
+        (body("w10", "file:///etc/passwd"), "nothing is downloaded"),
         (body("w10", "data:image/png;base64,AAAA"), "can't be read"),
         (body("w10", url(1), url(2), url(3)), "2 images at most"),
         ({**body(url()), "messages": [by_system]}, "only user messages"),

@@ -456,7 +456,7 @@ class TestLearning:
             ("x", "", "", "pairs is empty"),
             ("x", "prompt,positive,negative\n", "", "has no rows"),
             ("x", '{"prompt": "a"', "", "pairs:1: not JSON"),
-            ("x", f'{text}\n{{"positive": "a"}}', "", "pairs:4: no pair"),
+            ("x", f'{text}\n{{"positive": "a"}}', "", "pairs:4: not a pair"),
             ("x", "positive,negative\na\n", "", "2 columns expected"),
             ("x", text, "one", "'one' isn't a number"),
         ):

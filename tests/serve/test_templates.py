@@ -84,7 +84,7 @@ def test_keywords_of_the_template(ask: Any, tiny_lm: Any) -> None:
         (
             [USER],
             {"chat_template_kwargs": {"moods": 1}},
-            "doesn't use 'moods', so that it would change nothing; it uses mood",
+            "doesn't use 'moods', so it would have no effect; it uses mood",
         ),
         ([USER], {"chat_template_kwargs": {"tokenize": False}}, "doesn't use 'tokenize'"),
         ([USER], {"chat_template_kwargs": {"continue_final_message": True}}, "is a separate field"),

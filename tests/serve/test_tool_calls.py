@@ -352,7 +352,7 @@ def test_an_unknown_form_is_refused(client_for: Callable[[str], Any]) -> None:
     body = {"model": "trimtab", "messages": ASK, "max_tokens": 3}
     response = client_for("unknown").post(CHATS, json={**body, "tools": [BARE]})
     assert response.status_code == 400
-    assert "form that isn't known" in response.json()["error"]["message"]
+    assert "unknown format of tool calls" in response.json()["error"]["message"]
     assert client_for("unknown").post(CHATS, json={**body, "tools": [BARE], "tool_choice": "none"}).status_code == 200
 
 

@@ -89,7 +89,7 @@ def test_what_can_not_be_continued(token: Any) -> None:
         "{% if messages[-1].role != 'user' %}{{ raise_exception('users only') }}{% endif %}{{ content }}"
     )
     cases: list[tuple[Any, Any, dict[str, Any], str]] = [
-        (token, [USER], {"continue_final_message": True}, "continues a last message of the assistant's, and the last"),
+        (token, [USER], {"continue_final_message": True}, "continues the assistant's last message, but the last"),
         (token, [USER, {**BEGUN, "content": " "}], {}, "the assistant's last message is empty"),
         (loud, [USER, BEGUN], {}, "last message open"),
         (tokenizer("{{ messages[0].content }}"), [USER, BEGUN], {}, "last message open"),
@@ -105,7 +105,7 @@ def test_a_pair_whose_answer_is_begun(token: Any) -> None:
     for side, answer in zip(encode_sides(token, pair), (" two", " none"), strict=True):
         assert token.decode(side.ids).endswith(f"{HEADER}Sure! One,{answer}")
         assert token.decode(side.ids[side.start :]) == answer
-    with pytest.raises(TrimtabError, match="the prompt ends with a begun answer"):
+    with pytest.raises(TrimtabError, match="the prompt ends with an unfinished answer"):
         Pair([BEGUN], " none", [USER, BEGUN], "answers")  # type: ignore[arg-type,list-item]
 
 
@@ -156,7 +156,7 @@ def test_keywords_for_everything_that_is_rendered(token: Any) -> None:
 
 def test_keywords_among_the_options_of_generation(models_: tuple[LM, LM]) -> None:
     for name in ("enable_thinking", "continue_final_message", "chat_template_kwargs"):
-        with pytest.raises(TrimtabError, match=rf"'{name}' is no option of generation.*: template="):
+        with pytest.raises(TrimtabError, match=rf"'{name}' isn't an option of generation.*: template="):
             models_[0].generate("Hi", **{name: True})
 
 
@@ -228,7 +228,7 @@ def test_a_rendered_string_is_noticed(token: Any) -> None:
     with pytest.warns(TemplateWarning):
         encode(other, MADE)
     pair = Pair("Yes<|im_end|>", "No", "Hi", "answers")
-    with pytest.warns(TemplateWarning, match=r"the answer holds '<\|im_end\|>'.*take them out"):
+    with pytest.warns(TemplateWarning, match=r"the answer contains '<\|im_end\|>'.*remove them"):
         encode_sides(token, pair)
     picky = tokenizer(
         "{% if messages[0].role == 'user' %}{{ raise_exception('no') }}{% endif %}"

@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         '{"positive": "y", "positive": "z", "negative": "n"}',
         "p.jsonl:1: 'positive' is there twice",
     ),
-    "commas behind lines": ("p.jsonl", json.dumps(ROW) + ",\n", "one object a line, without commas"),
+    "commas behind lines": ("p.jsonl", json.dumps(ROW) + ",\n", "one object per line, without commas"),
     "comments": ("p.jsonl", "# pairs\n", "JSON has no comments"),
     "several lines": ("p.jsonl", json.dumps(ROW, indent=1), "call a file that is one JSON text .json"),
     "a comma at the end": ("p.json", f"[{json.dumps(ROW)},]", "no comma after the last item"),
@@ -139,11 +139,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         {"prompt": "Q?", "chosen": [USER, YES], "rejected": [USER, NO]},
         "leave the prompt out",
     ),
-    "tools": ("p.jsonl", {"input": {"messages": [USER], "tools": [1]}, "chosen": YES, "rejected": NO}, "'input' is no"),
+    "tools": ("p.jsonl", {"input": {"messages": [USER], "tools": [1]}, "chosen": YES, "rejected": NO}, "'input' isn't"),
     "a letter without brackets": (
         "p.jsonl",
         {"question": "Q", "answer_matching_behavior": "A", "answer_not_matching_behavior": "B"},
-        "no bracketed letter such as (A)",
+        "isn't a bracketed letter such as (A)",
     ),
     "splits": ("p.json", {"train": [ROW], "test": [ROW]}, "its lists are 'train', 'test': save one of them"),
     "an archive": ("p.zip", b"PK", "not .zip; unpack it first"),
@@ -188,10 +188,10 @@ def test_answers_of_which_each_has_a_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([ROW] * 2, "1 of 2 pairs are there already"),
-        ([ROW, ROW | {"positive": "n", "negative": "y"}], "2 of 2 pairs are there with their sides exchanged"),
-        ([ROW | {"positive": "a\\nb"}], r"1 of 1 pairs hold \\n as two characters"),
-        ([ROW | {"negative": "None"}], "1 of 1 pairs hold a text such as 'None'"),
+        ([ROW] * 2, "1 of 2 pairs are duplicates"),
+        ([ROW, ROW | {"positive": "n", "negative": "y"}], "2 of 2 pairs also occur with their sides swapped"),
+        ([ROW | {"positive": "a\\nb"}], r"1 of 1 pairs contain \\n as two characters"),
+        ([ROW | {"negative": "None"}], "1 of 1 pairs contain a text such as 'None'"),
     ],
 )
 def test_what_is_perhaps_not_meant_gets_a_warning(tmp_path: Path, rows: list[dict[str, Any]], says: str) -> None:

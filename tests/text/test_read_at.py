@@ -87,7 +87,7 @@ def test_values_check_themselves() -> None:
         with pytest.raises(TrimtabError, match=said):
             ReadAt.parse(text)
     for odd in ({"kind": "first"}, {"kind": "answer", "count": 2}, {"kind": "after"}, {"kind": "last", "marker": "x"}):
-        with pytest.raises(TrimtabError, match="a count belongs to 'first', and a marker to 'after'"):
+        with pytest.raises(TrimtabError, match="'first' needs a count, and 'after' a marker"):
             ReadAt(**odd)  # type: ignore[arg-type]
     with pytest.raises(TrimtabError, match="read at last, answer, first, after"):
         ReadAt("middle")  # type: ignore[arg-type]
@@ -245,7 +245,7 @@ def test_a_template_that_leaves_system_prompts_out_is_an_error() -> None:
         Pair("w5", "w6", "w3", "answers", positive_system="w1", negative_system="w1"),
         Pair("w5", "w6", talk, "answers"),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TrimtabError, match="the chat template leaves system prompts out"):
+        with pytest.raises(TrimtabError, match="the chat template drops system prompts"):
             encode_sides(tokenizer, pair)
     tokenizer.chat_template = None
     with pytest.raises(TrimtabError, match="a system message needs a chat template"):

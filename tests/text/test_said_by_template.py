@@ -91,6 +91,6 @@ def test_the_server_reads_by_it(tokenizer: Any, tmp_path: Path) -> None:
         reading = shape.reading()
         assert isinstance(reading, TemplateParts)
         assert shape.grammar is None
-    with pytest.raises(Refusal, match="form that isn't known"):
+    with pytest.raises(Refusal, match="unknown format of tool calls"):
         chat(tools=[BARE], tool_choice="required")
     assert chat(response_format={"type": "json_object"}).grammar is not None

@@ -11,8 +11,8 @@ from trimtab.tune.halving import Rung
 def test_so_few_prompts_that_even_winning_all_proves_nothing():
     assert 0.5**ENOUGH < 0.05 < 0.5 ** (ENOUGH - 1)  # the sign test
     assert too_few(ENOUGH) is None
-    assert too_few(4).startswith("the last word will be on 4 prompts, ")
-    assert too_few(1).startswith("the last word will be on 1 prompt, ")
+    assert too_few(4).startswith("the final test has 4 prompts, ")
+    assert too_few(1).startswith("the final test has 1 prompt, ")
 
 
 @pytest.mark.parametrize(
@@ -27,5 +27,5 @@ def test_so_few_prompts_that_even_winning_all_proves_nothing():
 )
 def test_so_few_tokens_that_the_first_round_ends_early(budget, pays):
     message = too_poor(8, [Rung(6, 4), Rung(12, 2)], 4, 10, budget)
-    assert message is None if pays is None else f"may pay for {pays} of the 6 prompts" in message
+    assert message is None if pays is None else f"may cover only {pays} of the 6 prompts" in message
     assert message is None or "give 620" in message

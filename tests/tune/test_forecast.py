@@ -145,7 +145,7 @@ def test_the_words_hang_on_the_chance():
     assert words == ["works", "can't say", "unlikely"]
     said = str(Forecast(0.9, some, 30, 12, 0.8))
     assert said.startswith("forecast: works. 90% of held-out pairs")
-    assert "(chance 90%, by a fit to 30 bench results, of which 12 worked; AUC 0.80 on tasks it hadn't seen)" in said
+    assert "(chance 90%, by a fit to 30 bench results, of which 12 worked; AUC 0.80 on held-out tasks)" in said
 
 
 @pytest.mark.parametrize(("results", "worked", "auc"), [(30, 12, 0.69), (30, 4, 0.9), (30, 26, 0.9), (8, 4, 0.9)])

@@ -158,7 +158,7 @@ def test_an_interruption_keeps_the_best_so_far(after):
 def test_malformed_calls_are_refused():
     with pytest.raises(ValueError, match="more items"):
         halve(1, [Rung(4, 1), Rung(4, 1)], Table([[0.0] * 4] * 2), judged)
-    with pytest.raises(ValueError, match="2 items were asked for and 1"):
+    with pytest.raises(ValueError, match="2 results were expected, got 1"):
         halve(1, [Rung(2, 1)], lambda cs, _: [[(0, 0, 0)] for _ in cs], judged)
     for call in (lambda: ladder(3, 0), lambda: ladder(3, 4, keep=1)):
         with pytest.raises(ValueError, match=r"items|share"):

@@ -58,7 +58,7 @@ def test_what_is_not_monotone_is_said_and_the_weakest_strength_taken(lm, base, m
     monkeypatch.setattr(module, "divergence", humped)
     learned = steering(lm, Add(unit()))
     assert at_nats(lm, learned, 1.2, base).factor == pytest.approx(0.8, rel=0.02)
-    with pytest.warns(NotMonotoneWarning, match="the weakest strength that was seen"):
+    with pytest.warns(NotMonotoneWarning, match="the weakest strength that was found"):
         dosed = at_nats(lm, 4 * learned, 1.9, base)
     assert not dosed.monotone
     assert dosed.divergence.p95 == pytest.approx(1.9, rel=0.02)

@@ -181,7 +181,7 @@ def test_budgets_are_kept():
     assert result.setting.layer == 3
     assert result.held_out.items == 8
     assert not tuned(lm, budget_tokens=whole).exhausted
-    with pytest.raises(TrimtabError, match=r"a budget of 83 tokens .* 84 at 4 an answer"):
+    with pytest.raises(TrimtabError, match=r"a budget of 83 tokens .* 84 are needed, at 4 per answer"):
         tuned(lm, budget_tokens=83)
     late = tuned(lm, budget_seconds=0)
     assert (late.exhausted, late.answers, late.steering) == (True, 0, None)
@@ -216,7 +216,7 @@ def test_bad_input_is_named():
     for options, said in (
         ({"groups": [1]}, "1 groups for 20 prompts"),
         ({"contexts": ["w3"]}, "1 contexts for 20"),
-        ({"rungs": [Rung(13, 1)]}, "the last rung asks for 13 prompts, and 12"),
+        ({"rungs": [Rung(13, 1)]}, "the last rung needs 13 prompts, but only 12"),
     ):
         with pytest.raises(TrimtabError, match=said):
             tuned(lm, **options)

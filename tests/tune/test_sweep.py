@@ -181,17 +181,17 @@ def test_a_picture(swept: Sweep) -> None:
 
 def test_what_cannot_be_swept_says_why(lm: LM) -> None:
     for steering, options, why in (
-        (direction(1), {}, "a sweep is of a steering, got Tensor"),
+        (direction(1), {}, "a sweep needs a steering, got Tensor"),
         (Steering(), {}, "no edits"),
         (pushes(1), {"layers": [2]}, "nothing at layer 2; it has layers 1"),
         (pushes(), {"layers": "2"}, "layers are a whole number, or a list"),
         (pushes(), {"layers": []}, "no layer to try"),
         (pushes(), {"strengths": []}, "no strength to try"),
-        (pushes(), {"strengths": [0, 1]}, "strength 0 is no steering"),
+        (pushes(), {"strengths": [0, 1]}, "strength 0 doesn't steer"),
         (pushes(), {"strengths": [math.nan]}, "a strength is a finite number"),
         (pushes(), {"prompts": []}, "there are no prompts"),
         (pushes(), {"check": "capitals"}, "check is a function of an answer's text, got 'capitals'"),
-        (pushes(1), {"check": lambda text: None, "strengths": 1}, "this one returned None of"),
+        (pushes(1), {"check": lambda text: None, "strengths": 1}, "this one returned None for"),
         (pushes(), {"num_return_sequences": 2}, "one answer for each prompt"),
     ):
         with pytest.raises(TrimtabError, match=why):

@@ -57,7 +57,8 @@ class Doses:
         reached = self._seen[factor]
         if abs(reached.p95 - nats) > 0.25 * nats:
             raise TrimtabError(
-                f"its divergence jumps over {nats:g} nats: the nearest is {reached.p95:.2g}, at {factor:.3g} times it"
+                f"its divergence jumps over {nats:g} nats: the nearest is {reached.p95:.2g}, at {factor:.3g} times"
+                " its strength"
             )
         return Dose(nats, factor, reached.p95, reached.mean)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
     from trimtab.steering import Steering
 
-UNDIRECTED = {"tda": "it switches neurons off to save work, and is directed at nothing"}
+UNDIRECTED = {"tda": "it switches neurons off to save compute, and isn't directed at any behaviour"}
 """Methods whose steering isn't directed at a behaviour."""
 CONTROL = "random"
 """The method that serves as the control for all others."""
@@ -84,7 +84,7 @@ def learned(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
         # an interrupted optimization returns the best so far, but a run stores only complete cells
         raise KeyboardInterrupt
     if not steering.edits:
-        raise TrimtabError("it learned a steering that edits nothing")
+        raise TrimtabError("it learned a steering without edits")
     return steering
 
 

@@ -82,7 +82,7 @@ def _facts(results: Results) -> str:
     about, settings = results.about, results.about["settings"]
     return (
         f"{_count(len(results.tasks), 'task')}, {_count(len(results.methods), 'method')}, up to"
-        f" {settings['items']} items a task,"
+        f" {settings['items']} items per task,"
         f" {about['model'].get('dtype', '')}, seed {settings['seed']}, trimtab {about['versions'].get('trimtab', '')}"
     )
 

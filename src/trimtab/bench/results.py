@@ -138,9 +138,9 @@ class Results:
         else:
             whole_text = sum(not row.cell.broken for row in heard)
             text = (
-                f"answers were generated for {len(heard)} of these, and {whole_text} leave the text whole"
+                f"answers were generated for {len(heard)} of these, and {whole_text} leave the text intact"
                 if heard
-                else "none of these generates answers, so nothing is known of the text"
+                else "none of these generates answers, so nothing is known about the text"
             )
             said.append(
                 f"{len(better)} of {len(rows)} rows (a method on a task) are better than the unsteered model and than"
@@ -165,7 +165,7 @@ class Results:
         if self.agreement is not None:
             said.append(
                 f"the methods' ranks on two halves of the items correlate by {self.agreement:.2f} (Spearman): "
-                + ("take the order seriously" if self.agreement >= 0.8 else "take no place for sure")
+                + ("take the order seriously" if self.agreement >= 0.8 else "the order is uncertain")
                 + _more_items(self.agreement)
             )
         return said
@@ -192,7 +192,7 @@ def results_of(folder: str | Path) -> Results:
     """
     folder = Path(folder)
     if not (folder / HEAD).is_file():
-        raise TrimtabError(f"{folder} doesn't contain a benchmark ({HEAD} isn't there)")
+        raise TrimtabError(f"{folder} doesn't contain a benchmark ({HEAD} is missing)")
     head = json.loads((folder / HEAD).read_bytes())
     store = Store(folder, head)
     tasks, left_out = [], dict(head["left_out"])
@@ -215,7 +215,7 @@ def results_of(folder: str | Path) -> Results:
         why = "; ".join(f"{name}: {left_out[name]}" for name in head["tasks"])
         raise TrimtabError(f"{folder} has no results, as no task could be measured: {why}")
     if not tasks:
-        raise TrimtabError(f"{folder} holds the beginning of a run, and no task of it is done; run it again to go on")
+        raise TrimtabError(f"{folder} has an unfinished run, in which no task is done yet; run it again to continue")
     results = Results(head, tuple(tasks), _standings(tasks, places), _agreement(halves), left_out)
     write_atomically(folder / RESULTS, canonical(results.to_json()))
     return results
@@ -403,9 +403,9 @@ def _more_items(agreement: float) -> str:
     if agreement >= RELIABLE:
         return ""
     if agreement <= 0:
-        return "; there is nothing in it but chance"
+        return "; no more than chance would give"
     times = RELIABLE * (1 - agreement) / (agreement * (1 - RELIABLE))
-    return f"; {RELIABLE:g} takes about {times:.2g} times as many --items (Spearman and Brown)"
+    return f"; reaching {RELIABLE:g} takes about {times:.2g} times as many --items (Spearman and Brown)"
 
 
 def _standings(tasks: Sequence[TaskResults], places: Mapping[str, Sequence[float]]) -> tuple[Standing, ...]:

@@ -292,8 +292,8 @@ def _check_same(lm: LM, answering: LanguageModel) -> None:
     ):
         if here != there:
             raise TrimtabError(
-                f"what answers isn't the same model: its {what} is {there}, and {here} where methods are learned; load"
-                " both from the same files, with the same dtype"
+                f"the model that answers isn't the one that methods are learned on: {what} {there}, not {here};"
+                " load both from the same files, with the same dtype"
             )
 
 

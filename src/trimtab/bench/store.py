@@ -58,7 +58,7 @@ class Store:
                 there = json.loads(stored)
                 odd = ", ".join(differences(there, json.loads(wanted)))
                 raise TrimtabError(
-                    f"{folder} holds a run with other settings ({odd}): give the same settings to go on with it, or"
+                    f"{folder} holds a run with other settings ({odd}): give the same settings to continue it, or"
                     " another folder"
                 )
         else:
@@ -76,7 +76,7 @@ class Store:
         try:
             return json.loads(path.read_bytes())
         except ValueError:
-            raise TrimtabError(f"{path} is damaged; delete it, and it is made again") from None
+            raise TrimtabError(f"{path} is damaged; delete it, and it will be made again") from None
 
     def keep_steering(self, *names: str, make: Callable[[], Steering]) -> Steering:
         """The steering of this part, learned first if it doesn't exist."""

@@ -71,7 +71,7 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
     ]
     return Task(
         name=card.name,
-        about=f"by how much answers that are {card.name} are likelier than others",
+        about=f"how much more likely answers that are {card.name} are than others",
         unit="nats per token",
         items=tuple(chosen),
         groups=tuple(chosen),

@@ -84,8 +84,8 @@ def read_ab(path: str | Path, *, exclude: bool = False, limit: int | None = None
         if {item.matching, item.other} != set(LETTERS):
             if not exclude:
                 raise TrimtabError(
-                    f"{where}: its answers are ({item.matching}) and ({item.other}), and only A against B is scored;"
-                    " leave such items out by name (exclude), or take them out of the file"
+                    f"{where}: its answers are ({item.matching}) and ({item.other}), but only A against B is scored;"
+                    " exclude such items (exclude=True, --exclude), or remove them from the file"
                 )
             left_out.append(item.item)
             continue
@@ -106,10 +106,10 @@ def _item(row: Any, where: str, number: int) -> ABItem:
     question, matching, other = (row[columns_of(row, (key,))[0]] for key in keys)
     for key, value in zip(keys, (question, matching, other), strict=True):
         if not isinstance(value, str) or not value.strip():
-            raise TrimtabError(f"{where}: {key!r} is empty or no text")
+            raise TrimtabError(f"{where}: {key!r} is empty or not text")
     if lost := belonging(row, question):
         raise TrimtabError(
-            f"{where}: {lost[0]!r} isn't asked under here; write it into the question, or take it out (a system message"
+            f"{where}: {lost[0]!r} isn't supported here; write it into the question, or remove it (a system message"
             " is a separate arm, --system-prompt)"
         )
     try:
@@ -136,7 +136,7 @@ def polarity(path: str | Path) -> str:
     for name in (path.parent.name, path.stem):
         if name in POLARITY:
             return POLARITY[name]
-    return f"matching is what {path.name} names as matching"
+    return f"matching is as defined in {path.name}"
 
 
 OPTIONS = re.compile(r"(.*?(?:^|\n)[ \t]*)\(A\)(.*?)(\n[ \t]*)\(B\)(.*)", re.DOTALL)
@@ -169,8 +169,8 @@ def _swapped(item: ABItem) -> ABItem:
         len(re.findall(rf"^[ \t]*\({letter}\)", item.question, re.MULTILINE)) != 1 for letter in LETTERS
     ):
         raise TrimtabError(
-            f"item {item.item}: options (A) and (B), each at the beginning of a line and once in the question, were"
-            " expected, to ask it in both orders"
+            f"item {item.item}: to be asked in both orders, the question must have the options (A) and (B), each once"
+            " and at the beginning of a line"
         )
     before, first, between, second = match.groups()
     end = second[len(second.rstrip()) :]
@@ -228,7 +228,7 @@ def score_ab(
         raise TrimtabError(f"a batch holds at least one request, got {batch_size}")
     by_name = {item.item: item for item in items}
     if missing := [r.item for r in requests if r.item not in by_name]:
-        raise TrimtabError(f"there is no item {missing[0]!r} to score a request by")
+        raise TrimtabError(f"a request names item {missing[0]!r}, which isn't among the items")
     for steering in {id(r.steering): r.steering for r in requests}.values():
         if steering is not None:
             lm.check(steering, transfer=transfer)

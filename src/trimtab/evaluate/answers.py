@@ -54,7 +54,9 @@ def answer(
     if batch_size < 1:
         raise TrimtabError(f"a batch holds at least one request, got {batch_size}")
     if options.get("num_return_sequences", 1) != 1:
-        raise TrimtabError("an evaluation takes one answer a request; for more, ask again under other item names")
+        raise TrimtabError(
+            "an evaluation takes one answer per request; for more, repeat the request under another item name"
+        )
     lengths = _check(lm, requests, max_new_tokens, transfer, options)
     order = sorted(range(len(requests)), key=lambda i: -lengths[i])
     batches = [[requests[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
@@ -137,7 +139,7 @@ def check_names(requests: Sequence[ArmPrompt]) -> None:
     seen: set[tuple[str, str]] = set()
     for request in requests:
         if (name := (request.arm, request.item)) in seen:
-            raise TrimtabError(f"item {request.item!r} is twice in arm {request.arm!r}; give each its own name")
+            raise TrimtabError(f"item {request.item!r} occurs twice in arm {request.arm!r}; give each its own name")
         seen.add(name)
 
 
@@ -211,7 +213,7 @@ def _resume(path: Path, header: bytes, batches: Sequence[Sequence[ArmPrompt]]) -
             return []
     except OSError as error:
         raise TrimtabError(
-            f"can't write {path}: {error.strerror}; name a file in a folder that is there and writable"
+            f"can't write {path}: {error.strerror}; name a file in an existing, writable folder"
         ) from None
     stored, records = split_records(data, path)
     if not data.startswith(header):

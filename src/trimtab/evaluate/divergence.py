@@ -98,14 +98,14 @@ def reference(
     answers = lm.generate(prompts, max_new_tokens=tokens, system=system, chat=chat)
     listed = as_list(prompts)
     if not listed:
-        raise TrimtabError("there is no prompt to measure a divergence on; give some")
+        raise TrimtabError("there are no prompts to measure a divergence on; give at least one")
     texts = tuple(
         Answered(tuple(lm.encode(prompt, system=system, chat=chat)), tuple(answer.token_ids))
         for prompt, answer in zip(listed, answers, strict=True)
     )
     texts = tuple(text for text in texts if text.answer)
     if not texts:
-        raise TrimtabError("the unsteered model answers none of these prompts with a token; give others")
+        raise TrimtabError("the unsteered model's answers to these prompts are all empty; give other prompts")
     check_answered(lm.layout, texts)
     return Reference(texts, tuple(read_answered(lm, texts, None)))
 

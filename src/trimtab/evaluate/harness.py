@@ -68,7 +68,7 @@ class SteeredHFLM(HFLM):
     ) -> None:
         steering = None if steer is None else parse_pick(str(steer), "steer").load()
         if steering is not None and str(batch_size).startswith("auto"):
-            raise TrimtabError("a steered run needs a batch size that is a number; give --batch_size 16")
+            raise TrimtabError("a steered run needs a fixed batch size; give a number, such as --batch_size 16")
         super().__init__(
             pretrained=str(default_model.default_folder()) if pretrained is None else pretrained,
             device=device or best_device(),
@@ -82,7 +82,7 @@ class SteeredHFLM(HFLM):
         if steering is not None:
             self.lm.check(steering, transfer=self.transfer)
             if any(is_score_edit(edit) for edit in steering.edits):
-                raise UnsupportedError(f"{steer} steers attention scores, which the harness's requests can't have")
+                raise UnsupportedError(f"{steer} steers attention scores, which isn't supported in the harness")
 
     def _loglikelihood_tokens(
         self, requests: list[Tokens], disable_tqdm: bool = False, override_bs: int | None = None
@@ -95,8 +95,8 @@ class SteeredHFLM(HFLM):
         for i, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise TrimtabError(
-                    f"a continuation of {len(continuation)} tokens after {len(context)}: the harness scores at least"
-                    f" one after at least one, and at most {self.max_length}"
+                    f"can't score a continuation of {len(continuation)} tokens after a context of {len(context)}: both"
+                    f" need at least one token, and a continuation has at most {self.max_length}"
                 )
             whole = (*context, *continuation)[-(self.max_length + 1) :]
             rows.setdefault((whole[:-1], len(whole) - len(continuation)), []).append(i)

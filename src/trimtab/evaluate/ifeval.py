@@ -102,7 +102,7 @@ def read_ifeval(path: str | Path | None = None, limit: int | None = None) -> lis
     rows = _from_hub() if path is None else list(read_rows(Path(path), otherwise=".jsonl"))
     rows = rows if limit is None else rows[:limit]
     if not rows:
-        raise TrimtabError(f"{name} has no rows; one prompt a line was expected")
+        raise TrimtabError(f"{name} has no rows; expected one prompt per line")
     raw = [_item(row, where, number) for number, (where, row) in enumerate(rows, 1)]
     _prepare({kind for item in raw for kind in item.types})
     seen: Counter[str] = Counter()
@@ -130,14 +130,14 @@ def _item(row: Any, where: str, number: int) -> IFEvalItem:
     types, kwargs = (_list_of(row.get(name), f"{where}: {name}") for name in ("instruction_id_list", "kwargs"))
     bare = row.get("prompt_without_instruction")
     if lost := belonging(row, prompt):
-        raise TrimtabError(f"{where}: {lost[0]!r} isn't asked under here; write it into the prompt, or take it out")
+        raise TrimtabError(f"{where}: {lost[0]!r} isn't supported here; write it into the prompt, or remove it")
     for name, text in (("prompt", prompt), ("prompt_without_instruction", "-" if bare is None else bare)):
         if not isinstance(text, str) or not text.strip():
-            raise TrimtabError(f"{where}: {name} is empty or no text")
+            raise TrimtabError(f"{where}: {name} is empty or not text")
     if not isinstance(kwargs, list) or not kwargs or not all(isinstance(entry, Mapping) for entry in kwargs):
-        raise TrimtabError(f"{where}: kwargs is a list with one object for each instruction")
+        raise TrimtabError(f"{where}: kwargs must be a list with one object for each instruction")
     if not isinstance(types, list) or len(types) != len(kwargs) or not all(isinstance(entry, str) for entry in types):
-        raise TrimtabError(f"{where}: instruction_id_list is a list of texts, as many as kwargs has objects")
+        raise TrimtabError(f"{where}: instruction_id_list must be a list of strings, as long as kwargs")
     set_arguments = [{name: value for name, value in entry.items() if value is not None} for entry in kwargs]
     for kind, arguments in zip(types, set_arguments, strict=True):
         try:
@@ -161,7 +161,7 @@ def _prepare(types: set[str]) -> None:
     for kind in sorted(types & set(MORE_DATA)):
         if not has(MORE_DATA[kind]):
             name = MORE_DATA[kind].rpartition("/")[2]
-            raise TrimtabError(f"checking {kind} needs NLTK data; get them with `python -m nltk.downloader {name}`")
+            raise TrimtabError(f"checking {kind} needs NLTK data; get it with `python -m nltk.downloader {name}`")
 
 
 # ---- judging -----------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def requests_of(
         prompt = item.prompt_without_instruction if without_instruction else item.prompt
         if prompt is None:
             raise TrimtabError(
-                f"item {item.item} has no prompt_without_instruction; use a file of pairs, or leave the instruction in"
+                f"item {item.item} has no prompt_without_instruction; use a file with one, or keep the instruction"
             )
         requests += [
             ArmPrompt(arm, item.item, with_system(prompt, systems.get(arm)), steering, item.key)

@@ -49,13 +49,13 @@ GATHERED = 0.05
 LOADED = {"engine": str, "dtype": str, "device": str, "revision": str, "layers": str, "replicas": int}
 REFUSED = {
     "best_of": "answers aren't ranked",
-    "frequency_penalty": "it has repetition_penalty instead",
-    "presence_penalty": "it has repetition_penalty instead",
-    "logit_bias": "it has none",
-    "response_schema": "answers aren't held to a schema",
-    "top_logprobs": "only the chosen token's is kept",
+    "frequency_penalty": "use repetition_penalty instead",
+    "presence_penalty": "use repetition_penalty instead",
+    "logit_bias": "it isn't supported",
+    "response_schema": "structured output isn't supported",
+    "top_logprobs": "only the log-probability of the chosen token is kept",
     "prompt_logprobs": "prompts are not scored",
-    "cache": "Inspect's cache doesn't know what steers, and would mix steered answers with others",
+    "cache": "Inspect's cache doesn't know the steering, and would mix up steered and unsteered answers",
 }
 """Settings of Inspect's that would be silently ignored, and why they aren't supported."""
 
@@ -125,15 +125,15 @@ class SteeredModel(ModelAPI):
         """
         if tools:
             raise UnsupportedError(
-                f"trimtab's models call no tools here, and {tools[0].name!r} was offered; run a task without tools, or"
-                " serve the model (trimtab serve) and reach it by Inspect's openai-api provider"
+                f"trimtab's models can't call tools here, but {tools[0].name!r} was offered; run a task without tools,"
+                " or serve the model (trimtab serve) and access it through Inspect's openai-api provider"
             )
         check_config(config)
         prompt = [_message(message) for message in input]
         body = dict(config.extra_body or {})
         steering = self.steering_of(body.pop("steer")) if "steer" in body else self.steering
         if body:
-            raise UnsupportedError(f"extra_body may have 'steer' for trimtab's models, got {min(body)!r}")
+            raise UnsupportedError(f"trimtab's models accept only 'steer' in extra_body, got {min(body)!r}")
         ids = self.lm.encode(prompt)
         most = config.max_tokens or MOST_TOKENS
         if self.lm.layout.context is not None:
@@ -187,7 +187,7 @@ def check_config(config: GenerateConfig) -> None:
         if getattr(config, name, None):
             raise UnsupportedError(f"trimtab's models don't take Inspect's {name}: {why}; leave it out")
     if (config.num_choices or 1) > 1 and not config.temperature:
-        raise UnsupportedError("several choices of a greedy answer are all the same; give a temperature above 0")
+        raise UnsupportedError("with greedy decoding all choices are the same; give a temperature above 0")
 
 
 def sampling(config: GenerateConfig) -> dict[str, Any]:
@@ -294,9 +294,9 @@ def _answer(group: list[_Request]) -> None:
 
 def _message(message: ChatMessage) -> dict[str, str]:
     if message.role == "tool" or getattr(message, "tool_calls", None):
-        raise UnsupportedError("trimtab's models call no tools here, and the conversation holds a call; leave it out")
+        raise UnsupportedError("trimtab's models can't call tools here, but the conversation has a call; leave it out")
     if isinstance(message.content, list) and any(part.type not in ("text", "reasoning") for part in message.content):
-        raise UnsupportedError("trimtab's models read text here, and a message holds something else; leave it out")
+        raise UnsupportedError("trimtab's models take only text here, but a message has other content; leave it out")
     return {"role": message.role, "content": message.text}
 
 

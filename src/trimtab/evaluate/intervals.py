@@ -45,14 +45,14 @@ def paired_bootstrap(
     values = np.asarray(before, dtype=np.float64)
     if after is not None:
         if len(after) != len(before):
-            raise ValueError(f"{len(before)} items before and {len(after)} after: pairs need as many of both")
+            raise ValueError(f"{len(before)} items before and {len(after)} after: pairs need the same number of both")
         values = np.asarray(after, dtype=np.float64) - values
     if not len(values):
-        raise ValueError("there is nothing to draw from")
+        raise ValueError("there are no items to resample")
     if not 0 < level < 1:
         raise ValueError(f"a level lies between 0 and 1, got {level}")
     if groups is not None and len(groups) != len(values):
-        raise ValueError(f"{len(groups)} groups for {len(values)} items: each item of the pairs needs one")
+        raise ValueError(f"{len(groups)} groups for {len(values)} items: each item needs one")
     numbers: dict[Hashable, int] = {}
     member = [numbers.setdefault(group, len(numbers)) for group in (range(len(values)) if groups is None else groups)]
     sums, sizes = np.bincount(member, values), np.bincount(member)
@@ -71,9 +71,9 @@ def mcnemar(before: Sequence[float], after: Sequence[float]) -> float:
     Raises `ValueError` for lists of different lengths, or values other than 1 and 0.
     """
     if len(before) != len(after):
-        raise ValueError(f"{len(before)} items before and {len(after)} after: pairs need as many of both")
+        raise ValueError(f"{len(before)} items before and {len(after)} after: pairs need the same number of both")
     if not {*before, *after} <= {0, 1}:
-        raise ValueError("McNemar's test takes passes and failures, 1 and 0")
+        raise ValueError("McNemar's test needs values of 1 (pass) or 0 (fail)")
     better = sum(b < a for b, a in zip(before, after, strict=True))
     worse = sum(b > a for b, a in zip(before, after, strict=True))
     changed = better + worse

@@ -70,7 +70,7 @@ class Rubric:
 
     def __post_init__(self) -> None:
         if not self.criterion.strip():
-            raise TrimtabError("a rubric needs a criterion: say what the judge is to look for")
+            raise TrimtabError("a rubric needs a criterion: say what the judge should look for")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise TrimtabError(f"a rubric's scale goes from a low number to a high one, got {self.low} to {self.high}")
 
@@ -146,7 +146,7 @@ class Endpoint:
         if not url or not model:
             missing = " and ".join(name for name, value in ((URL, url), (MODEL, model)) if not value)
             raise TrimtabError(
-                f"no judge is named: set {missing} ({URL} is the base address, such as http://localhost:8000/v1;"
+                f"no judge is configured: set {missing} ({URL} is the base address, such as http://localhost:8000/v1;"
                 f" {KEY} the key, if it needs one)"
             )
         return cls(url, model, os.environ.get(KEY) or None, **options)
@@ -187,7 +187,7 @@ class Endpoint:
             valid = False
         if not valid:
             raise TrimtabError(
-                f"{URL}={self.url!r} isn't the address of a server; write one such as http://localhost:8000/v1"
+                f"{URL}={self.url!r} isn't the URL of a server; set one such as http://localhost:8000/v1"
             )
 
     def ask(self, prompts: Sequence[Sequence[Message]], receive: Receive) -> None:
@@ -228,8 +228,8 @@ class Endpoint:
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
                 return Reply(None, f"HTTP {error.status_code} after {self.retries + 1} tries")
             raise TrimtabError(
-                f"the judge {self.model} at {self.url} refuses: HTTP {error.status_code}, {_short(error.message)};"
-                f" look at {URL}, {MODEL} and {KEY}"
+                f"the judge {self.model} at {self.url} rejected the request: HTTP {error.status_code},"
+                f" {_short(error.message)}; check {URL}, {MODEL} and {KEY}"
             ) from None
         except openai.APITimeoutError:
             return Reply(None, f"no reply within {self.timeout:g} s, {self.retries + 1} times")
@@ -414,9 +414,9 @@ def _content(body: str) -> Reply:
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return Reply(None, f"the server's reply is no chat completion: {_short(body)}")
+        return Reply(None, f"the server's reply isn't a chat completion: {_short(body)}")
     if not isinstance(text, str):
-        return Reply(None, "the server's reply holds no text")
+        return Reply(None, "the server's reply has no text")
     return Reply(text)
 
 
@@ -424,7 +424,7 @@ def _folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrimtabError(f"can't keep replies in {path}: {error.strerror}; name a folder") from None
+        raise TrimtabError(f"can't store replies in {path}: {error.strerror}; name a folder") from None
     return path
 
 

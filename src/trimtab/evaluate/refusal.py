@@ -112,9 +112,9 @@ def read_refusal(path: str | Path, limit: int | None = None) -> list[RefusalItem
             )
         text = row[column]
         if not isinstance(text, str) or is_blank(text):
-            raise TrimtabError(f"{where}: {column!r} is empty or no text")
+            raise TrimtabError(f"{where}: {column!r} is empty or not text")
         if lost := belonging(row, text):
-            raise TrimtabError(f"{where}: {lost[0]!r} isn't asked under here; write it into {column!r}, or take it out")
+            raise TrimtabError(f"{where}: {lost[0]!r} isn't supported here; write it into {column!r}, or remove it")
         part = f"{path.stem} {label}".strip()
         parts.setdefault(part, []).append(RefusalItem(f"{part}/{number}", text.strip(), part, label != "safe"))
     if not parts:

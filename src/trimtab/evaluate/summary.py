@@ -60,12 +60,12 @@ def summarize(
     twice in an arm, or the arms have different items.
     """
     if not records:
-        raise TrimtabError("there are no records to sum up")
+        raise TrimtabError("there are no records to summarize")
     arms: dict[str, dict[str, Record]] = {}
     for record in records:
         items = arms.setdefault(record.arm, {})
         if record.item in items:
-            raise TrimtabError(f"item {record.item!r} is twice in arm {record.arm!r}")
+            raise TrimtabError(f"item {record.item!r} occurs twice in arm {record.arm!r}")
         items[record.item] = record
     if baseline is not None and baseline not in arms:
         raise TrimtabError(f"there is no arm {baseline!r} to compare with; there are {', '.join(sorted(arms))}")

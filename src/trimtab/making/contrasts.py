@@ -140,8 +140,8 @@ def check_enough(answers: Contrasts, name: str, least: int = LEAST) -> None:
     if min(len(answers.positive), len(answers.negative), len(answers.questions)) < least:
         raise TrimtabError(
             f"the model's answers for and against {name!r} barely differ: of {answers.asked},"
-            f" {len(answers.positive)} and {len(answers.negative)} do, and {least} of each are needed. Say it in"
-            " clearer words, name an opposite, or take a larger model"
+            f" {len(answers.positive)} and {len(answers.negative)} do, and {least} of each are needed. Use clearer"
+            " words, name an opposite, or try a larger model"
         )
 
 

@@ -63,8 +63,8 @@ def check_prompted(unsteered: Effect, by_prompt: Effect) -> None:
     """Raises `TrimtabError` if the system prompt has no effect, or moves the model away from what is wanted."""
     if not np.mean([by_prompt.leads[question] - lead for question, lead in unsteered.leads.items()]) > 0:
         raise TrimtabError(
-            "the system prompts themselves don't bring the model nearer to the wanted answers, so there is nothing to"
-            " measure a steering by; say it in clearer words, or take a larger model"
+            "the system prompts themselves don't make the wanted answers more likely, so there is no effect to compare"
+            " a steering with; use clearer words, or try a larger model"
         )
 
 
@@ -99,10 +99,10 @@ def _check_read(steering: Steering | None) -> None:
     for edit in edits:
         if edit.positions != edits[0].positions or edit.positions not in READ or edit.gate != Always():
             raise TrimtabError(
-                f"an effect is read of what acts from the last prompt token on or at all tokens, without a gate: {edit}"
+                f"an effect needs edits that act from the last prompt token on or at all tokens, without a gate: {edit}"
             )
     if len({edit.site for edit in edits}) < len(edits):
-        raise TrimtabError("effects are read of one edit a site; add up what acts at the same one")
+        raise TrimtabError("an effect needs at most one edit per site; add up the edits at the same site")
 
 
 def _effect(contrasts: Contrasts, values: Sequence[float]) -> Effect:

@@ -73,7 +73,7 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
         what = "pairs" if cases and not cases[0].positive.prompt else "pairs with different prompts"
         raise TrimtabError(
             f"{name}: {len(questions)} {what}, and {LEAST_PROMPTS} are needed to learn from some and test on others;"
-            " `trimtab learn caa` learns from fewer, and tests nothing"
+            " `trimtab learn caa` learns from fewer, without a test"
         )
     test = spread_over(questions[1::2], MOST_TESTED)
     learn = [question for question in questions if question not in set(test)]
@@ -109,7 +109,7 @@ def _case(pair: Pair, number: int) -> Case:
     positive, negative = (_with_system_apart(side) for side in sides(pair))
     if pair.shape != "prompts" and positive.answer.strip() == negative.answer.strip():
         raise TrimtabError(
-            f"pair {number}: both sides have the same answer, so nothing tells the wanted one from the other; give"
+            f"pair {number}: both sides have the same answer, so the wanted one can't be recognized; give"
             " pairs of prompts (prompt, prompt_without_instruction), which the model answers itself"
         )
     common = positive.system if positive.system == negative.system else None

@@ -78,7 +78,7 @@ class Idea:
                 " at least 8 and 4 are needed"
             )
         if both := set(self.learn) & set(self.test):
-            raise TrimtabError(f"a question to test is also learned from: {sorted(both)[0]!r}")
+            raise TrimtabError(f"a test question is also one to learn from: {sorted(both)[0]!r}")
 
 
 def idea_from_trait(trait: Trait) -> Idea:
@@ -122,7 +122,7 @@ def idea_from_contrast(like: str, unlike: str | None = None) -> Idea:
     """
     who, other = (" ".join((text or "").split()).strip(" .!") for text in (like, unlike))
     if not who:
-        raise TrimtabError("say whom the model is to be like, such as 'a pirate'")
+        raise TrimtabError("say who the model should be like, such as 'a pirate'")
     if who == other:
         raise TrimtabError(f"like and unlike are the same: {who!r}")
     negative = tuple(template.format(who=other) for template in PERSONA) if other else PLAIN

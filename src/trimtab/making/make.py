@@ -174,8 +174,8 @@ def _made(
 ) -> Made:
     if positions not in READ:
         raise TrimtabError(
-            f"a made steering acts from the last prompt token on, or at all tokens, not {positions}; move it there"
-            " afterwards, with steering.at(…)"
+            f"a steering is made for the last prompt token on, or for all tokens, not for {positions}; change its"
+            " positions afterwards, with steering.at(…)"
         )
 
     def at(what: str) -> Callable[[int, int], None] | None:

@@ -73,7 +73,7 @@ class Verdict:
         if self.share is not None and self.share < LEAST_SHARE:
             return f"it has less than {LEAST_SHARE:.0%} of the system prompt's effect"
         if self.likelier is not None and self.likelier <= 0:
-            return "it makes the unwanted answers unlikelier, and the wanted ones no likelier"
+            return "it makes the unwanted answers less likely, but the wanted ones no more likely"
         if self.loops > self.loops_before + MORE_LOOPS or verdict_of(1.0, self.loops_p) == WORSE:
             return (
                 f"{self.loops:.0%} of its answers are repetitive, and {self.loops_before:.0%} {self._before}"
@@ -103,7 +103,7 @@ class Verdict:
             f" perplexity {self.perplexity:.2f} times that of {whose}",
         ]
         if self.likelier is not None:
-            said.insert(2, "no system prompt stands behind these pairs, so what share of its effect it has isn't known")
+            said.insert(2, "these pairs have no system prompt, so the steering's share of its effect is unknown")
         if self.signs:
             plain, *by_prompt, mine = self.signs
             prompted = f"under the system prompt {by_prompt[0]:.0%}, " if by_prompt else ""
@@ -138,8 +138,9 @@ class Verdict:
         if self.likelier is None:
             return f"{self.effect:.0%} of the system prompt's [{self.low:.0%}, {self.high:.0%}]"
         return (
-            f"the wanted answers gain {self.effect:.2f} nats per token on the others [{self.low:.2f}, {self.high:.2f}],"
-            f" and are {abs(self.likelier):.2f} {'likelier' if self.likelier > 0 else 'unlikelier'} themselves"
+            f"the wanted answers gain {self.effect:.2f} nats per token over the others [{self.low:.2f},"
+            f" {self.high:.2f}], and are {abs(self.likelier):.2f}"
+            f" {'more' if self.likelier > 0 else 'less'} likely themselves"
         )
 
     @property

@@ -40,7 +40,7 @@ def idea_from_writer(writer: Judge, sentence: str) -> Idea:
         TrimtabError: The reply can't be used, three times in a row, or there is no reply.
     """
     ask = ASK.format(wish=sentence.strip(), side=SIDE, questions=LEARN + TEST)
-    problem = "it said nothing"
+    problem = "it was empty"
     for _ in range(TRIES):
         replies: list[Reply] = []
         writer.ask([[{"role": "user", "content": ask}]], lambda _, reply: replies.append(reply))  # noqa: B023
@@ -51,7 +51,7 @@ def idea_from_writer(writer: Judge, sentence: str) -> Idea:
             return _read(replies[0].text, sentence)
         except TrimtabError as error:
             problem = str(error)
-    raise TrimtabError(f"the writer's answer can't be used, tried {TRIES} times: {problem}")
+    raise TrimtabError(f"the writer's answer was unusable {TRIES} times: {problem}")
 
 
 def _read(text: str, sentence: str) -> Idea:

@@ -39,9 +39,9 @@ class ReadAt:
         if self.kind not in get_args(Kind):
             raise TrimtabError(f"an answer is read at {', '.join(get_args(Kind))}, got {self.kind!r}")
         if (self.kind == "first") != (self.count is not None) or (self.kind == "after") != (self.marker is not None):
-            raise TrimtabError("a count belongs to 'first', and a marker to 'after'; nothing else has one")
+            raise TrimtabError("'first' needs a count, and 'after' a marker; nothing else takes one")
         if self.count is not None and (isinstance(self.count, bool) or self.count < 1):
-            raise TrimtabError(f"the first tokens of an answer are 1 or more, got {self.count!r}")
+            raise TrimtabError(f"the number of first tokens must be 1 or more, got {self.count!r}")
         if self.marker is not None and not self.marker:
             raise TrimtabError("the marker after which an answer is read is empty; give a text such as </think>")
 
@@ -82,7 +82,7 @@ def as_read_at(value: str | ReadAt) -> ReadAt:
 def check_read_at(value: str | ReadAt | None, shape: str) -> ReadAt | None:
     """Where to read pairs of this shape, if specified. Raises `TrimtabError` for letters, and as `as_read_at` does."""
     if value is not None and shape == "letters":
-        raise TrimtabError("multiple-choice answers are read at their letter; leave out where to read them")
+        raise TrimtabError("multiple-choice answers are read at their letter; leave out read_at (--read-at)")
     return None if value is None else as_read_at(value)
 
 
@@ -105,7 +105,7 @@ def encode_sides(tokenizer: Any, pair: Pair) -> tuple[Answered, Answered]:
     drops, and as `encode` does.
     """
     if pair.shape not in ("answers", "texts"):
-        raise TrimtabError(f"these are no answers or texts, but pairs of {pair.shape}")
+        raise TrimtabError(f"these are pairs of {pair.shape}, not of answers or texts")
     positive, negative = (_encoded(tokenizer, pair, side) for side in sides(pair))
     return positive, negative
 
@@ -142,7 +142,7 @@ def _check_heard(tokenizer: Any, side: Side) -> None:
         render_messages(tokenizer, [{"role": r, "content": c} for r, c in turns]) for turns in (talk, other)
     )
     if mine == others:
-        raise TrimtabError("the chat template leaves system prompts out; put what it says into the prompt")
+        raise TrimtabError("the chat template drops system prompts; put the text into the prompt")
 
 
 def read_positions(tokenizer: Any, text: Answered, read_at: ReadAt = LAST) -> Sequence[int]:
@@ -185,7 +185,7 @@ def _own(tokenizer: Any, text: Answered) -> tuple[int, int]:
         if own and list(text.ids[start : start + len(own)]) == own:
             return start, start + len(own)
     raise UnsupportedError(
-        f"this tokenizer's tokens for {_shorten(text.answer)!r} differ with and without special ones"
+        f"this tokenizer's tokens for {_shorten(text.answer)!r} differ with and without special tokens"
     )
 
 
@@ -213,7 +213,7 @@ def _unquoted(marker: str) -> str:
     try:
         return str(json.loads(marker))
     except ValueError:
-        raise TrimtabError(f"the marker {marker} begins with a quote and is no JSON string") from None
+        raise TrimtabError(f"the marker {marker} begins with a quote but isn't a JSON string") from None
 
 
 def _shorten(text: str, *, end: bool = False) -> str:

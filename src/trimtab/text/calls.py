@@ -90,7 +90,7 @@ def form_of(tokenizer: Any) -> CallForm:
     if '"parameters": ' in text and "<|python_tag|>" in text:
         return LLAMA
     raise UnsupportedError(
-        "this model's chat template has tools called in a form that isn't known here; known are Hermes' <tool_call>"
+        "this model's chat template has an unknown format of tool calls; known are Hermes' <tool_call>"
         " (Qwen, SmolLM3), Mistral's [TOOL_CALLS] and Llama 3.1's JSON. Leave tools out, or set a chat_template that"
         " has one of these"
     )

@@ -51,13 +51,13 @@ def encode(
     `TemplateWarning` about a string that contains the template's special tokens.
     """
     if tokenizer is None:
-        raise TrimtabError("this LM has no tokenizer, so it reads no texts: LM(model, tokenizer)")
+        raise TrimtabError("this LM has no tokenizer, so it can't read text; give one: LM(model, tokenizer)")
     if isinstance(prompt, str):
         _check_text(prompt)
         if not (has_template(tokenizer) if chat is None else chat):
             for name, value in (("a system message", system), ("a keyword of the template", template)):
                 if value:
-                    raise TrimtabError(f"{name} needs a chat template, and this prompt is plain text")
+                    raise TrimtabError(f"{name} needs a chat template, but this prompt is plain text")
             return list(plain_tokens(tokenizer, prompt)["input_ids"])
         messages: list[Message] = [{"role": "user", "content": prompt}]
     else:
@@ -66,7 +66,8 @@ def encode(
         messages = checked_messages(prompt)
         if has_images(messages):
             raise TrimtabError(
-                "these messages have images, and text alone is read here; lm.generate, stream and capture take them"
+                "these messages have images, but only text is supported here; lm.generate, stream and capture take"
+                " images"
             )
     if not has_template(tokenizer):
         raise TrimtabError(
@@ -77,7 +78,7 @@ def encode(
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     if any(message["role"] == "system" for message in messages) and not keeps_system(tokenizer):
-        raise TrimtabError("the chat template leaves system prompts out; put what it says into the prompt")
+        raise TrimtabError("the chat template drops system prompts; put the text into the prompt")
     return list(_apply(tokenizer, messages, template, tokenize=True, return_dict=True)["input_ids"])
 
 
@@ -87,7 +88,9 @@ def _check_text(text: Any) -> None:
         if isinstance(text, str):
             text.encode()
     except UnicodeEncodeError as error:
-        raise TrimtabError(f"character {error.start + 1} of the prompt is half a surrogate pair, and no text") from None
+        raise TrimtabError(
+            f"character {error.start + 1} of the prompt is half a surrogate pair, which isn't text"
+        ) from None
 
 
 def checked_messages(messages: Sequence[Message], system: str | None = None) -> list[Message]:
@@ -249,7 +252,7 @@ def _continues(messages: Sequence[Message], wanted: bool | None) -> bool:
         return False
     if not begun:
         last = f"the last one is the {messages[-1].get('role')}'s" if messages else "there is none"
-        raise TrimtabError(f"{CONTINUE} continues a last message of the assistant's, and {last}")
+        raise TrimtabError(f"{CONTINUE} continues the assistant's last message, but {last}")
     if not str(messages[-1].get("content") or "").strip():
         raise TrimtabError("the assistant's last message is empty: there is nothing to continue; leave it out")
     return True
@@ -259,13 +262,13 @@ def notice_special(tokenizer: Any, text: str, *, answer: bool = False) -> None:
     """Warn if a prompt, or an answer, contains special tokens that the chat template writes itself."""
     if tokens := [token for token in _written(tokenizer) if token in text]:
         then = (
-            "and is read to its end with them; take them out of the data"
+            "and is read together with them; remove them from the data"
             if answer
-            else "and is put into a user's message all the same; if it is rendered already, say that it is plain text"
-            " (chat=False, --plain)"
+            else "and is still put into a user's message; if it is already rendered, pass it as plain text (chat=False,"
+            " --plain)"
         )
         warnings.warn(
-            f"the {'answer' if answer else 'prompt'} holds {', '.join(map(repr, tokens))}, which the chat template"
+            f"the {'answer' if answer else 'prompt'} contains {', '.join(map(repr, tokens))}, which the chat template"
             f" writes itself, {then}",
             TemplateWarning,
             stacklevel=outside(),

@@ -78,7 +78,7 @@ class Columns:
     def of(cls, parts: Collection[str], keys: Mapping[str, str] | None, ignore: Iterable[str]) -> Columns:
         """Raises `TrimtabError` for a key that isn't one of the `parts`, and if `ignore` is a string, not a list."""
         if isinstance(ignore, str):
-            raise TrimtabError(f"columns to ignore come as a list, such as [{ignore!r}]")
+            raise TrimtabError(f"columns to ignore must be a list, such as [{ignore!r}]")
         for part in keys or {}:
             if part not in parts:
                 raise TrimtabError(f"no part of a pair is called {part!r}; parts are {', '.join(parts)}")
@@ -106,7 +106,7 @@ class Columns:
         for part, column in self.keys.items():
             if there and column not in there:
                 raise TrimtabError(
-                    f"{name} has no column {column!r}, which was to be {part!r}; its columns are {_listed(there)}"
+                    f"{name} has no column {column!r}, which was given as {part!r}; its columns are {_listed(there)}"
                 )
 
 
@@ -160,9 +160,9 @@ class Row:
             part = "PART" if "prompt" in self.parts or "question" in self.parts else "prompt"
             fix = f"say which part of a pair it is (--keys {part}={lost[0]})"
             if isinstance(self.left[lost[0]], Mapping):
-                fix = "write what of it belongs to the pair into a column of its own"
+                fix = "write the part that belongs to the pair into a separate column"
             raise TrimtabError(
-                f"{where}: nothing is read of {_listed(lost)}, and it may matter; {fix}, or leave it out"
+                f"{where}: {_listed(lost)} would be ignored, but may matter; {fix}, or leave it out"
                 f" (--ignore {','.join(lost)})"
             )
 
@@ -216,8 +216,8 @@ def check_choosing(rows: Iterable[Any], columns: Columns, name: str) -> None:
         column for column, numbers in values.items() if len(numbers) > 1 and numbers <= SIDES and column not in used
     ]:
         raise TrimtabError(
-            f"{name}: {chosen[0]!r} differs from row to row, and may say which side is the wanted one; here that is the"
-            f" positive one of every row. Exchange the sides where it isn't, or leave the column out"
+            f"{name}: {chosen[0]!r} differs from row to row, and may say which side is the wanted one; here that is"
+            f" always the positive side. Swap the sides where it isn't, or leave the column out"
             f" (--ignore {chosen[0]})"
         )
 

@@ -33,20 +33,20 @@ def warn_of_doubtful(pairs: Sequence[Pair], name: str) -> None:
         (pair.prompt, pair.positive, pair.negative, pair.positive_system, pair.negative_system) for pair in pairs
     )
     if (more := len(pairs) - len(count)) and more >= MANY * len(pairs):
-        doubts.append(f"{more} of {len(pairs)} pairs are there already, and count again")
+        doubts.append(f"{more} of {len(pairs)} pairs are duplicates, and count again")
     turned = sum(
         times
         for (prompt, positive, negative, *systems), times in count.items()
         if (prompt, negative, positive, *systems[::-1]) in count
     )
     if turned:
-        doubts.append(f"{turned} of {len(pairs)} pairs are there with their sides exchanged, too, and cancel out")
+        doubts.append(f"{turned} of {len(pairs)} pairs also occur with their sides swapped, and cancel out")
     empty = sum(any(words in NOTHINGS for words in (pair.prompt, pair.positive, pair.negative)) for pair in pairs)
     if empty:
-        doubts.append(f"{empty} of {len(pairs)} pairs hold a text such as 'None', perhaps of an empty cell")
+        doubts.append(f"{empty} of {len(pairs)} pairs contain a text such as 'None', perhaps from an empty cell")
     escaped = sum(_is_escaped(pair) for pair in pairs)
     if escaped and escaped >= MANY * len(pairs):
-        doubts.append(rf"{escaped} of {len(pairs)} pairs hold \n as two characters, and no line break")
+        doubts.append(rf"{escaped} of {len(pairs)} pairs contain \n as two characters instead of a line break")
     for doubt in doubts:
         warnings.warn(f"{name}: {doubt}", DoubtfulPairsWarning, stacklevel=outside())
 

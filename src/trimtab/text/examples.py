@@ -25,10 +25,10 @@ def read_examples(path: str | Path) -> list[tuple[str, str]]:
             cells.take(part, where)
         prompt, answer = (cells.parts.get(part) for part in ("prompt", "answer"))
         if not all(is_text(side) and not is_blank(side) for side in (prompt, answer)):
-            raise TrimtabError(f"{where}: an example has prompt and answer, both texts that aren't empty")
+            raise TrimtabError(f"{where}: an example needs a prompt and an answer, both non-empty strings")
         if lost := belonging(row, prompt):
-            raise TrimtabError(f"{where}: nothing is read of {lost[0]!r}; write it into the prompt, or take it out")
+            raise TrimtabError(f"{where}: column {lost[0]!r} isn't used; write it into the prompt, or remove it")
         examples.append((str(prompt), str(answer)))
     if not examples:
-        raise TrimtabError(f"{path} has no examples in it; write one a row, with prompt and answer")
+        raise TrimtabError(f"{path} has no examples in it; write one per row, with prompt and answer")
     return examples

@@ -102,7 +102,7 @@ def read_image(source: Any, bounds: Bounds = BOUNDS, what: str = "the image") ->
         return source.convert("RGB")
     data = source if isinstance(source, (bytes, bytearray)) else _data(source, bounds, what)
     if len(data) > bounds.bytes:
-        raise TrimtabError(f"{what} has {len(data)} bytes, {bounds.bytes} at most; make it smaller")
+        raise TrimtabError(f"{what} has {len(data)} bytes, but the limit is {bounds.bytes}; make it smaller")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # its size is checked below
@@ -146,11 +146,11 @@ def _data(image: Any, bounds: Bounds, what: str) -> bytes:
             raise TrimtabError(f"{what}: its data: URL isn't base64: {error}") from None
     if isinstance(image, str) and "://" in image[:32]:
         instead = "give its file, its bytes or a data: URL" if bounds.local else "give a data: URL"
-        raise TrimtabError(f"{what} stands at an address, and nothing is fetched from there; {instead}")
+        raise TrimtabError(f"{what} is a URL, and nothing is downloaded; {instead}")
     if not isinstance(image, (str, Path)):
-        raise TrimtabError(f"{what} is an image of Pillow's, bytes, a path or a data: URL, got {type(image).__name__}")
+        raise TrimtabError(f"{what} must be a Pillow image, bytes, a path or a data: URL, got {type(image).__name__}")
     if not bounds.local:
-        raise TrimtabError(f"{what} is no data: URL; give data:image/png;base64,…")
+        raise TrimtabError(f"{what} isn't a data: URL; give data:image/png;base64,…")
     path = Path(image)
     try:
         if not path.is_file():
@@ -170,7 +170,7 @@ def _held(part: Mapping[str, Any], number: int) -> Any:
     """The image that a part holds."""
     present = [part[name] for name in HELD if part.get(name) is not None]
     if len(present) != 1:
-        raise TrimtabError(f"image {number}: its part needs one of {', '.join(HELD)}, and has {len(present)} of them")
+        raise TrimtabError(f"image {number}: its part needs exactly one of {', '.join(HELD)}, and has {len(present)}")
     held = present[0]["url"] if isinstance(present[0], Mapping) and "url" in present[0] else present[0]
     return f"data:;base64,{held}" if "base64" in part and isinstance(held, str) else held
 

@@ -23,7 +23,7 @@ def letter_of(answer: str) -> str:
     """`"A"` for `"(A)"`. Raises `TrimtabError` for anything else."""
     match = ANSWER.fullmatch(answer.strip())
     if match is None:
-        raise TrimtabError(f"the answer {answer!r} is no bracketed letter such as (A)")
+        raise TrimtabError(f"the answer {answer!r} isn't a bracketed letter such as (A)")
     return match[1]
 
 
@@ -57,7 +57,7 @@ def question_prompt(tokenizer: Any, question: str, system: str | None = None) ->
     """
     if not has_template(tokenizer):
         if system is not None:
-            raise TrimtabError("a system message needs a chat template, and this tokenizer has none")
+            raise TrimtabError("a system message needs a chat template, but this tokenizer has none")
         return BASE_FORMAT.format(question=question)
     if system is None:
         return question

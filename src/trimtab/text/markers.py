@@ -72,7 +72,7 @@ def thinking_machine(tokenizer: Any, markers: Sequence[str], strict: bool) -> Ma
     pair = tuple(markers) or next(iter(known), ())
     if not pair and strict:
         raise TrimtabError(
-            "this model has no markers of thinking that are known, neither in its chat template nor among its special"
+            "this model has no known markers of thinking, neither in its chat template nor among its special"
             ' tokens; give them: Positions.thinking("<think>", "</think>"), or thinking:<think>:</think>'
         )
     if not pair:
@@ -96,7 +96,7 @@ def tools_machine(tokenizer: Any, markers: Sequence[str]) -> Machine:
     pairs = pairs or [pair for pair in TOOL_PAIRS if has_markers(tokenizer, *filter(None, pair))]
     if not pairs:
         raise TrimtabError(
-            "this model has no markers of tool calls that are known, neither in its chat template nor among its special"
+            "this model has no known markers of tool calls, neither in its chat template nor among its special"
             ' tokens; give them: Positions.outside_tools(("<tool_call>", "</tool_call>")), or'
             " outside-tools:<tool_call>:</tool_call>"
         )

@@ -34,7 +34,7 @@ def conversation(messages: Any, name: str = "messages") -> Conversation:
         raise TrimtabError(f"{name!r} is a text or a list of messages, got {messages!r}")
     turns = tuple(_message(message, name) for message in messages)
     if not any(content.strip() for _, content in turns):
-        raise TrimtabError(f"{name!r} is empty: no message says anything")
+        raise TrimtabError(f"{name!r} is empty: no message has content")
     return turns
 
 
@@ -44,7 +44,7 @@ def _message(message: Any, name: str) -> tuple[str, str]:
     if not isinstance(message, Mapping) or not all(is_text(message.get(key)) for key in ("role", "content")):
         raise TrimtabError(f"a message of {name!r} is {{'role': …, 'content': …}}, both texts, got {message!r}")
     if more := [key for key, value in message.items() if key not in ("role", "content") and value is not None]:
-        raise TrimtabError(f"a message of {name!r} has {more[0]!r}, and only its role and content can be learned from")
+        raise TrimtabError(f"a message of {name!r} has {more[0]!r}, but only its role and content can be learned from")
     return message["role"], message["content"]
 
 
@@ -95,9 +95,7 @@ def of_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise TrimtabError(
-            "it is a text that holds messages, and not as JSON; save the rows as JSONL or Parquet"
-        ) from None
+        raise TrimtabError("it is a string of messages that aren't JSON; save the rows as JSONL or Parquet") from None
 
 
 def of_transcript(text: str) -> Any:

@@ -110,9 +110,9 @@ def as_texts(pair: Pair, user: str) -> tuple[str, str, str]:
     """
     prompt, positive, negative = pair.prompt, pair.positive, pair.negative
     if not (isinstance(prompt, str) and isinstance(positive, str) and isinstance(negative, str)):
-        raise TrimtabError(f"{user} takes pairs of plain texts, and this one has chat messages")
+        raise TrimtabError(f"{user} takes pairs of plain texts, but this one has chat messages")
     if pair.positive_system is not None or pair.negative_system is not None:
-        raise TrimtabError(f"{user} takes pairs without system prompts, and this one has one")
+        raise TrimtabError(f"{user} takes pairs without system prompts, but this one has one")
     return prompt, positive, negative
 
 
@@ -121,18 +121,18 @@ def _check(pair: Pair) -> None:
     systems = [system for system in (pair.positive_system, pair.negative_system) if system is not None]
     talks = [words for words in (pair.prompt, pair.positive, pair.negative) if not isinstance(words, str)]
     if systems and pair.shape == "texts":
-        raise TrimtabError("a system prompt needs a prompt after it, and bare texts have none; give one")
+        raise TrimtabError("a system prompt needs a prompt after it, but bare texts have none; give one")
     if talks and pair.shape in ("texts", "letters"):
         raise TrimtabError(f"the prompt and both sides of pairs of {pair.shape} are texts, not messages")
     if pair.shape != "answers":
         conversations = [words for words in (pair.positive, pair.negative) if not isinstance(words, str)]
         if any(words[-1][0] == "assistant" for words in conversations):
-            raise TrimtabError("a prompt ends where the answer begins, and these messages end with the assistant's")
+            raise TrimtabError("a prompt ends where the answer begins, but these messages end with the assistant's")
     for side in sides(pair):
         if talks and pair.shape == "answers" and not side.prompt:
-            raise TrimtabError(f"{side.answer!r} answers nothing; give a prompt, or messages on both sides")
+            raise TrimtabError(f"{side.answer!r} has no prompt; give one, or messages on both sides")
         if side.system is not None and not isinstance(side.prompt, str) and "system" in dict(side.prompt):
-            raise TrimtabError("there is a system prompt twice: among the messages, and beside them")
+            raise TrimtabError("the system prompt is given twice: in the messages, and separately")
 
 
 def _side(pair: Pair, words: Words, system: str | None) -> Side:
@@ -152,7 +152,9 @@ def _side(pair: Pair, words: Words, system: str | None) -> Side:
         if not pair.prompt:
             raise TrimtabError("nothing comes before the assistant's message; give a prompt")
         if not isinstance(pair.prompt, str) and pair.prompt[-1][0] == "assistant":
-            raise TrimtabError("the prompt ends with a begun answer; give the rest of it as a text, not as a message")
+            raise TrimtabError(
+                "the prompt ends with an unfinished answer; give the rest of it as a text, not as a message"
+            )
         return Side(pair.prompt, answer, system)
     opening = (("user", pair.prompt),) if isinstance(pair.prompt, str) and pair.prompt else pair.prompt or ()
     assert not isinstance(opening, str)
@@ -166,8 +168,8 @@ def _answers(row: Mapping[str, Any]) -> Pair:
     for side in ("positive", "negative"):
         if not is_blank(prompt) and begins_anew(row[side], prompt):
             raise TrimtabError(
-                f"{row[side][0]['role']!r} speaks first in the messages of the {side} side, and the prompt, which isn't"
-                " the same, would come before that; leave the prompt out, or take it out of the messages"
+                f"the messages of the {side} side begin with {row[side][0]['role']!r}, and the prompt, which is"
+                " different, would come before that; leave the prompt out, or remove it from the messages"
             )
     if not isinstance(prompt, str) or prompt.strip():
         return Pair(row["positive"], row["negative"], prompt, "answers", *_systems(row))
@@ -195,11 +197,11 @@ def _systems(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
         if (value := row.get(key)) is None:
             continue
         if not is_text(value):
-            raise TrimtabError(f"{key!r} is no text")
+            raise TrimtabError(f"{key!r} isn't text")
         if value.strip():
             systems[key] = value
     if "system" in systems and len(systems) > 1:
-        raise TrimtabError("'system' is the system prompt of both sides; leave it out, or the sides' own")
+        raise TrimtabError("'system' is the system prompt of both sides; give either it or the sides' own")
     both = systems.get("system")
     return systems.get("positive_system", both), systems.get("negative_system", both)
 
@@ -258,7 +260,7 @@ def read_pairs_by(path: str | Path, columns: Columns) -> list[Pair]:
     path = Path(path)
     pairs = _pairs(read_rows(path), columns, str(path))
     if not pairs:
-        raise TrimtabError(f"{path} has no pairs in it; write one a row: {_shapes()}")
+        raise TrimtabError(f"{path} has no pairs in it; write one per row: {_shapes()}")
     return pairs
 
 
@@ -292,11 +294,13 @@ def as_pairs(pairs: Pairs) -> list[Pair]:
             dictionaries have different shapes.
     """
     if isinstance(pairs, (str, Path)):
-        raise TrimtabError(f"pairs are given as a list, got {str(pairs)!r}; read a file by read_pairs({str(pairs)!r})")
+        raise TrimtabError(
+            f"pairs are given as a list, got {str(pairs)!r}; read a file with read_pairs({str(pairs)!r})"
+        )
     if isinstance(pairs, (Pair, Mapping)):
         raise TrimtabError(f"pairs are given as a list, got one {type(pairs).__name__}; put it in a list")
     if hasattr(pairs, "to_dict"):
-        raise TrimtabError(f"pairs are given as a list, got a {type(pairs).__name__}; give .to_dict('records') of it")
+        raise TrimtabError(f"pairs are given as a list, got a {type(pairs).__name__}; pass its .to_dict('records')")
     if not isinstance(pairs, Iterable):
         raise TrimtabError(f"pairs are given as a list of {KINDS}, got {type(pairs).__name__}")
     items = list(pairs)
@@ -318,12 +322,12 @@ def _as_pair(pair: Any, where: str) -> Pair:
     if isinstance(pair, Mapping):
         return _pair_of(dict(pair), where)
     if isinstance(pair, str):
-        raise TrimtabError(f"{where} is a text, {pair!r}, and no pair; pairs are a list of {KINDS}")
+        raise TrimtabError(f"{where} is a text, {pair!r}, not a pair; pairs are a list of {KINDS}")
     if isinstance(pair, (tuple, list)) and len(pair) in (2, 3):
         names = ("positive", "negative") if len(pair) == 2 else ("prompt", "positive", "negative")
         return _pair_of(dict(zip(names, pair, strict=True)), where)
-    shown = f"{len(pair)} things" if isinstance(pair, (tuple, list)) else type(pair).__name__
-    raise TrimtabError(f"{where} is no pair; pairs are a list of {KINDS}, got {shown}")
+    shown = f"{len(pair)} items" if isinstance(pair, (tuple, list)) else type(pair).__name__
+    raise TrimtabError(f"{where} isn't a pair; pairs are a list of {KINDS}, got {shown}")
 
 
 def _pair_of(row: dict[str, Any], where: str) -> Pair:
@@ -342,12 +346,12 @@ def pairs_from_text(text: str, name: str = "pairs", columns: Columns | None = No
     """
     begins = text.lstrip("\ufeff \t\r\n")
     if not begins:
-        raise TrimtabError(f"{name} is empty; write one a row: {_shapes()}")
+        raise TrimtabError(f"{name} is empty; write one per row: {_shapes()}")
     several = begins.startswith("[") or begins.partition("\n")[0].strip() == "{"
     kind = ".json" if several else ".jsonl" if begins.startswith("{") else ".csv"
     pairs = _pairs(READERS[kind](Path(name), begins.replace("\r\n", "\n")), columns or Columns(), name)
     if not pairs:
-        raise TrimtabError(f"{name} has no rows; write one a row: {_shapes()}")
+        raise TrimtabError(f"{name} has no rows; write one per row: {_shapes()}")
     return pairs
 
 
@@ -411,7 +415,7 @@ def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
     cells = Row.of(row, columns)
     keys = next((keys for keys in SHAPES if all(map(cells.has, keys))), None)
     if keys is None:
-        raise TrimtabError(f"{where}: no pair: {_what_it_has(cells, row)}. Shapes: {_shapes()}")
+        raise TrimtabError(f"{where}: not a pair: {_what_it_has(cells, row)}. Shapes: {_shapes()}")
     for key in (*keys, *(() if "question" in keys else ("prompt",)), *SYSTEMS):
         cells.take(key, where)
     for key, value in cells.parts.items():
@@ -425,16 +429,16 @@ def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
             and (not _is_words(value, key) or (isinstance(value, str) and is_blank(value)))
         ):
             shown = f" ({value!r}; write it as a text)" if isinstance(value, (bool, int, float)) else ""
-            raise TrimtabError(f"{where}: {cells.name(key)!r} is empty or no text{shown}; a pair needs both sides")
+            raise TrimtabError(f"{where}: {cells.name(key)!r} is empty or not text{shown}; a pair needs both sides")
     if not _is_words(cells.parts.get("prompt") or "", "prompt"):
-        raise TrimtabError(f"{where}: {cells.name('prompt')!r} is no text")
+        raise TrimtabError(f"{where}: {cells.name('prompt')!r} isn't text")
     try:
         entry = SHAPES[keys](cells.parts)
         both = sides(entry) if isinstance(entry, Pair) else ()
     except TrimtabError as error:
         raise TrimtabError(f"{where}: {error}") from None
     if both and _bare(both[0]) == _bare(both[1]):
-        raise TrimtabError(f"{where}: both sides of the pair are the same, but perhaps for white space around them")
+        raise TrimtabError(f"{where}: both sides of the pair are the same, apart from surrounding whitespace")
     cells.check_rest(where)
     return entry
 
@@ -463,7 +467,7 @@ def _what_it_has(cells: Row, row: Mapping[str, Any]) -> str:
         if sided
         else f"its keys are {', '.join(map(str, row))}"
     )
-    return f"{has}; if they are called otherwise, say how (--keys positive=COLUMN,negative=COLUMN)"
+    return f"{has}; if they have other names, say which (--keys positive=COLUMN,negative=COLUMN)"
 
 
 def _is_words(value: Any, key: str) -> bool:

@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
         fix = INSTEAD.get(path.suffix.lower(), "save it as UTF-8")
         raise TrimtabError(f"{path} is not UTF-8 text ({place}); {fix}") from None
     if "\0" in text:
-        raise TrimtabError(f"{path} holds zero bytes, as UTF-16 without its byte-order mark does; save it as UTF-8")
+        raise TrimtabError(f"{path} contains null bytes, as UTF-16 without a byte-order mark does; save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -74,9 +74,9 @@ def unreadable(path: Path, error: Any = None) -> TrimtabError:
     name = str(path)
     hint = ""
     if ":/" in name:
-        hint = "; nothing is fetched from an address: download the file, and name it"
+        hint = "; nothing is downloaded from a URL: download the file, and name it"
     elif any(mark in name for mark in "*?"):
-        hint = "; a pattern isn't expanded: name one file"
+        hint = "; wildcards aren't expanded: name one file"
     elif name.count("/") == 1 and not path.suffix:
-        hint = "; a data set of the Hub is saved to a file first: load_dataset(…).to_json('rows.jsonl')"
+        hint = "; save a data set of the Hub to a file first: load_dataset(…).to_json('rows.jsonl')"
     return TrimtabError(f"there is no file {path}{hint}")

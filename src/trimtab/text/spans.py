@@ -93,7 +93,9 @@ def render(
         text = render_messages(tokenizer, messages, template)
         read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     if list(read["input_ids"]) != ids:
-        raise UnsupportedError("the chat template's tokens aren't those of its text, so phrases can't be placed in it")
+        raise UnsupportedError(
+            "the chat template's tokens differ from those of its text, so phrases can't be located in it"
+        )
     return Rendered(text, tuple(ids), tuple((int(a), int(b)) for a, b in read["offset_mapping"]))
 
 
@@ -136,12 +138,12 @@ def spans_in(
         if list(read["input_ids"]) == list(ids):
             break
     else:
-        raise TrimtabError("the prompt's tokens aren't those of its text, so phrases can't be placed in it")
+        raise TrimtabError("the prompt's tokens differ from those of its text, so phrases can't be located in it")
     wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
     if messages is not None and any(isinstance(mark, Part) for mark in wanted):
         messages = checked_messages(messages)
         if render_messages(tokenizer, messages, template) != text:
-            raise TrimtabError("these messages aren't rendered here as they are there; name a phrase of the message")
+            raise TrimtabError("these messages render differently here than there; name a phrase of the message")
     offsets = tuple((int(a), int(b)) for a, b in read["offset_mapping"])
     known = None if messages is None else list(messages)
     return _spans(tokenizer, Rendered(text, tuple(ids), offsets), wanted, known, template)
@@ -179,7 +181,7 @@ def _spans(
     template: Template | None,
 ) -> tuple[Span, ...]:
     if not isinstance(emphasis, (str, Phrase, Pattern, Part, Sequence)):
-        raise TrimtabError(f"what is looked for is a phrase of the prompt, or several, got {emphasis!r}")
+        raise TrimtabError(f"expected a phrase of the prompt, or several, got {emphasis!r}")
     wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
     if not wanted:
         raise TrimtabError("there is no phrase to emphasize; give at least one")
@@ -211,14 +213,14 @@ def _places(text: str, wanted: str | Phrase | Pattern) -> list[Span]:
         try:
             places = [m.span() for m in re.finditer(wanted.regex, text) if m.end() > m.start()]
         except re.error as error:
-            raise TrimtabError(f"{what} is no regular expression: {error}") from None
+            raise TrimtabError(f"{what} isn't a regular expression: {error}") from None
         if not places:
             raise TrimtabError(f"the {what} matches nothing in the prompt, which is {_shorten(text)!r}")
     if wanted.occurrence is None:
         return places
     if not 0 <= wanted.occurrence < len(places):
         count = f"{len(places)} time{'s' * (len(places) > 1)}"
-        raise TrimtabError(f"{what} stands in the prompt {count}; occurrence {wanted.occurrence} (from 0) isn't there")
+        raise TrimtabError(f"{what} occurs {count} in the prompt; there is no occurrence {wanted.occurrence} (from 0)")
     return [places[wanted.occurrence]]
 
 
@@ -226,7 +228,7 @@ def _tokens(rendered: Rendered, start: int, stop: int) -> Span:
     """The tokens that contain a character of `start` to `stop`."""
     inside = [i for i, (a, b) in enumerate(rendered.offsets) if a < stop and b > start]
     if not inside:
-        raise TrimtabError(f"no token holds {rendered.text[start:stop]!r}; emphasize more of the prompt")
+        raise TrimtabError(f"no token contains {rendered.text[start:stop]!r}; emphasize more of the prompt")
     return inside[0], inside[-1] + 1
 
 
@@ -276,7 +278,7 @@ def _closest(text: str, phrase: str) -> str:
     """The part of the text that is most similar to the phrase, with its context."""
     match = SequenceMatcher(None, text.lower(), phrase.lower(), autojunk=False).find_longest_match()
     if not match.size:
-        return f"nothing is like it in {_shorten(text)!r}"
+        return f"nothing similar is in {_shorten(text)!r}"
     start = max(0, match.a - match.b)
     stop = min(len(text), start + len(phrase))
     before, after = text[max(0, start - CONTEXT) : start], text[stop : stop + CONTEXT]

@@ -38,7 +38,7 @@ def read_rows(path: Path, otherwise: str = "") -> Rows:
     if not path.is_file():
         raise unreadable(path)
     fix = f"; {INSTEAD[kind]}" if kind in INSTEAD else ""
-    raise TrimtabError(f"{path}: rows come as {FORMATS}, not {kind or 'a file without a suffix'}{fix}")
+    raise TrimtabError(f"{path}: rows must be in a {FORMATS} file, not {kind or 'a file without a suffix'}{fix}")
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------------
@@ -55,9 +55,9 @@ def _of_line(line: str) -> str:
     if line.startswith(("#", "//")):
         return "; JSON has no comments: take the line out"
     if line.endswith(","):
-        return "; JSON lines are one object a line, without commas between them"
+        return "; JSON lines have one object per line, without commas between them"
     if line in ("[", "{"):
-        return "; JSON lines are one object a line; call a file that is one JSON text .json"
+        return "; JSON lines have one object per line; call a file that is one JSON text .json"
     return ""
 
 
@@ -72,7 +72,7 @@ def _json(path: Path, text: str) -> Rows:
     if isinstance(items, dict):
         items = _of_object(items, path)
     if not isinstance(items, list):
-        raise TrimtabError(f"{path} must hold a list of objects, it holds a {type(items).__name__}")
+        raise TrimtabError(f"{path} must contain a list of objects, not a {type(items).__name__}")
     for number, item in enumerate(items, 1):
         yield f"{path}: item {number}", item
 
@@ -106,8 +106,8 @@ def _of_object(item: dict[str, Any], path: Path) -> list[Any]:
     ):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     lists = [repr(name) for name, value in item.items() if isinstance(value, list)]
-    where = f"; its lists are {', '.join(lists)}: save one of them as a file of its own" if lists else ""
-    raise TrimtabError(f"{path} must hold a list of objects, it holds a dict{where}")
+    where = f"; its lists are {', '.join(lists)}: save one of them as a separate file" if lists else ""
+    raise TrimtabError(f"{path} must contain a list of objects, not a dict{where}")
 
 
 def _column(value: Any) -> Any:
@@ -171,12 +171,12 @@ def _table(path: Path, text: str, separators: tuple[str, ...]) -> Rows:
             if None in row or None in row.values():
                 count = f"{len(names)} column{'' if len(names) == 1 else 's'}"
                 raise TrimtabError(
-                    f"{where}: {count} expected, as in the header line; a text with a {_name(separator)} is in quotes"
+                    f"{where}: {count} expected, as in the header line; put a text with a {_name(separator)} in quotes"
                 )
             if any(cell.strip() for cell in row.values()):  # a spreadsheet may end with empty rows
                 yield where, row
     except csv.Error as error:
-        hint = '; a quote that is part of a text is doubled, and the text is in quotes: "the ""best"" one"'
+        hint = '; double a quote inside a text, and put the text in quotes: "the ""best"" one"'
         raise TrimtabError(f"{path}:{before + reader.reader.line_num}: not CSV: {error}{hint}") from error
 
 
@@ -191,7 +191,7 @@ def _columnar(path: Path, kind: str) -> Rows:
     try:
         from pyarrow import ArrowException, ArrowInvalid, ipc, memory_map, parquet
     except ImportError:
-        raise TrimtabError(f"{path}: {what} is read by pyarrow, which isn't installed: pip install pyarrow") from None
+        raise TrimtabError(f"{path}: {what} needs pyarrow, which isn't installed: pip install pyarrow") from None
     try:
         if what == "Parquet":
             table = parquet.read_table(path)

@@ -62,7 +62,7 @@ def check_keywords(tokenizer: Any, template: Mapping[str, Any]) -> None:
     for name in template:
         if name not in known:
             used = f"it uses {', '.join(known)}" if known else "it uses none"
-            raise TrimtabError(f"the chat template doesn't use {name!r}, so that it would change nothing; {used}")
+            raise TrimtabError(f"the chat template doesn't use {name!r}, so it would have no effect; {used}")
 
 
 def check_no_keywords(tokenizer: Any, options: Collection[str]) -> None:
@@ -75,7 +75,7 @@ def check_no_keywords(tokenizer: Any, options: Collection[str]) -> None:
         if name in ("chat_template_kwargs", "add_generation_prompt", CONTINUE, *known):
             inside = "…" if name == "chat_template_kwargs" else f"{name!r}: …"
             raise TrimtabError(
-                f"{name!r} is no option of generation, but is about the chat template: template={{{inside}}}"
+                f"{name!r} isn't an option of generation, but of the chat template: template={{{inside}}}"
             )
 
 

@@ -62,7 +62,7 @@ def grid(
     for name, steering in learned.items():
         for strength in strengths[name] if isinstance(strengths, Mapping) else strengths:
             if check_strength(strength) == 0:
-                raise TrimtabError("strength 0 is no steering, and that is always tried; leave it out")
+                raise TrimtabError("strength 0 doesn't steer, and not steering is always tried; leave it out")
             for rule in [None] if positions is None else positions:
                 for layer in steering.layers:
                     scaled = strength * steering.only([layer])

@@ -77,7 +77,7 @@ def at_dose(
         measured = _measured(lm, factor * steering, prompts, tokens, options)
         if measured is None:
             raise TrimtabError(
-                "nothing is steered on these prompts (strength 0, a shut gate, or positions that they haven't got), so"
+                "nothing is steered on these prompts (strength 0, a shut gate, or positions that they don't have), so"
                 " no strength has a dose there"
             )
         if abs(measured - dose) <= CLOSE * dose:

@@ -21,7 +21,7 @@ def too_few(held_out: int) -> str | None:
         return None
     prompts = f"{held_out} prompt" if held_out == 1 else f"{held_out} prompts"
     return (
-        f"the last word will be on {prompts}, and even if all of them are won that can't be told from luck"
+        f"the final test has {prompts}, and even if all of them are won that can't be told from luck"
         f" ({ENOUGH} are needed at {LEVEL:.0%}), so the answer will be not to steer: give more prompts"
     )
 
@@ -46,6 +46,6 @@ def too_poor(
         return None  # the search itself rejects a budget that pays for no prompt
     needed = ((candidates + 1) * first + 2 * held_out) * tokens_each
     return (
-        f"the budget of {budget_tokens} tokens may pay for {pays} of the {first} prompts of the first round, on which"
-        f" {candidates} candidates can hardly be told apart; give {needed}, or try fewer layers or strengths"
+        f"the budget of {budget_tokens} tokens may cover only {pays} of the {first} prompts of the first round, on"
+        f" which {candidates} candidates can hardly be told apart; give {needed}, or try fewer layers or strengths"
     )

@@ -113,18 +113,16 @@ class Forecast:
 
     def __str__(self) -> str:
         p = self.predictors
-        made = (
-            f"{self.results} bench results, of which {self.worked} worked; AUC {self.auc:.2f} on tasks it hadn't seen"
-        )
+        made = f"{self.results} bench results, of which {self.worked} worked; AUC {self.auc:.2f} on held-out tasks"
         sure = (
             f"chance {self.chance:.0%}, by a fit to {made}"
             if self.trusted
-            else f"the fit that comes along is too small to be trusted: {made}; `trimtab forecast` fits your own"
+            else f"the built-in fit is too small to be trusted: {made}; `trimtab forecast` fits your own"
         )
         return (
             f"forecast: {self.verdict}. {p.agree:.0%} of held-out pairs point along the direction, their sides are"
-            f" {p.separation:.1f} deviations apart, and a push changes {math.exp(p.reach):.1f} times what a random one"
-            f" does ({sure})"
+            f" {p.separation:.1f} standard deviations apart, and the steering changes the model"
+            f" {math.exp(p.reach):.1f} times as much as a random direction does ({sure})"
         )
 
 
@@ -171,7 +169,7 @@ def predictors(
     """
     pair_list = as_pairs(pairs)
     if len(pair_list) < LEAST:
-        raise TrimtabError(f"of {len(pair_list)} pairs nothing can be foretold; {LEAST} are needed")
+        raise TrimtabError(f"{len(pair_list)} pairs are too few for a forecast; {LEAST} are needed")
     agree, separation, auc = separated(lm, pair_list, steering.layers)
     measured = reference(lm, list(prompts), tokens=TOKENS) if base is None else base
     seen: dict[float, float] = {}
@@ -216,7 +214,7 @@ def held_out(values: Tensor) -> tuple[float, float, float]:
         other = values[~mine]
         direction = (other[:, 0] - other[:, 1]).mean(0)
         if not float(direction.norm()) > 0:
-            raise TrimtabError("the two sides of the pairs don't differ, so nothing can be foretold")
+            raise TrimtabError("the two sides of the pairs don't differ, so there is nothing to forecast from")
         projected = values[mine] @ (direction / direction.norm())
         positive, negative = projected[:, 0], projected[:, 1]
         spread = math.sqrt(float((positive.var() + negative.var()) / 2))

@@ -65,7 +65,7 @@ def ladder(candidates: int, items: int, *, first: int = 6, keep: float = 0.5) ->
     if items < 1 or first < 1:
         raise ValueError(f"a search needs items, got {items} and {first} for the first rung")
     if not 0 < keep < 1:
-        raise ValueError(f"the share that goes on lies between 0 and 1, got {keep}")
+        raise ValueError(f"the share that is kept must be between 0 and 1, got {keep}")
     rungs, seen, alive = [], min(first, items), candidates
     while True:
         alive = max(1, math.ceil(alive * keep))
@@ -110,7 +110,7 @@ def halve(
     Raises `ValueError` if the rungs' items don't increase.
     """
     if any(a.items >= b.items for a, b in pairwise(rungs)) or not rungs or rungs[0].items < 1:
-        raise ValueError(f"each rung sees more items than the one before, got {[rung.items for rung in rungs]}")
+        raise ValueError(f"each rung must have more items than the one before, got {[rung.items for rung in rungs]}")
     results: list[list[R]] = [[] for _ in range(candidates + 1)]
     last = [0.0] * (candidates + 1) if ties is None else list(ties)
     alive = list(range(1, candidates + 1))
@@ -143,7 +143,7 @@ def halve(
                     evaluated, outcomes, strict=True
                 ):  # "don't steer" comes first, so it has been evaluated on the same items
                     if len(new) != step:
-                        raise ValueError(f"{step} items were asked for and {len(new)} results came")
+                        raise ValueError(f"{step} results were expected, got {len(new)}")
                     results[candidate] += new
             if exhausted:
                 break

@@ -74,7 +74,9 @@ def tune_letters(
 def check_one_question(pairs: Sequence[Pair]) -> None:
     """Raises `TrimtabError` for a pair whose sides have different system prompts, since a question has only one."""
     if any(pair.positive_system != pair.negative_system for pair in pairs):
-        raise TrimtabError("a question is asked under one system prompt, and the sides of a pair here have two")
+        raise TrimtabError(
+            "a question is asked under one system prompt, but the sides of a pair here have different ones"
+        )
 
 
 def _choice(lm: LM, pair: Pair) -> Choice:

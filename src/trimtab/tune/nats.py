@@ -104,7 +104,7 @@ def at_nats(
         warnings.warn(
             "the divergence doesn't grow with the strength everywhere: "
             + ", ".join(f"{value:.2g} nats at {at_factor:.3g}" for at_factor, value in tried)
-            + f"; the weakest strength that was seen to reach {nats:g} is taken",
+            + f"; using the weakest strength that was found to reach {nats:g}",
             NotMonotoneWarning,
             stacklevel=outside(),
         )
@@ -160,8 +160,8 @@ def _reaching(far: Callable[[float], float], nats: float) -> float:
     factor, below = 1.0, 0
     if far(1.0) == 0 and far(MOST) == 0:
         raise TrimtabError(
-            f"even {MOST:g} times as strong the steering changes nothing on these prompts: its vectors are 0 (what was"
-            " learned was no better than nothing, say), or it acts where nothing is read"
+            f"even at {MOST:g} times its strength the steering changes nothing on these prompts: its vectors are 0 (for"
+            " example, because nothing useful was learned), or it acts where it has no effect on the answers"
         )
     while factor > LEAST and below < BELOW:
         below = below + 1 if far(factor) < nats else 0
@@ -169,8 +169,8 @@ def _reaching(far: Callable[[float], float], nats: float) -> float:
     while far(factor) < nats:
         if factor >= MOST:
             raise TrimtabError(
-                f"at {factor:g} times its strength the steering takes the model {far(factor):.2g} nats from itself on"
-                f" these prompts (95th percentile), so {nats:g} can't be had; ask for less, or give a strength"
+                f"at {factor:g} times its strength the steering's divergence is only {far(factor):.2g} nats on these"
+                f" prompts (95th percentile), so {nats:g} nats can't be reached; ask for less, or give a strength"
             )
         factor *= 2
     return factor

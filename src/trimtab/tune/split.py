@@ -34,7 +34,7 @@ def split_by_query(groups: Sequence[Hashable], *, held_out: float = 0.5, seed: i
     if not names:
         raise TrimtabError("there are no prompts to tune on")
     if held_out and len(names) < 2:
-        raise TrimtabError("all prompts are of one base query, so none can be held out; give more, or held_out=0")
+        raise TrimtabError("all prompts have the same base query, so none can be held out; give more, or held_out=0")
     random.Random(seed).shuffle(names)
     count = min(len(names) - 1, max(1, round(held_out * len(names)))) if held_out else 0
     place = {name: i for i, name in enumerate(names)}

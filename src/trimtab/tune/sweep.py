@@ -175,7 +175,7 @@ def _candidates(
     steering: Steering, layers: int | Iterable[int] | None, strengths: float | Iterable[float]
 ) -> list[tuple[int | None, float, Steering | None]]:
     if not isinstance(steering, Steering):
-        raise TrimtabError(f"a sweep is of a steering, got {type(steering).__name__}")
+        raise TrimtabError(f"a sweep needs a steering, got {type(steering).__name__}")
     if not steering.edits:
         raise TrimtabError("this steering has no edits, so there is nothing to try")
     wanted = steering.layers if layers is None else layers if isinstance(layers, Iterable) else [layers]
@@ -187,9 +187,7 @@ def _candidates(
     if not listed or not multiples:
         raise TrimtabError(f"there is no {'strength' if listed else 'layer'} to try")
     if any(check_strength(multiple) == 0 for multiple in multiples):
-        raise TrimtabError(
-            "strength 0 is no steering, and that is always in a sweep, as its unsteered row; leave it out"
-        )
+        raise TrimtabError("strength 0 doesn't steer, and a sweep always has an unsteered row; leave it out")
     return [
         (layer, float(strength), strength * steering[layer])
         for layer in dict.fromkeys(listed)
@@ -226,7 +224,7 @@ def _checked(check: Check, text: str) -> float:
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        raise TrimtabError(f"a check returns a boolean or a number, and this one returned {said!r} of {text!r}")
+        raise TrimtabError(f"a check must return a boolean or a number, but this one returned {said!r} for {text!r}")
     return score
 
 

@@ -252,7 +252,7 @@ def search(
     steps = list(rungs) if rungs is not None else ladder(len(candidates), len(split.search))
     if steps[-1].items > len(split.search):
         raise TrimtabError(
-            f"the last rung asks for {steps[-1].items} prompts, and {len(split.search)} are there to search on"
+            f"the last rung needs {steps[-1].items} prompts, but only {len(split.search)} are available for the search"
         )
     steerings = [None, *(candidate.steering for candidate in candidates)]
     last_word = 2 * len(split.held_out)
@@ -263,8 +263,9 @@ def search(
     if not meter.afford_tokens(len(steerings)):
         needed = (len(steerings) + last_word) * tokens_each
         raise TrimtabError(
-            f"a budget of {budget_tokens} tokens does not pay for one prompt with {len(candidates)} candidates and"
-            f" the {len(split.held_out)} held-out ones: {needed} at {tokens_each} an answer; give more, or try less"
+            f"a budget of {budget_tokens} tokens doesn't cover one prompt with {len(candidates)} candidates and the"
+            f" {len(split.held_out)} held-out ones: {needed} are needed, at {tokens_each} per answer; give more, or try"
+            " fewer candidates"
         )
 
     def evaluate(chosen: list[int], items: list[int]) -> list[list[Outcome]]:
@@ -411,7 +412,10 @@ def _verdict(
     """Whether to steer, and why (not)."""
     base = halved.standings[BASELINE]
     if base is None:
-        return False, f"nothing was tried: {'interrupted' if interrupted else 'the budget is spent'} before the first"
+        return (
+            False,
+            f"nothing was tried: {'interrupted' if interrupted else 'the budget is spent'} before the first prompt",
+        )
     if chosen is None:
         forbidden = sum(standing is not None and not standing.admissible for standing in halved.standings[1:])
         tail = f"; {forbidden} of {len(halved.standings) - 1} candidates broke the guard" if forbidden else ""

@@ -113,7 +113,7 @@ def refusal(bench: Bench) -> Iterator[Measure]:
     more = ("raises refusal of harmless requests", "lowers refusal of harmless requests")
     system = bench.system if bench.takes_system else None
     if system is None:
-        bench.notes.append("the chat template takes no system message, so nothing was asked under one")
+        bench.notes.append("the chat template doesn't support system messages, so nothing was tested under one")
     for name, text in {"": None, " under the system message": system}.items():
         if name and text is None:
             continue
@@ -148,8 +148,8 @@ def lean(bench: Bench) -> Iterator[Measure]:
         nlls = [sum(token_nlls) / len(token_nlls) for token_nlls in answered_nlls(bench, texts, steering)]
         values[arm] = tuple(nlls[i + 1] - nlls[i] for i in range(0, len(nlls), 2))
     does = (
-        "makes refusing answers to harmful requests likelier",
-        "makes refusing answers to harmful requests unlikelier",
+        "makes refusing answers to harmful requests more likely",
+        "makes refusing answers to harmful requests less likely",
     )
     yield Measure("refusal", "lead of refusing answers", values, -1, does, "nats")
 
@@ -232,7 +232,7 @@ def conversations(bench: Bench) -> Iterator[Measure]:
         contexts = [lm.encode(history[key]) for key in keys]
         room = lm.layout.context
         if room is not None and max(map(len, contexts)) + size.turn_tokens > room:
-            bench.notes.append(f"conversations ended after {held} turns, as no more fit the model's context of {room}")
+            bench.notes.append(f"conversations ended after {held} turns: more don't fit the model's context of {room}")
             break
         generations = lm.generate(
             [history[key] for key in keys],

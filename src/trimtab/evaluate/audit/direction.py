@@ -101,7 +101,9 @@ def refusal_direction(lm: LM, learn: tuple[Sequence[str], Sequence[str]], test: 
     gaps = difference.norm(dim=-1)
     if not bool((gaps > 0).all()):
         layer = int((gaps == 0).nonzero()[0])
-        raise TrimtabError(f"layer {layer}: harmful and harmless requests read alike there; no refusal direction")
+        raise TrimtabError(
+            f"layer {layer}: harmful and harmless requests have the same mean activation; no refusal direction"
+        )
     directions = difference / gaps[:, None]
     answers = _answers_direction(lm, learn[0])
     on, off = ((values * directions).sum(-1) for values in test)
@@ -148,7 +150,7 @@ def _difference(lm: LM, groups: Sequence[Sequence[Text]], what: str) -> Tensor:
     norms = total.norm(dim=-1, keepdim=True)
     if not bool((norms > 0).all()):
         raise TrimtabError(
-            f"layer {int((norms == 0).nonzero()[0, 0])}: {what} read alike there, so it has no direction"
+            f"layer {int((norms == 0).nonzero()[0, 0])}: {what} have the same mean activation, so there is no direction"
         )
     return total / norms
 

@@ -53,8 +53,8 @@ def repaired(steering: Steering, protected: Callable[[Site], Sequence[Tensor]], 
         edits += [kept] if kept is not None else []
     if not edits:
         raise TrimtabError(
-            f"nothing is left of the steering without {' and '.join(what) or 'what is protected'}: that is all it does;"
-            " there is nothing to repair, leave it out"
+            f"nothing is left of the steering without {' and '.join(what) or 'what is protected'}: that is all it does,"
+            " so there is nothing to repair; leave it out"
         )
     card = steering.card
     options = {**card.options, "orthogonal_to": list(what)}
@@ -67,17 +67,17 @@ def _orthogonal(edit: Edit, basis: Tensor) -> tuple[Edit, float]:
     operation = edit.operation
     if edit.site.kind not in STREAM:
         raise UnsupportedError(
-            f"{edit}: what is written at {edit.site.kind} goes through a projection first; a repair is made of edits at"
-            f" {', '.join(STREAM)}"
+            f"{edit}: what is written at {edit.site.kind} goes through a projection first; only edits at"
+            f" {', '.join(STREAM)} can be repaired"
         )
     if getattr(operation, "keep_norm", False):
         raise UnsupportedError(
-            f"{edit}: it keeps the norm, which rescales what lies along every direction; learn it without, to repair it"
+            f"{edit}: it keeps the norm, which rescales components along all directions; learn it without to repair it"
         )
     written = written_by(operation)
     if written is None:
         raise UnsupportedError(
-            f"{edit}: a repair is made of edits that add, set or ablate projections, or read and write"
+            f"{edit}: only edits that add, set or ablate projections, or read and write, can be repaired"
         )
     rest = written - written @ basis @ basis.T
     norm = float(written.norm())

@@ -164,8 +164,8 @@ def audit(
         raise TrimtabError("this steering does nothing: it has no edits, or strengths of 0; there is nothing to audit")
     if any(isinstance(edit.operation, ScoreOperation) for edit in steering.edits):
         raise UnsupportedError(
-            "an audit can't read answers by letters while attention scores are steered; `trimtab eval refusal` and"
-            " `trimtab eval ifeval` generate under them"
+            "an audit can't score answers by letters while attention scores are steered; use `trimtab eval refusal` or"
+            " `trimtab eval ifeval`, which generate answers"
         )
     lm.check(steering, transfer=transfer)
     items = items or read_items(size=size)
@@ -282,7 +282,7 @@ def _along(lying: Sequence[Overlap], moved: Sequence[float], refusal: Refusal) -
             most = max(mine, key=lambda overlap: abs(overlap.cosine))
             what = "cosine" if most.signed else "overlap"
             lines.append(
-                f"{what} with the refusal direction of {of}: {most.cosine:+.2f} at {most.site}, the most of"
+                f"{what} with the refusal direction of {of}: {most.cosine:+.2f} at {most.site}, the largest of"
                 f" {len(mine)} edits (three quarters of random directions stay within {1.15 / math.sqrt(width):.2f})"
             )
     layer = max(range(len(moved)), key=lambda i: abs(moved[i]))

@@ -23,7 +23,9 @@ def p_value(
         ValueError: Lists of different length, or no items.
     """
     if len(before) != len(after) or not len(before):
-        raise ValueError(f"{len(before)} items before and {len(after)} after: pairs need as many of both, and some")
+        raise ValueError(
+            f"{len(before)} items before and {len(after)} after: pairs need the same number of both, at least one"
+        )
     sums = _sums(before, after, groups)
     return min(1.0, 2 * sign_flip((sums if sums.sum() >= 0 else -sums).tolist(), seed))
 
