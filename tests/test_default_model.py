@@ -133,5 +133,5 @@ def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         default_model.default_folder()
     assert list((tmp_path / "cache").iterdir()) == []
     monkeypatch.setenv("TRIMTAB_DEFAULT_GGUF", str(tmp_path / "nowhere"))
-    with pytest.raises(TrimtabError, match="is no file"):
+    with pytest.raises(TrimtabError, match="isn't a file"):
         default_model.default_folder()

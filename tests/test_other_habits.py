@@ -80,14 +80,14 @@ def changed(lm: LM) -> None:
 
 REFUSED: dict[str, tuple[Callable[[LM], Any], str]] = {
     # as for vLLM and OpenAI's API
-    "temperature": (lambda lm: lm.generate(TEXT, temperature=0.7), "greedy unless do_sample=True"),
-    "top_p": (lambda lm: lm.stream(TEXT, top_p=0.9), "add it, or leave top_p out"),
+    "temperature": (lambda lm: lm.generate(TEXT, temperature=0.7), "decoding is greedy; add do_sample=True"),
+    "top_p": (lambda lm: lm.stream(TEXT, top_p=0.9), "add do_sample=True, or leave top_p out"),
     "stop": (lambda lm: lm.generate(TEXT, stop=["w9"]), "it is stop_strings=[…]"),
     "n": (lambda lm: lm.generate(TEXT, n=2), "it is num_return_sequences"),
     "stream": (lambda lm: lm.generate(TEXT, stream=True), "lm.stream(prompt, …)"),
     "logit_bias": (lambda lm: lm.generate(TEXT, logit_bias={}), "sequence_bias={(token,): bias}"),
     "logprobs": (lambda lm: lm.generate(TEXT, logprobs=5), "logprobs is True or False, got 5"),
-    "prefill": (lambda lm: lm.generate(TEXT, prefill="w9"), "messages that end with one of the assistant's"),
+    "prefill": (lambda lm: lm.generate(TEXT, prefill="w9"), "end the messages with an assistant message"),
     # as for transformers
     "settings": (
         lambda lm: lm.generate(TEXT, generation_config=transformers.GenerationConfig(do_sample=True)),
@@ -130,14 +130,14 @@ REFUSED: dict[str, tuple[Callable[[LM], Any], str]] = {
     "too long": (lambda lm: looped(lm, PUSH, [99]), "has 99 tokens, but 8 were computed"),
     # in a notebook
     "a table": (lambda lm: lm.generate(numpy.rec.array([(TEXT,)], names="q").view(_Table)), "its columns: 'q'"),
-    "a set": (lambda lm: lm.generate({TEXT}), "it has no order; give a list"),  # type: ignore[arg-type]
+    "a set": (lambda lm: lm.generate({TEXT}), "sets have no order; give a list"),  # type: ignore[arg-type]
     "a seed": (lambda lm: lm.generate(TEXT, seed=2**80), "at most 64 bits"),
-    "system": (lambda lm: lm.generate([TEXT] * 2, system=["a", "b"]), "system is one text"),  # type: ignore[arg-type]
-    "no sites": (lambda lm: lm.capture(TEXT, []), "at least one, got []"),
+    "system": (lambda lm: lm.generate([TEXT] * 2, system=["a", "b"]), "system is a single text"),  # type: ignore[arg-type]
+    "no sites": (lambda lm: lm.capture(TEXT, []), "Site(14, 'heads')], got []"),
     "layers": (lambda lm: lm.capture(TEXT, layers=[1]), "it is sites: 14"),  # type: ignore[call-arg]
-    "a name": (lambda lm: lm.capture(TEXT, "all"), "sites are layers or Sites"),  # type: ignore[arg-type]
+    "a name": (lambda lm: lm.capture(TEXT, "all"), "sites must be one or more layers"),  # type: ignore[arg-type]
     "from the end": (lambda lm: lm.capture(TEXT, -1), "lm.layout.layers - 1"),
-    "another layer": (lambda lm: lm.capture(TEXT, 1)[0][2], "no activations at 2; captured are residual[1]"),  # type: ignore[index]
+    "another layer": (lambda lm: lm.capture(TEXT, 1)[0][2], "no activations at 2; captured: residual[1]"),  # type: ignore[index]
     "supports": (lambda lm: lm.supports("rejection"), "isn't a steering"),  # type: ignore[arg-type]
     "the hook's name": (lambda lm: Site(1, "hook_resid_post"), "here it is 'residual'"),
     "a class of operations": (lambda lm: Edit(Site(1), Add), "got a type; write Add(direction)"),

@@ -161,10 +161,10 @@ def test_generating_with_llama_cpp(trimtab, model, tmp_path):
         assert llama.json["answers"][0][key] == plain.json["answers"][0][key]
     assert llama.json["answers"][0]["dose"] == pytest.approx(plain.json["answers"][0]["dose"], rel=0.5)
     for more, words in (
-        (["--model", model, "--engine", "llamacpp"], "runs .gguf files"),
+        (["--model", model, "--engine", "llamacpp"], "needs a .gguf file"),
         (["--model", file, "--engine", "ollama"], "no engine 'ollama'"),
-        (["--model", file, "--engine", "llamacpp", "--rejection"], "no rejection"),
-        (["--model", file, "--engine", "llamacpp", "--device", "meta"], "takes no device"),
+        (["--model", file, "--engine", "llamacpp", "--rejection"], "support rejection"),
+        (["--model", file, "--engine", "llamacpp", "--device", "meta"], "has no option device"),
     ):
         done = trimtab("generate", *more, *options)
         assert (done.code, words in done.err) == (2, True), done.err

@@ -32,7 +32,7 @@ def test_answers_that_end_at_different_lengths_are_those_of_a_whole_batch(
     lm: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_share(lm.layout):
-        pytest.skip("rows of this family can't share a batch of steps")
+        pytest.skip("this family doesn't support continuous batching")
     free = answers(lm)
     ends = sorted({free[1].token_ids[1], free[2].token_ids[4], free[7].token_ids[0]})
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", ends)

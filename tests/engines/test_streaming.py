@@ -97,7 +97,7 @@ def test_pieces_come_while_the_model_runs(lm: LM) -> None:
         stream = lm.stream(TEXT, max_new_tokens=3)
         first = next(stream)
         assert repr(stream) == "Stream(running)"
-        with pytest.raises(TrimtabError, match="isn't at its end yet"):
+        with pytest.raises(TrimtabError, match="hasn't ended yet"):
             _ = stream.result
         gate.set()
         assert first + "".join(stream) == stream.result.text
@@ -212,5 +212,5 @@ def test_an_interrupt_while_it_waits_stops_it(lm: LM, monkeypatch: pytest.Monkey
 def test_an_engine_that_cannot_stream_says_what_can() -> None:
     from trimtab.engines.vllm.lm import VllmLM
 
-    with pytest.raises(UnsupportedError, match=r"gives whole answers here; lm.generate\(…\) has them"):
+    with pytest.raises(UnsupportedError, match=r"returns whole answers here; use lm.generate\(…\)"):
         VllmLM.__new__(VllmLM).stream(TEXT)

@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_refused_in_words() -> None:
     lm = tiny("llama")
     with pytest.raises(TrimtabError, match="no prompt"):
         divergence(lm, None, [])
-    with pytest.raises(UnsupportedError, match=r"the vllm engine has no probabilities of all tokens: .* engine can"):
+    with pytest.raises(UnsupportedError, match=r"engine doesn't support probabilities of all tokens: .* engine can"):
         divergence(VllmLM.__new__(VllmLM), None, ["w3"])  # type: ignore[arg-type]
 
 

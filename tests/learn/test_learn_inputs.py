@@ -109,7 +109,8 @@ def test_an_engine_that_cannot_learn_like_this_says_so() -> None:
     lm = VllmLM.__new__(VllmLM)
     check_lm(lm)
     with pytest.raises(
-        UnsupportedError, match=r"the vllm engine has no learning by gradients, .*; the transformers engine can"
+        UnsupportedError,
+        match=r"vllm engine doesn't support learning with gradients .*; the transformers engine",
     ):
         check_lm(lm, "training")
 

@@ -221,7 +221,7 @@ class TestOneModel:
             lm.check(Steering((Edit(Site(1, "keys"), Add(torch.ones(5))),)))
         with pytest.raises(UnsupportedError, match="acts only on the prompt"):
             lm.generate(PROMPTS[0], span, rejection=Rejection(beta=0.5), max_new_tokens=1)
-        with pytest.raises(UnsupportedError, match="acts before it alone"):
+        with pytest.raises(UnsupportedError, match="acts only before it"):
             lm.generate(PROMPTS[0], span, clean_cache=True, max_new_tokens=1)
         with pytest.raises(UnsupportedError, match="attention interface"):
             tiny.tiny("falcon").check(span)

@@ -212,7 +212,7 @@ class TestWithGatesAndRejection:
 
 class TestWhatCantBe:
     def test_beams_change_places(self, lm: LM) -> None:
-        with pytest.raises(UnsupportedError, match="num_beams: beams change places"):
+        with pytest.raises(UnsupportedError, match="num_beams: beam search reorders its rows"):
             lm.generate(PROMPTS[0], steering(THINKING), num_beams=2, max_new_tokens=4)
         with lm.steered(steering(THINKING)), pytest.raises(UnsupportedError, match="num_beams"):
             lm.model.generate(torch.tensor([lm.encode("a")]), max_new_tokens=2, num_beams=2)

@@ -66,7 +66,7 @@ class TestClosed:
         monkeypatch.setitem(module.PASSED, "POST", UNKNOWN)
         response = client.post(UNKNOWN[0], json=ASK, headers=KEY)
         assert (response.status_code, client.app.state.engine.received) == (400, [])
-        assert "this route isn't one that it knows" in response.text
+        assert "which doesn't cover this route" in response.text
         assert [entry["event"] for entry in lines(log)] == ["refused"]
 
     def test_nothing_is_read_of_who_has_no_key(self, closed: Any) -> None:

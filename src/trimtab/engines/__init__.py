@@ -37,7 +37,7 @@ def engine(name: str) -> Any:
         return EntryPoint(name, ENGINES[name], plugins.ENGINES).load()
     made = plugin.load()
     if not callable(getattr(made, "load", None)):
-        raise plugin.broken("it has no `load`, which makes an engine of a model's name")
+        raise plugin.broken("it has no `load` method, which loads a model by name")
     return made
 
 
@@ -49,8 +49,8 @@ def load(name: str, model: Any, options: dict[str, Any]) -> Any:
     """
     if options.pop("adapter", None) is not None:
         raise UnsupportedError(
-            f"the {name} engine puts no adapter on a model; merge it (merge_and_unload), or use the transformers engine"
-            " (leave out engine=, or --engine)"
+            f"the {name} engine can't apply an adapter; merge it into the model (merge_and_unload), or use the"
+            " transformers engine (leave out engine=, or --engine)"
         )
     try:
         return engine(name).load(model, **options)

@@ -40,7 +40,7 @@ def rejections_for(rejection: Any, marks: list[Any]) -> list[Rejection | None]:
     if isinstance(rejection, Rejection):
         return [rejection] * len(marks)
     if not isinstance(rejection, (list, tuple)):
-        raise TrimtabError(f"rejection is a Rejection, True or False, got {rejection!r}")
+        raise TrimtabError(f"rejection must be a Rejection, True or False, got {rejection!r}")
     if len(rejection) != len(marks):
         raise TrimtabError(f"{len(rejection)} rejections for {len(marks)} prompts; give one, or one for each")
     return [rejections_for(each, [mark])[0] for each, mark in zip(rejection, marks, strict=True)]
@@ -88,8 +88,8 @@ def sampling_for(options: Mapping[str, Any]) -> dict[str, Any]:
     if drawing and options.get("do_sample") is None:
         name = drawing[0]
         raise TrimtabError(
-            f"{name}={options[name]!r} says how tokens are drawn, and decoding is greedy unless do_sample=True is there"
-            f" too; add it, or leave {name} out"
+            f"{name}={options[name]!r} is a sampling option, but decoding is greedy; add do_sample=True, or leave"
+            f" {name} out"
         )
     return dict(options)
 
@@ -107,12 +107,12 @@ def check_said(logprobs: Any, system: Any) -> None:
     """Raises `TrimtabError` if `logprobs` isn't a boolean or `system` isn't a string."""
     if not isinstance(logprobs, bool):
         raise TrimtabError(
-            f"logprobs is True or False, got {logprobs!r}; an answer has the log-probability of each of its own tokens,"
-            " and lm.next_logprobs those of others"
+            f"logprobs is True or False, got {logprobs!r}; answers have the log-probabilities of their own tokens only,"
+            " for those of other tokens use lm.next_logprobs"
         )
     if system is not None and not isinstance(system, str):
         raise TrimtabError(
-            f"system is one text, before every prompt, got {system!r}; for one each, give lists of messages"
+            f"system is a single text for all prompts, got {system!r}; for one per prompt, give lists of messages"
         )
 
 
@@ -155,9 +155,9 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _fix(value: Any) -> str:
     if isinstance(value, (set, frozenset)):
-        return "it has no order; give a list"
+        return "sets have no order; give a list"
     if isinstance(value, (int, Tensor, Mapping)):
-        return "tokens are generated from by model.generate inside lm.steered(…)"
+        return "for token ids, use model.generate inside lm.steered(…)"
     return "give a string, or {'role': …, 'content': …} in a list"
 
 

@@ -19,7 +19,7 @@ class Captured(dict[Site, Tensor]):
         layer = whole(key)
         site = None if layer is None or layer < 0 else Site(layer)
         if site is None or site not in self:
-            raise MissingSite(f"no activations at {key!r}; captured are {', '.join(map(str, self))}")
+            raise MissingSite(f"no activations at {key!r}; captured: {', '.join(map(str, self))}")
         return self[site]
 
 
@@ -37,5 +37,7 @@ def sites_of(sites: Any) -> list[Site]:
         return [Site(number)]
     listed = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, (str, bytes)) else []
     if not listed:
-        raise TrimtabError(f"sites are layers or Sites, 14 or [10, Site(14, 'heads')], at least one, got {sites!r}")
+        raise TrimtabError(
+            f"sites must be one or more layers or Sites, such as 14 or [10, Site(14, 'heads')], got {sites!r}"
+        )
     return [site if isinstance(site, Site) else Site(site) for site in listed]

@@ -24,14 +24,14 @@ FEATURES = {
     "emphasis": "emphasis, which steers attention scores",
     "rejection": "rejection of implausible tokens",
     "clean_cache": "steering over a clean cache",
-    "monitors": "monitors that read while it generates",
-    "streaming": "streams of an answer's pieces",
+    "monitors": "monitors during generation",
+    "streaming": "streaming of answers",
     "steered": "lm.steered(…)",
-    "training": "learning by gradients, or from the weights",
+    "training": "learning with gradients or from the weights",
     "perplexity": "perplexities",
     "logits": "probabilities of all tokens",
     "doses": "doses",
-    "grammar": "answers by a JSON schema",
+    "grammar": "answers that follow a JSON schema",
     "images": "images in prompts",
 }
 """The features that not every engine supports, with the wording that errors use."""
@@ -128,7 +128,7 @@ def check_texts(layout: Shape, groups: Sequence[Sequence[Text]]) -> None:
             check_length(layout, len(text.ids), f"text {g + 1}")
             if not text.positions or not 0 <= min(text.positions) <= max(text.positions) < len(text.ids):
                 raise TrimtabError(
-                    f"text {g + 1}: positions {list(text.positions)} of a text of {len(text.ids)} tokens"
+                    f"text {g + 1}: positions {list(text.positions)} are empty or outside its {len(text.ids)} tokens"
                 )
 
 
@@ -137,11 +137,14 @@ def check_choices(layout: Shape, choices: Sequence[Choice]) -> None:
     for i, choice in enumerate([choices] if isinstance(choices, str) else choices):
         if not isinstance(choice, Choice):
             raise TrimtabError(
-                f"text {i + 1} is a {type(choice).__name__}, not a Choice (of trimtab.engines.request): its token ids,"
-                " how many of them are the prompt, and the candidates' token ids"
+                f"text {i + 1} is a {type(choice).__name__}, not a Choice (of trimtab.engines.request), which has token"
+                " ids, the number of them that are the prompt, and the candidates' token ids"
             )
         check_length(layout, len(choice.ids), f"text {i + 1}")
         if not 0 < choice.prompt_length <= len(choice.ids):
-            raise TrimtabError(f"text {i + 1}: a prompt of {choice.prompt_length} tokens in {len(choice.ids)}")
+            raise TrimtabError(
+                f"text {i + 1}: the prompt's length is {choice.prompt_length}, and must be from 1 to the text's"
+                f" {len(choice.ids)} tokens"
+            )
         if not choice.candidates:
-            raise TrimtabError(f"text {i + 1}: no token is asked for")
+            raise TrimtabError(f"text {i + 1}: there are no candidates")

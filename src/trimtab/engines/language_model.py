@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from trimtab.tune.sweep import Sweep
 
 LAST = Positions.last_prompt_token()
-LEARNED = ", and what it has learned runs on this one wherever it can be honoured"
+LEARNED = ", and what is learned there runs on this engine if it supports the operations"
 
 
 @method_keywords("encode", "encode_with_images", "spans", "next_logprobs", "project", "capture", "read")
@@ -188,8 +188,9 @@ class LanguageModel(ABC):
                 raise TrimtabError(f"there is no feature {feature!r}; features: {', '.join(FEATURES)}")
             if feature in self.cannot:
                 raise UnsupportedError(
-                    f"the {self.engine} engine has no {FEATURES[feature]}: {self.cannot[feature]}; the transformers"
-                    f" engine can (leave out engine=, or --engine){LEARNED if feature == 'training' else ''}"
+                    f"the {self.engine} engine doesn't support {FEATURES[feature]}: {self.cannot[feature]}; the"
+                    " transformers engine can (leave out engine=, or"
+                    f" --engine){LEARNED if feature == 'training' else ''}"
                 )
 
     # ---- text --------------------------------------------------------------------------------------------
@@ -577,7 +578,7 @@ class LanguageModel(ABC):
         """
         wanted = sites_of(sites)
         if not isinstance(positions, Positions):
-            raise TrimtabError(f"positions are Positions, got {positions!r}; write Positions.parse('all'), say")
+            raise TrimtabError(f"positions must be a Positions object, got {positions!r}; write Positions.parse('all')")
         if steering is not None:
             self.check(steering, transfer=transfer)
         texts = []
@@ -586,7 +587,7 @@ class LanguageModel(ABC):
             check_length(self.layout, len(ids), f"prompt {i + 1}")
             where = positions.in_prompt(len(ids))
             if not where:
-                raise TrimtabError(f"positions {positions} hold no token of a prompt of {len(ids)} tokens")
+                raise TrimtabError(f"positions {positions} select no token of a prompt of {len(ids)} tokens")
             check_prompt(steering, len(ids))
             texts.append(Text(ids, where, images))
         activations: dict[int, dict[Site, Tensor]] = {}
@@ -632,8 +633,8 @@ class LanguageModel(ABC):
             self.require("emphasis")
         if emphasize is not None and rejection is None and "rejection" in self.cannot:
             raise UnsupportedError(
-                f"emphasis comes with rejection of implausible tokens, which the {self.engine} engine hasn't:"
-                f" {self.cannot['rejection']}; ask for rejection=False"
+                f"emphasis comes with rejection of implausible tokens, which the {self.engine} engine doesn't support:"
+                f" {self.cannot['rejection']}; pass rejection=False"
             )
         if rejection not in (None, False):
             self.require("rejection")

@@ -52,7 +52,7 @@ def check_meanings(steering: Steering, tokenizer: Any) -> None:
         raise TrimtabError(f"a steering has at most {MOST} positions by meaning, this one has {len(meanings)}")
     for meaning in meanings:
         if tokenizer is None:
-            raise TrimtabError(f"positions {meaning.kind} are about text, and this model came without a tokenizer")
+            raise TrimtabError(f"positions {meaning.kind} depend on the text, and this model has no tokenizer")
         machine_of(tokenizer, meaning)
 
 

@@ -21,10 +21,10 @@ from trimtab.text.unfolding import Unfolding
 
 REFUSED = {
     "batch_size": "there is one prompt",
-    "progress": "each piece is the progress",
-    "streamer": "the stream is one",
-    "num_return_sequences": "one answer comes",
-    "num_beams": "beams have no text before they end",
+    "progress": "the pieces show the progress",
+    "streamer": "the stream already yields the tokens",
+    "num_return_sequences": "it returns one answer",
+    "num_beams": "beam search has no text before it ends",
 }
 
 Tell = Callable[[Sequence[int]], None]
@@ -64,8 +64,8 @@ class Stream:
     def result(self) -> Generation:
         """The whole answer, with its doses. Raises `TrimtabError` before the end, and for a stopped stream."""
         if self._result is None:
-            why = "was stopped before its end" if self._over else "isn't at its end yet; take all of its pieces first"
-            raise TrimtabError(f"there is no result of this stream: it {why}")
+            why = "was stopped before its end" if self._over else "hasn't ended yet; read all of its pieces first"
+            raise TrimtabError(f"this stream has no result: it {why}")
         return self._result
 
     def __next__(self) -> str:

@@ -292,7 +292,7 @@ def _check_summand(other: Any) -> None:
 
 def _no_positions(value: Any) -> str:
     fix = f"Positions.parse({value!r})" if isinstance(value, str) else "Positions.all(), say"
-    return f"positions are Positions, got {value!r}; write {fix}"
+    return f"positions must be a Positions object, got {value!r}; write {fix}"
 
 
 def _parts(steering: Steering) -> tuple[Card, ...]:

@@ -314,13 +314,13 @@ class TestNothingIsSilentlyUnsteered:
     @pytest.mark.parametrize(
         ("plant", "why"),
         [
-            (unhook, r"behind block 12 the steering was to run once, on \d+ tokens, and wasn't run"),
+            (unhook, r"behind block 12 the steering should have run once, on \d+ tokens, but didn't run"),
             pytest.param(hook_twice, r"behind block 12 .* ran 2 times", marks=pytest.mark.long),
             pytest.param(
                 past_begin, "a step in which the plugin wasn't asked to steer this request", marks=pytest.mark.long
             ),
-            pytest.param(past_the_plugin, "steered requests and accounts for 0 of them", marks=pytest.mark.long),
-            (one_step_past_the_plugin, "steered requests and accounts for 0 of them"),
+            pytest.param(past_the_plugin, "steered requests, but accounted for 0 of them", marks=pytest.mark.long),
+            (one_step_past_the_plugin, "steered requests, but accounted for 0 of them"),
         ],
         ids=["unhooked", "hooked twice", "begin isn't called", "steps past the plugin", "one step past the plugin"],
     )
@@ -395,7 +395,7 @@ class TestAdmission:
             (Edit(Site(3, "scores"), ScaleScores(), Positions.span(1, 3)), "TRIMTAB_SITES=keys"),
             (Edit(Site(3, "neurons"), MaskNeurons(torch.rand(1536))), "can't run"),
             (Edit(Site(3, "heads"), Add(direction(1))), "inside a block"),
-            (Edit(Site(3, "block_input"), Add(direction(1))), "output of the block before"),
+            (Edit(Site(3, "block_input"), Add(direction(1))), "output of the previous block"),
             (Edit(Site(30), Add(direction(1))), "layers 0 to 29"),
             (Edit(Site(3), Add(torch.ones(64))), "width is 64, this model's is 576"),
         ],

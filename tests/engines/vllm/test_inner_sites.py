@@ -217,7 +217,7 @@ class TestActing:
             block(torch.randn(5, WIDTH, dtype=torch.float64))
         receipt = worker.end()
         assert receipt is not None
-        assert "at heads[1] the steering was to run once" in receipt.settle()["a"]
+        assert "at heads[1] the steering should have run once" in receipt.settle()["a"]
 
 
 class TestFinding:
@@ -226,7 +226,7 @@ class TestFinding:
         assert list(find_places({3: block}, WIDTH, ())) == [Site(3)]
         assert list(find_places({3: block}, WIDTH, ("heads",))) == [Site(3, "heads"), Site(3)]
         block.more = Mlp(1)
-        with pytest.raises(UnsupportedError, match=r"the sites inside of block 3 .* more isn't one part"):
+        with pytest.raises(UnsupportedError, match=r"the sites inside block 3 .* more isn't a single attention or MLP"):
             find_places({3: block}, WIDTH, ("heads",))
         del block.more, block.mlp
         with pytest.raises(UnsupportedError, match="which has heads, attention"):
@@ -239,7 +239,7 @@ class TestFinding:
         assert (places[Site(3, "keys")].width, places[Site(3, "keys")].whole) == (KEYS, 2 * KEYS)
         other: Any = Block()
         other.self_attn.attn.num_kv_heads = 1
-        with pytest.raises(UnsupportedError, match="of several widths \\(8, 24\\)"):
+        with pytest.raises(UnsupportedError, match="have several widths \\(8, 24\\)"):
             find_places({2: other, 3: block}, WIDTH, ("keys",))
         block.self_attn.attn.kv_sharing_target_layer_name = "model.layers.1"
         with pytest.raises(UnsupportedError, match="block 3 of this model, which shares its keys with another block"):
@@ -253,7 +253,7 @@ class TestFinding:
         monkeypatch.setenv("TRIMTAB_SITES", "residual, neurons,heads")
         assert settings_from_environment(sites={"mlp"}).sites == ("heads", "neurons")
         monkeypatch.setenv("TRIMTAB_SITES", "scores")
-        with pytest.raises(TrimtabError, match=r"TRIMTAB_SITES names kinds of sites, of heads, .*; got 'scores'"):
+        with pytest.raises(TrimtabError, match=r"TRIMTAB_SITES lists kinds of sites \(heads, .*\), got 'scores'"):
             settings_from_environment()
 
 

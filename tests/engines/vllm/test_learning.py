@@ -194,10 +194,10 @@ class TestLearning:
             "iti": "heads",
             "sadi": "heads",
             "tda": "from the weights",
-            "bipo": "by gradients",
-            "reps": "by gradients",
-            "loreft": "by gradients",
-            "distill": "by gradients",
+            "bipo": "with gradients",
+            "reps": "with gradients",
+            "loreft": "with gradients",
+            "distill": "with gradients",
             "steermoe": "router",
         }
         if name in lacks:
@@ -277,7 +277,7 @@ class TestLookingAt:
 class TestFeatures:
     def test_it_says_what_it_has(self, vllm: Any, small: LM) -> None:
         assert vllm.supports(added(1, layers=(1,)), "perplexity") is None
-        assert "no rejection" in vllm.supports(None, "rejection")
+        assert "support rejection" in vllm.supports(None, "rejection")
         assert "inside a block" in vllm.supports(Steering((Edit(Site(1, "heads"), Add(direction(1))),)))
         assert small.supports(None, "rejection", "training", "doses") is None
 

@@ -352,7 +352,7 @@ class TestRig:
         assert worker.take("r") == {}
 
     def test_a_request_for_what_was_never_sent_is_an_error(self) -> None:
-        with pytest.raises(TrimtabError, match="wasn't given"):
+        with pytest.raises(TrimtabError, match="didn't receive"):
             rig().start("a", placed(steering((1, Add(direction(1)), RULES[0])), 3)[0])
 
 
@@ -513,9 +513,9 @@ class TestCounting:
         assert self.step(scheduler, runner, Step({"a": 1}, a=10)) == {"a": 5}
 
     FAULTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
-        ("unhooked", lambda r: r.without.add(3), r"behind block 3 .* on 5 tokens, and wasn't run"),
+        ("unhooked", lambda r: r.without.add(3), r"behind block 3 .* on 5 tokens, but didn't run"),
         ("twice", lambda r: r.twice.add(3), r"behind block 3 .* ran 2 times, on 10 tokens"),
-        ("fewer tokens", lambda r: setattr(r, "rows", 2), r"on 5 tokens, and ran 1 times, on 2"),
+        ("fewer tokens", lambda r: setattr(r, "rows", 2), r"on 5 tokens, but ran 1 times, on 2"),
         ("hook not called", lambda r: setattr(r, "hooks", False), "the plugin wasn't asked to steer"),
     )
 
@@ -550,9 +550,9 @@ class TestCounting:
         assert self.step(scheduler, runner, Step({"a": 4}, {"a": new["a"]})) == {"a": 5}
         unseen = Step({"a": 1}, a=4)
         receipt = self.counted(runner, Step({"a": 1}, a=5))
-        assert "tokens 4 to 4 of this request were computed in a step" in receipt.settle()["a"]
+        assert "tokens 4 to 4 of this request were computed in a vLLM step" in receipt.settle()["a"]
         (sent,) = scheduler.update_from_output(unseen, SimpleNamespace(token=5)).values()
-        assert "a worker computed 1 steered requests and accounts for 0" in sent.outputs[0].stop_reason
+        assert "a worker computed 1 steered requests, but accounted for 0" in sent.outputs[0].stop_reason
 
     def counted(self, runner: Runner, scheduled: Step) -> Receipt:
         runner.execute_model(scheduled)
@@ -675,7 +675,7 @@ class TestCountingInGraphs:
         start(worker, "a", steering((0, Add(direction(1)), RULES[0]), (3, Add(direction(2)), RULES[0])), 3)
         assert self.replayed(worker, whole, 3) == {}
         (missing,) = set(range(LAYERS)) - set(layers)
-        assert f"behind block {missing} the steering was to run once" in self.replayed(worker, part, 4)["a"]
+        assert f"behind block {missing} the steering should have run once" in self.replayed(worker, part, 4)["a"]
         assert self.replayed(worker, whole, 5) == {}
 
     def test_a_replay_that_doesnt_happen_or_happens_twice(self) -> None:
@@ -683,7 +683,7 @@ class TestCountingInGraphs:
         graph, _ = self.captured(worker)
         start(worker, "a", steering((1, Add(direction(1)), RULES[0])), 3)
         nothing = Recorded()
-        assert "wasn't run" in self.replayed(worker, nothing, 3)["a"]
+        assert "didn't run" in self.replayed(worker, nothing, 3)["a"]
         nothing.calls = graph.calls * 2
         assert "ran 2 times, on 16 tokens" in self.replayed(worker, nothing, 4)["a"]
 
@@ -918,7 +918,7 @@ class TestFrontEnd:
         names.load(tmp_path)
         assert list(names) == ["calm"]
         gated = steering((1, Add(direction(1)), RULES[0])).when(Threshold(Site(0), direction(2), 0.0))
-        with pytest.raises(UnsupportedError, match="a pass of its own"):
+        with pytest.raises(UnsupportedError, match="a separate forward pass"):
             names.register("gated", gated)
         with pytest.raises(TrimtabError, match="no folder"):
             names.load(tmp_path / "none")
@@ -1076,7 +1076,7 @@ class TestWorkers:
             ({"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, ["sequence"]),
             ({"parallel_config": SimpleNamespace(use_sequence_parallel_moe=True)}, ["sequence"]),
             ({"parallel_config": parallel}, ["DBO", "prefill context"]),
-            ({"model_config": SimpleNamespace(runner_type="pooling", is_encoder_decoder=True)}, ["embeds", "encoder"]),
+            ({"model_config": SimpleNamespace(runner_type="pooling", is_encoder_decoder=True)}, ["embed", "encoder"]),
         ):
             reasons = unsupported(config(**options))
             assert len(reasons) == len(why)
@@ -1087,7 +1087,7 @@ class TestWorkers:
         for own in ("_model_forward", "prepare_inputs"):
             assert unlike(SimpleNamespace(**listened, **{own: 0})) == []
             (reason,) = unlike(SimpleNamespace(execute_model=0, get_model=0, **{own: 0}))
-            assert "its model runner types.SimpleNamespace is neither vLLM's first nor its second" in reason
+            assert "its model runner types.SimpleNamespace isn't one of the two" in reason
         assert unlike(SimpleNamespace(**listened))
 
 
@@ -1153,7 +1153,7 @@ class TestPlaces:
 class TestAround:
     def test_versions(self) -> None:
         assert check_version("0.32.0") == "0.32.0"
-        with pytest.raises(UnsupportedError, match=r"steers vLLM 0\.31 and 0\.32, and this is 0\.40\.1"):
+        with pytest.raises(UnsupportedError, match=r"supports vLLM 0\.31 and 0\.32, and this is 0\.40\.1"):
             check_version("0.40.1")
         with pytest.warns(UntestedVersionWarning, match=r"vLLM 0\.33\.0 is newer than 0\.32, the newest"):
             check_version("0.33.0")

@@ -95,7 +95,7 @@ print("unsteered", len(lm.generate(PROMPTS[:2], max_new_tokens=8)))
     )
     out = run(tmp_path, body, VLLM_ALLOW_INSECURE_SERIALIZATION="1")
     assert "served" not in out
-    assert "raised: trimtab: behind block 12 the steering was to run once" in out
+    assert "raised: trimtab: behind block 12 the steering should have run once" in out
     assert "unsteered 2" in out
 
 
@@ -135,5 +135,5 @@ asyncio.run(main())
     out = run(tmp_path, body, VLLM_ALLOW_INSECURE_SERIALIZATION="1")
     assert "right True" in out
     assert "wrong" not in out
-    assert "raised: trimtab: behind block 12 the steering was to run once" in out
+    assert "raised: trimtab: behind block 12 the steering should have run once" in out
     assert "unsteered True" in out

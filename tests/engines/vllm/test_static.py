@@ -194,7 +194,7 @@ def test_a_gate_of_the_prompt_is_decided_by_what_graphs_keep(vllm: Any, lm: LM) 
 
 def test_what_graphs_cant_do_is_said_before_a_request_runs(vllm: Any) -> None:
     turned = Steering((Edit(Site(10), Rotate(direction(6), angle=0.3), Positions.all()),))
-    with pytest.raises(UnsupportedError, match="no other operation"):
+    with pytest.raises(UnsupportedError, match="support only additions"):
         vllm.generate(PROMPTS[0], turned, max_new_tokens=1)
     with pytest.raises(UnsupportedError, match="rank 5, more than 4"):
         vllm.check(Steering((Edit(Site(10), read_write(1, 5)),)))

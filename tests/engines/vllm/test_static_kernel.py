@@ -498,8 +498,12 @@ class TestCapacity:
             (Edit(Site(1), Add(direction(1), keep_norm=True)), KERNELS["projections"], "norms"),
             (Edit(Site(1), Ablate(direction(1)), gate=GATES[0]), KERNELS["projections"], "conditions on each token"),
             (Edit(Site(1), Add(direction(1)), gate=Threshold(Site(0), direction(1), 0.0)), Capacity(), "keep no act"),
-            (Edit(Site(1), Rotate(direction(1), angle=0.3)), ALL, "no other operation"),
-            (Edit(Site(1), RotatePredicted(direction(1), torch.zeros(weight_count(WIDTH)))), ALL, "no other operation"),
+            (Edit(Site(1), Rotate(direction(1), angle=0.3)), ALL, "support only add"),
+            (
+                Edit(Site(1), RotatePredicted(direction(1), torch.zeros(weight_count(WIDTH)))),
+                ALL,
+                "support only add",
+            ),
             (Edit(Site(1), Ablate(direction(1)), gate=GATES[0] & GATES[1]), ALL, "is one threshold"),
             (
                 Edit(

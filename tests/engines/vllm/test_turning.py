@@ -120,7 +120,7 @@ def test_a_token_that_wasnt_told_ends_the_request() -> None:
         worker.apply(Site(layer), torch.zeros(2, WIDTH, dtype=torch.float64), None)
     _, faults, _ = worker.end().plain()
     assert list(faults) == ["a"]
-    assert "before the plugin knew what it is" in faults["a"]
+    assert "before the plugin knew which token it is" in faults["a"]
 
 
 def test_a_worker_without_the_tokens() -> None:

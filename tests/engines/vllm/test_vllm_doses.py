@@ -107,7 +107,7 @@ def test_scaled_keys_push_nothing() -> None:
     assert both.pushed == {Site(1)}
     link = Link(8, LAYERS, WIDTH, True, unmeasured="", split=frozenset({"keys"}))
     check_measured(link, Steering((keys,)))
-    with pytest.raises(UnsupportedError, match="those of additions to the residual stream alone"):
+    with pytest.raises(UnsupportedError, match="only those of additions to the residual stream"):
         check_measured(link, Steering((Edit(Site(1), Ablate(direction(1))),)))
 
 

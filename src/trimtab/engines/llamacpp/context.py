@@ -115,7 +115,7 @@ class Context:
         self.steered.clear()
         memory = self.library.llama_get_memory(self.pointer)
         if not memory:
-            raise TrimtabError(f"llama.cpp keeps no memory of this model's texts: {last_errors()}")
+            raise TrimtabError(f"llama.cpp has no KV cache for this model: {last_errors()}")
         self.library.llama_memory_clear(memory, True)
 
     def steer(self, vectors: Vectors | None) -> None:
@@ -166,7 +166,7 @@ class Context:
         self.steered.update(dict.fromkeys(self._vectors, len(tokens)))
         logits = self.library.llama_get_logits_ith(self.pointer, -1)
         if not logits:
-            raise TrimtabError(f"llama.cpp gives no logits: {last_errors()}")
+            raise TrimtabError(f"llama.cpp returned no logits: {last_errors()}")
         return np.ctypeslib.as_array(logits, (self.library.llama_vocab_n_tokens(self.weights.vocabulary),)).copy()
 
     def _check(self, tokens: int, every: bool) -> None:
@@ -175,9 +175,11 @@ class Context:
         for block in self._vectors:
             steered, wanted = self._added.get(block, 0), 1 if block == last and not every else tokens
             if steered < wanted:
-                self._faults.append(f"block {block} was to be steered at {wanted} tokens, and was at {steered}")
+                self._faults.append(
+                    f"block {block} should have been steered at {wanted} tokens, and was steered at {steered}"
+                )
         if self._faults:
-            raise TrimtabError(f"llama.cpp doesn't run the control vector that it was given: {self._faults[0]}")
+            raise TrimtabError(f"llama.cpp doesn't apply the control vector: {self._faults[0]}")
         self._before, self._unchecked = {}, False
 
     def read(self, blocks: Sequence[int], runs: Callable[[], np.ndarray]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -225,7 +227,7 @@ class Context:
     def _compare(self, block: int, output: GraphTensor, name: bytes) -> None:
         """Record a fault unless a block's output adds the vector that is set for it, or none if none is set."""
         if output.name != name or output.ne[0] != self.weights.width:
-            self._faults.append(f"a tensor of its graph isn't laid out as is known here; install {TESTED}")
+            self._faults.append(f"a tensor of its graph has an unknown layout; install {TESTED}")
             return
         term = output.src[1]
         added = self._values(term) if term else np.empty(0, dtype=np.float32)
@@ -235,7 +237,7 @@ class Context:
         elif vector is not None:
             self._faults.append(f"block {block} doesn't add its vector")
         elif self._before[block].any() and np.array_equal(added, self._before[block]):
-            self._faults.append(f"block {block} still adds a vector that was taken away")
+            self._faults.append(f"block {block} still adds a vector that was removed")
 
     def _values(self, pointer: int) -> np.ndarray:
         """A float32 tensor's numbers, flattened."""

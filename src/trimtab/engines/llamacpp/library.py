@@ -187,7 +187,7 @@ def open_library() -> Any:
     """
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or not spec.submodule_search_locations:
-        raise TrimtabError("the engine llamacpp isn't installed: pip install 'trimtab[llamacpp]'")
+        raise TrimtabError("the llamacpp engine isn't installed: pip install 'trimtab[llamacpp]'")
     folder = Path(next(iter(spec.submodule_search_locations)))
     file = next((f for f in sorted(folder.glob("xllamacpp*")) if f.suffix in (".so", ".pyd", ".dylib")), None)
     try:
@@ -196,7 +196,7 @@ def open_library() -> Any:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise TrimtabError(f"the xllamacpp that is installed can't be used ({error}); install {TESTED}") from None
+        raise TrimtabError(f"the installed xllamacpp can't be used ({error}); install {TESTED}") from None
     _check_layout(library.llama_model_default_params(), library.llama_context_default_params())
     library.llama_log_set(_log, None)
     library.llama_backend_init()
@@ -223,8 +223,8 @@ def _check_layout(model: ModelParams, context: ContextParams) -> None:
     odd = [name for name, value in expected.items() if getattr(context, name) != value]
     if odd or any(flag not in (0, 1) for flag in flags) or any(pointers) or not model.use_extra_bufts:
         raise TrimtabError(
-            f"the xllamacpp that is installed has other parameters ({', '.join(odd) or 'flags'}) than are known here;"
-            f" install {TESTED}"
+            f"the installed xllamacpp has an incompatible parameter layout ({', '.join(odd) or 'flags'}); install"
+            f" {TESTED}"
         )
 
 

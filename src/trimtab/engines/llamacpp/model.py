@@ -47,16 +47,16 @@ class LlamaCpp(LanguageModel):
 
     engine = "llamacpp"
     cannot: ClassVar[Mapping[str, str]] = {
-        "emphasis": "llama.cpp doesn't give out attention scores",
-        "rejection": "a step has one row of logits",
-        "clean_cache": "a control vector acts on all that is computed",
-        "monitors": "llama.cpp gives out no activations while it decodes",
-        "steered": "the model is llama.cpp's own",
+        "emphasis": "llama.cpp doesn't expose attention scores",
+        "rejection": "a step computes one row of logits",
+        "clean_cache": "a control vector acts on every token that is computed",
+        "monitors": "llama.cpp doesn't expose activations while it decodes",
+        "steered": "the model runs inside llama.cpp",
         "training": "llama.cpp has no gradients, and its weights are packed",
-        "perplexity": "a pass gives the logits of its last token alone",
+        "perplexity": "a pass returns the logits of its last token only",
         "logits": "they aren't read at every token",
         "grammar": "its tokens are chosen outside of llama.cpp's own samplers",
-        "images": "its binding is given tokens alone",
+        "images": "its binding takes tokens only",
     }
 
     def __init__(
@@ -114,13 +114,13 @@ class LlamaCpp(LanguageModel):
         settings["device"] = None if device is None or str(device) == "cpu" else device
         for option, value in settings.items():
             if value is not None:
-                raise TrimtabError(f"the engine llamacpp takes no {option}: a GGUF file is run as it is stored")
+                raise TrimtabError(f"the llamacpp engine has no option {option}: a GGUF file is run as it is stored")
         unknown = set(options) - {"threads", "cache", "gpu_layers", "template"}
         if unknown:
-            raise TrimtabError(f"the engine llamacpp takes threads, cache and gpu_layers, not {sorted(unknown)[0]}")
+            raise TrimtabError(f"the llamacpp engine takes threads, cache and gpu_layers, not {sorted(unknown)[0]}")
         path = default_model.default_gguf() if name is None else Path(name)
         if path.suffix.lower() != ".gguf":
-            raise TrimtabError(f"the engine llamacpp runs .gguf files, and {name} is none; leave --engine out for it")
+            raise TrimtabError(f"the llamacpp engine needs a .gguf file, got {name}; leave out --engine")
         if not path.is_file():
             raise TrimtabError(f"there is no file {path}")
         return cls(path, name=default_model.NAME if name is None else None, **options)
@@ -265,11 +265,11 @@ class LlamaCpp(LanguageModel):
         for site in sites:
             if site.kind != "residual":
                 raise UnsupportedError(
-                    f"the engine llamacpp reads blocks' outputs only, not {site}; the transformers engine can (leave"
+                    f"the llamacpp engine reads blocks' outputs only, not {site}; the transformers engine can (leave"
                     " out engine=)"
                 )
             if site.layer >= self.weights.layers:
-                raise TrimtabError(f"{site} isn't there: this model's blocks are 0 to {self.weights.layers - 1}")
+                raise TrimtabError(f"there is no {site}: this model's blocks are 0 to {self.weights.layers - 1}")
 
     def _read(
         self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None

@@ -41,7 +41,7 @@ def sampling_of(options: Mapping[str, Any]) -> Sampling:
     """
     known = {"do_sample", "temperature", "top_k", "top_p", "stop_strings"}
     if unknown := sorted(name for name, value in options.items() if name not in known and value is not None):
-        raise UnsupportedError(f"the engine llamacpp has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        raise UnsupportedError(f"the llamacpp engine has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
     stop = options.get("stop_strings") or ()
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not text for text in stops):

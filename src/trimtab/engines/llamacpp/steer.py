@@ -34,7 +34,7 @@ def check_additions(steering: Steering, layers: int, width: int) -> None:
         if edit.site.kind != "residual":
             raise UnsupportedError(f"llama.cpp steers the residual stream only, and this steering has {edit}")
         if not isinstance(edit.gate, Always):
-            raise UnsupportedError(f"the engine llamacpp has no gates, and this steering has one: {edit}")
+            raise UnsupportedError(f"the llamacpp engine has no gates, and this steering has one: {edit}")
         if edit.site.layer == 0:
             raise UnsupportedError(f"llama.cpp can't steer block 0, and this steering has {edit}")
         if edit.site.layer >= layers:
@@ -123,7 +123,9 @@ def check_counts(steered: Mapping[int, int], schedule: Schedule, length: int) ->
     for block in sorted({*expected, *steered}):
         actual, wanted = steered.get(block, 0), expected[block]
         if actual != wanted:
-            raise TrimtabError(f"block {block} was to be steered at {wanted} tokens, and was at {actual}")
+            raise TrimtabError(
+                f"block {block} should have been steered at {wanted} tokens, and was steered at {actual}"
+            )
 
 
 def doses(after: dict[int, np.ndarray], schedule: Schedule) -> dict[int, tuple[float, int]]:

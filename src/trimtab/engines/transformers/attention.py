@@ -73,7 +73,7 @@ def check_attention(layout: Layout, layers: Iterable[int] = ()) -> None:
             raise UnsupportedError(f"{name} computes its attention outside of transformers' attention interface")
         raise UnsupportedError(f"{name} has no attention, so there are no scores to steer")
     if getattr(decoder.config, "alibi", False):
-        raise UnsupportedError(f"{name} adds position biases to its scores, which steering them doesn't know")
+        raise UnsupportedError(f"{name} adds position biases to its scores, which score steering doesn't support")
     if getattr(decoder.config, "attn_logit_softcapping", None) and compat.attention_name(decoder.config) == "sdpa":
         raise UnsupportedError(
             f"{name} caps its scores, and the sdpa attention it was loaded with leaves that out; load it with"
@@ -81,11 +81,11 @@ def check_attention(layout: Layout, layers: Iterable[int] = ()) -> None:
         )
     looped = [layer for layer in layers if layer < layout.layers and block_of(layout, layer).runs > 1]
     if looped:
-        raise UnsupportedError(f"{name} runs layer {looped[0]} several times in a pass, so that it has no one score")
+        raise UnsupportedError(f"{name} runs layer {looped[0]} several times in a pass, so its scores aren't unique")
     if without := sorted(set(layers) - set(having)):
         raise UnsupportedError(
-            f"{name} has no attention at layer {without[0]}, so there are no scores to steer; its layers of attention"
-            f" are {', '.join(map(str, having))}"
+            f"{name} has no attention at layer {without[0]}, so there are no scores to steer; its attention layers are"
+            f" {', '.join(map(str, having))}"
         )
 
 
@@ -215,7 +215,9 @@ def steered_scores(
     check_attention(layout, layers)
     usual = compat.attention_name(layout.decoder.config)
     if usual not in PLAIN:
-        raise UnsupportedError(f"attention scores can't be steered under {usual}; load the model with sdpa or eager")
+        raise UnsupportedError(
+            f"attention scores can't be steered with {usual} attention; load the model with sdpa or eager"
+        )
     modules = attention_modules(layout)
     owner = get_ident()
     own_layer = {module: i for i, module in enumerate(modules) if module is not None}
@@ -232,7 +234,7 @@ def steered_scores(
     ) -> tuple[Tensor, Any]:
         count, mask = len(query), attention_mask
         if get_ident() == owner and not running and any(module is modules[i] for i in layers):
-            raise TrimtabError("the model ran past trimtab's hooks, which tell its tokens' positions to its attention")
+            raise TrimtabError("the model bypassed trimtab's hooks, which pass token positions to its attention")
         steered = None
         here = layer if shared else own_layer.get(module)
         if get_ident() == owner and here is not None and modules[here] is module:
@@ -276,8 +278,8 @@ def steered_scores(
         passes, running, layer = passes + 1, False, None
         if missing := sorted(layers.keys() - called):
             raise TrimtabError(
-                f"the attention of layer {missing[0]} wasn't steered in this pass: it doesn't look up the attention"
-                " that the model's configuration names"
+                f"the attention of layer {missing[0]} wasn't steered in this pass: it doesn't use the attention"
+                " function that the model's configuration names"
             )
 
     with (
@@ -291,7 +293,7 @@ def steered_scores(
             hooks.enter_context(block.register_forward_pre_hook(partial(enter, i)))
         yield
     if not passes:
-        raise TrimtabError("the model ran past trimtab's hooks, so its attention wasn't steered")
+        raise TrimtabError("the model bypassed trimtab's hooks, so its attention wasn't steered")
 
 
 def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -350,8 +352,9 @@ def _steered_attention(
     missing = columns - length
     if missing < 0:
         raise UnsupportedError(
-            f"attention can't be steered over a cache that has {length} columns for {columns} tokens: which of them are"
-            " the tokens' own can't be told (a static cache, which cache_implementation asks for; or a compressed one)"
+            f"attention can't be steered over a cache that has {length} columns for {columns} tokens, so trimtab can't"
+            " determine which columns belong to the tokens (this is a static cache, from cache_implementation, or a"
+            " compressed one)"
         )
     steered.scale(scores, missing, own)
     if kwargs.get("position_bias") is not None:

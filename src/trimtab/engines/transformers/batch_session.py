@@ -213,7 +213,7 @@ class BatchSession(Session):
     def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
         if forward_pass.length != 1 or forward_pass.rows != len(self.rows):
             raise TrimtabError(
-                f"a pass of {forward_pass.rows} rows and {forward_pass.length} tokens, where the batch has"
+                f"a pass of {forward_pass.rows} rows and {forward_pass.length} tokens, but the batch has"
                 f" {len(self.rows)} rows and each reads one token"
             )
         if self._left <= 0 or self._step is None:

@@ -38,6 +38,6 @@ def _check_continuous(model: Any, layout: Layout, what: str, decoding: Decoding)
     if Continuous.of(model, layout, decoding.options) is None:
         known = ", ".join(sorted(name for name, value in decoding.options.items() if value is not None))
         raise UnsupportedError(
-            f"{what} continuous batching, which this model or these options haven't ({known}): beams, processors and"
-            " criteria of your own, and other caches go through transformers' generate; leave them out"
+            f"{what} continuous batching, which this model or these options don't support ({known}): beams, processors"
+            " and criteria of your own, and other caches go through transformers' generate; leave them out"
         )

@@ -148,7 +148,7 @@ class ChunkedPrefill:
             yield
         for site, count in before.items():
             if len(self._kept.get(site, ())) != count + 1:
-                raise TrimtabError(f"{site} didn't run once in a pass over the prompt, so no gate is decided")
+                raise TrimtabError(f"{site} didn't run exactly once in a pass over the prompt, so no gate was decided")
 
     def _decide(self, activations: dict[Site, Tensor]) -> None:
         rows = {site: {p: at for at, p in enumerate(where)} for site, where in self._places.items()}

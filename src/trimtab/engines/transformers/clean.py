@@ -58,17 +58,19 @@ def check_clean(layout: Layout) -> None:
     name = type(decoder).__name__
     if not compat.keeps_plain_cache(decoder):
         raise UnsupportedError(
-            f"{name} can't steer over a clean cache: it keeps more than keys and values (a recurrent state, say), which"
-            " the steered reading of a token would change; leave clean_cache out"
+            f"{name} can't steer over a clean cache: it keeps more than keys and values (such as a recurrent state),"
+            " which the steered reading of a token would change; leave clean_cache out"
         )
     if not positions_of(layout).takes_positions:
         raise UnsupportedError(
-            f"{name} can't steer over a clean cache: it isn't told its tokens' positions, so that two readings of one"
-            " token would stand at different ones; leave clean_cache out"
+            f"{name} can't steer over a clean cache: it doesn't take position_ids, so the two readings of a token would"
+            " get different positions; leave clean_cache out"
         )
     usual = compat.attention_name(decoder.config)
     if usual not in PLAIN:
-        raise UnsupportedError(f"a clean cache isn't there under {usual}; load the model with sdpa or eager attention")
+        raise UnsupportedError(
+            f"a clean cache isn't supported with {usual} attention; load the model with sdpa or eager attention"
+        )
     check_attention(layout)
     if sum(module is not None for module in attention_modules(layout)) < layout.layers:
         raise UnsupportedError(f"{name} has blocks without attention, which can't tell a token's two readings apart")
@@ -90,7 +92,7 @@ def check_clean_edits(edits: Sequence[Edit], prompt_length: int) -> None:
         spans = edit.positions.reach(prompt_length)
         if not any(stop is None or stop >= prompt_length for _, stop in spans):
             raise UnsupportedError(
-                f"over a clean cache steering acts from the last prompt token on, and {edit} acts before it alone;"
+                f"over a clean cache steering acts from the last prompt token on, and {edit} acts only before it;"
                 " choose other positions, or leave clean_cache out"
             )
 
@@ -118,7 +120,10 @@ class CleanBatch(GenerationBatch):
         if steers_clean(request):
             check_clean(self.layout)
             if self.alone:
-                raise UnsupportedError("a clean cache needs rows that share a batch; leave clean_cache out")
+                raise UnsupportedError(
+                    "a clean cache needs continuous batching, and this batch runs one row at a time; leave clean_cache"
+                    " out"
+                )
             if request.rejection is not None:
                 raise UnsupportedError("with rejection the cache is clean in any case; leave clean_cache out")
             check_clean_edits(acting(request.steering), len(request.ids))
@@ -302,7 +307,7 @@ class _Twins(GenerationBatch):
             }
             seen = usual(*args, **alone)
             if seen is None or seen.dim() != 4:
-                raise UnsupportedError("this model's attention masks can't be told apart for two readings of a token")
+                raise UnsupportedError("trimtab can't build this model's attention masks for two readings of a token")
             hidden = False if seen.dtype == torch.bool else torch.finfo(seen.dtype).min
             own, other = seen[..., -1:], torch.full_like(seen[..., -1:], hidden)
             before = seen[..., :-1]
@@ -312,7 +317,7 @@ class _Twins(GenerationBatch):
             if get_ident() == owner:
                 if not isinstance(mask, Tensor) or tuple(mask.shape[-2:]) != (query.shape[2], key.shape[2]):
                     raise UnsupportedError(
-                        f"{type(module).__name__} attends under a mask of its own, so that the two readings of a token"
+                        f"{type(module).__name__} uses an attention mask of its own, so the two readings of a token"
                         " would see each other; leave clean_cache out"
                     )
                 called.add(module)
@@ -325,8 +330,8 @@ class _Twins(GenerationBatch):
         modules = [module for module in attention_modules(self.layout) if module is not None]
         if any(module not in called for module in modules):
             raise TrimtabError(
-                "a layer's attention didn't look up the attention that the model's configuration names, so that a token"
-                " and its twin weren't kept apart"
+                "a layer didn't use the attention function that the model's configuration names, so the two readings of"
+                " a token weren't kept apart"
             )
 
 
@@ -340,7 +345,7 @@ class _TwinSession(BatchSession):
 
     def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
         if forward_pass.length != 2:
-            raise TrimtabError(f"a pass of {forward_pass.length} tokens a row, where each row's token is read twice")
+            raise TrimtabError(f"a pass of {forward_pass.length} tokens per row, but each row's token is read twice")
         return super()._enter(replace(forward_pass, length=1), arguments, begins)
 
     def edit(self, site: Site, activations: Tensor) -> Tensor | None:

@@ -107,8 +107,8 @@ class Columns(DynamicCache):
         held = {layer.written for layer in self._buffers if getattr(layer, "keys", None) is not None}
         if held - {self.stop + written}:
             raise TrimtabError(
-                f"the cache of the batch holds {min(held) - self.start} tokens where {self.width + 1} have been read:"
-                " the model didn't put them into the cache that it was given, or a pass was missed"
+                f"the cache of the batch holds {min(held) - self.start} tokens, but {self.width + 1} have been read:"
+                " the model didn't update the cache it was given, or a forward pass was skipped"
             )
         self.stop += 1
         self.lengths = [length + 1 for length in self.lengths]
@@ -291,7 +291,7 @@ class Alone:
         self.lengths = [length + 1 for length in self.lengths]
         held = compat.past_length(self.model_cache)
         if held is not None and held != self.width:
-            raise TrimtabError(f"the cache of the batch holds {held} tokens where {self.width} have been read")
+            raise TrimtabError(f"the cache of the batch holds {held} tokens, but {self.width} have been read")
 
     def put_aside(self) -> Copies:
         """Called before a pass. Returns a function that copies the row as it is now."""

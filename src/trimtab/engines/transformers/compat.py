@@ -217,7 +217,7 @@ def check_common_cache(decoder: Any) -> None:
     declared_as = str(parameters(decoder)[cache_name(decoder)].annotation)
     own = [name for name in re.findall(r"\w*Cache\b", declared_as) if not hasattr(cache_utils, name)]
     if own:
-        raise UnsupportedError(f"{type(decoder).__name__} keeps its past in a {own[0]} of its own")
+        raise UnsupportedError(f"{type(decoder).__name__} needs its own cache class, {own[0]}")
 
 
 def with_cache(module: Any, inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def fork(cache: Any, rows: Tensor) -> Any:
         UnsupportedError: Rows of this cache can't be selected.
     """
     if not callable(getattr(cache, "reorder_cache", None)):
-        raise UnsupportedError(f"{type(cache).__name__} can't be copied row by row, as rejection needs")
+        raise UnsupportedError(f"{type(cache).__name__} doesn't support reorder_cache, which rejection needs")
     forked = put_aside(cache)
     forked.reorder_cache(rows)
     return forked
@@ -297,7 +297,7 @@ def _whole(layer: Any) -> Any:
     if keeps_state(layer) and type(layer).__module__ == DynamicLayer.__module__:
         states = layer.number_of_states
         return KEYS_AND_STATE(states) if isinstance(layer, DynamicLayer) else STATE_LAYER(states)
-    raise UnsupportedError(f"the cache has a {type(layer).__name__}, whose rows can't be taken apart")
+    raise UnsupportedError(f"the cache has a {type(layer).__name__}, whose rows can't be split")
 
 
 def keeps_state(layer: Any) -> bool:
@@ -417,7 +417,7 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
     """The attention function of that name, as this module would look it up."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
-        raise UnsupportedError(f"{type(module).__name__} has no attention of its own to fall back on")
+        raise UnsupportedError(f"{type(module).__name__} has no eager attention function to fall back on")
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 

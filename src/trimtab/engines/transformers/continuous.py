@@ -48,16 +48,16 @@ OTHERS = ("streamer", "num_return_sequences", "use_cache")
 ROW_BY_ROW = (*compat.PROCESSING, "stopping_criteria", "stop_strings", "max_time", "tokenizer")
 """Arguments of `generate` that are supported only with rejection, where they are applied row by row."""
 REFUSED = {
-    "num_beams": "beams share no cache; decode greedily or sample",
+    "num_beams": "beam search keeps a cache per beam; decode greedily or sample",
     "prompt_lookup_num_tokens": "drafts aren't checked for plausibility",
-    "penalty_alpha": "contrastive search chooses tokens in its own way",
-    "dola_layers": "it chooses tokens in its own way",
-    "cache_implementation": "rows need the default cache",
-    **dict.fromkeys(compat.CACHE_NAMES, "rows need a cache of their own"),
-    "use_cache": "rows need the cache",
-    "custom_generate": "the loop is trimtab's own",
-    "prefill_chunk_size": "the last prompt token's own pass is needed whole",
-    "synced_gpus": "the loop is trimtab's own",
+    "penalty_alpha": "contrastive search selects tokens by its own rule",
+    "dola_layers": "it selects tokens by its own rule",
+    "cache_implementation": "rejection needs the default cache",
+    **dict.fromkeys(compat.CACHE_NAMES, "each row needs its own cache"),
+    "use_cache": "rejection needs the cache",
+    "custom_generate": "rejection has its own decoding loop",
+    "prefill_chunk_size": "the last prompt token needs a separate, complete pass",
+    "synced_gpus": "rejection has its own decoding loop",
 }
 """Options of `generate` that can't be combined with rejection, and why."""
 REFILL = 4
@@ -72,7 +72,7 @@ def check_verified(model: Any, options: Mapping[str, Any]) -> None:
         if name in REFUSED and value != 1:
             raise TrimtabError(f"rejection can't run with {name}: {REFUSED[name]}")
         if name not in REFUSED and not hasattr(model.generation_config, name):
-            raise UnsupportedError(f"rejection can't run with {name}, which its own loop doesn't know")
+            raise UnsupportedError(f"rejection can't run with {name}, which its decoding loop doesn't support")
     if not options.get("do_sample"):
         check_differ(options)
 

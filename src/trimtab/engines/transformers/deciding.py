@@ -23,6 +23,6 @@ def check_gates(steering: Steering, layout: Layout) -> None:
         for site in edit.gate.token_sites:
             if site != edit.site or site.kind == "scores":
                 raise TrimtabError(
-                    f"a condition on each token is about the activation that the edit finds: this one is about {site},"
-                    f" its edit is at {edit.site}"
+                    f"a condition on each token must read the site of its edit: this one reads {site}, and its edit is"
+                    f" at {edit.site}"
                 )

@@ -61,17 +61,15 @@ def check_steps(model: Any, layout: Layout) -> None:
         compat.check_common_cache(layout.decoder)
         compat.whole_cache(layout.decoder.config)
     except UnsupportedError as error:
-        raise UnsupportedError(f"rows of {name} can't share a batch of steps: {error}") from None
+        raise UnsupportedError(f"{name} doesn't support continuous batching: {error}") from None
     counted = positions_of(layout)
     if counted.takes_positions and "position_ids" not in compat.parameters(model):
-        raise UnsupportedError(
-            f"{type(model).__name__} doesn't take its tokens' positions, so that rows can't be padded"
-        )
+        raise UnsupportedError(f"{type(model).__name__} doesn't take position_ids, so its rows can't be padded")
     if not counted.ignores_pads or (
         "position_ids" in compat.parameters(layout.decoder) and not counted.takes_positions
     ):
         raise UnsupportedError(
-            f"{name} counts pads as positions, or from elsewhere than 0, so that its rows can't share a batch of steps"
+            f"{name} doesn't support continuous batching: its positions count padding tokens, or don't start at 0"
         )
 
 

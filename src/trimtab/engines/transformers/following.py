@@ -26,8 +26,8 @@ def check_rows_stay(model: Any, options: Mapping[str, Any]) -> None:
     """Raises `UnsupportedError` for options of `generate` that reorder rows, as beam search does."""
     if compat.generation_option(model, options, "num_beams") not in (None, 1):
         raise UnsupportedError(
-            "positions by meaning can't run with num_beams: beams change places, so it isn't known which text is whose;"
-            " decode greedily or sample"
+            "positions by meaning can't run with num_beams: beam search reorders its rows, so trimtab can't follow each"
+            " text; decode greedily or sample"
         )
 
 
@@ -62,8 +62,9 @@ class Following:
                 continue
             if position > len(self.ids) or generated > len(self.followed):
                 raise TrimtabError(
-                    f"positions {', '.join(sorted(m.kind for m in self.meanings))} are about a text of which the tokens"
-                    f" before the one at {position} weren't seen; begin at its start, in passes of token ids"
+                    f"positions {', '.join(sorted(m.kind for m in self.meanings))} depend on the whole text, and its"
+                    f" tokens before position {position} weren't seen; start at its first token, with passes over token"
+                    " ids"
                 )
             del self.ids[position:], self.followed[generated:], self.states[generated:]
             if self._follower is None:
@@ -119,7 +120,7 @@ class Texts:
         if not generated and not self._collects:
             return states
         if not self._known:
-            raise UnsupportedError("positions by meaning are about text, and here is no tokenizer that tells it")
+            raise UnsupportedError("positions by meaning need a tokenizer, and this model has none")
         if ids is None or ids.shape != (forward_pass.rows, forward_pass.length):
             raise UnsupportedError("positions by meaning need the tokens, and the model was given embeddings")
         listed = ids.tolist()

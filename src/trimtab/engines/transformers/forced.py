@@ -168,8 +168,8 @@ class Forcing:
             self._changes = {}
         if wrong := [site for site, calls in self._called.items() if calls != 1]:
             raise TrimtabError(
-                f"the part of the model at {wrong[0]} ran {self._called[wrong[0]]} times in one pass, not once, so what"
-                " acts there can't be learned; something runs the model past its hooks"
+                f"the part of the model at {wrong[0]} ran {self._called[wrong[0]]} times in one pass, not once, so"
+                " edits there can't be learned; something bypasses the model's hooks"
             )
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

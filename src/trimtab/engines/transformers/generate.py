@@ -26,7 +26,7 @@ REFUSED = {
     "return_dict_in_generate": "use logprobs=True, or lm.steered(…) around model.generate",
     "guidance_scale": "its second, unconditional pass would be steered as well",
     "assistant_model": "a draft model isn't steered, so its drafts would be rejected",
-    "assistant_early_exit": "drafts of the first layers alone aren't steered as the model is",
+    "assistant_early_exit": "drafts of the first layers aren't steered like the whole model",
     "generation_config": "give its settings as options, such as do_sample=True; lm.steered(…) around model.generate"
     " takes it",
 }
@@ -39,29 +39,29 @@ STRAY = {
     "positions": "a steering says where it acts: steering.at(Positions.generated())",
     "gate": "a steering says when it acts: steering.when(gate)",
     "max_tokens": "it is max_new_tokens",
-    "max_length": "it is max_new_tokens, which counts the answer's tokens alone",
+    "max_length": "it is max_new_tokens, which counts only the answer's tokens",
     "steerings": "it is steering, one for all prompts or a list with one for each",
     **dict.fromkeys(("stop", "stop_sequences", "stop_words", "until"), "it is stop_strings=[…]"),
     "stop_token_ids": "it is eos_token_id=[…]",
     "n": "it is num_return_sequences, with do_sample=True",
     "stream": "lm.stream(prompt, …) gives an answer piece by piece",
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), "transformers has repetition_penalty"),
-    "logit_bias": "transformers' is sequence_bias={{(token,): bias}}",
+    "logit_bias": "transformers has sequence_bias={{(token,): bias}}",
     "response_format": "it is json_schema=…",
     "guided_json": "it is json_schema=…",
     "tools": "tools are a keyword of the chat template, where it has one: template={{'tools': […]}}",
-    "messages": "prompts come first, and a list of messages is one",
+    "messages": "prompts is the first argument, and a list of messages is one prompt",
     "ignore_eos": "answers end at the end-of-text token unless min_new_tokens says otherwise",
     "use_tqdm": "progress(done, total) is called as prompts are answered",
     "skip_special_tokens": "an answer's token_ids have them all: lm.tokenizer.decode(answer.token_ids)",
-    **dict.fromkeys(("return_full_text", "echo"), "an answer's text is what was generated"),
+    **dict.fromkeys(("return_full_text", "echo"), "an answer's text is only what was generated"),
     **dict.fromkeys(
         ("prefix", "prefill", "response_prefix"),
-        "messages that end with one of the assistant's are an answer begun, and are gone on with",
+        "end the messages with an assistant message, which the model continues",
     ),
 }
 """Hints for options that `generate` doesn't have, in addition to `MEANT`."""
-NEITHER = "transformers' generate has none either"
+NEITHER = "transformers' generate doesn't have it either"
 
 
 def check_options(model: Any, options: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ def check_request(layout: Any, lengths: Sequence[int], max_new_tokens: int, opti
             raise TrimtabError(f"{name} is a list of functions, got one: {name}=[…]")
     if isinstance(options.get("eos_token_id"), str):
         raise TrimtabError(
-            f"eos_token_id is a token's number, or several, got {options['eos_token_id']!r}; answers end at a text by"
+            f"eos_token_id is one token id or several, got {options['eos_token_id']!r}; to end answers at a text, use"
             " stop_strings=[…]"
         )
     if options.get("streamer") is not None and len(lengths) > 1:

@@ -42,8 +42,8 @@ def check_supported(
         operation = edit.operation
         if isinstance(operation, ScoreOperation):
             raise UnsupportedError(
-                f"the vllm engine can't run {SCORE_NAMES[type(operation)]}: its attention kernels don't give out"
-                f" scores. What multiplies them (ScaleScores) it can run, by scaling keys; {INSTEAD}"
+                f"the vllm engine can't run {SCORE_NAMES[type(operation)]}: its attention kernels don't expose scores."
+                f" It can run only ScaleScores, by scaling keys; {INSTEAD}"
             )
         if isinstance(operation, MaskNeurons):
             raise UnsupportedError(f"the vllm engine can't run {edit}; {INSTEAD}")
@@ -52,8 +52,8 @@ def check_supported(
             raise UnsupportedError(f"the vllm engine can't run {type(operation).__name__}; {INSTEAD}")
         if edit.site.kind in split and not splits(edit):
             raise UnsupportedError(
-                f"{edit}: {edit.site.kind} are split over tensor-parallel workers, where there are additions and scales"
-                " alone; start the engine with tensor_parallel_size=1"
+                f"{edit}: {edit.site.kind} are split over tensor-parallel workers, which support additions and scales"
+                " only; start the engine with tensor_parallel_size=1"
             )
         if edit.site.layer >= layers:
             raise TrimtabError(f"the steering acts at layer {edit.site.layer}; this model has layers 0 to {layers - 1}")
@@ -84,13 +84,13 @@ def _check_site(site: Site, widths: Mapping[str, int], does: str) -> None:
         fix = SITES.format(site.kind) if site.kind in INSIDE else INSTEAD
         raise UnsupportedError(f"the vllm engine {does} the residual stream, and {site} is inside a block; {fix}")
     raise UnsupportedError(
-        f"the vllm engine {does} what blocks put out, not {site.kind}: use the output of the block before"
+        f"the vllm engine {does} the outputs of blocks, not {site.kind}: use the output of the previous block"
     )
 
 
 def _check_gate(edit: Edit, layers: int, widths: Mapping[str, int]) -> None:
     for test in thresholds(edit.gate):
-        _check_site(test.site, widths, "has gates about")
+        _check_site(test.site, widths, "has gates on")
         if test.site.layer >= layers:
             raise TrimtabError(f"a gate reads layer {test.site.layer}; this model has layers 0 to {layers - 1}")
         width = widths[test.site.kind]
@@ -98,6 +98,6 @@ def _check_gate(edit: Edit, layers: int, widths: Mapping[str, int]) -> None:
             raise TrimtabError(f"a gate's width at {test.site} is {test.direction.shape[0]}, this model's is {width}")
         if test.each_token and test.site != edit.site:
             raise TrimtabError(
-                f"a condition on each token is about the activation that the edit finds: this one is about {test.site},"
-                f" its edit is at {edit.site}"
+                f"a condition on each token must read the site of its edit: this one reads {test.site}, and its edit is"
+                f" at {edit.site}"
             )

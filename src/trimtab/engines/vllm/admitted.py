@@ -110,14 +110,14 @@ def ticket_for(prompt: Any, params: Any) -> Ticket | None:
     """
     extra = getattr(params, "extra_args", None) or {}
     if RESOLVED in extra:
-        raise TrimtabError(f"a request asks for steering as {ASKED!r}; {RESOLVED!r} is what the server makes of it")
+        raise TrimtabError(f"a request asks for steering as {ASKED!r}; only the server sets {RESOLVED!r}")
     ticket = TICKET.get()
     if ticket is None:
         if is_closed():
-            raise TrimtabError("this server has a policy, and this route isn't one that it knows")
+            raise TrimtabError("this server has a policy, which doesn't cover this route")
         return None
     if extra.get(ASKED) or extra.get(EMPHASIZED):
-        raise TrimtabError("this server takes steering as a field of the request, and no other way")
+        raise TrimtabError("this server takes steering only as a field of the request")
     if hasattr(prompt, "request_id") or hasattr(prompt, "__anext__"):  # these have their own parameters
         raise TrimtabError("this server steers prompts of text and of tokens, not streams of input")
     return ticket

@@ -85,8 +85,8 @@ def find_places(
         places[Site(layer)] = Place(block, width)
     if len(sizes := {place.width for site, place in places.items() if site.kind == "keys"}) > 1:
         raise UnsupportedError(
-            f"the keys of this model's blocks are of several widths ({', '.join(map(str, sorted(sizes)))}), and one of"
-            " them is expected; leave keys out of TRIMTAB_SITES"
+            f"the keys of this model's blocks have several widths ({', '.join(map(str, sorted(sizes)))}), and only one"
+            " is supported; leave keys out of TRIMTAB_SITES"
         )
     return places
 
@@ -100,13 +100,15 @@ def _inside(layer: int, block: nn.Module, width: int) -> dict[str, Place]:
         attends = any(type(module).__name__.endswith("Attention") for module in part.children())
         kinds = ("heads", "attention") if attends else ("neurons", "mlp")
         if len(last) > 1 or kinds[0] in places:
-            raise UnsupportedError(f"can't tell the sites inside of block {layer} of this model: {name} isn't one part")
+            raise UnsupportedError(
+                f"can't find the sites inside block {layer} of this model: {name} isn't a single attention or MLP"
+            )
         linear: Any = last[0]
         places[kinds[0]] = Place(linear, linear.input_size_per_partition, True, linear.input_size)
         places[kinds[1]] = Place(part, width)
     if len(places) < len(PARTS):
         here = ", ".join(places) or "none of them"
-        raise UnsupportedError(f"can't tell the sites inside of block {layer} of this model, which has {here}")
+        raise UnsupportedError(f"can't find the sites inside block {layer} of this model, which has {here}")
     return places
 
 
@@ -151,7 +153,7 @@ def _steering(block: nn.Module, _args: Any, output: Any) -> None:
     elif isinstance(output, tuple) and len(output) == 2:
         torch.ops.trimtab.steer(output[0], output[1], getattr(block, PLACE))
     else:
-        raise UnsupportedError("this model's blocks put out neither a tensor nor a pair; trimtab can't steer it")
+        raise UnsupportedError("this model's blocks return neither a tensor nor a pair; trimtab can't steer it")
 
 
 def _adding(block: nn.Module, args: Any, output: Any) -> None:
@@ -161,7 +163,7 @@ def _adding(block: nn.Module, args: Any, output: Any) -> None:
 def _before(linear: nn.Module, args: Any) -> None:
     if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
         raise UnsupportedError(
-            "this model's projections aren't given activations as they are; trimtab can't steer there"
+            "this model's projections don't take plain activation tensors; trimtab can't steer there"
         )
     torch.ops.trimtab.steer(args[0], None, getattr(linear, PLACE))
 
@@ -169,7 +171,9 @@ def _before(linear: nn.Module, args: Any) -> None:
 def _storing(attention: nn.Module, args: Any) -> None:
     """Attention receives queries, keys and values as `[tokens, heads * size]`, or `[tokens, heads, size]`."""
     if len(args) < 3 or not isinstance(args[1], Tensor) or not args[1].is_floating_point():
-        raise UnsupportedError("this model's attention isn't given its keys as they are; trimtab can't steer them")
+        raise UnsupportedError(
+            "this model's attention doesn't take its keys as plain tensors; trimtab can't steer them"
+        )
     keys = args[1]
     torch.ops.trimtab.steer(keys if keys.dim() == 2 else keys.flatten(1), None, getattr(attention, PLACE))
 
@@ -177,5 +181,5 @@ def _storing(attention: nn.Module, args: Any) -> None:
 def _behind(part: nn.Module, _args: Any, output: Any) -> None:
     first = output[0] if isinstance(output, tuple) else output
     if not isinstance(first, Tensor):
-        raise UnsupportedError("a part of this model's blocks doesn't put out a tensor; trimtab can't steer there")
+        raise UnsupportedError("a part of this model's blocks doesn't return a tensor; trimtab can't steer there")
     torch.ops.trimtab.steer(first, None, getattr(part, PLACE))

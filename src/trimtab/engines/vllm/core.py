@@ -119,7 +119,7 @@ def unsteered(room: Room, scheduled: Any, output: Any) -> dict[str, str]:
         return {}
     held, faults, _ = getattr(output, RECEIPT, NO_RECEIPT)
     if held < len(here):
-        wrong = f"{MARK}a worker computed {len(here)} steered requests and accounts for {held} of them"
+        wrong = f"{MARK}a worker computed {len(here)} steered requests, but accounted for {held} of them"
         return dict.fromkeys(here, wrong)
     return {request: reason for request, reason in faults.items() if request in here}
 

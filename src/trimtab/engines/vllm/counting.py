@@ -40,9 +40,9 @@ def fault(site: Site, count: int, tokens: int) -> str | None:
     if CALL + tokens <= count < 2 * CALL:
         return None
     calls, seen = divmod(count, CALL)
-    happened = "wasn't run" if not calls else f"ran {calls} times, on {seen} tokens"
+    happened = "didn't run" if not calls else f"ran {calls} times, on {seen} tokens"
     where = f"behind block {site.layer}" if site.kind == "residual" else f"at {site}"
-    return f"{MARK}{where} the steering was to run once, on {tokens} tokens, and {happened}"
+    return f"{MARK}{where} the steering should have run once, on {tokens} tokens, but {happened}"
 
 
 @dataclass

@@ -128,7 +128,7 @@ class Doses:
                 dose = math.fsum(ratio for _, _, ratio, _ in each)
                 if not dose <= caps[request]:
                     above[request] = (
-                        f"{DOSE}of all sites add up to {dose:.2g} and may come to {caps[request]:g}; lower the"
+                        f"{DOSE}of all sites add up to {dose:.2g}, above the limit of {caps[request]:g}; lower the"
                         " strengths, or steer at fewer layers"
                     )
             return doses, above

@@ -87,7 +87,7 @@ def find(engine: Any, prompt: Any, wanted: Marked) -> tuple[Span, ...]:
     fields = prompt if isinstance(prompt, Mapping) else {}
     text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
     if not isinstance(text, str) or ids is None or fields.get("type", "token") != "token":
-        raise UnsupportedError(f"{EMPHASIZED}: phrases are placed in prompts of text alone, not in token ids or images")
+        raise UnsupportedError(f"{EMPHASIZED}: phrases can only be found in text prompts, not in token ids or images")
     with _tokenizing:
         return spans_in(_tokenizer(engine), text, ids, wanted.marks, messages=wanted.messages, template=wanted.template)
 

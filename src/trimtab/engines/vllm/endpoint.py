@@ -77,10 +77,10 @@ def _refused(request: Any) -> tuple[int, str] | None:
     """Status and reason if a request may not change anything, otherwise `None`."""
     key = os.environ.get(ADMIN_KEY)
     if not key:
-        return 403, f"the server was started without {ADMIN_KEY}, so that steerings can't be changed over HTTP"
+        return 403, f"the server was started without {ADMIN_KEY}, so steerings can't be changed over HTTP"
     header = request.headers.get("authorization", "")
     if not hmac.compare_digest(header.encode(), f"Bearer {key}".encode()):
         return 401, f"give the key in {ADMIN_KEY} as a bearer token"
     if int(request.headers.get("content-length") or 0) > LARGEST:
-        return 413, f"a steering's file has at most {LARGEST} bytes here"
+        return 413, f"a steering file can have at most {LARGEST} bytes here"
     return None

@@ -159,8 +159,8 @@ def _check(state: State, by_site: Mapping[Site, Sequence[Form]], capacity: Capac
             reasons.append(f"{len(forms)} steps that don't fold, more than {capacity.steps} (TRIMTAB_STEPS)")
         if reasons:
             raise UnsupportedError(
-                f"{what}: this engine replays captured graphs, and this needs {', '.join(reasons)}. Start it with what"
-                " is named in brackets, or with enforce_eager=True"
+                f"{what}: this engine replays captured graphs, and this needs {', '.join(reasons)}. Change the settings"
+                " in parentheses and start it again, or start it with enforce_eager=True"
             )
 
 
@@ -183,9 +183,9 @@ def _made(kernel: Kernel, rows: Rows, slot: Slot) -> Form:
     form = MAKERS.get(kernel)
     if form is None:
         raise UnsupportedError(
-            f"{slot[0]}: this engine replays captured graphs, in which there are additions, projections, ablations,"
-            " scales, maps of low rank and additions in norms, and no other operation; start it with"
-            " enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
+            f"{slot[0]}: this engine replays captured graphs, which support only additions, projections, ablations,"
+            " scales, maps of low rank and additions in norms; start it with enforce_eager=True, or with"
+            " compilation_config={'cudagraph_mode': 'NONE'}"
         )
     made = form({name: value.double() if isinstance(value, Tensor) else value for name, value in rows.items()})
     for value in (made.read, made.write, made.bias, made.factor, made.vector):

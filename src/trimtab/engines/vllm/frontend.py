@@ -68,11 +68,11 @@ class Names:
             raise TrimtabError(f"a steering's name is a text, got {name!r}")
         self._check_free(name)
         if not isinstance(steering, Steering) or not steering.edits:
-            raise TrimtabError(f"{name!r} is no steering with edits")
+            raise TrimtabError(f"{name!r} isn't a steering with edits")
         if any(edit.gate.readings for edit in steering.edits):
             raise UnsupportedError(
-                f"{name!r} has a gate that reads the prompt before anything is steered, which takes a pass of its own;"
-                " give it to LM.generate(…, steering=…)"
+                f"{name!r} has a gate that reads the prompt before anything is steered, which takes a separate forward"
+                " pass; pass it to LM.generate(…, steering=…)"
             )
         self._steerings[name] = steering
         self.version += 1
@@ -86,7 +86,7 @@ class Names:
 
     def _check_free(self, name: str) -> None:
         if name in self.pinned:
-            raise TrimtabError(f"{name!r} {self.pinned[name]}; start the server anew for that")
+            raise TrimtabError(f"{name!r} {self.pinned[name]}; restart the server to change it")
 
     def __getitem__(self, name: str) -> Steering:
         if not isinstance(name, str) or name not in self._steerings:
@@ -137,7 +137,7 @@ def parse(requested: Any, names: Names) -> Steering:
     total = Steering()
     for item in items:
         if not isinstance(item, Mapping) or "name" not in item or set(item) - FIELDS:
-            raise TrimtabError(f"of a steering a request gives name, strength and positions, got {item!r}")
+            raise TrimtabError(f"each steering of a request has name, strength and positions, got {item!r}")
         steering = item.get("strength", 1.0) * names[item["name"]]
         if item.get("positions") is not None:
             steering = steering.at(Positions.parse(str(item["positions"])))
@@ -160,7 +160,7 @@ class Link:
     maps: int = 1
     inside: Mapping[str, int] = field(default_factory=dict)  # widths of the activations, by kind of site
     split: frozenset[str] = frozenset()  # the kinds of sites that are split over workers
-    unmeasured: str = "this worker doesn't say"  # why doses can't be measured, or empty
+    unmeasured: str = "this worker gives no reason"  # why doses can't be measured, or empty
     tokens_unknown: str = ""  # why workers don't know each token before the next pass, or empty
     identity: ModelId | None = None  # once it has been requested
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by names' version and request text
@@ -338,11 +338,13 @@ def check_measured(link: Link, steering: Steering) -> None:
             continue  # it directs attention, and pushes nothing
         if edit.strength and link.static and not adds_only(edit):
             raise UnsupportedError(
-                f"this server caps doses, and where graphs are replayed those of additions to the residual stream alone"
-                f" are measured, not of {edit}; start it with -- --enforce-eager"
+                "this server caps doses, and with captured graphs it measures only those of additions to the residual"
+                f" stream, not of {edit}; start it with -- --enforce-eager"
             )
         if edit.strength and edit.site.kind in link.split:
-            raise UnsupportedError(f"this server caps doses, and {edit} is split over workers, none of which knows its")
+            raise UnsupportedError(
+                f"this server caps doses, and {edit} is split over workers, so its dose can't be measured"
+            )
 
 
 def _part_of(link: Link, engine: Any, requested: Any, names: Names, ticket: Ticket | None) -> Rpc:

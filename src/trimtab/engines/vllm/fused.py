@@ -223,7 +223,7 @@ def check_fused(rig: Rig) -> None:
         hidden, residual = torch.randn(2, 12, rig.sites[site], generator=generator).to(rig.device, rig.dtype)
         actual, wanted = hidden.clone(), hidden.clone()
         if not fused.takes(actual, residual):
-            raise TrimtabError(f"it isn't made for {rig.dtype} of width {rig.sites[site]}")
+            raise TrimtabError(f"it doesn't support {rig.dtype} of width {rig.sites[site]}")
         fused.act(site, actual, residual if pair else None)
         made[1].apply(site, wanted, residual if pair else None)
         moved = (wanted - hidden).float().norm(dim=-1)
@@ -236,7 +236,7 @@ def check_fused(rig: Rig) -> None:
                 f"at {site} it differs from torch's operators by {float((apart / rounded).max()):.3g} eps"
             )
         if not torch.equal(made[0].counts.number_at(site), made[1].counts.number_at(site)):  # type: ignore[union-attr]
-            raise TrimtabError(f"at {site} it counts otherwise than torch's operators")
+            raise TrimtabError(f"at {site} its counts differ from those of torch's operators")
 
 
 def _has(rig: Rig, site: Site) -> tuple[bool, bool]:

@@ -51,16 +51,16 @@ class VllmLM(LanguageModel):
 
     engine = "vllm"
     cannot: ClassVar[Mapping[str, str]] = {
-        "rejection": "a step has one row of logits a request",
-        "clean_cache": "what its workers store is what they compute",
-        "monitors": "its workers hand out no activations while they decode",
-        "streaming": "it gives whole answers here; lm.generate(…) has them, and vllm serve streams",
-        "steered": "the model runs in processes of its own",
-        "training": "the model's weights are in processes of their own",
-        "logits": "it gives out those of few tokens",
+        "rejection": "a step computes one row of logits per request",
+        "clean_cache": "its workers cache the keys and values that they compute, including steered ones",
+        "monitors": "its workers don't expose activations while they decode",
+        "streaming": "it returns whole answers here; use lm.generate(…), or vllm serve, which streams",
+        "steered": "the model runs in separate processes",
+        "training": "the model's weights are in separate processes",
+        "logits": "it returns those of a few tokens only",
         "doses": "it doesn't measure them",
-        "grammar": "it has structured outputs of its own; vllm serve takes response_format and tools",
-        "images": "prompts go to it as tokens",
+        "grammar": "it has its own structured outputs; vllm serve takes response_format and tools",
+        "images": "it receives prompts as tokens",
     }
 
     def __init__(self, llm: Any, name: str, *, template: Template | None = None) -> None:
@@ -98,7 +98,10 @@ class VllmLM(LanguageModel):
             TrimtabError: vLLM isn't installed, its version isn't supported, or its workers can't steer.
         """
         check_version()
-        for option, instead in (("device", "vLLM takes the device that it was built for"), ("layers", "it finds them")):
+        for option, instead in (
+            ("device", "vLLM uses the device that it was built for"),
+            ("layers", "it finds the layers by itself"),
+        ):
             if options.pop(option, None) is not None:
                 raise TrimtabError(f"the vllm engine can't take {option}: {instead}")
         if name is not None and Path(name).suffix == ".gguf":
@@ -256,7 +259,7 @@ class VllmLM(LanguageModel):
             if self.layout.context is not None and len(tokens) >= self.layout.context:
                 raise TrimtabError(
                     f"a text has {len(tokens)} tokens, and the context (max_model_len) holds {self.layout.context},"
-                    " with one that is generated; shorten it"
+                    " including one that is generated; shorten it"
                 )
         prompts = [{"prompt_token_ids": list(tokens)} for tokens in ids]
         bar = False if progress is None else _bar(progress)

@@ -147,7 +147,7 @@ class RayCluster:
             except Exception as error:  # a plain `Exception` if a cluster doesn't start in time
                 ray.shutdown()
                 if not left or isinstance(error, ConnectionError):
-                    raise TrimtabError(f"Ray can't be had: {_line(error)}") from error
+                    raise TrimtabError(f"can't connect to Ray: {_line(error)}") from error
         self.gpus = check_room(ray.cluster_resources(), self.count)
 
     def options_of(self, number: int) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def check_room(resources: Mapping[str, float], count: int) -> int:
     what = "GPU" if resources.get("GPU") else "CPU"
     if resources.get(what, 0) < count:
         raise TrimtabError(
-            f"the Ray cluster has {resources.get(what, 0):g} {what}s, one for each replica, and {count} are requested"
+            f"the Ray cluster has {resources.get(what, 0):g} {what}s, and {count} replicas need one each"
         )
     return 1 if what == "GPU" else 0
 
@@ -231,7 +231,7 @@ def lost(error: Exception) -> str:
         "OutOfMemoryError": "its machine ran out of memory, and Ray ended it",
         "ActorUnavailableError": "its machine can't be reached",
         "NodeDiedError": "its machine is gone",
-        "ObjectLostError": "what it answered is gone, with its machine",
+        "ObjectLostError": "its results were lost with its machine",
     }
     return next((words[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in words), "its process ended")
 

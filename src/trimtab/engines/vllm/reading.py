@@ -25,7 +25,7 @@ def check_readable(link: Link, sites: Sequence[Site]) -> None:
     """Raises `UnsupportedError` for a site that the engine can't read, and for an engine that can't read at all."""
     if link.static and not link.capacity.reads:
         raise UnsupportedError(
-            "this engine replays captured graphs, which keep no activations to be read (by gates, too); start it with"
+            "this engine replays captured graphs, which keep no activations for reading or for gates; start it with"
             " TRIMTAB_KERNEL=all, with enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
         )
     for site in sites:

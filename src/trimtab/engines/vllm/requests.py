@@ -19,7 +19,7 @@ PROTOCOLS = {
     "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
     "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
 }
-REFUSED = {"rejection": "more than one row of logits a token, which the vllm engine hasn't"}
+REFUSED = {"rejection": "more than one row of logits per token, which the vllm engine doesn't compute"}
 WITH_REJECTION = (
     "emphasize comes with rejection of implausible tokens, which the vllm engine can't do: ask for rejection: false, or"
     " serve with the transformers engine (trimtab serve)"
@@ -57,7 +57,7 @@ def patch_request(request: Any) -> None:
 
         def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
             if _requested(self) or _heeded(self):
-                raise UnsupportedError("vLLM's beam search forgets what its requests ask beside; leave out steering")
+                raise UnsupportedError("vLLM's beam search drops a request's extra arguments; leave out steering")
             return beams(self, *args, **kwargs)
 
         request.to_beam_search_params = to_beam_search_params

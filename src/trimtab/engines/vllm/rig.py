@@ -137,7 +137,9 @@ class Rig:
         edits: list[Identified] = []
         for part in wire.parts:
             if part.digest not in self.steerings:
-                raise TrimtabError(f"request {request} needs {part.digest[:12]}, which this worker wasn't given")
+                raise TrimtabError(
+                    f"request {request} needs steering {part.digest[:12]}, which this worker didn't receive"
+                )
             edits += identified(part, self.steerings[part.digest])
         if self.shard.split:
             edits = [self.shard.of(edit) for edit in edits]
@@ -182,7 +184,7 @@ class Rig:
         if len(tables) == 1:
             return None
         if self.tokenizer is None or ids is None:
-            raise TrimtabError("positions by meaning need the request's tokens, and this worker wasn't given them")
+            raise TrimtabError("positions by meaning need the request's tokens, and this worker didn't receive them")
         return Turning.of(tables, self.tokenizer(), ids, prompt_length)
 
     def resume(self, requests: Iterable[str]) -> None:
@@ -301,8 +303,8 @@ class Rig:
             turning = self.programs.get(request, IDLE).turning
             if turning is not None and first + count > turning.known:
                 self._faults[request] = (
-                    f"{MARK}token {first + count - 1} of this request was computed before the plugin knew what it is;"
-                    " start the engine with async_scheduling=False"
+                    f"{MARK}token {first + count - 1} of this request was computed before the plugin knew which token"
+                    " it is; start the engine with async_scheduling=False"
                 )
 
     def _check_order(self, chunks: Chunks) -> None:
@@ -310,8 +312,8 @@ class Rig:
         for request, first, _ in zip(*chunks, strict=True):
             if request in self._here and first > self._next.get(request, first):
                 self._faults[request] = (
-                    f"{MARK}tokens {self._next[request]} to {first - 1} of this request were computed in a step of"
-                    " vLLM's that the plugin wasn't told of"
+                    f"{MARK}tokens {self._next[request]} to {first - 1} of this request were computed in a vLLM step"
+                    " that bypassed the plugin"
                 )
 
     def _goes_on(self, chunks: Chunks) -> bool:

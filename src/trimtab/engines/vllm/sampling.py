@@ -70,7 +70,7 @@ def check_candidates(choices: Sequence[Choice]) -> None:
     from vllm import sampling_params
 
     if not hasattr(sampling_params.SamplingParams, "logprob_token_ids"):
-        raise UnsupportedError("this vLLM doesn't score given tokens; install vLLM 0.32, or leave out engine=")
+        raise UnsupportedError("this vLLM can't score chosen tokens; install vLLM 0.32, or leave out engine=")
     most = getattr(sampling_params, "MAX_LOGPROB_TOKEN_IDS", 128)
     for i, choice in enumerate(choices):
         if len(set(choice.candidates)) > most:

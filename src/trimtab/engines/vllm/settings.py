@@ -69,7 +69,7 @@ def settings_from_environment(wanted: Capacity = ADDITIONS, sites: Collection[st
 def _sites(text: str) -> tuple[str, ...]:
     kinds = sorted({name.strip() for name in text.split(",") if name.strip()} - {"residual"})
     if unknown := sorted(set(kinds) - set(INSIDE)):
-        raise TrimtabError(f"{INSIDE_BLOCKS} names kinds of sites, of {', '.join(INSIDE)}; got {unknown[0]!r}")
+        raise TrimtabError(f"{INSIDE_BLOCKS} lists kinds of sites ({', '.join(INSIDE)}), got {unknown[0]!r}")
     return tuple(kinds)
 
 

@@ -41,8 +41,8 @@ def check_version(installed: str | None = None) -> str:
         _warn_untested(installed)
     elif minor not in SUPPORTED:
         raise UnsupportedError(
-            f"this trimtab steers vLLM {' and '.join(SUPPORTED)}, and this is {installed}: it changes"
-            " places inside of it that other versions may have moved. Install one of these, or another trimtab"
+            f"this trimtab supports vLLM {' and '.join(SUPPORTED)}, and this is {installed}: it patches internals that"
+            " other versions may have moved. Install one of these, or another trimtab"
         )
     return installed
 

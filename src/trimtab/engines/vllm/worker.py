@@ -132,21 +132,21 @@ def unsupported(config: Any) -> list[str]:
     """Why an engine with this configuration can't be steered; empty if it can."""
     compilation, parallel = config.compilation_config, config.parallel_config
     reasons = {
-        "speculative decoding is on, whose drafts aren't steered": config.speculative_config is not None,
-        "a KV connector is set, which keeps blocks under keys that don't know of steering": (
+        "speculative decoding is on, and its drafts aren't steered": config.speculative_config is not None,
+        "a KV connector is set, which stores blocks under keys that ignore steering": (
             config.kv_transfer_config is not None
         ),
         "sequence parallelism is on, which spreads a block's output over workers": bool(
             getattr(compilation.pass_config, "enable_sp", False)  # a compiler pass, up to vLLM 0.31
             or getattr(parallel, "use_sequence_parallel_moe", False)
         ),
-        "micro-batches overlap (DBO), so that a pass's tokens don't come together": bool(
+        "micro-batches overlap (DBO), so a pass's tokens aren't processed together": bool(
             getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False)
         ),
         "a prompt's tokens are spread over workers (prefill context parallelism)": (
             getattr(parallel, "prefill_context_parallel_size", 1) > 1
         ),
-        "the model embeds, it doesn't generate": config.model_config.runner_type != "generate",
+        "the model is an embedding model, which doesn't generate": config.model_config.runner_type != "generate",
         "the model is an encoder-decoder": config.model_config.is_encoder_decoder,
     }
     return [reason for reason, holds in reasons.items() if holds]
@@ -160,8 +160,8 @@ def unlike(runner: Any) -> list[str]:
         return []
     kind = type(runner)
     return [
-        f"its model runner {kind.__module__}.{kind.__name__} is neither vLLM's first nor its second, as far as trimtab"
-        f" knows them; install one of vLLM {' or '.join(SUPPORTED)}"
+        f"its model runner {kind.__module__}.{kind.__name__} isn't one of the two vLLM runners that trimtab supports;"
+        f" install one of vLLM {' or '.join(SUPPORTED)}"
     ]
 
 
@@ -316,7 +316,7 @@ def _tokens_unknown(worker: Any) -> str:
 def _unmeasured(worker: Any, rig: Rig) -> str:
     """Why this engine can't measure doses, and what helps; empty if it can."""
     if worker.vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return "each stage of a pipeline knows those of its own blocks alone; start it with pipeline_parallel_size=1"
+        return "each stage of a pipeline knows only those of its own blocks; start it with pipeline_parallel_size=1"
     if rig.static and not rig.capacity.reads:
         return "captured graphs keep no activations; start it with TRIMTAB_KERNEL=all, or with enforce_eager"
     return ""
