@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,15 @@ def small(monkeypatch):
     monkeypatch.setattr(audit, "QUICK", few)
 
 
+def alike(value: Any, other: Any) -> bool:
+    """Whether these JSON values are equal, with numbers compared to five digits."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(alike(item, other[key]) for key, item in value.items())
+    if isinstance(value, list) and isinstance(other, list):
+        return len(value) == len(other) and all(map(alike, value, other))
+    return value == (pytest.approx(other, rel=1e-5, abs=1e-5) if isinstance(other, float) else other)
+
+
 def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tmp_path):
     out, mended = tmp_path / "out.safetensors", tmp_path / "mended.safetensors"
     options = ("--model", roomy, "--device", "cpu", "--quick")
@@ -49,7 +59,7 @@ def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tm
     assert load(mended).card.options["orthogonal_to"] == ["the refusal directions"]
 
     again = trimtab("audit", steering, *options, "--json").json
-    assert again["comparisons"] == report["comparisons"]
+    assert alike(again["comparisons"], report["comparisons"])  # there are two arms now: other batches round differently
 
     shown = trimtab("inspect", out).out
     assert all(" ".join(line.split()[:4]) in " ".join(shown.split()) for line in report["verdict"])

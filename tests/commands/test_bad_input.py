@@ -210,7 +210,7 @@ def damage(how, path, good, tmp_path):
         ("tampered", "altered"),
         ("pickle", "never opens"),
         ("torch pickle", "its pickle needs io.open"),
-        ("foreign", "not a trimtab steering"),
+        ("foreign", "isn't a trimtab steering"),
         ("NaN", "NaN"),
     ],
 )

@@ -154,5 +154,5 @@ def test_a_rendered_prompt_is_noticed(trimtab: Any, thinker: Path) -> None:
     arguments = ["generate", "--model", thinker, "--device", "cpu", "--prompt", "<|user|>Why?\n<|assistant|>"]
     ran = trimtab(*arguments, "--max-new-tokens", 2)
     assert ran.code == 0
-    assert "warning: the prompt holds '<|user|>', '<|assistant|>', which the chat template writes itself" in ran.err
+    assert "warning: the prompt contains '<|user|>', '<|assistant|>', which the chat template writes itself" in ran.err
     assert "warning" not in trimtab(*arguments, "--plain", "--max-new-tokens", 2).err

@@ -160,7 +160,7 @@ def test_archives_that_are_damaged_or_too_large(tmp_path: Path) -> None:
     assert load(path).layers == (1, 2)
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"layer_2", b"layer_1"))
-    with pytest.raises(TrimtabError, match="twice"):
+    with pytest.raises(TrimtabError, match="two entries of the same name"):
         load(path)
     path.write_bytes(whole[:-30])
     with pytest.raises(TrimtabError, match="damaged"):

@@ -89,4 +89,4 @@ def test_the_command(trimtab: Any, tmp_path: Path, tmp_path_factory: pytest.Temp
     ran = trimtab("learn", "probe", "--pairs", rows, "--out", out, "--model", folder)
     assert "area under the curve" in ran.out
     assert "--monitor probe=" in ran.err
-    assert "held out" in trimtab("learn", "probe", "--help").out
+    assert "held-out" in trimtab("learn", "probe", "--help").out

@@ -120,7 +120,7 @@ def test_bad_input() -> None:
         (HARMFUL, {"harmless": HARMLESS, "gate": "wide"}, "inferaligner, cast"),
         (HARMFUL, {"harmless": HARMLESS, "false_alarms": 0.1}, "give gate=cast"),
         (HARMFUL, {"harmless": HARMLESS, "layers": 9}, "layer"),
-        (HARMFUL, {"harmless": HARMFUL, "direction": "prompts"}, "alike"),
+        (HARMFUL, {"harmless": HARMFUL, "direction": "prompts"}, "don't differ"),
         ([[{"role": "user", "content": "w3"}]] * 4, {"harmless": HARMLESS}, "messages"),
     ):
         with pytest.raises(TrimtabError, match=words):

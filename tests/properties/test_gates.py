@@ -257,7 +257,7 @@ def test_files(tmp_path: Path) -> None:
 def test_bad_input() -> None:
     lm = tiny.tiny("llama")
     elsewhere = Steering((EDIT,)).when(Threshold(Site(1), direction(3), 0.0, each_token=True))
-    with pytest.raises(TrimtabError, match=r"about residual\[1\], its edit is at residual\[2\]"):
+    with pytest.raises(TrimtabError, match=r"reads residual\[1\], and its edit is at residual\[2\]"):
         lm.generate(PROMPTS, elsewhere)
     narrow = Steering((EDIT,)).when(Threshold(Site(1), torch.ones(3), 0.0))
     with pytest.raises(TrimtabError, match=r"width at residual\[1\] is 3, this model's is 32"):

@@ -77,9 +77,9 @@ def test_keywords_of_the_template(ask: Any, tiny_lm: Any) -> None:
         (
             [USER, BEGUN],
             {"continue_final_message": True, "add_generation_prompt": True},
-            "add_generation_prompt is false",
+            "add_generation_prompt must be false",
         ),
-        ([USER, BEGUN], {"add_generation_prompt": False}, "can be false only with continue_final_message: true"),
+        ([USER, BEGUN], {"add_generation_prompt": False}, "can only be false with continue_final_message: true"),
         ([USER, {**BEGUN, "content": ""}], {"continue_final_message": True}, "there is nothing to continue"),
         (
             [USER],

@@ -36,7 +36,7 @@ def test_digests_tell_queries_apart():
 def test_what_cannot_be_split_is_refused():
     with pytest.raises(TrimtabError, match="no prompts"):
         split_by_query([])
-    with pytest.raises(TrimtabError, match="one base query"):
+    with pytest.raises(TrimtabError, match="the same base query"):
         split_by_query(["a", "a"])
     with pytest.raises(ValueError, match="below 1"):
         split_by_query(["a", "b"], held_out=1)

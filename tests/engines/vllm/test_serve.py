@@ -147,10 +147,20 @@ def test_what_cant_be_honoured_is_answered_with_an_error(url: str, more: dict[st
     assert why in json.dumps(answer)
 
 
+def settled(log: Path) -> list[str]:
+    """The lines of the audit log, once no more come: the server writes them right after its response."""
+    lines, before = log.read_text().splitlines(), -1
+    while len(lines) != before:
+        before = len(lines)
+        time.sleep(0.3)
+        lines = log.read_text().splitlines()
+    return lines
+
+
 def test_a_policy_holds(url: str, steerings: Path) -> None:
     """Keys, their steerings and ranges, what is always on, caps of doses, closed routes, and the log of it all."""
     s0 = [{"name": "s0", "strength": 12}]
-    log = (steerings / "audit.jsonl").read_text().count("\n")
+    log = len(settled(steerings / "audit.jsonl"))
     assert ask(f"{url}/v1/models", headers={"Authorization": "Bearer eve"})[0] == 401
     assert complete(url, PROMPTS[0], who="eve")[0] == 401
     for refused, status in (
@@ -175,7 +185,7 @@ def test_a_policy_holds(url: str, steerings: Path) -> None:
     talk = {"model": "trimtab", "input": PROMPTS[0], "max_output_tokens": 4, "temperature": 0}
     status, spoken = ask(f"{url}/v1/responses", talk)
     assert (status, spoken["trimtab"]["steering"][0]["name"]) == (200, "safe")
-    lines = [json.loads(line) for line in (steerings / "audit.jsonl").read_text().splitlines()][log:]
+    lines = [json.loads(line) for line in settled(steerings / "audit.jsonl")][log:]
     assert [(line["event"], line.get("status") or line.get("outcome")) for line in lines] == [
         *(("refused", status) for status in (401, 401, 404, 403, 403)),
         *(("begun", None), ("ended", "dose_too_high")),
@@ -233,7 +243,7 @@ def test_doses_that_are_capped_are_told(url: str, steerings: Path) -> None:
     assert [dose["layer"] for dose in first["doses"]] == [dose.layer for dose in wanted] == [11, 12, 13]
     assert [dose["ratio"] for dose in first["doses"]] == pytest.approx([dose.ratio for dose in wanted], rel=1e-3)
     assert first["total_dose"] == pytest.approx(sum(dose["ratio"] for dose in first["doses"]))
-    line = json.loads((steerings / "audit.jsonl").read_text().splitlines()[-1])
+    line = json.loads(settled(steerings / "audit.jsonl")[-1])
     assert line["total_doses"][0] == first["total_dose"]
     body |= {"n": 1, "max_tokens": 5, "stream": True, "steering": steering}
     chunk = last_chunk(url, body, "chat/completions", "ann")
