@@ -52,7 +52,7 @@ from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import in_batches, next_tokens
 from trimtab.engines.transformers.own_loops import Growing, SteeredContext, lengths_of, steerings_of
 from trimtab.engines.transformers.plan import check_edits
-from trimtab.engines.transformers.prefix_cache import PrefixCache
+from trimtab.engines.transformers.prefix_cache import PrefixCache, prefix_cache_of, prefixes_cached
 from trimtab.engines.transformers.read import check_sites, read_groups, reader, reader_of_pass
 from trimtab.engines.transformers.sampling import seeded
 from trimtab.engines.transformers.scores import (
@@ -126,7 +126,6 @@ class LM(LanguageModel):
         self.layout = find_layout(model, layers)
         check_adapters(model)
         self._identities: dict[tuple[Adapter, ...], ModelId] = {}
-        self._prefix_cache: PrefixCache | None = None
         self.name: str = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
     @overload
@@ -429,7 +428,7 @@ class LM(LanguageModel):
                 edits = self._ready([steerings[i] for i in chosen], prompts)
                 session = Session(self.model, self.layout, always(edits), tokenizer=self.tokenizer)
                 some = [choices[i] for i in chosen]
-                batch = next_tokens(self.model, self.layout, some, session, edits, self._prefix_cache)
+                batch = next_tokens(self.model, self.layout, some, session, edits, prefix_cache_of(self.model))
                 results |= dict(zip(chosen, batch, strict=True))
                 if progress is not None:
                     progress(len(results), len(choices))
@@ -438,7 +437,7 @@ class LM(LanguageModel):
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """See `LanguageModel.answer_nlls`. Raises `TrimtabError` while the model is being steered."""
         with self._exclusive():  # without hooks: the answers are scored by the unsteered model
-            return mean_nlls(self.model, self.layout, self.name, texts, self._prefix_cache)
+            return mean_nlls(self.model, self.layout, self.name, texts, prefix_cache_of(self.model))
 
     # ---- steering ----------------------------------------------------------------------------------------
 
@@ -528,15 +527,9 @@ class LM(LanguageModel):
         with steering_of(decoder), evaluating(self.model), evaluating(decoder):  # a wrapper may be in another mode
             yield
 
-    @contextmanager
-    def _caching_prefixes(self) -> Iterator[None]:
-        """Within the context, `next_logprobs` and `answer_nlls` cache the keys and values of unsteered prefixes."""
-        before = self._prefix_cache
-        self._prefix_cache = before or PrefixCache(self.model, self.layout)
-        try:
-            yield
-        finally:
-            self._prefix_cache = before
+    def _caching_prefixes(self) -> AbstractContextManager[None]:
+        """While open, this thread caches unsteered prefixes of the texts whose probabilities are computed."""
+        return prefixes_cached(prefix_cache_of(self.model) or PrefixCache(self.model, self.layout))
 
     def _ready(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
         """Each request's edits as a session runs them: with gates, masks and per-token conditions resolved."""

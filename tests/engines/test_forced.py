@@ -233,7 +233,7 @@ def test_a_graph_is_freed_with_its_loss(lm: LM) -> None:
 
 
 def test_what_comes_before_the_last_prompt_token_has_no_graph(lm: LM) -> None:
-    logits(lm, TEXTS[:1], {})  # how a model takes positions is looked at once, by passes of its own
+    logits(lm, TEXTS[:1], {Site(0): adding(0)})  # the first call also probes positions and the blocks' outputs
     passes_with: list[tuple[int, bool]] = []
     handle = lm.layout.blocks[1].register_forward_pre_hook(
         lambda _m, args: passes_with.append((args[0].shape[1], torch.is_grad_enabled()))

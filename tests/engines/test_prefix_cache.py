@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -12,9 +14,11 @@ import tiny
 import torch
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold
+from trimtab.engines.contract import ENOUGH, TOKENS_PER_BATCH, fitting
 from trimtab.engines.request import Choice
 from trimtab.engines.transformers.forced import Forced, forcing
-from trimtab.engines.transformers.prefix_cache import PrefixCache
+from trimtab.engines.transformers.next_token import in_batches
+from trimtab.engines.transformers.prefix_cache import PrefixCache, prefix_cache_of, prefixes_cached
 from trimtab.engines.transformers.read import can_share
 from trimtab.evaluate.divergence import divergence, read_answered, reference
 from trimtab.evaluate.fluency import perplexities
@@ -152,6 +156,67 @@ def test_what_is_kept_goes_when_a_weight_changes() -> None:
         replaced = read_answered(lm, base.texts, steered)
     assert near(replaced[0], read_answered(lm, base.texts, steered)[0], lm)
     assert not near(replaced[0], after[0], lm)
+
+
+def test_what_is_kept_goes_when_a_buffer_changes_or_a_weight_is_exchanged_again_and_again() -> None:
+    lm = tiny.tiny("llama")
+    texts = [tuple(lm.encode(tiny.prompt(1, 9)))]
+    kept = PrefixCache(lm.model, lm.layout)
+    up = lm.model.model.layers[0].mlp.up_proj
+    for _ in range(20):  # a freed tensor's id is often used again
+        kept.cache_for(texts)
+        up.weight = torch.nn.Parameter(up.weight.detach().clone())
+        up.weight = torch.nn.Parameter(up.weight.detach().clone())
+        with counted(lm) as passes:
+            kept.cache_for(texts)
+        assert passes == [9]
+    buffer = next(lm.model.buffers())
+    buffer.mul_(1.0)
+    with counted(lm) as passes:
+        kept.cache_for(texts)
+        kept.cache_for(texts)
+    assert passes == [9]
+
+
+def test_the_cache_is_this_threads_and_this_models() -> None:
+    lm, other = tiny.tiny("llama"), tiny.tiny("llama", seed=1)
+    with lm._caching_prefixes():
+        mine = prefix_cache_of(lm.model)
+        assert mine is not None
+        assert prefix_cache_of(other.model) is None
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(prefix_cache_of, lm.model).result() is None
+        with lm._caching_prefixes():
+            assert prefix_cache_of(lm.model) is mine
+        with prefixes_cached(None):
+            assert prefix_cache_of(lm.model) is None
+        assert prefix_cache_of(lm.model) is mine
+    assert prefix_cache_of(lm.model) is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_batches_have_every_row_once_and_few_pads(seed: int) -> None:
+    drawn = random.Random(seed)
+    texts = [tuple(drawn.choices(range(90), k=drawn.choice([9, 80, 200, 300]))) for _ in range(60)]
+    choices = [Choice(text, len(text) - 2, (3,)) for text in texts for _ in range(3)]
+    edits = [steering(drawn.choice([*WHERE.values()])).edits for _ in choices]
+    batches = list(in_batches(choices, edits, 64))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(choices)))
+    for batch in batches:
+        assert len(batch) <= 64
+        distinct = {choices[i].ids for i in batch}
+        lengths = [len(text) for text in distinct]
+        padded = max(lengths) * len(lengths)
+        assert padded <= max(TOKENS_PER_BATCH, max(lengths))
+        assert padded <= max(ENOUGH, max(lengths), 1.1 * sum(lengths))
+
+
+def test_how_many_texts_fit() -> None:
+    assert fitting([5000], TOKENS_PER_BATCH) == 1
+    assert fitting([10, 10, 10], 29) == 2
+    assert fitting([10, 10, 10], 30) == 3
+    assert fitting([100] * 30, 2000) == 20
+    assert fitting([500, 500, 500, 300], 4096) == 3  # 2000 columns for 1800 tokens
 
 
 def test_no_more_is_kept_than_fits() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimtab.bench.tasks import Lessons, Task
+from trimtab.engines.transformers.prefix_cache import prefixes_cached
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.controls import means_for
 from trimtab.methods.recipe import Recipe
@@ -77,7 +78,8 @@ def learned(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
         from trimtab.engines.transformers.places import query_heads
 
         options["heads"] = min(HEADS, lm.layout.layers * query_heads(lm.layout))
-    with warnings.catch_warnings():
+    # a method of somebody else's may change weights for a while
+    with prefixes_cached(None), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # with few pairs, warnings are expected
         steering: Steering = recipe.load()(lm, *inputs.data, None, **options)
     if steering.card.measured.get("interrupted"):

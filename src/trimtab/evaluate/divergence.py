@@ -20,6 +20,7 @@ from torch import Tensor
 from trimtab.engines.arguments import as_list
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.likelihood import LOGITS
+from trimtab.engines.transformers.prefix_cache import prefix_cache_of
 from trimtab.engines.transformers.scores import activation_edits, is_score_edit
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.teacher_forced import Answered, check_answered, teacher_forced
@@ -184,7 +185,7 @@ def read_answered(
             edits = lm._ready([each[i] for i in chosen], [list(text.prompt) for text in some])
             residual = [activation_edits(row_edits) for row_edits in edits]
             session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided, tokenizer=lm.tokenizer)
-            read = teacher_forced(lm.model, lm.layout, some, session, edits, lm._prefix_cache)
+            read = teacher_forced(lm.model, lm.layout, some, session, edits, prefix_cache_of(lm.model))
             for i, logits in zip(chosen, read, strict=True):
                 by_text[i] = logits.cpu()
     return [by_text[i] for i in range(len(texts))]

@@ -7,9 +7,13 @@ the same questions, and in each step of gradient descent. The cache is cleared w
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +30,10 @@ SHARE_OF_WEIGHTS = 0.4
 LEAST_BYTES = 64 * 2**20
 
 Ids = tuple[int, ...]
-Layers = tuple[tuple[Tensor, Tensor], ...]
-"""Keys and values of each layer, `[heads, tokens, size]`."""
+Layers = tuple[tuple[Tensor, Tensor] | None, ...]
+"""Keys and values of each layer, `[heads, tokens, size]`; `None` for a layer that caches none of its own."""
+Versions = tuple[tuple["ref[Tensor]", int], ...]
+"""Each weight, and how often it was modified in place."""
 
 
 @dataclass
@@ -45,7 +51,7 @@ class PrefixCache:
     limit: int = 0
     held: int = field(default=0, init=False)
     _kept: OrderedDict[Ids, Layers] = field(default_factory=OrderedDict, init=False)
-    _weights: tuple[tuple[int, int], ...] = field(default=(), init=False)
+    _weights: Versions = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         if not self.limit:
@@ -70,10 +76,9 @@ class PrefixCache:
 
         Prefixes that aren't cached yet are computed first. Requires that `usable_for` is true for them.
         """
-        weights = _versions(self.model)
-        if weights != self._weights:
+        if _changed(self.model, self._weights):
             self._kept.clear()
-            self.held, self._weights = 0, weights
+            self.held, self._weights = 0, tuple((ref(weight), weight._version) for weight in _weights(self.model))
         distinct = list(dict.fromkeys(prefixes))
         rows = {ids: self._kept[ids] for ids in distinct if ids in self._kept}
         for ids in rows:
@@ -85,11 +90,11 @@ class PrefixCache:
             for ids, layers in zip(some, self._read(some), strict=True):
                 rows[ids] = layers
                 self._keep(ids, layers)
-        return self._side_by_side([rows[ids] for ids in prefixes])
+        return self._side_by_side([rows[ids] for ids in prefixes], [len(ids) for ids in prefixes])
 
     def _tracked(self) -> bool:
         """Whether in-place changes of the weights can be detected: torch doesn't count those of inference tensors."""
-        return not any(parameter.is_inference() for parameter in self.model.parameters())
+        return not any(weight.is_inference() for weight in _weights(self.model))
 
     def _read(self, texts: Sequence[Ids]) -> list[Layers]:
         """The keys and values of each text, from one pass."""
@@ -100,7 +105,9 @@ class PrefixCache:
         entries: list[Any] = list(cache.layers)
         return [
             tuple(
-                (layer.keys[row, :, -len(text) :].clone(), layer.values[row, :, -len(text) :].clone())
+                None
+                if getattr(layer, "keys", None) is None
+                else (layer.keys[row, :, -len(text) :].clone(), layer.values[row, :, -len(text) :].clone())
                 for layer in entries
             )
             for row, text in enumerate(texts)
@@ -115,28 +122,63 @@ class PrefixCache:
         self._kept[ids] = layers
         self.held += size
 
-    def _side_by_side(self, rows: Sequence[Layers]) -> tuple[DynamicCache, Tensor]:
+    def _side_by_side(self, rows: Sequence[Layers], lengths: Sequence[int]) -> tuple[DynamicCache, Tensor]:
         cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
-        lengths = [row[0][0].shape[1] for row in rows]
         longest = max(lengths)
-        for layer, (keys, values) in enumerate(rows[0]):
-            pair = []
-            for part, like in enumerate((keys, values)):
-                whole = like.new_zeros(len(rows), like.shape[0], longest, like.shape[2])
-                for row, length in enumerate(lengths):
-                    whole[row, :, longest - length :] = rows[row][layer][part]
-                pair.append(whole)
-            cache.update(pair[0], pair[1], layer)
+        for layer, entries in enumerate(zip(*rows, strict=True)):
+            own = [entry for entry in entries if entry is not None]
+            if own:
+                keys, values = (_padded([entry[part] for entry in own], longest) for part in (0, 1))
+                cache.update(keys, values, layer)
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
         for row, length in enumerate(lengths):
             mask[row, longest - length :] = 1
         return cache, mask.to(input_device(self.model))
 
 
+def prefix_cache_of(model: nn.Module) -> PrefixCache | None:
+    """The cache that is open for this model in this thread, if there is one."""
+    cache = _open.get()
+    return cache if cache is not None and cache.model is model else None
+
+
+@contextmanager
+def prefixes_cached(cache: PrefixCache | None) -> Iterator[None]:
+    """While open, this thread computes probabilities with this cache; `None`: with none.
+
+    Changes through `Tensor.data` go unnoticed, so code that may change weights must run with none.
+    """
+    token = _open.set(cache)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
+_open: ContextVar[PrefixCache | None] = ContextVar("_open", default=None)
+
+
+def _padded(rows: Sequence[Tensor], longest: int) -> Tensor:
+    """`[rows, heads, longest, size]`: these tensors `[heads, tokens, size]`, padded on the left with zeros."""
+    whole = rows[0].new_zeros(len(rows), rows[0].shape[0], longest, rows[0].shape[2])
+    for row, tensor in enumerate(rows):
+        whole[row, :, longest - tensor.shape[1] :] = tensor
+    return whole
+
+
 def _bytes(layers: Layers) -> int:
-    return sum(tensor.numel() * tensor.element_size() for pair in layers for tensor in pair)
+    return sum(tensor.numel() * tensor.element_size() for pair in layers if pair is not None for tensor in pair)
 
 
-def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """A value that changes when a weight is replaced or modified in place."""
-    return tuple((id(parameter), parameter._version) for parameter in model.parameters())
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers: some quantized models keep their weights in buffers."""
+    return chain(model.parameters(), model.buffers())
+
+
+def _changed(model: nn.Module, before: Versions) -> bool:
+    """Whether a weight was added, removed, replaced or modified in place."""
+    now = list(_weights(model))
+    return len(now) != len(before) or any(
+        known() is not weight or version != weight._version
+        for weight, (known, version) in zip(now, before, strict=True)
+    )
