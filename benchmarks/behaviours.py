@@ -23,7 +23,7 @@ from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from benchmarks.static import PROMPTS
 from trimtab.bench.behaviours import SYSTEM, stem
-from trimtab.evaluate.ab import ABItem, in_both_orders, polarity, read_ab, requests_of, score_ab
+from trimtab.evaluate.ab import ABItem, ab_requests, in_both_orders, polarity, read_ab, score_ab
 from trimtab.evaluate.answers import answer
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.fluency import distinct_n
@@ -281,7 +281,7 @@ def scored(
     folder: Path,
 ) -> dict[str, dict[str, Record]]:
     """The records of every item in every arm, by arm and item."""
-    requests = requests_of(lm, items, arms, systems)
+    requests = ab_requests(lm, items, arms, systems)
     out = folder / f"{run}.jsonl"
     records = score_ab(lm, requests, items, out=out, batch_size=BATCH, progress=say(run), about={"run": run})
     return by_arm(records)

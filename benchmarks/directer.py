@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks.harness import Report, Result, Target, interleave, ratios, summarized
 from benchmarks.machine import machine, versions
 from benchmarks.memory import forget_peak, own_peak, peak_of
-from trimtab.decoding.ranking import disturbance, order_of, sensitivity
-from trimtab.decoding.rejection import Rejection, halved
+from trimtab.decoding.ranking import disturbance, order_layers, sensitivity
+from trimtab.decoding.rejection import Rejection, halving_subsets
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attention_modules
 from trimtab.errors import TrimtabError
@@ -261,7 +261,7 @@ def naive(lm: LM, request: EmphasizedPrompt, tokens: int) -> tuple[list[int], fl
         bar = top.values[0] + torch.tensor(BETA).log()
         chosen = int(top.indices[0])
         if top.values[1] >= bar:
-            for layers in halved(order):
+            for layers in halving_subsets(order):
                 steered = _step(lm, token, _scaled(before, layers, spans))
                 for end in _end_ids(lm):
                     steered[end] = -torch.inf
@@ -318,7 +318,7 @@ def _rank(lm: LM, token: int, before: Any, spans: Sequence[tuple[int, int]]) -> 
         pre, post = (torch.stack([pair[j][side] for pair in seen]) for side in (0, 1))
         columns.append(disturbance(pre, post))
     crossed = torch.stack([column for column, _ in columns], 1)
-    return order_of(sensitivity(crossed, torch.stack([raw for _, raw in columns]), "paper"), layers)
+    return order_layers(sensitivity(crossed, torch.stack([raw for _, raw in columns]), "paper"), layers)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from trimtab.evaluate import CONSTRAINTS, on_topic, paired_bootstrap, repeated_s
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.lora import Lora, finetuned
 from trimtab.files.load import load
-from trimtab.learn.own_answers import own_answers
+from trimtab.learn.own_answers import generate_own_answers
 from trimtab.learn.teachers import Teacher
 from trimtab.lm import LM
 from trimtab.methods.distill import learn_distill
@@ -198,7 +198,7 @@ def _lora(
     """A LoRA on the same answers, with as many steps and the same batch size, without the prompt."""
     instruction = instructions()[name]
     started = time.perf_counter()
-    answers = own_answers(
+    answers = generate_own_answers(
         lm,
         Teacher(instruction=instruction.learn),
         queries("learn", more=True),

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from benchmarks.harness import Report, Result, Target, interleave, ratios, summarized
 from benchmarks.machine import machine, versions
-from trimtab.evaluate.ab import ABItem, read_ab, requests_of, score_ab
+from trimtab.evaluate.ab import ABItem, ab_requests, read_ab, score_ab
 from trimtab.lm import LM
 from trimtab.methods.caa import PairsWarning, learn_caa
 from trimtab.steering import Steering
-from trimtab.text.letters import ask
+from trimtab.text.letters import letter_question
 from trimtab.text.pairs import read_pairs
 
 DATASET = Path("caa") / "refusal"
@@ -70,7 +70,7 @@ def sweep(lm: LM, vector: Steering, items: Sequence[ABItem]) -> Scores:
     """All settings of all items as rows of the same batches."""
     settings = {f"{layer} {s:g}": (layer, s) for layer, s in product(vector.layers, STRENGTHS)}
     arms = {name: s * vector.only([layer]) for name, (layer, s) in settings.items()}
-    records = score_ab(lm, requests_of(lm, items, arms), items, batch_size=BATCH)
+    records = score_ab(lm, ab_requests(lm, items, arms), items, batch_size=BATCH)
     return {(*settings[record.arm], record.item): record.scores["matching"] for record in records}
 
 
@@ -80,7 +80,7 @@ def one_at_a_time(lm: LM, vector: Steering, items: Sequence[ABItem]) -> Scores:
     scores = {}
     for edit in vector.edits:
         for strength, item in product(STRENGTHS, items):
-            question = ask(lm.tokenizer, item.question, (item.matching, item.other))
+            question = letter_question(lm.tokenizer, item.question, (item.matching, item.other))
             push, start = strength * edit.operation.direction, len(question.prompt) - 1
             handle = lm.layout.blocks[edit.site.layer].register_forward_hook(_adding(push, start))
             try:

@@ -19,7 +19,7 @@ from benchmarks.harness import Report, Result, Target, summarized
 from benchmarks.machine import machine, versions
 from trimtab.engines.transformers.batch_session import BatchSession
 from trimtab.engines.transformers.layout import Layout, find_layout
-from trimtab.engines.transformers.positions import Pass
+from trimtab.engines.transformers.positions import ForwardPass
 from trimtab.steering import Add, Edit, Positions, SetProjection, Site
 
 ROWS, LAYERS, WIDTH = 32, 32, 4096
@@ -73,7 +73,7 @@ def _step(session: BatchSession, x: Tensor) -> None:
     """A forward pass without the model: each site's activations are passed to the session."""
     rows = len(session.rows)
     with torch.no_grad():
-        session._enter(Pass(rows, 1, PROMPT, None, x.device, None), {}, begins=False).passes += 1
+        session._enter(ForwardPass(rows, 1, PROMPT, None, x.device, None), {}, begins=False).passes += 1
         for layer in range(LAYERS):
             session.edit(Site(layer), x[:rows])
     session.advance()

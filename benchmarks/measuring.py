@@ -17,7 +17,7 @@ from benchmarks.machine import machine, versions
 from trimtab.evaluate.answers import answer
 from trimtab.evaluate.controls import means_for, random_like
 from trimtab.evaluate.fluency import perplexities
-from trimtab.evaluate.ifeval import IFEvalItem, repeated, scorer
+from trimtab.evaluate.ifeval import IFEvalItem, scorer, with_repeated_instructions
 from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
 from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.lm import LM, DoseWarning
@@ -33,7 +33,7 @@ def evaluate(
     lm: LM, items: Sequence[IFEvalItem], steerings: Mapping[str, Steering | None], mode: str, out: Path, tokens: int
 ) -> list[Record]:
     """The records of every arm and item; types that aren't steered reuse the unsteered answer in the steered arms."""
-    twice = {item.item: item.prompt for item in repeated(items)}
+    twice = {item.item: item.prompt for item in with_repeated_instructions(items)}
     prompts = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
     means = means_for(lm, [each for each in steerings.values() if each is not None], list(prompts.values()))
     requests = []

@@ -20,12 +20,12 @@ from benchmarks.choosing import say
 from benchmarks.harness import BOOTSTRAP, Report, Result
 from benchmarks.machine import machine, versions
 from trimtab.bench.behaviours import stem
-from trimtab.evaluate.ab import ABItem, read_ab, requests_of, score_ab, spread
+from trimtab.evaluate.ab import ABItem, ab_requests, evenly_spaced, read_ab, score_ab
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
 from trimtab.evaluate.records import Record
 from trimtab.files.steering_file import load_steering, save_steering
 from trimtab.lm import LM, DoseWarning
-from trimtab.methods.sadi import KINDS, choose, differences_at, edits_of
+from trimtab.methods.sadi import SITE_KINDS, choose, differences_at, edits_of
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.text.pairs import Pair, digest
 
@@ -87,7 +87,7 @@ def read(files: Sequence[Path], pairs: int, held_out: int, limit: int) -> Questi
         random.Random(0).shuffle(drawn)
         test, free = drawn[:limit], drawn[limit:]
     else:
-        test, free = spread(test_file, limit), read_ab(files[0], exclude=True)[0]
+        test, free = evenly_spaced(test_file, limit), read_ab(files[0], exclude=True)[0]
         random.Random(0).shuffle(free)
     stems = {stem(item.question) for item in (test_file if len(files) > 1 else test)}
     free = [item for item in free if stem(item.question) not in stems]
@@ -100,7 +100,7 @@ def families(lm: LM, task: str, questions: Questions, folder: Path) -> dict[str,
     """CAA's settings and those of SADI's three forms, by name, all from one pass over the pairs."""
     learn = [Pair(f"({i.matching})", f"({i.other})", i.question, "letters") for i in questions.learn]
     layers = range(lm.layout.layers)
-    kinds = ("residual", *KINDS.values())
+    kinds = ("residual", *SITE_KINDS.values())
     file = folder / f"{task}.safetensors"
     kept = load_steering(file) if file.is_file() else None
     if kept is None or kept.card.data != digest(learn):
@@ -115,7 +115,7 @@ def families(lm: LM, task: str, questions: Questions, folder: Path) -> dict[str,
         vector = Steering((Edit(Site(layer), Add(differences[Site(layer)].float()), WHERE),))
         by_family[CAA] |= {f"layer {layer} x {strength:g}": strength * vector for strength in STRENGTHS}
     for site, (ks, deltas) in GRID.items():
-        mine = {where: x for where, x in differences.items() if where.kind == KINDS[site]}
+        mine = {where: x for where, x in differences.items() if where.kind == SITE_KINDS[site]}
         made = {}
         for k in ks:
             masks = choose(lm, mine, k=k)
@@ -147,7 +147,7 @@ def scored(
 ) -> dict[str, dict[str, Record]]:
     """The records of every question in every arm, by arm and item."""
     out = folder / f"{name}.jsonl"
-    requests = requests_of(lm, items, arms)
+    requests = ab_requests(lm, items, arms)
     return by_arm(score_ab(lm, requests, items, out=out, batch_size=BATCH, progress=say(name)))
 
 

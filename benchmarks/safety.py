@@ -29,7 +29,7 @@ from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.transformers.generate import Generation
-from trimtab.evaluate.ab import ABItem, question_prompt, read_ab, score_ab, spread
+from trimtab.evaluate.ab import ABItem, evenly_spaced, question_prompt, read_ab, score_ab
 from trimtab.evaluate.answers import answer
 from trimtab.evaluate.answers import run as run_batches
 from trimtab.evaluate.controls import random_like
@@ -170,11 +170,11 @@ def read(data: Path, limit: int, jailbreaks: int, safe: int, questions: int) -> 
         ],
         tests={
             "AdvBench": harmful[LEARN + TUNE :][:limit],
-            "XSTest, safe": spread([item for item in xstest if not item.harmful], safe),
-            **({"JailbreakBench": spread(others, jailbreaks)} if jailbreaks else {}),
+            "XSTest, safe": evenly_spaced([item for item in xstest if not item.harmful], safe),
+            **({"JailbreakBench": evenly_spaced(others, jailbreaks)} if jailbreaks else {}),
         },
         others={
-            "XSTest, unsafe": spread(unsafe, GATED),
+            "XSTest, unsafe": evenly_spaced(unsafe, GATED),
             "harmless requests, not learned from": harmless[LEARN + TUNE :][:GATED],
         },
         questions=read_ab(data / MMLU, limit=questions)[0],
@@ -449,7 +449,7 @@ def rates(lm: LM, prompts: Sequence[Prompt], arms: Mapping[str, Arm], file: Path
 
 def fluency(lm: LM, items: Sequence[RefusalItem], records: Mapping[str, Record]) -> dict[str, float]:
     """The fluency of an arm's answers, and the share of empty ones; perplexity under the unsteered model, of some."""
-    some = [records[item.item] for item in spread(items, READ) if records[item.item].answer.strip()]
+    some = [records[item.item] for item in evenly_spaced(items, READ) if records[item.item].answer.strip()]
     prompts = {item.item: item.prompt for item in items}
     values = perplexities_of(lm, [prompts[record.item] for record in some], [record.answer for record in some])
     return {

@@ -29,14 +29,14 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluate import on_topic
 from trimtab.evaluate.answers import answer
 from trimtab.evaluate.controls import means_for, random_like
-from trimtab.evaluate.ifeval import IFEvalItem, follows, read_ifeval, repeated, scorer
+from trimtab.evaluate.ifeval import IFEvalItem, follows, read_ifeval, scorer, with_repeated_instructions
 from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
 from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.learn.teachers import Teacher
 from trimtab.learn.unembedding import unembedding
 from trimtab.lm import LM, DoseWarning
 from trimtab.methods.distill import learn_distill
-from trimtab.methods.word_logit import READ, learn_word_logit
+from trimtab.methods.word_logit import PROMPT_COUNT, learn_word_logit
 from trimtab.steering import Steering
 from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
 
@@ -117,7 +117,7 @@ def _or_none(learn: Callable[[str, str | int], Steering], kind: str, value: str 
 
 
 def _by_logit(lm: LM) -> Callable[[str, str | int], Steering]:
-    head = unembedding(lm, queries("learn")[:READ])
+    head = unembedding(lm, queries("learn")[:PROMPT_COUNT])
 
     def learn(kind: str, value: str | int) -> Steering:
         if kind == SENTENCES:
@@ -160,7 +160,7 @@ def answers(
 
     Unsteered answers are stored in their own file, for all learners: `out` is a file name with a placeholder.
     """
-    twice = {item.item: item.prompt for item in repeated(items)}
+    twice = {item.item: item.prompt for item in with_repeated_instructions(items)}
     bare = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
     means = means_for(lm, [each for each in steerings.values() if each is not None], list(bare.values()))
     plain, steered = [], []

@@ -55,7 +55,7 @@ def resolved(positions: Positions, t: int, n: int, texts: Sequence[str]) -> bool
     rule = positions.rule
     if isinstance(rule, Combined):
         parts = [resolved(part, t, n, texts) for part in rule.parts]
-        return not parts[0] if rule.how == "not" else any(parts) if rule.how == "any" else all(parts)
+        return not parts[0] if rule.operator == "not" else any(parts) if rule.operator == "any" else all(parts)
     if isinstance(rule, Meaning):
         return t >= n and means(rule, "".join(texts[:n]), "".join(texts[n:t]), texts[t])
     return naive_holds(type("Rule", (), {"positions": positions})(), t, n)  # type: ignore[arg-type]

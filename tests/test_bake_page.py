@@ -37,10 +37,10 @@ def test_families(family: str) -> None:
         structure = structure_of(tiny.FAMILIES[family]().config)
     for kind, flags in zip(("mlp", "attention"), ROWS[family], strict=True):
         if flags is not None:
-            assert structure.with_biases([Site(1, kind)])[0] == flags
+            assert structure.bias_flags([Site(1, kind)])[0] == flags
             continue
         with pytest.raises(UnsupportedError, match=r"no bias|mixture"):
-            structure.with_biases([Site(1, kind)])
+            structure.bias_flags([Site(1, kind)])
 
 
 def test_links() -> None:

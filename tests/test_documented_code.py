@@ -74,16 +74,16 @@ def program() -> Any:
 @pytest.mark.parametrize("words", WRITTEN)
 def test_a_command_and_its_options_exist(program: Any, words: list[str]) -> None:
     from trimtab.commands import learn_distill
-    from trimtab.commands.learn_method import DISTILL, OWN_COMMAND, Learn, command_for
-    from trimtab.methods.recipe import recipe_named
+    from trimtab.commands.learn_method import DIRECT_METHODS, DISTILL, LearnCommand, command_for
+    from trimtab.methods.recipe import find_recipe
 
     command, rest = program, list(words)
     while rest and hasattr(command, "get_command") and rest[0][:1] != "-":
         subcommand = command.get_command(command.context_class(command), rest[0])
         assert subcommand is not None, f"there is no command {rest[0]!r} in {words}"
         command, rest = subcommand, rest[1:]
-    if isinstance(command, Learn) and rest and rest[0] not in OWN_COMMAND:
-        recipe = recipe_named(rest[0])
+    if isinstance(command, LearnCommand) and rest and rest[0] not in DIRECT_METHODS:
+        recipe = find_recipe(rest[0])
         if recipe is not None:
             command, rest = learn_distill.command() if recipe.name == DISTILL else command_for(recipe), rest[1:]
     if command.context_settings.get("ignore_unknown_options") or ("--engine", "vllm") in pairwise(rest):

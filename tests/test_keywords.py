@@ -16,7 +16,7 @@ from tiny import direction, prompt
 
 import trimtab
 from trimtab import LM, Add, Edit, Pair, Positions, Rejection, ScaleScores, Site, Steering, TrimtabError
-from trimtab.keywords import KeywordError, keywords, outside, stray
+from trimtab.keywords import KeywordError, caller_stacklevel, keywords, unknown_keyword_error
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if enable_thinking is defined %}w9{% endif %}"
 PAIRS = [Pair("w5 w6", "w7 w8"), Pair("w9 w10", "w11 w12")]
@@ -112,7 +112,7 @@ def test_it_is_a_type_error_too_and_other_type_errors_stay(lm: LM) -> None:
         trimtab.learn_caa()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="takes any keyword"):
         keywords(lambda **options: options)
-    assert "it has none" in str(stray("f", "x", ()))
+    assert "it has none" in str(unknown_keyword_error("f", "x", ()))
 
 
 def test_what_is_checked_is_otherwise_as_it_was() -> None:
@@ -125,7 +125,7 @@ def test_what_is_checked_is_otherwise_as_it_was() -> None:
 
 def test_a_warning_is_about_the_line_that_called() -> None:
     code = "def warn(): warnings.warn('x', UserWarning, stacklevel=outside())\ndef outer(): warn()"
-    inside: dict[str, Any] = {"__name__": "trimtab.inside", "warnings": warnings, "outside": outside}
+    inside: dict[str, Any] = {"__name__": "trimtab.inside", "warnings": warnings, "outside": caller_stacklevel}
     exec(compile(code, "inside.py", "exec"), inside)
     with pytest.warns(UserWarning, match="x") as caught:
         inside["outer"]()

@@ -79,9 +79,9 @@ def test_the_methods_own_test_passes() -> None:
 def test_the_recipe_fits_its_function(package: None) -> None:
     import inspect
 
-    from trimtab.methods.recipe import recipe_named
+    from trimtab.methods.recipe import find_recipe
 
-    recipe = recipe_named("without")
+    recipe = find_recipe("without")
     assert recipe is not None
     parameters = inspect.signature(recipe.load()).parameters
     assert all(parameters[option.name].default == option.default for option in recipe.options)

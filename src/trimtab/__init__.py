@@ -176,7 +176,7 @@ __all__ = [
     "to_steering_vectors",
 ]
 
-_HOMES = {
+_NAMES_BY_MODULE = {
     "trimtab.baking.bake": ("bake",),
     "trimtab.decoding.rejection": ("Rejection",),
     "trimtab.errors": ("TrimtabError", "UnsupportedError", "UntestedVersionWarning"),
@@ -204,7 +204,7 @@ _HOMES = {
 }
 _PUBLIC = {name: ("trimtab.steering", name) for name in __all__}  # the default module
 _PUBLIC |= {name: (f"trimtab.methods.{name[6:]}", name) for name in __all__ if name.startswith("learn_")}
-_PUBLIC |= {name: (home, name) for home, names in _HOMES.items() for name in names}
+_PUBLIC |= {name: (home, name) for home, names in _NAMES_BY_MODULE.items() for name in names}
 _PUBLIC["save"] = ("trimtab.files.steering_file", "save_steering")
 
 

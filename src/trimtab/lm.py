@@ -12,47 +12,49 @@ from torch import Tensor
 
 from trimtab import engines
 from trimtab.decoding.grammar import Grammar
-from trimtab.engines.arguments import check_batch_size, one_each
+from trimtab.engines.arguments import check_batch_size, steerings_for
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.images import PromptImages
 from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.meanings import check_meanings, meanings_of
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
-from trimtab.engines.resolve import acting, resolve
+from trimtab.engines.resolve import active_edits, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.adapters import active_adapters, check_adapters
 from trimtab.engines.transformers.attention import check_attention, head_count, score_layers
-from trimtab.engines.transformers.by_steps import check_by_steps
+from trimtab.engines.transformers.batching_checks import check_batching
 from trimtab.engines.transformers.clean import check_clean
-from trimtab.engines.transformers.continuous import Continuous, answer, check_differ, check_verified
-from trimtab.engines.transformers.deciding import check_gates
+from trimtab.engines.transformers.continuous import (
+    BatchingSettings,
+    check_answer_count,
+    check_rejection_options,
+    generate_answers,
+)
 from trimtab.engines.transformers.evaluating import evaluating
-from trimtab.engines.transformers.exclusive import steered_here
-from trimtab.engines.transformers.exclusive import steering as steering_of
+from trimtab.engines.transformers.exclusive import steered_here, steering_lock
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.following import check_rows_stay
+from trimtab.engines.transformers.gate_checks import check_gates
 from trimtab.engines.transformers.generate import Generation, _end_ids, check_options, check_request
-from trimtab.engines.transformers.grammar import Grammars, Matcher, check_grammar_options, with_grammars
+from trimtab.engines.transformers.grammar import GrammarCompiler, Matcher, check_grammar_options, with_grammars
 from trimtab.engines.transformers.identity import identify
 from trimtab.engines.transformers.images import (
-    check_goes_on,
+    check_decodes_from_cache,
     check_takes_images,
+    decodes_from_cache,
     encode_with_images,
-    goes_on,
     load_processor,
     read_with_images,
-    spans_beside_images,
+    spans_with_images,
     with_template,
 )
-from trimtab.engines.transformers.known_prompts import known_prompts
 from trimtab.engines.transformers.layout import Layout, check_wrapped, find_layout
 from trimtab.engines.transformers.likelihood import mean_nlls
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import in_batches, next_tokens
-from trimtab.engines.transformers.own_loops import Growing, SteeredContext, lengths_of, steerings_of
 from trimtab.engines.transformers.plan import check_edits
-from trimtab.engines.transformers.prefix_cache import PrefixCache, prefix_cache_of, prefixes_cached
+from trimtab.engines.transformers.prefix_cache import PrefixCache, prefix_cache_of, use_prefix_cache
 from trimtab.engines.transformers.read import check_sites, read_groups, reader, reader_of_pass
 from trimtab.engines.transformers.sampling import seeded
 from trimtab.engines.transformers.scores import (
@@ -60,17 +62,24 @@ from trimtab.engines.transformers.scores import (
     is_score_edit,
     score_edits,
 )
-from trimtab.engines.transformers.session import FirstPass, Session, always
+from trimtab.engines.transformers.session import FirstPass, Session, fixed_edits
+from trimtab.engines.transformers.static_batches import answer_static_batch, split_batches
+from trimtab.engines.transformers.steered_context import (
+    SteeredContext,
+    UncachedLoopCheck,
+    parse_prompt_lengths,
+    steerings_of,
+)
 from trimtab.engines.transformers.verify import check_rejection
 from trimtab.engines.transformers.weights import device_of, input_device
-from trimtab.engines.transformers.whole_batches import answer_whole, whole_batches
+from trimtab.engines.transformers.wrapped_generate import wrapped_generate
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.keywords import keywords
 from trimtab.steering import Adapter, Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on
 from trimtab.text.chat import Message, Prompt, Template
-from trimtab.text.images import BOUNDS, Bounds
+from trimtab.text.images import IMAGE_LIMITS, ImageLimits
 from trimtab.text.pieces import pieces
 from trimtab.text.templates import with_keywords
 
@@ -260,17 +269,17 @@ class LM(LanguageModel):
         return self._processor
 
     def _encode_images(
-        self, prompt: Sequence[Message], system: str | None, template: Template | None, bounds: Bounds
+        self, prompt: Sequence[Message], system: str | None, template: Template | None, bounds: ImageLimits
     ) -> tuple[list[int], PromptImages]:
         how: dict[str, Any] = {"system": system, "template": template, "bounds": bounds}
         return encode_with_images(self.processor, self.tokenizer, self.model, prompt, **how)
 
-    def _spans_beside_images(
+    def _spans_with_images(
         self, prompt: Any, emphasize: Any, system: str | None, template: Template | None
     ) -> tuple[tuple[int, int], ...]:
-        ids, _ = self._encode_images(prompt, system, template, BOUNDS)
+        ids, _ = self._encode_images(prompt, system, template, IMAGE_LIMITS)
         tokenizer = with_template(self.tokenizer, self.processor)
-        return spans_beside_images(tokenizer, prompt, emphasize, ids, system=system, template=template)
+        return spans_with_images(tokenizer, prompt, emphasize, ids, system=system, template=template)
 
     # ---- requests ----------------------------------------------------------------------------------------
 
@@ -288,20 +297,20 @@ class LM(LanguageModel):
         check_request(self.layout, [len(request.ids) for request in requests], decoding.max_new_tokens, options)
         if not options["do_sample"]:
             if compat.generation_option(self.model, options, "num_beams") in (None, 1):
-                check_differ(options)
+                check_answer_count(options)
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         if any(request.steering is not None and meanings_of(request.steering.edits) for request in requests):
             check_rows_stay(self.model, options)
-        verified = [request for request in requests if request.rejection is not None]
-        if verified:
-            check_verified(self.model, options)
-        for request in verified:
+        with_rejection = [request for request in requests if request.rejection is not None]
+        if with_rejection:
+            check_rejection_options(self.model, options)
+        for request in with_rejection:
             check_rejection(request.steering.edits if request.steering else (), len(request.ids))
         if any(request.grammar is not None for request in requests):
             check_grammar_options(options)
             options = {**options, "eos_token_id": sorted(self._grammars(options).ends)}
             self._matchers(requests, options)
-        check_by_steps(self.model, self.layout, requests, replace(decoding, options=options))
+        check_batching(self.model, self.layout, requests, replace(decoding, options=options))
         return replace(decoding, options=options)
 
     def require(self, *features: str) -> None:
@@ -322,13 +331,13 @@ class LM(LanguageModel):
         grammars = [request.grammar for request in requests]
         return [None if grammar is None else self._grammars(options).matcher(grammar) for grammar in grammars]
 
-    def _grammars(self, options: Mapping[str, Any]) -> Grammars:
+    def _grammars(self, options: Mapping[str, Any]) -> GrammarCompiler:
         """The cached compiler of grammars for the end-of-sequence tokens of these options."""
         ends = frozenset(_end_ids(self.model, dict(options)))
-        known: dict[frozenset[int], Grammars] = self.__dict__.setdefault("_compilers", {})
+        known: dict[frozenset[int], GrammarCompiler] = self.__dict__.setdefault("_compilers", {})
         if ends not in known:
             size = self.model.config.get_text_config(decoder=True).vocab_size
-            known[ends] = Grammars(self.tokenizer, size, ends)
+            known[ends] = GrammarCompiler(self.tokenizer, size, ends)
         return known[ends]
 
     def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
@@ -340,54 +349,69 @@ class LM(LanguageModel):
         matchers = self._matchers(requests, decoding.options)
         answers: dict[int, list[Generation]] = {}
 
-        def tell(done: int) -> None:
+        def report_progress(done: int) -> None:
             if decoding.progress is not None:
                 decoding.progress(len(answers) + done, len(order))
 
-        def keep(chosen: Sequence[int], generations: list[Generation]) -> None:
+        def store_answers(chosen: Sequence[int], generations: list[Generation]) -> None:
             each = len(generations) // len(chosen)
             answers.update({i: generations[n * each : (n + 1) * each] for n, i in enumerate(chosen)})
 
-        def by_steps(way: Continuous, chosen: Sequence[int]) -> list[Generation]:
-            ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
+        def by_steps(batching: BatchingSettings, chosen: Sequence[int]) -> list[Generation]:
+            ids, steerings = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
             rejections = [requests[i].rejection for i in chosen]
             keeping, images = [matchers[i] for i in chosen], [requests[i].images for i in chosen]
-            arguments = self.model, self.tokenizer, self.layout, way, ids, edited, rejections, keeping, images, chosen
-            rows = 1 if way.alone else size
+            arguments = (
+                self.model,
+                self.tokenizer,
+                self.layout,
+                batching,
+                ids,
+                steerings,
+                rejections,
+                keeping,
+                images,
+                chosen,
+            )
+            rows = 1 if batching.single_row else size
             more: dict[str, Any] = {"clean_cache": decoding.clean_cache, "monitors": decoding.monitors, **kwargs}
-            return answer(*arguments, rows=rows, seed=decoding.seed, progress=tell, **more)
+            return generate_answers(*arguments, rows=rows, seed=decoding.seed, progress=report_progress, **more)
 
-        way = Continuous.of(self.model, self.layout, dict(decoding.options))
+        way = BatchingSettings.of(self.model, self.layout, dict(decoding.options))
         with self._exclusive(), few_rows(self.model), seeded(decoding.seed, input_device(self.model)):
-            apart = {i for i in order if not self._joins(requests[i], decoding)}
-            verified = [i for i in order if i not in apart and (way is not None or requests[i].rejection is not None)]
-            rest = [i for i in order if i not in set(verified)]
-            if verified:
-                way = way or Continuous.verified(self.model, self.tokenizer, self.layout, decoding.options)
-                keep(verified, by_steps(way, verified))
-            alone = [i for i in rest if requests[i].images is not None]
-            whole = [i for i in rest if requests[i].images is None]
-            batches = whole_batches(self.layout, whole, [len(request.ids) for request in requests], size)
-            model = self.model, self.tokenizer, self.layout
-            for chosen in (*batches, *([i] for i in alone)):
+            not_batchable = {i for i in order if not self._fits_batch(requests[i], decoding)}
+            batched = [
+                i for i in order if i not in not_batchable and (way is not None or requests[i].rejection is not None)
+            ]
+            unbatched = [i for i in order if i not in set(batched)]
+            if batched:
+                way = way or BatchingSettings.for_rejection(self.model, self.tokenizer, self.layout, decoding.options)
+                store_answers(batched, by_steps(way, batched))
+            with_images = [i for i in unbatched if requests[i].images is not None]
+            text_only = [i for i in unbatched if requests[i].images is None]
+            batches = split_batches(self.layout, text_only, [len(request.ids) for request in requests], size)
+            model_arguments = self.model, self.tokenizer, self.layout
+            for chosen in (*batches, *([i] for i in with_images)):
                 ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
                 options = with_grammars(decoding.options, [matchers[i] for i in chosen])
                 images = requests[chosen[0]].images
-                keep(chosen, answer_whole(*model, ids, edited, {**kwargs, "options": options}, images))
-                tell(0)
+                store_answers(
+                    chosen, answer_static_batch(*model_arguments, ids, edited, {**kwargs, "options": options}, images)
+                )
+                report_progress(0)
         return [[self._with_pieces(generation) for generation in answers[i]] for i in range(len(requests))]
 
-    def _joins(self, request: Request, decoding: Decoding) -> bool:
+    def _fits_batch(self, request: Request, decoding: Decoding) -> bool:
         """Whether the request's images allow it to be decoded by continuous batching.
 
         Raises:
             UnsupportedError: They don't, and the request needs a feature that only continuous batching has.
         """
         images = request.images
-        if images is None or goes_on(self.model, self.layout, request.ids, images):
+        if images is None or decodes_from_cache(self.model, self.layout, request.ids, images):
             return True
         if request.rejection is not None or decoding.clean_cache or decoding.monitors:
-            check_goes_on(self.model, self.layout, request.ids, images)
+            check_decodes_from_cache(self.model, self.layout, request.ids, images)
         return False
 
     def divergence(self, steering: Steering | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> Divergence:
@@ -409,11 +433,11 @@ class LM(LanguageModel):
 
         return divergence(self, steering, prompts, **options)
 
-    def _emphasised(self) -> Iterable[int]:
+    def _emphasis_layers(self) -> Iterable[int]:
         return score_layers(self.layout)
 
-    def _check_free(self) -> None:
-        super()._check_free()
+    def _check_can_stream(self) -> None:
+        super()._check_can_stream()
         with self._exclusive():
             pass  # raises inside lm.steered(…): the stream's thread would wait for that context to end
 
@@ -425,10 +449,10 @@ class LM(LanguageModel):
         with self._exclusive(), few_rows(self.model):
             for chosen in in_batches(choices, edits_of, batch_size):
                 prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
-                edits = self._ready([steerings[i] for i in chosen], prompts)
-                session = Session(self.model, self.layout, always(edits), tokenizer=self.tokenizer)
-                some = [choices[i] for i in chosen]
-                batch = next_tokens(self.model, self.layout, some, session, edits, prefix_cache_of(self.model))
+                edits = self._resolve_edits([steerings[i] for i in chosen], prompts)
+                session = Session(self.model, self.layout, fixed_edits(edits), tokenizer=self.tokenizer)
+                batch_choices = [choices[i] for i in chosen]
+                batch = next_tokens(self.model, self.layout, batch_choices, session, edits, prefix_cache_of(self.model))
                 results |= dict(zip(chosen, batch, strict=True))
                 if progress is not None:
                     progress(len(results), len(choices))
@@ -478,39 +502,40 @@ class LM(LanguageModel):
         Warns:
             RuntimeWarning: The result was discarded without a `with` statement, so nothing was steered.
         """
-        everything, lengths = steerings_of(steering), lengths_of(prompt_lengths)
-        for each_steering in set(everything):
+        steerings, lengths = steerings_of(steering), parse_prompt_lengths(prompt_lengths)
+        for each_steering in set(steerings):
             self.check(each_steering, transfer=transfer)
             if any(is_score_edit(edit) for edit in each_steering.edits):
                 raise UnsupportedError("attention scores are steered by lm.generate(…), not inside lm.steered(…)")
-        return SteeredContext(lambda: self._steered(steering, everything, lengths, transfer))
+        return SteeredContext(lambda: self._steered_context(steering, steerings, lengths, transfer))
 
     @contextmanager
-    def _steered(
+    def _steered_context(
         self,
         steering: Steering | Sequence[Steering | None],
-        everything: tuple[Steering, ...],
+        steerings: tuple[Steering, ...],
         prompt_lengths: list[int] | None,
         transfer: bool,
     ) -> Iterator[Session]:
         """The context of `steered`, with checked arguments."""
-        growing = Growing([edit for each_steering in everything for edit in acting(each_steering)])
+        growing = UncachedLoopCheck([edit for each_steering in steerings for edit in active_edits(each_steering)])
 
         def decide(count: int, first: FirstPass) -> list[tuple[Edit, ...]]:
-            for each_steering in set(everything):  # checked again: adapters may have been switched since
+            for each_steering in set(steerings):  # checked again: adapters may have been switched since
                 check_learned_on(each_steering, self.identity, transfer=transfer)
             if session.prompt_lengths is None:
                 growing.check(first)
-            chosen = one_each(steering, count)
+            chosen = steerings_for(steering, count)
             read = reader_of_pass(self.layout, count, session.prompt_lengths, first)
             repeat = len(first.lengths) // count
             return resolve(chosen, first.lengths[::repeat], read).edits
 
         session = Session(self.model, self.layout, decide, prompt_lengths, self.tokenizer)
-        sites = sorted({edit.site for each_steering in everything for edit in acting(each_steering)})
-        stays = any(meanings_of(acting(each_steering)) for each_steering in everything)
-        with steering_of(self.layout.decoder, lent=True):  # the caller runs the model, in training or evaluation mode
-            with session.hooked(sites, any_thread=True), known_prompts(self.model, session, bool(sites), stays):
+        sites = sorted({edit.site for each_steering in steerings for edit in active_edits(each_steering)})
+        stays = any(meanings_of(active_edits(each_steering)) for each_steering in steerings)
+        # the caller runs the model, in training or evaluation mode
+        with steering_lock(self.layout.decoder, user_held=True):
+            with session.hooked(sites, any_thread=True), wrapped_generate(self.model, session, bool(sites), stays):
                 yield session
             if sites and not session.ran:
                 raise TrimtabError(
@@ -524,14 +549,14 @@ class LM(LanguageModel):
     def _exclusive(self) -> Iterator[None]:
         """Hold the model for one run, in evaluation mode. Other threads wait, as hooks act on the passes of all."""
         decoder = self.layout.decoder
-        with steering_of(decoder), evaluating(self.model), evaluating(decoder):  # a wrapper may be in another mode
+        with steering_lock(decoder), evaluating(self.model), evaluating(decoder):  # a wrapper may be in another mode
             yield
 
     def _caching_prefixes(self) -> AbstractContextManager[None]:
         """While open, this thread caches unsteered prefixes of the texts whose probabilities are computed."""
-        return prefixes_cached(prefix_cache_of(self.model) or PrefixCache(self.model, self.layout))
+        return use_prefix_cache(prefix_cache_of(self.model) or PrefixCache(self.model, self.layout))
 
-    def _ready(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
+    def _resolve_edits(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
         """Each request's edits as a session runs them: with gates, masks and per-token conditions resolved."""
         return resolve(steerings, [len(prompt) for prompt in ids], reader(self.layout, ids)).edits
 
@@ -556,11 +581,11 @@ class LM(LanguageModel):
             members = []
             for text in groups[g]:  # each text alone and whole, as positions are relative to the end of the prompt
                 with nullcontext() if steering is None else self.steered(steering, transfer=True):
-                    whole = self._read_whole(text, sites)
+                    whole = self._read_text(text, sites)
                 members.append({site: whole[site][list(text.positions)] for site in sites})
             yield Batch([g], {site: [[member[site] for member in members]] for site in sites})
 
-    def _read_whole(self, text: Text, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    def _read_text(self, text: Text, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The activations `[tokens, width]` of a whole text at each site."""
         if text.images is not None:
             return read_with_images(self.model, self.layout, text.ids, text.images, sites)

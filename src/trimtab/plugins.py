@@ -18,7 +18,7 @@ from trimtab.errors import TrimtabError
 
 METHODS = "trimtab.methods"
 ENGINES = "trimtab.engines"
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 class PluginWarning(UserWarning):
@@ -49,35 +49,35 @@ class Plugin:
         try:
             return self.entry.load()
         except (Exception, SystemExit) as error:  # the plugin's code may raise anything
-            raise self.broken(error) from error
+            raise self.load_error(error) from error
 
-    def broken(self, reason: object) -> TrimtabError:
+    def load_error(self, reason: object) -> TrimtabError:
         """The error for a plugin that can't be loaded, with the reason and the fix."""
         why = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else reason
         return TrimtabError(f"{self} ({self.entry.value}) can't be loaded: {why}; update or uninstall it")
 
 
-def plugin(group: str, name: str, own: Collection[str]) -> Plugin | None:
+def find_plugin(group: str, name: str, own: Collection[str]) -> Plugin | None:
     """The plugin with this name in the group `METHODS` or `ENGINES`; `None` if there is none.
 
     Raises:
         TrimtabError: Two plugins have this name, or it is among trimtab's own names `own`.
     """
-    return _one_each(group, entry_points(group=group, name=name), own).get(name)
+    return _unique_by_name(group, entry_points(group=group, name=name), own).get(name)
 
 
-def plugins(group: str, own: Collection[str]) -> dict[str, Plugin]:
+def find_plugins(group: str, own: Collection[str]) -> dict[str, Plugin]:
     """All plugins of the group, by name in alphabetical order, without importing them.
 
     Raises:
         TrimtabError: Two plugins have the same name, or a name is among trimtab's own names `own`.
     """
-    return dict(sorted(_one_each(group, entry_points(group=group), own).items()))
+    return dict(sorted(_unique_by_name(group, entry_points(group=group), own).items()))
 
 
-def loaded(by_name: Mapping[str, Plugin], make: Callable[[Plugin], Made]) -> dict[str, Made]:
+def load_plugins(by_name: Mapping[str, Plugin], make: Callable[[Plugin], T]) -> dict[str, T]:
     """Call `make` on each plugin. A plugin that can't be loaded is skipped, with a `PluginWarning`."""
-    made: dict[str, Made] = {}
+    made: dict[str, T] = {}
     for name, candidate in by_name.items():
         try:
             made[name] = make(candidate)
@@ -86,13 +86,13 @@ def loaded(by_name: Mapping[str, Plugin], make: Callable[[Plugin], Made]) -> dic
     return made
 
 
-def _one_each(group: str, entries: Collection[EntryPoint], own: Collection[str]) -> dict[str, Plugin]:
+def _unique_by_name(group: str, entries: Collection[EntryPoint], own_names: Collection[str]) -> dict[str, Plugin]:
     kind = group.rpartition(".")[2].removesuffix("s")
     by_name: dict[str, Plugin] = {}
     for entry in entries:
         candidate = Plugin(kind, entry.name, _distribution(entry), entry)
         other = by_name.get(candidate.name)
-        if other is None and candidate.name not in own:
+        if other is None and candidate.name not in own_names:
             by_name[candidate.name] = candidate
             continue
         first = f"trimtab's own {kind} {candidate.name!r}" if other is None else str(other)

@@ -296,7 +296,8 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_difference_that_is_no_rounding_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny.tiny("llama")
-    monkeypatch.setattr(affine.Affine, "linear", lambda self, x: (x + affine.Affine.full(self, x).to(x.dtype)) / 2)
+    affine_map = affine.Affine
+    monkeypatch.setattr(affine_map, "apply_linear", lambda self, x: (x + affine_map.apply(self, x).to(x.dtype)) / 2)
     with pytest.raises(TrimtabError, match="doesn't match the steered one"):
         bake(lm, directional_ablation(direction(1), LAYERS), tmp_path / "out", device="cpu")
     assert list(tmp_path.iterdir()) == []

@@ -16,10 +16,10 @@ from trimtab.bench import Settings, bench, plan, results_of
 from trimtab.bench.learning import inputs_for
 from trimtab.bench.measures import by_answers
 from trimtab.bench.page import write_page
-from trimtab.bench.plan import Plan, Speed, only, within
+from trimtab.bench.plan import Plan, Speed, fit_to_budget, restrict_plan
 from trimtab.bench.results import RELIABLE, SPLITS, _agreement, _more_items, _rank, ranked
 from trimtab.bench.store import Store, canonical
-from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
+from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Outline, Task, TrainingData
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.evaluate.divergence import divergence, reference
 from trimtab.lm import LM
@@ -81,7 +81,7 @@ def task_of(lm, _store, count):
         items=tuple(f"item {n}" for n in range(count)),
         groups=tuple(f"item {n}" for n in range(count)),
         prompted=(PROMPT, TWICE),
-        lessons=Lessons(pairs={"texts": PAIRS}),
+        training_data=TrainingData(pairs={"texts": PAIRS}),
         reference_prompts=tuple(prompt(300 + n, 5) for n in range(4)),
         measure=by_answers(arms, lambda _, text, __: float(f"w{WANTED}" in text.split()), 4),
     )
@@ -273,10 +273,10 @@ def test_so_many_more_items_as_the_verdict_says_make_the_order_reliable():
 def test_a_budget_is_met_by_fewer_items():
     whole = planned()
     seconds = Speed(10, 100).seconds(whole.cost())
-    assert within(whole, Speed(10, 100), seconds).settings.items == ITEMS
-    assert within(whole, Speed(10, 100), seconds * 0.999).settings.items == 8
+    assert fit_to_budget(whole, Speed(10, 100), seconds).settings.items == ITEMS
+    assert fit_to_budget(whole, Speed(10, 100), seconds * 0.999).settings.items == 8
     with pytest.raises(TrimtabError, match="fewer --methods or --tasks"):
-        within(whole, Speed(10, 100), 1.0)
+        fit_to_budget(whole, Speed(10, 100), 1.0)
 
 
 def test_a_budget_too_small_for_all_tasks_keeps_one_of_each_kind_and_says_which_it_left_out():
@@ -285,23 +285,23 @@ def test_a_budget_too_small_for_all_tasks_keeps_one_of_each_kind_and_says_which_
     whole = replace(planned(), outlines=tuple(replace(outline, name=name, kind=kind) for name, kind in kinds))
     speed, seconds = Speed(10, 100), Speed(10, 100).seconds(planned().cost())  # of one task
     for share, kept in ((6.01, "a1 a2 a3 b1 b2 c1"), (5.01, "a1 a2 b1 b2 c1"), (4.5, "a1 b1 b2 c1"), (3.5, "a1 b1 c1")):
-        smaller = within(whole, speed, share * seconds)
+        smaller = fit_to_budget(whole, speed, share * seconds)
         assert [outline.name for outline in smaller.outlines] == kept.split()
         assert [name for name, _ in smaller.left_out] == [name for name, _ in kinds if name not in kept.split()]
         assert smaller.settings.items == ITEMS
-    assert within(whole, speed, 2.9 * seconds).settings.items == 8
-    again = only(whole, ["a1", "c1"], 9)
+    assert fit_to_budget(whole, speed, 2.9 * seconds).settings.items == 8
+    again = restrict_plan(whole, ["a1", "c1"], 9)
     assert ([outline.name for outline in again.outlines], again.settings.items) == (["a1", "c1"], 9)
 
 
 def test_every_method_of_the_registry_says_what_it_learns_from_or_why_not():
     prompts = tuple(Pair(f"{p} w3", p, "", "prompts") for p in ASKED)
     answers = tuple(Pair("w1 w2", "w3 w4", p, "answers") for p in ASKED)
-    full = Lessons({"prompts": prompts, "answers": answers}, ("w5",), ("w6",), ("w7", "w8"), {"system": "w9"})
+    full = TrainingData({"prompts": prompts, "answers": answers}, ("w5",), ("w6",), ("w7", "w8"), {"system": "w9"})
     for recipe in recipes().values():
         inputs = inputs_for(recipe, full, 0)
         assert isinstance(inputs, str) == (recipe.name == "tda")
-    bare = Lessons({"letters": ()})
+    bare = TrainingData({"letters": ()})
     reasons = {name: inputs_for(recipe, bare, 0) for name, recipe in recipes().items()}
     assert all(isinstance(reason, str) for name, reason in reasons.items() if name != "random")
 
@@ -331,14 +331,14 @@ def test_patterns_choose_and_the_control_is_always_there():
 
 def test_a_part_that_is_damaged_is_named(tmp_path):
     store = Store(tmp_path, {"a": 1})
-    assert store.keep("cells", "x", make=lambda: [1.0, math.nan]) == [1.0, None]
+    assert store.get_or_create("cells", "x", make=lambda: [1.0, math.nan]) == [1.0, None]
     (tmp_path / "cells" / "x.json").write_text("{")
     with pytest.raises(TrimtabError, match=r"x\.json is damaged; delete it"):
-        store.keep("cells", "x", make=lambda: 0)
+        store.get_or_create("cells", "x", make=lambda: 0)
 
 
 def test_names_that_look_alike_as_files_are_kept_apart(tmp_path):
     store = Store(tmp_path, {})
-    assert store.keep("cells", "a b", make=lambda: 1) == 1
-    assert store.keep("cells", "a-b", make=lambda: 2) == 2
-    assert store.keep("cells", "a/b", make=lambda: 3) == 3
+    assert store.get_or_create("cells", "a b", make=lambda: 1) == 1
+    assert store.get_or_create("cells", "a-b", make=lambda: 2) == 2
+    assert store.get_or_create("cells", "a/b", make=lambda: 3) == 3

@@ -15,7 +15,7 @@ from trimtab.methods.instruct import learn_many
 from trimtab.steering import Positions
 from trimtab.text.pairs import Pair
 from trimtab.tune.candidates import Setting
-from trimtab.tune.tune import HeldOut, Tried, Tuned
+from trimtab.tune.tune import CandidateResult, HeldOut, Tuned
 
 GRID = (("add", 1.0, None), ("add", 2.0, Positions.opening(3)))
 COUNT = SEARCH_QUERIES + HELD_OUT_QUERIES
@@ -71,10 +71,10 @@ def test_the_next_best_gets_its_turn(lm: Any, task: Task, finalists: int, monkey
     def search(candidates: Any, names: Any, trial: Any, *, rungs: Any, **rest: Any) -> Tuned:
         calls.append(([candidate.setting for candidate in candidates], tuple(rungs)))
         first = len(calls) == 1
-        rows = [Tried(None, SEARCH_QUERIES, 0.2, 0.2, 0.0, 2.0, ())]
+        rows = [CandidateResult(None, SEARCH_QUERIES, 0.2, 0.2, 0.0, 2.0, ())]
         scores = (0.9, 0.6, 0.2)[:finalists]
         rows += [
-            Tried(candidate.setting, SEARCH_QUERIES, score, 0.2, 0.1, 2.0, ())
+            CandidateResult(candidate.setting, SEARCH_QUERIES, score, 0.2, 0.1, 2.0, ())
             for candidate, score in zip(candidates, scores, strict=False)
         ]
         held = HeldOut(8, 0.7, 0.1, None, ("perplexity too high",) if first else ())

@@ -126,12 +126,12 @@ def test_a_card_without_an_audit_keeps_its_digest(steering, tmp_path):
 
 def test_an_interrupted_audit_writes_nothing(trimtab, roomy, steering, small, tmp_path, monkeypatch):
     from trimtab.evaluate.audit import run
-    from trimtab.evaluate.audit.checks import lean
+    from trimtab.evaluate.audit.checks import refusal_lead
 
     def interrupt(_bench):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "CHECKS", (lean, interrupt))
+    monkeypatch.setattr(run, "CHECKS", (refusal_lead, interrupt))
     out, mended = tmp_path / "out.safetensors", tmp_path / "mended.safetensors"
     ran = trimtab("audit", steering, "--model", roomy, "--device", "cpu", "--quick", "--out", out, "--repair", mended)
     assert ran.code == 130

@@ -17,8 +17,8 @@ import pytest
 from trimtab import LM, TrimtabError, load
 from trimtab.commands.chat import converse
 from trimtab.commands.chat_answer import ask
-from trimtab.commands.chat_commands import Desk, Outcome, load_steered
-from trimtab.commands.chat_screen import Terminal
+from trimtab.commands.chat_commands import ChatSetup, Outcome, load_named_steering
+from trimtab.commands.chat_screen import TerminalScreen
 from trimtab.commands.chat_state import Conversation, Turn
 
 SEA = "What is the sea?"
@@ -30,14 +30,14 @@ def tiny(model: Path) -> Any:
 
 
 @pytest.fixture
-def desk(tiny: Any) -> Desk:
-    return Desk(tiny)
+def desk(tiny: Any) -> ChatSetup:
+    return ChatSetup(tiny)
 
 
 @pytest.fixture
-def on(desk: Desk, steering: Path) -> Conversation:
+def on(desk: ChatSetup, steering: Path) -> Conversation:
     start = Conversation(max_tokens=8)
-    return start.put(load_steered(desk, start, steering, 2.0))
+    return start.with_steering(load_named_steering(desk, start, steering, 2.0))
 
 
 class Heard:
@@ -59,10 +59,10 @@ class Heard:
 
         yield hear
 
-    def answered(self, turn: Turn, conversation: Conversation) -> None:
+    def finish_answer(self, turn: Turn, conversation: Conversation) -> None:
         self.turns.append(turn)
 
-    def tell(self, outcome: Outcome) -> None:
+    def show_outcome(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
 
 
@@ -72,7 +72,7 @@ def lines(*typed: str) -> Callable[[Conversation], str | None]:
 
 
 class TestAnswers:
-    def test_are_generates_own_and_come_in_pieces(self, desk: Desk, on: Conversation, steering: Path) -> None:
+    def test_are_generates_own_and_come_in_pieces(self, desk: ChatSetup, on: Conversation, steering: Path) -> None:
         pieces: list[str] = []
         first = ask(desk, replace(on, system="Be."), SEA, lambda _, piece: pieces.append(piece))
         (wanted,) = desk.lm.generate([SEA], 2.0 * load(steering), system="Be.", max_new_tokens=8)
@@ -80,7 +80,7 @@ class TestAnswers:
         assert len(pieces) > 3
         assert first.answer.edits == wanted.applied.edits
         assert first.answer.doses == wanted.applied.doses
-        second = ask(desk, on.answered(first), "Why?", lambda *_: None)
+        second = ask(desk, on.with_turn(first), "Why?", lambda *_: None)
         history = [
             {"role": "user", "content": SEA},
             {"role": "assistant", "content": wanted.text},
@@ -89,7 +89,7 @@ class TestAnswers:
         (wanted,) = desk.lm.generate([history], 2.0 * load(steering), max_new_tokens=8)
         assert second.answer.text == wanted.text
 
-    def test_samples_are_generates_own(self, desk: Desk, on: Conversation, steering: Path) -> None:
+    def test_samples_are_generates_own(self, desk: ChatSetup, on: Conversation, steering: Path) -> None:
         sampled = replace(on, temperature=0.9, seed=5)
         first = ask(desk, sampled, SEA, lambda *_: None)
         again = ask(desk, replace(sampled, answer_count=1), SEA, lambda *_: None)
@@ -100,7 +100,7 @@ class TestAnswers:
             assert turn.seed == seed
         assert first.answer.text != again.answer.text
 
-    def test_emphasis_is_generates_own(self, desk: Desk) -> None:
+    def test_emphasis_is_generates_own(self, desk: ChatSetup) -> None:
         pieces: list[str] = []
         emphasized = Conversation(max_tokens=8, emphasized=("the sea",))
         turn = ask(desk, emphasized, SEA, lambda _, piece: pieces.append(piece))
@@ -109,7 +109,7 @@ class TestAnswers:
         with pytest.raises(TrimtabError, match=r"isn't in the prompt.*/emphasize off drops"):
             ask(desk, emphasized, "Why?", lambda *_: None)
 
-    def test_compared_ones_are_both_told(self, desk: Desk, on: Conversation) -> None:
+    def test_compared_ones_are_both_told(self, desk: ChatSetup, on: Conversation) -> None:
         heard = Heard()
         compared = replace(on, compare=True)
         turn = ask(desk, compared, SEA, lambda side, piece: heard.pieces.append((side, piece)))
@@ -118,42 +118,42 @@ class TestAnswers:
         assert turn.unsteered.text == bare.text != turn.answer.text
         for side, text in (("unsteered", bare.text), ("steered", turn.answer.text)):
             assert "".join(piece for which, piece in heard.pieces if which == side) == text
-        assert compared.answered(turn).messages("x")[1]["content"] == turn.answer.text
+        assert compared.with_turn(turn).messages("x")[1]["content"] == turn.answer.text
         alone = ask(desk, Conversation(max_tokens=8, compare=True), SEA, lambda *_: None)
         assert alone.unsteered is None
 
-    def test_a_full_context(self, desk: Desk) -> None:
+    def test_a_full_context(self, desk: ChatSetup) -> None:
         used = len(desk.lm.encode(SEA))
         turn = ask(desk, Conversation(max_tokens=1000), SEA, lambda *_: None)
         assert turn.answer.finish_reason == "length"
         assert len(turn.answer.token_ids) == desk.lm.layout.context - used
         with pytest.raises(TrimtabError, match="context is 128; /undo"):
-            ask(desk, Conversation().answered(turn), SEA, lambda *_: None)
+            ask(desk, Conversation().with_turn(turn), SEA, lambda *_: None)
 
-    def test_an_engine_that_doesnt_stream_tells_all_at_once(self, desk: Desk, on: Conversation) -> None:
+    def test_an_engine_that_doesnt_stream_tells_all_at_once(self, desk: ChatSetup, on: Conversation) -> None:
         pieces: list[str] = []
         turn = ask(replace(desk, engine="vllm"), on, SEA, lambda _, piece: pieces.append(piece))
         assert pieces == [turn.answer.text]
 
     @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs trimtab[llamacpp]")
-    def test_llamacpp_streams(self, desk: Desk, model: Path, tmp_path: Path) -> None:
+    def test_llamacpp_streams(self, desk: ChatSetup, model: Path, tmp_path: Path) -> None:
         from gguf_models import write_llama
 
         llama = LM.load(write_llama(model, tmp_path / "tiny.gguf"), engine="llamacpp", cache="float32", threads=1)
         pieces: list[str] = []
         start = Conversation(max_tokens=8)
-        turn = ask(Desk(llama, "llamacpp"), start, SEA, lambda _, piece: pieces.append(piece))
+        turn = ask(ChatSetup(llama, "llamacpp"), start, SEA, lambda _, piece: pieces.append(piece))
         assert "".join(pieces) == turn.answer.text == ask(desk, start, SEA, lambda *_: None).answer.text
         assert len(pieces) > 3
         heard = Heard(lambda n: signal.raise_signal(signal.SIGINT) if n == 3 else None)
-        assert converse(Desk(llama, "llamacpp"), start, lines(SEA), heard)
+        assert converse(ChatSetup(llama, "llamacpp"), start, lines(SEA), heard)
         assert heard.turns[0].answer.finish_reason == "interrupted"
         assert heard.turns[0].answer.token_ids == turn.answer.token_ids[: len(heard.turns[0].answer.token_ids)]
         llama.close()
 
 
 class TestInterrupting:
-    def test_it_keeps_what_was_said_and_goes_on(self, desk: Desk, on: Conversation) -> None:
+    def test_it_keeps_what_was_said_and_goes_on(self, desk: ChatSetup, on: Conversation) -> None:
         before = signal.getsignal(signal.SIGINT)
         whole = ask(desk, on, SEA, lambda *_: None).answer
         heard = Heard(lambda n: signal.raise_signal(signal.SIGINT) if n == 3 else None)
@@ -164,18 +164,20 @@ class TestInterrupting:
         assert cut.answer.token_ids == whole.token_ids[: len(cut.answer.token_ids)]
         assert cut.answer.doses
         assert heard.outcomes[0].shown
-        history = on.answered(cut).messages("Why?")
+        history = on.with_turn(cut).messages("Why?")
         (wanted,) = desk.lm.generate([history], on.steering(), max_new_tokens=8)
         assert after.answer.text == wanted.text
         assert signal.getsignal(signal.SIGINT) is before
 
-    def test_with_rejection_too(self, desk: Desk) -> None:
+    def test_with_rejection_too(self, desk: ChatSetup) -> None:
         heard = Heard(lambda n: signal.raise_signal(signal.SIGINT) if n == 3 else None)
         assert converse(desk, Conversation(max_tokens=40, emphasized=("the sea",)), lines(SEA), heard)
         assert heard.turns[0].answer.finish_reason == "interrupted"
         assert 3 <= len(heard.turns[0].answer.token_ids) < 12
 
-    def test_twice_drops_the_answer(self, desk: Desk, on: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_twice_drops_the_answer(
+        self, desk: ChatSetup, on: Conversation, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         def twice(n: int) -> None:
             if n == 2:
                 signal.raise_signal(signal.SIGINT)
@@ -188,7 +190,7 @@ class TestInterrupting:
         assert only.answer.text == ask(desk, on, "Why?", lambda *_: None).answer.text
         assert "nothing has changed" in capsys.readouterr().err
 
-    def test_outside_a_terminal_it_ends_the_program(self, desk: Desk, on: Conversation) -> None:
+    def test_outside_a_terminal_it_ends_the_program(self, desk: ChatSetup, on: Conversation) -> None:
         heard = Heard(lambda n: signal.raise_signal(signal.SIGINT) if n == 2 else None)
         heard.interrupt = False
         with pytest.raises(KeyboardInterrupt):
@@ -197,7 +199,7 @@ class TestInterrupting:
 
 class TestGoingOn:
     def test_a_line_that_cant_be_run_changes_nothing(
-        self, desk: Desk, on: Conversation, capsys: pytest.CaptureFixture[str]
+        self, desk: ChatSetup, on: Conversation, capsys: pytest.CaptureFixture[str]
     ) -> None:
         heard = Heard()
         typed = lines("/stear", "/emphasize nowhere", SEA, "/emphasize off", SEA, "//steer", "/quit", "never")
@@ -208,14 +210,14 @@ class TestGoingOn:
         assert "did you mean /steer?" in errors[0]
         assert "'nowhere' isn't in the prompt" in errors[1]
 
-    def test_a_retry_that_fails_keeps_the_turn(self, desk: Desk, on: Conversation) -> None:
+    def test_a_retry_that_fails_keeps_the_turn(self, desk: ChatSetup, on: Conversation) -> None:
         heard = Heard()
         assert not converse(desk, on, lines(SEA, "/emphasize nowhere", "/retry", "/emphasize off", "/retry"), heard)
         assert [turn.question for turn in heard.turns] == [SEA, SEA]
         assert heard.turns[0].answer.text == heard.turns[1].answer.text
 
     def test_a_fault_at_a_terminal_doesnt_lose_the_conversation(
-        self, desk: Desk, on: Conversation, capsys: pytest.CaptureFixture[str]
+        self, desk: ChatSetup, on: Conversation, capsys: pytest.CaptureFixture[str]
     ) -> None:
         def fault(n: int) -> None:
             if n == 2:
@@ -232,13 +234,13 @@ class TestGoingOn:
 
 
 def test_the_terminal_shows_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    with Terminal().answering(False) as hear:
+    with TerminalScreen().answering(False) as hear:
         hear("steered", "a\x1b[31mb\n\tc\x9b\r")
     assert capsys.readouterr().out == "a␛[31mb\n\tc\ufffd␍\n"
 
 
 def test_the_terminal_shows_two_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    with Terminal().answering(True) as hear:
+    with TerminalScreen().answering(True) as hear:
         hear("unsteered", "the [bold]sea")
         hear("steered", "THE SEA")
     heading, row = capsys.readouterr().out.splitlines()[-2:]
@@ -261,13 +263,13 @@ def piped(trimtab: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPa
     return run
 
 
-def test_lines_of_a_pipe(piped: Callable[..., Any], desk: Desk, steering: Path) -> None:
+def test_lines_of_a_pipe(piped: Callable[..., Any], desk: ChatSetup, steering: Path) -> None:
     ran = piped(f"{SEA}\n\n/steer\nWhy?", "--steer", f"{steering}:2")
     assert ran.code == 0
     start = Conversation(max_tokens=6)
-    start = start.put(load_steered(desk, start, steering, 2.0))
+    start = start.with_steering(load_named_steering(desk, start, steering, 2.0))
     first = ask(desk, start, SEA, lambda *_: None)
-    second = ask(desk, start.answered(first), "Why?", lambda *_: None)
+    second = ask(desk, start.with_turn(first), "Why?", lambda *_: None)
     assert ran.out.startswith(first.answer.text + "\nsteering")
     assert ran.out.endswith(f"\n\n{second.answer.text}\n")
 

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from trimtab import LM, TrimtabError, UnsupportedError
 from trimtab.commands.chat_answer import ask
-from trimtab.commands.chat_commands import COMMANDS, Desk, Outcome, is_command, run_command
+from trimtab.commands.chat_commands import COMMANDS, ChatSetup, Outcome, is_command, run_command
 from trimtab.commands.chat_prompt import candidates
-from trimtab.commands.chat_state import Conversation, Said, Turn
+from trimtab.commands.chat_state import ChatAnswer, Conversation, Turn
 
 EMPTY = Conversation(max_tokens=6)
 
@@ -36,12 +36,12 @@ def folder(tmp_path: Path, steering: Path) -> Path:
 
 
 @pytest.fixture
-def desk(tiny: Any, folder: Path) -> Desk:
-    return Desk(tiny, folder=folder)
+def desk(tiny: Any, folder: Path) -> ChatSetup:
+    return ChatSetup(tiny, folder=folder)
 
 
 @pytest.fixture
-def do(desk: Desk) -> Callable[..., Conversation]:
+def do(desk: ChatSetup) -> Callable[..., Conversation]:
     """The conversation after these lines, from an empty one or `start`."""
 
     def run(*lines: str, start: Conversation = EMPTY) -> Conversation:
@@ -54,7 +54,7 @@ def do(desk: Desk) -> Callable[..., Conversation]:
 
 def said(*questions: str) -> Conversation:
     """A conversation without a model's answers."""
-    turns = [Turn(question, Said(f"<{question}>", "stop", 3, (4, 5))) for question in questions]
+    turns = [Turn(question, ChatAnswer(f"<{question}>", "stop", 3, (4, 5))) for question in questions]
     return replace(EMPTY, turns=tuple(turns), answer_count=len(turns))
 
 
@@ -69,7 +69,7 @@ def shown(outcome: Outcome) -> str:
 
 class TestSteer:
     def test_names_files_and_strengths(self, do: Callable[..., Conversation], folder: Path, steering: Path) -> None:
-        assert [(o.name, o.strength) for o in do("/steer shout", '/steer "two words" -0.5').steered] == [
+        assert [(o.name, o.strength) for o in do("/steer shout", '/steer "two words" -0.5').active_steerings] == [
             ("shout", 1.0),
             ("two words", -0.5),
         ]
@@ -88,7 +88,7 @@ class TestSteer:
         other = tmp_path / "s.safetensors"
         other.write_bytes(steering.read_bytes())
         both = do(f"/steer {steering}", f"/steer {other} 2")
-        assert [steered.name for steered in both.steered] == ["s", str(other)]
+        assert [steered.name for steered in both.active_steerings] == ["s", str(other)]
 
     def test_what_acts_is_the_sum(self, do: Callable[..., Conversation], steering: Path) -> None:
         from trimtab import load
@@ -98,7 +98,7 @@ class TestSteer:
         assert both.steering() == 2.0 * file.only([1]) + -1.0 * file
         assert EMPTY.steering() is None
 
-    def test_alone_it_lists(self, desk: Desk, do: Callable[..., Conversation]) -> None:
+    def test_alone_it_lists(self, desk: ChatSetup, do: Callable[..., Conversation]) -> None:
         nothing = run_command(desk, EMPTY, "/steer")
         assert "nothing is on" in nothing.note
         assert "shout, two words" in nothing.note
@@ -110,11 +110,11 @@ class TestSteer:
     def test_a_steering_of_another_model(self, stranger: Path, steering: Path) -> None:
         lm = LM.load(stranger, device="cpu")
         with pytest.raises(TrimtabError, match=f"{steering}: "):
-            run_command(Desk(lm), EMPTY, f"/steer {steering}")
-        transferred = run_command(Desk(lm, transfer=True), EMPTY, f"/steer {steering}")
+            run_command(ChatSetup(lm), EMPTY, f"/steer {steering}")
+        transferred = run_command(ChatSetup(lm, transfer=True), EMPTY, f"/steer {steering}")
         assert transferred.conversation.label() == "s:1"
 
-    def test_many_layers_are_told_shortly(self, desk: Desk, tmp_path: Path) -> None:
+    def test_many_layers_are_told_shortly(self, desk: ChatSetup, tmp_path: Path) -> None:
         from trimtab import Add, Edit, Site, Steering, save
 
         edits = [Edit(Site(layer), Add(torch.ones(32)), strength=0.1) for layer in (0, 1, 2, 3)]
@@ -132,19 +132,19 @@ class TestSettings:
 
     def test_layers(self, do: Callable[..., Conversation]) -> None:
         on = do("/steer shout")
-        assert do("/layer shout 2", start=on).steered[0].acting.layers == (2,)
+        assert do("/layer shout 2", start=on).active_steerings[0].effective_steering.layers == (2,)
         for typed in ("1,2", "2, 1", "1 2"):
-            assert do(f"/layer shout {typed}", start=on).steered[0].layers == (1, 2)
+            assert do(f"/layer shout {typed}", start=on).active_steerings[0].layers == (1, 2)
         assert do("/layer shout 2", "/layer shout all", start=on) == on
 
-    def test_system(self, desk: Desk, do: Callable[..., Conversation]) -> None:
+    def test_system(self, desk: ChatSetup, do: Callable[..., Conversation]) -> None:
         conversation = do('/system Don\'t be brief; [be] "loud".')
         assert conversation.system == 'Don\'t be brief; [be] "loud".'
         assert shown(run_command(desk, conversation, "/system")).strip() == conversation.system
         assert do("/system off", start=conversation).system is None
         assert "no system message" in run_command(desk, EMPTY, "/system").note
 
-    def test_emphasize(self, desk: Desk, do: Callable[..., Conversation]) -> None:
+    def test_emphasize(self, desk: ChatSetup, do: Callable[..., Conversation]) -> None:
         two = do("/emphasize in capitals!", "/emphasize the sea")
         assert two.emphasized == ("in capitals!", "the sea")
         assert do("/emphasize the sea", start=two) == two
@@ -165,13 +165,13 @@ class TestHistory:
         assert do("/steer shout", "/reset", start=two).turns == ()
         assert do("/steer shout", "/reset", start=two).label() == "shout:1"
 
-    def test_retry_asks_the_last_question_again(self, desk: Desk) -> None:
+    def test_retry_asks_the_last_question_again(self, desk: ChatSetup) -> None:
         two = said("a", "b")
         outcome = run_command(desk, two, "/retry")
         assert outcome.ask == "b"
         assert outcome.conversation.turns == two.turns[:1]
 
-    def test_a_retry_has_a_seed_of_its_own(self, desk: Desk) -> None:
+    def test_a_retry_has_a_seed_of_its_own(self, desk: ChatSetup) -> None:
         two = replace(said("a", "b"), seed=7)
         assert two.next_seed == 9
         assert run_command(desk, two, "/retry").conversation.next_seed == 9
@@ -188,46 +188,48 @@ class TestHistory:
 
 
 class TestLooking:
-    def test_doses(self, desk: Desk, do: Callable[..., Conversation]) -> None:
+    def test_doses(self, desk: ChatSetup, do: Callable[..., Conversation]) -> None:
         on = do("/steer shout 2")
         turn = ask(desk, on, "What is the sea?", lambda *_: None)
-        lines = shown(run_command(desk, on.answered(turn), "/dose")).splitlines()
+        lines = shown(run_command(desk, on.with_turn(turn), "/dose")).splitlines()
         assert [line.split()[:2] for line in lines[1:3]] == [["1", "residual"], ["2", "residual"]]
         assert lines[1].split()[2] == f"{turn.answer.doses[0].ratio:.3f}"
         unsteered = run_command(desk, said("a"), "/dose")
         assert "not steered" in unsteered.note
 
-    def test_doses_that_arent_measured(self, desk: Desk, do: Callable[..., Conversation]) -> None:
+    def test_doses_that_arent_measured(self, desk: ChatSetup, do: Callable[..., Conversation]) -> None:
         on = do("/steer shout", "/emphasize the sea")
         turn = ask(desk, on, "What is the sea?", lambda *_: None)
         assert turn.answer.edits
         assert turn.answer.dose is None
-        assert "no dose was measured" in run_command(desk, on.answered(turn), "/dose").note
+        assert "no dose was measured" in run_command(desk, on.with_turn(turn), "/dose").note
 
-    def test_tokens_are_coloured_as_the_report_does(self, desk: Desk, do: Callable[..., Conversation]) -> None:
-        from trimtab.report.tokens import answer_cosines, coloured_cosines, reach
+    def test_tokens_are_coloured_as_the_report_does(self, desk: ChatSetup, do: Callable[..., Conversation]) -> None:
+        from trimtab.report.tokens import answer_cosines, color_limit, coloured_cosines
 
         before = replace(do("/steer shout", "/layer shout 2"), turns=said("Why?").turns, system="Be.")
         turn = ask(desk, before, "What is the sea?", lambda *_: None)
-        after = replace(before.answered(turn), system="Something else since.")
-        steered = before.steered[0]
+        after = replace(before.with_turn(turn), system="Something else since.")
+        steered = before.active_steerings[0]
         prompt = desk.lm.encode(before.messages("What is the sea?"), system="Be.")
         wanted = answer_cosines(desk.lm, steered.steering, prompt, turn.answer.token_ids, 2)
         for line in ("/tokens", "/tokens shout", "/tokens shout 2"):
             *_, layer, text = run_command(desk, after, line).shown
             assert layer == "layer 2"
             assert isinstance(text, Text)
-            assert text == coloured_cosines(wanted, reach([wanted]))
+            assert text == coloured_cosines(wanted, color_limit([wanted]))
         all_layers = run_command(desk, run_command(desk, after, "/layer shout all").conversation, "/tokens").shown
         assert [part for part in all_layers if str(part).startswith("layer ")] == ["layer 1", "layer 2"]
 
 
 class TestFiles:
-    def test_what_is_saved_is_what_is_loaded(self, desk: Desk, do: Callable[..., Conversation], tmp_path: Path) -> None:
+    def test_what_is_saved_is_what_is_loaded(
+        self, desk: ChatSetup, do: Callable[..., Conversation], tmp_path: Path
+    ) -> None:
         start = replace(EMPTY, temperature=0.7, seed=3)
         on = do("/steer shout 2", "/layer shout 2", "/system Be.", "/emphasize sea", "/compare", start=start)
         on = replace(on, emphasized=())  # so that the tiny model's answer has doses
-        full = on.answered(ask(desk, on, "What is the sea?", lambda *_: None))
+        full = on.with_turn(ask(desk, on, "What is the sea?", lambda *_: None))
         full = replace(full, emphasized=("sea",))
         path = tmp_path / "talk.json"
         assert run_command(desk, full, f"/save {path}").note == f"wrote {path}"
@@ -236,7 +238,7 @@ class TestFiles:
         assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
     def test_another_model_and_a_changed_file_are_remarked(
-        self, desk: Desk, do: Callable[..., Conversation], tmp_path: Path, stranger: Path, steering: Path
+        self, desk: ChatSetup, do: Callable[..., Conversation], tmp_path: Path, stranger: Path, steering: Path
     ) -> None:
         from trimtab import load, save
 
@@ -245,7 +247,7 @@ class TestFiles:
         run_command(desk, do(f"/steer {file}", start=said("a")), f"/save {path}")
         save(2.0 * load(steering), file)
         assert f"{file} has changed since" in run_command(desk, EMPTY, f"/load {path}").note
-        elsewhere = Desk(LM.load(stranger, device="cpu"), transfer=True)
+        elsewhere = ChatSetup(LM.load(stranger, device="cpu"), transfer=True)
         outcome = run_command(elsewhere, EMPTY, f"/load {path}")
         assert "held with tiny, not stranger" in outcome.note
         with pytest.raises(TrimtabError, match="tokens aren't known"):
@@ -269,7 +271,7 @@ class TestFiles:
         ],
     )
     def test_a_malformed_file(
-        self, desk: Desk, do: Callable[..., Conversation], tmp_path: Path, change: Callable[[Any], Any], named: str
+        self, desk: ChatSetup, do: Callable[..., Conversation], tmp_path: Path, change: Callable[[Any], Any], named: str
     ) -> None:
         path = tmp_path / "talk.json"
         run_command(desk, do("/steer shout", start=said("a")), f"/save {path}")
@@ -280,7 +282,7 @@ class TestFiles:
             run_command(desk, EMPTY, f"/load {path}")
         assert named in str(caught.value)
 
-    def test_no_such_file_and_no_json(self, desk: Desk, tmp_path: Path) -> None:
+    def test_no_such_file_and_no_json(self, desk: ChatSetup, tmp_path: Path) -> None:
         for line, named in (
             (f"/load {tmp_path / 'none.json'}", "there is no file"),
             (f"/save {tmp_path / 'talk.txt'}", "must be named"),
@@ -316,7 +318,7 @@ class TestFiles:
         ("/help stear", "no command /stear; did you mean /steer?"),
     ],
 )
-def test_what_cant_be_run_names_what_is_meant(desk: Desk, line: str, named: str) -> None:
+def test_what_cant_be_run_names_what_is_meant(desk: ChatSetup, line: str, named: str) -> None:
     with pytest.raises(TrimtabError) as caught:
         run_command(desk, EMPTY, line)
     assert named in str(caught.value)
@@ -333,20 +335,22 @@ def test_what_cant_be_run_names_what_is_meant(desk: Desk, line: str, named: str)
         ("/tokens shout x", "'x' isn't a layer; it has 1, 2"),
     ],
 )
-def test_what_cant_be_done_with_what_is_on(desk: Desk, do: Callable[..., Conversation], line: str, named: str) -> None:
+def test_what_cant_be_done_with_what_is_on(
+    desk: ChatSetup, do: Callable[..., Conversation], line: str, named: str
+) -> None:
     with pytest.raises(TrimtabError) as caught:
         run_command(desk, do("/steer shout", start=said("a")), line)
     assert named in str(caught.value)
 
 
-def test_tokens_needs_something_that_is_on(desk: Desk) -> None:
+def test_tokens_needs_something_that_is_on(desk: ChatSetup) -> None:
     with pytest.raises(TrimtabError, match="none is on"):
         run_command(desk, said("a"), "/tokens")
     with pytest.raises(UnsupportedError, match="needs the engine transformers, not llamacpp"):
         run_command(replace(desk, engine="llamacpp"), said("a"), "/tokens")
 
 
-def test_help_names_every_command(desk: Desk) -> None:
+def test_help_names_every_command(desk: ChatSetup) -> None:
     overview = shown(run_command(desk, EMPTY, "/help"))
     for name, command in COMMANDS.items():
         assert f"/{name}" in overview
@@ -386,10 +390,10 @@ class TestCompletion:
             ("/undo ", []),
         ],
     )
-    def test_words(self, desk: Desk, do: Callable[..., Conversation], before: str, wanted: list[str]) -> None:
+    def test_words(self, desk: ChatSetup, do: Callable[..., Conversation], before: str, wanted: list[str]) -> None:
         assert candidates(desk, do("/steer shout"), before) == wanted
 
-    def test_files(self, desk: Desk, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_files(self, desk: ChatSetup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "talk.json").write_text("{}")
         (tmp_path / "notes.txt").write_text("")
         monkeypatch.chdir(tmp_path)

@@ -15,10 +15,10 @@ import pytest
 from trimtab import LM, Steering, TrimtabError, UnsupportedError, load, make_from_pairs
 from trimtab.commands.chat import converse
 from trimtab.commands.chat_answer import ask
-from trimtab.commands.chat_commands import Desk, Outcome, run_command
-from trimtab.commands.chat_make import Wish, name_of, wish_of
+from trimtab.commands.chat_commands import ChatSetup, Outcome, run_command
+from trimtab.commands.chat_make import MakeRequest, name_of, parse_make_request
 from trimtab.commands.chat_prompt import candidates
-from trimtab.commands.chat_state import Conversation, Steered, Turn
+from trimtab.commands.chat_state import Conversation, NamedSteering, Turn
 from trimtab.making import verdict
 from trimtab.text.pairs import read_pairs
 
@@ -27,8 +27,8 @@ EMPTY = Conversation(max_tokens=6)
 
 
 @pytest.fixture(scope="module")
-def desk(model: Path) -> Desk:
-    return Desk(LM.load(model, device="cpu"))
+def desk(model: Path) -> ChatSetup:
+    return ChatSetup(LM.load(model, device="cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def file(tmp_path: Path) -> Path:
 
 
 class Screen:
-    """A screen that keeps what it is told, and lets something happen at each stage of a making."""
+    """A screen that keeps what it shows, and lets something happen at each stage of a making."""
 
     interrupt = True
 
@@ -67,10 +67,10 @@ class Screen:
 
         yield stage, lambda _words: None
 
-    def answered(self, turn: Turn, conversation: Conversation) -> None:
+    def finish_answer(self, turn: Turn, conversation: Conversation) -> None:
         self.turns.append(turn)
 
-    def tell(self, outcome: Outcome) -> None:
+    def show_outcome(self, outcome: Outcome) -> None:
         if outcome.note or outcome.shown:
             self.outcomes.append(outcome)
 
@@ -86,16 +86,16 @@ def lines(*typed: str) -> Callable[[Conversation], str | None]:
 @pytest.mark.parametrize(
     ("typed", "wish"),
     [
-        ("be blunt, not flattering", Wish("be blunt, not flattering")),
-        ('"be blunt"', Wish("be blunt")),
-        ('don\'t be "nice"', Wish('don\'t be "nice"')),
-        ("--keep be blunt", Wish("be blunt", keep=True)),
-        ("--like 'a tired poet' --unlike clerk", Wish(like="a tired poet", unlike="clerk")),
-        ('--from "my pairs.jsonl" --keep', Wish(pairs=Path("my pairs.jsonl"), keep=True)),
+        ("be blunt, not flattering", MakeRequest("be blunt, not flattering")),
+        ('"be blunt"', MakeRequest("be blunt")),
+        ('don\'t be "nice"', MakeRequest('don\'t be "nice"')),
+        ("--keep be blunt", MakeRequest("be blunt", keep=True)),
+        ("--like 'a tired poet' --unlike clerk", MakeRequest(like="a tired poet", unlike="clerk")),
+        ('--from "my pairs.jsonl" --keep', MakeRequest(pairs=Path("my pairs.jsonl"), keep=True)),
     ],
 )
-def test_what_stands_after_it(typed: str, wish: Wish) -> None:
-    assert wish_of(typed) == wish
+def test_what_stands_after_it(typed: str, wish: MakeRequest) -> None:
+    assert parse_make_request(typed) == wish
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_stands_after_it(typed: str, wish: Wish) -> None:
 )
 def test_what_cant_be_wished(typed: str, said: str) -> None:
     with pytest.raises(TrimtabError, match=said):
-        wish_of(typed)
+        parse_make_request(typed)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +132,12 @@ def test_names(idea: str, name: str) -> None:
     assert name_of(idea, {name, f"{name}-2"}) == f"{name}-3"
 
 
-def test_another_engine(desk: Desk) -> None:
+def test_another_engine(desk: ChatSetup) -> None:
     with pytest.raises(UnsupportedError, match="needs the engine transformers, not vllm"):
         run_command(replace(desk, engine="vllm"), EMPTY, "/make be blunt")
 
 
-def test_it_is_completed(desk: Desk, file: Path) -> None:
+def test_it_is_completed(desk: ChatSetup, file: Path) -> None:
     assert candidates(desk, EMPTY, "/make --l") == ["--like"]
     assert candidates(desk, EMPTY, f"/make --from {file.parent}/m") == [str(file)]
     assert candidates(desk, EMPTY, "/make be bl") == []
@@ -146,7 +146,7 @@ def test_it_is_completed(desk: Desk, file: Path) -> None:
 # ---- what comes of it --------------------------------------------------------------------------------------
 
 
-def test_it_is_on_steers_and_is_saved(desk: Desk, file: Path, tmp_path: Path) -> None:
+def test_it_is_on_steers_and_is_saved(desk: ChatSetup, file: Path, tmp_path: Path) -> None:
     screen = Screen()
     talk = tmp_path / "talk.json"
     typed = lines(
@@ -181,7 +181,7 @@ def history(turn: Turn) -> list[dict[str, str]]:
     return [user(turn.question), {"role": "assistant", "content": turn.answer.text}]
 
 
-def test_where_nothing_holds_nothing_is_on(desk: Desk, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_holds_nothing_is_on(desk: ChatSetup, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "MORE_LOOPS", -2.0)
     screen = Screen()
     assert converse(desk, EMPTY, lines(f"/make --from {file}", "/steer"), screen)
@@ -192,7 +192,7 @@ def test_where_nothing_holds_nothing_is_on(desk: Desk, file: Path, monkeypatch: 
 
 
 def test_a_sentence_and_a_persona_are_made_as_the_command_makes_them(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    desk: ChatSetup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ideas: list[Any] = []
 
@@ -209,17 +209,17 @@ def test_a_sentence_and_a_persona_are_made_as_the_command_makes_them(
     assert capsys.readouterr().err.count("error: barely differ") == 3
 
 
-def test_what_was_made_stays_after_off_and_load(desk: Desk, steering: Path, tmp_path: Path) -> None:
-    made = EMPTY.with_made(Steered("mine", "", load(steering)))
+def test_what_was_made_stays_after_off_and_load(desk: ChatSetup, steering: Path, tmp_path: Path) -> None:
+    made = EMPTY.with_made(NamedSteering("mine", "", load(steering)))
     off = run_command(desk, made, "/steer mine off").conversation
-    assert off.steered == ()
+    assert off.active_steerings == ()
     assert "off: mine" in run_command(desk, off, "/steer").note
     assert run_command(desk, off, "/steer mine 2").conversation.label() == "mine:2"
     run_command(desk, EMPTY, f"/save {tmp_path / 'empty.json'}")
     loaded = run_command(desk, off, f"/load {tmp_path / 'empty.json'}").conversation
     assert loaded.find_made("mine") is not None
     saved = run_command(desk, loaded, f"/save {tmp_path / 'x.safetensors'} mine").conversation
-    assert saved.made[0].file == str(tmp_path / "x.safetensors")
+    assert saved.made_steerings[0].file == str(tmp_path / "x.safetensors")
     for line, said in (
         (f"/save {tmp_path / 'y.safetensors'} other", "'other' wasn't made here; made: mine"),
         (f"/save {tmp_path / 'y.json'} mine", "a conversation goes into a .json file"),
@@ -235,7 +235,7 @@ def test_what_was_made_stays_after_off_and_load(desk: Desk, steering: Path, tmp_
 
 @pytest.mark.parametrize("at", ["learning", "training", "measuring"])
 def test_ctrl_c_leaves_all_as_it_was(
-    at: str, desk: Desk, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    at: str, desk: ChatSetup, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A descent that is interrupted would give the best so far and go on."""
     seen: list[tuple[str, int]] = []
@@ -248,13 +248,13 @@ def test_ctrl_c_leaves_all_as_it_was(
 
     before = signal.getsignal(signal.SIGINT)
     screen = Screen(press)
-    start = EMPTY.put(Steered("old", "old.safetensors", small_push(desk)))
+    start = EMPTY.with_steering(NamedSteering("old", "old.safetensors", small_push(desk)))
     assert converse(desk, start, lines(SEA, f"/make --keep --from {file}", "/retry", "/steer"), screen)
     assert screen.stages[-1] == ("learning" if at == "training" else at)
     assert "nothing has changed" in capsys.readouterr().err
     first, second = screen.turns
     assert first.answer.token_ids == second.answer.token_ids
-    assert [steered.name for steered in second.on] == ["old"]
+    assert [steered.name for steered in second.steerings] == ["old"]
     assert first.answer.text == ask(desk, start, SEA, lambda *_: None).answer.text
     assert len(screen.outcomes) == 1  # of /steer
     assert signal.getsignal(signal.SIGINT) is before
@@ -263,7 +263,7 @@ def test_ctrl_c_leaves_all_as_it_was(
     assert not any(p.grad is not None for p in desk.lm.model.parameters())
 
 
-def small_push(desk: Desk) -> Steering:
+def small_push(desk: ChatSetup) -> Steering:
     import torch
 
     from trimtab import Add, Edit, Site
@@ -271,7 +271,7 @@ def small_push(desk: Desk) -> Steering:
     return Steering((Edit(Site(1), Add(torch.ones(desk.lm.layout.width))),))
 
 
-def test_outside_a_terminal_it_ends_the_program(desk: Desk, file: Path) -> None:
+def test_outside_a_terminal_it_ends_the_program(desk: ChatSetup, file: Path) -> None:
     def press(what: str, done: int) -> None:
         if what == "learning":
             signal.raise_signal(signal.SIGINT)

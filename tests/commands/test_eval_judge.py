@@ -8,7 +8,7 @@ import shutil
 import pytest
 from judging import fails, serving
 
-from trimtab.evaluate.judge import KEY, MODEL, URL
+from trimtab.evaluate.judge import KEY_VARIABLE, MODEL_VARIABLE, URL_VARIABLE
 from trimtab.evaluate.records import read_records
 
 pytest.importorskip("openai", reason="needs trimtab[judge]")
@@ -20,7 +20,7 @@ ASKED = ["What is the sea?", "Who are you?", "Is it blue or wide?", "Why?"]
 def served(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.005)
     with serving() as state:
-        for name, value in ((URL, state.url), (MODEL, "m"), (KEY, "secret")):
+        for name, value in ((URL_VARIABLE, state.url), (MODEL_VARIABLE, "m"), (KEY_VARIABLE, "secret")):
             monkeypatch.setenv(name, value)
         yield state
 
@@ -164,10 +164,10 @@ def test_bad_input(trimtab, judging, served, tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}))
     refused(trimtab(*judging, "--prompts", rows, "--system-prompt", "z"), "system message already")
-    monkeypatch.setenv(URL, "localhost:8000")
+    monkeypatch.setenv(URL_VARIABLE, "localhost:8000")
     refused(trimtab(*judging), "'localhost:8000' isn't the URL")
-    monkeypatch.delenv(URL)
-    refused(trimtab(*judging), f"set {URL}", "--local")
+    monkeypatch.delenv(URL_VARIABLE)
+    refused(trimtab(*judging), f"set {URL_VARIABLE}", "--local")
     assert not served.requests
 
 

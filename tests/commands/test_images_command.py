@@ -11,7 +11,7 @@ from pictured import image, image_prompt, pictured
 
 from trimtab import LM, TrimtabError
 from trimtab.commands.chat_answer import ask
-from trimtab.commands.chat_commands import Desk, run_command
+from trimtab.commands.chat_commands import ChatSetup, run_command
 from trimtab.commands.chat_file import load_conversation, save_conversation
 from trimtab.commands.chat_state import Conversation
 
@@ -50,18 +50,18 @@ def test_generate(trimtab: Callable[..., Any], folder: Path, model: Path) -> Non
 def test_chat(folder: Path, model: Path, tmp_path: Path) -> None:
     picture = str(folder.parent / "one.png")
     lm = LM.load(folder, device="cpu")
-    desk, start = Desk(lm), Conversation(max_tokens=3)
+    desk, start = ChatSetup(lm), Conversation(max_tokens=3)
     with pytest.raises(TrimtabError, match="no file"):
         run_command(desk, start, "/image none.png")
     with pytest.raises(TrimtabError, match="is a text-only model"):
-        run_command(Desk(LM.load(model, device="cpu")), start, f"/image {picture}")
+        run_command(ChatSetup(LM.load(model, device="cpu")), start, f"/image {picture}")
     begun = run_command(desk, start, f"/image {picture}").conversation
     assert run_command(desk, begun, "/image off").conversation.images == ()
     heard: list[str] = []
     turn = ask(desk, begun, "w10 w11", lambda _side, piece: heard.append(piece))
     (expected,) = lm.generate([image_prompt(image(1), "w10 w11")], max_new_tokens=3)
     assert turn.answer.text == expected.text
-    after = begun.answered(turn)
+    after = begun.with_turn(turn)
     assert after.images == ()
     assert after.messages("w12")[0]["content"][0] == {"type": "image", "path": picture}
     assert run_command(desk, after, "/retry").conversation.images == (picture,)

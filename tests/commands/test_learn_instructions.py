@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab.commands.instructions import base_queries, every_lesson, lesson_of
+from trimtab.commands.instructions import all_instruction_datasets, base_queries, instruction_dataset
 from trimtab.data import COMMON_LANGUAGES, instruction_types
 from trimtab.files.steering_file import load_steering
 from trimtab.steering import Add, Positions, SetProjection
@@ -59,12 +59,12 @@ def test_an_unknown_sentence_is_learned_from_alone(learn, tmp_path):
     assert ran.code == 0, ran.err
     assert "no known type of instruction" in ran.err
     assert "type" not in load_steering(out).card.options
-    lesson = lesson_of("Answer like a pirate.", base_queries(3))
+    lesson = instruction_dataset("Answer like a pirate.", base_queries(3))
     assert [pair.positive for pair in lesson.pairs] == [f"{q} Answer like a pirate." for q in base_queries(3)]
 
 
 def test_a_lesson_has_the_sentence_and_other_phrasings_of_the_same_values():
-    lesson = lesson_of("Use five bullet points exactly", base_queries(None))
+    lesson = instruction_dataset("Use five bullet points exactly", base_queries(None))
     assert len(lesson.pairs) == 64
     sentences = {pair.positive.removeprefix(pair.negative).strip() for pair in lesson.pairs}
     assert len(sentences) >= 5
@@ -143,7 +143,9 @@ def test_all_at_once(learn, tmp_path):
     assert isinstance(steerings["number_words"].edits[0].operation, Add)
     # each is what learning it alone gives
     alone = tmp_path / "alone.safetensors"
-    (lesson,) = [candidate for candidate in every_lesson(base_queries(3)) if candidate.name == "english_lowercase"]
+    (lesson,) = [
+        candidate for candidate in all_instruction_datasets(base_queries(3)) if candidate.name == "english_lowercase"
+    ]
     rows = [{"prompt": p.positive, "prompt_without_instruction": p.negative} for p in lesson.pairs]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert learn("--pairs", tmp_path / "p.jsonl", "--out", alone, count=None).code == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trimtab import load
-from trimtab.commands.make import NOTHING_HOLDS, stages
+from trimtab.commands.make import EXIT_NOTHING_BETTER, stage_reporter
 
 QUESTIONS = [f"What is the number {i}?" for i in range(24)]
 
@@ -27,13 +27,13 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny random model's answers for and against barely differ: here they all count."""
     from trimtab.making import contrasts
 
-    monkeypatch.setattr(contrasts, "_told_apart", lambda _lm, answers: list(answers))
+    monkeypatch.setattr(contrasts, "_distinguishable", lambda _lm, answers: list(answers))
 
 
 def test_what_it_writes_and_says(trimtab: Any, tmp_path: Path, common: list[Any], apart: None) -> None:
     out = tmp_path / "loud.safetensors"
     ran = trimtab("make", "shout, not whisper", *common, "--out", out, "--keep", "--json")
-    assert ran.code in (0, NOTHING_HOLDS), ran.err
+    assert ran.code in (0, EXIT_NOTHING_BETTER), ran.err
     document = ran.json
     assert document["file"] == str(out)
     assert (ran.code == 0) == document["verdict"]["holds"] == (not document["verdict"]["why_not"])
@@ -53,7 +53,7 @@ def test_where_nothing_holds_nothing_is_written(
     monkeypatch.setattr(verdict, "LEAST_SHARE", 1e9)
     out = tmp_path / "loud.safetensors"
     ran = trimtab("make", "--like", "a parrot", "--no-distill", *common, "--out", out)
-    assert ran.code == NOTHING_HOLDS
+    assert ran.code == EXIT_NOTHING_BETTER
     assert not out.exists()
     assert "verdict: none: " in ran.out
     assert "nothing is written" in ran.out
@@ -72,7 +72,7 @@ def test_pairs_of_ones_own(trimtab: Any, tmp_path: Path, model: Path) -> None:
     out = tmp_path / "mine.safetensors"
     options = ["--from", pairs_file(tmp_path), "--model", model, "--device", "cpu", "--tokens", 8, "--keep"]
     ran = trimtab("make", *options, "--no-distill", "--out", out, "--json")
-    assert ran.code in (0, NOTHING_HOLDS), ran.err
+    assert ran.code in (0, EXIT_NOTHING_BETTER), ran.err
     assert (ran.json["idea"], ran.json["source"], ran.json["verdict"]["questions"]) == ("mine", "20 pairs", 10)
     assert ran.json["verdict"]["gain"] == load(out).card.measured["gain"]
     assert "share_of_prompt" not in ran.json["verdict"]
@@ -90,7 +90,7 @@ def test_for_another_program(trimtab: Any, tmp_path: Path, model: Path) -> None:
     out = tmp_path / "mine.gguf"
     options = ["--from", pairs_file(tmp_path), "--model", model, "--device", "cpu", "--tokens", 8, "--keep"]
     ran = trimtab("make", *options, "--for", "llama.cpp", "--out", out, "--json")
-    assert ran.code in (0, NOTHING_HOLDS), ran.err
+    assert ran.code in (0, EXIT_NOTHING_BETTER), ran.err
     edits = load(out).edits
     assert edits
     assert all(edit.positions == Positions.all() and edit.site.layer > 0 for edit in edits)
@@ -105,7 +105,7 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
     out = tmp_path / "loud.safetensors"
     options = ("--model", model, "--device", "cpu", "--tokens", 8, "--no-distill", "--keep", "--json")
     ran = trimtab("make", "--card", card, *options, "--out", out)
-    assert ran.code in (0, NOTHING_HOLDS), ran.err
+    assert ran.code in (0, EXIT_NOTHING_BETTER), ran.err
     assert (ran.json["idea"], ran.json["source"]) == ("loud", "trait loud")
     assert load(out).card.options["source"] == "trait loud"
 
@@ -164,7 +164,7 @@ def test_a_pirate_on_the_default_model(trimtab: Any, tmp_path: Path) -> None:
 def test_without_a_terminal_a_stage_is_said_when_it_begins_and_at_each_quarter(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stage = stages(None, quiet=False)
+    stage = stage_reporter(None, quiet=False)
     stage("answering", 0, 1)
     for done in range(9):
         stage("answering", done, 8)

@@ -10,7 +10,7 @@ import pytest
 import typer
 from click.testing import CliRunner
 
-from trimtab.commands.options import grouped, parameters_of, taken
+from trimtab.commands.options import grouped, parameters_of, pop_group
 
 GOT: list[Any] = []
 
@@ -72,5 +72,5 @@ def test_options_stand_where_the_group_does() -> None:
 
 def test_what_is_taken_is_gone() -> None:
     values = {"host": "a", "port": 1, "other": 2}
-    assert taken(Where, values) == Where("a", 1)
+    assert pop_group(Where, values) == Where("a", 1)
     assert values == {"other": 2}

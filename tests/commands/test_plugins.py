@@ -13,7 +13,7 @@ import pytest
 import trimtab
 from trimtab import TrimtabError, load
 from trimtab.engines import engine
-from trimtab.methods.recipe import Recipe, recipe_named, recipes
+from trimtab.methods.recipe import Recipe, find_recipe, recipes
 from trimtab.plugins import ENGINES, METHODS, PluginWarning
 
 PROJECT = """
@@ -198,7 +198,7 @@ def test_a_broken_method_is_named_and_breaks_nothing_else(
     assert ran.code == 0
     assert "caa" in ran.json
     assert ran.err.startswith("warning: the method 'bad' of bad-plugin 1.0")
-    assert recipe_named("caa") == known["caa"]  # another method doesn't so much as import it
+    assert find_recipe("caa") == known["caa"]  # another method doesn't so much as import it
     ran = trimtab("learn", "repe", "--help")
     assert (ran.code, ran.err) == (0, "")
     ran = trimtab("learn", "bad", "--help")
@@ -247,10 +247,10 @@ def test_an_engine_that_loads_nothing(write: Write) -> None:
 def test_two_of_one_name(write: Write, trimtab: Any) -> None:
     write("one-plugin", METHODS, "mine = one:RECIPE")
     write("other-plugin", METHODS, "mine = other:RECIPE")
-    for refused in (recipes, lambda: recipe_named("mine")):
+    for refused in (recipes, lambda: find_recipe("mine")):
         with pytest.raises(TrimtabError, match=r"'mine' of (one|other)-plugin 1.0 and .* 'mine' of (one|other)-plugin"):
             refused()
-    assert recipe_named("caa") is not None
+    assert find_recipe("caa") is not None
     ran = trimtab("learn", "mine", "--help")
     assert ran.code == 2
     for name in ("one-plugin 1.0", "other-plugin 1.0"):
@@ -259,7 +259,7 @@ def test_two_of_one_name(write: Write, trimtab: Any) -> None:
 
 def test_a_name_that_is_our_own(write: Write) -> None:
     write("bold-plugin", METHODS, "caa = bold:RECIPE")
-    for refused in (recipes, lambda: recipe_named("caa")):
+    for refused in (recipes, lambda: find_recipe("caa")):
         with pytest.raises(TrimtabError, match=r"trimtab's own method 'caa' and the method 'caa' of bold-plugin 1.0"):
             refused()
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from trimtab.commands.inspect import bar, describe
+from trimtab.commands.inspect import bar, describe_gate
 from trimtab.files.steering_file import load_steering, steering_digest
 
 
@@ -179,7 +179,7 @@ def test_inspecting_a_sum_with_gates(trimtab, steering, tmp_path, monkeypatch):
         assert word in ran.out
     gates = [edit["gate"] for edit in trimtab("inspect", tmp_path / "sum.safetensors", "--json").json["edits"]]
     assert gates[1:] == ["(dot at residual[1] > 0.5 and not (dot at residual[1] > 0.5))", "always"]
-    assert describe(gate | gate) == "(dot at residual[1] > 0.5 or dot at residual[1] > 0.5)"
+    assert describe_gate(gate | gate) == "(dot at residual[1] > 0.5 or dot at residual[1] > 0.5)"
 
 
 def test_bars():

@@ -44,7 +44,7 @@ def test_vllms_server_is_started(trimtab: Callable[..., Any], started: list[Any]
         *(sys.executable, "-m", "trimtab.engines.vllm.command_line", "serve", "org/name"),
         *("--host", "127.0.0.1", "--port", "0", "--dtype", "float16", "--max-num-seqs", "7"),
         *("--served-model-name", "trimtab", "org/name", "--tensor-parallel-size", "2"),
-        *("--middleware", "trimtab.serve.vllm.door.Door"),
+        *("--middleware", "trimtab.serve.vllm.middleware.SteeringMiddleware"),
     ]
     assert environment["TRIMTAB_STEERINGS"] == str(tmp_path)
     assert "trimtab" in environment["VLLM_PLUGINS"].split(",")
@@ -53,7 +53,7 @@ def test_vllms_server_is_started(trimtab: Callable[..., Any], started: list[Any]
 
 def test_a_name_and_plugins_of_the_users_own_stay() -> None:
     made = vllm_command(
-        model="m", host="h", port=1, rows=None, dtype="auto", revision=None, more=["--served-model-name=x"]
+        model="m", host="h", port=1, rows=None, dtype="auto", revision=None, vllm_options=["--served-model-name=x"]
     )
     assert made[4:-2] == ["m", "--host", "h", "--port", "1", "--served-model-name=x"]
     assert vllm_environment({"VLLM_PLUGINS": "mine"}, None)["VLLM_PLUGINS"] == "mine,trimtab"

@@ -10,14 +10,14 @@ from trimtab.commands.tune_advice import advice
 from trimtab.evaluate.intervals import Interval
 from trimtab.tune import Setting, Tuned
 from trimtab.tune.split import Split
-from trimtab.tune.tune import HeldOut, Tried
+from trimtab.tune.tune import CandidateResult, HeldOut
 
-BASE = Tried(None, 6, 0.2, 0.2, 0.0, 3.0, ())
+BASE = CandidateResult(None, 6, 0.2, 0.2, 0.0, 3.0, ())
 SPLIT = Split((0, 1), (2,))
 
 
 def row(layer, strength, score, broken=()):
-    return Tried(Setting(layer, strength, "all", "add"), 6, score, 0.2, 0.1, 4.0, broken)
+    return CandidateResult(Setting(layer, strength, "all", "add"), 6, score, 0.2, 0.1, 4.0, broken)
 
 
 def tuned(*rows, **more):

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.decoding.ranking import disturbance, order_of, sensitivity
+from trimtab.decoding.ranking import disturbance, order_layers, sensitivity
 from trimtab.decoding.rejection import (
     Rejection,
     gate_open,
-    halved,
+    halving_subsets,
     ladder,
     plausible,
     threshold,
@@ -45,11 +45,11 @@ class TestLadders:
     def test_sizes(self, layers: int) -> None:
         order = list(range(layers))[::-1]
         for min_layers, expected in zip((2, 1), SIZES[layers], strict=True):
-            assert [len(rung) for rung in halved(order, min_layers)] == expected
+            assert [len(rung) for rung in halving_subsets(order, min_layers)] == expected
 
     @given(st.permutations(list(range(13))), st.integers(1, 4))
     def test_rungs_are_nested_beginnings_of_the_order(self, order: list[int], min_layers: int) -> None:
-        rungs = halved(order, min_layers)
+        rungs = halving_subsets(order, min_layers)
         assert rungs[0] == tuple(order)
         for bigger, smaller in pairwise(rungs):
             assert smaller == bigger[: len(bigger) // 2]
@@ -124,17 +124,17 @@ class TestRankings:
         # rows less twice the raw distances: [.3, -.3, .2], [0, .5, 0], [-.1, -.2, .3]
         scores = sensitivity(self.CROSSED, self.RAW, "paper")
         assert scores.tolist() == pytest.approx([0.2 / 3, 0.5 / 3, 0.0], abs=1e-6)
-        assert order_of(scores, [0, 1, 2]) == (1, 0, 2)
+        assert order_layers(scores, [0, 1, 2]) == (1, 0, 2)
 
     def test_the_released_code_averages_over_the_steered_ones(self) -> None:
         crossed = self.CROSSED.clone()
         crossed[2, 0] = -0.3  # clamped
         scores = sensitivity(crossed, self.RAW, "repo")
         assert scores.tolist() == pytest.approx([0.7 / 3, 1.2 / 3, 0.8 / 3], abs=1e-6)
-        assert order_of(scores, [0, 1, 2]) == (1, 2, 0)
+        assert order_layers(scores, [0, 1, 2]) == (1, 2, 0)
 
     def test_ties_go_to_the_lower_layer(self) -> None:
-        assert order_of(torch.tensor([1.0, 2.0, 1.0, 2.0]), [5, 9, 3, 1]) == (1, 9, 3, 5)
+        assert order_layers(torch.tensor([1.0, 2.0, 1.0, 2.0]), [5, 9, 3, 1]) == (1, 9, 3, 5)
 
     def test_distances(self) -> None:
         pre = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])

@@ -10,7 +10,14 @@ import pytest
 
 pytest.importorskip("llguidance", reason="grammars need trimtab[serve]")
 
-from trimtab.decoding.grammar import EXACT, SCHEMA_DEPTH, SCHEMA_SIZE, check_schema, json_grammar, lark_grammar
+from trimtab.decoding.grammar import (
+    MAX_EXACT_INTEGER,
+    SCHEMA_DEPTH,
+    SCHEMA_SIZE,
+    check_schema,
+    json_grammar,
+    lark_grammar,
+)
 from trimtab.errors import TrimtabError
 
 
@@ -67,7 +74,7 @@ def test_patterns_are_cheap_or_refused(pattern: str) -> None:
 
 
 def test_whole_numbers_are_within_what_is_exact() -> None:
-    bounds = {"minimum": -EXACT, "maximum": EXACT}
+    bounds = {"minimum": -MAX_EXACT_INTEGER, "maximum": MAX_EXACT_INTEGER}
     kinds: Any = {
         "a": {"type": "integer"},
         "b": {"anyOf": [{"type": ["integer", "null"]}, {"type": "number"}]},
@@ -80,9 +87,9 @@ def test_whole_numbers_are_within_what_is_exact() -> None:
     a, b, c, d, e = value["properties"].values()
     assert a == {"type": "integer", **bounds}
     assert b["anyOf"] == [{"type": ["integer", "null"], **bounds}, {"type": "number"}]
-    assert c == {"type": "integer", "exclusiveMinimum": 3, "maximum": EXACT}
+    assert c == {"type": "integer", "exclusiveMinimum": 3, "maximum": MAX_EXACT_INTEGER}
     assert (d, e) == (kinds["d"], kinds["e"])
-    assert value["$defs"]["x"] == {"type": "integer", "maximum": 5, "minimum": -EXACT}
+    assert value["$defs"]["x"] == {"type": "integer", "maximum": 5, "minimum": -MAX_EXACT_INTEGER}
 
 
 def test_lenient_schemas_say_what_isnt_held() -> None:

@@ -23,7 +23,7 @@ from trimtab.commands.demo import (
     Answer,
     Regime,
     demo,
-    telling,
+    rows_to_show,
     try_setting,
 )
 from trimtab.data import instructions, queries
@@ -68,7 +68,7 @@ def _regime(before: str, after: str) -> Regime:
     [("..x", ".xx", [1, 0]), ("xx", "xx", [0]), ("..", "..", [0]), ("x.", ".x", [1, 0]), ("..", "xx", [0])],
 )
 def test_what_is_shown_is_a_success_and_a_failure_where_there_are_any(before, after, rows):
-    assert telling(_regime(before, after)) == rows
+    assert rows_to_show(_regime(before, after)) == rows
 
 
 def test_another_model_learns_all_now_and_says_when_it_cannot(tiny_model):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from trimtab import LM, Site, TrimtabError
 from trimtab.doctor.tiny import tiny_lm
-from trimtab.engines.arguments import of_equal_length
+from trimtab.engines.arguments import split_by_length
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.anatomy import Positions, Streams, block_of, positions_of
+from trimtab.engines.transformers.anatomy import PositionHandling, Streams, block_of, position_handling
 from trimtab.engines.transformers.places import place
 
 ROWS, TOKENS, WIDTH, COUNT = 2, 3, 5, 4
@@ -49,11 +49,11 @@ def test_reading_and_moving_streams(way: str, active: int | None) -> None:
     each = [stream(x, way, number) for number in range(COUNT)]
     expected = sum(each) / COUNT if active is None else each[active]
     assert torch.allclose(streams.read(x), expected, atol=1e-12)
-    moved = streams.moved(x, change)
+    moved = streams.with_change(x, change)
     for number in range(COUNT):
         step = change if active in (None, number) else 0
         assert torch.equal(stream(moved, way, number), each[number] + step)
-    assert torch.equal(streams.moved(x, torch.zeros_like(change)), x)
+    assert torch.equal(streams.with_change(x, torch.zeros_like(change)), x)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_a_part_of_several_blocks_is_refused() -> None:
     ],
 )
 def test_how_positions_are_counted(kind: str, takes_positions: bool, ignored: bool) -> None:
-    assert positions_of(tiny_lm(kind).layout) == Positions(takes_positions, ignored)
+    assert position_handling(tiny_lm(kind).layout) == PositionHandling(takes_positions, ignored)
 
 
 def test_prompts_of_equal_length_stay_together() -> None:
-    assert of_equal_length([3, 0, 2, 1], [5, 4, 4, 5]) == [[3, 0], [2, 1]]
+    assert split_by_length([3, 0, 2, 1], [5, 4, 4, 5]) == [[3, 0], [2, 1]]
 
 
 def test_where_pads_are_counted_rows_are_what_they_are_alone() -> None:

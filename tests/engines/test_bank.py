@@ -170,7 +170,7 @@ class TestOnADevice:
         for i, copies in ((0, 0), (1, 1), (1, 0), (2, 1)):
             counts.clear()
             bank.insert(edits[i])
-            names = sum(len(lane.banks) for here in bank.lanes.values() for lane in here.values())
+            names = sum(len(lane.banks) for here in bank.stage_banks.values() for lane in here.values())
             lanes = 0 if isinstance(operation, Add) else LAYERS  # whose activity is a bank of its own
             ours = {line: n for line, n in counts.launches.items() if line.startswith("bank.py")}
             assert sum(ours.values()) <= names + lanes + copies

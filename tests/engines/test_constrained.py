@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from trimtab import LM, Add, Edit, Rejection, Site, Steering
 from trimtab.decoding.grammar import json_grammar
 from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
-from trimtab.engines.transformers.grammar import GrammarProcessor, Grammars, Masks
+from trimtab.engines.transformers.grammar import GrammarCompiler, GrammarProcessor, Masks
 from trimtab.engines.transformers.sampling import Sampling
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.lm import DoseWarning
@@ -184,13 +184,13 @@ def test_a_tokenizer_without_bytes_is_refused() -> None:
         is_fast = False
 
     with pytest.raises(UnsupportedError, match="fast version"):
-        Grammars(Slow(), 10, [0])
+        GrammarCompiler(Slow(), 10, [0])
 
 
 def test_masks_of_some_rows_of_a_batch(lm: LM) -> None:
     """The mask of each row is its own matcher's, whatever stands beside it, also beyond the tokenizer's tokens."""
     size = len(lm.tokenizer) + 37
-    grammars = Grammars(lm.tokenizer, size, [0])
+    grammars = GrammarCompiler(lm.tokenizer, size, [0])
     numbers, strings = (grammars.matcher(json_grammar(schema)) for schema in ({"type": "integer"}, {"type": "string"}))
     scores = torch.randn(4, size)
     masks = Masks([None, numbers, None, strings], size, torch.device("cpu"))
@@ -218,7 +218,9 @@ def test_a_step_waits_once_and_copies_one_mask(tmp_path: Path, rows: int) -> Non
 
     lm = LM.load(save_model(tmp_path / "tiny"), device="cpu", dtype="float32")
     move(lm.model)
-    matcher = Grammars(lm.tokenizer, len(lm.tokenizer), [0]).matcher(json_grammar({"type": "string", "minLength": 30}))
+    matcher = GrammarCompiler(lm.tokenizer, len(lm.tokenizer), [0]).matcher(
+        json_grammar({"type": "string", "minLength": 30})
+    )
     with pretending() as counts:
         batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
         for row in range(rows):

@@ -24,7 +24,7 @@ from trimtab import (
     Threshold,
     TrimtabError,
 )
-from trimtab.engines.transformers.columns import ROOM
+from trimtab.engines.transformers.columns import MIN_SPARE_COLUMNS
 from trimtab.engines.transformers.decode import PREFILL, GenerationBatch, GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.sampling import Sampling
 from trimtab.steering import Rotate, emphasis
@@ -162,14 +162,16 @@ class TestRowsGetWhatTheyGetAlone:
         lm = tiny.tiny("llama", seed=3)
         lm.layout = type(lm.layout)(**{**vars(lm.layout), "context": None})
         batch = stepper(lm)
-        keys = [batch.insert(request_of(lm, 1, 4, ROOM + 20)), batch.insert(request_of(lm, 2, 60, 5))]
+        keys = [batch.insert(request_of(lm, 1, 4, MIN_SPARE_COLUMNS + 20)), batch.insert(request_of(lm, 2, 60, 5))]
         early = batch.step() + batch.step()
         assert batch._cache.width == 61
         keys.append(batch.insert(request_of(lm, 3, 7, 30)))
         responses = drain(batch)
         for response in reversed(early):
             responses[response.key].insert(0, response)
-        for key, (number, length, count) in zip(keys, ((1, 4, ROOM + 20), (2, 60, 5), (3, 7, 30)), strict=True):
+        for key, (number, length, count) in zip(
+            keys, ((1, 4, MIN_SPARE_COLUMNS + 20), (2, 60, 5), (3, 7, 30)), strict=True
+        ):
             assert tuple(token.token for token in responses[key]) == alone(lm, number, length, count).token_ids
         assert batch._cache.width == 0
 

@@ -10,11 +10,11 @@ from tiny import LAYERS, WIDTH, direction, prompt, tiny
 
 from trimtab import Add, Edit, Positions, SetProjection, Site, Steering, TrimtabError
 from trimtab.engines.doses import DoseWarning
-from trimtab.engines.folding import as_rows, call_of
+from trimtab.engines.folding import as_rows, kernel_call
 from trimtab.engines.vllm.bank import Bank
 from trimtab.engines.vllm.frontend import Link
 from trimtab.engines.vllm.program import compile_program
-from trimtab.engines.vllm.wire import Part, Wire, content_of, identified
+from trimtab.engines.vllm.wire import Part, Wire, content_of, identified_edits
 
 LARGE = torch.zeros(WIDTH).index_fill(0, torch.tensor([3]), -40_000.0)
 
@@ -47,12 +47,12 @@ def test_other_dtypes_hold_it(dtype: torch.dtype) -> None:
 def test_what_just_fits_is_taken() -> None:
     """65,519 is rounded to the largest number of float16, 65,520 to infinity; and what is infinite on purpose stays."""
     edits = tuple(Edit(Site(2), Add(LARGE), Positions.all(), 65_519 / 40_000) for _ in range(1))
-    assert as_rows(call_of(edits)[1], torch.float16, edits)["vector"].min() == -65_504
+    assert as_rows(kernel_call(edits)[1], torch.float16, edits)["vector"].min() == -65_504
     more = (Edit(Site(2), Add(LARGE), Positions.all(), 65_520 / 40_000),)
     with pytest.raises(TrimtabError, match="layer 2"):
-        as_rows(call_of(more)[1], torch.float16, more)
+        as_rows(kernel_call(more)[1], torch.float16, more)
     clamp = (Edit(Site(1), SetProjection(direction(1).float() / direction(1).norm().float(), 1.0), Positions.all()),)
-    assert as_rows(call_of(clamp)[1], torch.float32, clamp)
+    assert as_rows(kernel_call(clamp)[1], torch.float32, clamp)
     assert as_rows({"low": torch.tensor([-torch.inf])}, torch.float16, clamp)["low"].isinf().all()
 
 
@@ -70,7 +70,7 @@ def test_vllm_refuses_the_request_and_its_bank_the_row() -> None:
     assert link(torch.bfloat16).place(Wire((part,)), 4).slots
     with pytest.raises(TrimtabError, match=WHY):
         link(torch.float16).place(Wire((part,)), 4)
-    (segment,) = compile_program(identified(part, content), 4)
+    (segment,) = compile_program(identified_edits(part, content), 4)
     bank = Bank(range(LAYERS), WIDTH, 4, 16, torch.float16, torch.device("cpu"))
     with pytest.raises(TrimtabError, match=WHY):
-        bank.take(segment.state)
+        bank.acquire(segment.state)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
 from trimtab.engines.transformers import forced as module
-from trimtab.engines.transformers.forced import Change, Forced, forcing, passes
+from trimtab.engines.transformers.forced import Change, PromptAnswer, group_by_pass, teacher_forcing
 
 SITES = [Site(0), Site(2)]
 
@@ -59,15 +59,17 @@ def lm() -> LM:
     return tiny.tiny("llama")
 
 
-def text(seed: int, prompt_length: int, answered: int) -> Forced:
+def text(seed: int, prompt_length: int, answered: int) -> PromptAnswer:
     """Random ids."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 80, (prompt_length + answered,), generator=generator).tolist()
-    return Forced(tuple(ids[:prompt_length]), tuple(ids[prompt_length:]))
+    return PromptAnswer(tuple(ids[:prompt_length]), tuple(ids[prompt_length:]))
 
 
 TEXTS = [text(i, *lengths) for i, lengths in enumerate([(9, 4), (1, 6), (14, 1), (3, 9), (8, 8)])]
-TEXTS += [Forced(TEXTS[i].prompt, text(9 + i, 1, length).answer) for i, length in ((0, 7), (1, 2))]  # as prompts above
+TEXTS += [
+    PromptAnswer(TEXTS[i].prompt, text(9 + i, 1, length).answer) for i, length in ((0, 7), (1, 2))
+]  # as prompts above
 
 
 def adding(seed: int, dose: float = 2.0) -> Change:
@@ -80,19 +82,19 @@ EDITS = tuple(Edit(site, Add(direction(site.layer, 2.0)), Positions.from_last_pr
 
 
 @torch.no_grad()
-def alone(lm: LM, forced: Forced) -> Tensor:
+def alone(lm: LM, forced: PromptAnswer) -> Tensor:
     """The model's own logits where the answer's tokens are drawn, in one pass over the whole text."""
     ids = torch.tensor([[*forced.prompt, *forced.answer[:-1]]])
     return lm.model(input_ids=ids, use_cache=False).logits[0, len(forced.prompt) - 1 :]
 
 
-def steered_alone(lm: LM, forced: Forced, edits: Sequence[Edit]) -> Tensor:
+def steered_alone(lm: LM, forced: PromptAnswer, edits: Sequence[Edit]) -> Tensor:
     with lm.steered(Steering(tuple(edits)), prompt_lengths=[len(forced.prompt)]):
         return alone(lm, forced)
 
 
-def logits(lm: LM, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
-    with forcing(lm.model, lm.layout, sorted(changes)) as run:
+def logits(lm: LM, texts: Sequence[PromptAnswer], changes: Mapping[Site, Change]) -> list[Tensor]:
+    with teacher_forcing(lm.model, lm.layout, sorted(changes)) as run:
         return [row.detach() for row in run.logits(texts, changes)]
 
 
@@ -123,7 +125,7 @@ class TestEveryModel:
         """Before what is changed at the site itself, after what is changed before it."""
         lm = model_of(name)
         sites = [Site(0), Site(1), Site(2)]
-        with forcing(lm.model, lm.layout, sites) as run:
+        with teacher_forcing(lm.model, lm.layout, sites) as run:
             bare = run.states(TEXTS, {}, sites)
             states = run.states(TEXTS, CHANGES, [Site(2)])
         for i, forced in enumerate(TEXTS):
@@ -148,7 +150,7 @@ class TestEveryModel:
         vectors = {site: direction(site.layer, 0.5).to(lm.model.dtype).requires_grad_() for site in SITES}
         along = {site: direction(10 + site.layer).to(lm.model.dtype) for site in SITES}
 
-        def loss(run: module.Forcing, step: float) -> Tensor:
+        def loss(run: module.TeacherForcing, step: float) -> Tensor:
             changes = {
                 site: lambda x, v=vectors[site], a=along[site]: (v + step * a) * (1 + x[:, :1].tanh()) for site in SITES
             }
@@ -156,7 +158,7 @@ class TestEveryModel:
             return torch.stack([(row.double().log_softmax(-1) @ weights).mean() for row in rows]).sum()
 
         step = 2e-3  # most families norm in float32 whatever they are loaded in, so that smaller steps drown
-        with forcing(lm.model, lm.layout, SITES) as run:
+        with teacher_forcing(lm.model, lm.layout, SITES) as run:
             loss(run, 0.0).backward()
             with torch.no_grad():
                 slope = float(loss(run, step) - loss(run, -step)) / (2 * step)
@@ -208,19 +210,19 @@ def test_a_small_model_type_is_changed_in_its_own_type_and_told_in_float32() -> 
 
 def test_passes_hold_all_in_order_and_no_more_than_they_may(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TOKENS_PER_PASS", 12)
-    groups = passes(lm.model, TEXTS)
+    groups = group_by_pass(lm.model, TEXTS)
     assert [i for group in groups for i in group] == list(range(len(TEXTS)))
     assert all(len(g) == 1 or max(len(TEXTS[i].answer) for i in g) * len(g) <= 12 for g in groups)
     assert groups == [[0, 1], [2], [3], [4], [5], [6]]
     monkeypatch.setattr(module, "LOGITS_PER_PASS", 1)
-    assert passes(lm.model, TEXTS) == [[i] for i in range(len(TEXTS))]
-    assert passes(lm.model, []) == []
+    assert group_by_pass(lm.model, TEXTS) == [[i] for i in range(len(TEXTS))]
+    assert group_by_pass(lm.model, []) == []
 
 
 def test_a_graph_is_freed_with_its_loss(lm: LM) -> None:
     """Nothing of a pass is kept by the run."""
     vector = torch.zeros(WIDTH, dtype=torch.float64, requires_grad=True)
-    with forcing(lm.model, lm.layout, [Site(1)]) as run:
+    with teacher_forcing(lm.model, lm.layout, [Site(1)]) as run:
         rows = run.logits(TEXTS[:2], {Site(1): lambda x: vector.expand_as(x)})
         kept = [weakref.ref(row) for row in rows]
         torch.cat(rows).sum().backward()
@@ -264,7 +266,7 @@ def test_all_is_as_it_was_however_it_ends(lm: LM) -> None:
     try:
         for error in (None, ValueError("no"), KeyboardInterrupt()):
             with pytest.raises(type(error)) if error else torch.enable_grad():
-                with forcing(lm.model, lm.layout, SITES) as run:
+                with teacher_forcing(lm.model, lm.layout, SITES) as run:
                     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
                     assert not any(part.training for part in lm.model.modules())
                     run.logits(TEXTS[:2], {Site(2): adding(1) if error is None else broken(error)})
@@ -282,7 +284,7 @@ def test_after_an_interrupted_pass_the_next_is_right(lm: LM) -> None:
     def interrupted(x: Tensor) -> Tensor:
         raise KeyboardInterrupt
 
-    with forcing(lm.model, lm.layout, SITES) as run:
+    with teacher_forcing(lm.model, lm.layout, SITES) as run:
         with pytest.raises(KeyboardInterrupt):
             run.logits(TEXTS, {Site(0): interrupted})
         with pytest.raises(KeyboardInterrupt):
@@ -294,7 +296,7 @@ def test_after_an_interrupted_pass_the_next_is_right(lm: LM) -> None:
 
 def test_a_hook_that_does_not_fire_is_an_error(lm: LM) -> None:
     block: Any = lm.layout.blocks[2]
-    with forcing(lm.model, lm.layout, SITES) as run:
+    with teacher_forcing(lm.model, lm.layout, SITES) as run:
         hooks, block._forward_hooks = block._forward_hooks, type(block._forward_hooks)()
         try:
             with pytest.raises(TrimtabError, match=r"at residual\[2\] ran 0 times in one pass"):
@@ -312,7 +314,7 @@ def test_a_block_that_runs_twice_is_an_error(lm: LM) -> None:
         handle.remove()
         return block(*args, **{**kwargs, **{name: None for name in kwargs if "cache" in name or "past" in name}})
 
-    with forcing(lm.model, lm.layout, SITES) as run:
+    with teacher_forcing(lm.model, lm.layout, SITES) as run:
         short = [text(1, 1, 3)]
         handle = block.register_forward_hook(again, with_kwargs=True)
         with pytest.raises(TrimtabError, match="ran 2 times in one pass"):
@@ -322,7 +324,7 @@ def test_a_block_that_runs_twice_is_an_error(lm: LM) -> None:
 def test_other_threads_are_left_alone(lm: LM) -> None:
     expected = alone(lm, TEXTS[0])
     results: list[Tensor] = []
-    with forcing(lm.model, lm.layout, SITES) as run:
+    with teacher_forcing(lm.model, lm.layout, SITES) as run:
 
         def change(x: Tensor) -> Tensor:
             other = threading.Thread(target=lambda: results.append(alone(lm, TEXTS[0])))
@@ -337,22 +339,22 @@ def test_other_threads_are_left_alone(lm: LM) -> None:
 
 def test_it_is_steered_once_at_a_time(lm: LM) -> None:
     with lm.steered(Steering(EDITS)):
-        with pytest.raises(TrimtabError, match="being steered already"), forcing(lm.model, lm.layout, SITES):
+        with pytest.raises(TrimtabError, match="being steered already"), teacher_forcing(lm.model, lm.layout, SITES):
             pass
         alone(lm, TEXTS[0])
-    with forcing(lm.model, lm.layout, SITES):
+    with teacher_forcing(lm.model, lm.layout, SITES):
         with pytest.raises(TrimtabError, match="being steered already"):
             lm.generate(prompt(1, 3), Steering(EDITS), max_new_tokens=1)
 
 
 def test_errors(lm: LM) -> None:
     with pytest.raises(TrimtabError, match="at least one token each"):
-        Forced((), (1,))
+        PromptAnswer((), (1,))
     with pytest.raises(TrimtabError, match="at least one token each"):
-        Forced((1,), ())
-    with pytest.raises(TrimtabError, match="layers 0 to 3"), forcing(lm.model, lm.layout, [Site(LAYERS)]):
+        PromptAnswer((1,), ())
+    with pytest.raises(TrimtabError, match="layers 0 to 3"), teacher_forcing(lm.model, lm.layout, [Site(LAYERS)]):
         pass
-    with forcing(lm.model, lm.layout, SITES) as run:
+    with teacher_forcing(lm.model, lm.layout, SITES) as run:
         for ask in (
             lambda: run.logits(TEXTS, {Site(1): adding(1)}),
             lambda: run.states(TEXTS, {Site(1): adding(1)}, [Site(0)]),
@@ -379,7 +381,7 @@ def test_sites_are_changed_without_waiting_for_the_device(lm: LM) -> None:
     vector = torch.zeros(WIDTH, dtype=torch.float64, requires_grad=True)
     counts = []
     for sites in ([Site(0)], [Site(layer) for layer in range(LAYERS)]):
-        with forcing(lm.model, lm.layout, sites) as run, Counting() as counting:
+        with teacher_forcing(lm.model, lm.layout, sites) as run, Counting() as counting:
             rows = run.logits(TEXTS, {site: lambda x: vector.expand_as(x) for site in sites})
             torch.cat(rows).sum().backward()
         waits = ("nonzero", "_local_scalar_dense", "index.Tensor", "index_put", "masked")

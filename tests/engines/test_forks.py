@@ -48,7 +48,7 @@ def test_what_is_put_aside_stays_as_it_was() -> None:
     cache = compat.new_cache(lm.model.config)
     ids = torch.arange(3, 11)[None]
     lm.model(**compat.with_cache(lm.model, {"input_ids": ids}, cache), use_cache=True)
-    aside = compat.put_aside(cache)
+    aside = compat.snapshot_cache(cache)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in aside.layers]
     forked = compat.fork(aside, torch.tensor([0, 0, 0]))
     for kept in (cache, forked):

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.images import PromptImages
-from trimtab.engines.transformers.images import goes_on
+from trimtab.engines.transformers.images import decodes_from_cache
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Add, Edit, Positions, Site, Steering
 from trimtab.steering.gates import Threshold
-from trimtab.text.images import Bounds, read_image
+from trimtab.text.images import ImageLimits, read_image
 
 NEW = 3
 pytestmark = pytest.mark.filterwarnings("ignore::trimtab.DoseWarning")
@@ -108,7 +108,7 @@ def test_answers_are_those_of_recomputing(kind: str) -> None:
     answers = lm.generate(prompts, STEERINGS, max_new_tokens=NEW, logprobs=True)
     ids, images = lm.encode_with_images(prompts[0])
     assert ids.count(MARK) == {"llava": 4, "gemma3": 4, "qwen2_vl": 6, "idefics3": 1, "mllama": 1}[kind]
-    assert goes_on(lm.model, lm.layout, ids, images) == (kind != "mllama")
+    assert decodes_from_cache(lm.model, lm.layout, ids, images) == (kind != "mllama")
     for prompt, answer, steering in zip(prompts, answers, STEERINGS, strict=True):
         assert answer.prompt_tokens == len(lm.encode_with_images(prompt)[0])
         check(lm, prompt, answer, steering)
@@ -241,8 +241,8 @@ def test_what_is_no_image_is_refused(source: Any, said: str) -> None:
 
 def test_bounds() -> None:
     with pytest.raises(TrimtabError, match="bytes"):
-        read_image(encoded(image()), Bounds(bytes=100))
+        read_image(encoded(image()), ImageLimits(bytes=100))
     with pytest.raises(TrimtabError, match="isn't a data: URL"):
-        read_image("one.png", Bounds(local=False))
+        read_image("one.png", ImageLimits(local=False))
     with pytest.raises(TrimtabError, match="1 images at most"):
-        pictured("llava").encode_with_images(image_prompt(image(), image()), bounds=Bounds(images=1))
+        pictured("llava").encode_with_images(image_prompt(image(), image()), bounds=ImageLimits(images=1))

@@ -537,7 +537,7 @@ def test_a_planted_fault_raises(llama, file, fault, where):
     with pytest.raises(TrimtabError, match=why):
         other.generate(PROMPTS[0], steering, max_new_tokens=NEW)
     other.weights.library = real
-    other._kept.library = real
+    other._cached_context.library = real
     assert other.generate(PROMPTS[0], steering, max_new_tokens=NEW) == right
     other.close()
 
@@ -548,7 +548,7 @@ def test_a_vector_that_stays_is_noticed(file):
     lm.generate(PROMPTS[0], adding(2, positions=RULES["generated"]), max_new_tokens=4)
     real = lm.weights.library
     kept = Planted(real, llama_set_adapter_cvec=lambda _p, data, *_: 0)
-    lm._kept.library = kept
+    lm._cached_context.library = kept
     with pytest.raises(TrimtabError, match="block 2 still adds a vector that was removed"):
         lm.generate(PROMPTS[0], max_new_tokens=4)
     lm.close()

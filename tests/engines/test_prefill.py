@@ -10,7 +10,7 @@ import torch
 from tiny import FAMILIES, by_transformers, direction, prompt
 
 from trimtab import LM, Add, Edit, MaskNeurons, Positions, ScaleScores, SetProjection, Site, Steering, Threshold
-from trimtab.engines.transformers import joining, whole_batches
+from trimtab.engines.transformers import joining, static_batches
 from trimtab.engines.transformers.generate import Generation
 from trimtab.engines.transformers.places import place
 from trimtab.engines.transformers.prefill import decides_at_prefill
@@ -75,7 +75,7 @@ def by_passes_of_their_own(
     monkeypatch: pytest.MonkeyPatch, lm: LM, steerings: Any = STEERINGS, count: int = 5, **more: Any
 ) -> list[Generation]:
     with monkeypatch.context() as context:
-        for module in (whole_batches, joining):
+        for module in (static_batches, joining):
             context.setattr(module, "decides_at_prefill", lambda *_: False)
         return answers(lm, steerings, count, **more)
 

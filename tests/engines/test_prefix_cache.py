@@ -14,13 +14,13 @@ import tiny
 import torch
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold
-from trimtab.engines.contract import ENOUGH, TOKENS_PER_BATCH, fitting
+from trimtab.engines.contract import ENOUGH, TOKENS_PER_BATCH, count_fitting
 from trimtab.engines.request import Choice
-from trimtab.engines.transformers.forced import Forced, forcing
+from trimtab.engines.transformers.forced import PromptAnswer, teacher_forcing
 from trimtab.engines.transformers.next_token import in_batches
-from trimtab.engines.transformers.prefix_cache import PrefixCache, prefix_cache_of, prefixes_cached
+from trimtab.engines.transformers.prefix_cache import PrefixCache, prefix_cache_of, use_prefix_cache
 from trimtab.engines.transformers.read import can_share
-from trimtab.evaluate.divergence import divergence, read_answered, reference
+from trimtab.evaluate.divergence import divergence, read_answer_logits, reference
 from trimtab.evaluate.fluency import perplexities
 from trimtab.steering.gates import ALWAYS, Gate
 from trimtab.tune import at_nats
@@ -71,11 +71,11 @@ class TestTheSame:
         gated = steering(Positions.from_last_prompt_token(), Threshold(Site(1), tiny.direction(7), 0.0))
         wanted: list[Any] = [steering(where) for where in WHERE.values()] + [gated, None]
         wanted.append([steering(WHERE["all"]), None, steering(WHERE["generated"])])
-        plain = [read_answered(lm, base.texts, each) for each in wanted]
+        plain = [read_answer_logits(lm, base.texts, each) for each in wanted]
         with lm._caching_prefixes():
             for _ in range(2):
                 for each, expected in zip(wanted, plain, strict=True):
-                    read = read_answered(lm, base.texts, each)
+                    read = read_answer_logits(lm, base.texts, each)
                     assert all(near(a, b, lm) for a, b in zip(read, expected, strict=True))
 
     def test_probabilities_of_candidates(self, family: str) -> None:
@@ -101,10 +101,10 @@ class TestTheSame:
 
     def test_gradients(self, family: str) -> None:
         lm = tiny.tiny(family)
-        texts = [Forced(tuple(lm.encode(prompt)), (5, 6, 7)) for prompt in PROMPTS]
+        texts = [PromptAnswer(tuple(lm.encode(prompt)), (5, 6, 7)) for prompt in PROMPTS]
         site = Site(1)
         gradients = []
-        with forcing(lm.model, lm.layout, [site]) as run:
+        with teacher_forcing(lm.model, lm.layout, [site]) as run:
             for _ in range(3):  # prompts are read in the first
                 vector = torch.zeros(tiny.WIDTH, dtype=lm.model.dtype, requires_grad=True)
                 logits = run.logits(texts, {site: lambda x, v=vector: v.expand_as(x)})
@@ -112,7 +112,7 @@ class TestTheSame:
                 gradients.append(vector.grad)
         alone = torch.zeros(tiny.WIDTH, dtype=lm.model.dtype, requires_grad=True)
         for text in texts:
-            with forcing(lm.model, lm.layout, [site]) as run:
+            with teacher_forcing(lm.model, lm.layout, [site]) as run:
                 (logits,) = run.logits([text], {site: lambda x: alone.expand_as(x)})
                 logits.log_softmax(-1)[:, 5].sum().backward()
         assert all(near(gradient, alone.grad, lm) for gradient in gradients)
@@ -124,10 +124,10 @@ def test_prompts_are_read_once(family: str) -> None:
     base = reference(lm, PROMPTS, tokens=4)
     longest = max(len(text.answer) for text in base.texts)
     with lm._caching_prefixes():
-        read_answered(lm, base.texts, steering(WHERE["generated"]))
+        read_answer_logits(lm, base.texts, steering(WHERE["generated"]))
         with counted(lm) as passes:
             for strength in (0.5, 2.0):
-                read_answered(lm, base.texts, steering(WHERE["generated"], strength=strength))
+                read_answer_logits(lm, base.texts, steering(WHERE["generated"], strength=strength))
     expected = len(PROMPTS) * (longest + 1) if can_share(lm.layout) else len(PROMPTS) * (15 + longest)
     assert passes == [expected, expected]
 
@@ -143,18 +143,18 @@ def test_what_is_kept_goes_when_a_weight_changes() -> None:
     base = reference(lm, PROMPTS, tokens=4)
     steered = steering(WHERE["generated"])
     with lm._caching_prefixes():
-        before = read_answered(lm, base.texts, steered)
+        before = read_answer_logits(lm, base.texts, steered)
         with torch.no_grad():
             lm.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-        after = read_answered(lm, base.texts, steered)
+        after = read_answer_logits(lm, base.texts, steered)
     assert not near(before[0], after[0], lm)
-    assert all(near(a, b, lm) for a, b in zip(after, read_answered(lm, base.texts, steered), strict=True))
+    assert all(near(a, b, lm) for a, b in zip(after, read_answer_logits(lm, base.texts, steered), strict=True))
     with lm._caching_prefixes():
         other = torch.nn.Parameter(2 * lm.model.model.layers[0].mlp.up_proj.weight.detach())
-        read_answered(lm, base.texts, steered)
+        read_answer_logits(lm, base.texts, steered)
         lm.model.model.layers[0].mlp.up_proj.weight = other
-        replaced = read_answered(lm, base.texts, steered)
-    assert near(replaced[0], read_answered(lm, base.texts, steered)[0], lm)
+        replaced = read_answer_logits(lm, base.texts, steered)
+    assert near(replaced[0], read_answer_logits(lm, base.texts, steered)[0], lm)
     assert not near(replaced[0], after[0], lm)
 
 
@@ -188,7 +188,7 @@ def test_the_cache_is_this_threads_and_this_models() -> None:
             assert pool.submit(prefix_cache_of, lm.model).result() is None
         with lm._caching_prefixes():
             assert prefix_cache_of(lm.model) is mine
-        with prefixes_cached(None):
+        with use_prefix_cache(None):
             assert prefix_cache_of(lm.model) is None
         assert prefix_cache_of(lm.model) is mine
     assert prefix_cache_of(lm.model) is None
@@ -212,11 +212,11 @@ def test_batches_have_every_row_once_and_few_pads(seed: int) -> None:
 
 
 def test_how_many_texts_fit() -> None:
-    assert fitting([5000], TOKENS_PER_BATCH) == 1
-    assert fitting([10, 10, 10], 29) == 2
-    assert fitting([10, 10, 10], 30) == 3
-    assert fitting([100] * 30, 2000) == 20
-    assert fitting([500, 500, 500, 300], 4096) == 3  # 2000 columns for 1800 tokens
+    assert count_fitting([5000], TOKENS_PER_BATCH) == 1
+    assert count_fitting([10, 10, 10], 29) == 2
+    assert count_fitting([10, 10, 10], 30) == 3
+    assert count_fitting([100] * 30, 2000) == 20
+    assert count_fitting([500, 500, 500, 300], 4096) == 3  # 2000 columns for 1800 tokens
 
 
 def test_no_more_is_kept_than_fits() -> None:
@@ -224,16 +224,16 @@ def test_no_more_is_kept_than_fits() -> None:
     texts = sorted(tuple(lm.encode(tiny.prompt(seed, 10))) for seed in range(6))
     once = PrefixCache(lm.model, lm.layout)
     once.cache_for(texts[:1])
-    some = PrefixCache(lm.model, lm.layout, limit=3 * once.held)
+    some = PrefixCache(lm.model, lm.layout, limit=3 * once.cached_bytes)
     some.cache_for(texts)
-    assert some.held == 3 * once.held
+    assert some.cached_bytes == 3 * once.cached_bytes
     with counted(lm) as passes:
         some.cache_for(texts[3:])
         some.cache_for([texts[5], texts[5], texts[0]])  # the last one went first
     assert passes == [10]
-    none = PrefixCache(lm.model, lm.layout, limit=once.held - 1)
+    none = PrefixCache(lm.model, lm.layout, limit=once.cached_bytes - 1)
     cache, mask = none.cache_for(texts)
-    assert (none.held, mask.shape, cache.get_seq_length()) == (0, (6, 10), 10)
+    assert (none.cached_bytes, mask.shape, cache.get_seq_length()) == (0, (6, 10), 10)
 
 
 def test_what_is_kept_has_no_gradients_and_meets_some_later() -> None:

@@ -13,7 +13,7 @@ from tiny import direction, prompt
 
 from trimtab import LM, Ablate, Add, Positions, ScaleKeys, ScaleScores, SetProjection, Site, Steering, Threshold
 from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
-from trimtab.engines.transformers.prefixes import LEAST, PrefixBatch, Prefixes
+from trimtab.engines.transformers.prefixes import LEAST, PrefixBatch, RequestPrefixCache
 from trimtab.steering import emphasis
 from trimtab.steering.monitors import Monitor
 
@@ -44,7 +44,9 @@ STEERINGS = [
 
 
 def batch_of(lm: LM, **options: Any) -> PrefixBatch:
-    return PrefixBatch(lm.model, lm.tokenizer, lm.layout, prefixes=Prefixes(options.pop("tokens", 10_000), **options))
+    return PrefixBatch(
+        lm.model, lm.tokenizer, lm.layout, prefixes=RequestPrefixCache(options.pop("tokens", 10_000), **options)
+    )
 
 
 def request_of(ids: tuple[int, ...], acting: Steering | None, count: int = 4, **more: Any) -> GenerationRequest:
@@ -201,10 +203,10 @@ class TestTheBound:
         texts = [tuple(llama.encode(prompt(n, 20))) for n in range(4)]
         for ids in texts[:3]:
             run(batch, request_of(ids, None))
-        assert (len(kept), kept.held) == (3, 69)
+        assert (len(kept), kept.cached_tokens) == (3, 69)
         assert kept.find("a", (*texts[0], 5), ()) is not None  # used again
         run(batch, request_of(texts[3], None))
-        assert (len(kept), kept.held) == (3, 69)
+        assert (len(kept), kept.cached_tokens) == (3, 69)
         assert [kept.find("a", (*ids, 5), ()) is not None for ids in texts] == [True, False, True, True]
 
     def test_the_next_turn_takes_the_place_of_the_one_before(self, llama: LM) -> None:
@@ -214,7 +216,7 @@ class TestTheBound:
         run(batch, request_of(after(ids, first, 5, 6), ADD))
         run(batch, request_of(ids, ADD))  # is there already
         assert batch.prefixes is not None
-        assert (len(batch.prefixes), batch.prefixes.held) == (1, 20 + 4 + 2 + 3)
+        assert (len(batch.prefixes), batch.prefixes.cached_tokens) == (1, 20 + 4 + 2 + 3)
 
     def test_short_texts_and_too_long_ones(self, llama: LM) -> None:
         batch = batch_of(llama, tokens=30)

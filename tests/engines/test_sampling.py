@@ -15,8 +15,15 @@ from torch import Tensor
 
 from trimtab import LM, TrimtabError
 from trimtab.engines.transformers import compat, drawing
-from trimtab.engines.transformers.drawing import Kept, draw
-from trimtab.engines.transformers.sampling import AHEAD, BatchSampler, RowSampler, Sampling, Settings, seed_of
+from trimtab.engines.transformers.drawing import SamplingLimits, draw
+from trimtab.engines.transformers.sampling import (
+    NUMBERS_ON_DEVICE,
+    BatchSampler,
+    RowSampler,
+    Sampling,
+    Settings,
+    seed_of,
+)
 
 CPU = torch.device("cpu")
 GRID = {
@@ -97,9 +104,9 @@ class TestTheDistribution:
         logits = logits_of(7, len(chosen), size)
         probabilities = logits.softmax(-1)
         limits = [(way.top_k or size, way.top_p, way.min_p) for way in chosen]
-        kept = Kept.of(limits, CPU)
-        least = kept.least(probabilities)
-        on_device = kept._least(probabilities.sort(-1, descending=True).values)[0]
+        kept = SamplingLimits.of(limits, CPU)
+        least = kept.min_kept_probability(probabilities)
+        on_device = kept._min_kept(probabilities.sort(-1, descending=True).values)[0]
         assert torch.equal(least, on_device)
         for row, sampling in enumerate(chosen):
             expected = by_transformers(lm, sampling, [0], logits[row]) > 0
@@ -126,7 +133,7 @@ class TestTheDistribution:
 
     def test_equally_likely_tokens_are_kept_together(self) -> None:
         probabilities = torch.tensor([[0.4, 0.2, 0.2, 0.2]])
-        assert Kept.of([(4, 0.5, 0.0)], CPU).least(probabilities) == np.float32(0.2)
+        assert SamplingLimits.of([(4, 0.5, 0.0)], CPU).min_kept_probability(probabilities) == np.float32(0.2)
 
 
 class TestGreedyRows:
@@ -167,7 +174,7 @@ class TestWhatTransformersDoes:
     def test_other_processors_are_run_row_by_row(self, lm: LM) -> None:
         options: dict[str, Any] = {"do_sample": True, "top_k": 0, "no_repeat_ngram_size": 2, "temperature": 0.7}
         settings = Settings.of(lm.model, options, 4, CPU)
-        assert settings.others
+        assert settings.fallback_processors
         logits = torch.zeros(2, 90)
         logits[:, 3] = 90
         rows = [Numbers(setting, torch.full((3,), 0.5)) for setting in (settings, Settings(True))]
@@ -195,11 +202,11 @@ class TestSeeds:
         answers: list[list[int]] = [[], [], []]
         rows = [RowSampler(Settings(True), seed, 200) for seed in (4, 5, 6)]
         batch = BatchSampler(rows, [[1]] * 3, answers, CPU)
-        for _ in range(2 * AHEAD + 5):
+        for _ in range(2 * NUMBERS_ON_DEVICE + 5):
             for answer, token in zip(answers, batch.choose(logits).tolist(), strict=True):
                 answer.append(token)
         alone: list[int] = []
-        for _ in range(2 * AHEAD + 5):  # made anew before each token, as when the batch changes
+        for _ in range(2 * NUMBERS_ON_DEVICE + 5):  # made anew before each token, as when the batch changes
             batch = BatchSampler([longer], [[1]], [alone], CPU)
             alone.append(int(batch.choose(logits[1:2])))
         assert alone == answers[1]

@@ -103,7 +103,7 @@ def test_positions_by_meaning_wait_no_more(device: tuple[LM, Counts], turns: boo
 
 
 def test_the_numbers_ahead_are_copied_now_and_then(device: tuple[LM, Counts], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trimtab.engines.transformers.sampling.AHEAD", 4)
+    monkeypatch.setattr("trimtab.engines.transformers.sampling.NUMBERS_ON_DEVICE", 4)
     lm, counts = device
     batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
     for row in range(5):

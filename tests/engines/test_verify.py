@@ -268,7 +268,7 @@ def test_one_row_at_a_time_over_the_models_own_cache(family: str) -> None:
     """As models have it whose rows can't share a batch: they answer one prompt after the other."""
     lm = tiny.tiny(family)
     lm.check(EMPHASIS + ADDED)
-    batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout, alone=True)
+    batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout, single_row=True)
     numbers = (0, 2, 6, 8)
     keys = [batch.insert(request_of(lm, number, 6, alternatives=1)) for number in numbers]
     responses: dict[int, list[GenerationResponse]] = {}

@@ -15,14 +15,14 @@ from tiny import WIDTH, prompt
 from trimtab import LM, Add, Edit, Site, Steering, TrimtabError
 from trimtab.evaluate.ab import (
     ABItem,
+    ab_requests,
     category_of,
+    evenly_spaced,
     in_both_orders,
+    matching_share,
     polarity,
     read_ab,
-    requests_of,
     score_ab,
-    share,
-    spread,
 )
 from trimtab.evaluate.records import Record, read_records
 from trimtab.evaluate.summary import summarize
@@ -39,7 +39,7 @@ def pushed(lm: LM, strength: float) -> Steering:
 
 
 def scored(lm: LM, arms: dict[str, Steering | None], items: list[ABItem] = ITEMS, **options: object) -> list[Record]:
-    return score_ab(lm, requests_of(lm, items, arms), items, **options)  # type: ignore[arg-type]
+    return score_ab(lm, ab_requests(lm, items, arms), items, **options)  # type: ignore[arg-type]
 
 
 def by_name(records: list[Record]) -> dict[tuple[str, str], Record]:
@@ -94,10 +94,10 @@ def test_a_model_that_only_says_a_scores_as_often_as_a_is_right() -> None:
 
 
 def test_share() -> None:
-    assert share(-1.0, -1.0) == 0.5
-    assert share(-1000.0, -1.0) == 0.0
-    assert share(-1.0, -1000.0) == 1.0
-    assert share(math.log(0.3), math.log(0.1)) == pytest.approx(0.75)
+    assert matching_share(-1.0, -1.0) == 0.5
+    assert matching_share(-1000.0, -1.0) == 0.0
+    assert matching_share(-1.0, -1000.0) == 1.0
+    assert matching_share(math.log(0.3), math.log(0.1)) == pytest.approx(0.75)
 
 
 def test_a_run_that_was_cut_ends_the_same(tmp_path: Path) -> None:
@@ -132,11 +132,11 @@ def test_a_question_has_its_rows_in_one_batch() -> None:
 def test_system_messages_need_a_template() -> None:
     lm = letters_lm()
     with pytest.raises(TrimtabError, match="needs a chat template"):
-        requests_of(lm, ITEMS, {"x": None}, {"x": "Be kind."})
+        ab_requests(lm, ITEMS, {"x": None}, {"x": "Be kind."})
     with pytest.raises(TrimtabError, match="twice"):
-        score_ab(lm, requests_of(lm, [ITEMS[0], ITEMS[0]], {"x": None}), ITEMS)
+        score_ab(lm, ab_requests(lm, [ITEMS[0], ITEMS[0]], {"x": None}), ITEMS)
     with pytest.raises(TrimtabError, match="names item 'q5', which isn't"):
-        score_ab(lm, requests_of(lm, ITEMS, {"x": None}), ITEMS[:5])
+        score_ab(lm, ab_requests(lm, ITEMS, {"x": None}), ITEMS[:5])
     with pytest.raises(TrimtabError, match=f"width is {WIDTH + 1}"):
         scored(lm, {"x": Steering((Edit(Site(1), Add(torch.ones(WIDTH + 1))),))})
 
@@ -192,9 +192,9 @@ def test_bad_files(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_spread_takes_from_everywhere() -> None:
-    assert spread(range(10), 4) == [0, 2, 5, 7]
-    assert spread(range(3), 5) == [0, 1, 2]
-    assert spread(range(3), None) == [0, 1, 2]
+    assert evenly_spaced(range(10), 4) == [0, 2, 5, 7]
+    assert evenly_spaced(range(3), 5) == [0, 1, 2]
+    assert evenly_spaced(range(3), None) == [0, 1, 2]
 
 
 def test_polarity() -> None:

@@ -13,10 +13,10 @@ import pytest
 from trimtab import TrimtabError
 from trimtab.evaluate.ab import read_ab
 from trimtab.evaluate.capability import (
-    ASK,
+    ANSWER_INSTRUCTION,
     MathItem,
     final_number,
-    macro,
+    macro_average,
     math_requests,
     math_scorer,
     read_gsm8k,
@@ -47,7 +47,10 @@ def test_final_number(text: str, number: object, marked: bool) -> None:
 def test_scores() -> None:
     items = [MathItem("1", "How many?", Decimal("18")), MathItem("2", "And now?", Decimal("2.5"))]
     requests = math_requests(items, {"a": None})
-    assert [request.prompt for request in requests] == ["How many?" + ASK, "And now?" + ASK]
+    assert [request.prompt for request in requests] == [
+        "How many?" + ANSWER_INSTRUCTION,
+        "And now?" + ANSWER_INSTRUCTION,
+    ]
     score = math_scorer(items)
     for text, expected in (("#### 18.0", (1, 1)), ("18", (1, 0)), ("#### 19", (0, 1)), ("?", (0, 0))):
         scores = score(requests[0], SimpleNamespace(text=text))  # type: ignore[arg-type]
@@ -58,7 +61,7 @@ def test_scores() -> None:
 def test_the_average_is_over_categories() -> None:
     values = {"a/1": 1.0, "a/2": 0.0, "a/3": 0.0, "b/4": 1.0}
     records = [Record("x", item, "", "", 1, "scored", scores={"matching": value}) for item, value in values.items()]
-    assert macro(records, "matching") == {"x": pytest.approx((1 / 3 + 1) / 2)}
+    assert macro_average(records, "matching") == {"x": pytest.approx((1 / 3 + 1) / 2)}
 
 
 @pytest.mark.parametrize("text", ["x\n", "[]\n", '{"question": "Q", "answer": "none"}\n', "\n"])

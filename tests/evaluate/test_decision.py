@@ -8,7 +8,15 @@ import random
 import pytest
 import torch
 
-from trimtab.evaluate.decision import LEVEL, Decision, decide, error_rate, fewest, in_words, sign_flip
+from trimtab.evaluate.decision import (
+    LEVEL,
+    Decision,
+    decide,
+    describe_decision,
+    error_rate_text,
+    min_items_for_verdict,
+    sign_flip,
+)
 from trimtab.evaluate.intervals import Interval, mcnemar
 from trimtab.steering import Add, Edit, Site, Steering
 from trimtab.tune.candidates import grid
@@ -52,7 +60,7 @@ def test_one_lucky_prompt_is_no_gain():
     assert decide([0] * 10, [1] + [0] * 9).verdict == "can't be told from luck"
     assert decide([0] * 10, [1] * 5 + [0] * 5).verdict == "better"
     assert decide([1] * 10, [0] * 5 + [1] * 5).verdict == "worse"
-    assert fewest() == 5
+    assert min_items_for_verdict() == 5
     assert decide([0] * 4, [1] * 4).verdict == "can't be told from luck"
 
 
@@ -95,12 +103,14 @@ def test_a_search_with_nothing_to_find_seldom_finds_something(held_out):
 def test_the_words_say_what_was_seen_and_how_sure_it_is():
     decision = decide([0] * 8, [1] * 6 + [0] * 2, candidates=2)
     assert (
-        in_words(decision)
+        describe_decision(decision)
         == "better: 0.75 instead of 0.00 on 8 prompts (6 better, 0 worse; p = 0.031 for the best of 2)"
     )
-    assert "5%" in error_rate()
+    assert "5%" in error_rate_text()
     worse = Decision(9, 0.9, 0.1, Interval(-0.8, -1, -0.5), 0, 7, 1.0, 0.0078)
-    assert in_words(worse, "items").startswith("worse: 0.10 instead of 0.90 on 9 items (0 better, 7 worse; p = 0.0078")
+    assert describe_decision(worse, "items").startswith(
+        "worse: 0.10 instead of 0.90 on 9 items (0 better, 7 worse; p = 0.0078"
+    )
 
 
 def test_what_is_no_number_is_refused():

@@ -33,7 +33,7 @@ TEXTS = [(ids(1, 5), ids(2, 7)), (ids(3, 9), ids(4, 1)), (ids(5, 1), ids(6, 12))
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_the_textbook_formula(family, monkeypatch):
-    monkeypatch.setattr(likelihood, "LOGITS", 90 * 3)  # three tokens' logits at a time
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 90 * 3)  # three tokens' logits at a time
     lm = tiny(family)
     results = perplexities(lm, TEXTS, tokens_per_batch=30)
     close = 1e-3 if lm.model.dtype == torch.float32 else 1e-9
@@ -49,7 +49,7 @@ def test_neither_order_nor_batches_matter():
 
 
 def test_logits_never_exist_for_all_tokens_at_once(monkeypatch):
-    monkeypatch.setattr(likelihood, "LOGITS", 90 * 4)
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 90 * 4)
     lm, rows = tiny("llama"), []
     lm.model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: rows.append(out.shape[:-1].numel()))
     perplexities(lm, TEXTS)

@@ -15,13 +15,13 @@ from trimtab.evaluate.ifeval import (
     RANDOM_LETTERS,
     IFEvalItem,
     by_instruction,
-    described,
     follows,
+    ifeval_requests,
+    instruction_text,
     judge,
     read_ifeval,
-    repeated,
-    requests_of,
     type_of,
+    with_repeated_instructions,
 )
 from trimtab.evaluate.records import Record
 from trimtab.steering import Add, Edit, Site, Steering
@@ -256,16 +256,16 @@ def test_rows_of_the_hub(monkeypatch):
 def test_requests():
     bare = IFEvalItem("1", "1", "Fruit. No commas.", ("punctuation:no_comma",), ({},), "Fruit.")
     steering = Steering((Edit(Site(0), Add(__import__("torch").ones(4))),))
-    requests = requests_of([bare], {"u": None, "s": steering}, without_instruction=True)
+    requests = ifeval_requests([bare], {"u": None, "s": steering}, without_instruction=True)
     assert [(r.arm, r.item, r.prompt, r.steering, r.group) for r in requests] == [
         ("u", "1", "Fruit.", None, "1"),
         ("s", "1", "Fruit.", steering, "1"),
     ]
-    (again,) = repeated([bare])
-    assert again.prompt == f"Fruit. No commas.\n\n{described(bare)}"
-    assert "refrain from the use of any commas" in described(bare)
+    (again,) = with_repeated_instructions([bare])
+    assert again.prompt == f"Fruit. No commas.\n\n{instruction_text(bare)}"
+    assert "refrain from the use of any commas" in instruction_text(bare)
     with pytest.raises(TrimtabError, match="item 2 has no prompt_without_instruction"):
-        requests_of([IFEvalItem("2", "2", "p", (), ())], {"u": None}, without_instruction=True)
+        ifeval_requests([IFEvalItem("2", "2", "p", (), ())], {"u": None}, without_instruction=True)
 
 
 def test_one_record_an_instruction():
@@ -298,11 +298,11 @@ def test_punkt_is_written_once(no_punkt, monkeypatch):
     folder = no_punkt / "cache" / "nltk_data"
     assert sorted(p.name for p in (folder / punkt.RESOURCE).iterdir()) == sorted(punkt.FILES)
     assert [p.name for p in folder.iterdir()] == ["tokenizers"]
-    assert punkt.has(punkt.RESOURCE)
+    assert punkt.has_resource(punkt.RESOURCE)
     nltk.data.path.clear()
     monkeypatch.setitem(sys.modules, "punkt.data", None)
     punkt.ensure_punkt()  # from the cache
-    assert punkt.has(punkt.RESOURCE)
+    assert punkt.has_resource(punkt.RESOURCE)
 
 
 def test_nltk_reads_the_tables_that_were_written(no_punkt):

@@ -21,7 +21,7 @@ from inspect_ai.tool import tool  # noqa: E402
 
 from trimtab import LM, Add, Card, Edit, Site, Steering, TrimtabError, save  # noqa: E402
 from trimtab.evaluate.answers import answer  # noqa: E402
-from trimtab.evaluate.inspect_provider import check_config, loaded  # noqa: E402
+from trimtab.evaluate.inspect_provider import check_config, load_model  # noqa: E402
 from trimtab.evaluate.inspect_registry import steered  # noqa: E402
 from trimtab.evaluate.inspect_run import run_task  # noqa: E402
 from trimtab.evaluate.records import ArmPrompt  # noqa: E402
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lm(model: Path) -> LM:
-    return loaded(str(model), dtype="float32")
+    return load_model(str(model), dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from judging import Served, complete, fails, send, serving
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.judge import (
-    KEY,
-    MODEL,
-    URL,
+    KEY_VARIABLE,
+    MODEL_VARIABLE,
+    URL_VARIABLE,
     Endpoint,
     LocalJudge,
     Rubric,
@@ -56,7 +56,7 @@ def served() -> Iterator[Served]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pauses before another try, a hundredth as long."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.005)
-    for name in (URL, MODEL, KEY):
+    for name in (URL_VARIABLE, MODEL_VARIABLE, KEY_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -145,7 +145,7 @@ def test_a_reply_without_text_is_a_failure(served: Served) -> None:
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
 def test_a_refusal_for_good_raises_at_once(served: Served, status: int) -> None:
     served.faults = [fails(status)] * 9
-    with pytest.raises(TrimtabError, match=rf"HTTP {status}.*{KEY}"):
+    with pytest.raises(TrimtabError, match=rf"HTTP {status}.*{KEY_VARIABLE}"):
         judge_answers(endpoint(served, workers=1), RUBRIC, [("q", "a")])
     assert len(served.requests) == 1
 
@@ -187,7 +187,7 @@ def test_replies_without_a_score_are_reported_and_never_0(served: Served) -> Non
     ],
 )
 def test_what_counts_as_a_score(reply: str, score: float | None) -> None:
-    assert RUBRIC.read(reply) == score
+    assert RUBRIC.parse_score(reply) == score
 
 
 def test_the_cache_answers_what_was_asked_before_and_nothing_else(served: Served, tmp_path: Path) -> None:
@@ -259,13 +259,13 @@ def test_records_get_a_score_that_a_file_can_hold_and_a_summary_refuses_when_mis
 
 
 def test_the_environment_names_the_endpoint(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TrimtabError, match=f"set {URL} and {MODEL}"):
+    with pytest.raises(TrimtabError, match=f"set {URL_VARIABLE} and {MODEL_VARIABLE}"):
         default_judge()
-    monkeypatch.setenv(URL, served.url)
-    with pytest.raises(TrimtabError, match=f"set {MODEL}"):
+    monkeypatch.setenv(URL_VARIABLE, served.url)
+    with pytest.raises(TrimtabError, match=f"set {MODEL_VARIABLE}"):
         default_judge()
-    monkeypatch.setenv(MODEL, "m")
-    monkeypatch.setenv(KEY, "secret")
+    monkeypatch.setenv(MODEL_VARIABLE, "m")
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
     judge = default_judge()
     assert not judge.weak
     assert "secret" not in repr(judge)

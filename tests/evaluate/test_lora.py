@@ -14,7 +14,7 @@ from trimtab import LM, Add, Edit, Pair, Positions, Site, Steering, TrimtabError
 
 pytest.importorskip("peft", reason="needs trimtab[finetune]")
 
-from trimtab.evaluate.ab import ABItem, requests_of, score_ab
+from trimtab.evaluate.ab import ABItem, ab_requests, score_ab
 from trimtab.evaluate.lora import Lora, Target, finetuned, load_adapter, loss, target
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ def questions(count: int, start: int = 0) -> list[Pair]:
 
 def matching(lm: LM, pairs: list[Pair]) -> float:
     items = [ABItem(str(i), p.prompt, p.positive[1], p.negative[1]) for i, p in enumerate(pairs)]
-    records = score_ab(lm, requests_of(lm, items, {"": None}), items)
+    records = score_ab(lm, ab_requests(lm, items, {"": None}), items)
     return sum(record.scores["matching"] for record in records) / len(records)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from trimtab import TrimtabError
 from trimtab.evaluate.records import ArmPrompt, Record
-from trimtab.evaluate.refusal import OPENING, part_of, read_refusal, refuses, requests_of, score
+from trimtab.evaluate.refusal import OPENING, part_of, read_refusal, refusal_requests, refuses, score
 
 DATA = Path(os.environ.get("TRIMTAB_DATA") or Path(__file__).parents[3] / "shared" / "data")
 data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the data aren't in {DATA}; set TRIMTAB_DATA to their folder")
@@ -74,7 +74,7 @@ def test_reading(tmp_path: Path) -> None:
         ("P1", "x safe", False),
         ("P5", "x safe", False),
     ]
-    requests = requests_of(items, {"a": None, "s": None}, {"s": "Be kind."})
+    requests = refusal_requests(items, {"a": None, "s": None}, {"s": "Be kind."})
     assert len(requests) == 8
     assert requests[1].prompt == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "P0"}]
     assert part_of(Record("a", items[0].item, "", "", 1, "stop")) == "x unsafe"

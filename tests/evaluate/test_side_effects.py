@@ -19,11 +19,19 @@ from trimtab.data.read import read_json
 from trimtab.errors import UnsupportedError
 from trimtab.evaluate.audit import FULL, QUICK, audit, read_items
 from trimtab.evaluate.audit.checks import UNSTEERED, Measure, repeats
-from trimtab.evaluate.audit.direction import COMPLYING, REFUSING, Refusal, overlaps, refusal_direction, shifts, stream
+from trimtab.evaluate.audit.direction import (
+    COMPLYING,
+    REFUSING,
+    RefusalDirections,
+    capture_stream,
+    overlaps,
+    refusal_direction,
+    shifts,
+)
 from trimtab.evaluate.audit.findings import compare, verdict
-from trimtab.evaluate.audit.repair import repaired
+from trimtab.evaluate.audit.repair import repair_steering
 from trimtab.evaluate.audit.significance import detectable, holm, p_value
-from trimtab.evaluate.jailbreaks import TEMPLATES, under
+from trimtab.evaluate.jailbreaks import TEMPLATES, apply_template
 from trimtab.files.steering_file import edits_digest, load_steering, save_steering, steering_digest
 from trimtab.steering import MaskNeurons, Rotate, ScaleScores
 
@@ -124,10 +132,10 @@ def test_repeats_by_the_definition() -> None:
 # ---- the direction, and a repair --------------------------------------------------------------------------------
 
 
-def refusal(seed: int = 3, layers: int = 4) -> Refusal:
+def refusal(seed: int = 3, layers: int = 4) -> RefusalDirections:
     directions = torch.stack([direction(seed + layer) for layer in range(layers)])
     answers = torch.stack([direction(seed + 50 + layer) for layer in range(layers)])
-    return Refusal(directions, answers, torch.ones(layers, dtype=torch.float64), (1.0,) * layers)
+    return RefusalDirections(directions, answers, torch.ones(layers, dtype=torch.float64), (1.0,) * layers)
 
 
 def edits() -> dict[str, Edit]:
@@ -148,9 +156,9 @@ def edits() -> dict[str, Edit]:
 def test_what_a_repaired_edit_changes_is_the_old_change_without_the_direction(name: str) -> None:
     r, edit = refusal(), edits()[name]
     other = direction(99)
-    mended = repaired(Steering((edit,), Card("x")), lambda site: [*r.at(site).values(), other], ["r"])
+    mended = repair_steering(Steering((edit,), Card("x")), lambda site: [*r.at(site).values(), other], ["r"])
     (new,) = mended.steering.edits
-    assert 0 < mended.left[0] <= 1
+    assert 0 < mended.remaining_shares[0] <= 1
     basis = torch.linalg.qr(torch.stack([*r.at(edit.site).values(), other], 1))[0]
     for seed in range(40, 45):
         x = direction(seed, 3.0)
@@ -168,7 +176,7 @@ def test_what_cannot_be_repaired_is_named() -> None:
     r = refusal()
     whole = Steering((Edit(Site(1), Add(r.directions[1])),), Card("x"))
     with pytest.raises(TrimtabError, match="nothing is left of the steering without r: that is all it does"):
-        repaired(whole, lambda site: list(r.at(site).values()), ["r"])
+        repair_steering(whole, lambda site: list(r.at(site).values()), ["r"])
     for edit, says in (
         (Edit(Site(1), Rotate(direction(2))), "only edits that add, set or ablate"),
         (Edit(Site(1), Add(direction(2), keep_norm=True)), "it keeps the norm"),
@@ -176,7 +184,7 @@ def test_what_cannot_be_repaired_is_named() -> None:
         (Edit(Site(1, "neurons"), MaskNeurons(torch.ones(48))), "goes through a projection first"),
     ):
         with pytest.raises(UnsupportedError, match=says):
-            repaired(Steering((edit,)), lambda site: list(r.at(site).values()))
+            repair_steering(Steering((edit,)), lambda site: list(r.at(site).values()))
 
 
 def test_overlaps_are_cosines_and_shares_of_a_span() -> None:
@@ -235,7 +243,7 @@ def naive_answers(lm: LM, requests: Any, layer: int) -> torch.Tensor:
 def test_the_direction_is_the_difference_of_means(lm: LM) -> None:
     items = read_items(size=SMALL)
     learn = (items.learn_harmful[:4], items.learn_harmless[:4])
-    learned = refusal_direction(lm, learn, (stream(lm, items.harmful), stream(lm, items.harmless)))
+    learned = refusal_direction(lm, learn, (capture_stream(lm, items.harmful), capture_stream(lm, items.harmless)))
     for layer in range(4):
         on, off = (
             torch.stack([lm.capture(text, layer)[0][Site(layer)][-1].double() for text in side]).mean(0)
@@ -243,9 +251,9 @@ def test_the_direction_is_the_difference_of_means(lm: LM) -> None:
         )
         assert torch.allclose(learned.directions[layer] * learned.gaps[layer], on - off, atol=1e-5)
         assert torch.allclose(learned.answers[layer], naive_answers(lm, learn[0], layer), atol=1e-5)
-    before = stream(lm, items.harmful)
+    before = capture_stream(lm, items.harmful)
     step = pushing(lm, learned.directions[2], -float(learned.gaps[2]))
-    moved = shifts(learned, before, {"s": stream(lm, items.harmful, step)})["s"]
+    moved = shifts(learned, before, {"s": capture_stream(lm, items.harmful, step)})["s"]
     assert moved[:2] == pytest.approx([0, 0], abs=1e-5)
     assert moved[2] == pytest.approx(-1, abs=1e-3)
 
@@ -321,8 +329,8 @@ def test_the_packages_items_are_what_they_should_be() -> None:
         letters = [row["answer_matching_behavior"] for row in rows]
         assert letters.count("(A)") == letters.count("(B)")
     assert all(len(conversation) == 10 for conversation in stored["conversations"])
-    assert all(under(name, "Do it!").count("Do it") == 1 for name in TEMPLATES)
-    assert "Do it!" not in under("fiction", "Do it!")
+    assert all(apply_template(name, "Do it!").count("Do it") == 1 for name in TEMPLATES)
+    assert "Do it!" not in apply_template("fiction", "Do it!")
 
 
 def test_a_folder_takes_the_place_of_what_it_has(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from trimtab import (
     load,
 )
 from trimtab.files.export import TARGETS
-from trimtab.files.foreign import folded
+from trimtab.files.foreign import sum_additions
 from trimtab.steering import ModelId
 
 WIDTH = 6
@@ -77,9 +77,9 @@ def test_what_is_written_comes_back(steering, target):
         export(steering, path, to)
         first = path.read_bytes()
         back = load(path)
-        assert folded(back, "x").keys() == folded(steering, "x").keys()
-        for site, expected in folded(steering, "x").items():
-            assert torch.equal(folded(back, "x")[site], expected)
+        assert sum_additions(back, "x").keys() == sum_additions(steering, "x").keys()
+        for site, expected in sum_additions(steering, "x").items():
+            assert torch.equal(sum_additions(back, "x")[site], expected)
         export(steering, path, to)
         if suffix != ".pt":
             assert path.read_bytes() == first

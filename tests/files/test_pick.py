@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trimtab import Add, Edit, Site, Steering, TrimtabError
-from trimtab.files.pick import Pick, parse_pick, written
+from trimtab.files.pick import Pick, format_layers, parse_pick
 from trimtab.files.steering_file import save_steering
 
 
@@ -84,6 +84,6 @@ def test_a_file_whose_name_ends_so(tmp_path):
 
 
 def test_layers_in_short():
-    assert written([14]) == "14"
-    assert written([14, 15]) == "14,15"
-    assert written([3, 10, 11, 12, 20]) == "3,10-12,20"
+    assert format_layers([14]) == "14"
+    assert format_layers([14, 15]) == "14,15"
+    assert format_layers([3, 10, 11, 12, 20]) == "3,10-12,20"

@@ -14,12 +14,12 @@ from tiny import WIDTH, direction, prompt
 from torch import Tensor
 
 from trimtab import LM, Site, TrimtabError
-from trimtab.engines.transformers.forced import Forced, Forcing, forcing, passes
+from trimtab.engines.transformers.forced import PromptAnswer, TeacherForcing, group_by_pass, teacher_forcing
 from trimtab.learn import soft_targets
-from trimtab.learn.descent import PATIENCE, Course, Descent, descend
+from trimtab.learn.descent import PATIENCE, Descent, DescentHistory, descend
+from trimtab.learn.parameters import LowRankParameters
 from trimtab.learn.soft_targets import _likeliest as likeliest
 from trimtab.learn.soft_targets import divergence
-from trimtab.learn.trained import Trained
 
 SITE = Site(1)
 TARGETS = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in range(7)]
@@ -32,18 +32,18 @@ def lm() -> LM:
 
 
 @pytest.fixture
-def run(lm: LM) -> Iterator[Forcing]:
-    with forcing(lm.model, lm.layout, [SITE]) as opened:
+def run(lm: LM) -> Iterator[TeacherForcing]:
+    with teacher_forcing(lm.model, lm.layout, [SITE]) as opened:
         yield opened
 
 
-def start(rank: int = 0, seed: int = 0) -> Trained:
-    return Trained.start({SITE: 1.0}, {SITE: WIDTH}, rank, seed, torch.device("cpu"))
+def start(rank: int = 0, seed: int = 0) -> LowRankParameters:
+    return LowRankParameters.initial({SITE: 1.0}, {SITE: WIDTH}, rank, seed, torch.device("cpu"))
 
 
-def distance(_run: Forcing, trained: Trained, some: Sequence[Tensor]) -> Tensor:
+def distance(_run: TeacherForcing, trained: LowRankParameters, some: Sequence[Tensor]) -> Tensor:
     """Convex: the sum of squared distances of the vector from what each example would have."""
-    return torch.stack([(trained.parts[SITE].vector - target).square().sum() for target in some]).sum()
+    return torch.stack([(trained.by_site[SITE].vector - target).square().sum() for target in some]).sum()
 
 
 def by(size: int) -> Callable[[Sequence[Any]], list[list[int]]]:
@@ -51,30 +51,30 @@ def by(size: int) -> Callable[[Sequence[Any]], list[list[int]]]:
 
 
 def descent(
-    run: Forcing,
+    run: TeacherForcing,
     how: Descent,
     held_out: Sequence[Tensor] = (),
     examples: Sequence[Tensor] = TARGETS,
     loss: Any = distance,
     report: Any = None,
     size: int = 3,
-) -> tuple[Trained, Course]:
-    return descend(run, start(), examples, held_out, loss, how, groups=by(size), report=report)
+) -> tuple[LowRankParameters, DescentHistory]:
+    return descend(run, start(), examples, held_out, loss, how, group_examples=by(size), report=report)
 
 
 # ---- where it ends -------------------------------------------------------------------------------------------
 
 
-def test_it_reaches_the_optimum(run: Forcing) -> None:
+def test_it_reaches_the_optimum(run: TeacherForcing) -> None:
     trained, course = descent(run, Descent(steps=300, rate=0.05, batch=7, max_dose=100))
-    assert torch.allclose(trained.parts[SITE].vector, MEAN, atol=0.02)
+    assert torch.allclose(trained.by_site[SITE].vector, MEAN, atol=0.02)
     assert (course.steps, len(course.losses), course.interrupted) == (300, 300, False)
     assert course.losses[-1] < course.losses[0]
-    assert math.isnan(course.first)
+    assert math.isnan(course.first_loss)
 
 
-def test_how_examples_are_grouped_doesnt_matter(run: Forcing) -> None:
-    vectors = [descent(run, Descent(steps=20, batch=5), size=size)[0].parts[SITE].vector for size in (1, 2, 7)]
+def test_how_examples_are_grouped_doesnt_matter(run: TeacherForcing) -> None:
+    vectors = [descent(run, Descent(steps=20, batch=5), size=size)[0].by_site[SITE].vector for size in (1, 2, 7)]
     assert torch.allclose(vectors[0], vectors[1], atol=1e-6)
     assert torch.allclose(vectors[0], vectors[2], atol=1e-6)
 
@@ -84,12 +84,14 @@ def test_what_a_vector_does_to_a_model_is_found_again(lm: LM, rank: int, monkeyp
     """The teacher is the model with a vector in it."""
     monkeypatch.setattr(soft_targets, "TEMPERATURE", 1.0)
     planted = direction(3, 4.0)
-    texts = [Forced(tuple(lm.encode(prompt(i, 3 + i % 4))), tuple(lm.encode(prompt(50 + i, 5)))) for i in range(10)]
-    with forcing(lm.model, lm.layout, [SITE]) as run:
+    texts = [
+        PromptAnswer(tuple(lm.encode(prompt(i, 3 + i % 4))), tuple(lm.encode(prompt(50 + i, 5)))) for i in range(10)
+    ]
+    with teacher_forcing(lm.model, lm.layout, [SITE]) as run:
         with torch.no_grad():
             likeliest_tokens = [likeliest(row) for row in run.logits(texts, {SITE: lambda x: planted.expand_as(x)})]
 
-        def loss(run: Forcing, trained: Trained, some: Sequence[int]) -> Tensor:
+        def loss(run: TeacherForcing, trained: LowRankParameters, some: Sequence[int]) -> Tensor:
             rows = run.logits([texts[i] for i in some], trained.changes())
             return torch.stack(
                 [divergence(row, likeliest_tokens[i]).mean() for row, i in zip(rows, some, strict=True)]
@@ -102,42 +104,51 @@ def test_what_a_vector_does_to_a_model_is_found_again(lm: LM, rank: int, monkeyp
             [8, 9],
             loss,
             Descent(steps=60, rate=0.05, every=20, max_dose=2.0),
-            groups=lambda some: passes(lm.model, [texts[i] for i in some]),
+            group_examples=lambda some: group_by_pass(lm.model, [texts[i] for i in some]),
         )
     assert course.losses[-1] < 0.05 * course.losses[0]
-    assert course.best < course.first
+    assert course.best_loss < course.first_loss
     if rank == 0:  # with more to choose from, eight texts don't tell a vector from a map
-        assert course.best < 0.1 * course.first
-        assert torch.cosine_similarity(learned.parts[SITE].vector, planted.float(), dim=0) > 0.9
+        assert course.best_loss < 0.1 * course.first_loss
+        assert torch.cosine_similarity(learned.by_site[SITE].vector, planted.float(), dim=0) > 0.9
     assert all(parameter.grad is None for parameter in lm.model.parameters())
 
 
-def test_no_vector_gets_longer_than_it_may(run: Forcing) -> None:
+def test_no_vector_gets_longer_than_it_may(run: TeacherForcing) -> None:
     seen: list[float] = []
     trained = start()
 
     def report(_done: int, _total: int, _words: str) -> None:
         seen.append(trained.doses()[SITE])
 
-    descend(run, trained, TARGETS, [], distance, Descent(steps=30, rate=0.3, max_dose=0.2), groups=by(3), report=report)
+    descend(
+        run,
+        trained,
+        TARGETS,
+        [],
+        distance,
+        Descent(steps=30, rate=0.3, max_dose=0.2),
+        group_examples=by(3),
+        report=report,
+    )
     assert max(seen) <= 0.2 * (1 + 1e-5)
     assert seen[-1] == pytest.approx(0.2, rel=1e-4)
 
 
-def test_the_best_on_what_is_held_out_is_kept(run: Forcing) -> None:
+def test_the_best_on_what_is_held_out_is_kept(run: TeacherForcing) -> None:
     """It is between the beginning and where the examples lead, so that it is passed on the way."""
     aside = [0.3 * MEAN]
     best, course = descent(run, Descent(steps=200, rate=0.05, batch=7, every=1, max_dose=100), aside)
-    assert course.first == pytest.approx(float(aside[0].square().sum()), rel=1e-5)
+    assert course.first_loss == pytest.approx(float(aside[0].square().sum()), rel=1e-5)
     assert 0 < course.best_step < course.steps
-    assert course.best == pytest.approx(float(distance(run, best, aside)), rel=1e-5)
+    assert course.best_loss == pytest.approx(float(distance(run, best, aside)), rel=1e-5)
     again, _ = descent(
         run, Descent(steps=200, rate=0.05, batch=7, every=1, max_dose=100), aside, report=stop_at(course.best_step)
     )
-    assert torch.equal(again.parts[SITE].vector, best.parts[SITE].vector)
+    assert torch.equal(again.by_site[SITE].vector, best.by_site[SITE].vector)
 
 
-def test_with_slack_it_is_the_last_that_is_hardly_worse(run: Forcing) -> None:
+def test_with_slack_it_is_the_last_that_is_hardly_worse(run: TeacherForcing) -> None:
     """The loss on what is held out falls, and rises again past 0.3 of the way."""
     aside, reported = [0.3 * MEAN], dict[int, float]()
     trained = start()
@@ -149,23 +160,23 @@ def test_with_slack_it_is_the_last_that_is_hardly_worse(run: Forcing) -> None:
         reported.clear()
         trained = start()
         how = Descent(steps=200, rate=0.05, batch=7, every=1, max_dose=100, slack=slack)
-        chosen, course = descend(run, trained, TARGETS, aside, distance, how, groups=by(3), report=report)
+        chosen, course = descend(run, trained, TARGETS, aside, distance, how, group_examples=by(3), report=report)
         lowest = min(reported.values())
-        fine = [step for step, value in reported.items() if value <= (1 + slack) * lowest and value < course.first]
+        fine = [step for step, value in reported.items() if value <= (1 + slack) * lowest and value < course.first_loss]
         assert course.best_step == max(fine)
-        assert course.best == pytest.approx(reported[max(fine)], rel=1e-4)
-        assert course.best == pytest.approx(float(distance(run, chosen, aside)), rel=1e-4)
-        assert course.best < course.first
+        assert course.best_loss == pytest.approx(reported[max(fine)], rel=1e-4)
+        assert course.best_loss == pytest.approx(float(distance(run, chosen, aside)), rel=1e-4)
+        assert course.best_loss < course.first_loss
         assert course.steps == course.best_step + PATIENCE
 
 
-def test_what_comes_back_stays_as_it_is(run: Forcing) -> None:
+def test_what_comes_back_stays_as_it_is(run: TeacherForcing) -> None:
     trained = start()
-    result, _ = descend(run, trained, TARGETS, [], distance, Descent(steps=3), groups=by(3))
+    result, _ = descend(run, trained, TARGETS, [], distance, Descent(steps=3), group_examples=by(3))
     with torch.no_grad():
-        trained.parts[SITE].vector.zero_()
-    assert result.parts[SITE].vector.any()
-    assert not result.parts[SITE].vector.requires_grad
+        trained.by_site[SITE].vector.zero_()
+    assert result.by_site[SITE].vector.any()
+    assert not result.by_site[SITE].vector.requires_grad
     assert all(tensor.grad is None for tensor in trained.tensors)
 
 
@@ -180,30 +191,30 @@ def stop_at(step: int) -> Callable[[int, int, str], None]:
     return report
 
 
-def test_patience_ends_it(run: Forcing) -> None:
+def test_patience_ends_it(run: TeacherForcing) -> None:
     best, course = descent(run, Descent(steps=100, every=2), [-5 * MEAN])
     assert (course.steps, course.best_step) == (2 * PATIENCE, 0)
-    assert course.best == course.first
-    assert not best.parts[SITE].vector.any()
+    assert course.best_loss == course.first_loss
+    assert not best.by_site[SITE].vector.any()
 
 
-def test_an_interruption_gives_the_best_so_far(run: Forcing) -> None:
+def test_an_interruption_gives_the_best_so_far(run: TeacherForcing) -> None:
     how = Descent(steps=100, every=2)
     trained, course = descent(run, how, TARGETS, report=stop_at(5))
     assert (course.steps, course.interrupted, course.best_step) == (5, True, 4)
     other, four = descent(run, how, TARGETS, report=stop_at(4))
-    assert torch.equal(trained.parts[SITE].vector, other.parts[SITE].vector)
-    assert four.best == course.best
+    assert torch.equal(trained.by_site[SITE].vector, other.by_site[SITE].vector)
+    assert four.best_loss == course.best_loss
     alone, course = descent(run, how, report=stop_at(5))  # nothing is held out: as it is
     assert course.interrupted
-    assert not torch.equal(alone.parts[SITE].vector, trained.parts[SITE].vector)
+    assert not torch.equal(alone.by_site[SITE].vector, trained.by_site[SITE].vector)
 
 
 @pytest.mark.parametrize("call", [1, 2, 9])
-def test_an_interruption_in_the_middle_of_a_step(run: Forcing, call: int) -> None:
+def test_an_interruption_in_the_middle_of_a_step(run: TeacherForcing, call: int) -> None:
     calls = Counter[str]()
 
-    def loss(run: Forcing, trained: Trained, some: Sequence[Tensor]) -> Tensor:
+    def loss(run: TeacherForcing, trained: LowRankParameters, some: Sequence[Tensor]) -> Tensor:
         calls["loss"] += 1
         if calls["loss"] == call:
             raise KeyboardInterrupt
@@ -212,14 +223,14 @@ def test_an_interruption_in_the_middle_of_a_step(run: Forcing, call: int) -> Non
     learned, course = descent(run, Descent(steps=50, every=1), [MEAN], loss=loss)
     assert course.interrupted
     assert course.steps < 5
-    assert bool(learned.parts[SITE].vector.any()) == (course.best_step > 0)
+    assert bool(learned.by_site[SITE].vector.any()) == (course.best_step > 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_an_error(run: Forcing, value: float) -> None:
+def test_a_loss_that_is_not_finite_is_an_error(run: TeacherForcing, value: float) -> None:
     calls = Counter[str]()
 
-    def loss(run: Forcing, trained: Trained, some: Sequence[Tensor]) -> Tensor:
+    def loss(run: TeacherForcing, trained: LowRankParameters, some: Sequence[Tensor]) -> Tensor:
         calls["loss"] += 1
         return distance(run, trained, some) * (value if calls["loss"] > 5 else 1.0)
 
@@ -227,7 +238,7 @@ def test_a_loss_that_is_not_finite_is_an_error(run: Forcing, value: float) -> No
         descent(run, Descent(steps=50, batch=6), loss=loss)
 
 
-def test_errors(run: Forcing) -> None:
+def test_errors(run: TeacherForcing) -> None:
     with pytest.raises(TrimtabError, match="no texts to learn from"):
         descent(run, Descent(), examples=[])
     for name in ("steps", "rate", "batch", "every", "max_dose"):
@@ -243,29 +254,29 @@ def test_errors(run: Forcing) -> None:
 
 
 @pytest.mark.parametrize(("count", "batch"), [(7, 3), (5, 8), (8, 8), (1, 4)])
-def test_every_example_once_before_any_comes_again(run: Forcing, count: int, batch: int) -> None:
+def test_every_example_once_before_any_comes_again(run: TeacherForcing, count: int, batch: int) -> None:
     drawn: list[int] = []
 
-    def loss(run: Forcing, trained: Trained, some: Sequence[int]) -> Tensor:
+    def loss(run: TeacherForcing, trained: LowRankParameters, some: Sequence[int]) -> Tensor:
         drawn.extend(some)
-        return trained.parts[SITE].vector.square().sum()
+        return trained.by_site[SITE].vector.square().sum()
 
-    descend(run, start(), range(count), [], loss, Descent(steps=12, batch=batch), groups=by(2))
+    descend(run, start(), range(count), [], loss, Descent(steps=12, batch=batch), group_examples=by(2))
     assert len(drawn) == 12 * min(batch, count)
     for i in range(0, len(drawn), count):
         assert max(Counter(drawn[i : i + count]).values()) == 1
 
 
-def test_the_same_seed_gives_the_same_bits(run: Forcing) -> None:
+def test_the_same_seed_gives_the_same_bits(run: TeacherForcing) -> None:
     how = Descent(steps=9, batch=2)
     first, second = (descent(run, how, TARGETS[:2]) for _ in range(2))
     other, _ = descent(run, Descent(steps=9, batch=2, seed=1), TARGETS[:2])
-    assert torch.equal(first[0].parts[SITE].vector, second[0].parts[SITE].vector)
+    assert torch.equal(first[0].by_site[SITE].vector, second[0].by_site[SITE].vector)
     assert first[1] == second[1]
-    assert not torch.equal(first[0].parts[SITE].vector, other.parts[SITE].vector)
+    assert not torch.equal(first[0].by_site[SITE].vector, other.by_site[SITE].vector)
 
 
-def test_each_step_is_reported(run: Forcing) -> None:
+def test_each_step_is_reported(run: TeacherForcing) -> None:
     reported: list[tuple[int, int, str]] = []
     descent(run, Descent(steps=4, every=3), TARGETS[:1], report=lambda *words: reported.append(words))
     assert [(done, total) for done, total, _ in reported] == [(i, 4) for i in range(1, 5)]

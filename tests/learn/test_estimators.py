@@ -262,13 +262,13 @@ def test_lengths_are_the_methods_own(lm: LM, norm: str) -> None:
 def test_the_mean_keeps_sums_and_others_keep_what_they_need(lm: LM) -> None:
     texts = [(Text(lm.encode(p.positive), [2]), Text(lm.encode(p.negative), [1])) for p in PAIRS]
     sums = contrast_many(lm, {"a": texts, "b": texts[:3]}, [1, 2])
-    kept = contrast_many(lm, {"a": texts, "b": texts[:3]}, [1, 2], keep=PairMembers)
+    kept = contrast_many(lm, {"a": texts, "b": texts[:3]}, [1, 2], moments_type=PairMembers)
     for name, layer in (("a", 1), ("a", 2), ("b", 1), ("b", 2)):
         summed, all_of_it = sums[name][layer], kept[name][layer]
         assert type(summed) is PairMoments
         assert summed.count == all_of_it.count == sum(len(plus) for plus, _ in all_of_it.members)
         assert torch.equal(summed.difference, all_of_it.difference)
-        assert torch.allclose(summed.difference, all_of_it.estimated(mean_difference), atol=1e-12)
+        assert torch.allclose(summed.difference, all_of_it.estimate_direction(mean_difference), atol=1e-12)
 
 
 def test_several_behaviours_have_the_estimator_each(lm: LM) -> None:

@@ -13,21 +13,21 @@ import torch
 from tiny import prompt
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
-from trimtab.engines.transformers.forced import Forced, forcing
+from trimtab.engines.transformers.forced import PromptAnswer, teacher_forcing
 from trimtab.learn import own_answers as module
 from trimtab.learn.own_answers import (
-    FEW,
-    LEAST,
     MARGIN,
+    MAX_PER_QUERY,
+    MIN_ANSWERS,
     OPENING,
-    PER_QUERY,
     SHORTLIST,
+    TRIAL_QUERIES,
+    AnswerGenerator,
     Answers,
+    AskMode,
     Lesson,
-    Making,
-    Way,
+    generate_own_answers,
     logprobs,
-    own_answers,
 )
 from trimtab.learn.teachers import Teacher
 from trimtab.text.repetition import repeated_share
@@ -49,7 +49,7 @@ def anything(_query: str, _answer: str, _cut: bool) -> bool:
 
 
 def kept_by(check: Any, teacher: Teacher = TEACHER, *, lm: LM, **more: Any) -> Answers:
-    return own_answers(lm, teacher, QUERIES, check=check, tokens=TOKENS, **more)
+    return generate_own_answers(lm, teacher, QUERIES, check=check, tokens=TOKENS, **more)
 
 
 def watched(lm: LM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], Any, dict[str, Any]]]:
@@ -76,9 +76,9 @@ def odd(_query: str, answer: str, _cut: bool) -> bool:
 def test_lessons_are_what_the_model_answers(lm: LM) -> None:
     kept = kept_by(anything, lm=lm)
     for lesson in kept.lessons:
-        assert lesson.instructed == tuple(lm.encode(TEACHER.ask(lesson.query, lesson.turn)))
+        assert lesson.instructed == tuple(lm.encode(TEACHER.ask(lesson.query, lesson.variant)))
         assert lesson.plain == tuple(lm.encode(lesson.query))
-        (answer,) = lm.generate(TEACHER.ask(lesson.query, lesson.turn), max_new_tokens=TOKENS)
+        (answer,) = lm.generate(TEACHER.ask(lesson.query, lesson.variant), max_new_tokens=TOKENS)
         assert (lesson.answer, lesson.text) == (tuple(answer.token_ids), answer.text)
         assert lesson.help is None
 
@@ -94,7 +94,7 @@ def test_the_check_is_asked_of_every_answer_and_obeyed(lm: LM) -> None:
     assert kept.lessons
     assert all(odd(lesson.query, lesson.text, True) for lesson in kept.lessons)
     assert {(lesson.query, lesson.text, True) for lesson in kept.lessons} < set(checked)  # no end of text: all are cut
-    assert sum(attempt.kept for attempt in kept.tries) == sum(odd(*call) for call in checked)
+    assert sum(attempt.kept for attempt in kept.attempts) == sum(odd(*call) for call in checked)
 
 
 def test_whether_the_limit_cut_an_answer_is_told(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_whether_the_limit_cut_an_answer_is_told(lm: LM, monkeypatch: pytest.Mon
 def test_at_most_two_a_query_and_each_but_once(lm: LM) -> None:
     kept = kept_by(anything, lm=lm)
     counts = Counter(lesson.query for lesson in kept.lessons)
-    assert max(counts.values()) <= PER_QUERY
+    assert max(counts.values()) <= MAX_PER_QUERY
     assert len({(lesson.query, lesson.answer) for lesson in kept.lessons}) == len(kept.lessons)
     assert [lesson.query for lesson in kept.lessons] == sorted(
         (lesson.query for lesson in kept.lessons), key=QUERIES.index
@@ -131,12 +131,14 @@ def test_answers_that_turn_in_circles_or_are_empty_are_left_out(lm: LM, monkeypa
     kept = kept_by(lambda _q, answer, _c: checked.append(answer) or True, lm=lm)
     assert not any("w5 w5 w5 w5" in answer or not answer.strip() for answer in checked)
     assert all(repeated_share(lesson.text) <= module.REPEATED_LIMIT for lesson in kept.lessons)
-    assert kept.tries[0].kept <= len(QUERIES) - 2
+    assert kept.attempts[0].kept <= len(QUERIES) - 2
 
 
 def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
-    few = set(QUERIES[: LEAST // 2 - 1])
-    with pytest.raises(TrimtabError, match=rf"of \d+ answers .* {LEAST} are needed.*give examples or more queries"):
+    few = set(QUERIES[: MIN_ANSWERS // 2 - 1])
+    with pytest.raises(
+        TrimtabError, match=rf"of \d+ answers .* {MIN_ANSWERS} are needed.*give examples or more queries"
+    ):
         kept_by(lambda query, _answer, _cut: query in few, lm=lm)
     with pytest.raises(TrimtabError, match=r"^0 of 184 answers written under this prompt follow it"):
         kept_by(lambda *_: False, lm=lm)
@@ -144,20 +146,20 @@ def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
 
 def test_without_a_check_answers_are_kept_that_the_prompt_makes_likelier(lm: LM) -> None:
     kept = kept_by(None, lm=lm)
-    likelihoods = logprobs(lm, [Forced(lesson.instructed, lesson.answer) for lesson in kept.lessons])
-    bare = logprobs(lm, [Forced(lesson.plain, lesson.answer) for lesson in kept.lessons])
+    likelihoods = logprobs(lm, [PromptAnswer(lesson.instructed, lesson.answer) for lesson in kept.lessons])
+    bare = logprobs(lm, [PromptAnswer(lesson.plain, lesson.answer) for lesson in kept.lessons])
     gains = [float((a - b).mean()) for a, b in zip(likelihoods, bare, strict=True)]
     assert min(gains) >= MARGIN
     monkey = pytest.MonkeyPatch()
     monkey.setattr(module, "MARGIN", sorted(gains)[len(gains) // 2])
     try:
-        assert kept_by(None, lm=lm).tries[0].kept < kept.tries[0].kept
+        assert kept_by(None, lm=lm).attempts[0].kept < kept.attempts[0].kept
     finally:
         monkey.undo()
 
 
 def test_log_probabilities_are_the_models_own(lm: LM) -> None:
-    texts = [Forced(tuple(lm.encode(prompt(i, 1 + i))), tuple(lm.encode(prompt(40 + i, 4)))) for i in range(5)]
+    texts = [PromptAnswer(tuple(lm.encode(prompt(i, 1 + i))), tuple(lm.encode(prompt(40 + i, 4)))) for i in range(5)]
     for text, result in zip(texts, logprobs(lm, texts), strict=True):
         with torch.no_grad():
             whole = lm.model(input_ids=torch.tensor([[*text.prompt, *text.answer]])).logits[0].log_softmax(-1)
@@ -181,8 +183,8 @@ def test_what_was_asked_the_same_way_is_not_asked_again(lm: LM, monkeypatch: pyt
     calls = watched(lm, monkeypatch)
     kept = kept_by(anything, Teacher(PHRASINGS[:1]), lm=lm)
     assert len(calls) == 1
-    assert len(kept.tries) == 1
-    assert len(kept.lessons) == max(LEAST, round(0.75 * kept.tries[0].kept))
+    assert len(kept.attempts) == 1
+    assert len(kept.lessons) == max(MIN_ANSWERS, round(0.75 * kept.attempts[0].kept))
 
 
 def test_queries_that_have_their_answers_are_not_asked_again(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,25 +227,25 @@ def rarely(limit: int) -> Callable[[str, str, bool], bool]:
 
 
 def test_a_model_that_does_as_told_is_not_helped(lm: LM) -> None:
-    assert all(attempt.help == "" for attempt in kept_by(anything, lm=lm).tries)
+    assert all(attempt.help == "" for attempt in kept_by(anything, lm=lm).attempts)
 
 
 def test_help_acts_on_the_opening_or_on_all_of_the_answer(lm: LM) -> None:
-    kept = kept_by(rarely(16 + 5 * FEW), lm=lm)
-    assert [attempt.help for attempt in kept.tries][:3] == ["", "said in other ways", "tried at several blocks"]
-    helped = [taught for taught in kept.good if taught.help is not None]
+    kept = kept_by(rarely(16 + 5 * TRIAL_QUERIES), lm=lm)
+    assert [attempt.help for attempt in kept.attempts][:3] == ["", "said in other ways", "tried at several blocks"]
+    helped = [taught for taught in kept.accepted if taught.help is not None]
     counts = {Positions.opening(OPENING): OPENING, Positions.from_last_prompt_token(): TOKENS}
     assert {edit.positions for taught in helped if taught.help for edit in taught.help.edits} == set(counts)
     for lesson in helped[::6]:
         assert lesson.help is not None
         (edit,) = lesson.help.edits
-        assert module.helped(lesson) == min(counts[edit.positions], len(lesson.answer))
-        (answer,) = lm.generate(TEACHER.ask(lesson.query, lesson.turn), lesson.help, max_new_tokens=TOKENS)
+        assert module.helped_token_count(lesson) == min(counts[edit.positions], len(lesson.answer))
+        (answer,) = lm.generate(TEACHER.ask(lesson.query, lesson.variant), lesson.help, max_new_tokens=TOKENS)
         assert lesson.answer == tuple(answer.token_ids)
 
 
 def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> None:
-    helps = Making(lm, TEACHER, odd, TOKENS).helps(QUERIES, 1)
+    helps = AnswerGenerator(lm, TEACHER, odd, TOKENS).candidate_helps(QUERIES, 1)
     assert len(helps) == len(set(helps)) == 12
     for help_ in helps[::5]:
         (edit,) = help_.edits
@@ -263,11 +265,11 @@ def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> 
 
 def test_what_is_said_in_other_words_or_once_more_comes_before_help(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = watched(lm, monkeypatch)
-    made = Making(lm, TEACHER, anything, TOKENS)
-    ways, tries, best = made.best_ways(QUERIES, [])
-    assert [len(prompts) for prompts, _, _ in calls] == [5 * FEW]
+    made = AnswerGenerator(lm, TEACHER, anything, TOKENS)
+    ways, tries, best = made.find_best_modes(QUERIES, [])
+    assert [len(prompts) for prompts, _, _ in calls] == [5 * TRIAL_QUERIES]
     assert [attempt.help for attempt in tries] == ["said in other ways"]
-    assert {way.turn for way in ways} < {1, 2, 3, 4, 5}  # the first is what failed
+    assert {way.variant for way in ways} < {1, 2, 3, 4, 5}  # the first is what failed
     assert all(way.help is None for way in ways)
     assert tries[0].kept == len(best)
 
@@ -282,13 +284,13 @@ def test_where_words_are_not_enough_help_is_tried_with_the_best_of_them(
     }
     calls.clear()
     check = lambda _query, answer, _cut: answer in answers and len(answer) % 3 == 0  # noqa: E731
-    ways, tries, best = Making(lm, TEACHER, check, TOKENS).best_ways(QUERIES, [])
+    ways, tries, best = AnswerGenerator(lm, TEACHER, check, TOKENS).find_best_modes(QUERIES, [])
     assert {lesson.instructed for lesson in best if lesson.help is None} <= ids
     assert [attempt.help for attempt in tries] == ["said in other ways", "tried at several blocks"]
-    assert tries[0].asked == 5 * FEW
-    assert 0 < tries[0].kept < FEW / 2
+    assert tries[0].asked == 5 * TRIAL_QUERIES
+    assert 0 < tries[0].kept < TRIAL_QUERIES / 2
     prompts, helps, _ = calls[1]
-    assert len(prompts) == 12 * FEW
+    assert len(prompts) == 12 * TRIAL_QUERIES
     assert None not in helps
     assert all(text.endswith(" ".join([PHRASINGS[2]] * 2)) for text in prompts)
     assert len(ways) == 2
@@ -297,17 +299,17 @@ def test_where_words_are_not_enough_help_is_tried_with_the_best_of_them(
 def test_what_can_be_said_in_one_way_only_gets_help_at_once(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = watched(lm, monkeypatch)
     kept = kept_by(rarely(14), Teacher(text="w5 w6 w7"), lm=lm)
-    assert [attempt.help for attempt in kept.tries][:2] == ["", "tried at several blocks"]
-    assert [len(prompts) for prompts, _, _ in calls][:2] == [16, 12 * FEW]
+    assert [attempt.help for attempt in kept.attempts][:2] == ["", "tried at several blocks"]
+    assert [len(prompts) for prompts, _, _ in calls][:2] == [16, 12 * TRIAL_QUERIES]
 
 
 def test_the_best_are_those_followed_often_whose_answers_say_most(lm: LM) -> None:
-    made = Making(lm, TEACHER, odd, TOKENS)
-    ways, _, best = made.best_ways(QUERIES, [])
-    counts = Counter(best_lesson.way for best_lesson in best)
-    says: Counter[Way] = Counter()
-    for lesson, nats in zip(best, made.says(best), strict=True):
-        says[lesson.way] += nats  # type: ignore[assignment]
+    made = AnswerGenerator(lm, TEACHER, odd, TOKENS)
+    ways, _, best = made.find_best_modes(QUERIES, [])
+    counts = Counter(best_lesson.ask_mode for best_lesson in best)
+    says: Counter[AskMode] = Counter()
+    for lesson, nats in zip(best, made.specificities(best), strict=True):
+        says[lesson.ask_mode] += nats  # type: ignore[assignment]
     often = {way for way, _ in counts.most_common(SHORTLIST)}
     least = min(counts[way] for way in often)
     assert all(counts[way] >= least for way in ways)
@@ -316,9 +318,9 @@ def test_the_best_are_those_followed_often_whose_answers_say_most(lm: LM) -> Non
 
 def test_ways_are_tried_on_queries_that_have_no_answer_yet(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = watched(lm, monkeypatch)
-    made = Making(lm, TEACHER, anything, TOKENS)
-    good = made.answers([(query, Way(0)) for query in QUERIES[:12]])
-    made.best_ways(QUERIES, good)
+    made = AnswerGenerator(lm, TEACHER, anything, TOKENS)
+    good = made.generate([(query, AskMode(0)) for query in QUERIES[:12]])
+    made.find_best_modes(QUERIES, good)
     prompts, _, _ = calls[1]
     assert {text for text in prompts if any(text.startswith(f"{query} ") for query in QUERIES[:12])} == set()
     assert len(prompts) == 5 * len(QUERIES[12:])
@@ -328,7 +330,7 @@ def test_where_one_way_is_not_enough_the_next_is_tried(lm: LM, monkeypatch: pyte
     calls = watched(lm, monkeypatch)
     with pytest.raises(TrimtabError):
         kept_by(lambda *_: False, lm=lm)
-    assert [len(prompts) for prompts, _, _ in calls] == [16, 5 * FEW, 12 * FEW, 16, 16]
+    assert [len(prompts) for prompts, _, _ in calls] == [16, 5 * TRIAL_QUERIES, 12 * TRIAL_QUERIES, 16, 16]
     rounds = [list(zip(prompts, helps, strict=True)) for prompts, helps, _ in calls]
     assert not set(rounds[3]) & set(rounds[4])
     assert not set(rounds[0]) & set(rounds[3])
@@ -338,15 +340,15 @@ def test_where_one_way_is_not_enough_the_next_is_tried(lm: LM, monkeypatch: pyte
 def test_help_as_changes_is_help(lm: LM, operation: Any) -> None:
     """Whatever the operation: what was learned may be the help."""
     help_ = 0.6 * Steering((Edit(Site(1), operation),))
-    text = Forced(tuple(lm.encode(prompt(1, 5))), tuple(lm.encode(prompt(2, 4))))
-    with forcing(lm.model, lm.layout, [Site(1)]) as run, torch.no_grad():
+    text = PromptAnswer(tuple(lm.encode(prompt(1, 5))), tuple(lm.encode(prompt(2, 4))))
+    with teacher_forcing(lm.model, lm.layout, [Site(1)]) as run, torch.no_grad():
         (result,) = run.logits([text], module.help_changes(help_))
     with lm.steered(help_, prompt_lengths=[5]), torch.no_grad():
         ids = torch.tensor([[*text.prompt, *text.answer[:-1]]])
         expected = lm.model(input_ids=ids, use_cache=False).logits[0, 4:]
     assert torch.allclose(result, expected, atol=1e-3)
-    assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5", help_)) == 2
-    assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5")) == 0
+    assert module.helped_token_count(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5", help_)) == 2
+    assert module.helped_token_count(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5")) == 0
 
 
 # ---- what they say -------------------------------------------------------------------------------------------
@@ -354,9 +356,11 @@ def test_help_as_changes_is_help(lm: LM, operation: Any) -> None:
 
 def candidates(lm: LM) -> tuple[Any, list[Lesson]]:
     """Three answers a query, though not to every one."""
-    made = Making(lm, TEACHER, anything, TOKENS)
+    made = AnswerGenerator(lm, TEACHER, anything, TOKENS)
     lessons = [
-        answer for turn in range(3) for answer in made.answers([(query, Way(turn)) for query in QUERIES[: 12 - turn]])
+        answer
+        for turn in range(3)
+        for answer in made.generate([(query, AskMode(turn)) for query in QUERIES[: 12 - turn]])
     ]
     return made, sorted(lessons, key=lambda answer: QUERIES.index(answer.query))
 
@@ -366,7 +370,7 @@ def naive_says(lm: LM, lesson: Lesson, other: str) -> float:
     """How much likelier an answer is after its query than after another."""
     likelihoods = []
     for query in (lesson.query, other):
-        instructed = lm.encode(TEACHER.ask(query, lesson.turn))
+        instructed = lm.encode(TEACHER.ask(query, lesson.variant))
         whole = lm.model(input_ids=torch.tensor([[*instructed, *lesson.answer]])).logits[0].double().log_softmax(-1)
         likelihoods.append(sum(float(whole[len(instructed) - 1 + i, token]) for i, token in enumerate(lesson.answer)))
     return likelihoods[0] - likelihoods[1]
@@ -374,22 +378,27 @@ def naive_says(lm: LM, lesson: Lesson, other: str) -> float:
 
 def test_those_are_kept_that_say_most_about_their_queries(lm: LM) -> None:
     made, lessons = candidates(lm)
-    kept = module._to_the_point(made, lessons)
+    kept = module._most_specific(made, lessons)
     queries = list(dict.fromkeys(lesson.query for lesson in lessons))
     says = {
-        (lesson.query, lesson.turn): naive_says(lm, lesson, queries[(queries.index(lesson.query) + 1) % len(queries)])
+        (lesson.query, lesson.variant): naive_says(
+            lm, lesson, queries[(queries.index(lesson.query) + 1) % len(queries)]
+        )
         for lesson in lessons
     }
     best = []
     for query in queries:
         mine = sorted(
-            (lesson for lesson in lessons if lesson.query == query), key=lambda lesson: -says[lesson.query, lesson.turn]
+            (lesson for lesson in lessons if lesson.query == query),
+            key=lambda lesson: -says[lesson.query, lesson.variant],
         )
-        best += mine[:PER_QUERY]
-    count = max(LEAST, round(module.TO_THE_POINT * len(best)))
-    expected = sorted(best, key=lambda lesson: -says[lesson.query, lesson.turn])[:count]
+        best += mine[:MAX_PER_QUERY]
+    count = max(MIN_ANSWERS, round(module.SPECIFIC_SHARE * len(best)))
+    expected = sorted(best, key=lambda lesson: -says[lesson.query, lesson.variant])[:count]
     assert len(kept) == count < len(best)
-    assert {(lesson.query, lesson.turn) for lesson in kept} == {(lesson.query, lesson.turn) for lesson in expected}
+    assert {(lesson.query, lesson.variant) for lesson in kept} == {
+        (lesson.query, lesson.variant) for lesson in expected
+    }
     assert [lesson.query for lesson in kept] == sorted((lesson.query for lesson in kept), key=queries.index)
 
 

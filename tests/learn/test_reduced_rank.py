@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab import TrimtabError
-from trimtab.learn.reduced_rank import RIDGE, Fitted, reduced_rank
+from trimtab.learn.reduced_rank import RIDGE, ReducedRankMap, reduced_rank
 
 TOKENS, WIDTH = 60, 12
 
@@ -19,7 +19,7 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def applied(fitted: Fitted, x: Tensor) -> Tensor:
+def applied(fitted: ReducedRankMap, x: Tensor) -> Tensor:
     return (x.double() @ fitted.read.double().T) @ fitted.write.double() + fitted.vector.double()
 
 

@@ -9,9 +9,9 @@ from tiny import WIDTH, direction, prompt
 from torch import Tensor
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering
-from trimtab.engines.transformers.forced import Forced, forcing
+from trimtab.engines.transformers.forced import PromptAnswer, teacher_forcing
 from trimtab.learn import soft_targets as module
-from trimtab.learn.own_answers import OPENING, Lesson, helped
+from trimtab.learn.own_answers import OPENING, Lesson, helped_token_count
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 
 VOCABULARY = 300
@@ -105,7 +105,7 @@ def lesson(lm: LM, seed: int, help_: Steering | None = None) -> Lesson:
 def test_they_are_the_likeliest_tokens_under_the_teachers_prompt(lm: LM, temperature: float) -> None:
     lessons = [lesson(lm, seed) for seed in range(5)]
     calls: list[tuple[int, int]] = []
-    with forcing(lm.model, lm.layout, []) as run:
+    with teacher_forcing(lm.model, lm.layout, []) as run:
         soft = soft_targets(run, lessons, lambda done, total: calls.append((done, total)))
     assert calls[-1] == (5, 5)
     for taught, target in zip(lessons, soft, strict=True):
@@ -123,7 +123,7 @@ def test_they_are_the_likeliest_tokens_under_the_teachers_prompt(lm: LM, tempera
 def test_a_helped_opening_is_what_the_helped_model_says(lm: LM, temperature: float) -> None:
     """And what comes after it is what the model says by itself."""
     lessons = [lesson(lm, 0), lesson(lm, 1, HELP), lesson(lm, 2, HELP), lesson(lm, 3)]
-    with forcing(lm.model, lm.layout, [Site(2)]) as run:
+    with teacher_forcing(lm.model, lm.layout, [Site(2)]) as run:
         soft = soft_targets(run, lessons)
     for taught, target in zip(lessons, soft, strict=True):
         prompt_ids, ids = taught.instructed, torch.tensor([[*taught.instructed, *taught.answer[:-1]]])
@@ -135,12 +135,16 @@ def test_a_helped_opening_is_what_the_helped_model_says(lm: LM, temperature: flo
                 logits = lm.model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 :]
             steered = (logits / temperature).log_softmax(-1)
             assert not torch.allclose(steered[:OPENING], bare[:OPENING], atol=0.1)
-        opening = target.logprobs[: helped(taught)]
-        assert torch.allclose(opening, steered.gather(-1, target.ids)[: helped(taught)], atol=1e-5)
+        opening = target.logprobs[: helped_token_count(taught)]
+        assert torch.allclose(opening, steered.gather(-1, target.ids)[: helped_token_count(taught)], atol=1e-5)
         assert torch.allclose(
-            target.logprobs[helped(taught) :], bare.gather(-1, target.ids)[helped(taught) :], atol=1e-5
+            target.logprobs[helped_token_count(taught) :],
+            bare.gather(-1, target.ids)[helped_token_count(taught) :],
+            atol=1e-5,
         )
-        assert target.ids[:, 0].tolist()[: helped(taught)] == list(taught.answer)[: helped(taught)]
+        assert (
+            target.ids[:, 0].tolist()[: helped_token_count(taught)] == list(taught.answer)[: helped_token_count(taught)]
+        )
         assert target.ids.shape == (len(taught.answer), module.TOP)
 
 
@@ -148,10 +152,11 @@ def test_an_answer_that_is_all_opening(lm: LM, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "TEMPERATURE", 1.0)
     short = lesson(lm, 1, HELP)
     short = Lesson(short.query, 0, short.instructed, short.plain, short.answer[:3], short.text, HELP)
-    with forcing(lm.model, lm.layout, [Site(2)]) as run:
+    with teacher_forcing(lm.model, lm.layout, [Site(2)]) as run:
         (target,) = soft_targets(run, [short])
         (logits,) = run.logits(
-            [Forced(short.instructed, short.answer)], {Site(2): lambda x: 0.6 * direction(5, 8.0).expand(len(x), WIDTH)}
+            [PromptAnswer(short.instructed, short.answer)],
+            {Site(2): lambda x: 0.6 * direction(5, 8.0).expand(len(x), WIDTH)},
         )
     assert torch.allclose(target.logprobs, logits.log_softmax(-1).gather(-1, target.ids), atol=1e-6)
     assert divergence(logits, target).abs().max() < 1e-5

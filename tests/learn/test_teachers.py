@@ -22,21 +22,21 @@ def test_an_instruction_stands_behind_the_query() -> None:
 
 def test_phrasings_take_turns() -> None:
     teacher = Teacher(("a", "b", "c"), times=2)
-    assert teacher.turns == 3
+    assert teacher.phrasing_count == 3
     assert [teacher.ask("q", turn) for turn in range(5)] == ["q a a", "q b b", "q c c", "q a a a", "q b b b"]
 
 
 def test_it_is_said_in_other_ways() -> None:
     """First in other words, then once more often."""
     teacher = Teacher(("a", "b", "c"))
-    assert [teacher.ask("q", turn) for turn in teacher.ways(2)] == ["q a", "q b", "q a a", "q b b"]
-    assert teacher.ways(9) == [0, 1, 2, 3, 4, 5]
-    assert Teacher(system="s").ways(4) == [0]
+    assert [teacher.ask("q", turn) for turn in teacher.prompt_variants(2)] == ["q a", "q b", "q a a", "q b b"]
+    assert teacher.prompt_variants(9) == [0, 1, 2, 3, 4, 5]
+    assert Teacher(system="s").prompt_variants(4) == [0]
 
 
 def test_a_system_message_goes_beside_the_prompt() -> None:
     teacher = Teacher(system="Be brief.")
-    assert (teacher.ask("Why?", 0), teacher.system, teacher.turns) == ("Why?", "Be brief.", 1)
+    assert (teacher.ask("Why?", 0), teacher.system, teacher.phrasing_count) == ("Why?", "Be brief.", 1)
 
 
 @pytest.mark.parametrize(

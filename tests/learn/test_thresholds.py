@@ -36,7 +36,7 @@ def test_the_chosen_point_is_the_best_of_all_lines(seed: int) -> None:
         return 2 * hits / (2 * hits + alarms + 40 - hits)
 
     assert score(f1.threshold) == pytest.approx(max(map(score, lines)))
-    bounded = curve.chosen(false_alarms=0.1)
+    bounded = curve.best_point(false_alarms=0.1)
     assert bounded.false_alarms <= 0.1 < youden.false_alarms or bounded == youden
     middle, _ = learn_threshold(meant, others, by="midpoint")
     assert middle.threshold == pytest.approx((sum(meant) / 40 + sum(others) / 30) / 2)

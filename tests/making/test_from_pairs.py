@@ -17,7 +17,7 @@ from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.intervals import RESAMPLES
 from trimtab.making import contrasts as contrasts_module
 from trimtab.making.candidates import mean_differences
-from trimtab.making.effect import effect, gain_of, prompted
+from trimtab.making.effect import effect, gain_of, prompt_effect
 from trimtab.making.from_pairs import material_from_pairs, spread_over
 from trimtab.making.verdict import Verdict
 from trimtab.text.pairs import Pair, as_pairs
@@ -89,8 +89,8 @@ def test_answers_stand_after_what_both_sides_have_in_common(lm: LM, kind: str) -
         assert lm.tokenizer.decode(mine.ids).startswith("w7 w8")
         assert tuple(lm.tokenizer(other.text, add_special_tokens=False)["input_ids"]) == other.ids
     assert made_from.prompted == (kind == "a system prompt each")
-    assert made_from.trained is not None
-    assert made_from.trained.name == ("distilled" if made_from.prompted else "by preference")
+    assert made_from.trained_candidate is not None
+    assert made_from.trained_candidate.name == ("distilled" if made_from.prompted else "by preference")
 
 
 def test_a_bare_text_is_told_apart_after_its_first_token(lm: LM) -> None:
@@ -100,11 +100,11 @@ def test_a_bare_text_is_told_apart_after_its_first_token(lm: LM) -> None:
         assert [*example.own, *example.ids] == lm.encode(example.text, chat=False)
         assert len(example.own) == 1
         assert example.bare == example.own
-    assert made_from.trained is None
+    assert made_from.trained_candidate is None
 
 
 def test_prompts_are_answered_by_the_model(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrasts_module, "_told_apart", lambda _lm, answers: list(answers))
+    monkeypatch.setattr(contrasts_module, "_distinguishable", lambda _lm, answers: list(answers))
     made_from = material_from_pairs(lm, pairs("prompts"), "mine", TOKENS, trains=False)
     assert made_from.prompted
     learned = made_from.learn(None)
@@ -124,12 +124,16 @@ def test_prompts_are_parted_and_none_is_in_two_parts(lm: LM, count: int) -> None
     learn, test = made_from.learn(None), made_from.test(None)
     assert not set(learn.questions) & set(test.questions)
     assert set(learn.questions) | set(test.questions) == {pair.prompt for pair in many_pairs}
-    assert made_from.aside < set(learn.questions)
-    assert 2 <= len(made_from.aside) <= 40
+    assert made_from.held_out_questions < set(learn.questions)
+    assert 2 <= len(made_from.held_out_questions) <= 40
     assert len(test.questions) == min(count // 2, 100)
-    assert len(made_from.heard) == min(len(test.questions), 20)
+    assert len(made_from.final_prompts) == min(len(test.questions), 20)
     again = material_from_pairs(lm, [*many_pairs, *many_pairs[:3]], "mine", TOKENS, trains=False)
-    assert (again.aside, again.heard, again.data) == (made_from.aside, made_from.heard, made_from.data)
+    assert (again.held_out_questions, again.final_prompts, again.data) == (
+        made_from.held_out_questions,
+        made_from.final_prompts,
+        made_from.data,
+    )
 
 
 def test_spread_over() -> None:
@@ -196,7 +200,7 @@ def test_with_a_system_prompt_each_it_is_a_share_of_theirs(lm: LM) -> None:
     these_pairs = pairs("a system prompt each")
     made_from = material_from_pairs(lm, these_pairs, "mine", TOKENS, trains=False)
     test_answers = made_from.test(None)
-    base, by_prompt = effect(lm, None, test_answers), prompted(lm, test_answers)
+    base, by_prompt = effect(lm, None, test_answers), prompt_effect(lm, test_answers)
     if np.mean(list(by_prompt.leads.values())) <= np.mean(list(base.leads.values())):
         with pytest.raises(TrimtabError, match="the system prompts themselves don't"):
             make_from_pairs(lm, these_pairs, tokens=TOKENS, distill=False)
@@ -204,7 +208,7 @@ def test_with_a_system_prompt_each_it_is_a_share_of_theirs(lm: LM) -> None:
             Pair(p.negative, p.positive, p.prompt, "answers", p.negative_system, p.positive_system) for p in these_pairs
         ]
         test_answers = material_from_pairs(lm, these_pairs, "mine", TOKENS, trains=False).test(None)
-        base, by_prompt = effect(lm, None, test_answers), prompted(lm, test_answers)
+        base, by_prompt = effect(lm, None, test_answers), prompt_effect(lm, test_answers)
     made = make_from_pairs(lm, these_pairs, tokens=TOKENS, distill=False)
     means = [
         np.mean(list(result.leads.values())) for result in (base, effect(lm, made.steering, test_answers), by_prompt)

@@ -16,9 +16,9 @@ from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold, Trimtab
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.decision import decide
 from trimtab.making import contrasts as contrasts_module
-from trimtab.making.candidates import FROM_LAST, candidates, distilled, distilling, mean_differences
-from trimtab.making.contrasts import Contrasts, check_enough, contrasts, hears_system, under
-from trimtab.making.effect import Effect, effect, prompted, share_of
+from trimtab.making.candidates import FROM_LAST, candidates, distillation_candidate, learn_distilled, mean_differences
+from trimtab.making.contrasts import Contrasts, check_enough, contrasts, supports_system_prompt, with_system_prompt
+from trimtab.making.effect import Effect, effect, prompt_effect, share_of
 from trimtab.making.idea import Idea
 from trimtab.making.verdict import Verdict
 
@@ -88,13 +88,13 @@ def test_answers_count_that_are_likelier_under_their_own_prompt(lm: LM, both_sid
 
 
 def test_a_template_without_system_prompts_has_them_in_front(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hears_system(lm)
+    assert supports_system_prompt(lm)
     for deaf in ("{% for m in messages %}{% if m.role != 'system' %}w71 {{ m.content }} {% endif %}{% endfor %}", None):
         monkeypatch.setattr(lm.tokenizer, "chat_template", deaf)
-        assert not hears_system(lm)
+        assert not supports_system_prompt(lm)
         some = contrasts(lm, IDEA, IDEA.learn[:3], 1, TOKENS)
         for written in some.positive:
-            prompts = [under(system, written.question, False) for system in IDEA.positive]
+            prompts = [with_system_prompt(system, written.question, False) for system in IDEA.positive]
             assert written.own in [tuple(lm.encode(text)) for text in prompts]
 
 
@@ -103,7 +103,7 @@ def test_too_few_are_an_error_that_says_what_to_do(lm: LM, both_sides: Contrasts
     with pytest.raises(
         TrimtabError, match=r"for and against 'odd' barely differ: of 64, \d+ and \d+ do, and 8 of each"
     ):
-        check_enough(both_sides.on(IDEA.learn[:5]), IDEA.name)
+        check_enough(both_sides.for_questions(IDEA.learn[:5]), IDEA.name)
 
 
 # ---- what is measured ----------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_effects_are_the_models_own_log_probabilities(lm: LM, both_sides: Contra
             wanted, other = (sum(side) / len(side) for side in sides)
             assert mine.wanted[question] == pytest.approx(wanted, abs=1e-3)
             assert mine.leads[question] == pytest.approx(wanted - other, abs=1e-3)
-    by_prompt = prompted(lm, both_sides)
+    by_prompt = prompt_effect(lm, both_sides)
     (question, *_) = both_sides.questions
     wanted = [
         naive(lm, None, written.own, written.ids) for written in both_sides.positive if written.question == question
@@ -132,7 +132,7 @@ def test_effects_are_the_models_own_log_probabilities(lm: LM, both_sides: Contra
 
 
 def test_the_share_is_0_of_nothing_and_1_of_the_prompt_itself(lm: LM, both_sides: Contrasts) -> None:
-    base, by_prompt = effect(lm, None, both_sides), prompted(lm, both_sides)
+    base, by_prompt = effect(lm, None, both_sides), prompt_effect(lm, both_sides)
     nothing, all_ = share_of(base, base, by_prompt), share_of(base, by_prompt, by_prompt)
     assert (nothing.estimate, nothing.low, nothing.high) == (0, 0, 0)
     assert (all_.estimate, all_.low, all_.high) == pytest.approx((1, 1, 1))
@@ -140,7 +140,7 @@ def test_the_share_is_0_of_nothing_and_1_of_the_prompt_itself(lm: LM, both_sides
 
 def test_a_prompt_without_an_effect_is_nothing_to_measure_by(lm: LM, both_sides: Contrasts) -> None:
     """Two negative effects would give a share above 0."""
-    base, by_prompt = effect(lm, None, both_sides), prompted(lm, both_sides)
+    base, by_prompt = effect(lm, None, both_sides), prompt_effect(lm, both_sides)
     for less in (base, Effect(by_prompt.wanted, {question: base.leads[question] - 1 for question in base.leads})):
         with pytest.raises(
             TrimtabError, match="the system prompts themselves don't make the wanted answers more likely"
@@ -190,8 +190,8 @@ def test_mean_differences_are_those_of_the_answers_tokens(lm: LM, both_sides: Co
 def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: LM, both_sides: Contrasts) -> None:
     aside = IDEA.learn[::4]
     learned, held_out = (
-        both_sides.on([question for question in IDEA.learn if question not in aside]),
-        both_sides.on(aside),
+        both_sides.for_questions([question for question in IDEA.learn if question not in aside]),
+        both_sides.for_questions(aside),
     )
     steps: list[tuple[int, int]] = []
     ranked = candidates(
@@ -199,7 +199,7 @@ def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: 
         IDEA.name,
         learned,
         held_out,
-        trained=distilling(lm, IDEA.name),
+        trained=distillation_candidate(lm, IDEA.name),
         progress=lambda done, total: steps.append((done, total)),
     )
     assert steps[-1] == (len(ranked), len(ranked))
@@ -221,10 +221,10 @@ def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: 
 
 
 def test_distilling_makes_the_wanted_answers_likelier(lm: LM, both_sides: Contrasts) -> None:
-    steering = distilled(lm, IDEA.name, both_sides, FROM_LAST, 0)
+    steering = learn_distilled(lm, IDEA.name, both_sides, FROM_LAST, 0)
     before, after = (effect(lm, acting, both_sides).wanted for acting in (None, steering))
     assert sum(after.values()) > sum(before.values())
-    assert distilled(lm, IDEA.name, both_sides, FROM_LAST, 0) == steering
+    assert learn_distilled(lm, IDEA.name, both_sides, FROM_LAST, 0) == steering
 
 
 # ---- all of it -----------------------------------------------------------------------------------------------
@@ -234,7 +234,8 @@ def test_prompts_without_an_effect_are_noticed_before_anything_is_learned(
     lm: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages: list[str] = []
-    monkeypatch.setattr(sys.modules["trimtab.making.make"], "prompted", lambda lm, answers: effect(lm, None, answers))
+    module = sys.modules["trimtab.making.make"]
+    monkeypatch.setattr(module, "prompt_effect", lambda lm, answers: effect(lm, None, answers))
     with pytest.raises(TrimtabError, match="don't make the wanted answers more likely"):
         make(lm, IDEA, tokens=TOKENS, stage=lambda what, done, total: stages.append(what) or None)
     assert list(dict.fromkeys(stages)) == ["answering for and against", "answering the test questions"]
@@ -259,7 +260,7 @@ def test_make(lm: LM, tmp_path: Any) -> None:
     assert (made.examples[3].unsteered, made.examples[3].steered) == (plain.text.strip(), steered.text.strip())
 
     test_answers = contrasts(lm, IDEA, IDEA.test, 2, TOKENS)  # nothing was learned from these
-    base, by_prompt = effect(lm, None, test_answers), prompted(lm, test_answers)
+    base, by_prompt = effect(lm, None, test_answers), prompt_effect(lm, test_answers)
     share = share_of(base, effect(lm, made.steering, test_answers), by_prompt)
     assert made.verdict.share == pytest.approx(share.estimate)
     assert made.verdict.random[0] == pytest.approx(
@@ -276,7 +277,7 @@ def test_make(lm: LM, tmp_path: Any) -> None:
 
 
 def test_no_answer_differs(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrasts_module, "_told_apart", lambda _lm, _answers: [])
+    monkeypatch.setattr(contrasts_module, "_distinguishable", lambda _lm, _answers: [])
     with pytest.raises(TrimtabError, match="barely differ"):
         make(lm, IDEA, tokens=TOKENS)
 

@@ -28,7 +28,7 @@ from trimtab.methods.caa import (
     moved,
 )
 from trimtab.methods.instruct import learn_instruct
-from trimtab.text.letters import answer_ids, ask, letter_balance, letter_of
+from trimtab.text.letters import answer_ids, letter_balance, letter_of, letter_question
 from trimtab.text.pairs import Pair
 
 
@@ -343,8 +343,8 @@ def test_the_letter_is_read_on_real_tokenizers(name: str, template: bool) -> Non
             continue
         for row in json.loads(path.read_text()):
             letter = row["answer_matching_behavior"].strip()[1]
-            question = ask(tokenizer, row["question"], (letter,))
-            ids = question.answered(letter)
+            question = letter_question(tokenizer, row["question"], (letter,))
+            ids = question.ids_with_answer(letter)
             assert tokenizer.decode([ids[len(question.ids)]]) == letter
             assert tokenizer.decode(ids[len(question.prompt) :]) in (f"({letter})", f" ({letter})")
             count += 1

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from trimtab import LM, Pair, Steering
-from trimtab.evaluate.ab import ABItem, read_ab, requests_of, score_ab, spread
+from trimtab.evaluate.ab import ABItem, ab_requests, evenly_spaced, read_ab, score_ab
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.intervals import paired_bootstrap
 from trimtab.methods.caa import activations, learn_caa
@@ -37,7 +37,7 @@ pytestmark = [
 
 def balanced(items: list[ABItem], each: int) -> list[ABItem]:
     """As many whose matching answer is (A) as (B), from all over the list."""
-    return [i for letter in "AB" for i in spread([item for item in items if item.matching == letter], each)]
+    return [i for letter in "AB" for i in evenly_spaced([item for item in items if item.matching == letter], each)]
 
 
 def pairs_of(items: list[ABItem]) -> list[Pair]:
@@ -74,7 +74,7 @@ def test_strength_moves_the_answer_both_ways_and_further_than_chance(
     arms: dict[str, Any] = {"0": None, "-1": -1 * vector, "+1": 1 * vector}
     arms |= {f"random {n} {s:+g}": s * random_like(vector, n) for n in range(3) for s in (-1, 1)}
     q: dict[str, list[float]] = {arm: [] for arm in arms}
-    for record in sorted(score_ab(qwen, requests_of(qwen, items, arms), items), key=lambda record: record.item):
+    for record in sorted(score_ab(qwen, ab_requests(qwen, items, arms), items), key=lambda record: record.item):
         q[record.arm].append(record.scores["matching"])
     assert mean(q["-1"]) < mean(q["0"]) < mean(q["+1"])
     assert paired_bootstrap(q["0"], q["-1"]).high < 0 < paired_bootstrap(q["0"], q["+1"]).low

@@ -233,7 +233,7 @@ class TestStTP:
         scale = float(x.square().mean().sqrt())
         x, y = x / scale, torch.tensor([1.0] * 8 + [0.0] * 8)
         v = probe.direction.double()
-        offset = (probe.line - float(torch.cat([plus, minus]).mean(0) @ v)) / scale
+        offset = (probe.boundary - float(torch.cat([plus, minus]).mean(0) @ v)) / scale
         sizes = torch.linspace(0.05, 20, 4000, dtype=torch.float64)
         size = min(sizes.tolist(), key=lambda s: logistic_loss(x, y, s * v, -s * offset))
         best = logistic_loss(x, y, size * v, -size * offset)
@@ -288,13 +288,13 @@ class TestStTP:
         wanted, other = noise() + 5 * u, noise() + 1 * u
         probe = sttp.fit(wanted, other, 0)
         assert float(probe.direction.double() @ u) > 0.9
-        assert probe.line == pytest.approx(3, abs=0.3)
+        assert probe.boundary == pytest.approx(3, abs=0.3)
         assert sttp.held_out_accuracy(wanted, other, 0) > 0.93
         turned = sttp.fit(other, wanted, 0)
-        assert turned.line == pytest.approx(-probe.line, abs=1e-4)
+        assert turned.boundary == pytest.approx(-probe.boundary, abs=1e-4)
         far = sttp.fit(100 + 7 * wanted, 100 + 7 * other, 0)  # its units and its origin don't matter
         assert torch.allclose(far.direction, probe.direction, atol=1e-5)
-        assert far.line == pytest.approx(7 * probe.line + 100 * float(probe.direction.double().sum()), rel=1e-4)
+        assert far.boundary == pytest.approx(7 * probe.boundary + 100 * float(probe.direction.double().sum()), rel=1e-4)
 
     def test_the_card_and_the_defaults(self) -> None:
         lm = tiny.tiny("llama")

@@ -12,8 +12,8 @@ import torch
 from tiny import LAYERS, WIDTH, prompt
 
 from trimtab import LM, Add, Positions, ReadWrite, Site, Steering, TrimtabError, load, save
-from trimtab.learn.descent import Course, descend
-from trimtab.learn.own_answers import FEW
+from trimtab.learn.descent import DescentHistory, descend
+from trimtab.learn.own_answers import TRIAL_QUERIES
 from trimtab.learn.soft_targets import TEMPERATURE
 from trimtab.learn.teachers import Teacher
 from trimtab.methods import distill as module
@@ -56,9 +56,9 @@ def learn(lm: LM, **more: Any) -> Steering:
 
 
 @pytest.fixture
-def courses(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
+def courses(monkeypatch: pytest.MonkeyPatch) -> list[DescentHistory]:
     """What happened in each descent."""
-    recorded: list[Course] = []
+    recorded: list[DescentHistory] = []
 
     def watched(*arguments: Any, **more: Any) -> Any:
         trained, course = descend(*arguments, **more)
@@ -107,7 +107,9 @@ def divergence(
         ("both", 4),
     ],
 )
-def test_it_gets_nearer_and_again_to_the_same_bytes(fit: str, rank: int, tmp_path: Path, courses: list[Course]) -> None:
+def test_it_gets_nearer_and_again_to_the_same_bytes(
+    fit: str, rank: int, tmp_path: Path, courses: list[DescentHistory]
+) -> None:
     digests = []
     for run in ("one", "two"):
         lm = fresh()
@@ -163,7 +165,7 @@ TEACHERS = {
 
 @pytest.mark.long_unless(lambda name: name in ("phrasings", "a text around", "all at once"))
 @pytest.mark.parametrize("name", TEACHERS)
-def test_every_kind_of_teacher(lm: LM, name: str, courses: list[Course]) -> None:
+def test_every_kind_of_teacher(lm: LM, name: str, courses: list[DescentHistory]) -> None:
     teacher = TEACHERS[name]
     steering = learn(lm, teacher=teacher, steps=24, with_prompt=0.0)
     losses = courses[0].losses
@@ -220,7 +222,7 @@ def test_other_seeds_and_other_prompts_are_other_steerings(lm: LM, usual: Steeri
 
 
 @pytest.mark.slow
-def test_a_model_in_bfloat16(courses: list[Course]) -> None:
+def test_a_model_in_bfloat16(courses: list[DescentHistory]) -> None:
     """What is learned is float32 all the same."""
     lm = fresh(torch.bfloat16)
     steering = learn(lm, steps=10, with_prompt=0.0)
@@ -240,7 +242,7 @@ def test_help_acts_where_nothing_is_learned(lm: LM, layers: list[int] | None) ->
 
     def later(query: str, _answer: str, _cut: bool) -> bool:
         texts.append(query)
-        return len(texts) > len(QUERIES) + FEW
+        return len(texts) > len(QUERIES) + TRIAL_QUERIES
 
     steering = learn(lm, layers=layers, check=later)
     tries = [attempt["help"] for attempt in steering.card.measured["tries"]]

@@ -9,8 +9,8 @@ import torch
 
 from trimtab import LM, Add, Steering, load, save
 from trimtab.data import queries
-from trimtab.engines.transformers.forced import Change, Forced, forcing
-from trimtab.learn.own_answers import Lesson, own_answers
+from trimtab.engines.transformers.forced import Change, PromptAnswer, teacher_forcing
+from trimtab.learn.own_answers import Lesson, generate_own_answers
 from trimtab.learn.soft_targets import divergence, soft_targets
 from trimtab.learn.teachers import Teacher
 from trimtab.methods.distill import learn_distill
@@ -35,7 +35,7 @@ def questions() -> list[str]:
 @pytest.fixture(scope="module")
 def lessons(lm: LM, questions: list[str]) -> tuple[Lesson, ...]:
     """The answers that are learned from: greedy ones, so that making them again gives the same."""
-    return own_answers(lm, TEACHER, questions, check=something, tokens=TOKENS).lessons
+    return generate_own_answers(lm, TEACHER, questions, check=something, tokens=TOKENS).lessons
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def distance(lm: LM, lessons: tuple[Lesson, ...], steering: Steering) -> float:
     for edit in steering.edits:
         assert isinstance(edit.operation, Add)
         changes[edit.site] = lambda x, vector=edit.operation.direction: vector.expand_as(x)  # type: ignore[misc]
-    with forcing(lm.model, lm.layout, sorted(changes)) as run, torch.no_grad():
+    with teacher_forcing(lm.model, lm.layout, sorted(changes)) as run, torch.no_grad():
         targets = soft_targets(run, lessons)
-        rows = [run.logits([Forced(lesson.plain, lesson.answer)], changes)[0] for lesson in lessons]
+        rows = [run.logits([PromptAnswer(lesson.plain, lesson.answer)], changes)[0] for lesson in lessons]
         return sum(float(divergence(*both).mean()) for both in zip(rows, targets, strict=True)) / len(lessons)
 
 

@@ -12,7 +12,7 @@ from tiny import LAYERS, prompt
 
 from trimtab import LM, Edit, Positions, Site, Steering, TrimtabError, load, save
 from trimtab.engines.transformers.places import output_weight
-from trimtab.methods.tda import errors_at, kept, learn_tda, threshold
+from trimtab.methods.tda import errors_at, find_threshold, kept, learn_tda
 from trimtab.steering import MaskNeurons
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "opt", "falcon", "phi3")
@@ -113,8 +113,8 @@ def test_neurons_in_another_order() -> None:
     weight = torch.randn(8, 12, generator=generator, dtype=torch.float64)
     output = neurons @ weight.T
     order = torch.randperm(12, generator=generator)
-    eps, error = threshold(neurons, weight, output, 0.3)
-    turned, same = threshold(neurons[:, order], weight[:, order], output, 0.3)
+    eps, error = find_threshold(neurons, weight, output, 0.3)
+    turned, same = find_threshold(neurons[:, order], weight[:, order], output, 0.3)
     assert (eps, error) == (pytest.approx(turned), pytest.approx(same))
     assert float(errors_at(eps, neurons, weight, output).mean()) == pytest.approx(error)
 

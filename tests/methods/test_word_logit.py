@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab import LM, Edit, Positions, ReadWrite, Site, TrimtabError, UnsupportedError, load, save
 from trimtab.learn.unembedding import Unembedding, unembedding
-from trimtab.methods.word_logit import Spelling, _cap, _followed, _put_in, _steps, learn_word_logit
+from trimtab.methods.word_logit import Spelling, _cap, _include_edits, _steps, _trackable, learn_word_logit
 
 BASE = [prompt(seed, 9) for seed in range(6)]
 ASKED = prompt(40, 7)
@@ -53,7 +53,7 @@ def test_rows_are_the_matrix_and_the_norms_gain(lm: LM, head: Unembedding) -> No
     assert unembedded.explained == pytest.approx(1, abs=1e-6)
     last = lm.capture(ASKED, [unembedded.site])[0][unembedded.site][0].double()
     read_logits = torch.stack([head.read(token) @ last for token in range(len(head.rows))])
-    assert torch.allclose(read_logits * head.typical / last.square().mean().sqrt(), logits(lm), atol=1e-5)
+    assert torch.allclose(read_logits * head.typical_scale / last.square().mean().sqrt(), logits(lm), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
@@ -62,12 +62,12 @@ def test_other_norms_are_found_too(family: str) -> None:
 
 
 def test_what_is_written_moves_its_token_and_the_others_least(lm: LM, head: Unembedding) -> None:
-    rows, write = head.rows.double() / head.typical, head.write(70)
+    rows, write = head.rows.double() / head.typical_scale, head.write(70)
     assert float(rows[70] @ write) == pytest.approx(1, abs=1e-6)
     others = lambda d: float((rows @ d).square().mean())  # noqa: E731
     plain = rows[70] / (rows[70] @ rows[70])
     assert others(write) < 0.8 * others(plain)
-    small = 1e-3 * head.typical
+    small = 1e-3 * head.typical_scale
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):  # no direction of the same effect that is near does less, but for the ridge
         way = torch.randn(WIDTH, generator=generator, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_a_cap_is_exact_and_leaves_the_rest(head: Unembedding) -> None:
     operation = _cap(head, tokens)
     assert isinstance(operation, ReadWrite)
     read = torch.stack([head.read(token) for token in tokens])
-    x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * head.typical
+    x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * head.typical_scale
     before = x @ read.T
     after_x = torch.stack([naive_edit(Edit(head.site, operation), row) for row in x])
     assert torch.allclose(after_x @ read.T, before.clamp(max=0), atol=1e-4 * float(before.abs().max()))
@@ -119,7 +119,7 @@ def test_an_excluded_word_is_gone(lm: LM, head: Unembedding) -> None:
 
 
 def test_a_word_of_several_tokens_is_pushed_one_after_the_other(head: Unembedding) -> None:
-    edits = _put_in(head, "harbour", Spelling(" harbour", (10, 11, 12), (" har", " harbo")), _steps(8, 8, 1))
+    edits = _include_edits(head, "harbour", Spelling(" harbour", (10, 11, 12), (" har", " harbo")), _steps(8, 8, 1))
     begin, second, third = edits
     forms = ("harbour", "Harbour")
     lacking = ~(Positions.after(forms[0]) | Positions.at(forms[0]) | Positions.after(forms[1]) | Positions.at(forms[1]))
@@ -162,4 +162,4 @@ def test_no_spelling_is_named_that_isnt_kept_out() -> None:
     """More than can be followed in one answer: the last are left out of the edits and of the card alike."""
     short = Spelling(" a", (1,), ())
     longer = [Spelling(f" b{i}", (2 + i, 9), (f"b{i}",)) for i in range(8)]
-    assert _followed([longer[0], short, *longer[1:]]) == [longer[0], short, *longer[1:6]]
+    assert _trackable([longer[0], short, *longer[1:]]) == [longer[0], short, *longer[1:6]]

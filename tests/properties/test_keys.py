@@ -32,7 +32,7 @@ from trimtab import (
     save,
 )
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.attention import attention_modules, configurations, registered
+from trimtab.engines.transformers.attention import attention_modules, configurations, registered_attention
 from trimtab.steering import emphasis
 from trimtab.steering.gates import Threshold
 
@@ -103,8 +103,8 @@ def spelled_out(lm: LM, edits: Sequence[Edit], n: int) -> Iterator[list[Tensor]]
         edited = flat.to(key.dtype).view(len(flat), key.shape[1], -1).transpose(0, 1)[None]
         return compat.attention_function(usual, module)(module, query, edited, *args, **options)
 
-    with registered(attention, compat.mask_function(usual)) as name:
-        with compat.attending_with(configurations(lm.layout), name):
+    with registered_attention(attention, compat.mask_function(usual)) as name:
+        with compat.with_attention_implementation(configurations(lm.layout), name):
             yield seen
 
 

@@ -101,7 +101,7 @@ class TestOfAText:
         tokenizer = TOKENIZER
         meanings = [Meaning("after", (marker,)), Meaning("at", (marker,))]
         meanings += [Meaning(kind, (marker, other)) for kind in ("thinking", "answer")]
-        states = Follower(tokenizer, meanings, prompt).of(tokens)
+        states = Follower(tokenizer, meanings, prompt).states_after(tokens)
         before, began = "", tokenizer.decode(prompt)
         for token, one_found in zip(tokens, states, strict=True):
             piece = tokenizer.decode([token])
@@ -112,7 +112,7 @@ class TestOfAText:
     def test_a_character_of_several_tokens_is_known_with_its_last_byte(self) -> None:
         tokenizer = bytewise()
         text = "x→y→"
-        states = Follower(tokenizer, [Meaning("at", ("→",))], [0]).of(tokenizer.encode(text))
+        states = Follower(tokenizer, [Meaning("at", ("→",))], [0]).states_after(tokenizer.encode(text))
         assert [bool(state.holding) for state in states] == [False, False, False, True, False, False, False, True]
 
 

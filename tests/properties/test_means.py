@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trimtab import LM, Site
 from trimtab.engines.transformers.read import Text
-from trimtab.learn.activations import read_each
+from trimtab.learn.activations import read_activations
 from trimtab.learn.contrast import contrast, contrast_many
 from trimtab.learn.moments import PairMoments
 
@@ -86,7 +86,7 @@ def test_moments_of_means_equal_a_loop(family: str, texts: list[tuple[Text, Text
         agree(moments[layer], wanted)
         agree(many["all"][layer], wanted)
         agree(many["first"][layer], expected(lm, texts[:1], layer))
-    pooled = read_each(lm, texts, [Site(2)], pooled=True)[Site(2)]
+    pooled = read_activations(lm, texts, [Site(2)], pooled=True)[Site(2)]
     for pair, values in zip(texts, pooled, strict=True):
         for text, value in zip(pair, values, strict=True):
             assert value.shape == (1, tiny.WIDTH)
@@ -98,8 +98,8 @@ def test_one_position_is_read_as_it_is() -> None:
     lm = model("llama", 0)
     texts = [(Text([3, 4, 5], [2]), Text([3, 4, 6, 7], [3])), (Text([9, 8], [1]), Text([9, 7], [1]))]
     moments = contrast(lm, texts, [1])[1]
-    read = read_each(lm, texts, [Site(1)])[Site(1)]
+    read = read_activations(lm, texts, [Site(1)])[Site(1)]
     raw = PairMoments(lm.layout.width)
     raw.add(*(torch.cat([pair[m] for pair in read]) for m in (0, 1)))
     assert torch.equal(moments.difference, raw.difference)
-    assert torch.equal(moments.units, raw.units)
+    assert torch.equal(moments.unit_sum, raw.unit_sum)

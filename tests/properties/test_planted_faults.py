@@ -112,14 +112,14 @@ def test_maps_that_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     module = module_of("properties/test_read_write.py")
     from trimtab.steering import low_rank
 
-    plain = low_rank.LowRanks.pick
+    plain = low_rank.LowRankBank.pick
 
     def exchanged(self: Any, states: Tensor) -> Any:
         return plain(self, states.flip(0))
 
     check = module.TestInAModel().test_every_row_is_what_the_naive_loop_gives
     fails_only_with(
-        lambda: monkeypatch.setattr(low_rank.LowRanks, "pick", exchanged), lambda: check(tiny.tiny("llama"))
+        lambda: monkeypatch.setattr(low_rank.LowRankBank, "pick", exchanged), lambda: check(tiny.tiny("llama"))
     )
 
 

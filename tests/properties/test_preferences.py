@@ -28,12 +28,12 @@ from trimtab import (
     learn_reps,
     save,
 )
-from trimtab.engines.transformers.forced import Forced, forcing
+from trimtab.engines.transformers.forced import PromptAnswer, teacher_forcing
 from trimtab.learn.descent import Descent
+from trimtab.learn.parameters import LowRankParameters
 from trimtab.learn.preferences import NoGainWarning, Preference, hold_out, preferences
-from trimtab.learn.trained import Trained
 from trimtab.methods.bipo import bipo_loss
-from trimtab.methods.loreft import Rotations, loreft_loss, orthonormal
+from trimtab.methods.loreft import RotationParameterSet, loreft_loss, orthonormal
 from trimtab.methods.reps import nulled, reps_loss
 
 pytestmark = [
@@ -73,7 +73,7 @@ def weights_frozen(lm: LM) -> Iterator[None]:
         parameter.requires_grad_(True)
 
 
-def naive_logprob(lm: LM, text: Forced, formula: Formula | None) -> Tensor:
+def naive_logprob(lm: LM, text: PromptAnswer, formula: Formula | None) -> Tensor:
     """log p(answer | prompt), one whole text without a cache; the formula acts from the last prompt token on."""
 
     def hook(_module: Any, _args: Any, output: Any) -> Any:
@@ -96,11 +96,11 @@ def naive_logprob(lm: LM, text: Forced, formula: Formula | None) -> Tensor:
     return total
 
 
-def naive_texts(lm: LM, pair: Pair) -> tuple[Forced, Forced]:
+def naive_texts(lm: LM, pair: Pair) -> tuple[PromptAnswer, PromptAnswer]:
     assert isinstance(pair.prompt, str)
     start = tuple(lm.encode(pair.prompt))
     positive, negative = (
-        Forced(start, tuple(lm.tokenizer(str(answer), add_special_tokens=False)["input_ids"]))
+        PromptAnswer(start, tuple(lm.tokenizer(str(answer), add_special_tokens=False)["input_ids"]))
         for answer in (pair.positive, pair.negative)
     )
     return positive, negative
@@ -113,7 +113,7 @@ def sigmoid_loss(x: Tensor) -> Tensor:
 def naive_bipo(lm: LM, v: Tensor, pair: Pair, sign: float, beta: float = 0.1) -> Tensor:
     yes, no = naive_texts(lm, pair)
 
-    def ratio(text: Forced) -> Tensor:
+    def ratio(text: PromptAnswer) -> Tensor:
         return naive_logprob(lm, text, lambda _: sign * v) - naive_logprob(lm, text, None)
 
     return sigmoid_loss(sign * beta * (ratio(yes) - ratio(no)))
@@ -126,7 +126,7 @@ def naive_reps(lm: LM, v: Tensor, pair: Pair, factor: float) -> Tensor:
         along = torch.dot(h, v)
         return -along / torch.dot(v, v) * v if along > 0 else 0 * v
 
-    def mean(text: Forced, formula: Formula) -> Tensor:
+    def mean(text: PromptAnswer, formula: Formula) -> Tensor:
         return naive_logprob(lm, text, formula) / len(text.answer)
 
     gap = float(naive_logprob(lm, no, None) - naive_logprob(lm, yes, None))
@@ -191,11 +191,11 @@ def referred(lm: LM, pairs: Sequence[Pair]) -> list[Preference]:
 @pytest.mark.parametrize("name", ["reps", "bipo"])
 def test_a_vectors_loss_and_gradient(lm: LM, name: str, together: bool) -> None:
     pairs = referred(lm, FEW)
-    part = Trained.start({Site(LAYER): 1.7}, {Site(LAYER): WIDTH}, 0, 0, torch.device("cpu"))
-    vector = part.parts[Site(LAYER)].vector
+    part = LowRankParameters.initial({Site(LAYER): 1.7}, {Site(LAYER): WIDTH}, 0, 0, torch.device("cpu"))
+    vector = part.by_site[Site(LAYER)].vector
     with torch.no_grad():
         vector.copy_(tiny.direction(3, 1.5))
-    with forcing(lm.model, lm.layout, [Site(LAYER)]) as run:
+    with teacher_forcing(lm.model, lm.layout, [Site(LAYER)]) as run:
         run.shares = run.shares and together
         loss = reps_loss(run, part, pairs, FACTORS) if name == "reps" else bipo_loss(run, part, pairs, FACTORS, 0.1)
         loss.backward()
@@ -210,12 +210,12 @@ def test_a_vectors_loss_and_gradient(lm: LM, name: str, together: bool) -> None:
 
 def test_lorefts_loss_and_gradient(lm: LM) -> None:
     pairs = referred(lm, FEW)
-    trained = Rotations.start({Site(LAYER): 1.7}, {Site(LAYER): WIDTH}, 3, 0, torch.device("cpu"))
-    part = trained.parts[Site(LAYER)]
+    trained = RotationParameterSet.initial({Site(LAYER): 1.7}, {Site(LAYER): WIDTH}, 3, 0, torch.device("cpu"))
+    part = trained.by_site[Site(LAYER)]
     with torch.no_grad():
         part.source.add_(0.3 * torch.randn(part.source.shape, generator=torch.Generator().manual_seed(1)))
         part.bias.add_(0.2)
-    with forcing(lm.model, lm.layout, [Site(LAYER)]) as run:
+    with teacher_forcing(lm.model, lm.layout, [Site(LAYER)]) as run:
         loss = loreft_loss(run, trained, pairs, [1.0] * len(pairs))
         loss.backward()
     root = math.sqrt(WIDTH)
@@ -458,15 +458,18 @@ def test_system_prompts_and_messages(name: str) -> None:
         Pair(ends[0], ends[1], talk, "answers"),  # type: ignore[arg-type]
     ]
     fresh, continued = preferences(lm, pairs)
-    assert fresh.positive == Forced((70, 20, 21, 71, 10, 72), (11, 12))
-    assert fresh.negative == Forced((70, 22, 71, 10, 72), (13,))
-    assert continued.positive == Forced((71, 9, 8, 72, 7, 71, 6, 72), (5, 4))
-    assert continued.negative == Forced((71, 9, 8, 72, 7, 71, 6, 72), (3,))
+    assert fresh.positive == PromptAnswer((70, 20, 21, 71, 10, 72), (11, 12))
+    assert fresh.negative == PromptAnswer((70, 22, 71, 10, 72), (13,))
+    assert continued.positive == PromptAnswer((71, 9, 8, 72, 7, 71, 6, 72), (5, 4))
+    assert continued.negative == PromptAnswer((71, 9, 8, 72, 7, 71, 6, 72), (3,))
     learned = LEARNERS[name](lm, pairs, LAYER, steps=10, rate=0.02)
     assert learned.card.measured["loss_after"] < learned.card.measured["loss_before"]
 
 
 def test_factors_are_one_a_text(llama: LM) -> None:
     texts = [pair.positive for pair in preferences(llama, FEW)]
-    with forcing(llama.model, llama.layout, [Site(LAYER)]) as run, pytest.raises(TrimtabError, match="one factor"):
+    with (
+        teacher_forcing(llama.model, llama.layout, [Site(LAYER)]) as run,
+        pytest.raises(TrimtabError, match="one factor"),
+    ):
         run.logits(texts, {}, [1.0])

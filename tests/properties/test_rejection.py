@@ -17,7 +17,7 @@ from trimtab import LM, Ablate, Add, Edit, Positions, Site, Steering, TrimtabErr
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
-from trimtab.engines.transformers.rows import Rows, Token, compile_versions
+from trimtab.engines.transformers.rows import NewestTokens, Rows, compile_versions
 from trimtab.steering import BiasScores, ScaleScores, ScoreOperation, TargetMass, emphasis
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((9, 14, 6, 11))]
@@ -260,7 +260,7 @@ class TestRows:
         with torch.no_grad(), rows.open([]):
             lm.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
             versions = compile_versions(lm.layout, [(0, edits)], [len(ids)], [0])
-            token = Token(torch.tensor([ids[-1:]]), torch.tensor([[len(ids) - 1]]), None)
+            token = NewestTokens(torch.tensor([ids[-1:]]), torch.tensor([[len(ids) - 1]]), None)
             result = rows.run(token, cache, len(ids), versions, [0, None], [0, 0])
         bound = 5e-3 if lm.model.dtype == torch.float32 else 1e-4
         exact = {"llama", "qwen2", "mistral", "phi3", "gpt2", "opt", "gpt_neox"}

@@ -12,7 +12,7 @@ from tiny import LAYERS, direction, prompt
 
 from trimtab import LM, Ablate, Add, Edit, Positions, Site, Steering, TrimtabError
 from trimtab.report.tokens import token_cosines
-from trimtab.text.chat import encode_talk
+from trimtab.text.chat import encode_conversation
 
 TEXT = prompt(4, 7)
 TEMPLATE = (
@@ -62,8 +62,8 @@ def test_a_direction_is_read_where_it_acts(lm: LM) -> None:
 def test_messages_are_rendered_and_an_answered_conversation_ends_there(lm: LM) -> None:
     question = [{"role": "user", "content": "w10 w11"}]
     answered = [*question, {"role": "assistant", "content": "w12"}]
-    assert encode_talk(lm.tokenizer, question) == lm.encode(question) == [0, 5, 10, 11, 0, 6]
-    assert encode_talk(lm.tokenizer, answered) == [0, 5, 10, 11, 0, 6, 12]
+    assert encode_conversation(lm.tokenizer, question) == lm.encode(question) == [0, 5, 10, 11, 0, 6]
+    assert encode_conversation(lm.tokenizer, answered) == [0, 5, 10, 11, 0, 6, 12]
     projection = lm.project(answered, pushes(1))
     assert [token.strip() for token in projection.tokens] == ["<pad>", "w5", "w10", "w11", "<pad>", "w6", "w12"]
     with torch.no_grad():

@@ -18,9 +18,9 @@ from trimtab.report.sweep import (
 )
 from trimtab.report.tokens import (
     TokenCosines,
+    color_limit,
     coloured_cosines,
     draw_tokens,
-    reach,
     token_cosines,
     tokens_page,
 )
@@ -89,9 +89,9 @@ def test_what_cant_be_read(lm: LM) -> None:
 
 
 def test_the_first_token_does_not_set_the_scale() -> None:
-    assert reach([cosines_of([0.9, -0.2, 0.1]), cosines_of([0.9, 0.05, 0.3])]) == 0.3
-    assert reach([cosines_of([0.9])]) == 0.9
-    assert reach([cosines_of([0.9, 0.0])]) > 0
+    assert color_limit([cosines_of([0.9, -0.2, 0.1]), cosines_of([0.9, 0.05, 0.3])]) == 0.3
+    assert color_limit([cosines_of([0.9])]) == 0.9
+    assert color_limit([cosines_of([0.9, 0.0])]) > 0
 
 
 def test_the_terminal_has_the_text_and_the_signs_colours() -> None:

@@ -71,7 +71,7 @@ def make_service(tiny_lm: Any, steerings: Path) -> Iterator[Callable[..., Any]]:
         *, policy: Policy | None = None, rows: int = 8, waiting: int = 16, audit: Any = None, **options: Any
     ) -> Service:
         metrics = Metrics()
-        scheduler = Scheduler(tiny_lm, rows=rows, waiting=waiting, finished=metrics.finished)
+        scheduler = Scheduler(tiny_lm, rows=rows, max_queued=waiting, finished=metrics.count_answer)
         limits = Limits(**{"max_tokens": 64, **options.pop("limits", {})})
         library = read_folder(tiny_lm, steerings)
         service = Service(tiny_lm, library, scheduler, policy or Policy(), audit or Audit(), metrics, limits, **options)
@@ -112,10 +112,10 @@ def door_of(tiny_lm: Any, steerings: Path, monkeypatch: pytest.MonkeyPatch) -> I
     from serve.pretend_vllm import make_app
     from starlette.testclient import TestClient
 
-    from trimtab.engines.vllm.admitted import CLOSED
     from trimtab.engines.vllm.frontend import Names
-    from trimtab.serve.vllm.door import Door
-    from trimtab.serve.vllm.settings import DoorSettings
+    from trimtab.engines.vllm.request_context import CLOSED
+    from trimtab.serve.vllm.middleware import SteeringMiddleware
+    from trimtab.serve.vllm.settings import MiddlewareSettings
 
     opened = []
     monkeypatch.setenv("TRIMTAB_ADMIN_KEY", "admin")
@@ -124,11 +124,11 @@ def door_of(tiny_lm: Any, steerings: Path, monkeypatch: pytest.MonkeyPatch) -> I
         if policy is not None:
             (folder / "policy.json").write_text(json.dumps(policy))
             options["policy"] = str(folder / "policy.json")
-        settings = DoorSettings(**options)
-        monkeypatch.setenv(CLOSED, str(int(settings.closes(settings.rules({})))))
+        settings = MiddlewareSettings(**options)
+        monkeypatch.setenv(CLOSED, str(int(settings.closes(settings.load_policy({})))))
         names = Names()
         names.load(steerings)
-        app = make_app(tiny_lm, names, partial(Door, settings=settings, names=names))
+        app = make_app(tiny_lm, names, partial(SteeringMiddleware, settings=settings, names=names))
         client = TestClient(app)
         client.__enter__()
         opened.append(client)

@@ -19,13 +19,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from trimtab.engines.vllm.admitted import TICKET
 from trimtab.engines.vllm.counting import DOSE
 from trimtab.engines.vllm.endpoint import Endpoint
 from trimtab.engines.vllm.frontend import LINK, Names, connect
 from trimtab.engines.vllm.patched import patch_engines
+from trimtab.engines.vllm.request_context import REQUEST_CONTEXT
 from trimtab.engines.vllm.rpc import run_async
-from trimtab.engines.vllm.wire import ASKED, identified, wire_of
+from trimtab.engines.vllm.wire import STEERING_KEY, identified_edits, wire_of
 from trimtab.steering import Steering
 from trimtab.text.spans import render
 
@@ -66,7 +66,9 @@ class Engine:
     async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncIterator[Any]:
         params = await self.add_request(request_id, prompt, sampling_params)
         wire, link = wire_of(params), getattr(self, LINK)
-        parts = [edit for part in (wire.parts if wire else ()) for edit in identified(part, link.sent[part.digest])]
+        parts = [
+            edit for part in (wire.parts if wire else ()) for edit in identified_edits(part, link.sent[part.digest])
+        ]
         steering = Steering(tuple(part.edit for part in parts)) if parts else None
         ask = {"max_new_tokens": params.max_tokens, "chat": prompt["chat"]}
         (answer,) = await asyncio.to_thread(self.lm.generate, prompt["messages"], steering, **ask)
@@ -77,7 +79,7 @@ class Engine:
         reason = f"{DOSE}of all sites add up to {dose:.2g}"
         high = wire is not None and wire.cap is not None and dose > wire.cap
         if wire is not None and wire.cap is not None:
-            TICKET.get().weigh((request_id, 0), pushes)
+            REQUEST_CONTEXT.get().record_doses((request_id, 0), pushes)
         if high and not self.late:
             yield _output(request_id, ids, (), "", "error", reason)
         elif params.output_kind.name == "DELTA":
@@ -115,7 +117,10 @@ def make_app(lm: Any, names: Names, door: Any) -> Starlette:
         rendered = render(lm.tokenizer, said, chat=prompt["chat"])
         prompt |= {"type": "token", "prompt": rendered.text, "prompt_token_ids": list(rendered.ids)}
         kind = SimpleNamespace(name="DELTA" if body.get("stream") else "FINAL_ONLY")
-        extra = {**(body.get("vllm_xargs") or {}), **({ASKED: body[ASKED]} if ASKED in body else {})}
+        extra = {
+            **(body.get("vllm_xargs") or {}),
+            **({STEERING_KEY: body[STEERING_KEY]} if STEERING_KEY in body else {}),
+        }
         params = SimpleNamespace(extra_args=extra, output_kind=kind, max_tokens=body.get("max_tokens") or 5, n=1)
         name = f"x-{request.headers.get('x-request-id')}"
         coming = engine.generate(prompt, sampling_params=params, request_id=name)

@@ -53,7 +53,7 @@ def full_disk(path: Path, more: int) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AGAIN", 0.0)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
 
 
 class TestLines:
@@ -211,7 +211,7 @@ class TestCutAnswers:
         record = Record(service, {"request": "r", "key": "k", "route": PATH}, wanted, prepared, "id")
         come = threading.Semaphore(0)
         for i, task in enumerate(prepared.tasks):
-            task.deliver = record.heard(i, lambda _event: come.release())
+            task.deliver = record.wrap_deliver(i, lambda _event: come.release())
         asyncio.run(record.begin())
         service.scheduler.submit(prepared.tasks)
         for _ in range(12):
@@ -234,12 +234,12 @@ class TestCutAnswers:
         import torch
 
         from trimtab import Add, Edit, Positions, Site, Steering
-        from trimtab.serve.library import Loaded
+        from trimtab.serve.library import LoadedSteering
 
         service = make_service()
         client = client_of(service)
         wild = Steering((Edit(Site(3), Add(torch.full((32,), 3e37)), Positions.all()),))
-        service.library._loaded[None, "wild"] = Loaded("wild", wild, "0" * 64, "file")  # nobody may bring it
+        service.library._loaded[None, "wild"] = LoadedSteering("wild", wild, "0" * 64, "file")  # nobody may bring it
         for stream in (False, True):
             response = client.post(PATH, json={**BODY, "steering": [{"name": "wild"}], "stream": stream})
             assert response.status_code == 400 or "error" in response.text, response.text

@@ -149,7 +149,7 @@ class TestStrangers:
         until(lambda: server.guard.bodies.held == 0)
 
     def test_their_lines_in_the_log_are_few(self, live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("trimtab.serve.guard.STRANGERS", 0.3)
+        monkeypatch.setattr("trimtab.serve.guard.ANONYMOUS_LINES_PER_SECOND", 0.3)
         server = live()
         with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
             for _ in range(20):
@@ -157,7 +157,7 @@ class TestStrangers:
         entries = server.lines()
         assert 3 <= len(entries) < 20
         assert {(line["event"], line["status"], line["key"]) for line in entries} == {("refused", 401, None)}
-        server.guard._strangers._room = 2.0
+        server.guard._anonymous_limiter._permits = 2.0
         assert httpx.get(f"{server.url}/v1/models", timeout=PATIENCE).status_code == 401
         assert server.lines()[-1]["left_out"] > 0
 
@@ -275,7 +275,7 @@ class TestMany:
             (256, 256, 512, 256 - connections.SPARE),
         ):
             monkeypatch.setattr(resource, "getrlimit", lambda _what, soft=soft, hard=hard: (soft, hard))
-            assert connections.room_for(wanted) == room
+            assert connections.raise_file_limit(wanted) == room
         assert opened[0] == (512 + connections.SPARE, 4096)
         monkeypatch.undo()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == was
@@ -398,7 +398,7 @@ class TestHeads:
 
 
 def test_what_a_signal_asks_for_is_done_one_at_a_time_and_once_more() -> None:
-    from trimtab.serve.run import one_at_a_time
+    from trimtab.serve.run import coalescing_trigger
 
     gate, begun, running = threading.Event(), [], threading.Lock()
 
@@ -409,7 +409,7 @@ def test_what_a_signal_asks_for_is_done_one_at_a_time_and_once_more() -> None:
         running.release()
         raise OSError("the folder is gone")  # and the next time it is there again
 
-    again = one_at_a_time(work)
+    again = coalescing_trigger(work)
     again()
     until(lambda: begun)
     for _ in range(300):

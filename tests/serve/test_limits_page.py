@@ -41,7 +41,7 @@ def test_numbers() -> None:
     for words, value in (
         ("bytes of a request | `--max-body` | 1 MiB", limits.body >> 20),
         ("`--max-upload` | 16 MiB", limits.upload >> 20),
-        ("`--max-held` | 256 MiB", limits.held >> 20),
+        ("`--max-held` | 256 MiB", limits.total_bytes >> 20),
         ("without a key | | 16 KiB", bodies.SMALL >> 10),
         ("64, 1000, 32", (sieve.FIELDS, sieve.ITEMS, sieve.DEPTH)),
         ("| 10, 30 |", (int(connections.HEAD_SECONDS), int(bodies.SECONDS))),

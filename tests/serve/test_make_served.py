@@ -18,7 +18,7 @@ from trimtab.making import contrasts, verdict
 from trimtab.making.make import STAGES
 from trimtab.serve.audit import Audit
 from trimtab.serve.library import Library
-from trimtab.serve.making import Finished, Step, making, wish_of
+from trimtab.serve.making import Finished, Step, learning_target, make_steering
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.policy import ANYBODY, Key, Policy
 from trimtab.serve.refusals import Refusal
@@ -52,7 +52,7 @@ def serving(roomy_lm: LM, tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
     def make(**options: Any) -> Service:
         metrics = Metrics()
-        scheduler = Scheduler(roomy_lm, rows=8, waiting=16, finished=metrics.finished)
+        scheduler = Scheduler(roomy_lm, rows=8, max_queued=16, finished=metrics.count_answer)
         audit = Audit(tmp_path / "audit.jsonl", prompts=True)
         limits = Limits(**{"max_tokens": 64, **options.pop("limits", {})})
         policy = options.pop("policy", Policy())
@@ -69,7 +69,7 @@ def serving(roomy_lm: LM, tmp_path: Path) -> Iterator[Callable[..., Service]]:
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny random model's answers for and against barely differ: here they all count."""
-    monkeypatch.setattr(contrasts, "_told_apart", lambda _lm, answers: list(answers))
+    monkeypatch.setattr(contrasts, "_distinguishable", lambda _lm, answers: list(answers))
 
 
 def audited(tmp_path: Path) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ class TestMaking:
         assert (made["name"], made["added"], made["idea"]) == ("loud", True, "shout, not whisper")
         assert made["source"] == "sentence"
         assert made["chosen"].startswith(("mean difference", "distilled"))
-        assert made["verdict"]["questions"] == len(wish_of(MakeRequest(**ASKED)).test) == 8
+        assert made["verdict"]["questions"] == len(learning_target(MakeRequest(**ASKED)).test) == 8
         assert made["verdict"]["holds"] == (not made["verdict"]["why_not"])
         assert made["verdict"]["lines"][0].startswith("verdict: ")
         assert len(made["examples"]) == 4
@@ -168,7 +168,7 @@ class TestMaking:
     def test_answers_that_hardly_differ(
         self, serving: Callable[..., Any], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(contrasts, "_told_apart", lambda _lm, _answers: [])
+        monkeypatch.setattr(contrasts, "_distinguishable", lambda _lm, _answers: [])
         client = client_of(serving())
         response = client.post(PATH, json=ASKED)
         assert response.status_code == 400
@@ -211,10 +211,10 @@ class TestRequests:
         assert client_of(make_service()).post(PATH, json=ASKED).status_code == 405
 
     def test_questions_are_halved_and_a_card_is_taken(self) -> None:
-        wanted = wish_of(MakeRequest(name="x", idea="talk like a pirate", questions=21))
+        wanted = learning_target(MakeRequest(name="x", idea="talk like a pirate", questions=21))
         assert wanted.source == "trait pirate"
         assert (len(wanted.learn), len(wanted.test)) == (10, 11)
-        assert len(wish_of(MakeRequest(name="x", like="a parrot")).learn) == 20
+        assert len(learning_target(MakeRequest(name="x", like="a parrot")).learn) == 20
 
     def test_one_at_a_time(self, serving: Callable[..., Any], client_of: Callable[..., Any]) -> None:
         service = serving()
@@ -256,7 +256,7 @@ class TestPolicy:
 
 async def until(service: Service, ready: Callable[[Step], bool]) -> Any:
     """The steps up to one, and the generator."""
-    steps = making(service, ANYBODY, WHO, MakeRequest(**ASKED))
+    steps = make_steering(service, ANYBODY, WHO, MakeRequest(**ASKED))
     async for step in steps:
         assert isinstance(step, Step)
         if ready(step):
@@ -275,7 +275,7 @@ class TestEnds:
             while service.making.locked():
                 await asyncio.sleep(0.01)
             # what comes next has the model as it was
-            later = [step async for step in making(service, ANYBODY, WHO, MakeRequest(**ASKED))]
+            later = [step async for step in make_steering(service, ANYBODY, WHO, MakeRequest(**ASKED))]
             return line, later[-1]
 
         line, last = asyncio.run(run())
@@ -315,13 +315,13 @@ class TestEnds:
 
         client = client_of(serving())
         with monkeypatch.context() as broke:
-            broke.setattr(contrasts, "_told_apart", broken)
+            broke.setattr(contrasts, "_distinguishable", broken)
             response = client.post(PATH, json=ASKED)
         assert response.status_code == 500
         assert "secret" not in response.text
         assert audited(tmp_path)[0]["outcome"] == "failed"
         with monkeypatch.context() as broke:
-            broke.setattr(contrasts, "_told_apart", broken)
+            broke.setattr(contrasts, "_distinguishable", broken)
             *_, last = events(client.post(PATH, json={**ASKED, "stream": True}).text)
         assert last["error"]["type"] == "server_error"
         assert "secret" not in str(last)
@@ -352,7 +352,7 @@ class TestPage:
         """The page asks for all forty questions and for distilling: here for less."""
         from trimtab.serve.playground import make_part
 
-        plain = make_part.making_of
+        plain = make_part.build_make_request
         small = {key: ASKED[key] for key in ("questions", "tokens", "distill")}
         monkeypatch.setattr(
             make_part, "making_of", lambda *arguments, **more: plain(*arguments, **more).model_copy(update=small)

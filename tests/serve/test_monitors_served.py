@@ -14,7 +14,7 @@ import pytest
 from trimtab.errors import TrimtabError
 from trimtab.serve.audit import Audit
 from trimtab.serve.monitored import read_monitors
-from trimtab.serve.policy import Key, Policy, Watching, read_policy
+from trimtab.serve.policy import Key, MonitorRule, Policy, read_policy
 
 ASK = [{"role": "user", "content": "The sea is wide and blue."}]
 BODY: dict[str, Any] = {"model": "trimtab", "messages": ASK, "max_tokens": 6, "temperature": 0}
@@ -129,7 +129,7 @@ class TestPolicy:
         self, make_service: Callable[..., Any], client_of: Callable[..., Any], monitors: Any, tmp_path: Path
     ) -> Any:
         keys = (Key("bob", hashlib.sha256(b"bob").digest(), steerings=frozenset({"s4"}), strength=(-2, 2)),)
-        policy = Policy(keys, monitors=(Watching("a", -1e6, "steer", "s1", 0.5),))
+        policy = Policy(keys, monitors=(MonitorRule("a", -1e6, "steer", "s1", 0.5),))
         self.log = tmp_path / "audit.jsonl"
         return client_of(make_service(policy=policy, monitors=monitors, audit=Audit(self.log)))
 
@@ -174,13 +174,13 @@ class TestPolicy:
         path = tmp_path / "policy.json"
         path.write_text('{"monitors": [{"name": "a", "threshold": 0.5, "action": "stop"}]}')
         service = make_service(policy=read_policy(path), monitors=monitors)
-        assert [(monitor.name, monitor.threshold, monitor.action) for monitor in service.always_watching] == [
+        assert [(monitor.name, monitor.threshold, monitor.action) for monitor in service.always_on_monitors] == [
             ("a", 0.5, "stop")
         ]
         for bad in ('{"name": "nothing"}', '{"name": "a", "action": "stop"}', '{"name": "a", "action": "steer"}'):
             path.write_text(f'{{"monitors": [{bad}]}}')
             with pytest.raises(TrimtabError):
-                _ = make_service(policy=read_policy(path), monitors=monitors).always_watching
+                _ = make_service(policy=read_policy(path), monitors=monitors).always_on_monitors
 
     @pytest.mark.parametrize("text", ["a", "=x", "a b=x", "a=nothing.safetensors"])
     def test_options(self, tiny_lm: Any, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trimtab.serve.app import openapi
-from trimtab.serve.playground.examples import OWN, SHOWN, examples, first
+from trimtab.serve.playground.examples import OWN, SHOWN, default_steering, examples
 from trimtab.serve.playground.formatted import formatted
 from trimtab.serve.refusals import PASSING, Refusal
 
@@ -64,11 +64,11 @@ def test_nothing_in_an_answer_is_markup_or_leads_elsewhere(text: str) -> None:
 def test_examples_are_of_what_may_be_chosen() -> None:
     packaged = sorted(OWN)
     assert [example.steering for example in examples(packaged)] == list(OWN)
-    assert first(packaged) == "bullets"
+    assert default_steering(packaged) == "bullets"
     assert {example.steering for example in examples(["mine", "other"])} == {"mine"}
     assert len(examples(["mine"])) == len(examples(packaged)) == SHOWN
     assert examples([]) == []
-    assert first([]) is None
+    assert default_steering([]) is None
 
 
 def test_the_reference_has_every_route_and_field() -> None:
@@ -112,8 +112,8 @@ def test_what_may_pass_says_when_to_try_again(status: int) -> None:
 
 def test_the_default_models_steerings_come_with_the_package(tiny_lm: Any) -> None:
     from trimtab.data.distilled import path_of
-    from trimtab.serve.packaged import NAMES, packaged
+    from trimtab.serve.packaged import NAMES, packaged_library
 
     assert set(NAMES) == set(OWN)
     assert all(path_of(name).is_file() for name in NAMES)
-    assert packaged(tiny_lm).names == []  # they were learned on another one
+    assert packaged_library(tiny_lm).names == []  # they were learned on another one

@@ -22,27 +22,41 @@ from pydantic import ValidationError
 from trimtab.errors import TrimtabError
 from trimtab.serve.audit import Audit
 from trimtab.serve.playground import show
-from trimtab.serve.playground.asking import Asking, Side
 from trimtab.serve.playground.callers import caller, in_words
 from trimtab.serve.playground.choices import (
     AS_LEARNED,
     REJECTIONS,
     SLOTS,
-    Chosen,
-    carried,
-    chosen,
+    PanelState,
+    panel_state,
     phrases,
     prompt_of,
+    reorder_slot_values,
     request,
     span_of,
 )
-from trimtab.serve.playground.colours import REJECTION, coloured, full_of, key_of, offered, read
-from trimtab.serve.playground.lessons import METHODS, Lesson, as_row, learn, lesson_html, lesson_of
+from trimtab.serve.playground.colours import (
+    REJECTION,
+    coloured,
+    compute_cosines,
+    display_modes,
+    legend_html,
+    shared_color_limit,
+)
+from trimtab.serve.playground.conversation import Conversation, Turn
+from trimtab.serve.playground.learn_requests import (
+    METHODS,
+    LearnResult,
+    as_row,
+    build_learn_request,
+    learn,
+    learn_result_html,
+)
 from trimtab.serve.playground.marks import find_marks
 from trimtab.serve.playground.paths import is_page
+from trimtab.serve.playground.request_group import RequestGroup, Side
 from trimtab.serve.playground.snippets import as_curl, as_python, body_of
 from trimtab.serve.playground.sweep import numbers, sweep_of, whole_numbers
-from trimtab.serve.playground.talk import Talk, Turn
 from trimtab.serve.policy import ANYBODY, Key, Policy
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema import ChatRequest
@@ -59,14 +73,14 @@ def service(make_service: Callable[..., Any]) -> Any:
     return made
 
 
-def ask(service: Any, *sides: tuple[Chosen, bool], key: Key = ANYBODY, text: str = TEXT) -> list[Side]:
+def ask(service: Any, *sides: tuple[PanelState, bool], key: Key = ANYBODY, text: str = TEXT) -> list[Side]:
     """The answers to the same text, chosen so, steered or not."""
 
     async def run() -> list[Side]:
         requests = [
             request(service, choice, prompt_of(service, choice, [], text), steered=steered) for choice, steered in sides
         ]
-        asking = Asking(service, key, requests)
+        asking = RequestGroup(service, key, requests)
         async for _ in asking.run():
             pass
         return asking.sides
@@ -78,7 +92,7 @@ class TestChoices:
     def test_the_panel_in_its_order(self) -> None:
         strengths, layers = [1.5, -2, 0, 0], [AS_LEARNED, 3, AS_LEARNED, AS_LEARNED]
         rest = ["wide\n\n wide \nblue", "always", 0.25, " Be brief. ", 20.0, 0.5, 7]
-        choice = chosen([["s0", "s2"], *strengths, *layers, *rest])
+        choice = panel_state([["s0", "s2"], *strengths, *layers, *rest])
         assert choice.steering == (("s0", 1.5, AS_LEARNED), ("s2", -2.0, 3))
         assert (choice.phrases, choice.system, choice.max_tokens, choice.seed) == (("wide", "blue"), "Be brief.", 20, 7)
         assert choice.fields == {
@@ -98,10 +112,10 @@ class TestChoices:
         ],
     )
     def test_rejection(self, rejection: str, marked: tuple[str, ...], expected: Any) -> None:
-        assert Chosen(phrases=marked, rejection=rejection).fields.get("rejection") == expected
+        assert PanelState(phrases=marked, rejection=rejection).fields.get("rejection") == expected
 
     def test_slots_keep_their_values_when_others_leave(self) -> None:
-        assert carried(["a", "b"], ["b", "c"], [2.0, 3.0, 9, 9], 1.0) == [3.0, 1.0, *[1.0] * (SLOTS - 2)]
+        assert reorder_slot_values(["a", "b"], ["b", "c"], [2.0, 3.0, 9, 9], 1.0) == [3.0, 1.0, *[1.0] * (SLOTS - 2)]
 
     def test_sliders_end_where_the_policy_does(self) -> None:
         assert span_of(-100, 100) == (-4, 4)
@@ -117,7 +131,7 @@ class TestAnswers:
     def test_both_sides_are_what_the_library_gives(self, service: Any, tiny_lm: Any, steerings: Path) -> None:
         from trimtab import load
 
-        choice = Chosen((("s0", 1.5, AS_LEARNED), ("s2", 1.0, AS_LEARNED)), max_tokens=12)
+        choice = PanelState((("s0", 1.5, AS_LEARNED), ("s2", 1.0, AS_LEARNED)), max_tokens=12)
         plain, steered = ask(service, (choice, False), (choice, True))
         total = 1.5 * load(steerings / "s0.safetensors") + load(steerings / "s2.safetensors")
         prompt = [{"role": "user", "content": TEXT}]
@@ -134,14 +148,14 @@ class TestAnswers:
         from trimtab import load
 
         (own,), (moved,) = (
-            ask(service, (Chosen((("s0", 2.0, layer),), max_tokens=8), True)) for layer in (AS_LEARNED, 3)
+            ask(service, (PanelState((("s0", 2.0, layer),), max_tokens=8), True)) for layer in (AS_LEARNED, 3)
         )
         steering = 2.0 * load(steerings / "s0.safetensors").at_layer(3)
         (answer,) = tiny_lm.generate([{"role": "user", "content": TEXT}], steering, max_new_tokens=8)
         assert moved.ids == answer.token_ids != own.ids
         assert moved.steerings[0].layer == 3
         with pytest.raises(Refusal, match="layers 0 to 3"):
-            ask(service, (Chosen((("s0", 2.0, 9),)), True))
+            ask(service, (PanelState((("s0", 2.0, 9),)), True))
 
     def test_only_what_acts_at_one_layer_moves(self, service: Any, tiny_lm: Any) -> None:
         from tiny import direction
@@ -151,7 +165,7 @@ class TestAnswers:
         both = Steering(tuple(Edit(Site(layer), Add(direction(1)[:32])) for layer in (0, 1)))
         service.library.add("both", both, "learned")
         with pytest.raises(Refusal, match="acts at 0, 1"):
-            ask(service, (Chosen((("both", 1.0, 2),)), True))
+            ask(service, (PanelState((("both", 1.0, 2),)), True))
         with pytest.raises(TrimtabError, match="acts at none"):
             Steering().at_layer(1)
 
@@ -159,7 +173,7 @@ class TestAnswers:
         self, service: Any, tiny_lm: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(tiny_lm.tokenizer, "chat_template", None)
-        choice = Chosen(phrases=("wide",), rejection=REJECTIONS[2], max_tokens=6)
+        choice = PanelState(phrases=("wide",), rejection=REJECTIONS[2], max_tokens=6)
         chat = request(service, choice, prompt_of(service, choice, [{"role": "user", "content": "Who?"}], TEXT))
         assert as_curl(chat, "http://x", keys=False).startswith("curl http://x/v1/completions ")
         plain, steered = ask(service, (choice, False), (choice, True))
@@ -168,10 +182,10 @@ class TestAnswers:
         assert (plain.ids, steered.ids) == (a.token_ids, b.token_ids)
 
     def test_they_go_on_from_their_own_words(self, service: Any) -> None:
-        talk = Talk()
-        choice = Chosen((("s0", 3.0, AS_LEARNED),), system="Be kind.", max_tokens=6)
+        talk = Conversation()
+        choice = PanelState((("s0", 3.0, AS_LEARNED),), system="Be kind.", max_tokens=6)
         talk.turns.append(Turn("Why?", (), *ask(service, (choice, False), (choice, True), text="Why?")))
-        plain, steered = (prompt_of(service, choice, talk.said(steered=s), "Who?") for s in (False, True))
+        plain, steered = (prompt_of(service, choice, talk.history(steered=s), "Who?") for s in (False, True))
         assert [m["role"] for m in plain] == ["system", "user", "assistant", "user"]
         assert plain[2]["content"] == talk.turns[0].plain.text != talk.turns[0].steered.text == steered[2]["content"]
 
@@ -181,13 +195,13 @@ class TestAnswers:
         log = tmp_path / "audit.jsonl"
         service = make_service(audit=Audit(log))
         service.scheduler.start()
-        choice = Chosen((("s0", 1.0, AS_LEARNED),), max_tokens=64)
+        choice = PanelState((("s0", 1.0, AS_LEARNED),), max_tokens=64)
 
-        async def run() -> Asking:
+        async def run() -> RequestGroup:
             requests = [
                 request(service, choice, prompt_of(service, choice, [], TEXT), steered=s) for s in (False, True)
             ]
-            asking = Asking(service, ANYBODY, requests)
+            asking = RequestGroup(service, ANYBODY, requests)
             async for sides in asking.run():
                 if len(sides[1].ids) > 2:
                     asking.stop()
@@ -232,21 +246,21 @@ class TestPolicy:
 
     def test_a_key_has_its_steerings_and_its_range(self, guarded: Any) -> None:
         alice = caller(guarded, "alice")
-        (side,) = ask(guarded, (Chosen((("s0", 2.0, AS_LEARNED),), max_tokens=4), True), key=alice)
+        (side,) = ask(guarded, (PanelState((("s0", 2.0, AS_LEARNED),), max_tokens=4), True), key=alice)
         assert [(steering.name, steering.always) for steering in side.steerings] == [("s7", True), ("s0", False)]
         for name, strength, words in (("s1", 1.0, "no steering 's1'"), ("s0", 2.5, "from 0 to 2")):
             with pytest.raises(Refusal, match=words):
-                ask(guarded, (Chosen(((name, strength, AS_LEARNED),)), True), key=alice)
-        assert {value.partition("@")[0] for _, value in offered(guarded, alice)[3:]} == {"s0", "s7"}
+                ask(guarded, (PanelState(((name, strength, AS_LEARNED),)), True), key=alice)
+        assert {value.partition("@")[0] for _, value in display_modes(guarded, alice)[3:]} == {"s0", "s7"}
         with pytest.raises(Refusal, match="no steering 's1'"):
-            asyncio.run(read(guarded, alice, [side], "s1@1"))
+            asyncio.run(compute_cosines(guarded, alice, [side], "s1@1"))
 
     def test_what_is_always_on_is_not_rejected(self, guarded: Any) -> None:
         with pytest.raises(Refusal, match="always on can't be rejected"):
-            ask(guarded, (Chosen(phrases=("sea",), max_tokens=4), True), key=caller(guarded, "bob"))
+            ask(guarded, (PanelState(phrases=("sea",), max_tokens=4), True), key=caller(guarded, "bob"))
 
     def test_learning_is_for_keys_that_may_add(self, guarded: Any) -> None:
-        lesson = lesson_of("mine", "caa", "\n".join(map(json.dumps, PAIRS)), "1")
+        lesson = build_learn_request("mine", "caa", "\n".join(map(json.dumps, PAIRS)), "1")
         with pytest.raises(Refusal, match="may not add"):
             study(guarded, caller(guarded, "alice"), lesson)
         assert study(guarded, caller(guarded, "bob"), lesson)[-1].loaded.name == "mine"
@@ -256,19 +270,19 @@ class TestPolicy:
         from trimtab.serve.playground.page import make_blocks
 
         panel = [["s0"], *[1.0] * SLOTS, *[AS_LEARNED] * SLOTS, "", REJECTIONS[2], 0.5, "", 8, 0.0, 0]
-        talk = Talk([Turn(TEXT)])
+        talk = Conversation([Turn(TEXT)])
         inputs = {
             "speak": (TEXT, talk, "nothing", *panel),
             "again": (1, talk, "nothing", True, *panel),
             "copied": (None, TEXT, talk, *panel),
             "tinted": (talk, "s0@0"),
             "look": (TEXT, talk, *panel),
-            "run": ("s0", "0, 1", "", TEXT, Talk(), *panel),
+            "run": ("s0", "0, 1", "", TEXT, Conversation(), *panel),
             "study": ("\n".join(map(json.dumps, PAIRS)), "mine", METHODS[0], ""),
             "create": ("talk like a pirate", "", "", "mine", True),
             "choose": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
-            "arrive": (Talk(), ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
-            "admit": (Talk(), "mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
+            "arrive": (Conversation(), ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
+            "admit": (Conversation(), "mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
         }
         inputs["pick"] = ([], *panel[1 : 2 * SLOTS + 1])
         harmless = {"halt", "forget", "append", "<lambda>"}
@@ -297,11 +311,11 @@ class TestMoves:
         again = next(function.fn for function in make_blocks(service).fns.values() if function.name == "again")
         assert again is not None
 
-        def move(talk: Talk, number: int, strength: float) -> Any:
+        def move(talk: Conversation, number: int, strength: float) -> Any:
             rest = ("", REJECTIONS[2], 0.5, "", 8, 0.0, 0)
             return again("", number, talk, "nothing", True, ["s0"], *[strength] * SLOTS, *[AS_LEARNED] * SLOTS, *rest)
 
-        async def answered(talk: Talk, *moves: tuple[int, float]) -> None:
+        async def answered(talk: Conversation, *moves: tuple[int, float]) -> None:
             async def moved(number: int, strength: float) -> None:
                 async for _ in move(talk, number, strength):
                     pass
@@ -309,7 +323,7 @@ class TestMoves:
             await asyncio.gather(*(moved(*arguments) for arguments in moves))
 
         for order in permutations([(1, 0.6), (2, 0.5), (3, 0.4)]):
-            talk = Talk([Turn(TEXT)])
+            talk = Conversation([Turn(TEXT)])
             asyncio.run(answered(talk, *order))
             assert [steering.strength for steering in talk.turns[-1].steered.steerings] == [0.4], order
             assert talk.number == 1, order  # and the others weren't asked
@@ -320,7 +334,7 @@ class TestMoves:
 
 class TestEmphasis:
     def test_phrases_are_looked_for(self, service: Any) -> None:
-        prompt = prompt_of(service, Chosen(), [], TEXT)
+        prompt = prompt_of(service, PanelState(), [], TEXT)
         there, missing = find_marks(service, prompt, ("wide and blue", "wide and red"), chat=True)
         assert there.tokens > 0
         assert not there.error
@@ -330,7 +344,7 @@ class TestEmphasis:
         assert "tt-missing" in shown
 
     def test_an_answer_with_a_trace_is_coloured_by_it(self, service: Any) -> None:
-        choice = Chosen((("s0", 2.0, AS_LEARNED),), ("wide and blue",), max_tokens=10)
+        choice = PanelState((("s0", 2.0, AS_LEARNED),), ("wide and blue",), max_tokens=10)
         plain, steered = ask(service, (choice, False), (choice, True))
         assert plain.done is not None
         assert plain.done.trace is None
@@ -348,11 +362,11 @@ class TestEmphasis:
             .replace("&amp;", "&")
             == steered.text
         )
-        assert "steered" in key_of([plain, steered], REJECTION, 1.0)
-        assert "No answer here" in key_of([plain], REJECTION, 1.0)
+        assert "steered" in legend_html([plain, steered], REJECTION, 1.0)
+        assert "No answer here" in legend_html([plain], REJECTION, 1.0)
 
     def test_a_phrase_that_is_missing_asks_nothing(self, service: Any) -> None:
-        choice = Chosen(phrases=("purple",), max_tokens=4)
+        choice = PanelState(phrases=("purple",), max_tokens=4)
         with pytest.raises(Refusal, match="isn't in the prompt"):
             ask(service, (choice, False), (choice, True))
         assert service.scheduler.running == service.scheduler.queued == 0
@@ -364,9 +378,9 @@ class TestColours:
 
         from trimtab import load
 
-        (side,) = ask(service, (Chosen((("s1", 1.0, AS_LEARNED),), max_tokens=6), True))
-        (colour,) = [value for _, value in offered(service, ANYBODY) if value.startswith("s1@")]
-        asyncio.run(read(service, ANYBODY, [side], colour))
+        (side,) = ask(service, (PanelState((("s1", 1.0, AS_LEARNED),), max_tokens=6), True))
+        (colour,) = [value for _, value in display_modes(service, ANYBODY) if value.startswith("s1@")]
+        asyncio.run(compute_cosines(service, ANYBODY, [side], colour))
         cosines = side.cosines[colour]
         with torch.no_grad():
             hidden = tiny_lm.model(torch.tensor([[*side.prompt, *side.ids]]), output_hidden_states=True).hidden_states
@@ -374,15 +388,15 @@ class TestColours:
         expected = torch.cosine_similarity(hidden[cosines.layer + 1][0, len(side.prompt) :], direction[None], dim=-1)
         assert cosines.cosines == pytest.approx(expected.tolist(), abs=1e-5)
         assert "".join(cosines.pieces) == side.text
-        full = full_of([side], colour)
+        full = shared_color_limit([side], colour)
         assert coloured(service, side, colour, full).count("<span") == sum(bool(piece) for piece in cosines.pieces)
-        assert f"{full:+.2f}" in key_of([side], colour, full)
+        assert f"{full:+.2f}" in legend_html([side], colour, full)
 
 
 class TestSweep:
     def test_a_grid_is_row_by_row(self, service: Any) -> None:
         sweep = sweep_of("s0", "-1, 0 2", "1; 2")
-        requests = sweep.requests(service, Chosen(max_tokens=4), TEXT)
+        requests = sweep.requests(service, PanelState(max_tokens=4), TEXT)
         points = [[(edit.layer, edit.strength) for edit in each.steering] for each in requests]
         assert points == [[(1, -1)], [], [(1, 2)], [(2, -1)], [], [(2, 2)]]
         assert sweep.rows() == ["layer 1", "layer 2"]
@@ -402,11 +416,11 @@ class TestSweep:
                 sweep_of(name, strengths, layers)
         many = sweep_of("s0", " ".join(map(str, range(17))), "")
         with pytest.raises(TrimtabError, match="17 answers; at most 16"):
-            many.requests(service, Chosen(), TEXT)
+            many.requests(service, PanelState(), TEXT)
         with pytest.raises(ValidationError):
-            sweep_of("s0", "1e9", "").requests(service, Chosen(), TEXT)
+            sweep_of("s0", "1e9", "").requests(service, PanelState(), TEXT)
         with pytest.raises(TrimtabError, match="32,000 characters"):
-            prompt_of(service, Chosen(), [], "x" * 32_001)
+            prompt_of(service, PanelState(), [], "x" * 32_001)
         assert numbers("\N{MINUS SIGN}1, 1,1", "strengths") == (-1, 1)
         assert whole_numbers("") == ()
 
@@ -426,23 +440,25 @@ class TestLearning:
             "json": json.dumps(PAIRS),
             "csv": "prompt,positive,negative\r\n" + "".join(f"{p['prompt']},yes yes,no no\r\n" for p in PAIRS),
         }[kind]
-        *steps, lesson = study(service, ANYBODY, lesson_of(f"by-{kind}", METHODS[0], text, "1, 2"))
+        *steps, lesson = study(service, ANYBODY, build_learn_request(f"by-{kind}", METHODS[0], text, "1, 2"))
         assert steps[0] == (0, 3)
         assert steps[-1] == (3, 3)
-        assert isinstance(lesson, Lesson)
+        assert isinstance(lesson, LearnResult)
         assert lesson.loaded.steering.layers == (1, 2)
         assert lesson.loaded.steering.card.method == "caa"
         assert service.library.get(f"by-{kind}") is lesson.loaded
-        (side,) = ask(service, (Chosen(((f"by-{kind}", 1.0, AS_LEARNED),), max_tokens=4), True))
+        (side,) = ask(service, (PanelState(((f"by-{kind}", 1.0, AS_LEARNED),), max_tokens=4), True))
         assert side.steerings[0].digest == lesson.loaded.digest
 
     def test_the_file_to_save_is_the_steering(self, service: Any, tmp_path: Path) -> None:
         from trimtab import load
 
         rows = [{"prompt": f"{ask}? Shout!", "prompt_without_instruction": f"{ask}?"} for ask in ("What", "Why", "Who")]
-        lesson = study(service, ANYBODY, lesson_of("loud", METHODS[0], "\n".join(map(json.dumps, rows)), ""))[-1]
+        lesson = study(service, ANYBODY, build_learn_request("loud", METHODS[0], "\n".join(map(json.dumps, rows)), ""))[
+            -1
+        ]
         assert lesson.loaded.steering.card.method == "instruct"
-        page = lesson_html(lesson)
+        page = learn_result_html(lesson)
         (data,) = re.findall(r'href="data:application/octet-stream;base64,([^"]+)"', page)
         assert 'download="loud.safetensors"' in page
         path = tmp_path / "loud.safetensors"
@@ -461,26 +477,26 @@ class TestLearning:
             ("x", text, "one", "'one' isn't a number"),
         ):
             with pytest.raises(TrimtabError, match=words):
-                lesson_of(name, METHODS[0], pairs, layers)
+                build_learn_request(name, METHODS[0], pairs, layers)
         with pytest.raises(ValidationError):
-            lesson_of("../x", METHODS[0], text, "")
+            build_learn_request("../x", METHODS[0], text, "")
         with pytest.raises(TrimtabError, match=r"layer 99|layers 0 to 3"):
-            study(service, ANYBODY, lesson_of("x", "caa", text, "99"))
+            study(service, ANYBODY, build_learn_request("x", "caa", text, "99"))
         with pytest.raises(Refusal, match="already"):
-            study(service, ANYBODY, lesson_of("s0", "caa", text, ""))
+            study(service, ANYBODY, build_learn_request("s0", "caa", text, ""))
         with pytest.raises(TrimtabError, match="for the method caa"):
-            study(service, ANYBODY, lesson_of("x", "instruct", text, ""))
+            study(service, ANYBODY, build_learn_request("x", "instruct", text, ""))
         with pytest.raises(Refusal, match="trimtab serve --learn"):
-            study(make_service(), ANYBODY, lesson_of("x", "caa", text, ""))
+            study(make_service(), ANYBODY, build_learn_request("x", "caa", text, ""))
 
     def test_messages_and_system_prompts_are_learned_from(self, service: Any) -> None:
         talk = [{"role": "user", "content": "Why?"}]
         rows = [{"system": "Be kind.", "prompt": talk, "positive": "yes yes", "negative": "no", "id": 7, "seen": None}]
-        study_request = lesson_of("spoken", METHODS[0], "\n".join(map(json.dumps, rows)), "1")
+        study_request = build_learn_request("spoken", METHODS[0], "\n".join(map(json.dumps, rows)), "1")
         lesson = study(service, ANYBODY, study_request)[-1]
         assert lesson.loaded.steering.card.data == digest(pairs_from_rows(rows))
         with pytest.raises(TrimtabError, match="bare texts have none"):
-            lesson_of("x", METHODS[0], '{"positive": "a", "negative": "b", "system": "Be kind."}', "")
+            build_learn_request("x", METHODS[0], '{"positive": "a", "negative": "b", "system": "Be kind."}', "")
 
     def test_a_typed_pair_is_a_row(self) -> None:
         assert json.loads(as_row(" Hi ", "yes", "no")) == {"prompt": "Hi", "positive": "yes", "negative": "no"}
@@ -493,7 +509,7 @@ class TestSnippets:
     TRICKY = 'It\'s "quoted" $HOME `id` \\ {{x}} ${y}\nand 💥'
 
     def tricky_request(self, service: Any) -> Any:
-        choice = Chosen((("s0", 1.5, 2),), ("quoted",), max_tokens=9)
+        choice = PanelState((("s0", 1.5, 2),), ("quoted",), max_tokens=9)
         return request(service, choice, prompt_of(service, choice, [], self.TRICKY))
 
     def test_curl_is_the_request(self, service: Any) -> None:
@@ -520,10 +536,10 @@ class TestShown:
     NASTY = "<script>alert(1)</script>"
 
     def test_nothing_that_was_written_is_markup(self, service: Any) -> None:
-        choice = Chosen((("s0", 1.0, AS_LEARNED),), max_tokens=4)
+        choice = PanelState((("s0", 1.0, AS_LEARNED),), max_tokens=4)
         plain, steered = ask(service, (choice, False), (choice, True), text=self.NASTY)
         plain.collected.text = steered.error = self.NASTY
-        page = show.talk(service, Talk([Turn(self.NASTY, (self.NASTY,), plain, steered)]))
+        page = show.conversation_html(service, Conversation([Turn(self.NASTY, (self.NASTY,), plain, steered)]))
         page += show.error(self.NASTY) + show.note(self.NASTY) + show.grid([(self.NASTY, [(self.NASTY, plain)])])
         assert "<script" not in page
         assert page.count("&lt;script&gt;") >= 6
@@ -543,7 +559,7 @@ class TestShown:
         self, make_service: Callable[..., Any], names: tuple[str, ...] | None, keys: bool, learns: bool, says: str
     ) -> None:
         policy = Policy((Key("bob", b"bob"),)) if keys else Policy()
-        shown = show.talk(make_service(policy=policy, learn=learns), Talk(names=names))
+        shown = show.conversation_html(make_service(policy=policy, learn=learns), Conversation(names=names))
         assert says in shown
         assert ("is selected" in shown) == bool(names)
 

@@ -42,8 +42,8 @@ class TestPolicy:
         alice, bob = policy.caller("a"), policy.caller("b")
         assert alice is not None
         assert bob is not None
-        assert (alice.name, policy.range_of(alice), policy.dose_of(alice)) == ("alice", (0, 2), 0.5)
-        assert (bob.name, policy.range_of(bob), policy.dose_of(bob)) == ("bob", (-1, 4), 0.8)
+        assert (alice.name, policy.range_of(alice), policy.dose_cap(alice)) == ("alice", (0, 2), 0.5)
+        assert (bob.name, policy.range_of(bob), policy.dose_cap(bob)) == ("bob", (-1, 4), 0.8)
         assert (alice.steerings, alice.add, bob.steerings, bob.add) == (frozenset({"json"}), False, None, True)
         assert policy.always == (("safety", 1.5),)
 

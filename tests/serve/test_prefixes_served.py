@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.engines.transformers.prefixes import Prefixes
+from trimtab.engines.transformers.prefixes import RequestPrefixCache
 from trimtab.serve.policy import Key, Policy
 from trimtab.serve.scheduler import Scheduler
 
@@ -23,10 +23,10 @@ def clients(make_service: Callable[..., Any], client_of: Callable[..., Any]) -> 
 
     def make(shared: bool = False) -> tuple[Any, Any]:
         services = []
-        for prefixes in (Prefixes(5000, shared=shared), None):
+        for prefixes in (RequestPrefixCache(5000, shared=shared), None):
             keys = tuple(Key(name, hashlib.sha256(name.encode()).digest()) for name in ("alice", "bob"))
             service = make_service(policy=Policy(keys))
-            scheduler = Scheduler(service.lm, rows=8, finished=service.metrics.finished, prefixes=prefixes)
+            scheduler = Scheduler(service.lm, rows=8, finished=service.metrics.count_answer, prefixes=prefixes)
             object.__setattr__(service, "scheduler", scheduler)
             services.append(client_of(service))
         return services[0], services[1]

@@ -10,7 +10,7 @@ from trimtab.steering import ScaleScores, emphasis
 
 pytest.importorskip("fastapi", reason="serving needs trimtab[serve]")
 
-from trimtab.serve.protected import Protected, apart, protected
+from trimtab.serve.protected import Protected, protection_of, remove_protected
 
 WIDTH = 32
 
@@ -50,8 +50,8 @@ class TestProperties:
     @pytest.mark.parametrize("layer", [0, 1, 3])
     @pytest.mark.parametrize("kind", ["residual", "block_input"])
     def test_the_streams_projection_on_what_is_always_on_stays(self, operation: object, layer: int, kind: str) -> None:
-        held = protected(ALWAYS)
-        left, lost = apart(held, Steering((edit(operation, layer, kind),)))
+        held = protection_of(ALWAYS)
+        left, lost = remove_protected(held, Steering((edit(operation, layer, kind),)))
         x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         (moved,) = left.edits
         y = naively(moved, x)
@@ -63,30 +63,30 @@ class TestProperties:
         assert (moved.site, moved.positions, moved.strength) == (Site(layer, kind), Positions.all(), 1.7)
 
     def test_it_is_the_nearest_such_push(self) -> None:
-        v, held = vector(4, 2.0), protected(ALWAYS)
-        left, lost = apart(held, Steering((edit(Add(v)),)))
+        v, held = vector(4, 2.0), protection_of(ALWAYS)
+        left, lost = remove_protected(held, Steering((edit(Add(v)),)))
         three = torch.stack([vector(seed).double() for seed in (1, 2, 3)])
         along = three.T @ torch.linalg.solve(three @ three.T, three @ v.double())
         assert torch.allclose(left.edits[0].operation.direction.double(), v.double() - along, atol=1e-6)
         assert lost == pytest.approx(float(along.norm() / v.double().norm()))
 
     def test_what_has_nothing_along_it_is_the_same_object(self) -> None:
-        held = protected([("safety", Steering((edit(Add(torch.eye(WIDTH)[0])),)))])
+        held = protection_of([("safety", Steering((edit(Add(torch.eye(WIDTH)[0])),)))])
         mine = Steering((edit(Add(torch.eye(WIDTH)[1])), edit(Ablate(torch.eye(WIDTH)[2]))))
-        left, lost = apart(held, mine)
+        left, lost = remove_protected(held, mine)
         assert lost == 0
         assert all(a is b for a, b in zip(left.edits, mine.edits, strict=True))
 
     def test_without_anything_that_is_always_on_nothing_changes(self) -> None:
         mine = ALWAYS[0][1]
-        assert apart(Protected(), mine) == (mine, 0.0)
+        assert remove_protected(Protected(), mine) == (mine, 0.0)
 
 
 class TestRefusals:
     @pytest.mark.parametrize("factor", [1.0, -1.0, 100.0, 1e-3])
     def test_the_same_direction_under_another_name(self, factor: float) -> None:
         with pytest.raises(TrimtabError, match="acts almost only along a steering that is always on"):
-            apart(protected(ALWAYS), Steering((edit(Add(factor * (vector(1) + vector(3))), 3),)))
+            remove_protected(protection_of(ALWAYS), Steering((edit(Add(factor * (vector(1) + vector(3))), 3),)))
 
     @pytest.mark.parametrize(
         "other",
@@ -100,13 +100,13 @@ class TestRefusals:
     )
     def test_what_reaches_it_another_way(self, other: Edit) -> None:
         with pytest.raises(TrimtabError, match="could undo a steering that is always on"):
-            apart(protected(ALWAYS), Steering((other,)))
+            remove_protected(protection_of(ALWAYS), Steering((other,)))
 
     def test_what_is_always_on_and_has_no_direction(self) -> None:
-        held = protected([("dim", Steering((edit(ScaleElements(torch.full((WIDTH,), 0.5))),)))])
+        held = protection_of([("dim", Steering((edit(ScaleElements(torch.full((WIDTH,), 0.5))),)))])
         with pytest.raises(TrimtabError, match="'dim' is always on and isn't made of directions"):
-            apart(held, Steering((edit(Add(vector(4))),)))
+            remove_protected(held, Steering((edit(Add(vector(4))),)))
 
     def test_attention_can_be_steered(self) -> None:
         towards = emphasis(ScaleScores(), [(1, 3)], range(2), "directer")
-        assert apart(protected(ALWAYS), towards) == (towards, 0.0)
+        assert remove_protected(protection_of(ALWAYS), towards) == (towards, 0.0)

@@ -164,9 +164,9 @@ def test_thinking_is_an_item(client_for: Callable[[str], Any]) -> None:
     ]
     from trimtab.serve.responses import as_chat
     from trimtab.serve.schema_responses import ResponsesRequest
-    from trimtab.serve.sieve import sieved
+    from trimtab.serve.sieve import clean_json
 
-    body = json.loads(sieved(json.dumps({"model": "trimtab", "input": again}).encode()))
+    body = json.loads(clean_json(json.dumps({"model": "trimtab", "input": again}).encode()))
     messages = as_chat(ResponsesRequest.model_validate(body)).messages
     assert [message.role for message in messages] == ["user", "assistant", "user"]
     assert messages[1].reasoning_content == response.output[0].content[0].text
@@ -220,18 +220,21 @@ def test_logprobs_are_those_of_the_text(
 def test_logprobs_of_words_after_thinking(client_for: Callable[[str], Any]) -> None:
     """Markers, blanks around them and what ends an answer are no part of the text."""
     from trimtab.serve.responses_logprobs import TextTokens
-    from trimtab.serve.tasks import TokenTold
-    from trimtab.text.said import Marks, Parts, Words
+    from trimtab.serve.tasks import GeneratedToken
+    from trimtab.text.answer_parts import AnswerMarkers, AnswerSplitter, AnswerText
 
     tokenizer = client_for("thinking").service.lm.tokenizer
-    reading, tokens = Parts(Marks(thinking=("<think>", "</think>"), begun=True)), TextTokens(tokenizer)
+    reading, tokens = (
+        AnswerSplitter(AnswerMarkers(thinking=("<think>", "</think>"), thinking_open=True)),
+        TextTokens(tokenizer),
+    )
     ids = [*tokenizer.encode("Hmm.</think>\n\nThe sea is <b", add_special_tokens=False), tokenizer.eos_token_id]
     said, logprobs = "", []
     for i, id in enumerate(ids):
         last = i == len(ids) - 1
         parts = reading.finish() if last else reading.add(tokenizer.decode([id]))
-        said += "".join(part.text for part in parts if isinstance(part, Words))
-        logprobs += tokens.take(parts, [TokenTold(id, -1.0)])
+        said += "".join(part.text for part in parts if isinstance(part, AnswerText))
+        logprobs += tokens.take(parts, [GeneratedToken(id, -1.0)])
     assert said == "The sea is <b"
     assert "".join(logprob.token for logprob in logprobs) == said
 

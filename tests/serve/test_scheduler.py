@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from trimtab import Rejection, ScaleScores
-from trimtab.serve.scheduler import Draining, Full, Scheduler
+from trimtab.serve.scheduler import Draining, QueueFull, Scheduler
 from trimtab.serve.tasks import Done, Event, Failed, Piece, Task
 from trimtab.steering import emphasis
 
@@ -123,7 +123,7 @@ def test_a_full_queue_accepts_nothing(make_service: Callable[..., Any]) -> None:
     scheduler = make_service(rows=2, waiting=3).scheduler
     made = [task(scheduler) for _ in range(5)]
     scheduler.submit([job for job, _ in made])
-    with pytest.raises(Full) as full:
+    with pytest.raises(QueueFull) as full:
         scheduler.submit([task(scheduler)[0]])
     assert 1 <= full.value.seconds <= 60
     assert scheduler.queued == 5

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.sieve import DEPTH, FIELDS, ITEMS, sieved
+from trimtab.serve.sieve import DEPTH, FIELDS, ITEMS, clean_json
 
 ASK = [{"role": "user", "content": "The sea"}]
 CHAT = {"model": "trimtab", "messages": ASK, "max_tokens": 2, "temperature": 0}
@@ -86,13 +86,13 @@ class TestShapes:
         from trimtab.serve import app
 
         counts = []
-        inner = app.in_words
+        inner = app.validation_refusal
 
         def counted(errors: Any, body: Any) -> Any:
             counts.append(len(errors))
             return inner(errors, body)
 
-        monkeypatch.setattr(app, "in_words", counted)
+        monkeypatch.setattr(app, "validation_refusal", counted)
         path, body = HOSTILE[name]
         data = json.dumps(body, separators=(",", ":")).encode()
         assert len(data) <= 1 << 20 or name in SHORTENED
@@ -114,10 +114,10 @@ class TestShapes:
         ):
             data = json.dumps(body).encode()
             if words is None:
-                assert json.loads(sieved(data)) == body
+                assert json.loads(clean_json(data)) == body
                 continue
             with pytest.raises(Refusal, match=words):
-                sieved(data)
+                clean_json(data)
 
     @given(
         st.recursive(
@@ -132,13 +132,13 @@ class TestShapes:
     @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def test_what_holds_no_null_goes_through_as_it_is(self, value: Any) -> None:
         data = json.dumps(value).encode()
-        assert json.loads(sieved(data)) == value
+        assert json.loads(clean_json(data)) == value
 
     @given(st.binary(max_size=200))
     @settings(max_examples=300, deadline=None, derandomize=True)
     def test_bytes_are_read_or_refused(self, data: bytes) -> None:
         with suppress(Refusal):
-            body = sieved(data)
+            body = clean_json(data)
             assert body == data == b"" or json.loads(body) is not Ellipsis
 
 
@@ -282,7 +282,7 @@ def test_depth_is_far_from_pythons_own() -> None:
 
 
 def test_every_unsupported_field_says_what_to_do() -> None:
-    from trimtab.serve.fields import INSTEAD, UnsupportedChat
+    from trimtab.serve.fields import ALTERNATIVES, UnsupportedChat
 
     silent = {"store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-    assert set(UnsupportedChat.model_fields) - silent <= set(INSTEAD)
+    assert set(UnsupportedChat.model_fields) - silent <= set(ALTERNATIVES)

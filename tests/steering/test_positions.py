@@ -50,7 +50,7 @@ def naive(positions: Positions, t: int, n: int, holding: frozenset[Meaning]) -> 
     if isinstance(rule, Meaning):
         return t >= n and rule in holding
     parts = [naive(part, t, n, holding) for part in rule.parts]
-    return not parts[0] if rule.how == "not" else any(parts) if rule.how == "any" else all(parts)
+    return not parts[0] if rule.operator == "not" else any(parts) if rule.operator == "any" else all(parts)
 
 
 @given(POSITIONS, st.integers(2, 7))

@@ -14,7 +14,7 @@ from serve.toolbox import SPECIAL, TEMPLATES, model
 from text.test_said import written
 
 from trimtab.decoding.grammar import check_schema, lark_grammar
-from trimtab.engines.transformers.grammar import Grammars
+from trimtab.engines.transformers.grammar import GrammarCompiler
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.text.calls import (
     HERMES,
@@ -23,13 +23,13 @@ from trimtab.text.calls import (
     MISTRAL_ARGS,
     Tool,
     call_rules,
-    described,
+    describe_tools,
     form_of,
     special_tokens,
     takes_tools,
     thinking_rules,
 )
-from trimtab.text.thinking import is_thinking, thinking_of
+from trimtab.text.thinking import ends_in_thinking, thinking_of
 
 FORMS = {"no tools": HERMES, "hermes": HERMES, "mistral": MISTRAL, "mistral, with [ARGS]": MISTRAL_ARGS, "llama": LLAMA}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
@@ -44,15 +44,15 @@ def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def accepts(tokenizer: Any, rules: str | None, text: str) -> bool:
     """Whether a text and its end are what the grammar allows."""
     assert rules is not None
-    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    grammars = GrammarCompiler(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     matcher = grammars.matcher(lark_grammar(rules))
     try:
         for token in tokenizer.encode(text, add_special_tokens=False):
             if matcher.done:
                 return False
-            matcher.take(token)
+            matcher.consume(token)
         if not matcher.done:
-            matcher.take(tokenizer.eos_token_id)
+            matcher.consume(tokenizer.eos_token_id)
     except TrimtabError:
         return False
     return True
@@ -82,9 +82,9 @@ def test_calls_that_have_to_be(named: tuple[str, Any]) -> None:
     form = FORMS[name]
     single, both = written(form, [CALL]), written(form, [CALL, ("g-2", '{\n "n": -7\n}')])
     for several in (False, True):
-        grammar = rules(tokenizer, several=several, free=False)
+        grammar = rules(tokenizer, several=several, allow_text=False)
         assert accepts(tokenizer, grammar, single)
-        assert accepts(tokenizer, grammar, both) == (several and form.many != "one")
+        assert accepts(tokenizer, grammar, both) == (several and form.multiple_calls != "one")
         for wrong in (
             "",
             "Hello",
@@ -102,15 +102,15 @@ def test_calls_that_may_be(named: tuple[str, Any]) -> None:
     form = FORMS[name]
     single = written(form, [CALL])
     for several in (False, True):
-        grammar = rules(tokenizer, several=several, free=True)
-        if form.alone:
+        grammar = rules(tokenizer, several=several, allow_text=True)
+        if form.is_whole_answer:
             assert grammar is None
             continue
         for text in ("", "Hello, <tool {}\n[TOOL", single, f"Let me look.\n\n{single}"):
             assert accepts(tokenizer, grammar, text), text
         assert not accepts(tokenizer, grammar, single.replace("1", '"1"'))
         assert not accepts(tokenizer, grammar, f"Hello {form.opens}")
-        if form.many == "each":
+        if form.multiple_calls == "each":
             assert accepts(tokenizer, grammar, f"{single}{single} and words") == several
 
 
@@ -120,7 +120,7 @@ def test_thinking_comes_before(tmp_path: Path, marks: tuple[str, str]) -> None:
     tokenizer = model(tmp_path, "mistral, with [ARGS]").tokenizer
     opens, closes = marks
     for begun in (False, True):
-        start = thinking_rules(opens, closes, special_tokens(tokenizer), begun=begun, then="answer")
+        start = thinking_rules(opens, closes, special_tokens(tokenizer), already_open=begun, then="answer")
         grammar = f"{start}\nanswer: %json {json.dumps({'const': 'x'})}"
         thought = f"{'' if begun else opens}\nHm </thin, a {{b}}\n{closes}"
         assert accepts(tokenizer, grammar, f'{thought}\n\n"x"')
@@ -134,7 +134,7 @@ def test_where_thinking_begins(tmp_path: Path) -> None:
     marks = thinking_of(tokenizer)
     assert marks == ("<think>", "</think>")
     for text, begun in (("Hello<think>\n", True), ("<think>\n\n</think>\n\n", False), ("Hello", False), ("", False)):
-        assert is_thinking(tokenizer, tokenizer.encode(text, add_special_tokens=False), marks) == begun
+        assert ends_in_thinking(tokenizer, tokenizer.encode(text, add_special_tokens=False), marks) == begun
 
 
 def test_tools_in_a_system_message() -> None:
@@ -148,16 +148,18 @@ def test_tools_in_a_system_message() -> None:
         {"role": "assistant", "content": "So.", "tool_calls": [call]},
         {"role": "tool", "content": "3", "tool_call_id": "1"},
     ]
-    messages = described(talk, [tool])
+    messages = describe_tools(talk, [tool])
     text = '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert json.dumps(tool) in messages[0]["content"]
     assert messages[2]["content"] == f"{text}\n{text}"
     assert messages[3]["content"] == "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
     assert messages[4]["content"] == f"So.\n{text}"
-    named = described([{"role": "system", "content": "Be brief."}, *talk], [tool])
+    named = describe_tools([{"role": "system", "content": "Be brief."}, *talk], [tool])
     assert named[0]["content"] == f"Be brief.\n\n{messages[0]['content']}"
-    assert [message["content"] for message in described(talk, [])] == [message["content"] for message in messages[1:]]
+    assert [message["content"] for message in describe_tools(talk, [])] == [
+        message["content"] for message in messages[1:]
+    ]
     assert all(message.keys() == {"role", "content"} for message in messages)
 
 

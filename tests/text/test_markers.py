@@ -66,7 +66,7 @@ def said(pretrained: Any, messages: list[dict[str, str]], answer: str, *rules: P
         pretrained.encode(answer, add_special_tokens=False),
     )
     meanings = [next(iter(rule.meanings)) for rule in rules]
-    followed = Follower(pretrained, meanings, prompt).of(tokens)
+    followed = Follower(pretrained, meanings, prompt).states_after(tokens)
     decoded = [pretrained.decode([token]) for token in tokens]
     return [
         "".join(text for text, state in zip(decoded, followed, strict=True) if meaning in state.holding)
@@ -124,7 +124,7 @@ def test_a_begun_answer_counts_as_text_before() -> None:
     qwen = tokenizer(QWEN)
     text = "<|im_start|>user\nstop<|im_end|>\n<|im_start|>assistant\nI st"
     (meaning,) = Positions.after("stop").meanings
-    followed = Follower(qwen, [meaning], qwen.encode(text)).of(qwen.encode("op it"))
+    followed = Follower(qwen, [meaning], qwen.encode(text)).states_after(qwen.encode("op it"))
     assert [bool(state.holding) for state in followed] == [False, False, True, True, True]
 
 
@@ -132,7 +132,7 @@ def test_plain_text_has_no_answer_yet() -> None:
     plain = tokenizer(None)
     rules = [Positions.after("so"), Positions.thinking("<t>", "</t>")]
     meanings = [next(iter(rule.meanings)) for rule in rules]
-    followed = Follower(plain, meanings, plain.encode("so <t> so")).of(plain.encode("a"))
+    followed = Follower(plain, meanings, plain.encode("so <t> so")).states_after(plain.encode("a"))
     assert [state.holding for state in followed] == [{meanings[1]}]
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.text.answers import LAST, Answered, ReadAt, as_read_at, check_read_at, encode_sides, read_positions
+from trimtab.text.answers import LAST, EncodedSide, ReadAt, as_read_at, check_read_at, encode_sides, read_positions
 from trimtab.text.pairs import Pair
 
 EVERY = ReadAt("answer")
@@ -100,12 +100,12 @@ def test_values_check_themselves() -> None:
 # ---- which tokens these are ----------------------------------------------------------------------------------
 
 
-def encoded(tokenizer: Any, answer: str, prompt: str = "so") -> Answered:
+def encoded(tokenizer: Any, answer: str, prompt: str = "so") -> EncodedSide:
     text, _ = encode_sides(tokenizer, Pair(answer, answer + " no", prompt, "answers"))
     return text
 
 
-def pieces(tokenizer: Any, text: Answered, read_at: ReadAt) -> list[str]:
+def pieces(tokenizer: Any, text: EncodedSide, read_at: ReadAt) -> list[str]:
     return [tokenizer.decode([text.ids[p]]) for p in read_positions(tokenizer, text, read_at)]
 
 
@@ -169,7 +169,7 @@ def test_tokens_after_a_marker_are_those_of_the_text_after_it(trims: bool, befor
         if at > end and not said[start:end].strip():
             expected.append(i)
     assert at == len(said)
-    text = Answered(tuple(ids), 0, answer)
+    text = EncodedSide(tuple(ids), 0, answer)
     if expected:
         assert list(read_positions(tokenizer, text, ReadAt("after", marker=marker))) == expected
     else:

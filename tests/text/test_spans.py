@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.text.spans import Part, Pattern, Phrase, find_spans, render, spans_in
+from trimtab.text.spans import Part, Pattern, Phrase, find_spans, find_spans_in_rendered, render
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
@@ -131,19 +131,21 @@ class TestWhatAnotherProgramHasRendered:
 
     def test_the_same_spans(self, tokenizer: Any) -> None:
         rendered = render(tokenizer, MESSAGES)
-        spans = spans_in(tokenizer, rendered.text, rendered.ids, self.MARKS, messages=MESSAGES)
+        spans = find_spans_in_rendered(tokenizer, rendered.text, rendered.ids, self.MARKS, messages=MESSAGES)
         assert spans == find_spans(tokenizer, MESSAGES, self.MARKS)
-        assert spans_in(tokenizer, rendered.text, rendered.ids, "Sing") == find_spans(tokenizer, MESSAGES, "Sing")
+        assert find_spans_in_rendered(tokenizer, rendered.text, rendered.ids, "Sing") == find_spans(
+            tokenizer, MESSAGES, "Sing"
+        )
 
     def test_other_tokens_or_another_text(self, tokenizer: Any) -> None:
         rendered = render(tokenizer, MESSAGES)
         with pytest.raises(TrimtabError, match="tokens differ from those of its text"):
-            spans_in(tokenizer, rendered.text, rendered.ids[1:], self.MARKS, messages=MESSAGES)
+            find_spans_in_rendered(tokenizer, rendered.text, rendered.ids[1:], self.MARKS, messages=MESSAGES)
         other = [*MESSAGES[:-1], {**MESSAGES[-1], "content": "Dance."}]
         with pytest.raises(TrimtabError, match="render differently here than there"):
-            spans_in(tokenizer, rendered.text, rendered.ids, self.MARKS, messages=other)
+            find_spans_in_rendered(tokenizer, rendered.text, rendered.ids, self.MARKS, messages=other)
         with pytest.raises(TrimtabError, match="plain text and has no system message"):
-            spans_in(tokenizer, rendered.text, rendered.ids, self.MARKS)
+            find_spans_in_rendered(tokenizer, rendered.text, rendered.ids, self.MARKS)
 
 
 class TestWhatCannotBeFound:

@@ -9,14 +9,14 @@ import pytest
 from trimtab.errors import TrimtabError
 from trimtab.report.search import plot_search
 from trimtab.tune.candidates import Setting
-from trimtab.tune.tune import Tried
+from trimtab.tune.tune import CandidateResult
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'trimtab[plot]'")
-BASE = Tried(None, 8, 0.2, 0.2, 0.0, 3.0, ())
+BASE = CandidateResult(None, 8, 0.2, 0.2, 0.0, 3.0, ())
 
 
 def row(layer, strength, score, operation="add", broken=()):
-    return Tried(Setting(layer, strength, "all", operation), 4, score, 0.2, 0.1, 4.0, broken)
+    return CandidateResult(Setting(layer, strength, "all", operation), 4, score, 0.2, 0.1, 4.0, broken)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ from trimtab.tune.forecast import (
     Predictors,
     auc_of,
     chance_of,
+    cross_validated_chances,
     fit,
     forecast,
-    held_out,
-    left_out,
+    held_out_statistics,
     predictors,
 )
 
@@ -51,22 +51,22 @@ def naive(values):
 def test_held_out_numbers_are_those_of_plain_loops(seed):
     values = torch.randn(14, 2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     values[:, 0] += direction(seed)[:6].double() * seed
-    assert held_out(values) == pytest.approx(tuple(naive(values.numpy())))
+    assert held_out_statistics(values) == pytest.approx(tuple(naive(values.numpy())))
 
 
 def test_pairs_that_agree_and_pairs_that_do_not():
     noise = torch.randn(40, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     apart = noise.clone()
     apart[:, 0] += 5
-    agree, separation, auc = held_out(apart)
+    agree, separation, auc = held_out_statistics(apart)
     assert agree == 1
     assert separation > 3
     assert auc == 1
-    agree, separation, auc = held_out(noise)
+    agree, separation, auc = held_out_statistics(noise)
     assert agree < 0.8
     assert auc < 0.75
     with pytest.raises(TrimtabError, match="don't differ"):
-        held_out(torch.ones(8, 2, 3, dtype=torch.float64))
+        held_out_statistics(torch.ones(8, 2, 3, dtype=torch.float64))
 
 
 def test_the_curve_is_that_of_the_divergence():
@@ -120,9 +120,9 @@ def test_the_fit_is_where_the_penalised_likelihood_is_highest():
 
 def test_a_task_is_foretold_without_itself():
     some = cases()
-    chances, worked = left_out(some)
+    chances, worked = cross_validated_chances(some)
     flipped = [Case(c.task, c.features, not c.worked) if c.task == "task 0" else c for c in some]
-    again, _ = left_out(flipped)
+    again, _ = cross_validated_chances(flipped)
     assert again[:2] == chances[:2]
     assert worked == [case.worked for case in some]
     assert fit(some)["auc"] > 0.7

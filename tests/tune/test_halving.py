@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.tune.halving import Rung, Standing, halve, ladder, rows_of
+from trimtab.tune.halving import Rung, Standing, count_answers, halve, ladder
 
 
 def judged(steered, _unsteered):
@@ -51,7 +51,7 @@ def test_what_holds_of_every_search(scores, rows, data):
     result = table.run(rows=rows)
     items = len(scores[0])
     assert len(table.scored) == len(set(table.scored))  # nothing is asked twice
-    assert len(table.scored) == rows_of(len(scores) - 1, ladder(len(scores) - 1, items))
+    assert len(table.scored) == count_answers(len(scores) - 1, ladder(len(scores) - 1, items))
     assert len(result.results[0]) == items  # "don't steer" is never eliminated
     for c, results in enumerate(result.results):  # items are nested
         assert sorted(i for who, i in table.scored if who == c) == list(range(len(results)))

@@ -14,7 +14,7 @@ from trimtab.files.steering_file import load_steering, save_steering, steering_d
 from trimtab.steering import Add, Card, Edit, Positions, SetProjection, Site, Steering
 from trimtab.text.pairs import Pair
 from trimtab.tune import Guard, Setting, default_layers, grid, split_by_query, tune
-from trimtab.tune.halving import Rung, ladder, rows_of
+from trimtab.tune.halving import Rung, count_answers, ladder
 from trimtab.tune.letters import tune_letters
 from trimtab.tune.tune import COLUMNS
 
@@ -71,7 +71,7 @@ def test_nothing_is_generated_twice(monkeypatch):
     seen = []
     result = tuned(lm, progress=lambda done, total: seen.append((done, total)))
     assert len(set(calls)) == len(calls) == result.answers == seen[-1][0] == seen[-1][1]
-    assert len(calls) == rows_of(4, ladder(4, 12)) + 2 * 8
+    assert len(calls) == count_answers(4, ladder(4, 12)) + 2 * 8
     assert seen == sorted(seen)
     assert result.tokens == 4 * len(calls)
 

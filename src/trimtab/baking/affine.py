@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import call_of, slots_at
+from trimtab.engines.folding import kernel_call, slots_at
 from trimtab.steering import Edit
 from trimtab.steering.operations import Kernel, Rows, add
 
-CLEAR = 1e-6
+ORTHOGONAL_TOLERANCE = 1e-6
 """A component along a direction counts as zero below this share of the norm; directions are stored in float32."""
 CHUNK = 1 << 22
 """The number of elements that are converted to float64 at a time."""
@@ -33,7 +33,7 @@ class Affine:
         """The map of the additions and ablations of one site, in the order in which they act."""
         steps = []
         for slot in slots_at(tuple(edits), edits[0].site) if edits else []:
-            kernel, row = call_of(slot)
+            kernel, row = kernel_call(slot)
             steps.append((kernel, {name: value.double() for name, value in row.items()}))
         return cls(width, tuple(steps))
 
@@ -41,7 +41,7 @@ class Affine:
         """The same map with `vector` `[width]` added at the end."""
         return Affine(self.width, (*self.steps, (add, {"vector": vector.double()})))
 
-    def linear(self, x: Tensor) -> Tensor:
+    def apply_linear(self, x: Tensor) -> Tensor:
         """`A x` for each row of `x` `[rows, width]`, computed in float64 and rounded once to the dtype of `x`."""
         new = torch.empty_like(x)
         for start in range(0, len(x), size := max(1, CHUNK // self.width)):
@@ -51,7 +51,7 @@ class Affine:
             new[start : start + size] = part.to(x.dtype)
         return new
 
-    def full(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """`A x + c` for `x` `[..., width]`, in float64."""
         x = x.double()
         for kernel, rows in self.steps:
@@ -61,7 +61,7 @@ class Affine:
     @property
     def offset(self) -> Tensor:
         """`c`, `[width]`: the output for an input of zeros."""
-        return self.full(torch.zeros(self.width, dtype=torch.float64))
+        return self.apply(torch.zeros(self.width, dtype=torch.float64))
 
     @property
     def adds(self) -> bool:
@@ -73,13 +73,13 @@ class Affine:
         """Whether `A` isn't the identity."""
         return any(kernel is not add for kernel, _ in self.steps)
 
-    def clears(self, direction: Tensor) -> bool:
+    def output_is_orthogonal(self, direction: Tensor) -> bool:
         """Whether the output never has a component along this unit direction `[width]`."""
         x = torch.randn(8, self.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return clear(self.full(x), direction)
+        return is_orthogonal(self.apply(x), direction)
 
 
-def clear(x: Tensor, direction: Tensor) -> bool:
+def is_orthogonal(x: Tensor, direction: Tensor) -> bool:
     """Whether `x` `[..., width]` has (almost) no component along the unit direction `[width]`."""
     along = (x.double() @ direction.double()).abs()
-    return bool((along <= CLEAR * x.double().norm(dim=-1)).all())
+    return bool((along <= ORTHOGONAL_TOLERANCE * x.double().norm(dim=-1)).all())

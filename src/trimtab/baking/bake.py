@@ -125,7 +125,7 @@ def bake(
     """
     target = Path(folder)
     check_bakeable(steering)
-    with _appearing(target) as work:
+    with _atomic_folder(target) as work:
         if isinstance(model, (LM, PreTrainedModel)):
             lm = model if isinstance(model, LM) else LM(model, None)
             lm.check(steering, transfer=transfer)
@@ -136,20 +136,22 @@ def bake(
             inner = None
         config = _config(source)
         structure = structure_of(config)
-        made = plan(steering, structure)
+        weight_plan = plan(steering, structure)
         shards = find_shards(source)
         if inner is None:
             check_learned_on(steering, _identity(structure, shards, name, source), transfer=transfer)
         out = work / "baked"
         out.mkdir()
-        counted = write_shards(shards, out, structure, made, progress)
-        untied = structure.tied and FIRST in made.maps
-        changes: dict[str, Any] = {**made.flags, **({"tie_word_embeddings": False} if untied else {})}
+        counted = write_shards(shards, out, structure, weight_plan, progress)
+        untied = structure.tied and FIRST in weight_plan.maps
+        changes: dict[str, Any] = {**weight_plan.flags, **({"tie_word_embeddings": False} if untied else {})}
         edit_config(source, out, changes, structure.composite)
-        left = copy_rest(source, out, shards)
-        checked = _checked(structure, steering, source if inner is None else inner, out, device) if check else None
-        notes = _notes(structure, made, untied, left)
-        baked = Baked(target, name, counted.changed, len(counted.new), changes, tuple(left), notes, checked)
+        skipped = copy_rest(source, out, shards)
+        checked = (
+            _compare_logits(structure, steering, source if inner is None else inner, out, device) if check else None
+        )
+        notes = _notes(structure, weight_plan, untied, skipped)
+        baked = Baked(target, name, counted.changed, len(counted.new), changes, tuple(skipped), notes, checked)
         document = {
             "trimtab": trimtab.__version__,
             "base_model": name,
@@ -167,7 +169,7 @@ def bake(
 
 
 @contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
+def _atomic_folder(target: Path) -> Iterator[Path]:
     """A working folder next to the target that is always removed at the end.
 
     Raises `TrimtabError` if the target exists and isn't an empty folder, or if nothing can be written there.
@@ -206,7 +208,7 @@ def _save(lm: LM, folder: Path) -> None:
         )
     _check_unquantized(model.config, lm.name)
     if (method := quantization(model)) is not None:
-        raise _quantized(lm.name, method)
+        raise _quantized_error(lm.name, method)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UnsupportedError(f"a part of {lm.name} isn't in memory (offloaded); give its folder or Hub id instead")
     model.save_pretrained(folder, max_shard_size=SHARD)
@@ -215,13 +217,17 @@ def _save(lm: LM, folder: Path) -> None:
 
 
 def _check_unquantized(config: Any, name: str) -> None:
-    by = getattr(config, "quantization_config", None)
-    if by is not None:
-        method = by.get("quant_method") if isinstance(by, dict) else by.quant_method
-        raise _quantized(name, str(getattr(method, "value", method)))
+    quantization_config = getattr(config, "quantization_config", None)
+    if quantization_config is not None:
+        method = (
+            quantization_config.get("quant_method")
+            if isinstance(quantization_config, dict)
+            else quantization_config.quant_method
+        )
+        raise _quantized_error(name, str(getattr(method, "value", method)))
 
 
-def _quantized(name: str, method: str) -> UnsupportedError:
+def _quantized_error(name: str, method: str) -> UnsupportedError:
     return UnsupportedError(
         f"{name} is quantized ({method}), so its weights can't be changed; bake the unquantized model that it was made"
         " from, and quantize the result"
@@ -280,39 +286,41 @@ def _sample(structure: Structure, shards: Any) -> tuple[list[int], Tensor]:
     for file in shards.names:
         with shards.opened(file) as opened:
             for key in opened.keys():  # noqa: SIM118
-                if structure.named(key) == structure.input_embeddings:
+                if structure.model_key(key) == structure.input_embeddings:
                     rows = opened.get_slice(key)
                     shape = list(rows.get_shape())
                     return shape, torch.cat([rows[i : i + 1] for i in sampled_rows(shape[0])])
     raise TrimtabError(f"{shards.folder} has no tensor {structure.input_embeddings}, so its embeddings can't be found")
 
 
-def _notes(structure: Structure, made: Plan, untied: bool, left: list[str]) -> tuple[str, ...]:
+def _notes(structure: Structure, weight_plan: Plan, untied: bool, skipped: list[str]) -> tuple[str, ...]:
     notes = []
     if untied:
         notes.append(
             "The embeddings were changed and the output layer wasn't; they were one matrix, and now are two"
             " (tie_word_embeddings is false)."
         )
-    if structure.composite and FIRST in made.maps:
+    if structure.composite and FIRST in weight_plan.maps:
         notes.append("At the input, only the embeddings of text were ablated; those of images are unchanged.")
-    if made.flags:
-        notes.append(f"The additions are stored as biases, which {', '.join(made.flags)} in config.json turns on.")
+    if weight_plan.flags:
+        notes.append(
+            f"The additions are stored as biases, which {', '.join(weight_plan.flags)} in config.json turns on."
+        )
     if (
-        structure.plain is not None
-        and "norm" in structure.plain
-        and any(site_map.ablates for site_map in made.maps.values())
+        structure.not_plain_reason is not None
+        and "norm" in structure.not_plain_reason
+        and any(site_map.ablates for site_map in weight_plan.maps.values())
     ):
         notes.append(
-            f"{structure.name} {structure.plain}: the ablation acts on its input, and its weights bring some of the"
-            " direction back."
+            f"{structure.name} {structure.not_plain_reason}: the ablation acts on its input, and its weights bring"
+            " some of the direction back."
         )
-    if left:
-        notes.append(f"Not copied from the model's folder: {', '.join(left)}.")
+    if skipped:
+        notes.append(f"Not copied from the model's folder: {', '.join(skipped)}.")
     return tuple(notes)
 
 
-def _checked(
+def _compare_logits(
     structure: Structure, steering: Steering, source: Any, baked: Path, device: str | torch.device | None
 ) -> Checked:
     """Compare the logits of the steered and the baked model; one of them is in memory at a time.
@@ -330,7 +338,7 @@ def _checked(
     del bare_model
     new = _loaded(baked, device)
     got = _logits(new, ids)
-    checked = Checked(_apart(got, steered), _apart(unsteered, steered))
+    checked = Checked(_relative_distance(got, steered), _relative_distance(unsteered, steered))
     if not checked.difference <= ROUNDING[dtype]:
         raise TrimtabError(
             f"the baked model doesn't match the steered one: its logits differ by {checked.difference:.2g} of their"
@@ -345,9 +353,9 @@ def _loaded(folder: Path, device: str | torch.device | None) -> Any:
     loaded = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
         folder, dtype="auto", output_loading_info=True
     )
-    model, about = loaded
+    model, loading_info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, about[kind])):
+        if names := sorted(map(str, loading_info[kind])):
             raise TrimtabError(f"{folder.name} doesn't load correctly: {kind.replace('_', ' ')} {', '.join(names[:4])}")
     return model.to(device or best_device()).eval()
 
@@ -358,7 +366,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits.cpu().double()  # MPS has no float64
 
 
-def _apart(logits: Tensor, other: Tensor) -> float:
+def _relative_distance(logits: Tensor, other: Tensor) -> float:
     """The distance between centered logits, relative to the norm of `other`; the median over tokens."""
     logits, other = (x - x.mean(-1, keepdim=True) for x in (logits, other))
     return float(((logits - other).norm(dim=-1) / other.norm(dim=-1)).median())

@@ -108,7 +108,7 @@ def write_shards(shards: Shards, folder: Path, structure: Structure, plan: Plan,
         with shards.opened(name) as file:
             metadata = file.metadata() or {"format": "pt"}
             for key in file.keys():  # noqa: SIM118
-                for new, tensor in _baked(key, file.get_tensor(key), structure, plan, counted):
+                for new, tensor in _bake_tensor(key, file.get_tensor(key), structure, plan, counted):
                     tensors[new] = tensor.contiguous()
         counted.files |= dict.fromkeys(tensors, name)
         counted.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -116,35 +116,36 @@ def write_shards(shards: Shards, folder: Path, structure: Structure, plan: Plan,
         if progress is not None:
             progress(done + 1, len(shards.names))
     for site in plan.maps:
-        if counted.numbers.get(site, 0) != structure.numbers(site):
+        if counted.numbers.get(site, 0) != structure.element_count(site):
             raise TrimtabError(
                 f"{shards.folder} has {counted.numbers.get(site, 0)} known weights that write at {site}, and"
-                f" {structure.name} has {structure.numbers(site)}; its tensors have names that trimtab doesn't know"
+                f" {structure.name} has {structure.element_count(site)}; its tensors have names that trimtab doesn't"
+                " know"
             )
     if missing := sorted(plan.biases - counted.new):
         raise TrimtabError(f"{shards.folder} has no weight that the bias {missing[0]} belongs to")
     if shards.index is not None:
-        about = {**shards.index.get("metadata", {}), "total_size": counted.bytes}
-        document = {**shards.index, "metadata": about, "weight_map": counted.files}
+        index_metadata = {**shards.index.get("metadata", {}), "total_size": counted.bytes}
+        document = {**shards.index, "metadata": index_metadata, "weight_map": counted.files}
         (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return counted
 
 
-def _baked(
+def _bake_tensor(
     key: str, tensor: Tensor, structure: Structure, plan: Plan, counted: Counted
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors that replace one tensor of the checkpoint: itself or a changed one, sometimes with a new one."""
     writer = structure.writer(key, tensor.dim())
     untied = structure.tied and FIRST in plan.maps
-    if untied and structure.named(key) == structure.head:
+    if untied and structure.model_key(key) == structure.head:
         return  # a copy of the embeddings that a tied model doesn't load
-    name = structure.named(key)
+    name = structure.model_key(key)
     if writer is not None and (affine := plan.maps.get(writer.site)) is not None:
         if untied and name == structure.input_embeddings:
             yield structure.head, tensor
         if tensor.dtype not in FLOATS:
             raise UnsupportedError(f"{key} is stored as {tensor.dtype}, quantized; bake the unquantized model")
-        old, tensor = tensor, _changed(key, tensor, affine, writer.bias, writer.turned)
+        old, tensor = tensor, _apply_map(key, tensor, affine, writer.bias, writer.transposed)
         if not writer.bias:
             counted.numbers[writer.site] = counted.numbers.get(writer.site, 0) + tensor.numel()
         counted.changed += not torch.equal(old, tensor)
@@ -154,39 +155,41 @@ def _baked(
         offset = torch.zeros(len(tensor))
         if writer is not None and (affine := plan.maps.get(writer.site)) is not None:
             offset = affine.offset
-        yield key.removesuffix("weight") + "bias", _fits(key, offset.to(tensor.dtype))
+        yield key.removesuffix("weight") + "bias", _check_finite(key, offset.to(tensor.dtype))
 
 
-def _changed(key: str, tensor: Tensor, affine: Affine, bias: bool, turned: bool | None) -> Tensor:
+def _apply_map(key: str, tensor: Tensor, affine: Affine, bias: bool, transposed: bool | None) -> Tensor:
     """The tensor with the map applied to its output, in its own dtype."""
     width = affine.width
     if bias:
         if tensor.shape[-1] != width:
-            raise _misshapen(key, tensor, width)
-        return _fits(key, affine.full(tensor).to(tensor.dtype) if tensor.dim() == 1 else affine.linear(tensor))
-    if turned is None:
+            raise _shape_error(key, tensor, width)
+        return _check_finite(
+            key, affine.apply(tensor).to(tensor.dtype) if tensor.dim() == 1 else affine.apply_linear(tensor)
+        )
+    if transposed is None:
         if (tensor.shape[-1] == width) == (tensor.shape[-2] == width):
             raise UnsupportedError(
                 f"trimtab doesn't know which dimension of {key} {list(tensor.shape)} is the residual stream's"
             )
-        turned = tensor.shape[-1] == width
-    if tensor.shape[-1 if turned else -2] != width:
-        raise _misshapen(key, tensor, width)
+        transposed = tensor.shape[-1] == width
+    if tensor.shape[-1 if transposed else -2] != width:
+        raise _shape_error(key, tensor, width)
     new = torch.empty_like(tensor)
     experts = [(tensor, new)] if tensor.dim() == 2 else list(zip(tensor, new, strict=True))
     for old, out in experts:
-        out.copy_(affine.linear(old) if turned else affine.linear(old.T).T)
-    return _fits(key, new)
+        out.copy_(affine.apply_linear(old) if transposed else affine.apply_linear(old.T).T)
+    return _check_finite(key, new)
 
 
-def _fits(key: str, tensor: Tensor) -> Tensor:
+def _check_finite(key: str, tensor: Tensor) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise TrimtabError(f"{key} would hold numbers that are infinite or NaN in {kind}; lower the strength")
     return tensor
 
 
-def _misshapen(key: str, tensor: Tensor, width: int) -> TrimtabError:
+def _shape_error(key: str, tensor: Tensor, width: int) -> TrimtabError:
     return TrimtabError(
         f"{key} has shape {list(tensor.shape)}, and no dimension is the residual stream's, which has width {width}"
     )
@@ -194,7 +197,7 @@ def _misshapen(key: str, tensor: Tensor, width: int) -> TrimtabError:
 
 def copy_rest(source: Path, folder: Path, shards: Shards) -> list[str]:
     """Copy tokenizer, configurations, code and license; returns the names of the files and folders left out."""
-    left = []
+    skipped = []
     for path in sorted(source.iterdir()):
         if path.name in WRITTEN or path.name in shards.names or path.name.startswith("."):
             continue
@@ -204,8 +207,8 @@ def copy_rest(source: Path, folder: Path, shards: Shards) -> list[str]:
             if not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
         else:
-            left.append(path.name)
-    return left
+            skipped.append(path.name)
+    return skipped
 
 
 def edit_config(source: Path, folder: Path, changes: Mapping[str, Any], composite: bool) -> None:

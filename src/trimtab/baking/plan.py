@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.baking.affine import Affine, clear
+from trimtab.baking.affine import Affine, is_orthogonal
 from trimtab.baking.structure import ATTENTION, ELSEWHERE, EMBEDDINGS, MLP, Structure
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Ablate, Add, Always, Edit, Positions, Site, Steering
@@ -97,16 +97,16 @@ def plan(steering: Steering, structure: Structure) -> Plan:
                 _check_needless(edit, layer, maps, added, structure)
         offset = _offset(behind, structure.width)
         if offset.any():
-            if structure.plain is not None:
+            if structure.not_plain_reason is not None:
                 raise UnsupportedError(
-                    f"{structure.name} {structure.plain}, so an addition at {behind[0].site} can't be stored as a bias;"
-                    f" {ELSEWHERE}"
+                    f"{structure.name} {structure.not_plain_reason}, so an addition at {behind[0].site} can't be"
+                    f" stored as a bias; {ELSEWHERE}"
                 )
             site = Site(layer, MLP)
             maps[site] = maps.get(site, Affine(structure.width)).then_add(offset)
             added.append(offset)
     maps = {site: site_map for site, site_map in maps.items() if site_map.steps}
-    flags, biases = structure.with_biases([site for site, site_map in maps.items() if site_map.adds])
+    flags, biases = structure.bias_flags([site for site, site_map in maps.items() if site_map.adds])
     return Plan(maps, flags, biases)
 
 
@@ -114,7 +114,7 @@ def _offset(edits: Sequence[Edit], width: int) -> Tensor:
     """The output of these edits for zeros: first those at a block's output, then those at the next block's input."""
     offset = torch.zeros(width, dtype=torch.float64)
     for site in dict.fromkeys(edit.site for edit in edits):
-        offset = Affine.of([edit for edit in edits if edit.site == site], width).full(offset)
+        offset = Affine.of([edit for edit in edits if edit.site == site], width).apply(offset)
     return offset
 
 
@@ -128,7 +128,7 @@ def _check_needless(
     direction = edit.operation.direction
     before = [FIRST, *(Site(i, kind) for i in range(layer + 1) for kind in (ATTENTION, MLP))]
     cleared = all(site in maps and _removes(maps[site], direction) for site in before)
-    if structure.plain is None and cleared and all(clear(vector, direction) for vector in added):
+    if structure.not_plain_reason is None and cleared and all(is_orthogonal(vector, direction) for vector in added):
         return
     raise UnsupportedError(
         f"no change of weights ablates at {edit.site}: there the direction would have to leave a sum that attention and"
@@ -139,4 +139,4 @@ def _check_needless(
 
 
 def _removes(map_: Affine, direction: Tensor) -> bool:
-    return map_.ablates and map_.clears(direction)
+    return map_.ablates and map_.output_is_orthogonal(direction)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout, find_layout
-from trimtab.engines.transformers.places import DOWNS, MLPS, place
+from trimtab.engines.transformers.places import DOWN_PROJECTIONS, MLPS, place
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Site
 
@@ -39,20 +39,20 @@ FLAGS = ("attention_bias", "mlp_bias", "bias", "use_bias", "enable_bias")
 class Writer:
     """A checkpoint tensor that writes to the stream: the site it writes to, and whether it is a bias.
 
-    `turned` says that the stream is the last dimension of a weight instead of the one before it. `None` means that
+    `transposed` says that the stream is the last dimension of a weight instead of the one before it. `None` means that
     only the shape can tell.
     """
 
     site: Site
     bias: bool
-    turned: bool | None
+    transposed: bool | None
 
 
 @dataclass(frozen=True)
 class Structure:
     """A causal language model without its weights.
 
-    `plain` is the reason why an MLP's output isn't added to the stream unchanged, or `None` if it is.
+    `not_plain_reason` is the reason why an MLP's output isn't added to the stream unchanged, or `None` if it is.
     """
 
     model: Any  # on the meta device: shapes and names, no values
@@ -62,7 +62,7 @@ class Structure:
     input_embeddings: str
     head: str
     tied: bool
-    plain: str | None
+    not_plain_reason: str | None
     keys: frozenset[str]
 
     @property
@@ -87,7 +87,7 @@ class Structure:
         """Whether the language model is part of another model, such as an image-text model."""
         return self.config is not self.model.config
 
-    def named(self, key: str) -> str:
+    def model_key(self, key: str) -> str:
         """The model's name for a checkpoint key; the prefix before the decoder differs between releases."""
         if self._known(key):
             return key
@@ -108,7 +108,7 @@ class Structure:
         Raises:
             UnsupportedError: The role of the tensor is unknown.
         """
-        name = self.named(key)
+        name = self.model_key(key)
         if name in self.embeddings:
             return Writer(Site(0, EMBEDDINGS), False, True)
         match = re.fullmatch(rf"{re.escape(self.layout.path)}\.(\d+)\.(.+)", name)
@@ -129,8 +129,8 @@ class Structure:
         last = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
         bias = parts[-1] == "bias" or last.endswith("_bias")
         last = last.removesuffix("_bias")
-        if last in DOWNS:
-            return Writer(Site(layer, MLP), bias, self._experts_turned(layer) if dimensions == 3 else False)
+        if last in DOWN_PROJECTIONS:
+            return Writer(Site(layer, MLP), bias, self._experts_transposed(layer) if dimensions == 3 else False)
         if dimensions > 1 and last not in INNER:
             raise UnsupportedError(
                 f"trimtab doesn't know what {key} of {self.name} does, so nothing can be baked into it; steer the model"
@@ -155,10 +155,10 @@ class Structure:
         return {
             ".".join(part[:-1] if part[-1] in ("weight", "bias") else part)
             for part in parts
-            if part[0] in MLPS and {*part[-2:]} & {*DOWNS}
+            if part[0] in MLPS and {*part[-2:]} & {*DOWN_PROJECTIONS}
         }
 
-    def _experts_turned(self, layer: int) -> bool | None:
+    def _experts_transposed(self, layer: int) -> bool | None:
         for module in self.layout.blocks[layer].modules():
             if isinstance(getattr(module, "down_proj", None), nn.Parameter):
                 return getattr(module, "is_transposed", None)
@@ -168,7 +168,7 @@ class Structure:
         """Whether this layer's MLP is a mixture of experts."""
         return self._projection(Site(layer, MLP)) is None
 
-    def numbers(self, site: Site) -> int:
+    def element_count(self, site: Site) -> int:
         """The number of elements in the weights that write at this site."""
         if site.kind == EMBEDDINGS:
             return sum(self.model.state_dict()[name].numel() for name in self.embeddings)
@@ -178,26 +178,26 @@ class Structure:
         return sum(
             tensor.numel()
             for parts, tensor in names
-            if parts[0] in MLPS and parts[-1] != "bias" and {*parts[-2:]} & {*DOWNS}
+            if parts[0] in MLPS and parts[-1] != "bias" and {*parts[-2:]} & {*DOWN_PROJECTIONS}
         )
 
     def has_bias(self, site: Site) -> bool:
         """Whether the weights that write at this site have a bias."""
         return getattr(self._projection(site), "bias", None) is not None
 
-    def with_biases(self, sites: Iterable[Site]) -> tuple[dict[str, bool], frozenset[str]]:
+    def bias_flags(self, sites: Iterable[Site]) -> tuple[dict[str, bool], frozenset[str]]:
         """The configuration flags that give all these sites a bias, and the names of all biases that they create.
 
         Raises:
             UnsupportedError: No flag of the configuration does this.
         """
         flags: dict[str, bool] = {}
-        there = self
+        current = self
         for site in sites:
-            if not there.has_bias(site):
-                flags |= {there._flag(site): True}
-                there = structure_of(_changed(self, flags))
-        return flags, there.keys - self.keys
+            if not current.has_bias(site):
+                flags |= {current._flag(site): True}
+                current = structure_of(_config_with_flags(self, flags))
+        return flags, current.keys - self.keys
 
     def _flag(self, site: Site) -> str:
         if self.mixes(site.layer) and site.kind == MLP:
@@ -208,7 +208,7 @@ class Structure:
         for flag in FLAGS:
             if getattr(self.config, flag, None) is not False:
                 continue
-            other = structure_of(_changed(self, {flag: True}))
+            other = structure_of(_config_with_flags(self, {flag: True}))
             if other.has_bias(site) and all(key.endswith(".bias") for key in other.keys - self.keys):
                 return flag
         module = self._projection(site)
@@ -225,7 +225,7 @@ ELSEWHERE = (
 )
 
 
-def _changed(structure: Structure, flags: dict[str, bool]) -> Any:
+def _config_with_flags(structure: Structure, flags: dict[str, bool]) -> Any:
     config = deepcopy(structure.model.config)
     for name, value in flags.items():
         setattr(config.get_text_config(decoder=True), name, value)
@@ -270,7 +270,7 @@ def structure_of(config: Any) -> Structure:
         input_embeddings=f"{names[id(model.get_input_embeddings())]}.weight",
         head=f"{names[id(model.get_output_embeddings())]}.weight",
         tied=bool(getattr(config, "tie_word_embeddings", False)),
-        plain=_not_plain(config.get_text_config(decoder=True), layout),
+        not_plain_reason=_not_plain_reason(config.get_text_config(decoder=True), layout),
         keys=frozenset(model.state_dict()),
     )
 
@@ -308,7 +308,7 @@ def _unknown(model: Any, where: str) -> UnsupportedError:
     )
 
 
-def _not_plain(config: Any, layout: Layout) -> str | None:
+def _not_plain_reason(config: Any, layout: Layout) -> str | None:
     """Why an MLP's output isn't added to the stream unchanged; `None` if it is."""
     for name in SCALES:
         if getattr(config, name, 1) not in (1, None):

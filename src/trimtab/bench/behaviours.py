@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from trimtab.bench.measures import by_letters
 from trimtab.bench.store import Store
-from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
-from trimtab.evaluate.ab import ABItem, in_both_orders, polarity, read_ab, spread
+from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Outline, Task, TrainingData
+from trimtab.evaluate.ab import ABItem, evenly_spaced, in_both_orders, polarity, read_ab
 from trimtab.text.pairs import Pair
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ SYSTEM = {
     ),
 }
 """For each behaviour, a system message for the side that its test counts as matching, and one against it."""
-ASKED = 6
+REFERENCE_PROMPTS = 6
 QUESTION = 170.0
 """The approximate number of tokens of a question."""
 
@@ -92,8 +92,8 @@ def _has_options(item: ABItem) -> bool:
 
 def _task(name: str, folder: Path, pairs: int, seed: int, lm: LM, _store: Store, count: int) -> Task:
     items = test_items(folder, count)
-    drawn = learning_items(folder, pairs // 2 + ASKED, seed)
-    learn, aside = in_both_orders(drawn[: pairs // 2]), drawn[pairs // 2 :]
+    drawn = learning_items(folder, pairs // 2 + REFERENCE_PROMPTS, seed)
+    learn, reference_items = in_both_orders(drawn[: pairs // 2]), drawn[pairs // 2 :]
     for_, against = SYSTEM[name]
     questions = tuple(item.question for item in drawn[: pairs // 2])
     return Task(
@@ -103,7 +103,7 @@ def _task(name: str, folder: Path, pairs: int, seed: int, lm: LM, _store: Store,
         items=tuple(item.item for item in items),
         groups=tuple(str(item.group) for item in items),
         prompted=(PROMPT, TWICE),
-        lessons=Lessons(
+        training_data=TrainingData(
             pairs={
                 "letters": tuple(Pair(f"({i.matching})", f"({i.other})", i.question, "letters") for i in learn),
                 "answers": tuple(Pair(f"({i.matching})", f"({i.other})", i.question, "answers") for i in learn),
@@ -114,6 +114,6 @@ def _task(name: str, folder: Path, pairs: int, seed: int, lm: LM, _store: Store,
             contrast=(for_, against),
             teacher={"system": for_, "queries": questions, "tokens": 24},
         ),
-        reference_prompts=tuple(item.question for item in spread(aside, ASKED)),
+        reference_prompts=tuple(item.question for item in evenly_spaced(reference_items, REFERENCE_PROMPTS)),
         measure=by_letters(items, {PLAIN: None, PROMPT: for_, TWICE: f"{for_} {for_}"}),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.divergence import Divergence, Reference, divergence, reference
 from trimtab.steering import Steering
-from trimtab.tune.nats import factor_at, monotone
+from trimtab.tune.nats import find_factor, monotone
 
 if TYPE_CHECKING:
     from trimtab.bench.tasks import Task
@@ -19,7 +19,7 @@ CLOSE = 0.1
 """Tolerance: a divergence this close to the requested one, as a share of it, is close enough to compare methods."""
 TOKENS = 16
 
-Steered = Steering | Sequence[Steering]
+Steerings = Steering | Sequence[Steering]
 """One steering for all prompts, or one for each."""
 
 
@@ -41,11 +41,11 @@ def base_of(lm: LM, task: Task) -> Reference:
 class Doses:
     """Finds strengths of one steering; divergences that have been measured are reused."""
 
-    def __init__(self, lm: LM, base: Reference, steering: Steered) -> None:
+    def __init__(self, lm: LM, base: Reference, steering: Steerings) -> None:
         self._lm, self._base, self._steering = lm, base, steering
         self._seen: dict[float, Divergence] = {}
 
-    def far(self, factor: float) -> float:
+    def divergence_at(self, factor: float) -> float:
         """The 95th percentile of the divergence at this multiple of the steering."""
         if factor not in self._seen:
             self._seen[factor] = divergence(self._lm, scaled(self._steering, factor), self._base)
@@ -53,7 +53,7 @@ class Doses:
 
     def at(self, nats: float) -> Dose:
         """The strength that reaches a divergence. Raises `TrimtabError` if no strength comes close."""
-        factor = factor_at(self.far, nats, CLOSE)
+        factor = find_factor(self.divergence_at, nats, CLOSE)
         reached = self._seen[factor]
         if abs(reached.p95 - nats) > 0.25 * nats:
             raise TrimtabError(
@@ -73,7 +73,7 @@ class Doses:
         return monotone(sorted((factor, seen.p95) for factor, seen in self._seen.items()))
 
 
-def scaled(steering: Steered, factor: float) -> Steered:
+def scaled(steering: Steerings, factor: float) -> Steerings:
     """The steering, or each of several, times a factor."""
     return (
         factor * steering if isinstance(steering, Steering) else [factor * each_steering for each_steering in steering]

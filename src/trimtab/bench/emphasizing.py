@@ -47,6 +47,6 @@ EMPHASIS = {
 }
 
 
-def emphasized(lm: LM, method: Emphasis, prompts: Sequence[Prompt], phrases: Sequence[str]) -> list[Steering]:
+def emphasis_steerings(lm: LM, method: Emphasis, prompts: Sequence[Prompt], phrases: Sequence[str]) -> list[Steering]:
     """The method's steering for each prompt. Raises `TrimtabError` for a phrase that isn't in its prompt."""
     return [method.make(lm, prompt, phrase) for prompt, phrase in zip(prompts, phrases, strict=True)]

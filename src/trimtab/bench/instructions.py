@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.bench.measures import by_answers
 from trimtab.bench.store import Store
-from trimtab.bench.tasks import BATCH, PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
+from trimtab.bench.tasks import BATCH, PLAIN, PROMPT, TWICE, Cost, Outline, Task, TrainingData
 from trimtab.data import instruction_pairs, instruction_type, prompts, queries
 from trimtab.evaluate.constraints import is_bullets, is_json
 from trimtab.evaluate.ifeval import IFEvalItem, checkers, follows, read_ifeval
@@ -34,7 +34,7 @@ TYPES = (
 )
 """Types without a number or a word that the answer would have to guess, and that a short answer can follow."""
 FILE = Path("ifeval") / "ifeval_single_instr_format.jsonl"
-ASKED = 6
+REFERENCE_PROMPTS = 6
 PROMPT_TOKENS = 60.0
 """The approximate number of tokens of a question with an instruction."""
 PLAIN_ENDS = ("Answer as you usually do.", "Write it in the ordinary way.")
@@ -60,17 +60,19 @@ def outlines(data: Path | None, pairs: int, tokens: int, types: tuple[str, ...] 
     built = []
     for kind in types:
         items = _items(kind, data)
-        for said in (False, True):
-            name = f"{kind.partition(':')[2]}{' (said)' if said else ''}"
-            make = partial(_task, kind, name, said, items, pairs, tokens)
+        for in_prompt in (False, True):
+            name = f"{kind.partition(':')[2]}{' (said)' if in_prompt else ''}"
+            make = partial(_task, kind, name, in_prompt, items, pairs, tokens)
             arm = Cost(tokens, tokens + PROMPT_TOKENS)
             written = Cost(2 * tokens, 2 * PROMPT_TOKENS)
             sizes = 2 * (tokens + PROMPT_TOKENS), 2.0 * tokens, PROMPT_TOKENS
-            built.append(Outline(name, "instructions", len(items), arm, written, *sizes, make, said=said))
+            built.append(
+                Outline(name, "instructions", len(items), arm, written, *sizes, make, instruction_in_prompt=in_prompt)
+            )
     return built
 
 
-def holds(kind: str, text: str, cut: bool) -> bool:
+def follows_instruction(kind: str, text: str, cut: bool) -> bool:
     """IFEval's loose verdict; an answer that the token limit cut off is judged by its beginning."""
     if cut and kind == "startend:quotation":
         return text.strip().startswith('"')
@@ -109,7 +111,7 @@ def _phrase(item: IFEvalItem) -> str | None:
 def _task(
     kind: str,
     name: str,
-    said: bool,
+    in_prompt: bool,
     items: list[Item],
     pairs: int,
     tokens: int,
@@ -120,31 +122,36 @@ def _task(
     chosen = items[:count]
     learn = queries("learn", more=True)[:pairs]
     phrasings = instruction_type(kind).phrasings("learn")
-    lessons = _lessons(lm, store, kind, list(learn), phrasings, tokens)
+    lessons = _training_data(lm, store, kind, list(learn), phrasings, tokens)
     bare, instructed = [item.query for item in chosen], [item.instructed for item in chosen]
     twice = [f"{item.instructed} {item.phrase}" for item in chosen]
-    tune = list(queries("tune")[:ASKED])
-    reference_prompts = [f"{query} {phrasings[n % len(phrasings)]}" for n, query in enumerate(tune)] if said else tune
+    tune = list(queries("tune")[:REFERENCE_PROMPTS])
+    reference_prompts = (
+        [f"{query} {phrasings[n % len(phrasings)]}" for n, query in enumerate(tune)] if in_prompt else tune
+    )
     arms: Mapping[str, list[Any]] = (
-        {PLAIN: instructed, TWICE: twice} if said else {PLAIN: bare, PROMPT: instructed, TWICE: twice}
+        {PLAIN: instructed, TWICE: twice} if in_prompt else {PLAIN: bare, PROMPT: instructed, TWICE: twice}
     )
     return Task(
         name=name,
-        about=f"answers that follow {kind}" + (", which the prompt asks for" if said else ", which isn't asked for"),
+        about=f"answers that follow {kind}"
+        + (", which the prompt asks for" if in_prompt else ", which isn't asked for"),
         unit="share",
         items=tuple(item.name for item in chosen),
         groups=tuple(item.name for item in chosen),
-        prompted=(TWICE,) if said else (PROMPT, TWICE),
-        lessons=lessons,
+        prompted=(TWICE,) if in_prompt else (PROMPT, TWICE),
+        training_data=lessons,
         reference_prompts=tuple(reference_prompts),
-        measure=by_answers(arms, lambda _, text, cut: float(holds(kind, text, cut)), tokens, bare),
+        measure=by_answers(arms, lambda _, text, cut: float(follows_instruction(kind, text, cut)), tokens, bare),
         prompts=tuple(arms[PLAIN]),
-        phrases=tuple(item.phrase for item in chosen) if said else (),
-        reference_phrases=tuple(phrasings[n % len(phrasings)] for n in range(len(tune))) if said else (),
+        phrases=tuple(item.phrase for item in chosen) if in_prompt else (),
+        reference_phrases=tuple(phrasings[n % len(phrasings)] for n in range(len(tune))) if in_prompt else (),
     )
 
 
-def _lessons(lm: LM, store: Store, kind: str, learn: list[str], phrasings: list[str], tokens: int) -> Lessons:
+def _training_data(
+    lm: LM, store: Store, kind: str, learn: list[str], phrasings: list[str], tokens: int
+) -> TrainingData:
     """Prompts with and without the instruction, and the model's own answers to both."""
     instructed = prompts(learn, phrasings)
 
@@ -152,22 +159,25 @@ def _lessons(lm: LM, store: Store, kind: str, learn: list[str], phrasings: list[
         answers = lm.generate([*instructed, *learn], max_new_tokens=tokens, batch_size=BATCH)
         return [[answer.text, answer.finish_reason == "length"] for answer in answers]
 
-    made = store.keep("texts", kind, make=write)
+    made = store.get_or_create("texts", kind, make=write)
     positive, negative = made[: len(learn)], made[len(learn) :]
     both = [
-        (Pair(mine, other, query, "answers"), holds(kind, mine, cut) and not holds(kind, other, cut_other))
+        (
+            Pair(mine, other, query, "answers"),
+            follows_instruction(kind, mine, cut) and not follows_instruction(kind, other, cut_other),
+        )
         for query, (mine, cut), (other, cut_other) in zip(learn, positive, negative, strict=True)
         if mine.strip() and other.strip() and mine != other
     ]
     good = [pair for pair, right in both if right]
     kept = good if len(good) >= len(learn) // 3 else [pair for pair, _ in both]
-    return Lessons(
+    return TrainingData(
         pairs={"prompts": tuple(instruction_pairs(learn, phrasings)), "answers": tuple(kept)},
         contrast=(phrasings[0], PLAIN_ENDS[0]),
         teacher={
             "instruction": tuple(phrasings),
             "queries": tuple(learn),
-            "check": lambda _, text, cut: holds(kind, text, cut),
+            "check": lambda _, text, cut: follows_instruction(kind, text, cut),
             "tokens": tokens,
         },
     )

@@ -6,8 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trimtab.bench.tasks import Lessons, Task
-from trimtab.engines.transformers.prefix_cache import prefixes_cached
+from trimtab.bench.tasks import Task, TrainingData
+from trimtab.engines.transformers.prefix_cache import use_prefix_cache
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.controls import means_for
 from trimtab.methods.recipe import Recipe
@@ -33,7 +33,7 @@ class Inputs:
     options: dict[str, Any]
 
 
-def inputs_for(recipe: Recipe, lessons: Lessons, seed: int) -> Inputs | str:
+def inputs_for(recipe: Recipe, lessons: TrainingData, seed: int) -> Inputs | str:
     """The method's inputs for this task; or the reason, in words, why it can't learn it."""
     if recipe.name in UNDIRECTED:
         return UNDIRECTED[recipe.name]
@@ -68,7 +68,7 @@ def inputs_for(recipe: Recipe, lessons: Lessons, seed: int) -> Inputs | str:
     return Inputs((list(lessons.pairs[shape]),), options)
 
 
-def learned(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
+def learn_steering(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
     """The method's steering, with its own defaults except for these arguments.
 
     Raises what the method raises, and `KeyboardInterrupt` if learning was interrupted and returned early.
@@ -79,7 +79,7 @@ def learned(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
 
         options["heads"] = min(HEADS, lm.layout.layers * query_heads(lm.layout))
     # a method of somebody else's may change weights for a while
-    with prefixes_cached(None), warnings.catch_warnings():
+    with use_prefix_cache(None), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # with few pairs, warnings are expected
         steering: Steering = recipe.load()(lm, *inputs.data, None, **options)
     if steering.card.measured.get("interrupted"):

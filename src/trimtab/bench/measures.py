@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab.bench.tasks import BATCH, PLAIN, PROMPT, Measure, Measured, Run
+from trimtab.bench.tasks import BATCH, PLAIN, PROMPT, ArmResult, ItemSteerings, Measure
 from trimtab.engines.doses import DoseWarning
 from trimtab.engines.request import Choice
-from trimtab.engines.transformers.teacher_forced import Answered
-from trimtab.evaluate.ab import ABItem, share
+from trimtab.engines.transformers.teacher_forced import AnsweredPrompt
+from trimtab.evaluate.ab import ABItem, matching_share
 from trimtab.evaluate.constraints import on_topic
-from trimtab.evaluate.divergence import read_answered
+from trimtab.evaluate.divergence import read_answer_logits
 from trimtab.evaluate.fluency import fluencies
-from trimtab.text.letters import ask_prompt, question_prompt
+from trimtab.text.letters import letter_question_from_prompt, question_prompt
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -45,7 +45,7 @@ def by_answers(
     """
     context = prompts.get(PROMPT, prompts[PLAIN])
 
-    def measure(lm: LM, arm: str, runs: Sequence[Run], options: Mapping[str, Any]) -> list[Measured]:
+    def measure(lm: LM, arm: str, runs: Sequence[ItemSteerings], options: Mapping[str, Any]) -> list[ArmResult]:
         arm_prompts = list(prompts[arm])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DoseWarning)
@@ -70,7 +70,7 @@ def by_answers(
                 beside["on topic"] = tuple(float(on_topic(q, text)) for q, text in zip(queries, texts, strict=True))
             cut = [answer.finish_reason == "length" for answer in answers[part]]
             scores = tuple(float(score(i, text, cut[i])) for i, text in enumerate(texts))
-            results.append(Measured(scores, beside, tuple(texts)))
+            results.append(ArmResult(scores, beside, tuple(texts)))
         return results
 
     return measure
@@ -82,22 +82,22 @@ def by_letters(items: Sequence[ABItem], systems: Mapping[str, str | None]) -> Me
     `systems` has each arm's system message.
     """
 
-    def measure(lm: LM, arm: str, runs: Sequence[Run], _options: Mapping[str, Any]) -> list[Measured]:
+    def measure(lm: LM, arm: str, runs: Sequence[ItemSteerings], _options: Mapping[str, Any]) -> list[ArmResult]:
         choices = [letters_of(lm, item, systems[arm]) for item in items]
-        return letters(lm, choices, runs)
+        return measure_letters(lm, choices, runs)
 
     return measure
 
 
 def letters_of(lm: LM, item: ABItem, system: str | None = None) -> Choice:
     """A question up to the bracket, with the matching letter and the other one as the choices."""
-    question = ask_prompt(
+    question = letter_question_from_prompt(
         lm.tokenizer, question_prompt(lm.tokenizer, item.question, system), (item.matching, item.other)
     )
     return Choice(question.ids, len(question.prompt), (question.letters[item.matching], question.letters[item.other]))
 
 
-def letters(lm: LM, choices: Sequence[Choice], runs: Sequence[Run]) -> list[Measured]:
+def measure_letters(lm: LM, choices: Sequence[Choice], runs: Sequence[ItemSteerings]) -> list[ArmResult]:
     """The measures of each run. A question's rows are adjacent, so that their shared prefix is computed once."""
     rows = [(i, n) for i in range(len(choices)) for n in range(len(runs))]
     with warnings.catch_warnings():
@@ -108,34 +108,34 @@ def letters(lm: LM, choices: Sequence[Choice], runs: Sequence[Run]) -> list[Meas
     for n in range(len(runs)):
         mine = [by_row[i, n] for i in range(len(choices))]
         mass = tuple(math.exp(matching) + math.exp(other) for matching, other in mine)
-        measured.append(Measured(tuple(share(matching, other) for matching, other in mine), {"mass": mass}))
+        measured.append(ArmResult(tuple(matching_share(matching, other) for matching, other in mine), {"mass": mass}))
     return measured
 
 
-def by_leads(answers: Sequence[tuple[Mapping[str, Answered], Mapping[str, Answered]]]) -> Measure:
+def by_leads(answers: Sequence[tuple[Mapping[str, AnsweredPrompt], Mapping[str, AnsweredPrompt]]]) -> Measure:
     """A measure of how much likelier the wanted answer is than the other, in nats per token, teacher-forced.
 
     `answers[i]` are item i's wanted answer and the other one, each after the prompt of every arm.
     """
 
-    def measure(lm: LM, arm: str, runs: Sequence[Run], _options: Mapping[str, Any]) -> list[Measured]:
+    def measure(lm: LM, arm: str, runs: Sequence[ItemSteerings], _options: Mapping[str, Any]) -> list[ArmResult]:
         measured = []
         for run in runs:
             wanted = likelihoods(lm, [positive[arm] for positive, _ in answers], run)
             other = likelihoods(lm, [negative[arm] for _, negative in answers], run)
             leads = tuple(a - b for a, b in zip(wanted, other, strict=True))
-            measured.append(Measured(leads, {"wanted": tuple(wanted)}))
+            measured.append(ArmResult(leads, {"wanted": tuple(wanted)}))
         return measured
 
     return measure
 
 
-def likelihoods(lm: LM, texts: Sequence[Answered], run: Run) -> list[float]:
+def likelihoods(lm: LM, texts: Sequence[AnsweredPrompt], run: ItemSteerings) -> list[float]:
     """The mean log-probability of each answer's tokens."""
     values = []
     for start in range(0, len(texts), TOGETHER):
         part = slice(start, start + TOGETHER)
-        for text, logits in zip(texts[part], read_answered(lm, texts[part], list(run[part])), strict=True):
+        for text, logits in zip(texts[part], read_answer_logits(lm, texts[part], list(run[part])), strict=True):
             ids = torch.tensor(text.answer)[:, None]
             value = float(logits.float().log_softmax(-1).gather(-1, ids).mean())
             values.append(value if math.isfinite(value) else -math.log(HIGHEST))

@@ -10,7 +10,7 @@ from trimtab.bench.results import NO_BETTER, Cell, Results, Row, TaskResults
 from trimtab.bench.tasks import PROMPT, TWICE
 from trimtab.evaluate.decision import BETTER, WORSE
 from trimtab.evaluate.intervals import Interval
-from trimtab.files.target import write_atomically
+from trimtab.files.atomic_write import write_atomically
 
 MARKS = {BETTER: "▲", WORSE: "▼", NO_BETTER: "≈"}
 STYLE = """
@@ -173,7 +173,7 @@ def _line(row: Row, cell: Cell, best: bool, beside: list[str], sides: list[str])
     return (
         f"<tr{kind}><td>{name}<td class=n>{'' if cell.nats is None else f'{cell.nats:g}'}<td"
         f" class=n>{decision.after:.2f}<td class=n>{_interval(decision.difference)}<td class=n>{decision.won} :"
-        f" {decision.lost}<td class=n>{decision.corrected:.2g}<td class=n>{_p(cell.random)}<td"
+        f" {decision.lost}<td class=n>{decision.corrected_p:.2g}<td class=n>{_p(cell.random)}<td"
         f" class=n>{_p(cell.orthogonal)}{more}"
         f'<td class="v {tone}">{escape(words)}'
     )

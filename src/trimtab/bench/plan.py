@@ -32,7 +32,7 @@ ENOUGH = 12
 OVER = "it was left out so that the rest fits the budget"
 DOSES = 14
 """The approximate number of divergences that are measured to find the strengths of one method."""
-MEASURED = 6
+PROMPTS_PER_DOSE = 6
 """The number of prompts that each divergence is measured on."""
 ON_PROMPTS = 0.45
 """The approximate share of methods that act on prompts, which are therefore prefilled again for each strength."""
@@ -138,8 +138,8 @@ class Plan:
         for outline in self.outlines:
             items = min(self.settings.items, outline.available)
             prompts = Cost(0, outline.prompts * outline.prompt)
-            total += self.settings.pairs * outline.written + 3 * items * (outline.arm + prompts)
-            doses = Cost(0, DOSES * MEASURED * (TOKENS + ON_PROMPTS * outline.prompt))
+            total += self.settings.pairs * outline.writing_cost + 3 * items * (outline.arm + prompts)
+            doses = Cost(0, DOSES * PROMPTS_PER_DOSE * (TOKENS + ON_PROMPTS * outline.prompt))
             for name in self.rows:
                 if self._acts(name, outline):
                     total += Cost(0, self._learns(name, outline)) + (1 + extra / runs) * doses + extra * sides
@@ -156,7 +156,7 @@ class Plan:
     def _acts(self, name: str, outline: Outline) -> bool:
         """Whether the method can act on the task, as far as is known in advance."""
         if name in EMPHASIS:
-            return outline.said
+            return outline.instruction_in_prompt
         recipe = self.recipes.get(name)
         if recipe is None:
             return True
@@ -184,7 +184,7 @@ def plan(settings: Settings) -> Plan:
         named = (*named, f"!{traits.MORE}")
     tasks = _chosen("task", named, {outline.name: (outline.name, outline.kind) for outline in available}, left_out)
     outlines = tuple(outline for outline in available if outline.name in tasks)
-    left_out = [(kind, why) for kind, why in left_out if _wants(settings.tasks, kind)]
+    left_out = [(kind, why) for kind, why in left_out if _is_requested(settings.tasks, kind)]
     return Plan(settings, outlines, {n: r for n, r in known.items() if n in rows}, tuple(rows), tuple(left_out))
 
 
@@ -207,12 +207,12 @@ def _available(settings: Settings) -> tuple[list[Outline], list[tuple[str, str]]
     return outlines, left_out
 
 
-def _wants(patterns: Sequence[str], kind: str) -> bool:
+def _is_requested(patterns: Sequence[str], kind: str) -> bool:
     """Whether a kind was requested; only then does it matter that it isn't available."""
     named = [pattern for pattern in patterns if not pattern.startswith("!")]
-    without = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    excluded = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     return any(fnmatch.fnmatchcase(kind, pattern) for pattern in named or ["*"]) and not any(
-        fnmatch.fnmatchcase(kind, pattern) for pattern in without
+        fnmatch.fnmatchcase(kind, pattern) for pattern in excluded
     )
 
 
@@ -222,16 +222,16 @@ def _chosen(
     """The names selected by names, kinds and patterns; all, if only exclusions are given."""
     chosen: set[str] = set(known) if all(pattern.startswith("!") for pattern in wanted) else set()
     for pattern in wanted:
-        without = pattern.startswith("!")
+        is_exclusion = pattern.startswith("!")
         pattern = pattern.removeprefix("!")
         mine = {name for name, called in known.items() if any(fnmatch.fnmatchcase(call, pattern) for call in called)}
-        if not mine and without and any(fnmatch.fnmatchcase(kind, pattern) for kind, _ in left_out):
+        if not mine and is_exclusion and any(fnmatch.fnmatchcase(kind, pattern) for kind, _ in left_out):
             continue  # an unavailable kind needs no exclusion
         if not mine:
             why = next((f"; {reason}" for kind, reason in left_out if kind == pattern), "")
             listed = ", ".join(dict.fromkeys(call for called in known.values() for call in reversed(called)))
             raise TrimtabError(f"there is no {what} {pattern!r}{why or f'; there are {listed}'}")
-        chosen = chosen - mine if without else chosen | mine
+        chosen = chosen - mine if is_exclusion else chosen | mine
     if not chosen:
         raise TrimtabError(f"no {what} is left of those that were named: {', '.join(wanted)}")
     return chosen
@@ -244,45 +244,45 @@ def _chosen(
 class Speed:
     """Tokens per second: generated, in a batch, and only read."""
 
-    made: float
+    generated: float
     read: float
 
     def seconds(self, cost: Cost) -> float:
         """How long that takes, in seconds."""
-        return cost.made / self.made + cost.read / self.read
+        return cost.generated / self.generated + cost.read / self.read
 
 
 def speed_of(lm: LM, answering: LanguageModel | None = None) -> Speed:
     """The speed, measured on a few queries in a few seconds; `answering` generates if it is given, else `lm`."""
-    from trimtab.evaluate.divergence import read_answered, reference
+    from trimtab.evaluate.divergence import read_answer_logits, reference
 
     questions = list(queries("tune")[:16])
     generating = answering or lm
     generating.generate(questions[:2], max_new_tokens=2)
     started = time.perf_counter()
     answers = generating.generate(questions, max_new_tokens=16)
-    made = sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - started)
+    generated = sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - started)
     base = reference(lm, questions[:6], tokens=8)
     started = time.perf_counter()
-    read_answered(lm, base.texts, None)
+    read_answer_logits(lm, base.texts, None)
     read = sum(len(text.prompt) + len(text.answer) for text in base.texts) / (time.perf_counter() - started)
-    return Speed(made, read)
+    return Speed(generated, read)
 
 
-def within(made: Plan, speed: Speed, budget: float) -> Plan:
+def fit_to_budget(full_plan: Plan, speed: Speed, budget: float) -> Plan:
     """The plan with as many items, and then as many tasks of each kind, as fit into a budget in seconds.
 
     Raises:
         TrimtabError: Not even the smallest plan fits; the message says how long it takes.
     """
-    counts = [made.settings.items, *(count for count in ITEMS if count < made.settings.items)]
+    counts = [full_plan.settings.items, *(count for count in ITEMS if count < full_plan.settings.items)]
     enough = [items for items in counts if items >= ENOUGH] or counts[:1]
-    tasks = _fewer(made.outlines)
+    tasks = _fewer(full_plan.outlines)
     for names, items in [
         *((names, items) for names in tasks for items in enough),
         *((tasks[-1], items) for items in counts[len(enough) :]),
     ]:
-        smaller = only(made, names, items)
+        smaller = restrict_plan(full_plan, names, items)
         if speed.seconds(smaller.cost()) <= budget:
             return smaller
     needed = speed.seconds(smaller.cost())
@@ -292,12 +292,12 @@ def within(made: Plan, speed: Speed, budget: float) -> Plan:
     )
 
 
-def only(made: Plan, names: Collection[str], items: int) -> Plan:
+def restrict_plan(full_plan: Plan, names: Collection[str], items: int) -> Plan:
     """The plan with these of its tasks and this many items; the others are listed as left out because of the budget."""
-    kept = tuple(outline for outline in made.outlines if outline.name in names)
-    without = tuple((outline.name, OVER) for outline in made.outlines if outline.name not in names)
-    settings = replace(made.settings, items=items)
-    return replace(made, settings=settings, outlines=kept, left_out=(*made.left_out, *without))
+    kept = tuple(outline for outline in full_plan.outlines if outline.name in names)
+    removed = tuple((outline.name, OVER) for outline in full_plan.outlines if outline.name not in names)
+    settings = replace(full_plan.settings, items=items)
+    return replace(full_plan, settings=settings, outlines=kept, left_out=(*full_plan.left_out, *removed))
 
 
 def _fewer(outlines: Sequence[Outline]) -> list[list[str]]:

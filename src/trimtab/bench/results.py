@@ -15,9 +15,9 @@ from trimtab.bench.learning import CONTROL
 from trimtab.bench.store import HEAD, Store, canonical
 from trimtab.bench.tasks import PLAIN, PROMPT, TWICE
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.decision import BETTER, LEVEL, WORSE, Decision, decide, error_rate, in_words
+from trimtab.evaluate.decision import BETTER, LEVEL, WORSE, Decision, decide, describe_decision, error_rate_text
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
-from trimtab.files.target import write_atomically
+from trimtab.files.atomic_write import write_atomically
 
 RESULTS = "results.json"
 LOOPS, EMPTY, UNLIKELY = 0.1, 0.05, 2.0
@@ -128,47 +128,47 @@ class Results:
         rows = [(task, row) for task in self.tasks for row in task.rows if row.method != CONTROL]
         better = [(task, row) for task, row in rows if row.cell.verdict == BETTER]
         whole = [(task, row) for task, row in better if not row.cell.broken]
-        heard = [row for _, row in better if "repeated" in row.cell.beside]
-        said = []
+        with_answers = [row for _, row in better if "repeated" in row.cell.beside]
+        sentences = []
         if not rows:
             return ["nothing was measured: no method could act on any of the tasks"]
         best = self.methods[0] if self.methods else None
         if not better:
-            said.append(f"none of the {len(rows)} rows (a method on a task) can be told from luck")
+            sentences.append(f"none of the {len(rows)} rows (a method on a task) can be told from luck")
         else:
-            whole_text = sum(not row.cell.broken for row in heard)
+            whole_text = sum(not row.cell.broken for row in with_answers)
             text = (
-                f"answers were generated for {len(heard)} of these, and {whole_text} leave the text intact"
-                if heard
+                f"answers were generated for {len(with_answers)} of these, and {whole_text} leave the text intact"
+                if with_answers
                 else "none of these generates answers, so nothing is known about the text"
             )
-            said.append(
+            sentences.append(
                 f"{len(better)} of {len(rows)} rows (a method on a task) are better than the unsteered model and than"
                 f" random directions at the same divergence; {text}"
             )
         if best is not None and best.better:
             ties = [standing.method for standing in self.methods if standing.better == best.better]
-            said.append(f"better on most tasks ({best.better}): {', '.join(ties)}")
+            sentences.append(f"better on most tasks ({best.better}): {', '.join(ties)}")
         beaten = [f"{row.method} on {task.name}" for task, row in whole if row.share is not None and row.share >= 1]
         with_prompt = [task for task in self.tasks if PROMPT in task.prompted]
         if with_prompt:
             what = ", ".join(beaten) if beaten else "none"
             count = f"{len(with_prompt)} task{'s' * (len(with_prompt) != 1)}"
-            said.append(f"at least as much as the prompt itself, on the {count} with one: {what}")
-            deaf = [task.name for task in with_prompt if not task.prompted[PROMPT].better]
-            if deaf:
-                said.append(f"the model doesn't do it when it is asked to, either, on: {', '.join(deaf)}")
-        said.append(
-            f"{error_rate()}: of {len(rows)} rows that do nothing, up to {max(1, round(LEVEL * len(rows)))} would be"
-            " called better"
+            sentences.append(f"at least as much as the prompt itself, on the {count} with one: {what}")
+            ineffective = [task.name for task in with_prompt if not task.prompted[PROMPT].better]
+            if ineffective:
+                sentences.append(f"the model doesn't do it when it is asked to, either, on: {', '.join(ineffective)}")
+        sentences.append(
+            f"{error_rate_text()}: of {len(rows)} rows that do nothing, up to {max(1, round(LEVEL * len(rows)))} would"
+            " be called better"
         )
         if self.agreement is not None:
-            said.append(
+            sentences.append(
                 f"the methods' ranks on two halves of the items correlate by {self.agreement:.2f} (Spearman): "
                 + ("take the order seriously" if self.agreement >= 0.8 else "the order is uncertain")
                 + _more_items(self.agreement)
             )
-        return said
+        return sentences
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the same for the same run."""
@@ -338,28 +338,30 @@ def _rank(
     """Add the methods' places at each divergence of this task to `places` (on all items) and to `halves`."""
     order = {group: n for n, group in enumerate(dict.fromkeys(groups))}
     everything = list(range(len(groups)))
-    at: dict[float, dict[str, Sequence[float]]] = {}
+    by_nats: dict[float, dict[str, Sequence[float]]] = {}
     for method, stored in by_method.items():
         for run in stored.get("runs", ()):
             if run["nats"] is not None:
-                at.setdefault(run["nats"], {})[method] = run["scores"]
-    for nats, of in sorted(at.items()):
-        if len(of) < 2:
+                by_nats.setdefault(run["nats"], {})[method] = run["scores"]
+    for nats, scores_by_method in sorted(by_nats.items()):
+        if len(scores_by_method) < 2:
             continue
-        for method, place in _places(of, plain["scores"], everything).items():
+        for method, place in _places(scores_by_method, plain["scores"], everything).items():
             places.setdefault(method, []).append(place)
         for split, both in enumerate(halves):
             drawn = np.random.default_rng(split).permutation(len(order))
             for n, half in enumerate(both):
-                some = [i for i, group in enumerate(groups) if drawn[order[group]] % 2 == n]
-                if some:
-                    for method, place in _places(of, plain["scores"], some).items():
+                indices = [i for i, group in enumerate(groups) if drawn[order[group]] % 2 == n]
+                if indices:
+                    for method, place in _places(scores_by_method, plain["scores"], indices).items():
                         half[method, f"{task} {nats:g}"] = place
 
 
-def _places(of: Mapping[str, Sequence[float]], plain: Sequence[float], some: Sequence[int]) -> dict[str, float]:
+def _places(
+    scores_by_method: Mapping[str, Sequence[float]], plain: Sequence[float], indices: Sequence[int]
+) -> dict[str, float]:
     """From 0 (last) to 1 (first) by the mean gain on these items; ties share their places."""
-    gains = {method: mean(scores[i] - plain[i] for i in some) for method, scores in of.items()}
+    gains = {method: mean(scores[i] - plain[i] for i in indices) for method, scores in scores_by_method.items()}
     ranks = ranked(list(gains.values()))
     return {method: rank / (len(gains) - 1) for method, rank in zip(gains, ranks, strict=True)}
 
@@ -414,16 +416,16 @@ def _standings(tasks: Sequence[TaskResults], places: Mapping[str, Sequence[float
         for row in task.rows:
             rows.setdefault(row.method, []).append(row)
     standings = []
-    for method, of in rows.items():
-        verdicts = [row.cell.verdict for row in of]
-        shares = [row.share for row in of if row.share is not None]
+    for method, method_rows in rows.items():
+        verdicts = [row.cell.verdict for row in method_rows]
+        shares = [row.share for row in method_rows if row.share is not None]
         standings.append(
             Standing(
                 method,
-                len(of),
+                len(method_rows),
                 verdicts.count(BETTER),
                 verdicts.count(WORSE),
-                sum(bool(row.cell.broken) for row in of),
+                sum(bool(row.cell.broken) for row in method_rows),
                 round(mean(places[method]), 6) if method in places else 0.0,
                 round(median(shares), 6) if shares else None,
             )
@@ -442,7 +444,8 @@ def _task_json(task: TaskResults) -> dict[str, Any]:
         "items": task.items,
         "unsteered": task.unsteered,
         "told": {
-            arm: {**asdict(decision), "words": in_words(decision, "items")} for arm, decision in task.prompted.items()
+            arm: {**asdict(decision), "words": describe_decision(decision, "items")}
+            for arm, decision in task.prompted.items()
         },
         "rows": [_row_json(row) for row in task.rows],
         "left_out": task.left_out,
@@ -453,7 +456,7 @@ def _row_json(row: Row) -> dict[str, Any]:
     return {
         "method": row.method,
         "verdict": row.cell.verdict,
-        "words": in_words(row.cell.decision, "items"),
+        "words": describe_decision(row.cell.decision, "items"),
         "at_nats": row.cell.nats,
         "share_of_prompt": row.share,
         "broken": row.cell.broken,
@@ -464,7 +467,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def _read(store: Store, *names: str) -> Any:
-    def gone() -> Any:
+    def raise_missing() -> Any:
         raise TrimtabError(f"a part of the run is missing: {' / '.join(names)}; run it again")
 
-    return store.keep("cells", *names, make=gone)
+    return store.get_or_create("cells", *names, make=raise_missing)

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.bench.doses import Dose, Doses, Steered, base_of, scaled
-from trimtab.bench.emphasizing import EMPHASIS, emphasized
-from trimtab.bench.learning import CONTROL, Inputs, inputs_for, learned, orthogonal
+from trimtab.bench.doses import Dose, Doses, Steerings, base_of, scaled
+from trimtab.bench.emphasizing import EMPHASIS, emphasis_steerings
+from trimtab.bench.learning import CONTROL, Inputs, inputs_for, learn_steering, orthogonal
 from trimtab.bench.plan import Plan
 from trimtab.bench.results import Results, results_of
-from trimtab.bench.sides import Side, sides
+from trimtab.bench.side_effects import SideEffect, side_effects
 from trimtab.bench.store import Store
-from trimtab.bench.tasks import PLAIN, Measured, Task
+from trimtab.bench.tasks import PLAIN, ArmResult, Task
 from trimtab.engines.contract import FEATURES
 from trimtab.engines.language_model import LanguageModel
 from trimtab.errors import TrimtabError
@@ -24,7 +24,7 @@ from trimtab.evaluate.divergence import Reference
 from trimtab.files.steering_file import steering_digest
 from trimtab.learn.inputs import check_lm
 from trimtab.steering import Steering
-from trimtab.tune.forecast import READ_BY, predictors
+from trimtab.tune.forecast import SUPPORTED_METHODS, predictors
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -71,32 +71,32 @@ def bench(
     for outline in plan.outlines:
         if say is not None:
             say(outline.name)
-        running: _Running | None = None
+        running: _TaskRun | None = None
         with lm._caching_prefixes():  # all methods use the same prompts
             try:
-                running = _Running(lm, store, plan, outline.make(lm, store, plan.settings.items), answering)
-                running.arms()
+                running = _TaskRun(lm, store, plan, outline.make(lm, store, plan.settings.items), answering)
+                running.run_arms()
             except TrimtabError as error:
-                store.keep("cells", outline.name, "task", make=partial(dict, left_out=str(error)))
+                store.get_or_create("cells", outline.name, "task", make=partial(dict, left_out=str(error)))
                 running = None
             for name in plan.rows:
                 if running is not None:
-                    running.cell(name)
+                    running.run_method(name)
                 done += 1
                 if progress is not None:
                     progress(done, total)
     return results_of(store.folder)
 
 
-class _Running:
+class _TaskRun:
     """One task while it runs; holds everything that is measured once for all of its methods."""
 
     def __init__(self, lm: LM, store: Store, plan: Plan, task: Task, answering: LanguageModel | None = None) -> None:
         self.lm, self.store, self.plan, self.task = lm, store, plan, task
         self.answering: Any = lm if answering is None or task.logits else answering
         self._base: Reference | None = None
-        self._plain: Measured | None = None
-        self._sides = sides(plan.settings.data, plan.sides)
+        self._plain: ArmResult | None = None
+        self._side_effects = side_effects(plan.settings.data, plan.sides)
 
     @property
     def base(self) -> Reference:
@@ -105,14 +105,14 @@ class _Running:
             self._base = base_of(self.lm, self.task)
         return self._base
 
-    def arms(self) -> None:
+    def run_arms(self) -> None:
         """Run the arms without a steering, and store the task's description."""
         task = self.task
         for arm in (PLAIN, *task.prompted):
-            stored = self.store.keep("cells", task.name, arm, make=partial(self._prompted, arm))
+            stored = self.store.get_or_create("cells", task.name, arm, make=partial(self._measure_arm, arm))
             if arm == PLAIN:
                 self._plain = _measured(stored)
-        self.store.keep(
+        self.store.get_or_create(
             "cells",
             task.name,
             "task",
@@ -121,27 +121,29 @@ class _Running:
                 "unit": task.unit,
                 "items": task.items,
                 "groups": task.groups,
-                "pairs": {shape: len(pairs) for shape, pairs in task.lessons.pairs.items()},
+                "pairs": {shape: len(pairs) for shape, pairs in task.training_data.pairs.items()},
             },
         )
 
-    def _prompted(self, arm: str) -> dict[str, Any]:
+    def _measure_arm(self, arm: str) -> dict[str, Any]:
         return asdict(self._measure(arm, [None])[0])
 
-    def cell(self, name: str) -> None:
+    def run_method(self, name: str) -> None:
         """Run one method: its doses, its runs, its controls; or store why there are none."""
         make = self._lora if name == LORA else self._emphasis if name in EMPHASIS else self._method
-        self.store.keep("cells", self.task.name, "method", name, make=lambda: make(name))
+        self.store.get_or_create("cells", self.task.name, "method", name, make=lambda: make(name))
 
     # ---- kinds of rows -----------------------------------------------------------------------------------
 
     def _method(self, name: str) -> dict[str, Any]:
         recipe = self.plan.recipes[name]
-        inputs = inputs_for(recipe, self.task.lessons, self.plan.settings.seed)
+        inputs = inputs_for(recipe, self.task.training_data, self.plan.settings.seed)
         if isinstance(inputs, str):
             return {"left_out": inputs}
         try:
-            steering = self.store.keep_steering(self.task.name, name, make=lambda: learned(self.lm, recipe, inputs))
+            steering = self.store.get_or_create_steering(
+                self.task.name, name, make=lambda: learn_steering(self.lm, recipe, inputs)
+            )
             self.lm.check(steering)
         except (TrimtabError, ValueError, ArithmeticError) as error:
             return {"left_out": f"it couldn't be learned: {error}"}
@@ -153,13 +155,13 @@ class _Running:
             self._check_fits([steering])
         except TrimtabError as error:
             return {"left_out": str(error)}
-        result = self._dosed(steering, None, {})
+        result = self._run_at_doses(steering, None, {})
         result["edits"] = len(steering.edits)
         result["digest"] = steering_digest(steering)
-        if name in READ_BY:
+        if name in SUPPORTED_METHODS:
             result["predictors"] = self._predictors(recipe, inputs, steering)
         if name != CONTROL:
-            self._controlled(steering, result)
+            self._add_controls(steering, result)
         return result
 
     def _emphasis(self, name: str) -> dict[str, Any]:
@@ -167,15 +169,15 @@ class _Running:
         if not task.phrases:
             return {"left_out": "it emphasizes a phrase of the prompt, and here the prompts have no instruction"}
         try:
-            each = emphasized(self.lm, method, task.prompts, task.phrases)
-            emphases = emphasized(self.lm, method, task.reference_prompts, task.reference_phrases)
+            each = emphasis_steerings(self.lm, method, task.prompts, task.phrases)
+            emphases = emphasis_steerings(self.lm, method, task.reference_prompts, task.reference_phrases)
             self._check_fits(each, *(name for name in method.options if name in FEATURES))
         except TrimtabError as error:
             return {"left_out": str(error)}
         if method.fixed:
             run = asdict(self._measure(PLAIN, [each], method.options)[0])
             return {"note": method.fixed, "runs": [{"nats": None, "factor": 1.0, **run}]}
-        return self._dosed(emphases, each, method.options)
+        return self._run_at_doses(emphases, each, method.options)
 
     def _lora(self, _name: str) -> dict[str, Any]:
         from trimtab.evaluate.lora import finetuned
@@ -184,7 +186,7 @@ class _Running:
             return {
                 "left_out": f"its weights are changed here, and answers come from the {self.answering.engine} engine"
             }
-        pairs = self.task.lessons.pairs
+        pairs = self.task.training_data.pairs
         shape = next((shape for shape in ("letters", "answers", "texts") if pairs.get(shape)), None)
         if shape is None:
             return {"left_out": "a LoRA is finetuned on answers, and this task has none"}
@@ -205,12 +207,14 @@ class _Running:
             for steering in steerings:
                 self.answering.check(steering)
 
-    def _measure(self, arm: str, runs: Sequence[Any], options: Mapping[str, Any] | None = None) -> list[Measured]:
+    def _measure(self, arm: str, runs: Sequence[Any], options: Mapping[str, Any] | None = None) -> list[ArmResult]:
         count = len(self.task.items)
         each = [[None] * count if run is None else run for run in runs]
         return self.task.measure(self.answering, arm, each, options or {})
 
-    def _dosed(self, steered: Steered, each: Sequence[Steering] | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _run_at_doses(
+        self, steered: Steerings, each: Sequence[Steering] | None, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """The method at each divergence that it reaches, and the reasons why it doesn't reach the others.
 
         Divergences are measured with `steered`; `each` is a steering for each item (`None`: the same for all).
@@ -225,12 +229,12 @@ class _Running:
                 lacking.append({"nats": nats, "reason": str(error)})
         runs = []
         if reached:
-            wanted = [self._run(steered if each is None else each, dose.factor) for dose in reached]
+            wanted = [self._steerings_per_item(steered if each is None else each, dose.factor) for dose in reached]
             measured = self._measure(PLAIN, wanted, options)
             runs = [{**asdict(dose), **asdict(measures)} for dose, measures in zip(reached, measured, strict=True)]
         return {"runs": runs, "lacking": lacking, "monotone": doses.monotone}
 
-    def _controlled(self, steering: Steering, result: dict[str, Any]) -> None:
+    def _add_controls(self, steering: Steering, result: dict[str, Any]) -> None:
         """Measure orthogonal directions and side effects, for runs with a gain that they could explain or spoil."""
         assert self._plain is not None
         wanted = [run for run in result["runs"] if self.plan.settings.thorough or self._gains(run["scores"])]
@@ -248,16 +252,16 @@ class _Running:
                 except TrimtabError as error:
                     run["orthogonal"] = {"left_out": str(error)}
                     continue
-                each = self._run(control, dose.factor)
+                each = self._steerings_per_item(control, dose.factor)
                 run["orthogonal"] = {**asdict(dose), **asdict(self._measure(PLAIN, [each])[0])}
         for run in wanted:
             run["sides"] = {
                 name: side.measure(self.lm, run["factor"] * steering)
-                for name, side in self._sides.items()
-                if name != self.task.name and self._unsteered(side)
+                for name, side in self._side_effects.items()
+                if name != self.task.name and self._side_effect_baseline(side)
             }
 
-    def _run(self, steering: Steered, factor: float) -> Sequence[Steering]:
+    def _steerings_per_item(self, steering: Steerings, factor: float) -> Sequence[Steering]:
         """A steering for each item; if it is one for all, the same object."""
         dosed = scaled(steering, factor)
         return [dosed] * len(self.task.items) if isinstance(dosed, Steering) else dosed
@@ -266,9 +270,11 @@ class _Running:
         assert self._plain is not None
         return decide(self._plain.scores, scores, groups=self.task.groups).p <= LEVEL
 
-    def _unsteered(self, side: Side) -> list[float]:
+    def _side_effect_baseline(self, side: SideEffect) -> list[float]:
         """A side effect's values without a steering, measured once for all tasks."""
-        values: list[float] = self.store.keep("cells", "sides", side.name, make=lambda: side.measure(self.lm, None))
+        values: list[float] = self.store.get_or_create(
+            "cells", "sides", side.name, make=lambda: side.measure(self.lm, None)
+        )
         return values
 
     def _predictors(self, recipe: Recipe, inputs: Inputs, steering: Steering) -> dict[str, Any] | None:
@@ -297,6 +303,6 @@ def _check_same(lm: LM, answering: LanguageModel) -> None:
             )
 
 
-def _measured(stored: Mapping[str, Any]) -> Measured:
+def _measured(stored: Mapping[str, Any]) -> ArmResult:
     beside = {name: tuple(values) for name, values in stored["beside"].items()}
-    return Measured(tuple(stored["scores"]), beside, tuple(stored["answers"]))
+    return ArmResult(tuple(stored["scores"]), beside, tuple(stored["answers"]))

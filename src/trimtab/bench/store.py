@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
+from trimtab.files.atomic_write import write_atomically
 from trimtab.files.steering_file import load_steering, save_steering
-from trimtab.files.target import write_atomically
 
 if TYPE_CHECKING:
     from trimtab.steering import Steering
@@ -68,7 +68,7 @@ class Store:
         """Whether this part exists."""
         return self._path(kind, names, ".json").is_file()
 
-    def keep(self, kind: str, *names: str, make: Callable[[], Any]) -> Any:
+    def get_or_create(self, kind: str, *names: str, make: Callable[[], Any]) -> Any:
         """The content of this part's file, which is made and written first if it doesn't exist. Values must be JSON."""
         path = self._path(kind, names, ".json")
         if not path.is_file():
@@ -78,7 +78,7 @@ class Store:
         except ValueError:
             raise TrimtabError(f"{path} is damaged; delete it, and it will be made again") from None
 
-    def keep_steering(self, *names: str, make: Callable[[], Steering]) -> Steering:
+    def get_or_create_steering(self, *names: str, make: Callable[[], Steering]) -> Steering:
         """The steering of this part, learned first if it doesn't exist."""
         path = self._path("learned", names, ".safetensors")
         if not path.is_file():

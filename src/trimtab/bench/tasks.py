@@ -20,7 +20,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TrainingData:
     """The data that methods learn from, in all the forms that a task has.
 
     Args:
@@ -39,7 +39,7 @@ class Lessons:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ArmResult:
     """One arm: a score for each item, in the order of the items, and other measures of each (`repeated`, `perplexity`
     …).
 
@@ -51,9 +51,9 @@ class Measured:
     answers: tuple[str, ...] = ()
 
 
-Run = Sequence["Steering | None"]
+ItemSteerings = Sequence["Steering | None"]
 """A steering for each item."""
-Measure = Callable[["LM", str, Sequence[Run], Mapping[str, Any]], list[Measured]]
+Measure = Callable[["LM", str, Sequence[ItemSteerings], Mapping[str, Any]], list[ArmResult]]
 """`measure(lm, arm, runs, options)`: the results of each run, all in the same batches, in one of the task's arms;
 `options` are for `lm.generate`.
 """
@@ -70,7 +70,7 @@ class Task:
         items: The items' names.
         groups: The group of each item; groups are resampled as a whole in intervals and tests.
         prompted: Which of the arms `PROMPT` and `TWICE` exist.
-        lessons: The data to learn from.
+        training_data: The data to learn from.
         reference_prompts: Prompts like the items', none of them an item, on which divergences are measured.
         prompts: Each item's prompt, in the arm without a steering; empty if nothing is generated.
         phrases: For each item, the phrase of its prompt that may be emphasized; empty if the prompts have no
@@ -86,7 +86,7 @@ class Task:
     items: tuple[str, ...]
     groups: tuple[str, ...]
     prompted: tuple[str, ...]
-    lessons: Lessons
+    training_data: TrainingData
     reference_prompts: tuple[Prompt, ...]
     measure: Measure
     prompts: tuple[Prompt, ...] = ()
@@ -99,14 +99,14 @@ class Task:
 class Cost:
     """Tokens that are generated, and tokens that are only read."""
 
-    made: float = 0.0
+    generated: float = 0.0
     read: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.made + other.made, self.read + other.read)
+        return Cost(self.generated + other.generated, self.read + other.read)
 
     def __rmul__(self, times: float) -> Cost:
-        return Cost(times * self.made, times * self.read)
+        return Cost(times * self.generated, times * self.read)
 
 
 @dataclass(frozen=True)
@@ -118,24 +118,24 @@ class Outline:
         kind: `instructions`, `behaviours`, `refusal` or `traits`.
         available: The maximum number of items.
         arm: The cost of one arm per item, excluding the reading of its prompts.
-        written: The cost of writing a pair to learn from, if the model writes it.
+        writing_cost: The cost of writing a pair to learn from, if the model writes it.
         pair: The number of tokens of a pair.
         answers: The number of tokens of the pair's two answers.
         prompt: The number of tokens of an item's prompt.
         make: Makes the task: `make(lm, store, items)`.
         prompts: How many times an arm reads an item's prompt. Methods that act on answers only read it once for all
             strengths.
-        said: Whether the instruction is in the prompts, so that it can be emphasized.
+        instruction_in_prompt: Whether the instruction is in the prompts, so that it can be emphasized.
     """
 
     name: str
     kind: str
     available: int
     arm: Cost
-    written: Cost
+    writing_cost: Cost
     pair: float
     answers: float
     prompt: float
     make: Callable[[LM, Store, int], Task]
     prompts: int = 1
-    said: bool = False
+    instruction_in_prompt: bool = False

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.bench.measures import by_leads
 from trimtab.bench.store import Store
-from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
+from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Outline, Task, TrainingData
 from trimtab.data import Trait, queries, traits
-from trimtab.engines.transformers.teacher_forced import Answered
+from trimtab.engines.transformers.teacher_forced import AnsweredPrompt
 from trimtab.errors import TrimtabError
-from trimtab.making.contrasts import Answer, Contrasts, contrasts, hears_system, under
+from trimtab.making.contrasts import Answer, Contrasts, contrasts, supports_system_prompt, with_system_prompt
 from trimtab.making.idea import idea_from_trait
 from trimtab.text.pairs import Pair
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TRAITS = ("blunt", "cheerful", "concise", "formal", "pirate", "poetic")
 """The traits that run by default; the other cards are of the kind `MORE`."""
 MORE = "more-traits"
-ASKED = 6
+REFERENCE_PROMPTS = 6
 LEAST = 5
 """The minimum number of questions with answers on both sides; with fewer, nothing can beat chance."""
 
@@ -44,29 +44,31 @@ def outlines(tokens: int, pairs: int) -> list[Outline]:
 def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int) -> Task:
     idea = idea_from_trait(card)
 
-    def answered(side: str, questions: Sequence[str]) -> Contrasts:
+    def load_contrasts(side: str, questions: Sequence[str]) -> Contrasts:
         def write() -> dict[str, Any]:
             return asdict(contrasts(lm, idea, questions, 1, tokens))
 
-        return _contrasts(store.keep("texts", card.name, side, make=write))
+        return _contrasts(store.get_or_create("texts", card.name, side, make=write))
 
-    learn, test = answered("learn", card.learn), answered("test", card.test)
-    chosen, taught = test.questions[:count], learn.questions[:pairs]
-    if len(chosen) < LEAST or len(taught) < LEAST:
+    learn, test = load_contrasts("learn", card.learn), load_contrasts("test", card.test)
+    chosen, learn_questions = test.questions[:count], learn.questions[:pairs]
+    if len(chosen) < LEAST or len(learn_questions) < LEAST:
         raise TrimtabError(
             f"the model's own answers for and against {card.name} differ on {len(chosen)} test questions and"
-            f" {len(taught)} to learn from; at least {LEAST} of each are needed"
+            f" {len(learn_questions)} to learn from; at least {LEAST} of each are needed"
         )
-    heard = hears_system(lm)
+    supports_system = supports_system_prompt(lm)
     sides = [(_first(test.positive, q), _first(test.negative, q)) for q in chosen]
     instructed = [(q, idea.positive[n % len(idea.positive)]) for n, q in enumerate(chosen)]
     prompts = {
         PLAIN: [tuple(lm.encode(q)) for q in chosen],
-        PROMPT: [tuple(lm.encode(under(system, q, heard))) for q, system in instructed],
-        TWICE: [tuple(lm.encode(under(f"{system} {system}", q, heard))) for q, system in instructed],
+        PROMPT: [tuple(lm.encode(with_system_prompt(system, q, supports_system))) for q, system in instructed],
+        TWICE: [
+            tuple(lm.encode(with_system_prompt(f"{system} {system}", q, supports_system))) for q, system in instructed
+        ],
     }
     answers = [
-        tuple({arm: Answered(ids[i], side.ids) for arm, ids in prompts.items()} for side in both)
+        tuple({arm: AnsweredPrompt(ids[i], side.ids) for arm, ids in prompts.items()} for side in both)
         for i, both in enumerate(sides)
     ]
     return Task(
@@ -76,10 +78,11 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
         items=tuple(chosen),
         groups=tuple(chosen),
         prompted=(PROMPT, TWICE),
-        lessons=Lessons(
+        training_data=TrainingData(
             pairs={
                 "answers": tuple(
-                    Pair(_first(learn.positive, q).text, _first(learn.negative, q).text, q, "answers") for q in taught
+                    Pair(_first(learn.positive, q).text, _first(learn.negative, q).text, q, "answers")
+                    for q in learn_questions
                 ),
                 "prompts": tuple(
                     Pair(
@@ -90,15 +93,15 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
                         positive_system=idea.positive[n % len(idea.positive)],
                         negative_system=idea.negative[n % len(idea.negative)],
                     )
-                    for n, q in enumerate(taught)
+                    for n, q in enumerate(learn_questions)
                 )
-                if heard
+                if supports_system
                 else (),
             },
             contrast=(idea.positive[0], idea.negative[0]),
             teacher={"system": idea.positive[0], "queries": card.learn, "tokens": tokens},
         ),
-        reference_prompts=queries("tune")[:ASKED],
+        reference_prompts=queries("tune")[:REFERENCE_PROMPTS],
         measure=by_leads([(positive, negative) for positive, negative in answers]),
         logits=True,
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def answers_document(
     model: str,
-    files: Sequence[Pick],
+    picks: Sequence[Pick],
     prompts: Sequence[Prompt],
     answers: Sequence[Generation],
     unsteered: Sequence[Generation] | None,
@@ -33,7 +33,7 @@ def answers_document(
                 **({} if unsteered is None else {"unsteered": _answer(unsteered[i])}),
             }
         )
-    return {"model": model, "steerings": [pick.to_json() for pick in files], "answers": rows}
+    return {"model": model, "steerings": [pick.to_json() for pick in picks], "answers": rows}
 
 
 def _answer(answer: Generation) -> dict[str, Any]:

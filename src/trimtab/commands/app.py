@@ -35,7 +35,7 @@ from trimtab.commands.generate import generate
 from trimtab.commands.hub import list_, pull, push
 from trimtab.commands.inspect import inspect
 from trimtab.commands.learn import learn
-from trimtab.commands.learn_method import OWN_COMMAND, Learn
+from trimtab.commands.learn_method import DIRECT_METHODS, LearnCommand
 from trimtab.commands.make import make
 from trimtab.commands.methods import methods
 from trimtab.commands.models import models
@@ -43,7 +43,7 @@ from trimtab.commands.serve import serve
 from trimtab.commands.terminal import say, warnings_as_lines
 from trimtab.commands.tune import tune
 from trimtab.errors import TrimtabError
-from trimtab.methods.recipe import recipe_named
+from trimtab.methods.recipe import find_recipe
 
 TRACEBACK = "TRIMTAB_TRACEBACK"
 UsageError: Any = typer.BadParameter.__mro__[1]  # recent typer bundles click, older ones import it; this fits both
@@ -57,7 +57,7 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"trimtab {__version__}")
         raise typer.Exit
@@ -67,7 +67,7 @@ def _version(wanted: bool) -> None:
 def trimtab(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Steer language models: edit their activations while they generate.
@@ -89,7 +89,7 @@ def trimtab(
 
 
 app.command()(demo)
-app.command(cls=Learn)(learn)
+app.command(cls=LearnCommand)(learn)
 app.command()(make)
 app.command()(tune)
 app.add_typer(evaluations)
@@ -120,9 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return 2
     except UsageError as error:
-        said = error.format_message()
-        hint = "; put a text with spaces in quotes" if "extra argument" in said else ""
-        say(f"error: {said}{hint} (see {_help_command(argv)})")
+        message = error.format_message()
+        hint = "; put a text with spaces in quotes" if "extra argument" in message else ""
+        say(f"error: {message}{hint} (see {_help_command(argv)})")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -140,18 +140,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _help_command(arguments: list[str]) -> str:
-    here, words = app, ["trimtab"]
+    group, words = app, ["trimtab"]
     for name in [argument for argument in arguments if not argument.startswith("-")]:
-        groups = {g.typer_instance.info.name: g.typer_instance for g in here.registered_groups if g.typer_instance}
-        known = [command.name or command.callback.__name__ for command in here.registered_commands if command.callback]
+        groups = {g.typer_instance.info.name: g.typer_instance for g in group.registered_groups if g.typer_instance}
+        known = [command.name or command.callback.__name__ for command in group.registered_commands if command.callback]
         if name not in known and name not in groups:
-            if words == ["trimtab", "learn"] and name not in OWN_COMMAND and recipe_named(name) is not None:
+            if words == ["trimtab", "learn"] and name not in DIRECT_METHODS and find_recipe(name) is not None:
                 words.append(name)
             break
         words.append(name)
         if name == "learn":  # many methods have their own command
             continue
-        if (below := groups.get(name)) is None:
+        if (subgroup := groups.get(name)) is None:
             break
-        here = below
+        group = subgroup
     return f"{' '.join(words)} --help"

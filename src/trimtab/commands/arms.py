@@ -71,20 +71,20 @@ class ArmOptions:
         ),
     ] = None
 
-    def plan(self) -> Plan:
+    def plan(self) -> ArmPlan:
         """Check the options. Raises `TrimtabError` if they are malformed, or need --steer and don't have it."""
         if not self.steer:
             choices = {"--strength": self.strength, "--layers": self.layers, "--random": self.random}
             for name, value in choices.items():
                 if value:
                     raise TrimtabError(f"{name} needs a steering; give --steer FILE")
-        files = [parse_pick(text) for text in self.steer or []]
+        picks = [parse_pick(text) for text in self.steer or []]
         systems = self.system_prompt or []
         if not all(text.strip() for text in systems):
             raise TrimtabError("a --system-prompt is empty; give it some text")
-        if len(set(files)) < len(files) or len(set(systems)) < len(systems):
+        if len(set(picks)) < len(picks) or len(set(systems)) < len(systems):
             raise TrimtabError("the same --steer or --system-prompt is given twice; give each arm once")
-        return Plan(tuple(files), _strengths(self.strength), self.layers, self.random, tuple(systems))
+        return ArmPlan(tuple(picks), _strengths(self.strength), self.layers, self.random, tuple(systems))
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ArmPlan:
     """The options, checked before a model is loaded; `arms()` makes the arms."""
 
-    files: tuple[Pick, ...]
+    picks: tuple[Pick, ...]
     strengths: tuple[float, ...]
     layers: str | None
     random: int
@@ -109,25 +109,25 @@ class Plan:
     def arms(self) -> dict[str, Arm]:
         """All arms by name, the baseline first, without the random ones. Raises `TrimtabError` like `Pick.load`."""
         arms = {BASELINE: Arm(about={"kind": "baseline"})}
-        stems = [Path(file).stem for file in {str(pick.path) for pick in self.files}]
-        for pick in self.files:
-            whole = pick.unscaled()
-            own = stems.count(pick.path.stem) == 1 and pick.path.stem not in (BASELINE, REPEATED)
-            name = f"{pick.path.stem if own else pick.path}{pick.where}"
+        stems = [Path(file).stem for file in {str(pick.path) for pick in self.picks}]
+        for pick in self.picks:
+            whole = pick.load_unscaled()
+            unique_stem = stems.count(pick.path.stem) == 1 and pick.path.stem not in (BASELINE, REPEATED)
+            name = f"{pick.path.stem if unique_stem else pick.path}{pick.layer_suffix}"
             for layer in _layers(self.layers, whole):
                 chosen = whole if layer is None else whole.only([layer])
                 for strength in self.strengths:
                     if (multiplier := pick.strength * strength) == 0:
                         continue
                     where = "" if layer is None else f" @{layer}"
-                    arm = f"{name}{where}" + ("" if multiplier == 1 else f" x{multiplier:g}")
+                    arm_name = f"{name}{where}" + ("" if multiplier == 1 else f" x{multiplier:g}")
                     about = {
                         "kind": "steered",
                         "file": str(pick.path),
                         "layers": list(chosen.layers),
                         "strength": multiplier,
                     }
-                    arms[arm] = Arm(multiplier * chosen, about=about)
+                    arms[arm_name] = Arm(multiplier * chosen, about=about)
         for text in self.systems:
             arms[f"system: {text}"] = Arm(system=text, about={"kind": "system", "system": text})
         return arms

@@ -13,8 +13,8 @@ from trimtab.commands.model import JsonOption, ModelOptions
 from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, progress_bar, say, show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.atomic_write import check_target
 from trimtab.files.pick import parse_pick
-from trimtab.files.target import check_target
 
 if TYPE_CHECKING:
     from trimtab.evaluate.audit import Audit, Estimate
@@ -40,7 +40,7 @@ def audit(
         ),
     ] = None,
     behaviour: Annotated[
-        list[Path] | None, typer.Option(help="A further behavior to measure: a file of A/B questions. Repeatable.")
+        list[Path] | None, typer.Option(help="A further behaviour to measure: a file of A/B questions. Repeatable.")
     ] = None,
     repair: Annotated[
         Path | None,
@@ -51,7 +51,7 @@ def audit(
     ] = None,
     protect: Annotated[
         list[str] | None,
-        typer.Option(help="With --repair: orthogonal to this behavior's direction, too. Repeatable.", metavar="NAME"),
+        typer.Option(help="With --repair: orthogonal to this behaviour's direction, too. Repeatable.", metavar="NAME"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the steering with the audit in its card; may be FILE itself.")
@@ -79,7 +79,7 @@ def audit(
 
     The steered and the unsteered model answer the same items: harmful requests (plain,
     under a system message that asks to refuse, and in template jailbreaks), harmless
-    requests that sound harmful, two-choice questions on facts and behaviors in both
+    requests that sound harmful, two-choice questions on facts and behaviours in both
     orders, long answers, scored window by window, and conversations of ten turns. Two
     refusal directions, one of requests and one of answers, are learned during the
     audit and compared with what the steering writes, layer by layer.
@@ -108,7 +108,7 @@ def audit(
 
     from trimtab.evaluate.audit import FULL, QUICK, check_protected, read_items
     from trimtab.evaluate.audit import audit as measure
-    from trimtab.evaluate.audit.checks import ASKED
+    from trimtab.evaluate.audit.checks import DEFAULT_SYSTEM_MESSAGE
     from trimtab.files.steering_file import save_steering
 
     size = QUICK if quick else FULL
@@ -117,7 +117,7 @@ def audit(
     lm = loader.load(quiet=json)
     seen: list[Measure] = []
 
-    def estimate(estimate: Estimate) -> None:
+    def report_estimate(estimate: Estimate) -> None:
         note(f"this takes about {_time(estimate.seconds)}", quiet=json)
 
     try:
@@ -127,13 +127,13 @@ def audit(
                 steering,
                 items=items,
                 size=size,
-                system=system or ASKED,
+                system=system or DEFAULT_SYSTEM_MESSAGE,
                 repair=repair is not None,
                 protect=tuple(protect or ()),
                 seed=seed,
                 transfer=transfer,
                 progress=progress,
-                estimate=estimate,
+                estimate=report_estimate,
                 on_measure=seen.append,
             )
     except KeyboardInterrupt:
@@ -150,7 +150,7 @@ def audit(
     if json:
         write_json(document)
         return
-    show(f"{pick} on {lm.name}, {size.name} audit", *_said(result), "")
+    show(f"{pick} on {lm.name}, {size.name} audit", *_verdict_lines(result), "")
     show(comparison_table(result), "", *_facts(result))
     if result.repaired is not None:
         kept = (
@@ -158,7 +158,12 @@ def audit(
             if result.repaired.kept is None
             else f"; it keeps {result.repaired.kept:.0%} of what the steering changes"
         )
-        show("", f"repaired: {_left(result.repaired)}{kept}", *_said(result.repaired), *_facts(result.repaired))
+        show(
+            "",
+            f"repaired: {_remaining_norm(result.repaired)}{kept}",
+            *_verdict_lines(result.repaired),
+            *_facts(result.repaired),
+        )
     for name in (repair, out):
         if name is not None:
             note(f"wrote {name}", quiet=False)
@@ -185,15 +190,15 @@ KINDS = ("harm", "change", "hint", "nothing")
 MARKS = {"harm": "!", "change": "*", "hint": "?", "nothing": " "}
 
 
-def _said(result: Audit) -> list[str]:
+def _verdict_lines(result: Audit) -> list[str]:
     return [f"- {line}" for line in result.verdict]
 
 
 def _facts(result: Audit) -> list[str]:
     nats = f"{result.nats['mean']:.3g} nats per token on average, {result.nats['p95']:.3g} at the 95th percentile"
     lines = [f"divergence from the unsteered model: {nats}; dose {result.dose:.2f}"]
-    for name, of in result.series.items():
-        for arm, values in of.items():
+    for name, by_arm in result.series.items():
+        for arm, values in by_arm.items():
             if isinstance(values, dict):
                 shown = ", ".join(f"{key} {value:.0f}" for key, value in values.items())
             else:
@@ -202,12 +207,14 @@ def _facts(result: Audit) -> list[str]:
     return [*lines, *(f"note: {line}" for line in result.notes)]
 
 
-def _left(result: Audit) -> str:
-    left = result.left or ()
-    gone = sum(share == 0 for share in left)
-    low, high = min(left), max(left)
+def _remaining_norm(result: Audit) -> str:
+    remaining_shares = result.left or ()
+    removed = sum(share == 0 for share in remaining_shares)
+    low, high = min(remaining_shares), max(remaining_shares)
     shares = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
-    return f"{shares} of each edit's norm remains" + (f", {gone} of {len(left)} edits were removed" if gone else "")
+    return f"{shares} of each edit's norm remains" + (
+        f", {removed} of {len(remaining_shares)} edits were removed" if removed else ""
+    )
 
 
 def _time(seconds: float) -> str:

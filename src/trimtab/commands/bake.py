@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from trimtab.commands.model import DeviceOption, JsonOption, RevisionOption, check_device, silence, without_bars
+from trimtab.commands.model import (
+    DeviceOption,
+    JsonOption,
+    RevisionOption,
+    check_device,
+    silence,
+    suppress_progress_bars,
+)
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.files.pick import FORM, parse_pick
 
@@ -69,7 +76,7 @@ def bake(
     Quantized models are refused.
     """
     picks = [parse_pick(text, "bake") for text in files]
-    quiet = without_bars(json)
+    quiet = suppress_progress_bars(json)
     if check:
         check_device(device)
     silence(quiet)

@@ -107,7 +107,7 @@ def bench(
     The other arms are the unsteered model, the prompt that asks for the same, this
     prompt stated twice, and random directions at the same nats. Where a method gains
     something, directions orthogonal to its own and its side effects are measured, too
-    (MMLU, harmless requests refused, the other behaviors, plain text).
+    (MMLU, harmless requests refused, the other behaviours, plain text).
 
     Verdicts are exact paired tests: of methods that do nothing, at most 5 % are called
     better. Methods that can't act on a task are listed with the reason.
@@ -118,34 +118,34 @@ def bench(
     from trimtab.bench import Settings, plan
     from trimtab.bench import bench as run
     from trimtab.bench.page import write_page
-    from trimtab.bench.plan import only, speed_of, within
+    from trimtab.bench.plan import fit_to_budget, restrict_plan, speed_of
 
     doses = tuple(numbers_of(nats, "--nats", "0.25,1,4"))
     settings = Settings(_names(methods), _names(tasks), doses, items, pairs, tokens, seed, data, lora, thorough)
     seconds = None if budget is None else seconds_of(budget)
     if out.exists() and not out.is_dir():
         raise TrimtabError(f"--out {out} is a file; give a folder, which is created if it doesn't exist")
-    made = plan(settings)
+    bench_plan = plan(settings)
     check_replicas(replicas, answers)
     lm = loader.load(quiet=json)
-    answering = None
+    answering_lm = None
     if answers != "transformers":
-        same = replace(loader, device=None, dtype=lm.runs_in["dtype"].removeprefix("torch."))
-        answering = same.load(quiet=json, engine=answers, replicas=replicas)
-    speed = speed_of(lm, answering)
+        answer_loader = replace(loader, device=None, dtype=lm.runs_in["dtype"].removeprefix("torch."))
+        answering_lm = answer_loader.load(quiet=json, engine=answers, replicas=replicas)
+    speed = speed_of(lm, answering_lm)
     if seconds is not None:
-        before = _chosen_before(out)
-        made = within(made, speed, seconds) if before is None else only(made, *before)
+        before = _previous_selection(out)
+        bench_plan = fit_to_budget(bench_plan, speed, seconds) if before is None else restrict_plan(bench_plan, *before)
     if dry_run:
-        _tell(made, speed, json)
+        _print_plan(bench_plan, speed, json)
         return
-    note(_outlook(made, speed, out), quiet=json)
-    for kind, why in made.left_out:
+    note(_remaining_work(bench_plan, speed, out), quiet=json)
+    for kind, why in bench_plan.left_out:
         note(f"without {kind}: {why}", quiet=json)
     with sigterm_interrupts(), progress_bar("benchmark", quiet=json) as progress:
         try:
             results = run(
-                lm, made, out, answering=answering, progress=progress, say=lambda name: note(name, quiet=json)
+                lm, bench_plan, out, answering=answering_lm, progress=progress, say=lambda name: note(name, quiet=json)
             )
         except KeyboardInterrupt:
             note(f"finished parts are in {out}; the same command resumes the run", quiet=json)
@@ -174,7 +174,7 @@ def forecast(
     was better in the benchmarks, and reports its AUC on tasks that were each left out
     in turn (0.5 is no better than chance, 1 is always right).
     """
-    from trimtab.files.target import check_target, write_atomically
+    from trimtab.files.atomic_write import check_target, write_atomically
     from trimtab.tune.forecast import NAMES, auc_of, fit
 
     if write is not None:
@@ -223,19 +223,19 @@ def _names(text: str | None) -> tuple[str, ...]:
     return () if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _outlook(made: Plan, speed: Speed, out: Path) -> str:
+def _remaining_work(bench_plan: Plan, speed: Speed, out: Path) -> str:
     """How much there is to do, and how much of it an earlier run has done."""
     from trimtab.bench.plan import duration
 
     done = len(list((out / "cells").glob("*--method--*.json")))
-    if done >= made.cells:
-        return f"{made.cells} cells, all of them already done"
+    if done >= bench_plan.cells:
+        return f"{bench_plan.cells} cells, all of them already done"
     before = f", {done} of them already done" if done else ""
-    left = duration(speed.seconds(made.cost()) * (made.cells - done) / made.cells)
-    return f"{made.cells} cells{before}, about {left}; Ctrl-C stops, the same command resumes"
+    left = duration(speed.seconds(bench_plan.cost()) * (bench_plan.cells - done) / bench_plan.cells)
+    return f"{bench_plan.cells} cells{before}, about {left}; Ctrl-C stops, the same command resumes"
 
 
-def _chosen_before(out: Path) -> tuple[list[str], int] | None:
+def _previous_selection(out: Path) -> tuple[list[str], int] | None:
     """The tasks and the number of items of an earlier run in this folder, so that a budget doesn't choose again."""
     path = out / "run.json"
     if not path.is_file():
@@ -247,23 +247,23 @@ def _chosen_before(out: Path) -> tuple[list[str], int] | None:
         raise TrimtabError(f"{path} is damaged; name another folder") from None
 
 
-def _tell(made: Plan, speed: Speed, json: bool) -> None:
+def _print_plan(bench_plan: Plan, speed: Speed, json: bool) -> None:
     """Print the plan and the estimate."""
     from trimtab.bench.plan import duration
 
-    cost = made.cost()
+    cost = bench_plan.cost()
     document: dict[str, Any] = {
         "tasks": [
-            {"task": outline.name, "kind": outline.kind, "items": min(made.settings.items, outline.available)}
-            for outline in made.outlines
+            {"task": outline.name, "kind": outline.kind, "items": min(bench_plan.settings.items, outline.available)}
+            for outline in bench_plan.outlines
         ],
-        "methods": list(made.rows),
-        "nats": list(made.nats),
-        "cells": made.cells,
-        "generated_tokens": round(cost.made),
+        "methods": list(bench_plan.rows),
+        "nats": list(bench_plan.nats),
+        "cells": bench_plan.cells,
+        "generated_tokens": round(cost.generated),
         "read_tokens": round(cost.read),
         "seconds": round(speed.seconds(cost)),
-        "left_out": dict(made.left_out),
+        "left_out": dict(bench_plan.left_out),
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
     if json:
@@ -274,11 +274,11 @@ def _tell(made: Plan, speed: Speed, json: bool) -> None:
         table.add_row(task["task"], task["kind"], str(task["items"]))
     show(
         table,
-        f"methods: {', '.join(made.rows)}",
-        f"at {', '.join(f'{number:g}' for number in made.nats)} nats; {made.cells} cells; about"
-        f" {duration(speed.seconds(cost))} ({cost.made / 1000:.0f}k tokens generated at {speed.made:.0f} a second,"
-        f" {cost.read / 1000:.0f}k read at {speed.read:.0f})",
-        *(f"without {kind}: {why}" for kind, why in made.left_out),
+        f"methods: {', '.join(bench_plan.rows)}",
+        f"at {', '.join(f'{number:g}' for number in bench_plan.nats)} nats; {bench_plan.cells} cells; about"
+        f" {duration(speed.seconds(cost))} ({cost.generated / 1000:.0f}k tokens generated at {speed.generated:.0f} a"
+        f" second, {cost.read / 1000:.0f}k read at {speed.read:.0f})",
+        *(f"without {kind}: {why}" for kind, why in bench_plan.left_out),
     )
 
 

@@ -20,7 +20,7 @@ from trimtab.errors import TrimtabError
 from trimtab.files.pick import parse_pick
 
 if TYPE_CHECKING:
-    from trimtab.commands.chat_commands import Desk
+    from trimtab.commands.chat_commands import ChatSetup
     from trimtab.commands.chat_screen import Screen
     from trimtab.commands.chat_state import Conversation
 
@@ -86,9 +86,9 @@ def chat(
     from a pipe are questions and commands, too; the exit code is 2 if one of them
     couldn't be run.
     """
-    files = [parse_pick(text) for text in steer or []]
-    for i, pick in enumerate(files):
-        if pick.path in [other.path for other in files[:i]]:
+    picks = [parse_pick(text) for text in steer or []]
+    for i, pick in enumerate(picks):
+        if pick.path in [other.path for other in picks[:i]]:
             raise TrimtabError(f"--steer {pick.path} is given twice; give it once, with both strengths added up")
     if steerings is not None and not steerings.is_dir():
         raise TrimtabError(f"--steerings {steerings} isn't a folder; give a folder of steering files")
@@ -98,16 +98,16 @@ def chat(
         raise TrimtabError(f"--temperature is a number above 0, got {temperature}; leave it out for greedy decoding")
     if any(not phrase.strip() for phrase in emphasize or []):
         raise TrimtabError("an --emphasize is empty; give it some text of the conversation")
-    for pick in files:
-        pick.unscaled()  # report a missing or damaged file before a model is loaded
-    typed = sys.stdin.isatty() and sys.stdout.isatty() and not json
-    if typed and find_spec("prompt_toolkit") is None:
+    for pick in picks:
+        pick.load_unscaled()  # report a missing or damaged file before a model is loaded
+    interactive = sys.stdin.isatty() and sys.stdout.isatty() and not json
+    if interactive and find_spec("prompt_toolkit") is None:
         raise TrimtabError("at a terminal, trimtab chat needs prompt_toolkit: pip install 'trimtab[chat]'")
     lm = loader.load(quiet=json, engine=engine)
 
     from trimtab.commands.chat_answer import STREAMING
-    from trimtab.commands.chat_commands import Desk, run_command, steered_by
-    from trimtab.commands.chat_screen import JsonLines, Plain, Terminal
+    from trimtab.commands.chat_commands import ChatSetup, run_command, steering_from_pick
+    from trimtab.commands.chat_screen import JsonScreen, PlainScreen, TerminalScreen
     from trimtab.commands.chat_state import Conversation
     from trimtab.text.chat import has_template
 
@@ -116,31 +116,31 @@ def chat(
             f"{lm.name} has no chat template, so it can't hold a conversation; trimtab generate --plain continues a"
             " text"
         )
-    desk = Desk(lm, engine, steerings, transfer)
+    setup = ChatSetup(lm, engine, steerings, transfer)
     start = Conversation(system=system, compare=compare, max_tokens=max_tokens, temperature=temperature, seed=seed)
-    for pick in files:
-        start = start.put(steered_by(desk, start, pick))
+    for pick in picks:
+        start = start.with_steering(steering_from_pick(setup, start, pick))
     for phrase in emphasize or []:
-        start = run_command(desk, start, f"/emphasize {phrase}").conversation
+        start = run_command(setup, start, f"/emphasize {phrase}").conversation
     if engine not in STREAMING:
         note(f"the engine {engine} doesn't stream, and its answers can't be interrupted", quiet=json)
-    if typed:
-        from trimtab.commands.chat_prompt import reader
+    if interactive:
+        from trimtab.commands.chat_prompt import make_reader
 
         note(f"{lm.name}; /help lists the commands, Ctrl-D leaves", quiet=False)
-        converse(desk, start, reader(desk), Terminal())
+        converse(setup, start, make_reader(setup), TerminalScreen())
         return
-    if not converse(desk, start, _line, JsonLines() if json else Plain()):
+    if not converse(setup, start, _line, JsonScreen() if json else PlainScreen()):
         raise typer.Exit(2)
 
 
 def converse(
-    desk: Desk, conversation: Conversation, read: Callable[[Conversation], str | None], screen: Screen
+    setup: ChatSetup, conversation: Conversation, read: Callable[[Conversation], str | None], screen: Screen
 ) -> bool:
     """Read and run lines until there are no more, or one ends the conversation.
 
     Args:
-        desk: The model, and what else commands work with.
+        setup: The model, and what else commands work with.
         conversation: The conversation and its steering at the start.
         read: Returns the next line for the current conversation; `None` at the end.
         screen: Where answers and remarks are shown.
@@ -150,10 +150,10 @@ def converse(
     """
     from trimtab.commands.chat_answer import STREAMING, ask
     from trimtab.commands.chat_commands import is_command, run_command
-    from trimtab.commands.chat_make import make_steered
+    from trimtab.commands.chat_make import make_steering
     from trimtab.commands.chat_screen import outcome_of
 
-    fine = True
+    all_succeeded = True
     while (line := read(conversation)) is not None:
         line = line.strip()
         if not line:
@@ -161,37 +161,37 @@ def converse(
         before, question = conversation, line.removeprefix("/")
         try:
             if is_command(line):
-                outcome = run_command(desk, conversation, line)
-                screen.tell(outcome)
+                outcome = run_command(setup, conversation, line)
+                screen.show_outcome(outcome)
                 if outcome.leave:
                     break
                 if outcome.make is not None:
-                    with screen.making() as (stage, tell):
-                        making = make_steered(desk, outcome.conversation, outcome.make, stage, tell)
-                    conversation = making.conversation
-                    screen.tell(outcome_of(making))
+                    with screen.making() as (stage, report):
+                        make_result = make_steering(setup, outcome.conversation, outcome.make, stage, report)
+                    conversation = make_result.conversation
+                    screen.show_outcome(outcome_of(make_result))
                     continue
                 if outcome.ask is None:
                     conversation = outcome.conversation
                     continue
                 before, question = outcome.conversation, outcome.ask
-            compared = before.compare and bool(before.steered or before.emphasized)
-            with screen.answering(compared) as hear:
-                turn = ask(desk, before, question, hear, interrupt=screen.interrupt)
-            conversation = before.answered(turn)
-            screen.answered(turn, conversation)
+            compared = before.compare and bool(before.active_steerings or before.emphasized)
+            with screen.answering(compared) as on_piece:
+                turn = ask(setup, before, question, on_piece, interrupt=screen.interrupt)
+            conversation = before.with_turn(turn)
+            screen.finish_answer(turn, conversation)
         except TrimtabError as error:
             say(f"error: {error}")
-            fine = False
+            all_succeeded = False
         except KeyboardInterrupt:
-            if not screen.interrupt or desk.engine not in STREAMING:
+            if not screen.interrupt or setup.engine not in STREAMING:
                 raise
             note("stopped; nothing has changed", quiet=False)
         except Exception as error:  # at a terminal, one failed answer doesn't end the conversation
             if not screen.interrupt or os.environ.get("TRIMTAB_TRACEBACK"):
                 raise
             say(f"error: {type(error).__name__}: {error} (TRIMTAB_TRACEBACK=1 shows where, and ends the conversation)")
-    return fine
+    return all_succeeded
 
 
 def _line(conversation: Conversation) -> str | None:

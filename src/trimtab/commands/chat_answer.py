@@ -7,26 +7,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from trimtab.commands.chat_commands import Desk
-from trimtab.commands.chat_state import Conversation, Said, Turn, on_record
-from trimtab.commands.terminal import handling
+from trimtab.commands.chat_commands import ChatSetup
+from trimtab.commands.chat_state import ChatAnswer, Conversation, Turn, steering_record
+from trimtab.commands.terminal import signal_handler
 from trimtab.errors import TrimtabError
-from trimtab.text.unfolding import Unfolding
+from trimtab.text.detokenizer import Detokenizer
 
 STREAMING = {"transformers", "llamacpp"}
 """Engines that stream tokens. Others return an answer when it is complete, and it can't be interrupted."""
 
-Hear = Callable[[str, str], None]
+OnPiece = Callable[[str, str], None]
 """Called with `"unsteered"` or `"steered"`, and a piece of that answer."""
 
 
 class Stream:
     """A streamer and stopping criterion for `lm.generate`: passes on pieces of text, and stops after `stop()`."""
 
-    def __init__(self, tokenizer: Any, hear: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, on_piece: Callable[[str], None]) -> None:
         self.stopped: bool = False
-        self._text = Unfolding(tokenizer)
-        self._hear = hear
+        self._text = Detokenizer(tokenizer)
+        self._on_piece = on_piece
         self._began = False
 
     def stop(self) -> None:
@@ -39,10 +39,10 @@ class Stream:
             self._began = True
             return
         for token in ids.flatten().tolist():
-            self._tell(self._text.add(int(token)))
+            self._emit(self._text.add(int(token)))
 
     def end(self) -> None:
-        self._tell(self._text.finish())
+        self._emit(self._text.finish())
 
     def __call__(self, ids: Any, _scores: Any, **_: Any) -> Any:
         """The stopping criterion: whether each row of `ids` `[rows, tokens]` is done."""
@@ -50,9 +50,9 @@ class Stream:
 
         return torch.full((len(ids),), self.stopped, dtype=torch.bool, device=ids.device)
 
-    def _tell(self, piece: str) -> None:
+    def _emit(self, piece: str) -> None:
         if piece:
-            self._hear(piece)
+            self._on_piece(piece)
 
 
 @contextmanager
@@ -67,14 +67,14 @@ def interruptible(stop: Callable[[], None]) -> Iterator[None]:
         pressed = True
         stop()
 
-    with handling(signal.SIGINT, handle):
+    with signal_handler(signal.SIGINT, handle):
         yield
 
 
-def room(desk: Desk, conversation: Conversation, question: str) -> int:
+def token_limit(setup: ChatSetup, conversation: Conversation, question: str) -> int:
     """The number of tokens that still fit for the answer. Raises `TrimtabError` if the model's context is full."""
-    length = len(desk.lm.encode_with_images(conversation.messages(question), system=conversation.system)[0])
-    size = desk.lm.layout.context
+    length = len(setup.lm.encode_with_images(conversation.messages(question), system=conversation.system)[0])
+    size = setup.lm.layout.context
     if size is not None and length >= size:
         raise TrimtabError(
             f"the conversation has {length} tokens with this question, and the model's context is {size}; /undo removes"
@@ -83,36 +83,38 @@ def room(desk: Desk, conversation: Conversation, question: str) -> int:
     return conversation.max_tokens if size is None else min(conversation.max_tokens, size - length)
 
 
-def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, interrupt: bool = False) -> Turn:
+def ask(
+    setup: ChatSetup, conversation: Conversation, question: str, on_piece: OnPiece, *, interrupt: bool = False
+) -> Turn:
     """Ask the model. With `/compare`, the unsteered answer comes first if a steering or an emphasis is on.
 
     Args:
-        desk: The model and its engine.
+        setup: The model and its engine.
         conversation: The history, the steering and the settings.
         question: The user's message.
-        hear: Called with the pieces of the answers.
+        on_piece: Called with the pieces of the answers.
         interrupt: Whether Ctrl-C ends the current answer. The part generated so far is kept.
 
     Raises:
         TrimtabError: The request can't be run. Nothing has been shown then, or only a part.
     """
-    most = room(desk, conversation, question)
+    max_new_tokens = token_limit(setup, conversation, question)
     steering = conversation.steering()
-    towards: dict[str, Any] = {}
+    emphasis_options: dict[str, Any] = {}
     if conversation.emphasized:
         phrases = list(conversation.emphasized)
-        _check_phrases(desk, conversation, question)
-        towards = {"emphasize": [phrases]}
+        _check_phrases(setup, conversation, question)
+        emphasis_options = {"emphasize": [phrases]}
     unsteered = None
-    if conversation.compare and (steering is not None or towards):
-        unsteered = _answer(desk, conversation, question, most, hear, "unsteered", interrupt)
-    more = {"steering": steering, "transfer": desk.transfer, **towards}
-    answer = _answer(desk, conversation, question, most, hear, "steered", interrupt, **more)
+    if conversation.compare and (steering is not None or emphasis_options):
+        unsteered = _answer(setup, conversation, question, max_new_tokens, on_piece, "unsteered", interrupt)
+    steering_options = {"steering": steering, "transfer": setup.transfer, **emphasis_options}
+    answer = _answer(setup, conversation, question, max_new_tokens, on_piece, "steered", interrupt, **steering_options)
     return Turn(
         question,
         answer,
         conversation.system,
-        tuple(on_record(steered) for steered in conversation.steered),
+        tuple(steering_record(steered) for steered in conversation.active_steerings),
         conversation.emphasized,
         conversation.next_seed,
         unsteered,
@@ -121,35 +123,35 @@ def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, in
 
 
 def _answer(
-    desk: Desk,
+    setup: ChatSetup,
     conversation: Conversation,
     question: str,
-    most: int,
-    hear: Hear,
+    max_new_tokens: int,
+    on_piece: OnPiece,
     side: str,
     interrupt: bool,
     **steering: Any,
-) -> Said:
-    stream = Stream(desk.lm.tokenizer, lambda piece: hear(side, piece))
+) -> ChatAnswer:
+    stream = Stream(setup.lm.tokenizer, lambda piece: on_piece(side, piece))
     options: dict[str, Any] = {"seed": conversation.next_seed}
     if conversation.temperature is not None:
         options |= {"do_sample": True, "temperature": conversation.temperature}
-    if desk.engine in STREAMING:
+    if setup.engine in STREAMING:
         options |= {"streamer": stream, "stopping_criteria": [stream]}
     messages = conversation.messages(question)
     with interruptible(stream.stop) if interrupt else nullcontext():
-        (generation,) = desk.lm.generate(
-            [messages], max_new_tokens=most, system=conversation.system, **options, **steering
+        (generation,) = setup.lm.generate(
+            [messages], max_new_tokens=max_new_tokens, system=conversation.system, **options, **steering
         )
-    if desk.engine not in STREAMING:
-        hear(side, generation.text)
+    if setup.engine not in STREAMING:
+        on_piece(side, generation.text)
     cut = (
         stream.stopped
-        and desk.engine in STREAMING
+        and setup.engine in STREAMING
         and generation.finish_reason != "stop"
-        and len(generation.token_ids) < most
+        and len(generation.token_ids) < max_new_tokens
     )
-    return Said(
+    return ChatAnswer(
         generation.text,
         "interrupted" if cut else generation.finish_reason,
         generation.prompt_tokens,
@@ -159,9 +161,9 @@ def _answer(
     )
 
 
-def _check_phrases(desk: Desk, conversation: Conversation, question: str) -> None:
+def _check_phrases(setup: ChatSetup, conversation: Conversation, question: str) -> None:
     """If a phrase isn't in the conversation, say how to drop it, since phrases are set for all questions."""
     try:
-        desk.lm.spans(conversation.messages(question), list(conversation.emphasized), system=conversation.system)
+        setup.lm.spans(conversation.messages(question), list(conversation.emphasized), system=conversation.system)
     except TrimtabError as error:
         raise type(error)(f"{error}; /emphasize off drops the phrases") from None

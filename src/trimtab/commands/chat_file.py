@@ -8,12 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.commands.chat_commands import Desk, load_steered
-from trimtab.commands.chat_state import Conversation, On, Said, Steered, Turn, on_record
+from trimtab.commands.chat_commands import ChatSetup, load_named_steering
+from trimtab.commands.chat_state import ChatAnswer, Conversation, NamedSteering, SteeringRecord, Turn, steering_record
 from trimtab.engines.answer import Dose
 from trimtab.errors import TrimtabError
-from trimtab.files.target import check_target, write_atomically
-from trimtab.text.read import read_text
+from trimtab.files.atomic_write import check_target, write_atomically
+from trimtab.text.text_files import read_text
 
 KIND, VERSION = "trimtab chat", 1
 
@@ -26,7 +26,7 @@ def save_conversation(path: Path, conversation: Conversation, model: str) -> tup
     """
     check_target(path, ".json")
     files = []
-    for steered in conversation.steered:
+    for steered in conversation.active_steerings:
         if not steered.file:
             file = path.with_name(f"{path.stem}.{steered.name}.safetensors")
             conversation = save_made(file, conversation, steered)
@@ -37,7 +37,7 @@ def save_conversation(path: Path, conversation: Conversation, model: str) -> tup
     return conversation, files
 
 
-def save_made(path: Path, conversation: Conversation, steered: Steered) -> Conversation:
+def save_made(path: Path, conversation: Conversation, steered: NamedSteering) -> Conversation:
     """Write a steering that was made, at strength 1; returns the conversation with this file in it.
 
     Raises `TrimtabError` if the file can't be written there.
@@ -46,14 +46,16 @@ def save_made(path: Path, conversation: Conversation, steered: Steered) -> Conve
 
     check_target(path, ".safetensors")
     save_steering(steered.steering, path)
-    return conversation.in_file(steered.name, path)
+    return conversation.with_saved_file(steered.name, path)
 
 
 def conversation_document(conversation: Conversation) -> dict[str, Any]:
     """The settings and the turns as a JSON document."""
     settings = {
         "system": conversation.system,
-        "steerings": [_on(on_record(steered), steered.layers) for steered in conversation.steered],
+        "steerings": [
+            _steering_document(steering_record(steered), steered.layers) for steered in conversation.active_steerings
+        ],
         "emphasized": list(conversation.emphasized),
         "compare": conversation.compare,
         "max_tokens": conversation.max_tokens,
@@ -71,14 +73,14 @@ def turn_document(turn: Turn) -> dict[str, Any]:
         "answer": asdict(turn.answer),
         **({} if turn.unsteered is None else {"unsteered": asdict(turn.unsteered)}),
         "system": turn.system,
-        "steerings": [_on(on, on.layers) for on in turn.on],
+        "steerings": [_steering_document(on, on.layers) for on in turn.steerings],
         "emphasized": list(turn.emphasized),
         "seed": turn.seed,
         **({"images": list(turn.images)} if turn.images else {}),
     }
 
 
-def load_conversation(path: Path, desk: Desk) -> tuple[Conversation, list[str]]:
+def load_conversation(path: Path, setup: ChatSetup) -> tuple[Conversation, list[str]]:
     """Load a conversation, with remarks about changes since: another model, a steering file that has changed.
 
     Raises `TrimtabError` for a file of another kind or a malformed one, and for a steering that is missing or doesn't
@@ -99,8 +101,8 @@ def load_conversation(path: Path, desk: Desk) -> tuple[Conversation, list[str]]:
     fields = _Fields(path, document, "")
     remarks: list[str] = []
     model = fields.text("model")
-    if model != desk.lm.name:
-        remarks.append(f"it was held with {model}, not {desk.lm.name}, so the tokens of its answers aren't known")
+    if model != setup.lm.name:
+        remarks.append(f"it was held with {model}, not {setup.lm.name}, so the tokens of its answers aren't known")
     settings = fields.part("settings")
     temperature = settings.number("temperature", optional=True)
     if temperature is not None and temperature <= 0:
@@ -115,27 +117,27 @@ def load_conversation(path: Path, desk: Desk) -> tuple[Conversation, list[str]]:
         answer_count=settings.count("asked"),
     )
     for steering_fields in settings.parts("steerings"):
-        steered, remark = _steered(steering_fields, empty, desk)
-        empty = empty.put(steered)
+        steered, remark = _read_steering(steering_fields, empty, setup)
+        empty = empty.with_steering(steered)
         remarks += [remark] if remark else []
-    turns = tuple(_turn(entry, known=model == desk.lm.name) for entry in fields.parts("turns"))
+    turns = tuple(_turn(entry, known=model == setup.lm.name) for entry in fields.parts("turns"))
     return replace(empty, turns=turns), remarks
 
 
-def _steered(fields: _Fields, conversation: Conversation, desk: Desk) -> tuple[Steered, str]:
+def _read_steering(fields: _Fields, conversation: Conversation, setup: ChatSetup) -> tuple[NamedSteering, str]:
     file = fields.text("file")
-    steered = load_steered(desk, conversation, Path(file), fields.number("strength"))
+    steered = load_named_steering(setup, conversation, Path(file), fields.number("strength"))
     layers = fields.counts("layers", optional=True)
     steered = replace(steered, name=fields.text("name"), layers=layers)
     if layers is not None:
         steered.steering.only(layers)
-    changed = on_record(steered).digest != fields.text("digest")
+    changed = steering_record(steered).digest != fields.text("digest")
     return steered, f"{file} has changed since" if changed else ""
 
 
 def _turn(fields: _Fields, *, known: bool) -> Turn:
-    on = tuple(
-        On(
+    steerings = tuple(
+        SteeringRecord(
             entry.text("name"),
             entry.text("file"),
             entry.number("strength"),
@@ -146,21 +148,21 @@ def _turn(fields: _Fields, *, known: bool) -> Turn:
     )
     return Turn(
         question=fields.text("question"),
-        answer=_read_said(fields.part("answer"), known=known),
+        answer=_read_answer(fields.part("answer"), known=known),
         system=fields.text("system", optional=True),
-        on=on,
+        steerings=steerings,
         emphasized=tuple(fields.texts("emphasized")),
         seed=fields.count("seed", optional=True),
-        unsteered=_read_said(fields.part("unsteered"), known=known) if "unsteered" in fields.values else None,
+        unsteered=_read_answer(fields.part("unsteered"), known=known) if "unsteered" in fields.values else None,
         images=tuple(fields.texts("images")) if "images" in fields.values else (),
     )
 
 
-def _on(on: On, layers: tuple[int, ...] | None) -> dict[str, Any]:
-    return {**asdict(on), "layers": None if layers is None else list(layers)}
+def _steering_document(record: SteeringRecord, layers: tuple[int, ...] | None) -> dict[str, Any]:
+    return {**asdict(record), "layers": None if layers is None else list(layers)}
 
 
-def _read_said(fields: _Fields, *, known: bool) -> Said:
+def _read_answer(fields: _Fields, *, known: bool) -> ChatAnswer:
     doses = None
     if fields.values.get("doses") is not None:
         doses = tuple(
@@ -168,7 +170,7 @@ def _read_said(fields: _Fields, *, known: bool) -> Said:
             for entry in fields.parts("doses")
         )
     ids = fields.counts("token_ids") or ()
-    return Said(
+    return ChatAnswer(
         fields.text("text"),
         fields.text("finish_reason"),
         fields.count("prompt_tokens"),

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.commands.chat_state import Conversation, Steered
-from trimtab.commands.terminal import handling
+from trimtab.commands.chat_state import Conversation, NamedSteering
+from trimtab.commands.terminal import signal_handler
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from trimtab.commands.chat_commands import Desk
+    from trimtab.commands.chat_commands import ChatSetup
     from trimtab.making import Made
 
-TAKES = "TEXT|--like WHO|--from PAIRS"
+USAGE = "TEXT|--like WHO|--from PAIRS"
 LONGEST_NAME = 24
 LEAST_TOKENS = 8
 """Answers are as long as the chat's, but at least this long, and no longer than those of `make`."""
@@ -27,7 +27,7 @@ Stage = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Wish:
+class MakeRequest:
     """A request of `/make`: a sentence, a persona and its opposite, or a file of pairs.
 
     `keep` puts the steering on even if the verdict is none.
@@ -40,7 +40,7 @@ class Wish:
     keep: bool = False
 
 
-def wish_of(rest: str) -> Wish:
+def parse_make_request(rest: str) -> MakeRequest:
     """Parse the words after `/make`. A sentence needs no quotes, so that it can contain an apostrophe.
 
     Raises `TrimtabError` if nothing is requested, or two things at once.
@@ -57,13 +57,13 @@ def wish_of(rest: str) -> Wish:
             raise TrimtabError(f"/make has no {flag}; it has --like, --unlike, --from and --keep")
         value, rest = _first_word(rest, flag)
         options[name] = Path(value).expanduser() if name == "pairs" else value
-    said = rest[1:-1] if len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "\"'" else rest
-    wish = Wish(idea=said.strip() or None, **options)
-    if sum(part is not None for part in (wish.idea, wish.like, wish.pairs)) != 1:
-        raise TrimtabError(f"/make takes one of these: {TAKES}")
-    if wish.unlike is not None and wish.like is None:
+    sentence = rest[1:-1] if len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "\"'" else rest
+    request = MakeRequest(idea=sentence.strip() or None, **options)
+    if sum(part is not None for part in (request.idea, request.like, request.pairs)) != 1:
+        raise TrimtabError(f"/make takes one of these: {USAGE}")
+    if request.unlike is not None and request.like is None:
         raise TrimtabError('/make --unlike goes with --like; in a sentence the opposite follows after "not"')
-    return wish
+    return request
 
 
 def _first_word(rest: str, flag: str) -> tuple[str, str]:
@@ -78,24 +78,24 @@ def _first_word(rest: str, flag: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Making:
+class MakeResult:
     """The result of `/make`: the conversation, with the steering on if it holds or is to be kept, and what was made."""
 
     conversation: Conversation
-    made: Made
+    made_steering: Made
     name: str
-    on: bool
+    turned_on: bool
 
 
-def make_steered(
-    desk: Desk, conversation: Conversation, wish: Wish, stage: Stage, say: Callable[[str], None]
-) -> Making:
+def make_steering(
+    setup: ChatSetup, conversation: Conversation, request: MakeRequest, stage: Stage, say: Callable[[str], None]
+) -> MakeResult:
     """Make the requested steering, and put it on.
 
     Args:
-        desk: The model.
+        setup: The model.
         conversation: The conversation, for the names that are taken; it isn't changed.
-        wish: The request.
+        request: The request.
         stage: Called with the current stage, and its progress.
         say: Called with messages about the progress.
 
@@ -108,31 +108,42 @@ def make_steered(
     from trimtab.text.pairs import read_pairs
 
     tokens = max(LEAST_TOKENS, min(TOKENS, conversation.max_tokens))
-    with _stopped_for_good() as check:
+    with _lasting_interrupt() as check:
 
-        def at(what: str, done: int, total: int) -> None:
+        def report_stage(what: str, done: int, total: int) -> None:
             check()
             stage(what, done, total)
 
-        if wish.pairs is not None:
-            pairs = read_pairs(wish.pairs)
-            made = make_from_pairs(desk.lm, pairs, name=wish.pairs.stem, tokens=tokens, stage=at, say=say)
+        if request.pairs is not None:
+            pairs = read_pairs(request.pairs)
+            made_steering = make_from_pairs(
+                setup.lm, pairs, name=request.pairs.stem, tokens=tokens, stage=report_stage, say=say
+            )
         else:
-            idea = idea_from_contrast(wish.like, wish.unlike) if wish.like else idea_from_sentence(wish.idea or "")
-            made = make(desk.lm, idea, tokens=tokens, stage=at, say=say)
+            idea = (
+                idea_from_contrast(request.like, request.unlike)
+                if request.like
+                else idea_from_sentence(request.idea or "")
+            )
+            made_steering = make(setup.lm, idea, tokens=tokens, stage=report_stage, say=say)
         check()
-    if not (made.verdict.holds or wish.keep):
-        return Making(conversation, made, "", False)
-    taken = {*desk.names, *(steered.name for steered in (*conversation.made, *conversation.steered))}
-    name = name_of(made.idea, taken)
-    return Making(conversation.with_made(Steered(name, "", made.steering)), made, name, True)
+    if not (made_steering.verdict.holds or request.keep):
+        return MakeResult(conversation, made_steering, "", False)
+    used_names = {
+        *setup.names,
+        *(steered.name for steered in (*conversation.made_steerings, *conversation.active_steerings)),
+    }
+    name = name_of(made_steering.idea, used_names)
+    return MakeResult(
+        conversation.with_made(NamedSteering(name, "", made_steering.steering)), made_steering, name, True
+    )
 
 
-def name_of(idea: str, taken: set[str]) -> str:
+def name_of(idea: str, used_names: set[str]) -> str:
     """A free name of one or a few words for a steering that was made: `blunt` for "be blunt, not flattering"."""
-    said = re.sub(r"^(?:please )?(?:be|talk like|write like|act like|sound|answer) ", "", idea.strip().lower())
-    said = re.split(r",| not | rather than | instead of ", said)[0]
-    words = [word for word in re.findall(r"[^\W_]+", said) if word not in ("a", "an", "the")]
+    phrase = re.sub(r"^(?:please )?(?:be|talk like|write like|act like|sound|answer) ", "", idea.strip().lower())
+    phrase = re.split(r",| not | rather than | instead of ", phrase)[0]
+    words = [word for word in re.findall(r"[^\W_]+", phrase) if word not in ("a", "an", "the")]
     name = ""
     for word in words:
         longer = f"{name}-{word}" if name else word
@@ -142,13 +153,13 @@ def name_of(idea: str, taken: set[str]) -> str:
     name = name or "made"
     number = 2
     free = name
-    while free in taken:
+    while free in used_names:
         free, number = f"{name}-{number}", number + 1
     return free
 
 
 @contextmanager
-def _stopped_for_good() -> Iterator[Callable[[], None]]:
+def _lasting_interrupt() -> Iterator[Callable[[], None]]:
     """While open, Ctrl-C raises `KeyboardInterrupt`, and from then on the yielded check raises it again.
 
     Training that is interrupted returns the best so far, which isn't wanted here.
@@ -164,5 +175,5 @@ def _stopped_for_good() -> Iterator[Callable[[], None]]:
         if pressed:
             raise KeyboardInterrupt
 
-    with handling(signal.SIGINT, handle):
+    with signal_handler(signal.SIGINT, handle):
         yield check

@@ -11,7 +11,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, Completion
 from prompt_toolkit.history import InMemoryHistory
 
-from trimtab.commands.chat_commands import COMMANDS, Desk, is_command
+from trimtab.commands.chat_commands import COMMANDS, ChatSetup, is_command
 from trimtab.commands.chat_state import Conversation
 from trimtab.commands.terminal import note
 
@@ -20,7 +20,7 @@ PAIR_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 STEERING_FILES = (".safetensors", ".gguf", ".svec", ".pt", ".json")
 
 
-def reader(desk: Desk) -> Callable[[Conversation], str | None]:
+def make_reader(setup: ChatSetup) -> Callable[[Conversation], str | None]:
     """Make a function that reads a line for a conversation.
 
     It returns `None` after Ctrl-D. On Ctrl-C it says how to leave, and reads on.
@@ -31,7 +31,7 @@ def reader(desk: Desk) -> Callable[[Conversation], str | None]:
         label = conversation.label()
         while True:
             try:
-                return session.prompt(f"{label} > " if label else "> ", completer=_Completer(desk, conversation))
+                return session.prompt(f"{label} > " if label else "> ", completer=_Completer(setup, conversation))
             except KeyboardInterrupt:
                 if not session.default_buffer.text:
                     note("Ctrl-D or /quit leaves", quiet=False)
@@ -42,17 +42,17 @@ def reader(desk: Desk) -> Callable[[Conversation], str | None]:
 
 
 class _Completer(Completer):
-    def __init__(self, desk: Desk, conversation: Conversation) -> None:
-        self.desk = desk
+    def __init__(self, setup: ChatSetup, conversation: Conversation) -> None:
+        self.setup = setup
         self.conversation = conversation
 
     def get_completions(self, document: Any, complete_event: Any) -> Iterator[Completion]:
         before = document.text_before_cursor
-        for candidate in candidates(self.desk, self.conversation, before):
+        for candidate in candidates(self.setup, self.conversation, before):
             yield Completion(candidate, start_position=-len(before.rpartition(" ")[2]))
 
 
-def candidates(desk: Desk, conversation: Conversation, before: str) -> list[str]:
+def candidates(setup: ChatSetup, conversation: Conversation, before: str) -> list[str]:
     """Completions of the current word: commands, names of steerings, layers, files."""
     if not is_command(before):
         return []
@@ -60,35 +60,35 @@ def candidates(desk: Desk, conversation: Conversation, before: str) -> list[str]
     words = [word for word in words if word]
     if not words:
         return [f"/{name}" for name in COMMANDS if name.startswith(last[1:])]
-    on = [steered.name for steered in conversation.steered]
-    place = words[0], len(words)
-    if place == ("/steer", 1):
-        names = [*dict.fromkeys([*on, *(steered.name for steered in conversation.made), *desk.names])]
+    on = [steered.name for steered in conversation.active_steerings]
+    argument = words[0], len(words)
+    if argument == ("/steer", 1):
+        names = [*dict.fromkeys([*on, *(steered.name for steered in conversation.made_steerings), *setup.names])]
         return [*_names(last, names), *_paths(last, STEERING_FILES)]
-    if place in (("/strength", 1), ("/layer", 1), ("/tokens", 1)):
+    if argument in (("/strength", 1), ("/layer", 1), ("/tokens", 1)):
         return _names(last, on)
-    if place in (("/layer", 2), ("/tokens", 2)):
+    if argument in (("/layer", 2), ("/tokens", 2)):
         chosen = conversation.find(words[1])
         layers = [] if chosen is None else [str(layer) for layer in chosen.steering.layers]
-        return _begin(last, [*(["all"] if words[0] == "/layer" else []), *layers])
+        return _with_prefix(last, [*(["all"] if words[0] == "/layer" else []), *layers])
     if words[0] == "/make":
-        return _paths(last, PAIR_FILES) if words[-1] == "--from" else _begin(last, MAKE_FLAGS) if last else []
-    if place == ("/save", 2):
-        return _names(last, [steered.name for steered in conversation.made])
-    if place in (("/save", 1), ("/load", 1)):
+        return _paths(last, PAIR_FILES) if words[-1] == "--from" else _with_prefix(last, MAKE_FLAGS) if last else []
+    if argument == ("/save", 2):
+        return _names(last, [steered.name for steered in conversation.made_steerings])
+    if argument in (("/save", 1), ("/load", 1)):
         return _paths(last, (".json",))
-    if place == ("/help", 1):
-        return _begin(last, COMMANDS)
-    return _begin(last, ["off"]) if place in (("/steer", 2), ("/system", 1), ("/emphasize", 1)) else []
+    if argument == ("/help", 1):
+        return _with_prefix(last, COMMANDS)
+    return _with_prefix(last, ["off"]) if argument in (("/steer", 2), ("/system", 1), ("/emphasize", 1)) else []
 
 
-def _begin(with_: str, words: Iterable[str]) -> list[str]:
+def _with_prefix(with_: str, words: Iterable[str]) -> list[str]:
     return [word for word in words if word.startswith(with_)]
 
 
 def _names(with_: str, names: Iterable[str]) -> list[str]:
     """Names of steerings, quoted if they have spaces."""
-    return [shlex.quote(name) for name in _begin(with_.lstrip("'\""), names)]
+    return [shlex.quote(name) for name in _with_prefix(with_.lstrip("'\""), names)]
 
 
 def _paths(typed: str, suffixes: tuple[str, ...]) -> list[str]:

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.commands.chat_answer import Hear
+from trimtab.commands.chat_answer import OnPiece
 from trimtab.commands.chat_commands import Outcome
 from trimtab.commands.chat_file import turn_document
-from trimtab.commands.chat_make import Making, Stage
+from trimtab.commands.chat_make import MakeResult, Stage
 from trimtab.commands.chat_state import Conversation, Turn
-from trimtab.commands.make import stages, summary
+from trimtab.commands.make import stage_reporter, summary
 from trimtab.commands.terminal import note, progress_bar, show, side_by_side, write_json
 
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
@@ -29,72 +29,72 @@ class Screen(Protocol):
 
     interrupt: bool
 
-    def answering(self, compared: bool) -> AbstractContextManager[Hear]:
+    def answering(self, compared: bool) -> AbstractContextManager[OnPiece]:
         """Enclose an answer; yields the callback for its pieces. `compared`: an unsteered answer comes first."""
 
-    def answered(self, turn: Turn, conversation: Conversation) -> None:
+    def finish_answer(self, turn: Turn, conversation: Conversation) -> None:
         """Handle a complete answer."""
 
-    def tell(self, outcome: Outcome) -> None:
+    def show_outcome(self, outcome: Outcome) -> None:
         """Show the outcome of a command."""
 
     def making(self) -> AbstractContextManager[tuple[Stage, Callable[[str], None]]]:
         """Enclose the making of a steering; yields the callbacks for the progress and for messages."""
 
 
-class Plain:
+class PlainScreen:
     """Plain answers on stdout, separated by empty lines; remarks on stderr."""
 
     interrupt = False
 
     def __init__(self) -> None:
-        self._before = False
+        self._has_output = False
 
     @contextmanager
-    def answering(self, compared: bool) -> Iterator[Hear]:
+    def answering(self, compared: bool) -> Iterator[OnPiece]:
         side = ""
 
-        def hear(which: str, piece: str) -> None:
+        def on_piece(which: str, piece: str) -> None:
             nonlocal side
             if which != side:
-                gap = "\n" if side else "\n" * self._before
+                gap = "\n" if side else "\n" * self._has_output
                 _write(f"{gap}{which}:\n" if compared else gap)
                 side = which
             _write(piece)
 
         try:
-            yield hear
+            yield on_piece
         finally:
             if side:
                 _write("\n")
-                self._before = True
+                self._has_output = True
 
-    def answered(self, turn: Turn, conversation: Conversation) -> None:
+    def finish_answer(self, turn: Turn, conversation: Conversation) -> None:
         _remark(turn, conversation)
 
-    def tell(self, outcome: Outcome) -> None:
+    def show_outcome(self, outcome: Outcome) -> None:
         show(*outcome.shown)
         if outcome.note:
             note(outcome.note, quiet=False)
 
     def making(self) -> AbstractContextManager[tuple[Stage, Callable[[str], None]]]:
-        return _making()
+        return _making_progress()
 
 
-class JsonLines:
+class JsonScreen:
     """One JSON object per answer and line on stdout; everything else on stderr."""
 
     interrupt = False
 
     @contextmanager
-    def answering(self, compared: bool) -> Iterator[Hear]:
+    def answering(self, compared: bool) -> Iterator[OnPiece]:
         yield lambda _side, _piece: None
 
-    def answered(self, turn: Turn, conversation: Conversation) -> None:
+    def finish_answer(self, turn: Turn, conversation: Conversation) -> None:
         write_json({**turn_document(turn), "dose": turn.answer.dose}, indent=None)
         _remark(turn, conversation)
 
-    def tell(self, outcome: Outcome) -> None:
+    def show_outcome(self, outcome: Outcome) -> None:
         console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         for part in outcome.shown:
             console.print(part, soft_wrap=isinstance(part, str))
@@ -102,78 +102,78 @@ class JsonLines:
             note(outcome.note, quiet=False)
 
     def making(self) -> AbstractContextManager[tuple[Stage, Callable[[str], None]]]:
-        return _making()
+        return _making_progress()
 
 
-class Terminal:
+class TerminalScreen:
     """Answers as they are generated, in two columns if compared; remarks below."""
 
     interrupt = True
 
     @contextmanager
-    def answering(self, compared: bool) -> Iterator[Hear]:
-        with _unechoed(), self._showing(compared) as hear:
-            yield hear
+    def answering(self, compared: bool) -> Iterator[OnPiece]:
+        with _echo_off(), self._showing(compared) as on_piece:
+            yield on_piece
 
     @contextmanager
-    def _showing(self, compared: bool) -> Iterator[Hear]:
-        said = {"unsteered": "", "steered": ""}
+    def _showing(self, compared: bool) -> Iterator[OnPiece]:
+        texts = {"unsteered": "", "steered": ""}
         if not compared:
 
             def write(side: str, piece: str) -> None:
-                said[side] += piece
+                texts[side] += piece
                 _write(piece.translate(CONTROLS))
 
             try:
                 yield write
             finally:
-                _write("\n" * bool(said["steered"]))
+                _write("\n" * bool(texts["steered"]))
             return
         from rich.live import Live
 
         try:
             with Live(console=_console(), transient=True, refresh_per_second=8) as live:
 
-                def hear(side: str, piece: str) -> None:
-                    said[side] += piece.translate(CONTROLS)
-                    live.update(_columns(said))
+                def on_piece(side: str, piece: str) -> None:
+                    texts[side] += piece.translate(CONTROLS)
+                    live.update(_columns(texts))
 
-                yield hear
+                yield on_piece
         finally:
-            if any(said.values()):
-                show(_columns(said))
+            if any(texts.values()):
+                show(_columns(texts))
 
-    def answered(self, turn: Turn, conversation: Conversation) -> None:
+    def finish_answer(self, turn: Turn, conversation: Conversation) -> None:
         _remark(turn, conversation)
 
-    def tell(self, outcome: Outcome) -> None:
-        Plain.tell(self, outcome)  # type: ignore[arg-type]
+    def show_outcome(self, outcome: Outcome) -> None:
+        PlainScreen.show_outcome(self, outcome)  # type: ignore[arg-type]
 
     @contextmanager
     def making(self) -> Iterator[tuple[Stage, Callable[[str], None]]]:
-        with _unechoed(), _making() as making:
+        with _echo_off(), _making_progress() as making:
             yield making
 
 
-def outcome_of(making: Making) -> Outcome:
+def outcome_of(make_result: MakeResult) -> Outcome:
     """The output for a steering that was made."""
-    lines = summary(making.made)
-    if making.on:
-        said = f"{making.name} is on at strength 1; /save {making.name}.safetensors writes it"
+    lines = summary(make_result.made_steering)
+    if make_result.turned_on:
+        message = f"{make_result.name} is on at strength 1; /save {make_result.name}.safetensors writes it"
     else:
-        said = "nothing was turned on; try clearer words, or /make --keep … to look at it"
-    return Outcome(making.conversation, said, tuple(lines))
+        message = "nothing was turned on; try clearer words, or /make --keep … to look at it"
+    return Outcome(make_result.conversation, message, tuple(lines))
 
 
-def _columns(said: Mapping[str, str]) -> Table:
-    return side_by_side(Text(said["unsteered"]), Text(said["steered"]))
+def _columns(texts: Mapping[str, str]) -> Table:
+    return side_by_side(Text(texts["unsteered"]), Text(texts["steered"]))
 
 
 @contextmanager
-def _making() -> Iterator[tuple[Stage, Callable[[str], None]]]:
+def _making_progress() -> Iterator[tuple[Stage, Callable[[str], None]]]:
     """A progress bar on stderr; if that isn't a terminal, a line for each new stage."""
     with progress_bar("answering", quiet=False, lines=False) as progress:
-        yield stages(progress, quiet=False), lambda words: note(words, quiet=progress is not None)
+        yield stage_reporter(progress, quiet=False), lambda words: note(words, quiet=progress is not None)
 
 
 def _console() -> Any:
@@ -181,22 +181,22 @@ def _console() -> Any:
 
 
 @contextmanager
-def _unechoed() -> Iterator[None]:
+def _echo_off() -> Iterator[None]:
     """While open, keys aren't echoed into an answer; the next prompt receives them."""
     try:
         import termios
 
-        place = sys.stdin.fileno()
-        before = termios.tcgetattr(place)
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
     except (ImportError, OSError, ValueError, termios.error):  # not a terminal, or a system without termios
         yield
         return
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(place, termios.TCSANOW, silent)
+    termios.tcsetattr(descriptor, termios.TCSANOW, silent)
     try:
         yield
     finally:
-        termios.tcsetattr(place, termios.TCSANOW, before)
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
 def _write(text: str) -> None:

@@ -25,16 +25,16 @@ def checker_for(check: str | None, kind: str | None, kwargs: str | None, queries
     if (check is None) == (kind is None):
         raise TrimtabError(
             "tune needs to know when an answer complies; give one of --check and --type"
-            f" (--check takes {', '.join(_named())}, or MODULE:FUNCTION)"
+            f" (--check takes {', '.join(_named_checks())}, or MODULE:FUNCTION)"
         )
     if kind is not None:
         return _ifeval(kind, kwargs, queries)
     assert check is not None
-    named = _named()
-    return _adapted(named[check] if check in named else _imported(check), queries)
+    named = _named_checks()
+    return _adapt_check(named[check] if check in named else _import_check(check), queries)
 
 
-def _named() -> dict[str, Any]:
+def _named_checks() -> dict[str, Any]:
     from trimtab.evaluate.constraints import CONSTRAINTS
 
     return dict(CONSTRAINTS)
@@ -55,12 +55,12 @@ def _ifeval(kind: str, kwargs: str | None, queries: Sequence[str]) -> Check:
     return lambda i, answer, _cut: bool(follows(kind, settings, answer, prompt=queries[i]))
 
 
-def _imported(name: str) -> Callable[..., Any]:
+def _import_check(name: str) -> Callable[..., Any]:
     """Import `module:function` or `file.py:function`."""
     source, colon, function = name.rpartition(":")
     if not colon or not source or not function:
         raise TrimtabError(
-            f"--check {name!r} is neither {', '.join(_named())} nor MODULE:FUNCTION (or FILE.py:FUNCTION)"
+            f"--check {name!r} is neither {', '.join(_named_checks())} nor MODULE:FUNCTION (or FILE.py:FUNCTION)"
         )
     try:
         if source.endswith(".py"):
@@ -80,7 +80,7 @@ def _imported(name: str) -> Callable[..., Any]:
     return checker
 
 
-def _adapted(function: Callable[..., Any], queries: Sequence[str]) -> Check:
+def _adapt_check(function: Callable[..., Any], queries: Sequence[str]) -> Check:
     """Adapt a function of the answer, which may also have parameters named `cut` and `prompt`."""
     try:
         takes = frozenset(inspect.signature(function).parameters)

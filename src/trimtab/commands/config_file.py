@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from trimtab.errors import TrimtabError
-from trimtab.text.read import read_text
+from trimtab.text.text_files import read_text
 
 
 class FromEnvironment(TyperCommand):
@@ -46,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise TrimtabError(f"--config {path} isn't TOML: {error}{hint}") from error
 
 
-def _take(context: typer.Context, _parameter: Any, path: Path | None) -> Path | None:
+def _apply_config(context: typer.Context, _parameter: Any, path: Path | None) -> Path | None:
     """Use a file's values as the defaults of this command."""
     if path is None or context.resilient_parsing:
         return path
@@ -83,6 +83,6 @@ ConfigOption = Annotated[
         help="A TOML file with these options: max-tokens = 256. The command line and the environment take precedence.",
         metavar="FILE",
         is_eager=True,
-        callback=_take,
+        callback=_apply_config,
     ),
 ]

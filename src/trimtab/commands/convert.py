@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.commands.for_program import learned_for
+from trimtab.commands.for_program import learning_hint
 from trimtab.commands.model import JsonOption
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -160,7 +160,7 @@ def convert(
     except UnsupportedError as error:
         if TARGETS[name].suffix != ".gguf":
             raise
-        raise UnsupportedError(f"{error}. {learned_for(steering)}") from None
+        raise UnsupportedError(f"{error}. {learning_hint(steering)}") from None
     layers = list(steering.layers)
     if json:
         origin = steering.card.options.get("format", "trimtab")

@@ -134,13 +134,17 @@ def demo(
         show(_opening(lm, len(test), shipped))
     results: list[Result] = []
     with progress_bar("the unsteered answers", quiet=json) as progress:
-        bare = _answers(lm, tuple(test), None, _part(progress, 0.0, 1.0))
+        baseline_answers = _answers(lm, tuple(test), None, _part(progress, 0.0, 1.0))
     for setting in SETTINGS:
         with progress_bar(setting.shown, quiet=json) as progress:
             before = setting.name in shipped
-            results.append(try_setting(lm, setting, base, test, shipped=before, bare=bare, progress=progress))
+            results.append(
+                try_setting(
+                    lm, setting, base, test, shipped=before, baseline_answers=baseline_answers, progress=progress
+                )
+            )
         if not json:
-            show(_shown(results[-1], instructions()[setting.name].test[0]))
+            show(_result_view(results[-1], instructions()[setting.name].test[0]))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     if json:
         write_json(_document(lm, results, len(base), seconds, cpu_seconds))
@@ -155,12 +159,12 @@ def try_setting(
     test: Sequence[str],
     *,
     shipped: bool = False,
-    bare: Sequence[Generation] | None = None,
+    baseline_answers: Sequence[Generation] | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Result:
     """Learn one instruction from the queries `learn`, or load it, and answer the queries `test` in both regimes.
 
-    `bare` are the unsteered answers to the test queries without an instruction, which are the same for all
+    `baseline_answers` are the unsteered answers to the test queries without an instruction, which are the same for all
     instructions. `progress(done, total)` counts in hundredths of the work.
     """
     from trimtab.data import instructions, prompts
@@ -173,7 +177,7 @@ def try_setting(
     for i, regime in enumerate(REGIMES):
         questions = tuple(test) if regime == "without" else tuple(prompts(test, instruction.test))
         begin, size = share + i * (1 - share) / 2, (1 - share) / 4
-        known = bare if regime == "without" else None
+        known = baseline_answers if regime == "without" else None
         unsteered = _answers(lm, questions, None, _part(progress, begin, begin + size)) if known is None else known
         steered = _answers(lm, questions, steering, _part(progress, begin + size, begin + 2 * size))
         regimes.append(_regime(setting.name, questions, test, unsteered, steered))
@@ -201,7 +205,7 @@ def _steering(
     from trimtab.data.distilled import path_of
     from trimtab.evaluate import CONSTRAINTS
     from trimtab.files.load import load
-    from trimtab.learn.own_answers import LEAST, PER_QUERY, TooFewAnswersError
+    from trimtab.learn.own_answers import MAX_PER_QUERY, MIN_ANSWERS, TooFewAnswersError
     from trimtab.methods.distill import learn_distill
     from trimtab.methods.instruct import learn_instruct
 
@@ -213,7 +217,7 @@ def _steering(
         return CONSTRAINTS[setting.name](answer, cut=cut)
 
     try:
-        if PER_QUERY * len(learn) < LEAST:
+        if MAX_PER_QUERY * len(learn) < MIN_ANSWERS:
             raise TooFewAnswersError("there are too few queries")
         steering = learn_distill(
             lm,
@@ -245,8 +249,8 @@ def _regime(
 ) -> Regime:
     from trimtab.evaluate import paired_bootstrap
 
-    before = tuple(_judged(name, query, answer) for query, answer in zip(queries, unsteered, strict=True))
-    after = tuple(_judged(name, query, answer) for query, answer in zip(queries, steered, strict=True))
+    before = tuple(_judge_answer(name, query, answer) for query, answer in zip(queries, unsteered, strict=True))
+    after = tuple(_judge_answer(name, query, answer) for query, answer in zip(queries, steered, strict=True))
     difference = paired_bootstrap([answer.holds for answer in before], [answer.holds for answer in after])
     return Regime(questions, before, after, difference)
 
@@ -257,7 +261,7 @@ def _answers(
     return lm.generate(prompts, steering, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE, progress=progress)
 
 
-def _judged(name: str, query: str, answer: Generation) -> Answer:
+def _judge_answer(name: str, query: str, answer: Generation) -> Answer:
     from trimtab.evaluate import CONSTRAINTS, on_topic, repeated_share
     from trimtab.text.repetition import REPEATED_LIMIT
 
@@ -291,14 +295,14 @@ def _dtype(lm: LM) -> str:
     return str(lm.model.dtype).removeprefix("torch.")
 
 
-def _shown(result: Result, phrasing: str) -> RenderableType:
+def _result_view(result: Result, phrasing: str) -> RenderableType:
     """One instruction: the counts, then one or two prompts with both answers side by side."""
     head = Text.assemble(
         ("\n" + result.setting.shown, "bold"),
         (f'  "{phrasing}"', "italic"),
         (f"  {result.learned}, {result.edits} blocks, dose {result.dose:.1%}, {result.seconds:.0f} s", "dim"),
     )
-    rows = telling(result.without)
+    rows = rows_to_show(result.without)
     return Group(
         head,
         _counts("without it in the prompt", result.without),
@@ -311,19 +315,19 @@ def _counts(where: str, regime: Regime) -> Text:
     count = len(regime.prompts)
     return Text.assemble(
         f"{where}: followed in ",
-        (f"{_held(regime.before)} of {count}", "bold red"),
+        (f"{_count_holding(regime.before)} of {count}", "bold red"),
         " unsteered, ",
-        (f"{_held(regime.after)} of {count}", "bold green"),
+        (f"{_count_holding(regime.after)} of {count}", "bold green"),
         f" steered ({_points(regime.difference)} points)",
     )
 
 
-def telling(regime: Regime) -> list[int]:
+def rows_to_show(regime: Regime) -> list[int]:
     """The rows worth showing: the first that steering fixed, and the first that it broke or left wrong."""
     pairs = list(zip(regime.before, regime.after, strict=True))
-    turned = next((row for row, (before, after) in enumerate(pairs) if after.holds and not before.holds), None)
-    wrong = next((row for row, (_, after) in enumerate(pairs) if not after.holds), None)
-    return [row for row in (turned, wrong) if row is not None] or [0]
+    fixed_row = next((row for row, (before, after) in enumerate(pairs) if after.holds and not before.holds), None)
+    failed_row = next((row for row, (_, after) in enumerate(pairs) if not after.holds), None)
+    return [row for row in (fixed_row, failed_row) if row is not None] or [0]
 
 
 def _side_by_side(regime: Regime, row: int) -> Table:
@@ -354,12 +358,12 @@ def _summary(results: Sequence[Result]) -> Table:
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    table.title, table.title_justify, table.header_style = Text("\nAnswers that hold"), "left", "dim"
+    table.title, table.title_justify, table.header_style = Text("\nAnswers that follow the instruction"), "left", "dim"
     for result in results:
         row = [result.setting.shown]
         for regime in (result.without, result.prompted):
             count = len(regime.prompts)
-            row += [f"{_held(regime.before)}/{count}", f"{_held(regime.after)}/{count}"]
+            row += [f"{_count_holding(regime.before)}/{count}", f"{_count_holding(regime.after)}/{count}"]
             row.append(f"{_on_topic(regime.before)} → {_on_topic(regime.after)}")
         table.add_row(*row)
     return table
@@ -375,7 +379,7 @@ def _points(interval: Interval) -> str:
     return f"{estimate} [{low}, {high}]"
 
 
-def _held(answers: Sequence[Answer]) -> int:
+def _count_holding(answers: Sequence[Answer]) -> int:
     return sum(answer.holds for answer in answers)
 
 
@@ -436,7 +440,7 @@ def _side(answers: Sequence[Answer]) -> dict[str, Any]:
     from trimtab.evaluate import paired_bootstrap
 
     return {
-        "holds": _held(answers),
+        "holds": _count_holding(answers),
         "has_form": sum(answer.has_form for answer in answers),
         "on_topic": _on_topic(answers),
         "of": len(answers),

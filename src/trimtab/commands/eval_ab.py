@@ -22,7 +22,7 @@ from trimtab.commands.eval_common import (
     scores_table,
 )
 from trimtab.commands.eval_report import sweep_page
-from trimtab.commands.finetuned import FinetuneOption, check_finetune, sides
+from trimtab.commands.finetuned import FinetuneOption, load_finetune_pairs, score_finetuned_sides
 from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.commands.pair_files import ColumnOptions
@@ -60,7 +60,7 @@ def ab(
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """A or B: how probable is the answer that matches a behavior?
+    """A or B: how probable is the answer that matches a behaviour?
 
     [bold]  trimtab eval ab --data refusal/test_dataset_ab.json \\
         --steer refusal.safetensors --strength -2,-1,0,1,2
@@ -95,7 +95,7 @@ def ab(
     """
     plan, out = arms.plan(), options.out
     check_targets(out, report)
-    pairs = check_finetune(finetune, columns.of(pairs=finetune is not None, source="--finetune"))
+    pairs = load_finetune_pairs(finetune, columns.to_columns(pairs=finetune is not None, source="--finetune"))
 
     from trimtab.evaluate.ab import SCORES, category_of, in_both_orders, polarity, read_ab
 
@@ -105,14 +105,18 @@ def ab(
         items = in_both_orders(items)
     run = Run.start(plan, loader, options, [item.question for item in items], batch_size=batch_size, quiet=json)
 
-    def score(on: LM, of: dict[str, Arm], file: Path | None, about: Mapping[str, Any]) -> list[Record]:
-        allowed = replace(options, transfer=True) if on is not run.lm else options  # finetuned: another model
-        return replace(run, lm=on, arms=of, options=allowed).into(file).letters(items, {"evaluation": "ab", **about})
+    def score(target_lm: LM, scored_arms: dict[str, Arm], file: Path | None, about: Mapping[str, Any]) -> list[Record]:
+        allowed = replace(options, transfer=True) if target_lm is not run.lm else options  # finetuned: another model
+        return (
+            replace(run, lm=target_lm, arms=scored_arms, options=allowed)
+            .with_output(file)
+            .score_letters(items, {"evaluation": "ab", **about})
+        )
 
     records, compared = score(run.lm, run.arms, out, {}), dict(run.arms)
     if pairs:
-        for more, side_records in sides(run.lm, pairs, run.arms, out, score, quiet=json):
-            compared |= more
+        for side_arms, side_records in score_finetuned_sides(run.lm, pairs, run.arms, out, score, quiet=json):
+            compared |= side_arms
             records += side_records
     document: dict[str, Any] = {
         "evaluation": "ab",
@@ -159,13 +163,15 @@ def _pictures(lm: LM, items: list[ABItem], arms: dict[str, Arm]) -> list[Picture
         if len(steering.layers) == len(steering.edits) > 1:
             title = f"vectors of {Path(file).stem}, layer by layer"
             pictures.append(Picture(draw_similarity(*similarity(steering), title), f"cosines between the {title}"))
-    sites = sorted({layer for arm in arms.values() if arm.steering is not None for layer in arm.steering.layers})
-    sites = [sites[i * len(sites) // DRAWN_LAYERS] for i in range(DRAWN_LAYERS)] if len(sites) > DRAWN_LAYERS else sites
-    if sites and len(items) > 2:
-        some = items[:DRAWN_PAIRS]
-        pairs = [Pair(f"({item.matching})", f"({item.other})", item.question, "letters") for item in some]
-        letters = [(item.matching, item.other) for item in some]
+    layers = sorted({layer for arm in arms.values() if arm.steering is not None for layer in arm.steering.layers})
+    layers = (
+        [layers[i * len(layers) // DRAWN_LAYERS] for i in range(DRAWN_LAYERS)] if len(layers) > DRAWN_LAYERS else layers
+    )
+    if layers and len(items) > 2:
+        drawn_items = items[:DRAWN_PAIRS]
+        pairs = [Pair(f"({item.matching})", f"({item.other})", item.question, "letters") for item in drawn_items]
+        letters = [(item.matching, item.other) for item in drawn_items]
         title = "activations at the answers' letters, two principal components"
-        picture = draw_planes(activations(lm, pairs, sites), letters, title)
+        picture = draw_planes(activations(lm, pairs, layers), letters, title)
         pictures.append(Picture(picture, f"{title}; colour: side, marker: letter"))
     return pictures

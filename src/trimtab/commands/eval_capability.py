@@ -73,32 +73,35 @@ def capability(
     tasks = _tasks(data, task)
 
     from trimtab.evaluate.ab import SCORES, category_of, read_ab
-    from trimtab.evaluate.capability import MATH_SCORES, macro, math_requests, math_scorer, read_gsm8k
+    from trimtab.evaluate.capability import MATH_SCORES, macro_average, math_requests, math_scorer, read_gsm8k
 
-    sums = {name: read_gsm8k(path, limit) for name, path in tasks.items() if path.suffix == ".jsonl"}
-    letters = {name: read_ab(path, limit=limit)[0] for name, path in tasks.items() if name not in sums}
+    math_items = {name: read_gsm8k(path, limit) for name, path in tasks.items() if path.suffix == ".jsonl"}
+    letters = {name: read_ab(path, limit=limit)[0] for name, path in tasks.items() if name not in math_items}
     questions = [item.question for of in letters.values() for item in of]
-    questions += [item.question for of in sums.values() for item in of]
+    questions += [item.question for of in math_items.values() for item in of]
     run = Run.start(plan, loader, options, questions[:64], batch_size=batch_size, quiet=json)
     documents: dict[str, dict[str, Any]] = {}
     for name, path in tasks.items():
         target = None if out is None else out if len(tasks) == 1 else out.with_stem(f"{out.stem}-{name}")
-        into, about = run.into(target), {"evaluation": "capability", "task": name}
-        if name in sums:
-            requests, scorer = math_requests(sums[name], run.steerings, run.systems), math_scorer(sums[name])
-            records = into.answered(requests, scorer, about, max_new_tokens=max_new_tokens, label=name)
-            result = {"items": len(sums[name]), **document_of(records, run.arms, MATH_SCORES, None)}
+        task_run, about = run.with_output(target), {"evaluation": "capability", "task": name}
+        if name in math_items:
+            requests, scorer = (
+                math_requests(math_items[name], run.steerings, run.systems),
+                math_scorer(math_items[name]),
+            )
+            records = task_run.answer_requests(requests, scorer, about, max_new_tokens=max_new_tokens, label=name)
+            result = {"items": len(math_items[name]), **document_of(records, run.arms, MATH_SCORES, None)}
         else:
-            records = into.letters(letters[name], about, label=name)
+            records = task_run.score_letters(letters[name], about, label=name)
             result = {"items": len(letters[name]), **document_of(records, run.arms, SCORES, category_of)}
-            result["macro"] = macro(records, "matching")
+            result["macro"] = macro_average(records, "matching")
         documents[name] = {"data": str(path), **result, **({"records": str(target)} if target else {})}
     if json:
         write_json({"evaluation": "capability", "model": run.lm.name, "tasks": documents})
         return
     show(f"Capability of {run.lm.name}", "")
     for name, document in documents.items():
-        show(f"{name}, {document['items']} items", scores_table(document, MATH if name in sums else COLUMNS))
+        show(f"{name}, {document['items']} items", scores_table(document, MATH if name in math_items else COLUMNS))
         if "macro" in document:
             show("macro p(correct): " + ", ".join(f"{shorten(arm)} {x:.3f}" for arm, x in document["macro"].items()))
         show("")

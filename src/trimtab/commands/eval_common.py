@@ -13,12 +13,12 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
-from trimtab.commands.arms import BASELINE, Arm, Plan
+from trimtab.commands.arms import BASELINE, Arm, ArmPlan
 from trimtab.commands.model import ModelOptions
 from trimtab.commands.options import check_picture
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
-from trimtab.files.target import check_target
+from trimtab.files.atomic_write import check_target
 
 if TYPE_CHECKING:
     from trimtab.evaluate.ab import ABItem
@@ -64,7 +64,7 @@ class Run:
     @classmethod
     def start(
         cls,
-        plan: Plan,
+        plan: ArmPlan,
         loader: ModelOptions,
         options: RunOptions,
         prompts: Sequence[Prompt],
@@ -80,8 +80,10 @@ class Run:
         arms = plan.arms()
         lm = loader.load(quiet=quiet)
         arms |= plan.controls(lm, arms, prompts, transfer=options.transfer)
-        far = nats_of(lm, arms, prompts, transfer=options.transfer)
-        arms |= {name: replace(arms[name], about={**arms[name].about, "nats": nats}) for name, nats in far.items()}
+        divergences = measure_divergences(lm, arms, prompts, transfer=options.transfer)
+        arms |= {
+            name: replace(arms[name], about={**arms[name].about, "nats": nats}) for name, nats in divergences.items()
+        }
         return cls(lm, arms, options, batch_size, quiet)
 
     @property
@@ -94,7 +96,7 @@ class Run:
         """The system messages of the arms that have one."""
         return {name: arm.system for name, arm in self.arms.items() if arm.system is not None}
 
-    def answered(
+    def answer_requests(
         self,
         requests: Sequence[ArmPrompt],
         score: Score,
@@ -106,43 +108,45 @@ class Run:
         """Generate answers and score them: one record per request."""
         from trimtab.evaluate.answers import answer
 
-        return self._kept(label, answer, requests, score=score, max_new_tokens=max_new_tokens, about=about)
+        return self._run_resumable(label, answer, requests, score=score, max_new_tokens=max_new_tokens, about=about)
 
-    def letters(self, items: Sequence[ABItem], about: Mapping[str, Any], *, label: str = "scoring") -> list[Record]:
+    def score_letters(
+        self, items: Sequence[ABItem], about: Mapping[str, Any], *, label: str = "scoring"
+    ) -> list[Record]:
         """Compute the probabilities of the letters that answer these questions, in every arm."""
-        from trimtab.evaluate.ab import requests_of, score_ab
+        from trimtab.evaluate.ab import ab_requests, score_ab
 
-        requests = requests_of(self.lm, items, self.steerings, self.systems)
-        return self._kept(label, score_ab, requests, items=items, about=about)
+        requests = ab_requests(self.lm, items, self.steerings, self.systems)
+        return self._run_resumable(label, score_ab, requests, items=items, about=about)
 
-    def into(self, out: Path | None) -> Run:
+    def with_output(self, out: Path | None) -> Run:
         """The same run with its records in another file."""
         return replace(self, options=replace(self.options, out=out))
 
-    def _kept(
+    def _run_resumable(
         self, label: str, make: Callable[..., list[Record]], requests: Sequence[ArmPrompt], **arguments: Any
     ) -> Any:
-        with resumable(self.options.out, quiet=self.quiet), progress_bar(label, quiet=self.quiet) as progress:
+        with resume_hint(self.options.out, quiet=self.quiet), progress_bar(label, quiet=self.quiet) as progress:
             return make(
                 self.lm, requests, **arguments, **asdict(self.options), batch_size=self.batch_size, progress=progress
             )
 
 
-def nats_of(
+def measure_divergences(
     lm: LM, arms: Mapping[str, Arm], prompts: Sequence[Prompt], *, transfer: bool
 ) -> dict[str, dict[str, float]]:
     """The divergence of each steered arm from the unsteered model, in nats per token, on a few of these prompts.
 
     Empty if the engine doesn't give the probabilities of all tokens, or nothing can be measured on these prompts.
     """
-    from trimtab.evaluate.ab import spread
+    from trimtab.evaluate.ab import evenly_spaced
     from trimtab.evaluate.divergence import divergence, reference
 
     steered = {name: arm.steering for name, arm in arms.items() if arm.steering is not None}
     if not steered or lm.supports(None, "logits") is not None:
         return {}
     try:
-        base = reference(lm, spread(prompts, NATS_PROMPTS), tokens=NATS_TOKENS)
+        base = reference(lm, evenly_spaced(prompts, NATS_PROMPTS), tokens=NATS_TOKENS)
     except TrimtabError:  # prompts that fill the context, or that get empty answers
         return {}
     divergences = {name: divergence(lm, steering, base, transfer=transfer) for name, steering in steered.items()}
@@ -170,7 +174,7 @@ def check_targets(out: Path | None, report: Path | None) -> None:
 
 
 @contextmanager
-def resumable(out: Path | None, *, quiet: bool) -> Iterator[None]:
+def resume_hint(out: Path | None, *, quiet: bool) -> Iterator[None]:
     """Say where the records are if the run is interrupted."""
     try:
         yield
@@ -186,11 +190,11 @@ def document_of(
     """The results of an evaluation: facts on each arm, and each score's mean with its interval, overall and by part."""
     from trimtab.evaluate.summary import summarize
 
-    of = {name: [record for record in records if record.arm == name] for name in arms}
+    records_by_arm = {name: [record for record in records if record.arm == name] for name in arms}
     parts = key is not None and len({key(record) for record in records}) > 1
     return {
         "baseline": BASELINE,
-        "arms": {name: {**arm.about, **facts_of(of[name])} for name, arm in arms.items()},
+        "arms": {name: {**arm.about, **facts_of(records_by_arm[name])} for name, arm in arms.items()},
         "scores": [line.to_json() for line in summarize(records, scores, baseline=BASELINE)],
         "by_part": [line.to_json() for line in summarize(records, scores, baseline=BASELINE, key=key)] if parts else [],
     }
@@ -227,7 +231,7 @@ def scores_table(document: Mapping[str, Any], columns: Mapping[str, str], part: 
             interval(top["mean"]),
             "" if change is None else interval(change["mean"], sign=True),
             *("" if line is None else f"{line['mean']['estimate']:.2f}" for line in rest),
-            dosed(dose),
+            format_dose(dose),
             *([f"{facts['nats']['p95']:.2g}" if "nats" in facts else ""] * nats),
         )
     return table
@@ -242,7 +246,7 @@ def table_of(first: str, *columns: str) -> Table:
     return table
 
 
-def dosed(dose: float) -> str:
+def format_dose(dose: float) -> str:
     """A dose for a table; empty if nothing was pushed."""
     return "" if dose == 0 or not math.isfinite(dose) else f"{dose:.2g}"
 

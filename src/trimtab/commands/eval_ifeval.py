@@ -14,7 +14,16 @@ from rich.table import Table
 
 from trimtab.commands.arms import BASELINE, REPEATED, Arm, ArmOptions
 from trimtab.commands.eval import evaluations
-from trimtab.commands.eval_common import Run, RunOptions, check_targets, dosed, facts_of, finish, line_of, table_of
+from trimtab.commands.eval_common import (
+    Run,
+    RunOptions,
+    check_targets,
+    facts_of,
+    finish,
+    format_dose,
+    line_of,
+    table_of,
+)
 from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.errors import TrimtabError
@@ -91,22 +100,22 @@ def ifeval(
         raise TrimtabError("--repeat-instruction repeats what --without-instruction removes; leave one of them out")
     check_targets(options.out, None)
 
-    from trimtab.evaluate.ifeval import read_ifeval, repeated, requests_of, scorer
+    from trimtab.evaluate.ifeval import ifeval_requests, read_ifeval, scorer, with_repeated_instructions
 
     items = read_ifeval(data, limit)
-    bare = requests_of(items, {BASELINE: None}, without_instruction=without_instruction)
-    prompts = [request.prompt for request in bare]
+    baseline_requests = ifeval_requests(items, {BASELINE: None}, without_instruction=without_instruction)
+    prompts = [request.prompt for request in baseline_requests]
     run = Run.start(plan, loader, options, prompts, batch_size=batch_size, quiet=json)
-    requests = requests_of(items, run.steerings, run.systems, without_instruction=without_instruction)
+    requests = ifeval_requests(items, run.steerings, run.systems, without_instruction=without_instruction)
     compared = dict(run.arms)
     if repeat_instruction:
-        requests += requests_of(repeated(items), {REPEATED: None})
+        requests += ifeval_requests(with_repeated_instructions(items), {REPEATED: None})
         compared[REPEATED] = Arm(about={"kind": "repeated"})
     rule = "official" if official else "required"
     checkers = f"if-verifiable {version('if-verifiable')}"
     about = {"evaluation": "ifeval", "checkers": checkers, "detection": rule}
     score = scorer(items, detection="official" if official else "required")
-    records = run.answered(requests, score, about, max_new_tokens=max_new_tokens)
+    records = run.answer_requests(requests, score, about, max_new_tokens=max_new_tokens)
     document: dict[str, Any] = {
         "evaluation": "ifeval",
         "model": run.lm.name,
@@ -131,7 +140,7 @@ def _summary(records: Sequence[Record], arms: Mapping[str, Arm]) -> dict[str, An
     from trimtab.evaluate.ifeval import by_instruction, type_of
     from trimtab.evaluate.summary import summarize
 
-    single, of = by_instruction(records), {name: [r for r in records if r.arm == name] for name in arms}
+    single, records_by_arm = by_instruction(records), {name: [r for r in records if r.arm == name] for name in arms}
     lines = {
         "by_prompt": summarize(records, SCORES, baseline=BASELINE),
         "by_instruction": _without_p(summarize(single, SCORES, baseline=BASELINE)),
@@ -139,7 +148,7 @@ def _summary(records: Sequence[Record], arms: Mapping[str, Arm]) -> dict[str, An
     }
     return {
         "baseline": BASELINE,
-        "arms": {name: {**arm.about, **_facts(of[name])} for name, arm in arms.items()},
+        "arms": {name: {**arm.about, **_facts(records_by_arm[name])} for name, arm in arms.items()},
         **{part: [line.to_json() for line in part_lines] for part, part_lines in lines.items()},
     }
 
@@ -208,7 +217,7 @@ def _facts_table(document: Mapping[str, Any]) -> Table:
     table = table_of("the answers", "steered", "dose", "tokens", "cut at the limit", "empty")
     for arm, facts in document["arms"].items():
         counts = [str(facts[name]) for name in ("steered", "cut", "empty")]
-        table.add_row(arm, counts[0], dosed(facts["mean_dose"]), f"{facts['mean_tokens']:.0f}", *counts[1:])
+        table.add_row(arm, counts[0], format_dose(facts["mean_dose"]), f"{facts['mean_tokens']:.0f}", *counts[1:])
     return table
 
 

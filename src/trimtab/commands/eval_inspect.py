@@ -11,7 +11,14 @@ import typer
 from trimtab.commands.arms import ArmOptions
 from trimtab.commands.eval import evaluations
 from trimtab.commands.eval_common import table_of
-from trimtab.commands.model import EngineModelOptions, JsonOption, check_device, check_replicas, silence, without_bars
+from trimtab.commands.model import (
+    EngineModelOptions,
+    JsonOption,
+    check_device,
+    check_replicas,
+    silence,
+    suppress_progress_bars,
+)
 from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, show, write_json
 from trimtab.errors import TrimtabError
@@ -55,10 +62,10 @@ def inspect(
     plan = arms.plan()
     if plan.random or plan.systems:
         raise TrimtabError("--random and --system-prompt don't apply to Inspect tasks; use --steer and --strength")
-    steerings = {name: _named(arm.about) for name, arm in plan.arms().items()}
+    steerings = {name: _steer_argument(arm.about) for name, arm in plan.arms().items()}
     arguments = _arguments(task_arg or [])
     check_replicas(loader.replicas, loader.engine)
-    quiet = without_bars(json)
+    quiet = suppress_progress_bars(json)
     if loader.engine == "transformers":
         check_device(loader.device)
     silence(quiet)
@@ -96,13 +103,13 @@ def inspect(
     note(f"logs are in {log_dir}; inspect view --log-dir {log_dir} shows them", quiet=False)
 
 
-def _named(about: Any) -> str | None:
+def _steer_argument(about: Any) -> str | None:
     """The arm in the syntax of the provider's `steer` argument."""
     if about["kind"] == "baseline":
         return None
-    from trimtab.files.pick import written
+    from trimtab.files.pick import format_layers
 
-    return f"{about['file']}@{written(about['layers'])}:{about['strength']:g}"
+    return f"{about['file']}@{format_layers(about['layers'])}:{about['strength']:g}"
 
 
 def _arguments(texts: list[str]) -> dict[str, str]:

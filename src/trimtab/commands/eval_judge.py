@@ -23,7 +23,7 @@ from trimtab.commands.eval_common import (
     find,
     finish,
     interval,
-    resumable,
+    resume_hint,
     shorten,
     table_of,
 )
@@ -103,12 +103,12 @@ def judge(
     rubric = _rubric(criterion, scale, ends)
     all_prompts = gather_prompts([], prompts, column)
 
-    from trimtab.evaluate.ab import spread
+    from trimtab.evaluate.ab import evenly_spaced
     from trimtab.evaluate.judge import Endpoint, LocalJudge, judge_records, tally
     from trimtab.evaluate.records import ArmPrompt, with_system
 
     endpoint = None if local else _endpoint(Endpoint)
-    chosen = spread(list(enumerate(all_prompts, 1)), limit)
+    chosen = evenly_spaced(list(enumerate(all_prompts, 1)), limit)
     if plan.systems:
         _check_systems([prompt for _, prompt in chosen])
     run = Run.start(plan, loader, options, [prompt for _, prompt in chosen], batch_size=batch_size, quiet=json)
@@ -117,20 +117,20 @@ def judge(
         for number, prompt in chosen
         for name, arm in run.arms.items()
     ]
-    records = run.answered(
+    records = run.answer_requests(
         requests,
         lambda _request, answer: {"empty": float(not answer.text.strip())},
         {"evaluation": "judge"},
         max_new_tokens=max_new_tokens,
     )
-    by: Judge = LocalJudge(run.lm) if endpoint is None else endpoint
+    selected_judge: Judge = LocalJudge(run.lm) if endpoint is None else endpoint
     cache = None if out is None else out.with_name(f"{out.stem}-replies")
-    with resumable(out, quiet=json), progress_bar("judging", quiet=json) as progress:
+    with resume_hint(out, quiet=json), progress_bar("judging", quiet=json) as progress:
         questions = {str(number): prompt for number, prompt in chosen}
-        bare = [_with_question(record, questions) for record in records]
-        scored, verdicts = judge_records(by, rubric, bare, cache=cache, progress=progress)
+        question_records = [_with_question(record, questions) for record in records]
+        scored, verdicts = judge_records(selected_judge, rubric, question_records, cache=cache, progress=progress)
     tallies = {
-        name: tally(by, [v for record, v in zip(scored, verdicts, strict=True) if record.arm == name])
+        name: tally(selected_judge, [v for record, v in zip(scored, verdicts, strict=True) if record.arm == name])
         for name in run.arms
     }
     document: dict[str, Any] = {
@@ -139,7 +139,7 @@ def judge(
         "data": prompts,
         "items": len(chosen),
         "max_new_tokens": max_new_tokens,
-        "judge": {**by.identity, "weak": by.weak},
+        "judge": {**selected_judge.identity, "weak": selected_judge.weak},
         "rubric": asdict(rubric),
         **_document(scored, run.arms, tallies),
     }
@@ -148,11 +148,11 @@ def judge(
         _write(judged, scored, verdicts)
         document["judged"] = str(judged)
     if report is not None:
-        label = " (weak judge)" if by.weak else ""
+        label = " (weak judge)" if selected_judge.weak else ""
         title = f"{criterion.strip()} {run.lm.name}, {len(chosen)} prompts{label}"
         sweep_page(report, _drawable(document), scored, title, COLUMNS)
         document["report"] = str(report)
-    who = f"{run.lm.name} itself, a weak judge" if by.weak else f"{document['judge']['model']}"
+    who = f"{run.lm.name} itself, a weak judge" if selected_judge.weak else f"{document['judge']['model']}"
     finish(
         document,
         f"{criterion.strip()} Answers of {run.lm.name} to {len(chosen)} prompts, judged by {who}",
@@ -236,14 +236,14 @@ def _line(records: Sequence[Record], arm: str, tally: Tally) -> dict[str, Any] |
 
     if tally.mean is None:
         return None
-    have = {
+    scored_records = {
         name: {r.item: r for r in records if r.arm == name and not isnan(r.scores["judge"])} for name in (BASELINE, arm)
     }
-    both = have[BASELINE].keys() & have[arm].keys()
+    both = scored_records[BASELINE].keys() & scored_records[arm].keys()
     difference, pairs = None, None
     if arm != BASELINE and both:
-        some = [r for of in have.values() for item, r in of.items() if item in both]
-        line = next(line for line in summarize(some, ["judge"], baseline=BASELINE) if line.arm == arm)
+        shared_records = [r for of in scored_records.values() for item, r in of.items() if item in both]
+        line = next(line for line in summarize(shared_records, ["judge"], baseline=BASELINE) if line.arm == arm)
         difference, pairs = line.to_json()["difference"], line.n
     return {
         "arm": arm,
@@ -258,14 +258,14 @@ def _line(records: Sequence[Record], arm: str, tally: Tally) -> dict[str, Any] |
 
 def _drawable(document: dict[str, Any]) -> dict[str, Any]:
     """The document with only the arms that have a score; with none if the baseline has no score."""
-    have = {line["arm"] for line in document["scores"]}
-    arms = {name: facts for name, facts in document["arms"].items() if name in have and BASELINE in have}
+    scored_arms = {line["arm"] for line in document["scores"]}
+    arms = {name: facts for name, facts in document["arms"].items() if name in scored_arms and BASELINE in scored_arms}
     return {**document, "arms": arms}
 
 
 def _write(path: Path, records: Sequence[Record], verdicts: Sequence[Verdict]) -> None:
     """Write one line per answer: the record with its score, and the judge's reply or the problem."""
-    from trimtab.files.target import write_atomically
+    from trimtab.files.atomic_write import write_atomically
 
     lines = [
         {**json_lines.loads(record.to_json()), "reply": verdict.reply, "problem": verdict.problem}

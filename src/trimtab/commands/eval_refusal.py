@@ -72,18 +72,18 @@ def refusal(
     plan, out = arms.plan(), options.out
     check_targets(out, report)
 
-    from trimtab.evaluate.refusal import SCORES, in_templates, part_of, read_refusal, requests_of, score
+    from trimtab.evaluate.refusal import SCORES, part_of, read_refusal, refusal_requests, score, with_templates
     from trimtab.evaluate.summary import summarize
 
     files = list(dict.fromkeys(file for path in data for file in find_data(path, FILES, "refusals")))
     items = [item for file in files for item in read_refusal(file, limit)]
     if robust:
-        items += in_templates(items)
+        items += with_templates(items)
     harmful = {item.part: item.harmful for item in items}
     prompts = [item.prompt for item in items]
     run = Run.start(plan, loader, options, prompts, batch_size=batch_size, quiet=json)
-    requests = requests_of(items, run.steerings, run.systems)
-    records = run.answered(requests, score, {"evaluation": "refusal"}, max_new_tokens=max_new_tokens)
+    requests = refusal_requests(items, run.steerings, run.systems)
+    records = run.answer_requests(requests, score, {"evaluation": "refusal"}, max_new_tokens=max_new_tokens)
     document: dict[str, Any] = {
         "evaluation": "refusal",
         "model": run.lm.name,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.commands.arms import PANEL, Arm
-from trimtab.commands.pair_files import pairs_in
+from trimtab.commands.pair_files import load_pairs
 from trimtab.commands.terminal import progress_bar
 from trimtab.errors import TrimtabError
 
@@ -36,7 +36,7 @@ FinetuneOption = Annotated[
 ]
 
 
-def check_finetune(path: Path | None, columns: Columns) -> list[Pair]:
+def load_finetune_pairs(path: Path | None, columns: Columns) -> list[Pair]:
     """The pairs. Raises `TrimtabError` if they can't be trained on or `peft` is missing, before a model is loaded."""
     if path is None:
         return []
@@ -44,13 +44,13 @@ def check_finetune(path: Path | None, columns: Columns) -> list[Pair]:
 
     if find_spec("peft") is None:
         raise TrimtabError("--finetune needs peft: pip install 'trimtab[finetune]'")
-    pairs = pairs_in(path, columns)
+    pairs = load_pairs(path, columns)
     if pairs[0].shape == "prompts":
         raise TrimtabError(f"--finetune {path}: pairs of prompts have no answer to learn; give pairs of answers")
     return pairs
 
 
-def sides(
+def score_finetuned_sides(
     lm: LM,
     pairs: Sequence[Pair],
     arms: Mapping[str, Arm],
@@ -78,11 +78,11 @@ def sides(
 
 
 def _arms(arms: Mapping[str, Arm], side: str) -> dict[str, Arm]:
-    alone = f"finetuned {side}"
-    tuned = {alone: Arm(about={"kind": "finetuned", "side": side})}
+    label = f"finetuned {side}"
+    tuned = {label: Arm(about={"kind": "finetuned", "side": side})}
     for name, arm in arms.items():
         if arm.about["kind"] == "steered":
             where = {key: arm.about[key] for key in ("layers", "strength")}
             about = {"kind": "finetuned and steered", "side": side, "like": name, **where}
-            tuned[f"{alone}, {name}"] = replace(arm, about=about)
+            tuned[f"{label}, {name}"] = replace(arm, about=about)
     return tuned

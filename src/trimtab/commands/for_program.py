@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.errors import TrimtabError
-from trimtab.files.target import check_target
+from trimtab.files.atomic_write import check_target
 
 if TYPE_CHECKING:
     from trimtab.steering import Steering
@@ -40,7 +40,7 @@ ForOption = Annotated[
 ]
 
 
-def check_program(
+def options_for_program(
     program: str | None, method: str, options: Mapping[str, Any], layers: Any, out: Path
 ) -> dict[str, Any]:
     """The options that a method needs in addition to learn for this program.
@@ -98,21 +98,21 @@ def save_for(program: str | None, steering: Steering, path: Path) -> tuple[Steer
     Raises `UnsupportedError` if the program can't represent it.
     """
     from trimtab.files.export import TARGETS
-    from trimtab.files.foreign import folded
+    from trimtab.files.foreign import sum_additions
     from trimtab.files.steering_file import save_steering, steering_digest
     from trimtab.steering import Positions
 
     if program is None:
         return steering, save_steering(steering, path)
     steering = steering.at(Positions.all())
-    folded(steering, f"a control vector for {program}")
+    sum_additions(steering, f"a control vector for {program}")
     if path.suffix == ".gguf":
         TARGETS[program].write(steering, path)
         return steering, steering_digest(steering)
     return steering, save_steering(steering, path)
 
 
-def learned_for(steering: Steering) -> str:
+def learning_hint(steering: Steering) -> str:
     """A sentence that says how to learn a steering for a control vector or, for ablations, suggests baking."""
     from trimtab.steering import Ablate
 

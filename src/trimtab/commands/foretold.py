@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MOST_PROMPTS = 6
 
 
-def foretold(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, dict[str, Any] | None]:
+def forecast_report(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, dict[str, Any] | None]:
     """The forecast as a line and as values; if it can't be made, the reason and `None`.
 
     Args:

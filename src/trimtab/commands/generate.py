@@ -15,12 +15,12 @@ from rich.text import Text
 from trimtab.commands.answer_json import answers_document
 from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import check_picture, grouped
-from trimtab.commands.prompts import ColumnOption, about_images, gather_prompts
+from trimtab.commands.prompts import ColumnOption, attach_images, gather_prompts
 from trimtab.commands.schema_file import read_schema
 from trimtab.commands.terminal import note, progress_bar, show, side_by_side, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.atomic_write import check_target, write_atomically
 from trimtab.files.pick import FORM, Pick, parse_pick
-from trimtab.files.target import check_target, write_atomically
 from trimtab.text.images import text_of
 
 if TYPE_CHECKING:
@@ -209,32 +209,32 @@ def generate(
     the unsteered model.
     """
     all_prompts = gather_prompts(prompt or [], prompts, column)
-    if begun := sum(not isinstance(item, str) and item[-1]["role"] == "assistant" for item in all_prompts):
-        note(f"{begun} of {len(all_prompts)} prompts end with an answer, which is continued", quiet=json)
+    if continued := sum(not isinstance(item, str) and item[-1]["role"] == "assistant" for item in all_prompts):
+        note(f"{continued} of {len(all_prompts)} prompts end with an answer, which is continued", quiet=json)
     if image:
-        all_prompts = about_images(all_prompts, image, plain=plain)
-    files = [parse_pick(text) for text in steer or []]
+        all_prompts = attach_images(all_prompts, image, plain=plain)
+    picks = [parse_pick(text) for text in steer or []]
     decoding = _decoding(sample, temperature, seed)
-    marks = _marks(emphasize or [], emphasize_system, system)
-    rejecting = _rejection(rejection, beta, ladder, schedule, bool(files), marks is not None)
+    emphasis = _emphasis(emphasize or [], emphasize_system, system)
+    rejecting = _rejection(rejection, beta, ladder, schedule, bool(picks), emphasis is not None)
     for name, shows in (("--trace", trace), ("--trace-html", trace_html), ("--plot", plot)):
         if shows and not rejecting:
             raise TrimtabError(f"{name} shows what rejection did; add --rejection")
     if trace_html is not None:
         check_target(trace_html, ".html")
     check_picture(plot)
-    if compare and not files and marks is None:
+    if compare and not picks and emphasis is None:
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
     if plain and loader.template:
         raise TrimtabError("--template changes the chat template, and --plain doesn't use it; leave one of them out")
-    _check_strength(dose, nats, bool(files), loader.engine)
+    _check_strength(dose, nats, bool(picks), loader.engine)
     if plain and not image and not all(isinstance(item, str) for item in all_prompts):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     if system is not None and any(not isinstance(item, str) and item[0]["role"] == "system" for item in all_prompts):
         raise TrimtabError("--system adds a system message, and some prompts already have one; leave one of them out")
-    if clean_cache and not files:
+    if clean_cache and not picks:
         raise TrimtabError("--clean-cache chooses the cache to steer over; give --steer FILE as well")
-    steering = _steering(files, positions)
+    steering = _steering(picks, positions)
     schema = {} if json_schema is None else {"json_schema": read_schema(json_schema)}
     lm = loader.load(quiet=json)
     rendering: dict[str, Any] = {"system": system, "chat": False if plain else None}
@@ -246,20 +246,22 @@ def generate(
         **schema,
         **decoding,
     }
-    dosed, taken = None, None
+    scaled_to_dose, scaled_to_nats = None, None
     if steering is not None and (dose is not None or nats is not None):
-        from trimtab.evaluate.ab import spread
+        from trimtab.evaluate.ab import evenly_spaced
         from trimtab.tune import at_dose, at_nats
 
-        some = spread(all_prompts, DOSED_PROMPTS)
+        sampled_prompts = evenly_spaced(all_prompts, DOSED_PROMPTS)
         if dose is not None:
-            dosed = at_dose(lm, steering, dose, some, transfer=transfer, batch_size=batch_size, **rendering)
-            steering = dosed.steering
+            scaled_to_dose = at_dose(
+                lm, steering, dose, sampled_prompts, transfer=transfer, batch_size=batch_size, **rendering
+            )
+            steering = scaled_to_dose.steering
         if nats is not None:
-            taken = at_nats(lm, steering, nats, some, transfer=transfer, **rendering)
-            steering = taken.steering
+            scaled_to_nats = at_nats(lm, steering, nats, sampled_prompts, transfer=transfer, **rendering)
+            steering = scaled_to_nats.steering
     with progress_bar("generating", quiet=json) as progress:
-        towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(all_prompts)}
+        emphasis_options: dict[str, Any] = {} if emphasis is None else {"emphasize": [emphasis] * len(all_prompts)}
         answers = lm.generate(
             all_prompts,
             steering,
@@ -267,7 +269,7 @@ def generate(
             rejection=rejecting,
             clean_cache=clean_cache,
             progress=progress,
-            **towards,
+            **emphasis_options,
             **settings,
         )
     unsteered = None
@@ -283,13 +285,13 @@ def generate(
 
         plot_traces(answers, plot)
     if json:
-        document = answers_document(lm.name, files, all_prompts, answers, unsteered)
-        if dosed is not None:
-            document["dosed"] = {"dose": dosed.dose, "factor": dosed.factor}
-        if taken is not None:
-            far = taken.divergence
-            document["divergence"] = {"p95": far.p95, "mean": far.mean, "tokens": far.tokens}
-            document["divergence"] |= {"factor": taken.factor, "monotone": taken.monotone}
+        document = answers_document(lm.name, picks, all_prompts, answers, unsteered)
+        if scaled_to_dose is not None:
+            document["dosed"] = {"dose": scaled_to_dose.dose, "factor": scaled_to_dose.factor}
+        if scaled_to_nats is not None:
+            divergence = scaled_to_nats.divergence
+            document["divergence"] = {"p95": divergence.p95, "mean": divergence.mean, "tokens": divergence.tokens}
+            document["divergence"] |= {"factor": scaled_to_nats.factor, "monotone": scaled_to_nats.monotone}
         if loader.engine == "vllm":
             for row in document["answers"]:
                 row["dose"] = row["overall_dose"] = None  # doses aren't measured there
@@ -310,16 +312,18 @@ def generate(
         named = "; ".join(edits) if len(edits) <= 2 else f"{len(edits)} edits, such as {edits[0]}"
         measured = loader.engine != "vllm"
         note(f"steered: {named or 'nothing'}{_doses(answers) if measured else ''}", quiet=False)
-    if dosed is not None:
-        note(f"dose {dosed.dose:.2g} is {_strength(files, dosed.factor)}", quiet=False)
-    if taken is not None:
-        figures = f"{taken.divergence.p95:.2g} nats (95th percentile; mean {taken.divergence.mean:.2g})"
-        note(f"{figures} are {_strength(files, taken.factor)}", quiet=False)
+    if scaled_to_dose is not None:
+        note(f"dose {scaled_to_dose.dose:.2g} is {_strength(picks, scaled_to_dose.factor)}", quiet=False)
+    if scaled_to_nats is not None:
+        figures = (
+            f"{scaled_to_nats.divergence.p95:.2g} nats (95th percentile; mean {scaled_to_nats.divergence.mean:.2g})"
+        )
+        note(f"{figures} are {_strength(picks, scaled_to_nats.factor)}", quiet=False)
 
 
-def _strength(files: Sequence[Pick], factor: float) -> str:
+def _strength(picks: Sequence[Pick], factor: float) -> str:
     """The strength factor, and the files with the strengths that result, as they are passed to --steer."""
-    at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * factor:.3g}" for pick in files)
+    at = ", ".join(f"{pick.path}{pick.layer_suffix}:{pick.strength * factor:.3g}" for pick in picks)
     return f"strength × {factor:.3g}: --steer {at}"
 
 
@@ -351,7 +355,7 @@ def _check_strength(dose: float | None, nats: float | None, steers: bool, engine
         )
 
 
-def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> list[Any] | None:
+def _emphasis(phrases: Sequence[str], whole_system: bool, system: str | None) -> list[Any] | None:
     """What to emphasize in each prompt; `None` for nothing."""
     from trimtab.text.spans import Part
 
@@ -363,19 +367,19 @@ def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> li
 
 
 def _rejection(
-    wanted: bool | None, beta: float | None, ladder: str | None, schedule: str | None, steers: bool, marks: bool
+    wanted: bool | None, beta: float | None, ladder: str | None, schedule: str | None, steers: bool, emphasizes: bool
 ) -> Any:
     """The rejection settings for all prompts, or `False`."""
     from trimtab.decoding.rejection import Rejection
 
-    on = marks if wanted is None else wanted
+    on = emphasizes if wanted is None else wanted
     settings = {"beta": beta, "ladder": ladder, "schedule": schedule}
     chosen: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     if not on:
         if chosen:
             raise TrimtabError(f"--{next(iter(chosen))} is a setting of rejection; add --rejection")
         return False
-    if not steers and not marks:
+    if not steers and not emphasizes:
         raise TrimtabError("--rejection needs a steering to reject; give --steer FILE or --emphasize TEXT")
     return Rejection(**chosen)
 
@@ -391,15 +395,15 @@ def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict
     return {"do_sample": True, **({} if temperature is None else {"temperature": temperature})}
 
 
-def _steering(files: Sequence[Pick], positions: str | None) -> Steering | None:
+def _steering(picks: Sequence[Pick], positions: str | None) -> Steering | None:
     from trimtab.steering import Positions
 
-    if positions is not None and not files:
+    if positions is not None and not picks:
         raise TrimtabError("--positions says where to steer; give --steer FILE as well")
     rule = None if positions is None else Positions.parse(positions)
-    if not files:
+    if not picks:
         return None
-    loaded = [pick.load() for pick in files]
+    loaded = [pick.load() for pick in picks]
     total = sum(loaded[1:], loaded[0])
     return total if rule is None else total.at(rule)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from trimtab.commands.model import JsonOption
 from trimtab.commands.terminal import show, write_json
-from trimtab.files.target import check_target
+from trimtab.files.atomic_write import check_target
 
 
 def list_(

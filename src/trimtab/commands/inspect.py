@@ -12,12 +12,12 @@ from rich.table import Table
 
 from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import check_picture, grouped
-from trimtab.commands.pair_files import ColumnOptions, pairs_in
+from trimtab.commands.pair_files import ColumnOptions, load_pairs
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.atomic_write import check_target
 from trimtab.files.pick import Pick, parse_pick
-from trimtab.files.target import check_target
-from trimtab.report.described import card_rows, describe, edit_columns, origin
+from trimtab.report.described import card_rows, describe_gate, edit_columns, origin
 
 if TYPE_CHECKING:
     from trimtab.report.pushes import Push
@@ -92,7 +92,7 @@ def inspect(
     _check_options(files, plot, text, pairs, layer, page)
     if nats and (len(files) == 2 or text is not None or pairs is not None):
         raise TrimtabError("--nats takes one file, without --text or --pairs")
-    named = columns.of(pairs=pairs is not None)
+    column_mapping = columns.to_columns(pairs=pairs is not None)
     picks = [parse_pick(file, "inspect") for file in files]
     check_picture(plot)
     if page is not None:
@@ -106,12 +106,12 @@ def inspect(
     if text is not None or pairs is not None:
         from trimtab.commands.inspect_text import show_plane, show_text
 
-        read = pairs_in(pairs, named)
+        pair_list = load_pairs(pairs, column_mapping)
         lm = loader.load(quiet=json)
         if text is not None:
             show_text(lm, pick, text, layer, page, plot, transfer=transfer, json=json)
         elif pairs is not None and plot is not None:
-            show_plane(lm, pick, pairs, read, layer, plot, transfer=transfer, json=json)
+            show_plane(lm, pick, pairs, pair_list, layer, plot, transfer=transfer, json=json)
         return
 
     from trimtab.files.steering_file import edits_digest, steering_digest
@@ -119,15 +119,15 @@ def inspect(
     from trimtab.report.suggested import MILD, has_its_strength, suggested_strength
 
     steering = pick.load()
-    far = divergence_of(steering, loader, transfer=transfer, quiet=json) if nats or loader.model else None
+    divergence = divergence_of(steering, loader, transfer=transfer, quiet=json) if nats or loader.model else None
     digest, edit_pushes = steering_digest(steering), pushes(steering)
     suggested = suggested_strength(steering)
     if plot is not None:
         from trimtab.report.plots import plot_pushes
 
-        plot_pushes(edit_pushes, plot, f"{pick.path.name}{pick.where}: {origin(steering.card)}")
+        plot_pushes(edit_pushes, plot, f"{pick.path.name}{pick.layer_suffix}: {origin(steering.card)}")
     if json:
-        measured = {} if far is None else {"divergence": far}
+        measured = {} if divergence is None else {"divergence": divergence}
         write_json(
             {**_document(pick, digest, steering, edit_pushes, plot), "suggested_strength": suggested, **measured}
         )
@@ -136,8 +136,12 @@ def inspect(
     if suggested is not None:
         why = "as it was found" if has_its_strength(steering) else f"an overall dose of about {MILD:g}"
         show("", f"suggested strength: {suggested:g} ({why})")
-    if far is not None:
-        show("", f"divergence on {far['model']}: {far['mean']:.3g} nats per token, 95th percentile {far['p95']:.3g}")
+    if divergence is not None:
+        show(
+            "",
+            f"divergence on {divergence['model']}: {divergence['mean']:.3g} nats per token, 95th percentile"
+            f" {divergence['p95']:.3g}",
+        )
     if steering.card.audit is not None and steering.card.audit.get("edits") != edits_digest(steering):
         show("", "the audit in its card was run with other strengths or layers than these; run trimtab audit again")
     if plot is not None:
@@ -192,7 +196,7 @@ def _document(
                 "width": edit.operation.width,
                 "strength": edit.strength,
                 "positions": str(edit.positions),
-                "gate": describe(edit.gate),
+                "gate": describe_gate(edit.gate),
                 "norm": push.norm,
                 "activation_norm": push.activation_norm,
                 "agreement": push.agreement,

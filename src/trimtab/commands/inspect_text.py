@@ -10,8 +10,8 @@ from rich.table import Table
 
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.atomic_write import write_atomically
 from trimtab.files.pick import Pick
-from trimtab.files.target import write_atomically
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -23,7 +23,7 @@ DRAWN_PAIRS = 200
 
 def show_text(
     lm: LM,
-    file: Pick,
+    pick: Pick,
     text: str,
     layer: int | None,
     page: Path | None,
@@ -33,78 +33,101 @@ def show_text(
     json: bool,
 ) -> None:
     """Show the text, each token colored by its cosine with the file's direction at this layer, or at all its layers."""
-    from trimtab.report.tokens import coloured_cosines, draw_tokens, reach, token_cosines, tokens_page
+    from trimtab.report.tokens import color_limit, coloured_cosines, draw_tokens, token_cosines, tokens_page
 
-    steering = file.load()
-    rows = token_cosines(lm, steering, text, None if layer is None else [layer], transfer=transfer)
-    full = reach(rows)
-    title = f"Cosine with {file.path.stem}" + (f" at layer {rows[0].layer}" if len(rows) == 1 else "") + f", {lm.name}"
+    steering = pick.load()
+    by_layer = token_cosines(lm, steering, text, None if layer is None else [layer], transfer=transfer)
+    max_cosine = color_limit(by_layer)
+    title = (
+        f"Cosine with {pick.path.stem}"
+        + (f" at layer {by_layer[0].layer}" if len(by_layer) == 1 else "")
+        + f", {lm.name}"
+    )
     written = {}
     if page is not None:
-        write_atomically(page, tokens_page(rows, title).encode("utf-8", "backslashreplace"))
+        write_atomically(page, tokens_page(by_layer, title).encode("utf-8", "backslashreplace"))
         written["html"] = str(page)
     if plot is not None:
-        write_atomically(plot, draw_tokens(rows, title))
+        write_atomically(plot, draw_tokens(by_layer, title))
         written["plot"] = str(plot)
     if json:
-        layers = [{"layer": each.layer, "cosines": list(each.cosines)} for each in rows]
+        layers = [{"layer": each.layer, "cosines": list(each.cosines)} for each in by_layer]
         write_json(
-            {"file": str(file.path), "model": lm.name, "tokens": list(rows[0].pieces), "layers": layers, **written}
+            {"file": str(pick.path), "model": lm.name, "tokens": list(by_layer[0].pieces), "layers": layers, **written}
         )
         return
-    show(f"{title}: blue along it, red against it, full color at ±{full:.2f}")
-    for row in rows:
-        show("", f"layer {row.layer}", coloured_cosines(row, full))
-    _tell(written)
+    show(f"{title}: blue along it, red against it, full color at ±{max_cosine:.2f}")
+    for row in by_layer:
+        show("", f"layer {row.layer}", coloured_cosines(row, max_cosine))
+    _print_written(written)
 
 
 def show_plane(
-    lm: LM, file: Pick, pairs: Path, read: Sequence[Pair], layer: int | None, plot: Path, *, transfer: bool, json: bool
+    lm: LM,
+    pick: Pick,
+    pairs: Path,
+    pair_list: Sequence[Pair],
+    layer: int | None,
+    plot: Path,
+    *,
+    transfer: bool,
+    json: bool,
 ) -> None:
     """Draw two principal components of the pairs' activations at each of the file's layers, read as for the file."""
-    from trimtab.evaluate.ab import spread
+    from trimtab.evaluate.ab import evenly_spaced
     from trimtab.methods.caa import activations, read_at_of
     from trimtab.report.sweep import draw_planes, plane
     from trimtab.text.letters import letter_of
 
-    steering, some = file.load(), spread(read, DRAWN_PAIRS)
-    if len(some) < 2:
-        raise TrimtabError(f"{pairs} has {len(some)} pair; a plane needs at least two")
+    steering, sampled_pairs = pick.load(), evenly_spaced(pair_list, DRAWN_PAIRS)
+    if len(sampled_pairs) < 2:
+        raise TrimtabError(f"{pairs} has {len(sampled_pairs)} pair; a plane needs at least two")
     lm.check(steering, transfer=transfer)
-    layers = [layer] if layer is not None else list(spread(steering.layers, DRAWN_LAYERS))
+    layers = [layer] if layer is not None else list(evenly_spaced(steering.layers, DRAWN_LAYERS))
     steering.only(layers)  # raises for layers that it doesn't have
-    lettered = some[0].shape == "letters"
-    by_layer = activations(lm, some, layers, read_at=None if lettered else read_at_of(steering.card))
-    letters = [(letter_of(str(pair.positive)), letter_of(str(pair.negative))) for pair in some] if lettered else None
-    of = f"{pairs.parent.name}/{pairs.name}" if pairs.parent.name else pairs.name
+    lettered = sampled_pairs[0].shape == "letters"
+    by_layer = activations(lm, sampled_pairs, layers, read_at=None if lettered else read_at_of(steering.card))
+    letters = (
+        [(letter_of(str(pair.positive)), letter_of(str(pair.negative))) for pair in sampled_pairs] if lettered else None
+    )
+    source_name = f"{pairs.parent.name}/{pairs.name}" if pairs.parent.name else pairs.name
     write_atomically(
-        plot, draw_planes(by_layer, letters, f"{len(some)} pairs of {of}, two principal components, {lm.name}")
+        plot,
+        draw_planes(
+            by_layer, letters, f"{len(sampled_pairs)} pairs of {source_name}, two principal components, {lm.name}"
+        ),
     )
     shares = {at: plane(values.flatten(0, 1))[1] for at, values in by_layer.items()}
     if json:
         listed = [{"layer": at, "variance": list(of)} for at, of in shares.items()]
         write_json(
-            {"file": str(file.path), "pairs": str(pairs), "drawn": len(some), "layers": listed, "plot": str(plot)}
+            {
+                "file": str(pick.path),
+                "pairs": str(pairs),
+                "drawn": len(sampled_pairs),
+                "layers": listed,
+                "plot": str(plot),
+            }
         )
         return
-    show(f"{len(some)} pairs of {pairs} at layers {', '.join(map(str, shares))}")
-    _tell({"plot": str(plot)})
+    show(f"{len(sampled_pairs)} pairs of {pairs} at layers {', '.join(map(str, shares))}")
+    _print_written({"plot": str(plot)})
 
 
-def show_two(files: Sequence[Pick], plot: Path | None, *, json: bool) -> None:
+def show_two(picks: Sequence[Pick], plot: Path | None, *, json: bool) -> None:
     """Show the cosines between the directions of two files, layer by layer; the plot has each layer with each."""
     from trimtab.report.sweep import draw_similarity, similarity_between
 
-    first, other = (file.load() for file in files)
+    first, other = (file.load() for file in picks)
     layers, across, cosines = similarity_between(first, other)
-    names = (files[0].path.stem, files[1].path.stem)
+    names = (picks[0].path.stem, picks[1].path.stem)
     written = {}
     if plot is not None:
         title = f"{names[0]}, layer by layer" if names[0] == names[1] else f"{names[0]} and {names[1]}"
         write_atomically(plot, draw_similarity(layers, cosines, title, across=across, names=names))
         written["plot"] = str(plot)
     document: dict[str, Any] = {
-        "files": [str(file.path) for file in files],
+        "files": [str(file.path) for file in picks],
         "models": [[model.name for model in steering.card.models] for steering in (first, other)],
         "layers": layers,
         "across": across,
@@ -114,9 +137,9 @@ def show_two(files: Sequence[Pick], plot: Path | None, *, json: bool) -> None:
     if json:
         write_json(document)
         return
-    show(f"{files[0]} and {files[1]}: cosine of their directions")
+    show(f"{picks[0]} and {picks[1]}: cosine of their directions")
     show(_nearest(layers, across, document["cosines"], names))
-    _tell(written)
+    _print_written(written)
 
 
 def _nearest(layers: Sequence[int], across: Sequence[int], cosines: Sequence[Sequence[float]], names: Any) -> Table:
@@ -132,6 +155,6 @@ def _nearest(layers: Sequence[int], across: Sequence[int], cosines: Sequence[Seq
     return table
 
 
-def _tell(written: dict[str, str]) -> None:
+def _print_written(written: dict[str, str]) -> None:
     for path in written.values():
         show("", f"wrote {path}")

@@ -27,7 +27,7 @@ LANGUAGE = "language:response_language"
 
 
 @dataclass(frozen=True)
-class Lesson:
+class InstructionDataset:
     """Pairs to learn an instruction from, the operation that suits it, and the options for its card."""
 
     name: str
@@ -37,7 +37,7 @@ class Lesson:
     remark: str = ""
 
 
-def lesson_of(sentence: str, base: Sequence[str]) -> Lesson:
+def instruction_dataset(sentence: str, base: Sequence[str]) -> InstructionDataset:
     """A lesson on one instruction, in the user's words and, if its type is recognized, in other phrasings of it.
 
     Raises `TrimtabError` for an empty sentence.
@@ -51,22 +51,24 @@ def lesson_of(sentence: str, base: Sequence[str]) -> Lesson:
         "instruction": sentence,
         **({"type": recognised.type.name, "values": dict(recognised.values)} if recognised else {}),
     }
-    return _lesson(recognised.type if recognised else None, "instruction", base, phrasings, about, _remark(recognised))
+    return _make_dataset(
+        recognised.type if recognised else None, "instruction", base, phrasings, about, _remark(recognised)
+    )
 
 
-def every_lesson(base: Sequence[str]) -> list[Lesson]:
+def all_instruction_datasets(base: Sequence[str]) -> list[InstructionDataset]:
     """One lesson for each of IFEval's types; for the language type, one for each of the common languages.
 
     Other parameters, such as the number of bullet points, take a few values in turn.
     """
-    lessons = []
+    datasets = []
     for name, kind in instruction_types().items():
         each = [{"language": language} for language in COMMON_LANGUAGES] if name == LANGUAGE else [{}]
         for values in each:
             stem = "_".join((name.partition(":")[2], *(str(value).lower() for value in values.values())))
             about = {"type": name, "values": values}
-            lessons.append(_lesson(kind, stem, base, kind.phrasings("learn", values), about))
-    return lessons
+            datasets.append(_make_dataset(kind, stem, base, kind.phrasings("learn", values), about))
+    return datasets
 
 
 def base_queries(limit: int | None) -> tuple[str, ...]:
@@ -74,17 +76,17 @@ def base_queries(limit: int | None) -> tuple[str, ...]:
     return queries("learn", more=True)[:limit]
 
 
-def _lesson(
+def _make_dataset(
     kind: InstructionType | None,
     name: str,
     base: Sequence[str],
     phrasings: Sequence[str],
     about: dict[str, Any],
     remark: str = "",
-) -> Lesson:
+) -> InstructionDataset:
     different = tuple(dict.fromkeys(phrasings))
     formats = kind is None or kind.kind == "format"
-    return Lesson(
+    return InstructionDataset(
         name,
         tuple(instruction_pairs(base, different)),
         # lengths and words use a fixed weight, as in the paper: the length of the learned difference

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
-from trimtab.commands.learn_method import OWN_COMMAND, PROBE, LayersOption, StrengthOption
+from trimtab.commands.for_program import ForOption, commands_for, next_steps, options_for_program, save_for
+from trimtab.commands.learn_method import DIRECT_METHODS, PROBE, LayersOption, StrengthOption
 from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.commands.pair_files import ColumnOptions
-from trimtab.commands.recipes import known_recipe, recipe_for
+from trimtab.commands.recipes import recipe_for, require_recipe
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
-from trimtab.files.target import check_target
+from trimtab.files.atomic_write import check_target
 from trimtab.text.answers import check_read_at
 
 if TYPE_CHECKING:
-    from trimtab.commands.instructions import Lesson
+    from trimtab.commands.instructions import InstructionDataset
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
     from trimtab.report.pushes import Push
@@ -202,9 +202,9 @@ def learn(
 
     Nothing is written until everything is learned; an existing file is replaced.
     """
-    if method not in OWN_COMMAND:  # its options aren't known here, so it would be learned as something else
+    if method not in DIRECT_METHODS:  # its options aren't known here, so it would be learned as something else
         if method != PROBE:
-            known_recipe(method)
+            require_recipe(method)
         raise TrimtabError(f"the method comes first: trimtab learn {method} …, and then its options")
     sources = {"--pairs": pairs, "--instruction": instruction, "--all": every, "--word": word, "--length": length}
     source = _source_of(method, {name: value for name, value in sources.items() if value not in (None, False)})
@@ -220,19 +220,19 @@ def learn(
         _check_logit(word, {"--layers": layers, "--operation": operation, "--positions": positions, "--queries": limit})
     if limit is not None and pairs is not None:
         raise TrimtabError("--queries limits the included queries, and --pairs replaces them")
-    wanted = parse_layers(layers)
+    requested_layers = parse_layers(layers)
     if every and forecast:
         raise TrimtabError("--forecast covers one steering, and --all learns many; leave one out")
     if every and program is not None:
         raise TrimtabError("--all writes a folder of steerings; --for takes one at a time")
     if not every:
         options = {"operation": operation, "positions": positions, "one_sided": one_sided or None}
-        operation = check_program(program, method, options, wanted, out).get("operation", operation)
-    read = columns.read(pairs)
-    recipe = recipe_for(method, read, str(pairs))
-    where = check_read_at(read_at, read[0].shape) if read else None
+        operation = options_for_program(program, method, options, requested_layers, out).get("operation", operation)
+    pair_list = columns.read(pairs)
+    recipe = recipe_for(method, pair_list, str(pairs))
+    checked_read_at = check_read_at(read_at, pair_list[0].shape) if pair_list else None
 
-    from trimtab.commands.instructions import base_queries, every_lesson, lesson_of
+    from trimtab.commands.instructions import all_instruction_datasets, base_queries, instruction_dataset
     from trimtab.learn.estimators import as_estimator
     from trimtab.steering.positions import Positions
     from trimtab.steering.steering import check_strength
@@ -244,41 +244,43 @@ def learn(
     _check_operation(operation, one_sided)
     if one_sided and (word is not None or length is not None):
         raise TrimtabError("--one-sided is for projections; words and lengths are steered by a fixed weight")
-    lessons = [lesson_of(instruction, base_queries(limit))] if instruction is not None else []
-    lessons = every_lesson(base_queries(limit)) if every else lessons
+    datasets = [instruction_dataset(instruction, base_queries(limit))] if instruction is not None else []
+    datasets = all_instruction_datasets(base_queries(limit)) if every else datasets
     if every:
-        _check_folder(out, [lesson.name for lesson in lessons])
-    if one_sided and not every and any((operation or lesson.operation) != "project" for lesson in lessons):
+        _check_folder(out, [lesson.name for lesson in datasets])
+    if one_sided and not every and any((operation or lesson.operation) != "project" for lesson in datasets):
         raise TrimtabError("--one-sided is for projections, and lengths and words are added; use --operation project")
-    for lesson in lessons:
+    for lesson in datasets:
         note(lesson.remark, quiet=json or not lesson.remark)
     lm = loader.load(quiet=json)
-    chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
+    chosen_layers = list(range(lm.layout.layers)) if isinstance(requested_layers, str) else requested_layers
     with progress_bar("learning", quiet=json) as progress:
         steerings: dict[Path, Steering]
-        if lessons:
-            made = _taught(lm, lessons, chosen, operation, rule, one_sided, progress)
-            steerings = {out / f"{name}.safetensors" if every else out: steering for name, steering in made.items()}
+        if datasets:
+            learned = _learn_datasets(lm, datasets, chosen_layers, operation, rule, one_sided, progress)
+            steerings = {out / f"{name}.safetensors" if every else out: steering for name, steering in learned.items()}
         elif word is not None and logit:
             from trimtab.methods.word_logit import learn_word_logit
 
             steerings = {out: learn_word_logit(lm, word, exclude=exclude)}
         elif word is not None or length is not None:
-            steerings = {out: _by_weight(lm, word, exclude, length, chosen, operation, rule, limit, progress)}
+            steerings = {
+                out: _learn_word_or_length(lm, word, exclude, length, chosen_layers, operation, rule, limit, progress)
+            }
         else:
             keywords: dict[str, Any] = {} if method != "instruct" else {"positions": rule, "one_sided": one_sided}
             keywords |= {} if operation is None else {"operation": operation}
-            keywords |= {} if where is None else {"read_at": where}
+            keywords |= {} if checked_read_at is None else {"read_at": checked_read_at}
             keywords |= {} if estimator is None else {"estimator": estimator}
-            steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **keywords)}
+            steerings = {out: recipe.load()(lm, pair_list, chosen_layers, progress=progress, **keywords)}
     steerings = {path: strength * steering for path, steering in steerings.items()}
     prediction: tuple[str, dict[str, Any] | None] | None = None
-    learned_from = read or [pair for lesson in lessons for pair in lesson.pairs]
+    learned_from = pair_list or [pair for lesson in datasets for pair in lesson.pairs]
     if learned_from and forecast:
-        from trimtab.commands.foretold import foretold
+        from trimtab.commands.foretold import forecast_report
 
-        prediction = foretold(lm, learned_from, steerings[out])
-    _save(out, steerings, method, source, lm.name, loader.named, strength, program, json, prediction)
+        prediction = forecast_report(lm, learned_from, steerings[out])
+    _save(out, steerings, method, source, lm.name, loader.model_argument, strength, program, json, prediction)
 
 
 def _source_of(method: str, sources: dict[str, Any]) -> str:
@@ -320,9 +322,9 @@ def _check_folder(out: Path, names: Sequence[str]) -> None:
         check_target(out.with_suffix(".safetensors"), ".safetensors")
 
 
-def _taught(
+def _learn_datasets(
     lm: LM,
-    lessons: Sequence[Lesson],
+    datasets: Sequence[InstructionDataset],
     layers: list[int] | None,
     operation: str | None,
     positions: Positions | None,
@@ -333,7 +335,7 @@ def _taught(
     from trimtab.methods.instruct import instruct_card, learn_many, steering_from
     from trimtab.steering import Positions
 
-    moments = learn_many(lm, {lesson.name: lesson.pairs for lesson in lessons}, layers, progress=progress)
+    moments = learn_many(lm, {lesson.name: lesson.pairs for lesson in datasets}, layers, progress=progress)
     return {
         lesson.name: steering_from(
             moments[lesson.name],
@@ -342,11 +344,11 @@ def _taught(
             one_sided=one_sided and (operation or lesson.operation) == "project",
             card=instruct_card(lm, lesson.pairs, moments[lesson.name], lesson.options),
         )
-        for lesson in lessons
+        for lesson in datasets
     }
 
 
-def _by_weight(
+def _learn_word_or_length(
     lm: LM,
     word: str | None,
     exclude: bool,
@@ -380,7 +382,7 @@ def _save(
     method: str,
     source: str,
     model: str,
-    named: str,
+    model_argument: str,
     strength: float,
     program: str | None,
     json: bool,
@@ -402,15 +404,15 @@ def _save(
         documents.append(document | ({"next": commands_for(program, path)} if program else {}))
         if not json and source != "--all":
             title = f"{method} on {model}{f', from {count} pairs' if count else ''}"
-            foretold = [] if prediction is None else [prediction[0]]
-            show(title, _table(by_layer), *foretold, f"saved {path}", *next_steps(program, path))
+            forecast_lines = [] if prediction is None else [prediction[0]]
+            show(title, _table(by_layer), *forecast_lines, f"saved {path}", *next_steps(program, path))
     if json:
         write_json({"folder": str(out), "files": documents} if source == "--all" else documents[0])
         return
     if source == "--all":
         show(_overview(documents), f"saved {len(documents)} files in {out}")
     shown = named_with_strength(*next(iter(steerings.items())))
-    note(f'try: trimtab generate {named}--steer {shown} --prompt "…" --compare', quiet=False)
+    note(f'try: trimtab generate {model_argument}--steer {shown} --prompt "…" --compare', quiet=False)
 
 
 def parse_layers(text: str | None) -> list[int] | str | None:
@@ -430,7 +432,7 @@ def _document(
     model: str,
     pairs: int,
     strength: float,
-    learned: list[Push],
+    by_layer: list[Push],
     steering: Steering,
 ) -> dict[str, Any]:
     options = steering.card.options
@@ -443,7 +445,7 @@ def _document(
         "pairs": pairs,
         "strength": strength,
         **about,
-        "layers": [asdict(push) for push in learned],
+        "layers": [asdict(push) for push in by_layer],
     }
 
 
@@ -465,11 +467,11 @@ def _overview(documents: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _table(learned: list[Push]) -> Table:
+def _table(by_layer: list[Push]) -> Table:
     table = Table("layer", "norm", "of the activation's", "agreement of the pairs", box=None, header_style="dim")
     for column in table.columns:
         column.justify = "right"
-    for push in learned:
+    for push in by_layer:
         share = "" if push.share is None else f"{push.share:.0%}"
         agreement = "" if push.agreement is None else f"{push.agreement:.2f}"
         table.add_row(str(push.layer), f"{push.norm:.4g}", share, agreement)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.commands.checkers import checker_for
-from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
+from trimtab.commands.for_program import ForOption, commands_for, next_steps, options_for_program, save_for
 from trimtab.commands.instructions import base_queries
 from trimtab.commands.model import JsonOption, ModelOptions
-from trimtab.commands.options import alone, grouped
+from trimtab.commands.options import grouped, standalone_command
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.text.examples import read_examples
-from trimtab.text.read import read_text
+from trimtab.text.text_files import read_text
 
 if TYPE_CHECKING:
     from trimtab.data import Recognised
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 PROMPT, CHECK, FIT = "The prompt to distill", "Which answers count", "The fit"
-WAYS = {"said in other ways": "with other wordings", "tried at several blocks": "with steering tried at several layers"}
+HELP_PHRASES = {
+    "said in other ways": "with other wordings",
+    "tried at several blocks": "with steering tried at several layers",
+}
 """Phrases for a sentence, by the card's names for the ways of finding answers."""
 
 
@@ -159,32 +162,34 @@ def learn_distill(
     from trimtab.commands.learn import parse_layers
     from trimtab.commands.learn_method import document_of
 
-    wanted = parse_layers(layers)
-    implied = check_program(program, "distill", {"fit": fit, "rank": rank}, wanted, out)
+    requested_layers = parse_layers(layers)
+    implied = options_for_program(program, "distill", {"fit": fit, "rank": rank}, requested_layers, out)
     rank = implied.get("rank", rank)
     _check_prompt(instruction, system, prompt_file, examples)
-    own = gather_prompts([], queries, column) if queries is not None or column is not None else base_queries(None)
-    texts = [query for query in own if isinstance(query, str)]
-    if len(texts) < len(own):
+    all_queries = (
+        gather_prompts([], queries, column) if queries is not None or column is not None else base_queries(None)
+    )
+    texts = [query for query in all_queries if isinstance(query, str)]
+    if len(texts) < len(all_queries):
         raise TrimtabError(f"{queries}: queries to learn on are texts, not conversations")
     base = list(dict.fromkeys(texts))[:limit]
     recognised = _recognised(instruction)
-    checked = _check(instruction, recognised, check, type_, kwargs, base)
+    answer_check = _check(instruction, recognised, check, type_, kwargs, base)
     text = read_text(prompt_file) if prompt_file is not None else None
     shots = tuple(read_examples(examples)) if examples is not None else ()
 
-    from trimtab.learn.own_answers import LEAST, PER_QUERY
+    from trimtab.learn.own_answers import MAX_PER_QUERY, MIN_ANSWERS
     from trimtab.learn.teachers import Teacher
     from trimtab.methods.distill import learn_distill as learn
 
-    if len(base) * PER_QUERY < LEAST:
+    if len(base) * MAX_PER_QUERY < MIN_ANSWERS:
         raise TrimtabError(
-            f"{queries}: {len(base)} different queries, and at most {PER_QUERY} answers to each are learned from, but"
-            f" {LEAST} answers are needed; give at least {LEAST // PER_QUERY}, preferably dozens"
+            f"{queries}: {len(base)} different queries, and at most {MAX_PER_QUERY} answers to each are learned from,"
+            f" but {MIN_ANSWERS} answers are needed; give at least {MIN_ANSWERS // MAX_PER_QUERY}, preferably dozens"
         )
     teacher = Teacher(_phrasings(instruction, recognised), system, text, shots, times)
     lm = loader.load(quiet=json)
-    chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
+    chosen_layers = list(range(lm.layout.layers)) if isinstance(requested_layers, str) else requested_layers
     if recognised is not None:
         note(f"recognized as {recognised.type.name}", quiet=json)
     with progress_bar("answering", quiet=json) as progress:
@@ -197,10 +202,10 @@ def learn_distill(
 
         learned = learn(
             lm,
-            chosen,
+            chosen_layers,
             teacher=teacher,
             queries=base,
-            check=checked,
+            check=answer_check,
             fit=fit,
             rank=rank,
             steps=steps,
@@ -217,12 +222,12 @@ def learn_distill(
         write_json(document | ({"next": commands_for(program, out)} if program else {}))
         return
     show(*_lines(lm.name, learned, out), *next_steps(program, out))
-    note(f'try: trimtab generate {loader.named}--steer {quote(str(out))} --prompt "…" --compare', quiet=False)
+    note(f'try: trimtab generate {loader.model_argument}--steer {quote(str(out))} --prompt "…" --compare', quiet=False)
 
 
 def command() -> Any:
     """The command of this method."""
-    return alone("distill", learn_distill)
+    return standalone_command("distill", learn_distill)
 
 
 def _check_prompt(instruction: str | None, system: str | None, prompt_file: Path | None, examples: Path | None) -> None:
@@ -265,11 +270,11 @@ def _check(
         if instruction is None or recognised is None:
             return None
         check, type_, kwargs = _check_of(instruction, recognised)
-    verdict = checker_for(check, type_, kwargs, queries)
+    checker = checker_for(check, type_, kwargs, queries)
     numbers = {query: i for i, query in enumerate(queries)}
 
     def judge(query: str, answer: str, cut: bool) -> bool:
-        return bool(verdict(numbers[query], answer, cut))
+        return bool(checker(numbers[query], answer, cut))
 
     return judge
 
@@ -286,15 +291,16 @@ def _check_of(instruction: str, recognised: Recognised) -> tuple[str | None, str
     return check_of(instruction)
 
 
-def _way(help_: str) -> str:
+def _help_phrase(help_: str) -> str:
     """What helped the model to find answers, as the end of a sentence; empty if nothing did."""
-    return WAYS.get(help_, f"with steering of strength {help_}") if help_ else ""
+    return HELP_PHRASES.get(help_, f"with steering of strength {help_}") if help_ else ""
 
 
 def _lines(model: str, learned: Steering, out: Path) -> list[str]:
     measured = learned.card.measured
     tried = ", ".join(
-        f"{attempt['kept']} of {attempt['asked']} {_way(attempt['help'])}".rstrip() for attempt in measured["tries"]
+        f"{attempt['kept']} of {attempt['asked']} {_help_phrase(attempt['help'])}".rstrip()
+        for attempt in measured["tries"]
     )
     before, after = measured["divergence_before"], measured["divergence_after"]
     lines = [

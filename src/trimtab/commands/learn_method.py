@@ -11,12 +11,12 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
-from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
+from trimtab.commands.for_program import ForOption, commands_for, next_steps, options_for_program, save_for
 from trimtab.commands.model import EngineModelOptions, JsonOption
-from trimtab.commands.options import alone, parameters_of, taken
-from trimtab.commands.pair_files import ColumnOptions, pairs_in
+from trimtab.commands.options import parameters_of, pop_group, standalone_command
+from trimtab.commands.pair_files import ColumnOptions, load_pairs
 from trimtab.commands.prompts import ColumnOption, gather_prompts
-from trimtab.commands.recipes import check_shape, known_recipe
+from trimtab.commands.recipes import check_shape, require_recipe
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.methods.recipe import Option, Recipe
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
     from trimtab.text.columns import Columns
 
-OWN_COMMAND = ("caa", "instruct")
+DIRECT_METHODS = ("caa", "instruct")
 """Methods that `trimtab learn` itself handles, since they have more sources to learn from."""
 PROBE = "probe"
 """It isn't a method, since it learns something to read, not to steer with. It has a command here because it learns
@@ -39,7 +39,7 @@ TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool}
 FILES = {"pairs": "FILE", "texts": "FILE", "steering": "FILE", "positions": "RULE"}
 
 
-class Learn(TyperCommand):
+class LearnCommand(TyperCommand):
     """`trimtab learn`, which turns into a method's own command if the method has a recipe."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -48,8 +48,8 @@ class Learn(TyperCommand):
             from trimtab.commands import learn_probe
 
             return learn_probe.command().make_context(f"{info_name} {PROBE}", args[1:], parent=parent, **extra)
-        if args and args[0] not in OWN_COMMAND and not args[0].startswith("-"):
-            recipe = known_recipe(args[0])
+        if args and args[0] not in DIRECT_METHODS and not args[0].startswith("-"):
+            recipe = require_recipe(args[0])
             from trimtab.commands import learn_distill
 
             command = learn_distill.command() if recipe.name == DISTILL else command_for(recipe)
@@ -78,7 +78,7 @@ def command_for(recipe: Recipe) -> Any:
         f"Learns from {recipe.data}. Reads {recipe.reads}. Acts: {recipe.acts}. Costs {recipe.cost}."
         + ("" if recipe.distribution == "trimtab" else f" From {recipe.distribution}.")
     )
-    return alone(recipe.name, run)
+    return standalone_command(recipe.name, run)
 
 
 def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
@@ -108,8 +108,8 @@ def _source(recipe: Recipe) -> list[inspect.Parameter]:
         "texts": "A file of texts: one per line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
     }
     source = typer.Option(help=helps[recipe.takes], metavar="FILE")
-    named = parameters_of(ColumnOptions) if recipe.takes == "pairs" else []
-    return [_keyword(recipe.takes, Annotated[str, source]), *named]
+    column_parameters = parameters_of(ColumnOptions) if recipe.takes == "pairs" else []
+    return [_keyword(recipe.takes, Annotated[str, source]), *column_parameters]
 
 
 def _parameter(option: Option) -> inspect.Parameter:
@@ -133,16 +133,16 @@ def _learn(recipe: Recipe, arguments: dict[str, Any]) -> None:
     out, quiet, program = arguments["out"], arguments["json"], arguments["program"]
     from trimtab.commands.learn import parse_layers
 
-    wanted = parse_layers(arguments["layers"])
-    check_program(program, recipe.name, arguments, wanted, out)
-    loader = taken(EngineModelOptions, arguments)
-    named = taken(ColumnOptions, arguments) if recipe.takes == "pairs" else ColumnOptions()
-    columns = named.of(pairs=recipe.takes == "pairs")
+    requested_layers = parse_layers(arguments["layers"])
+    options_for_program(program, recipe.name, arguments, requested_layers, out)
+    loader = pop_group(EngineModelOptions, arguments)
+    column_options = pop_group(ColumnOptions, arguments) if recipe.takes == "pairs" else ColumnOptions()
+    columns = column_options.to_columns(pairs=recipe.takes == "pairs")
     column = arguments.get("column")
     options = {option.name: _value(option, arguments[option.name], columns, column) for option in recipe.options}
     data: list[Any] = []
     if recipe.takes == "pairs":
-        pairs = pairs_in(arguments["pairs"], columns)
+        pairs = load_pairs(arguments["pairs"], columns)
         check_shape(recipe, pairs, arguments["pairs"])
         data = [pairs]
     elif recipe.takes == "texts":
@@ -153,7 +153,7 @@ def _learn(recipe: Recipe, arguments: dict[str, Any]) -> None:
 
     strength = check_strength(arguments["strength"])
     lm = loader.load(quiet=quiet)
-    layers = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
+    layers = list(range(lm.layout.layers)) if isinstance(requested_layers, str) else requested_layers
     with progress_bar("learning", quiet=quiet) as progress:
         chosen = {name: value for name, value in options.items() if value is not None}
         learned = strength * recipe.load()(lm, *data, layers, progress=progress, **chosen)
@@ -165,19 +165,22 @@ def _learn(recipe: Recipe, arguments: dict[str, Any]) -> None:
         return
     count = len(data[0]) if data else 0
     title = f"{recipe.name} on {lm.name}" + (f", from {count} {recipe.takes}" if count else "")
-    show(title, _table(learned), *_opening(learned), f"saved {out}", *next_steps(program, out))
+    show(title, _table(learned), *_gate_lines(learned), f"saved {out}", *next_steps(program, out))
     shown = named_with_strength(out, learned)
-    note(f'try: trimtab generate {loader.named}--steer {shown} --prompt "…" --compare', quiet=False)
+    note(f'try: trimtab generate {loader.model_argument}--steer {shown} --prompt "…" --compare', quiet=False)
 
 
-def _opening(learned: Steering) -> list[str]:
+def _gate_lines(learned: Steering) -> list[str]:
     """How often a learned gate is open, on the prompts that were used to choose its threshold."""
     condition = learned.card.measured.get("condition")
     if not isinstance(condition, Mapping) or "chosen" not in condition:
         return []
-    chosen, meant, others = condition["chosen"], condition["meant"], condition["others"]
-    right, wrong = f"{chosen['hits']:.0%} of {meant}", f"{chosen['false_alarms']:.0%} of {others}"
-    return [f"its gate is open on {right} target prompts, and on {wrong} others"]
+    chosen, target_count, other_count = condition["chosen"], condition["meant"], condition["others"]
+    hit_share, false_alarm_share = (
+        f"{chosen['hits']:.0%} of {target_count}",
+        f"{chosen['false_alarms']:.0%} of {other_count}",
+    )
+    return [f"its gate is open on {hit_share} target prompts, and on {false_alarm_share} others"]
 
 
 def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:
@@ -188,7 +191,7 @@ def _value(option: Option, value: Any, columns: Columns, column: str | None) -> 
         flag = f"--{option.name.replace('_', '-')}"
         raise TrimtabError(f"{flag} {value!r} is not known; it is one of {', '.join(option.choices)}")
     if option.kind == "pairs":
-        return pairs_in(value, columns)
+        return load_pairs(value, columns)
     if option.kind == "texts":
         return gather_prompts([], value, column)
     if option.kind == "positions":

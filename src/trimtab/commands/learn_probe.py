@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.commands.model import EngineModelOptions, JsonOption
-from trimtab.commands.options import alone, grouped
+from trimtab.commands.options import grouped, standalone_command
 from trimtab.commands.pair_files import ColumnOptions
 from trimtab.commands.terminal import note, progress_bar, show, write_json
-from trimtab.files.target import check_target
+from trimtab.files.atomic_write import check_target
 
 
 @grouped
@@ -61,15 +61,15 @@ def learn_probe(
     from trimtab.commands.learn import parse_layers
 
     check_target(out, ".safetensors")
-    wanted = parse_layers(layers)
-    read = columns.read(pairs)
+    requested_layers = parse_layers(layers)
+    pair_list = columns.read(pairs)
     from trimtab.files.steering_file import save_steering
     from trimtab.learn.probe import learn_probe as learn
 
     lm = loader.load(quiet=json)
-    chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
+    chosen_layers = list(range(lm.layout.layers)) if isinstance(requested_layers, str) else requested_layers
     with progress_bar("reading", quiet=json) as progress:
-        learned = learn(lm, read, chosen, read_at=read_at, false_alarms=false_alarms, progress=progress)
+        learned = learn(lm, pair_list, chosen_layers, read_at=read_at, false_alarms=false_alarms, progress=progress)
     digest = save_steering(learned, out)
     measured = learned.card.measured
     if json:
@@ -78,15 +78,15 @@ def learn_probe(
         write_json(document_of("probe", lm.name, learned, out, digest))
         return
     show(
-        f"probe on {lm.name}, from {len(read)} pairs: layer {measured['layer']}",
+        f"probe on {lm.name}, from {len(pair_list)} pairs: layer {measured['layer']}",
         f"area under the curve {measured['area']:.3f}, on {measured['held_out']} held-out pairs",
         f"threshold {measured['threshold']:.3g}: beyond it are {measured['hits']:.0%} of the positive answers"
         f" and {measured['false_alarms']:.0%} of the negative ones",
         f"saved {out}",
     )
-    note(f"try: trimtab serve {loader.named}--monitor {out.stem}={out}", quiet=False)
+    note(f"try: trimtab serve {loader.model_argument}--monitor {out.stem}={out}", quiet=False)
 
 
 def command() -> Any:
     """The command."""
-    return alone("probe", learn_probe)
+    return standalone_command("probe", learn_probe)

@@ -14,7 +14,7 @@ import typer
 from trimtab.commands.for_program import ForOption, check_output, commands_for, next_steps, save_for
 from trimtab.commands.model import BareModelOptions, JsonOption
 from trimtab.commands.options import grouped
-from trimtab.commands.pair_files import ColumnOptions, pairs_in
+from trimtab.commands.pair_files import ColumnOptions, load_pairs
 from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.terminal import note, progress_bar, shortened, show, write_json
 from trimtab.errors import TrimtabError
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from trimtab.evaluate.judge import Endpoint
     from trimtab.making import Idea, Made
 
-NOTHING_HOLDS = 3
+EXIT_NOTHING_BETTER = 3
 LEAST_QUESTIONS = 15
 """The minimum: every second question is for testing, which leaves the eight that an idea needs to learn from."""
-WRITER_KEY, WRITTEN = "TRIMTAB_WRITER_KEY", 4096
+WRITER_KEY, WRITER_MAX_TOKENS = "TRIMTAB_WRITER_KEY", 4096
 SHOWN, EXAMPLE = 2, 240
 """The number of examples to show, and the maximum number of characters of each text."""
 WANTED, HOW = "What is wanted", "How it is made"
@@ -66,7 +66,7 @@ def make(
             rich_help_panel=WANTED,
         ),
     ] = None,
-    named: ColumnOptions,
+    column_options: ColumnOptions,
     questions: Annotated[
         str | None,
         typer.Option(
@@ -144,60 +144,64 @@ def make(
     3. Takes a few minutes for a small model on two cores.
     """
     check_output(for_, out)
-    _check_ways({"a sentence": idea, "--like": like, "--card": card, "--from": from_}, unlike)
-    columns = named.of(pairs=from_ is not None, source="--from")
+    _check_description({"a sentence": idea, "--like": like, "--card": card, "--from": from_}, unlike)
+    columns = column_options.to_columns(pairs=from_ is not None, source="--from")
     options = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
     if from_ is not None and (more := [name for name, value in options.items() if value is not None]):
         raise TrimtabError(f"--from contains everything to learn from and to test on; leave out {more[0]}")
-    pairs = pairs_in(from_, columns)
-    wanted = None if from_ else _idea(idea, like, unlike, card, questions, _writer(writer, writer_model), cards=cards)
+    pairs = load_pairs(from_, columns)
+    parsed_idea = (
+        None if from_ else _idea(idea, like, unlike, card, questions, _writer(writer, writer_model), cards=cards)
+    )
 
     from trimtab.making import make as made_from
     from trimtab.making import make_from_pairs
     from trimtab.steering import Positions
 
     lm = loader.load(quiet=json)
-    said = f"{wanted.name}: from {source_of(wanted)}" if wanted else f"{from_}: {len(pairs)} pairs"
-    note(said, quiet=json)
+    source_line = (
+        f"{parsed_idea.name}: from {source_of(parsed_idea)}" if parsed_idea else f"{from_}: {len(pairs)} pairs"
+    )
+    note(source_line, quiet=json)
     with progress_bar("answering", quiet=json, lines=False) as progress:
         how: dict[str, Any] = {
             "tokens": tokens,
             "distill": distill,
             "seed": seed,
-            "stage": stages(progress, quiet=json),
+            "stage": stage_reporter(progress, quiet=json),
             "say": lambda words: note(words, quiet=json or progress is not None),
             **({} if for_ is None else {"positions": Positions.all()}),
         }
-        if wanted is not None:
-            made = made_from(lm, wanted, **how)
+        if parsed_idea is not None:
+            made_steering = made_from(lm, parsed_idea, **how)
         else:
-            made = make_from_pairs(lm, pairs, name=Path(str(from_)).stem, **how)
-    written = made.verdict.holds or keep
-    digest = save_for(for_, made.steering, out)[1] if written else None
+            made_steering = make_from_pairs(lm, pairs, name=Path(str(from_)).stem, **how)
+    should_write = made_steering.verdict.holds or keep
+    digest = save_for(for_, made_steering.steering, out)[1] if should_write else None
     if json:
-        commands = commands_for(for_, out, 1.0) if written else []
-        write_json(_document(lm.name, made, out if written else None, digest, commands))
+        commands = commands_for(for_, out, 1.0) if should_write else []
+        write_json(_document(lm.name, made_steering, out if should_write else None, digest, commands))
     else:
-        show(*summary(made), "", f"saved {out}" if written else "nothing is written")
-        if written:
+        show(*summary(made_steering), "", f"saved {out}" if should_write else "nothing is written")
+        if should_write:
             show(*next_steps(for_, out, 1.0))
             if out.suffix != ".gguf":
-                note(f"try: trimtab chat {loader.named}--steer {quote(str(out))}", quiet=False)
+                note(f"try: trimtab chat {loader.model_argument}--steer {quote(str(out))}", quiet=False)
         else:
             tip = "other or more pairs" if from_ else "clearer words, an opposite (--unlike)"
             note(f"try: {tip}, a larger model, or --keep to look at it", quiet=False)
-    if not made.verdict.holds:
-        raise typer.Exit(NOTHING_HOLDS)
+    if not made_steering.verdict.holds:
+        raise typer.Exit(EXIT_NOTHING_BETTER)
 
 
-def _check_ways(ways: dict[str, Any], unlike: str | None) -> None:
+def _check_description(descriptions: dict[str, Any], unlike: str | None) -> None:
     """Raise `TrimtabError` unless the steering is described in exactly one way, and not by an empty text."""
-    used = [name for name, way in ways.items() if way is not None]
+    used = [name for name, way in descriptions.items() if way is not None]
     if len(used) > 1:
         raise TrimtabError(f"{used[0]} and {used[1]} both say what is wanted; give one of them")
     if unlike is not None and used not in (["--like"], ["--from"]):  # other options with --from are checked below
         raise TrimtabError('--unlike goes with --like; in a sentence the opposite follows after "not"')
-    if not used or not str(ways[used[0]]).strip():
+    if not used or not str(descriptions[used[0]]).strip():
         raise TrimtabError(
             'describe what you want: a sentence such as "be blunt, not flattering", or --like "a pirate", '
             "or --card FILE, or --from PAIRS"
@@ -213,7 +217,7 @@ def _writer(url: str | None, model: str | None) -> Endpoint | None:
         return None
     from trimtab.evaluate.judge import Endpoint
 
-    endpoint = Endpoint(url, model, os.environ.get(WRITER_KEY) or None, max_tokens=WRITTEN)
+    endpoint = Endpoint(url, model, os.environ.get(WRITER_KEY) or None, max_tokens=WRITER_MAX_TOKENS)
     endpoint.check()
     return endpoint
 
@@ -236,16 +240,16 @@ def _idea(
     if card is not None:
         if writer is not None:
             raise TrimtabError("a card already contains what a writer would write; leave out --card or --writer")
-        wanted = idea_from_trait(read_trait(card))
+        parsed_idea = idea_from_trait(read_trait(card))
     elif writer is not None:
         wish = idea if idea is not None else f"be like {like}" + (f", not like {unlike}" if unlike else "")
-        wanted = idea_from_writer(writer, wish)
+        parsed_idea = idea_from_writer(writer, wish)
     elif idea is not None:
-        wanted = idea_from_sentence(idea, cards=cards)
+        parsed_idea = idea_from_sentence(idea, cards=cards)
     else:
-        wanted = idea_from_contrast(str(like), unlike)
+        parsed_idea = idea_from_contrast(str(like), unlike)
     if questions is None:
-        return wanted
+        return parsed_idea
     question_list = list(dict.fromkeys(gather_prompts([], questions)))
     if not all(isinstance(question, str) for question in question_list):
         raise TrimtabError(f"{questions}: questions are texts, not conversations")
@@ -254,7 +258,7 @@ def _idea(
             f"{questions}: {len(question_list)} questions, and at least {LEAST_QUESTIONS} are needed, since every"
             " second one is kept for the test"
         )
-    return with_questions(wanted, question_list)  # type: ignore[arg-type]
+    return with_questions(parsed_idea, question_list)  # type: ignore[arg-type]
 
 
 def source_of(idea: Idea) -> str:
@@ -264,7 +268,7 @@ def source_of(idea: Idea) -> str:
     return f"{where}, {len(idea.learn)} questions to learn from and {len(idea.test)} to test"
 
 
-def stages(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[str, int, int], None]:
+def stage_reporter(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[str, int, int], None]:
     """Report stages on the bar; or, without a terminal, as a line at the start and at each quarter of a stage."""
     reached: dict[str, int] = {}
 
@@ -282,10 +286,10 @@ def stages(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[st
     return stage
 
 
-def summary(made: Made) -> list[str]:
+def summary(made_steering: Made) -> list[str]:
     """The verdict on a steering that was made, as lines, with example answers."""
-    lines = [*made.verdict.lines(), f"chosen: {made.name}"]
-    for example in made.examples[:SHOWN]:
+    lines = [*made_steering.verdict.lines(), f"chosen: {made_steering.name}"]
+    for example in made_steering.examples[:SHOWN]:
         lines += [
             "",
             f"> {shortened(example.question, EXAMPLE)}",
@@ -296,19 +300,21 @@ def summary(made: Made) -> list[str]:
     return lines
 
 
-def _document(model: str, made: Made, out: Path | None, digest: str | None, following: list[str]) -> dict[str, Any]:
+def _document(
+    model: str, made_steering: Made, out: Path | None, digest: str | None, following: list[str]
+) -> dict[str, Any]:
     return {
         "file": None if out is None else str(out),
         "digest": digest,
         "model": model,
-        "idea": made.idea,
-        "source": made.source,
-        "chosen": made.name,
-        "verdict": {**made.verdict.as_measured(), "why_not": made.verdict.why_not},
+        "idea": made_steering.idea,
+        "source": made_steering.source,
+        "chosen": made_steering.name,
+        "verdict": {**made_steering.verdict.as_measured(), "why_not": made_steering.verdict.why_not},
         "candidates": [
             {"name": candidate.name, "likelihood": candidate.likelihood, "lead": candidate.lead}
-            for candidate in made.candidates
+            for candidate in made_steering.candidates
         ],
-        "examples": [asdict(example) for example in made.examples],
+        "examples": [asdict(example) for example in made_steering.examples],
         "next": following,
     }

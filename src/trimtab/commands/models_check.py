@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.commands.model import BareModelOptions, silence, without_bars
+from trimtab.commands.model import BareModelOptions, silence, suppress_progress_bars
 from trimtab.commands.terminal import note, say, show, write_json
 from trimtab.errors import TrimtabError
 
@@ -27,7 +27,7 @@ def check(loader: BareModelOptions, *, json: bool) -> None:
 
     Raises `typer.Exit` with 1 if something is wrong, so that it can serve as a test.
     """
-    without_bars(json)
+    suppress_progress_bars(json)
     report = _report(loader, quiet=json)
     if json:
         write_json(report.as_json())

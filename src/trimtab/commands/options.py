@@ -21,7 +21,7 @@ from typing import Any, TypeVar, get_type_hints
 import typer
 
 from trimtab.errors import TrimtabError
-from trimtab.files.target import check_target
+from trimtab.files.atomic_write import check_target
 
 Group = TypeVar("Group")
 
@@ -41,8 +41,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**kwargs: Any) -> None:
-        made = {name: taken(kind, kwargs) for name, kind in groups.items()}
-        command(**kwargs, **made)
+        group_values = {name: pop_group(kind, kwargs) for name, kind in groups.items()}
+        command(**kwargs, **group_values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -75,13 +75,13 @@ def numbers_of(text: str, option: str, example: str) -> list[float]:
         raise TrimtabError(f"{option} {text!r} isn't a list of numbers; write {example}") from None
 
 
-def alone(name: str, function: Callable[..., Any]) -> Any:
+def standalone_command(name: str, function: Callable[..., Any]) -> Any:
     """Make a separate command of a function, for another command to pass its arguments to."""
     app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
     app.command(name=name, context_settings={"help_option_names": ["-h", "--help"]})(function)
     return typer.main.get_command(app)
 
 
-def taken(group: type[Group], kwargs: dict[str, Any]) -> Group:
+def pop_group(group: type[Group], kwargs: dict[str, Any]) -> Group:
     """The group with the values of its options, which are removed from `kwargs`."""
     return group(**{f.name: kwargs.pop(f.name) for f in fields(group)})  # type: ignore[arg-type]

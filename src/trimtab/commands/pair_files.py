@@ -11,7 +11,7 @@ import typer
 
 from trimtab.errors import TrimtabError
 from trimtab.text.columns import Columns
-from trimtab.text.pairs import KEYS, Pair, pairs_from_text, read_pairs_by
+from trimtab.text.pairs import KEYS, Pair, pairs_from_text, read_pairs_with
 
 PANEL = "Columns of pairs"
 
@@ -40,7 +40,7 @@ class ColumnOptions:
     keys: KeysOption = None
     ignore: IgnoreOption = None
 
-    def of(self, *, pairs: bool, source: str = "--pairs") -> Columns:
+    def to_columns(self, *, pairs: bool, source: str = "--pairs") -> Columns:
         """The parsed mapping. Raises `TrimtabError` if it is malformed, or if there are no `pairs` to apply it to."""
         for name, value in (("--keys", self.keys), ("--ignore", self.ignore)):
             if value is not None and not pairs:
@@ -49,11 +49,11 @@ class ColumnOptions:
 
     def read(self, path: str | Path | None) -> list[Pair]:
         """Read the pairs with this mapping; empty without a path. Raises `TrimtabError` like `read_pairs`."""
-        return pairs_in(path, self.of(pairs=path is not None))
+        return load_pairs(path, self.to_columns(pairs=path is not None))
 
 
-def pairs_in(path: str | Path | None, columns: Columns) -> list[Pair]:
+def load_pairs(path: str | Path | None, columns: Columns) -> list[Pair]:
     """Read the pairs of a file (`-`: standard input); empty without a path. Raises `TrimtabError` like `read_pairs`."""
     if str(path) == "-":
         return pairs_from_text(sys.stdin.read(), "standard input", columns)
-    return [] if path is None else read_pairs_by(path, columns)
+    return [] if path is None else read_pairs_with(path, columns)

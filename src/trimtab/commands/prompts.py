@@ -12,11 +12,11 @@ import typer
 
 from trimtab.errors import TrimtabError
 from trimtab.text.chat import Prompt
-from trimtab.text.columns import ALIASES, belonging, columns_of, is_blank, is_nan
-from trimtab.text.images import beside, read_image
-from trimtab.text.messages import as_messages, of_json
-from trimtab.text.read import kind_of, read_text
+from trimtab.text.columns import ALIASES, columns_of, is_blank, is_nan, unused_prompt_columns
+from trimtab.text.images import image_content, read_image
+from trimtab.text.messages import as_messages, messages_from_json
 from trimtab.text.tables import COLUMNAR, READERS, read_rows
+from trimtab.text.text_files import kind_of, read_text
 
 COLUMNS = ("prompt", "messages", "conversations", "question", "instruction", "input", "user", "text")
 """The columns that may hold a row's prompt."""
@@ -51,7 +51,7 @@ def gather_prompts(texts: Sequence[str], source: str | None, column: str | None 
     return results
 
 
-def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: bool = False) -> list[Prompt]:
+def attach_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: bool = False) -> list[Prompt]:
     """The prompts with these images at the beginning of the last user message.
 
     Raises `TrimtabError` for a file that isn't an image, plain text, and messages without a user message.
@@ -62,12 +62,12 @@ def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: boo
         read_image(Path(name), what=f"--image {name}")
     results: list[Prompt] = []
     for prompt in prompts:
-        talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages: list[dict[str, Any]] = [dict(message) for message in talk]
-        asking = [message for message in messages if message["role"] == "user"]
-        if not asking:
+        conversation = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages: list[dict[str, Any]] = [dict(message) for message in conversation]
+        user_messages = [message for message in messages if message["role"] == "user"]
+        if not user_messages:
             raise TrimtabError("--image belongs to a user message, and a prompt has none")
-        asking[-1]["content"] = beside(images, asking[-1]["content"])
+        user_messages[-1]["content"] = image_content(images, user_messages[-1]["content"])
         results.append(messages)
     return results
 
@@ -118,17 +118,19 @@ def _prompt(row: Any, where: str, column: str | None) -> Prompt:
     name = _column(row, where, column)
     prompt = _checked(row[name], where, messages=name in ("messages", "conversations"))
     systems = columns_of(row, ("system", *ALIASES["system"]))
-    said = [column for column in systems if column != name and not is_blank(row[column])]
-    if not said:
+    system_columns = [column for column in systems if column != name and not is_blank(row[column])]
+    if not system_columns:
         return prompt
-    if len(said) > 1:
-        raise TrimtabError(f"{where}: {said[0]!r} and {said[1]!r} are two system prompts; take one of them out")
-    if not isinstance(row[said[0]], str):
-        raise TrimtabError(f"{where}: {said[0]!r} isn't text")
+    if len(system_columns) > 1:
+        raise TrimtabError(
+            f"{where}: {system_columns[0]!r} and {system_columns[1]!r} are two system prompts; take one of them out"
+        )
+    if not isinstance(row[system_columns[0]], str):
+        raise TrimtabError(f"{where}: {system_columns[0]!r} isn't text")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if messages[0]["role"] == "system":
         raise TrimtabError(f"{where}: the system prompt is given twice: in the messages, and in a column of its own")
-    return [{"role": "system", "content": row[said[0]]}, *messages]
+    return [{"role": "system", "content": row[system_columns[0]]}, *messages]
 
 
 def _column(row: Mapping[str, Any], where: str, wanted: str | None) -> str:
@@ -138,23 +140,27 @@ def _column(row: Mapping[str, Any], where: str, wanted: str | None) -> str:
         if wanted not in row:
             raise TrimtabError(f"{where}: there is no column {wanted!r}; {has}")
         return wanted
-    there = columns_of(row, COLUMNS)
-    if not there:
+    present_columns = columns_of(row, COLUMNS)
+    if not present_columns:
         raise TrimtabError(f"{where}: no prompt: {has}; name its column (--column), or call it {COLUMNS[0]!r}")
-    said = [name for name in there if not is_blank(row[name])]
+    filled_columns = [name for name in present_columns if not is_blank(row[name])]
     systems = columns_of(row, ("system", *ALIASES["system"]))
-    lost = [name for name in belonging(row, row[said[0]]) if name not in (*said, *systems)] if said else []
-    if said and len(rivals := [*said, *lost]) > 1:
+    unread_columns = (
+        [name for name in unused_prompt_columns(row, row[filled_columns[0]]) if name not in (*filled_columns, *systems)]
+        if filled_columns
+        else []
+    )
+    if filled_columns and len(rivals := [*filled_columns, *unread_columns]) > 1:
         raise TrimtabError(
             f"{where}: {' and '.join(map(repr, rivals))} could each belong to the prompt, and only one is read; choose"
             f" one (--column {rivals[0]}), or write the whole prompt into one"
         )
-    return (said or there)[0]
+    return (filled_columns or present_columns)[0]
 
 
 def _checked(value: Any, where: str, *, messages: bool = False) -> Prompt:
     try:
-        value = as_messages(of_json(value) if isinstance(value, str) else value)
+        value = as_messages(messages_from_json(value) if isinstance(value, str) else value)
     except TrimtabError as error:
         raise TrimtabError(f"{where}: {error}") from None
     if isinstance(value, list) or messages:

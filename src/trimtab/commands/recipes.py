@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from trimtab.errors import TrimtabError
-from trimtab.methods.recipe import Recipe, recipe_named, recipes
+from trimtab.methods.recipe import Recipe, find_recipe, recipes
 from trimtab.text.pairs import Pair
 
 
 def recipe_for(name: str, pairs: Sequence[Pair], source: str) -> Recipe:
     """The method of that name. Raises `TrimtabError` if there is none, or if it can't learn from such pairs."""
-    recipe = known_recipe(name)
+    recipe = require_recipe(name)
     check_shape(recipe, pairs, source)
     return recipe
 
 
-def known_recipe(name: str) -> Recipe:
+def require_recipe(name: str) -> Recipe:
     """The method of that name. If there is none, raises `TrimtabError` with the most similar name."""
-    recipe = recipe_named(name)
+    recipe = find_recipe(name)
     if recipe is None:
         methods = recipes()
         near = get_close_matches(name.lower(), methods, n=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trimtab.decoding.grammar import Schema, json_grammar
 from trimtab.errors import TrimtabError
-from trimtab.text.read import read_text
+from trimtab.text.text_files import read_text
 
 
 def read_schema(path: Path) -> Schema:

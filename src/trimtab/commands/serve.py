@@ -20,7 +20,7 @@ from trimtab.errors import TrimtabError
 if TYPE_CHECKING:
     from trimtab.serve.library import Library
     from trimtab.serve.policy import Policy
-    from trimtab.serve.vllm.settings import DoorSettings
+    from trimtab.serve.vllm.settings import MiddlewareSettings
 
 LIMITS = "Limits"
 SAFETY = "Policy"
@@ -246,13 +246,13 @@ def serve(
         check_installed()
         _check_audit(audit, audit_prompts, audit_sync)
         from trimtab.serve.run import is_loopback
-        from trimtab.serve.vllm.settings import DoorSettings
+        from trimtab.serve.vllm.settings import MiddlewareSettings
 
         files = [None if options is None else str(options) for options in (policy, audit, access_log)]
-        door = DoorSettings(
+        middleware_settings = MiddlewareSettings(
             files[0], max_dose, files[1], audit_prompts, audit_sync, files[2], max_body, max_held, is_loopback(host)
         )
-        _serve_vllm(context, door, steerings, host, port, insecure, rows, loader, vllm or [])
+        _serve_vllm(context, middleware_settings, steerings, host, port, insecure, rows, loader, vllm or [])
     if engine != "transformers":
         raise TrimtabError(f"--engine {engine} can't serve; transformers and vllm can")
     if vllm:
@@ -270,7 +270,7 @@ def serve(
         raise TrimtabError(f"there is no folder {steerings}; --steerings names a folder of steering files")
     from trimtab.serve.access import AccessLog
     from trimtab.serve.audit import Audit
-    from trimtab.serve.connections import room_for
+    from trimtab.serve.connections import raise_file_limit
     from trimtab.serve.library import files_of
     from trimtab.serve.monitored import picks_of
     from trimtab.serve.run import bind, is_loopback
@@ -281,19 +281,19 @@ def serve(
     picks_of(monitor or [])
     tracers = None
     if otel:
-        from trimtab.serve.tracing import provider
+        from trimtab.serve.tracing import make_tracer_provider
 
-        tracers = provider()
+        tracers = make_tracer_provider()
     accesses = None if access_log is None else AccessLog(access_log)
-    written = Audit(audit, prompts=audit_prompts, sync=audit_sync)
+    audit_log = Audit(audit, prompts=audit_prompts, sync=audit_sync)
     bound = bind(host, port)
     lm = loader.load(quiet=False)
-    from trimtab.engines.transformers.prefixes import Prefixes
+    from trimtab.engines.transformers.prefixes import RequestPrefixCache
     from trimtab.serve.app import make_app
     from trimtab.serve.library import Library, read_folder, reload
     from trimtab.serve.metrics import Metrics
     from trimtab.serve.monitored import read_monitors
-    from trimtab.serve.packaged import packaged
+    from trimtab.serve.packaged import packaged_library
     from trimtab.serve.scheduler import Scheduler
     from trimtab.serve.service import Limits, Service
 
@@ -301,18 +301,18 @@ def serve(
     if steerings is not None:
         library = read_folder(lm, steerings)
     elif policy is None:  # with a policy, only its author decides what is served
-        library = packaged(lm)
+        library = packaged_library(lm)
     check_names(rules, library.names)
     watching = read_monitors(lm, monitor or [])
     metrics = Metrics()
-    prefixes = Prefixes(prefix_cache, shared=prefix_shared) if prefix_cache else None
-    scheduler = Scheduler(lm, rows=rows, waiting=queue, finished=metrics.finished, prefixes=prefixes)
+    prefixes = RequestPrefixCache(prefix_cache, shared=prefix_shared) if prefix_cache else None
+    scheduler = Scheduler(lm, rows=rows, max_queued=queue, finished=metrics.count_answer, prefixes=prefixes)
     service = Service(
         lm,
         library,
         scheduler,
         rules,
-        written,
+        audit_log,
         metrics,
         Limits(
             max_body,
@@ -332,55 +332,57 @@ def serve(
         watching,
         accesses,
     )
-    assert service.always_watching is not None  # the policy's monitors exist, and fit
+    assert service.always_on_monitors is not None  # the policy's monitors exist, and fit
     if clean_cache:
         lm.require("clean_cache")
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-    made = make_app(service, local=is_loopback(host), playground=page, provider=tracers)
-    _greet(address, library, rules, own=steerings is not None)
+    web_app = make_app(service, local=is_loopback(host), playground=page, provider=tracers)
+    _print_startup(address, library, rules, own=steerings is not None)
     if page:
         note(f"a page to try them on: {address}/", quiet=False)
     elif playground:
         note("no page to try them on: it needs gradio, pip install 'trimtab[serve]'", quiet=False)
-    room = room_for(connections)
-    if room < connections:
-        note(f"{room} connections at a time: the system allows no more open files (ulimit -n)", quiet=False)
+    connection_limit = raise_file_limit(connections)
+    if connection_limit < connections:
+        note(f"{connection_limit} connections at a time: the system allows no more open files (ulimit -n)", quiet=False)
 
     def hangup() -> None:
         try:
             if accesses is not None:
                 accesses.reopen()
             if steerings is not None:
-                new, changed, gone = reload(library, steerings, rules)
-                note(f"read {steerings} again: {len(new)} new, {len(changed)} changed, {len(gone)} gone", quiet=False)
+                new, changed, removed = reload(library, steerings, rules)
+                note(
+                    f"read {steerings} again: {len(new)} new, {len(changed)} changed, {len(removed)} gone", quiet=False
+                )
         except TrimtabError as error:
             note(f"nothing was reloaded: {error}", quiet=False)
 
-    run(made, scheduler, bound, grace=grace, connections=room, hangup=hangup)
+    run(web_app, scheduler, bound, grace=grace, connections=connection_limit, hangup=hangup)
     note("stopped", quiet=False)
 
 
 def _serve_vllm(
     context: typer.Context,
-    door: DoorSettings,
+    middleware_settings: MiddlewareSettings,
     steerings: Path | None,
     host: str,
     port: int,
     insecure: bool,
     rows: int,
     loader: ModelOptions,
-    more: list[str],
+    vllm_options: list[str],
 ) -> NoReturn:
     from trimtab.engines.vllm.versions import check_version
 
     check_version()
-    rules = rules_of(door, steerings, more)
+    rules = rules_of(middleware_settings, steerings, vllm_options)
     _check_reach(host, rules, insecure)
     origin = context.get_parameter_source("rows")
-    wanted = rows if origin is not None and origin.name == "COMMANDLINE" else None
+    max_rows = rows if origin is not None and origin.name == "COMMANDLINE" else None
     about: dict[str, Any] = {"model": loader.model, "dtype": loader.dtype, "revision": loader.revision}
-    command = vllm_command(host=host, port=port, rows=wanted, more=more, **about)
-    hand_over(command, vllm_environment(os.environ, steerings, more, door, rules))
+    command = vllm_command(host=host, port=port, rows=max_rows, vllm_options=vllm_options, **about)
+    hand_over(command, vllm_environment(os.environ, steerings, vllm_options, middleware_settings, rules))
 
 
 def _check_audit(audit: Path | None, prompts: bool, sync: bool) -> None:
@@ -406,18 +408,18 @@ def _check_reach(host: str, rules: Policy, insecure: bool) -> None:
         )
 
 
-def _greet(address: str, library: Library, rules: Policy, *, own: bool) -> None:
-    from trimtab.serve.protected import protected
+def _print_startup(address: str, library: Library, rules: Policy, *, own: bool) -> None:
+    from trimtab.serve.protected import protection_of
 
     show(f"serving {library.lm.name} at {address}")
     names = library.names
     listed = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-    come = "" if own or not names else " (included with trimtab; --steerings names a folder of your own)"
-    note(f"steerings: {listed or 'none; --steerings names a folder of them'}{come}", quiet=False)
+    included_hint = "" if own or not names else " (included with trimtab; --steerings names a folder of your own)"
+    note(f"steerings: {listed or 'none; --steerings names a folder of them'}{included_hint}", quiet=False)
     if rules.always:
         note(f"always on: {', '.join(f'{name} at {strength:g}' for name, strength in rules.always)}", quiet=False)
         loaded = [(name, library.get(name)) for name, _ in rules.always]
-        if unknown := protected(
+        if unknown := protection_of(
             [(name, steering.steering) for name, steering in loaded if steering is not None]
         ).unknown:
             note(

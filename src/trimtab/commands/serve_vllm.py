@@ -16,18 +16,27 @@ from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.serve.policy import Policy
-    from trimtab.serve.vllm.settings import DoorSettings
+    from trimtab.serve.vllm.settings import MiddlewareSettings
 
 KEY = "TRIMTAB_API_KEY"
 SETTINGS = "TRIMTAB_DOOR"
 CLOSED = "TRIMTAB_CLOSED"
 
-PASSED = ("steerings", "host", "port", "rows", "model", "dtype", "revision", "insecure", "engine", "vllm")
+SUPPORTED_OPTIONS = ("steerings", "host", "port", "rows", "model", "dtype", "revision", "insecure", "engine", "vllm")
 """The options of `trimtab serve` that vLLM's server supports."""
-AT_THE_DOOR = ("policy", "max_dose", "audit", "audit_prompts", "audit_sync", "access_log", "max_body", "max_held")
+MIDDLEWARE_OPTIONS = (
+    "policy",
+    "max_dose",
+    "audit",
+    "audit_prompts",
+    "audit_sync",
+    "access_log",
+    "max_body",
+    "max_held",
+)
 """The options that the middleware in front of it supports."""
-DOOR = "trimtab.serve.vllm.door.Door"
-PAST_THE_DOOR = {
+MIDDLEWARE = "trimtab.serve.vllm.middleware.SteeringMiddleware"
+FORBIDDEN_OPTIONS = {
     "--grpc": "its gRPC server doesn't check the policy's keys",
     "--root-path": "the server is at the root path; a proxy can serve it elsewhere",
     "--api-key": "keys belong in the policy, or one in TRIMTAB_API_KEY",
@@ -41,7 +50,11 @@ def check_options(context: typer.Context) -> None:
     """Raise `TrimtabError` for an option on the command line that vLLM's server doesn't support."""
     for parameter in context.command.params:
         origin = context.get_parameter_source(parameter.name or "")
-        if origin is not None and origin.name == "COMMANDLINE" and parameter.name not in PASSED + AT_THE_DOOR:
+        if (
+            origin is not None
+            and origin.name == "COMMANDLINE"
+            and parameter.name not in SUPPORTED_OPTIONS + MIDDLEWARE_OPTIONS
+        ):
             raise TrimtabError(
                 f"--{(parameter.name or '').replace('_', '-')} is an option of trimtab's own server, and --engine vllm"
                 " starts vLLM's; leave out one of them"
@@ -56,9 +69,11 @@ def vllm_command(
     rows: int | None,
     dtype: str,
     revision: str | None,
-    more: Sequence[str],
+    vllm_options: Sequence[str],
 ) -> list[str]:
-    """The command that starts vLLM's server with these options; `more` are options for vLLM, passed on unchanged."""
+    """The command that starts vLLM's server with these options; `vllm_options` are options for vLLM, passed on
+    unchanged.
+    """
     from trimtab.engines.transformers.default_model import NAME, default_folder
 
     if model is not None and Path(model).suffix == ".gguf":
@@ -71,24 +86,24 @@ def vllm_command(
     command += ["--dtype", dtype] if dtype != "auto" else []
     command += ["--revision", revision] if revision is not None else []
     command += ["--max-num-seqs", str(rows)] if rows is not None else []
-    if not any(argument.split("=")[0] in ("--served-model-name", "--served_model_name") for argument in more):
+    if not any(argument.split("=")[0] in ("--served-model-name", "--served_model_name") for argument in vllm_options):
         command += ["--served-model-name", "trimtab", name]
-    return [*command, *more, "--middleware", DOOR]  # the last is the outermost
+    return [*command, *vllm_options, "--middleware", MIDDLEWARE]  # the last is the outermost
 
 
 def vllm_environment(
     environment: Mapping[str, str],
     steerings: Path | None,
-    more: Sequence[str] = (),
-    door: DoorSettings | None = None,
+    vllm_options: Sequence[str] = (),
+    middleware_settings: MiddlewareSettings | None = None,
     rules: Policy | None = None,
 ) -> dict[str, str]:
     """The environment for the server: the plugin with its routes, the steerings, the middleware's settings, and memory.
 
-    `more` are options for vLLM; a memory setting among them isn't set again. `rules` is the middleware's policy. The
-    key in TRIMTAB_API_KEY becomes vLLM's own key as well if it is the only one.
+    `vllm_options` are options for vLLM; a memory setting among them isn't set again. `rules` is the middleware's
+    policy. The key in TRIMTAB_API_KEY becomes vLLM's own key as well if it is the only one.
     """
-    result = {**environment, **cpu_space(more, environment)}
+    result = {**environment, **cpu_space(vllm_options, environment)}
     named = result.get("VLLM_PLUGINS")
     others = _plugins() if named is None else {plugin for plugin in named.split(",") if plugin}
     result["VLLM_PLUGINS"] = ",".join(sorted({"trimtab", *others}))
@@ -98,21 +113,21 @@ def vllm_environment(
     key = result.get(KEY)
     if key and (rules is None or len(rules.keys) == 1):
         result["VLLM_API_KEY"] = key
-    if door is not None and rules is not None:
-        result[SETTINGS] = door.to_text()
-        result[CLOSED] = str(int(door.closes(rules)))
+    if middleware_settings is not None and rules is not None:
+        result[SETTINGS] = middleware_settings.to_text()
+        result[CLOSED] = str(int(middleware_settings.closes(rules)))
     return result
 
 
-def check_closed(more: Sequence[str], environment: Mapping[str, str]) -> None:
+def check_no_bypass(vllm_options: Sequence[str], environment: Mapping[str, str]) -> None:
     """Raise `TrimtabError` for settings that would bypass the middleware of a server with a policy."""
-    for option in more:
+    for option in vllm_options:
         name = option.split("=")[0].replace("_", "-")
-        if name in PAST_THE_DOOR:
-            raise TrimtabError(f"{name} can't be combined with a policy or an audit log: {PAST_THE_DOOR[name]}")
+        if name in FORBIDDEN_OPTIONS:
+            raise TrimtabError(f"{name} can't be combined with a policy or an audit log: {FORBIDDEN_OPTIONS[name]}")
     if environment.get("VLLM_API_KEY"):
         raise TrimtabError(
-            f"VLLM_API_KEY can't be combined with a policy or an audit log: {PAST_THE_DOOR['--api-key']}"
+            f"VLLM_API_KEY can't be combined with a policy or an audit log: {FORBIDDEN_OPTIONS['--api-key']}"
         )
     if environment.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
         raise TrimtabError(
@@ -126,17 +141,17 @@ def _plugins() -> set[str]:
     return {plugin.name for group in GROUPS for plugin in entry_points(group=group)}
 
 
-def rules_of(door: DoorSettings, steerings: Path | None, more: Sequence[str]) -> Policy:
+def rules_of(middleware_settings: MiddlewareSettings, steerings: Path | None, vllm_options: Sequence[str]) -> Policy:
     """The middleware's policy. Raises `TrimtabError` before the start if it or the steerings can't be used."""
     from trimtab.engines.vllm.frontend import Names
-    from trimtab.serve.vllm.door import check
+    from trimtab.serve.vllm.middleware import check
 
     names = Names()
     if steerings is not None:
         names.load(steerings)
-    rules = check(door, names)
-    if door.closes(rules):
-        check_closed(more, os.environ)
+    rules = check(middleware_settings, names)
+    if middleware_settings.closes(rules):
+        check_no_bypass(vllm_options, os.environ)
     return rules
 
 

@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-EVERY = 30.0
+PROGRESS_INTERVAL = 30.0
 """Seconds between two progress lines if there is no terminal."""
 
 
@@ -69,18 +69,25 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Lines:
-    """Replaces a bar in a log: one line for each new label, and one for the progress every `EVERY` seconds."""
+class _ProgressLines:
+    """Replaces a bar in a log: one line for each new label, and one for the progress every `PROGRESS_INTERVAL`
+    seconds.
+    """
 
     def __init__(self, label: str) -> None:
-        self.label, self.told = label, time.monotonic()
+        self.label, self.last_report = label, time.monotonic()
 
     def __call__(self, done: int | None = None, total: int | None = None, *, label: str | None = None) -> None:
         if label is not None and label != self.label:
-            self.label, self.told = label, time.monotonic()
+            self.label, self.last_report = label, time.monotonic()
             note(label, quiet=False)
-        elif done is not None and total is not None and done < total and time.monotonic() >= self.told + EVERY:
-            self.told = time.monotonic()
+        elif (
+            done is not None
+            and total is not None
+            and done < total
+            and time.monotonic() >= self.last_report + PROGRESS_INTERVAL
+        ):
+            self.last_report = time.monotonic()
             note(f"{self.label} ({done} of {total})", quiet=False)
 
 
@@ -92,7 +99,7 @@ def progress_bar(label: str, *, quiet: bool, lines: bool = True) -> Iterator[Cal
     if nothing is printed, which includes `quiet`.
     """
     if not quiet and not sys.stderr.isatty():
-        yield _Lines(label) if lines else None
+        yield _ProgressLines(label) if lines else None
         return
     if quiet:
         yield None
@@ -110,7 +117,7 @@ def progress_bar(label: str, *, quiet: bool, lines: bool = True) -> Iterator[Cal
 
 
 @contextmanager
-def handling(number: int, handler: Callable[..., None]) -> Iterator[None]:
+def signal_handler(number: int, handler: Callable[..., None]) -> Iterator[None]:
     """While open, a signal calls the handler. Only the main thread handles signals; other threads change nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -136,7 +143,7 @@ def sigterm_interrupts() -> Iterator[None]:
             came = True
             raise KeyboardInterrupt
 
-    with handling(signal.SIGTERM, interrupt):
+    with signal_handler(signal.SIGTERM, interrupt):
         yield
 
 
@@ -146,18 +153,18 @@ def warnings_as_lines() -> Iterator[None]:
 
     A warning class with `once` is printed once, whatever its message.
     """
-    said: set[str] = set()
+    seen: set[str] = set()
 
-    def line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    def print_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         text = str(message)
         key = category.__name__ if getattr(category, "once", False) else text
-        if category.__module__.partition(".")[0] == "trimtab" and key not in said:
-            said.add(key)
+        if category.__module__.partition(".")[0] == "trimtab" and key not in seen:
+            seen.add(key)
             say(f"warning: {text}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = line
+        warnings.showwarning = print_warning
         yield
 
 

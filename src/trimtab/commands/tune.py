@@ -20,24 +20,24 @@ from trimtab.commands.terminal import progress_bar, say, show, sigterm_interrupt
 from trimtab.commands.tune_advice import advice
 from trimtab.commands.tune_report import document, print_search, verdict
 from trimtab.commands.tune_task import (
+    answer_task,
     check_behaviour,
     check_of,
-    doubts_of,
-    held_pairs,
-    of_answers,
-    of_instruction,
-    of_letters,
-    of_prompts,
+    instruction_task,
+    letter_task,
+    prompt_task,
+    search_warnings,
+    select_search_pairs,
 )
 from trimtab.errors import TrimtabError
-from trimtab.files.target import check_target
+from trimtab.files.atomic_write import check_target
 
 if TYPE_CHECKING:
     from trimtab.steering import Positions
     from trimtab.tune import Guard
 
 SEARCH, COST = "Search", "Cost"
-NOTHING = 3
+EXIT_NOTHING_BETTER = 3
 """The exit code if nothing is better than not steering."""
 
 
@@ -167,7 +167,7 @@ def tune(
     chosen_strengths = _numbers(strengths)
     rules = _rules(positions)
     limits = _guard(guard or [])
-    wanted = parse_layers(layers)
+    requested_layers = parse_layers(layers)
     operations = ["add", "project"] if operation == "both" else [operation]
     if operation not in ("both", "add", "project"):
         raise TrimtabError(f"--operation is add, project or both, got {operation!r}")
@@ -175,32 +175,32 @@ def tune(
         raise TrimtabError(f"--margin is a finite number, such as 0.1, got {margin}")
     if budget_minutes is not None and not (math.isfinite(budget_minutes) and budget_minutes > 0):
         raise TrimtabError(f"--budget-minutes is a number above 0, got {budget_minutes}")
-    read = columns.read(pairs)
+    pair_list = columns.read(pairs)
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "margin": margin,
         "seed": seed,
         "budget_seconds": None if budget_minutes is None else 60 * budget_minutes,
     }
-    letters = bool(read) and read[0].shape == "letters"
-    behaviour = letters or (bool(read) and read[0].shape == "answers")
+    letters = bool(pair_list) and pair_list[0].shape == "letters"
+    behaviour = letters or (bool(pair_list) and pair_list[0].shape == "answers")
     if behaviour:
-        check_behaviour(read[0].shape, operation, with_instruction)
+        check_behaviour(pair_list[0].shape, operation, with_instruction)
     if letters:
         if check or type_ or kwargs or budget_tokens:
             raise TrimtabError(
                 "pairs of letters are scored by the letters' probabilities, and nothing is generated;"
                 " leave out --check, --type, --kwargs and --budget-tokens"
             )
-        task = of_letters(read, limit, seed, str(pairs))
+        task = letter_task(pair_list, limit, seed, str(pairs))
         checker: Check | None = None
     else:
         task = (
-            of_instruction(instruction, with_instruction, limit)
+            instruction_task(instruction, with_instruction, limit)
             if instruction is not None
-            else of_answers(read, limit, seed, str(pairs))
+            else answer_task(pair_list, limit, seed, str(pairs))
             if behaviour
-            else of_prompts(read, with_instruction, limit, seed, str(pairs))
+            else prompt_task(pair_list, with_instruction, limit, seed, str(pairs))
         )
         if instruction is not None and check is None and type_ is None and kwargs is None:
             check, type_, kwargs = check_of(instruction)
@@ -211,8 +211,8 @@ def tune(
     from trimtab.tune import tune as search_for
 
     lm = loader.load(quiet=json)
-    tried = list(range(lm.layout.layers)) if wanted == "all" else wanted
-    tried = default_layers(lm.layout.layers) if tried is None else tried
+    layers_to_try = list(range(lm.layout.layers)) if requested_layers == "all" else requested_layers
+    layers_to_try = default_layers(lm.layout.layers) if layers_to_try is None else layers_to_try
     lines = not json and not sys.stderr.isatty()  # instead of progress bars
     if lines:
         common["on_round"] = lambda finished: say(str(finished))
@@ -221,19 +221,19 @@ def tune(
             if behaviour:
                 from trimtab.methods.caa import learn_caa
 
-                learned = {"add": learn_caa(lm, task.pairs, tried, progress=progress)}  # type: ignore[arg-type]
+                learned = {"add": learn_caa(lm, task.pairs, layers_to_try, progress=progress)}  # type: ignore[arg-type]
             else:
-                learned = learn_operations(lm, task.pairs, tried, operations, progress=progress)  # type: ignore[arg-type]
+                learned = learn_operations(lm, task.pairs, layers_to_try, operations, progress=progress)  # type: ignore[arg-type]
         if lines:
-            say(f"learned from {len(task.pairs)} pairs at {len(tried)} blocks")
+            say(f"learned from {len(task.pairs)} pairs at {len(layers_to_try)} blocks")
         candidates = grid(learned, chosen_strengths, rules)
-        doubts = doubts_of(task, len(candidates), seed, 1 if letters else max_new_tokens, budget_tokens)
-        for doubt in [] if json else doubts:
+        warnings = search_warnings(task, len(candidates), seed, 1 if letters else max_new_tokens, budget_tokens)
+        for doubt in [] if json else warnings:
             say(f"warning: {doubt}")
         with progress_bar(f"{len(candidates)} candidates", quiet=json) as progress:
             if letters:
-                held = held_pairs(read, task)
-                result = tune_letters(lm, candidates, held, progress=progress, **common)
+                search_pairs = select_search_pairs(pair_list, task)
+                result = tune_letters(lm, candidates, search_pairs, progress=progress, **common)
             else:
                 assert checker is not None
                 result = search_for(
@@ -255,19 +255,19 @@ def tune(
         if figure is not None:
             from trimtab.report.search import plot_search
 
-            what = f"{task.what} on {lm.name}"
+            what = f"{task.title} on {lm.name}"
             plot_search(result.table, figure, what, chosen=result.setting, verdict=verdict(result))
     advised: tuple[str, ...] = ()
     if digest is None:
         instructed = with_instruction and not behaviour
         advised = advice(result, blocks=lm.layout.layers, instruction=instruction, instructed=instructed)
     if json:
-        write_json({**document(lm, task, result, out, digest, figure), "warnings": doubts, "advice": list(advised)})
+        write_json({**document(lm, task, result, out, digest, figure), "warnings": warnings, "advice": list(advised)})
     else:
-        print_search(lm, task, result, loader.named, out, figure)
+        print_search(lm, task, result, loader.model_argument, out, figure)
         show(*(f"try next: {line}" for line in advised))
     if digest is None:
-        raise typer.Exit(130 if result.interrupted else NOTHING)
+        raise typer.Exit(130 if result.interrupted else EXIT_NOTHING_BETTER)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------

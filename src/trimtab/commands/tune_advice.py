@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trimtab.tune import Tuned
 
-FOLLOWED = 0.9
+HIGH_BASELINE = 0.9
 """At or above this score, unsteered answers leave little to gain."""
 
 
@@ -24,11 +24,11 @@ def advice(result: Tuned, *, blocks: int, instruction: str | None, instructed: b
     lines = []
     if result.exhausted or not rows:
         lines.append("the search was cut short: give a larger --budget-tokens or --budget-minutes, or fewer --layers")
-    followed = [base[0].score] if base else []
-    followed += [] if result.held_out is None else [result.held_out.unsteered]
-    if max(followed, default=0.0) >= FOLLOWED:
+    baseline_scores = [base[0].score] if base else []
+    baseline_scores += [] if result.held_out is None else [result.held_out.unsteered]
+    if max(baseline_scores, default=0.0) >= HIGH_BASELINE:
         tail = "; search --without-instruction, or on harder prompts" if instructed else "; search on harder prompts"
-        lines.append(f"without steering {max(followed):.0%} comply already, which leaves little to gain{tail}")
+        lines.append(f"without steering {max(baseline_scores):.0%} comply already, which leaves little to gain{tail}")
     used = sorted({abs(row.setting.strength) for row in rows if row.setting})
     broken = [row for row in rows if row.broken]
     better = [row for row in rows if row.score > row.unsteered]
@@ -39,8 +39,8 @@ def advice(result: Tuned, *, blocks: int, instruction: str | None, instructed: b
     if result.held_out is not None and not result.held_out.broken:
         count = result.held_out.items
         lines.append(f"the best was confirmed on {count} prompts only: give more of them, or a smaller --margin")
-    if rows and (tried := len({row.setting.layer for row in rows if row.setting})) < blocks:
-        lines.append(f"{tried} of {blocks} blocks were tried: --layers all")
+    if rows and (layer_count := len({row.setting.layer for row in rows if row.setting})) < blocks:
+        lines.append(f"{layer_count} of {blocks} blocks were tried: --layers all")
     if instruction is not None:
         lines.append(f'train a steering instead: trimtab learn distill --instruction "{instruction}" --out FILE')
     else:

@@ -16,19 +16,19 @@ from trimtab.commands.tune_task import Task
 if TYPE_CHECKING:
     from trimtab.lm import LM
     from trimtab.tune import Tuned
-    from trimtab.tune.tune import Tried
+    from trimtab.tune.tune import CandidateResult
 
 SHOWN = 12
 """The maximum number of candidates in the table."""
 
 
-def print_search(lm: LM, task: Task, result: Tuned, named: str, out: Path, figure: Path | None) -> None:
+def print_search(lm: LM, task: Task, result: Tuned, model_argument: str, out: Path, figure: Path | None) -> None:
     """Print what was searched, the table, and the result."""
     head = (
-        f"{task.what} on {lm.name}: learned from {len(task.pairs)} pairs, searched on {len(result.split.search)}"
+        f"{task.title} on {lm.name}: learned from {len(task.pairs)} pairs, searched on {len(result.split.search)}"
         f" prompts, confirmed on {len(result.split.held_out)} others"
     )
-    show(head, _table(result), *_beyond(result))
+    show(head, _table(result), *_omitted_lines(result))
     if result.interrupted:
         show("interrupted: this is the best so far")
     elif result.exhausted:
@@ -44,7 +44,7 @@ def print_search(lm: LM, task: Task, result: Tuned, named: str, out: Path, figur
         show("nothing is written")
     else:
         show(f"saved {out}")
-        note(f'try: trimtab generate {named}--steer {quote(str(out))} --prompt "…" --compare', quiet=False)
+        note(f'try: trimtab generate {model_argument}--steer {quote(str(out))} --prompt "…" --compare', quiet=False)
     if figure is not None:
         show(f"figure {figure}")
 
@@ -67,7 +67,7 @@ def _table(result: Tuned) -> Table:
     return table
 
 
-def _cells(row: Tried, result: Tuned) -> list[str]:
+def _cells(row: CandidateResult, result: Tuned) -> list[str]:
     setting = row.setting
     perplexity = "" if row.perplexity is None else f"{row.perplexity:.3g}"
     if setting is None:
@@ -85,7 +85,7 @@ def _cells(row: Tried, result: Tuned) -> list[str]:
     ]
 
 
-def _beyond(result: Tuned) -> list[str]:
+def _omitted_lines(result: Tuned) -> list[str]:
     """What the table leaves out: the number of other rows, and which limits of the guard were broken."""
     hidden = len(result.table) - 1 - SHOWN
     limits = Counter(reason.split(":")[0] for row in result.table for reason in row.broken)
@@ -97,7 +97,7 @@ def _beyond(result: Tuned) -> list[str]:
     return lines
 
 
-def _is_chosen(row: Tried, result: Tuned) -> bool:
+def _is_chosen(row: CandidateResult, result: Tuned) -> bool:
     return row.setting is not None and row.setting == result.setting
 
 
@@ -105,7 +105,7 @@ def document(lm: LM, task: Task, result: Tuned, out: Path, digest: str | None, f
     """The result as a JSON document."""
     return {
         "model": lm.name,
-        "task": task.what,
+        "task": task.title,
         "pairs": len(task.pairs),
         "steer": result.setting is not None,
         "setting": None if result.setting is None else asdict(result.setting),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from json import dumps
 from typing import TYPE_CHECKING
 
-from trimtab.commands.instructions import lesson_of
+from trimtab.commands.instructions import instruction_dataset
 from trimtab.errors import TrimtabError
 from trimtab.text.pairs import Pair, as_prompt, as_texts, sides
 
@@ -23,45 +23,45 @@ REPEAT = "combination:repeat_prompt"  # each query has its own check
 class Task:
     """Pairs to learn from, and texts to search on: base queries, the actual prompts, and those with the instruction."""
 
-    what: str
+    title: str
     pairs: list[Pair]
     queries: list[str]
     prompts: Sequence[Prompt]
     instructed: Sequence[Prompt]
 
 
-def of_instruction(instruction: str, with_it: bool, limit: int | None) -> Task:
+def instruction_task(instruction: str, with_it: bool, limit: int | None) -> Task:
     """The package's queries: `learn` to learn from, `tune` to search and confirm on."""
     from trimtab.data import prompts, queries
 
     sentence = instruction.strip()
-    lesson = lesson_of(sentence, queries("learn"))
+    lesson = instruction_dataset(sentence, queries("learn"))
     base = list(queries("tune")[:limit])
     instructed = prompts(base, [sentence])
     return Task(f'"{sentence}"', list(lesson.pairs), base, instructed if with_it else base, instructed)
 
 
-def of_prompts(read: list[Pair], with_it: bool, limit: int | None, seed: int, source: str) -> Task:
+def prompt_task(pairs: list[Pair], with_it: bool, limit: int | None, seed: int, source: str) -> Task:
     """A file's pairs, split by the prompt without the instruction: some to learn from, the others to search on."""
     from trimtab.tune.split import split_by_query
 
-    if read[0].shape not in ("prompts", "texts"):
+    if pairs[0].shape not in ("prompts", "texts"):
         raise TrimtabError(
-            f"{source} holds pairs of {read[0].shape}; tune takes pairs of prompts with and without an instruction,"
+            f"{source} holds pairs of {pairs[0].shape}; tune takes pairs of prompts with and without an instruction,"
             " pairs of answers, or multiple-choice pairs"
         )
-    texts = [as_texts(pair, "tune") for pair in read]
+    texts = [as_texts(pair, "tune") for pair in pairs]
     split = split_by_query([base for _, _, base in texts], held_out=1 - LEARN_SHARE, seed=seed)
     rest = [texts[i] for i in split.held_out][:limit]
     instructed, base = [with_ for _, with_, _ in rest], [without for _, _, without in rest]
-    return Task(source, [read[i] for i in split.search], base, instructed if with_it else base, instructed)
+    return Task(source, [pairs[i] for i in split.search], base, instructed if with_it else base, instructed)
 
 
-def of_answers(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
+def answer_task(pairs: list[Pair], limit: int | None, seed: int, source: str) -> Task:
     """Pairs of answers: some to learn from; the prompts of the others are answered by the model and checked."""
     from trimtab.tune.split import split_by_query
 
-    prompts = [sides(pair)[0].prompt for pair in read]
+    prompts = [sides(pair)[0].prompt for pair in pairs]
     if not all(prompts):
         raise TrimtabError(
             f"{source} has answers without a prompt, and tune generates from prompts; give each pair one"
@@ -70,7 +70,7 @@ def of_answers(read: list[Pair], limit: int | None, seed: int, source: str) -> T
     split = split_by_query(queries, held_out=1 - LEARN_SHARE, seed=seed)
     rest = list({queries[i]: i for i in reversed(split.held_out)}.values())[::-1][:limit]  # each prompt once
     questions = [as_prompt(prompts[i]) for i in rest]
-    return Task(source, [read[i] for i in split.search], [queries[i] for i in rest], questions, questions)
+    return Task(source, [pairs[i] for i in split.search], [queries[i] for i in rest], questions, questions)
 
 
 def check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
@@ -83,34 +83,41 @@ def check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
         raise TrimtabError(f"pairs of {shape} have no instruction in their prompts; leave --without-instruction out")
 
 
-def doubts_of(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
+def search_warnings(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
     """Reasons why the search can't end in a verdict, whatever it finds."""
-    from trimtab.tune.enough import too_few, too_poor
+    from trimtab.tune.feasibility import budget_warning, held_out_warning
     from trimtab.tune.halving import ladder
     from trimtab.tune.split import split_by_query
     from trimtab.tune.tune import HELD_OUT
 
     split = split_by_query(task.queries, held_out=HELD_OUT, seed=seed)
-    held, rungs = len(split.held_out), ladder(candidates, len(split.search))
-    return [why for why in (too_few(held), too_poor(candidates, rungs, held, tokens_each, budget)) if why is not None]
+    held_out_count, rungs = len(split.held_out), ladder(candidates, len(split.search))
+    return [
+        why
+        for why in (
+            held_out_warning(held_out_count),
+            budget_warning(candidates, rungs, held_out_count, tokens_each, budget),
+        )
+        if why is not None
+    ]
 
 
-def of_letters(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
+def letter_task(pairs: list[Pair], limit: int | None, seed: int, source: str) -> Task:
     """Multiple-choice pairs: some to learn from, and the questions of the others."""
     from trimtab.tune.letters import check_one_question
     from trimtab.tune.split import split_by_query
 
-    check_one_question(read)
-    questions = [str(pair.prompt) for pair in read]
+    check_one_question(pairs)
+    questions = [str(pair.prompt) for pair in pairs]
     split = split_by_query(questions, held_out=1 - LEARN_SHARE, seed=seed)
     questions = [questions[i] for i in split.held_out][:limit]
-    return Task(source, [read[i] for i in split.search], questions, questions, questions)
+    return Task(source, [pairs[i] for i in split.search], questions, questions, questions)
 
 
-def held_pairs(read: list[Pair], task: Task) -> list[Pair]:
+def select_search_pairs(pairs: list[Pair], task: Task) -> list[Pair]:
     """The pairs whose questions are searched on."""
     questions = set(task.queries)
-    return [pair for pair in read if pair.prompt in questions]
+    return [pair for pair in pairs if pair.prompt in questions]
 
 
 def check_of(instruction: str) -> tuple[str | None, str | None, str | None]:

@@ -11,14 +11,14 @@ Phrase = tuple[str, ...]
 
 TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[.,;:!?()]")
 DASH = re.compile(r"\s-+\s|[–—]")
-STOPS = frozenset(".;:!?()")
-NOT = ("not", "never", "no", "non", "nor", "neither", "cannot", "dont", "without", "less", "too", "than")
-UNASKED = frozenset((*NOT, "avoid", "stop", "quit", "hate", "dislike", "about"))
+CLAUSE_ENDS = frozenset(".;:!?()")
+NEGATIONS = ("not", "never", "no", "non", "nor", "neither", "cannot", "dont", "without", "less", "too", "than")
+NEGATING_WORDS = frozenset((*NEGATIONS, "avoid", "stop", "quit", "hate", "dislike", "about"))
 """Words that negate the traits after them in the same clause, like "instead of" and words that end in "n't"."""
-ONLY = frozenset(("only", "just", "merely"))
-STARTS = frozenset(("be", "more", "just", "sound", "talk", "speak", "write", "answer", "please"))
+ONLY_WORDS = frozenset(("only", "just", "merely"))
+REQUEST_STARTS = frozenset(("be", "more", "just", "sound", "talk", "speak", "write", "answer", "please"))
 """Words that start a new request after a negated trait: "don't be formal be casual"."""
-IS = frozenset(("is", "are", "was", "were"))
+FORMS_OF_BE = frozenset(("is", "are", "was", "were"))
 
 
 def find_trait(sentence: str) -> Trait | None:
@@ -35,22 +35,22 @@ def find_trait(sentence: str) -> Trait | None:
     tokens = _tokens(sentence)
     wanted: set[str] = set()
     clause: set[str] = set()  # the traits that this clause asks for so far
-    unasked = named = False  # whether the following traits are negated, and whether one has occurred yet
+    negated = trait_seen = False  # whether the following traits are negated, and whether one has occurred yet
     i = 0
     while i < len(tokens):
         length, names = _phrase_at(tokens, i)
         if length:
-            named = True
-            clause |= set() if unasked else names
+            trait_seen = True
+            clause |= set() if negated else names
             i += length
             continue
-        if _denies(tokens, i):
-            if tokens[i] in ("isn't", "aren't", "wasn't") or (i and tokens[i - 1] in IS):
+        if _negates(tokens, i):
+            if tokens[i] in ("isn't", "aren't", "wasn't") or (i and tokens[i - 1] in FORMS_OF_BE):
                 clause = set()  # "formal isn't what I want"
-            unasked, named = True, False
-        elif _ends(tokens, i, unasked, named):
+            negated, trait_seen = True, False
+        elif _ends_clause(tokens, i, negated, trait_seen):
             wanted |= clause
-            clause, unasked = set(), False
+            clause, negated = set(), False
         i += 1
     wanted |= clause
     return traits()[wanted.pop()] if len(wanted) == 1 else None
@@ -76,31 +76,31 @@ def _phrase_at(tokens: list[str], i: int) -> tuple[int, frozenset[str]]:
     return 0, frozenset()
 
 
-def _denies(tokens: list[str], i: int) -> bool:
+def _negates(tokens: list[str], i: int) -> bool:
     """Whether this word negates the traits after it."""
     word, after = tokens[i], tokens[i + 1] if i + 1 < len(tokens) else ""
     if word.endswith("n't"):
         asks = word in ("can't", "couldn't", "won't", "wouldn't") and after == "you"
         return not asks and not (i and tokens[i - 1] == "why")  # "can't you be …" and "why don't you …" are requests
     if word == "not":
-        return after not in ONLY
-    return word in UNASKED or (word == "instead" and after == "of")
+        return after not in ONLY_WORDS
+    return word in NEGATING_WORDS or (word == "instead" and after == "of")
 
 
-def _ends(tokens: list[str], i: int, unasked: bool, named: bool) -> bool:
+def _ends_clause(tokens: list[str], i: int, unasked: bool, named: bool) -> bool:
     """Whether a clause, or a negated part of it, ends at this word."""
     word = tokens[i]
-    if word in STOPS or word in ("but", "instead"):
+    if word in CLAUSE_ENDS or word in ("but", "instead"):
         return True
     if word == ",":
         return not (unasked and named and _or_follows(tokens, i))
-    return unasked and named and word in STARTS
+    return unasked and named and word in REQUEST_STARTS
 
 
 def _or_follows(tokens: list[str], i: int) -> bool:
     """Whether the clause continues as a list: "don't be formal, rude, or sarcastic"."""
     for word in tokens[i + 1 :]:
-        if word in STOPS or word == "but" or word in STARTS:
+        if word in CLAUSE_ENDS or word == "but" or word in REQUEST_STARTS:
             return False
         if word in ("or", "nor"):
             return True

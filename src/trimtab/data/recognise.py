@@ -23,8 +23,8 @@ LIKENESS = 0.7
 """The minimum similarity of a sentence to a phrasing of a type: the `difflib` ratio of their words, or the share of
 words that they have in common in any order."""
 
-COUNTED = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-NUMBERS = {word: i for i, word in enumerate(COUNTED, 1)}
+NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = {word: i for i, word in enumerate(NUMBER_WORDS, 1)}
 RELATIONS = {
     "at least": "at least",
     "no fewer than": "at least",
@@ -40,8 +40,8 @@ PATTERNS = {
     "text": ".+?",
 }
 QUOTED = re.compile(r"[\"“”«»]([^\"“”«»]+)[\"“”«»]")
-MARKS = re.compile(r"P\.(?:P\.)?S\.?")
-HOLE = "_"
+POSTSCRIPT = re.compile(r"P\.(?:P\.)?S\.?")
+PLACEHOLDER = "_"
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,28 @@ def recognise(sentence: str) -> Recognised | None:
     """The type of the sentence; `None` if no phrasing is similar, or the value of a parameter is missing."""
     for name, (kind, values) in ALIASES.items():
         phrasings = read_json("instructions.json")[name]["learn"]
-        if _plain(sentence).casefold() in (_plain(phrasing).casefold() for phrasing in phrasings):
+        if _normalize(sentence).casefold() in (_normalize(phrasing).casefold() for phrasing in phrasings):
             return Recognised(instruction_type(kind), dict(values))
     types = instruction_types().values()
-    exact = [match for kind in types if (match := _exactly(kind, sentence))]
+    exact = [match for kind in types if (match := _match_exactly(kind, sentence))]
     if exact:
         # "Write 3 sections" also matches phrasings with a text parameter; take the one with the fewest of these
         return min(exact, key=lambda candidate: sum(p.kind == "text" for p in candidate.type.parameters))
-    near = sorted(
+    ranked = sorted(
         ((_likeness(sentence, template), kind.name, kind) for kind in types for template in kind.learn + kind.test),
         key=lambda candidate: (-candidate[0], candidate[1]),
     )
-    likeness, _, nearest = near[0]
+    likeness, _, nearest = ranked[0]
     values = _values(nearest, sentence)
     if likeness < LIKENESS or len(values) < len(nearest.parameters):
         return None
     return Recognised(nearest, values, min(likeness, 0.999))
 
 
-def _exactly(kind: InstructionType, sentence: str) -> Recognised | None:
+def _match_exactly(kind: InstructionType, sentence: str) -> Recognised | None:
     by_name = {p.name: p for p in kind.parameters}
     for template in kind.learn + kind.test:
-        if match := re.fullmatch(_pattern(template, by_name), _plain(sentence), re.IGNORECASE):
+        if match := re.fullmatch(_pattern(template, by_name), _normalize(sentence), re.IGNORECASE):
             return Recognised(kind, {name: _value(by_name[name], text) for name, text in match.groupdict().items()})
     return None
 
@@ -101,15 +101,15 @@ def _pattern(template: str, by_name: dict[str, Parameter]) -> str:
 
 def _pieces(template: str) -> Iterator[tuple[str, str | None]]:
     """The template's literal parts, each with the name of the placeholder after it."""
-    parts = re.split(r"\{(\w+)\}", _plain(template))
+    parts = re.split(r"\{(\w+)\}", _normalize(template))
     for i in range(0, len(parts), 2):
         yield parts[i], parts[i + 1] if i + 1 < len(parts) else None
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     """The text without final punctuation (`.` or `!`) and repeated spaces."""
     text = " ".join(text.split())
-    return text if MARKS.search(text[-6:]) else text.rstrip(".!")
+    return text if POSTSCRIPT.search(text[-6:]) else text.rstrip(".!")
 
 
 def _value(parameter: Parameter, text: str) -> Value:
@@ -124,7 +124,7 @@ def _value(parameter: Parameter, text: str) -> Value:
 
 
 def _likeness(sentence: str, template: str) -> float:
-    mine, theirs = _words(sentence), _words(re.sub(r"\{\w+\}", HOLE, template))
+    mine, theirs = _words(sentence), _words(re.sub(r"\{\w+\}", PLACEHOLDER, template))
     in_order = SequenceMatcher(None, mine, theirs, autojunk=False).ratio()
     common = sum((Counter(mine) & Counter(theirs)).values())
     return max(in_order, 2 * common / max(1, len(mine) + len(theirs)))
@@ -132,19 +132,21 @@ def _likeness(sentence: str, template: str) -> float:
 
 def _words(text: str) -> list[str]:
     """The lower-case words, with a placeholder for each number, relation, language and quotation."""
-    text = QUOTED.sub(HOLE, text)
+    text = QUOTED.sub(PLACEHOLDER, text)
     for kind in ("relation", "number", "language"):
-        text = re.sub(rf"\b(?:{PATTERNS[kind]})\b", HOLE, text, flags=re.IGNORECASE)
+        text = re.sub(rf"\b(?:{PATTERNS[kind]})\b", PLACEHOLDER, text, flags=re.IGNORECASE)
     return re.findall(r"\w+|[<>*#]+", text.lower())
 
 
 def _values(kind: InstructionType, sentence: str) -> dict[str, Value]:
     """The values of the type's parameters, taken from the sentence in order; those without a candidate are missing."""
     by_kind: dict[str, list[str]] = {
-        name: [m[0] for m in re.finditer(rf"\b(?:{PATTERNS[name]})\b", QUOTED.sub(HOLE, sentence), re.IGNORECASE)]
+        name: [
+            m[0] for m in re.finditer(rf"\b(?:{PATTERNS[name]})\b", QUOTED.sub(PLACEHOLDER, sentence), re.IGNORECASE)
+        ]
         for name in ("number", "relation", "language")
     }
-    by_kind["text"] = QUOTED.findall(sentence) or MARKS.findall(sentence)
+    by_kind["text"] = QUOTED.findall(sentence) or POSTSCRIPT.findall(sentence)
     by_kind["letter"] = [text for text in by_kind["text"] if len(text) == 1]
     values: dict[str, Value] = {}
     for parameter in kind.parameters:

@@ -19,7 +19,7 @@ from typing import Any
 
 from trimtab.data.read import json_files, read_json
 from trimtab.errors import TrimtabError
-from trimtab.text.read import read_text
+from trimtab.text.text_files import read_text
 
 TEXTS = ("words", "positive", "negative", "learn", "test")
 """The keys of a card whose values are lists of texts."""
@@ -50,7 +50,7 @@ class Trait:
 
     Args:
         name: The name of the trait: lower case, with hyphens between words.
-        description: The model's behavior with the trait, and its opposite, in one sentence.
+        description: The model's behaviour with the trait, and its opposite, in one sentence.
         words: Words and phrases that users may type for it, including the name, in lower case.
         positive: System prompts that elicit the trait.
         negative: System prompts that elicit its opposite, or its absence.
@@ -105,33 +105,37 @@ def read_trait(path: str | Path) -> Trait:
     """
     text = read_text(Path(path))
     try:
-        stored = json.loads(text, object_pairs_hook=_once)
+        card_data = json.loads(text, object_pairs_hook=_object_without_duplicates)
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"{path}: not JSON: {error}; a trait card is one JSON object") from None
-    if isinstance(stored, dict) and "instruction" in stored:
-        stored = _from_persona_vectors(stored, Path(path))
-    return _trait(stored, str(path))
+    if isinstance(card_data, dict) and "instruction" in card_data:
+        card_data = _from_persona_vectors(card_data, Path(path))
+    return _trait(card_data, str(path))
 
 
-def _from_persona_vectors(stored: dict[str, Any], path: Path) -> dict[str, Any]:
+def _from_persona_vectors(card_data: dict[str, Any], path: Path) -> dict[str, Any]:
     """Convert a file of the Persona Vectors code to a card. As in that code, each prompt starts by naming the trait.
 
     Raises `TrimtabError` for keys or values of another shape.
     """
-    if unknown := [key for key in stored if key not in PERSONA_KEYS]:
+    if unknown := [key for key in card_data if key not in PERSONA_KEYS]:
         raise TrimtabError(f"{path}: a card of persona vectors has no key {unknown[0]!r}; {', '.join(PERSONA_KEYS)}")
     name = path.stem.lower().replace("_", "-").replace(" ", "-")
     sides: dict[str, list[str]] = {"pos": [], "neg": []}
-    instructions = stored["instruction"]
-    for n, both in enumerate(instructions if isinstance(instructions, list) else [instructions], 1):
-        if not isinstance(both, dict) or set(both) != set(sides) or not all(map(_is_text, both.values())):
-            raise TrimtabError(f"{path}: instruction {n} is an object of two texts, pos and neg, got {both!r}")
-        for side, called in (("pos", name.replace("-", " ")), ("neg", "helpful")):
-            article = "an" if called[0] in "aeiou" else "a"
-            sides[side].append(f"You are {article} {called} assistant. {both[side]}")
-    questions = _texts(stored.get("questions"), f"{path}: 'questions'")
+    instructions = card_data["instruction"]
+    for n, prompt_sides in enumerate(instructions if isinstance(instructions, list) else [instructions], 1):
+        if (
+            not isinstance(prompt_sides, dict)
+            or set(prompt_sides) != set(sides)
+            or not all(map(_is_text, prompt_sides.values()))
+        ):
+            raise TrimtabError(f"{path}: instruction {n} is an object of two texts, pos and neg, got {prompt_sides!r}")
+        for side, adjective in (("pos", name.replace("-", " ")), ("neg", "helpful")):
+            article = "an" if adjective[0] in "aeiou" else "a"
+            sides[side].append(f"You are {article} {adjective} assistant. {prompt_sides[side]}")
+    questions = _texts(card_data.get("questions"), f"{path}: 'questions'")
     return {
         "name": name,
         "description": f"What {path.name} of persona vectors calls {name}.",
@@ -143,7 +147,7 @@ def _from_persona_vectors(stored: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object with these items. Raises `TrimtabError` for a duplicate key, where `json` would keep the last one."""
     keys = [key for key, _ in items]
     if twice := [key for key in keys if keys.count(key) > 1]:
@@ -151,29 +155,29 @@ def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(items)
 
 
-def _trait(stored: Any, where: str) -> Trait:
-    if not isinstance(stored, dict):
-        raise TrimtabError(f"{where}: a trait card is one object, got {type(stored).__name__}")
-    if missing := [key for key in KEYS if key not in stored and key != "check"]:
+def _trait(card_data: Any, where: str) -> Trait:
+    if not isinstance(card_data, dict):
+        raise TrimtabError(f"{where}: a trait card is one object, got {type(card_data).__name__}")
+    if missing := [key for key in KEYS if key not in card_data and key != "check"]:
         raise TrimtabError(f"{where}: the card has no {missing[0]!r}; its keys are {', '.join(KEYS)}")
-    if unknown := [key for key in stored if key not in KEYS]:
+    if unknown := [key for key in card_data if key not in KEYS]:
         raise TrimtabError(f"{where}: a card has no key {unknown[0]!r}; its keys are {', '.join(KEYS)}")
     for key in ("name", "description"):
-        if not _is_text(stored[key]):
-            raise TrimtabError(f"{where}: {key!r} is a text that isn't empty, got {stored[key]!r}")
-    if not NAME.fullmatch(stored["name"]):
+        if not _is_text(card_data[key]):
+            raise TrimtabError(f"{where}: {key!r} is a text that isn't empty, got {card_data[key]!r}")
+    if not NAME.fullmatch(card_data["name"]):
         raise TrimtabError(
             f"{where}: a trait's name is lower-case letters and digits, with hyphens between words, such as"
-            f" 'long-winded', got {stored['name']!r}"
+            f" 'long-winded', got {card_data['name']!r}"
         )
-    texts = {key: _texts(stored[key], f"{where}: {key!r}") for key in TEXTS}
-    if both := [question for question in texts["test"] if question in texts["learn"]]:
-        raise TrimtabError(f"{where}: {both[0]!r} is in 'learn' and in 'test'; test with questions not learned from")
-    if both := [prompt for prompt in texts["negative"] if prompt in texts["positive"]]:
-        raise TrimtabError(f"{where}: {both[0]!r} is in 'positive' and in 'negative'; the sides must differ")
+    texts = {key: _texts(card_data[key], f"{where}: {key!r}") for key in TEXTS}
+    if shared := [question for question in texts["test"] if question in texts["learn"]]:
+        raise TrimtabError(f"{where}: {shared[0]!r} is in 'learn' and in 'test'; test with questions not learned from")
+    if shared := [prompt for prompt in texts["negative"] if prompt in texts["positive"]]:
+        raise TrimtabError(f"{where}: {shared[0]!r} is in 'positive' and in 'negative'; the sides must differ")
     if upper := [word for word in texts["words"] if word != word.lower()]:
         raise TrimtabError(f"{where}: 'words' are in lower case, got {upper[0]!r}")
-    return Trait(stored["name"], stored["description"], **texts, check=_check(stored.get("check"), where))
+    return Trait(card_data["name"], card_data["description"], **texts, check=_check(card_data.get("check"), where))
 
 
 def _texts(texts: Any, where: str) -> tuple[str, ...]:

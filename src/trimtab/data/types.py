@@ -117,16 +117,16 @@ class InstructionType:
         """
         set_values = dict(values or {})
         if unknown := sorted(set(set_values) - {p.name for p in self.parameters}):
-            has = ", ".join(p.name for p in self.parameters) or "none"
-            raise TrimtabError(f"{self.name} has no parameter {unknown[0]!r}; parameters: {has}")
+            parameter_names = ", ".join(p.name for p in self.parameters) or "none"
+            raise TrimtabError(f"{self.name} has no parameter {unknown[0]!r}; parameters: {parameter_names}")
         templates: tuple[str, ...] = {"learn": self.learn, "test": self.test}[side]
-        free = [p for p in self.parameters if p.name not in set_values]
-        rounds = max((len(p.values) for p in free), default=1)
+        unset_parameters = [p for p in self.parameters if p.name not in set_values]
+        rounds = max((len(p.values) for p in unset_parameters), default=1)
         filled = []
-        for turn in range(rounds):
+        for round_index in range(rounds):
             for i, template in enumerate(templates):
-                own = {p.name: p.values[(turn + i) % len(p.values)] for p in free}
-                filled.append(template.format(**{**own, **set_values}))
+                example_values = {p.name: p.values[(round_index + i) % len(p.values)] for p in unset_parameters}
+                filled.append(template.format(**{**example_values, **set_values}))
         return filled
 
     def arguments(self, values: Values, query: str | None = None) -> dict[str, Any]:

@@ -23,11 +23,11 @@ WHITESPACE = r"(\n {0,16}| {0,1})"
 PARTS_TRIED = 1000
 """The maximum number of parts of a schema that are compiled separately to find an invalid one."""
 
-EXACT = 2**53 - 1
+MAX_EXACT_INTEGER = 2**53 - 1
 """The largest integer that every JSON parser represents exactly."""
-BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
-ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
+SCHEMA_MAP_KEYWORDS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+SCHEMA_LIST_KEYWORDS = ("anyOf", "oneOf", "allOf", "prefixItems")
+SCHEMA_KEYWORDS = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
 """Keywords of a schema whose values are schemas: an object of schemas, a list of them, or a single one."""
 
 Schema = Mapping[str, Any] | bool
@@ -42,7 +42,7 @@ class Grammar:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedSchema:
     """A JSON schema that compiles, as text for a grammar, and messages about the keywords that aren't enforced."""
 
     text: str
@@ -60,7 +60,7 @@ def load_llguidance() -> Any:
     return library
 
 
-def limits() -> Any:
+def parser_limits() -> Any:
     """Limits for compiling a grammar and for one step: about 20 ms each, and 40 MB of states."""
     return load_llguidance().LLParserLimits(max_lexer_states=20_000, max_grammar_size=200_000, verbose_errors=False)
 
@@ -93,13 +93,13 @@ def lark_grammar(text: str, ignored: tuple[str, ...] = ()) -> Grammar:
     """
     library = load_llguidance()
     grammar = library.LLMatcher.grammar_from_lark(text)
-    failed, messages = library.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
+    failed, messages = library.LLMatcher.validate_grammar_with_warnings(grammar, limits=parser_limits())
     if failed:
         raise TrimtabError(f"these schemas together are too complex for one grammar: {_line(messages[0])}")
     return Grammar(grammar, ignored)
 
 
-def check_schema(schema: Schema, *, lenient: bool = False, where: str = "the JSON schema") -> Checked:
+def check_schema(schema: Schema, *, lenient: bool = False, where: str = "the JSON schema") -> CheckedSchema:
     """Check a schema and return it as text for a grammar. Raises as `json_grammar` does."""
     if not isinstance(schema, (Mapping, bool)):
         raise TrimtabError(f"{where} is an object (or true), not {type(schema).__name__}")
@@ -116,71 +116,73 @@ def check_schema(schema: Schema, *, lenient: bool = False, where: str = "the JSO
     if _depth(schema) > SCHEMA_DEPTH:
         raise TrimtabError(f"{where} is nested deeper than {SCHEMA_DEPTH} levels; simplify it")
     text = _with_options(schema, lenient)
-    reason, ignored = _compiled(text)
+    reason, ignored = _compile(text)
     if reason is None:
-        return Checked(text, tuple(f"{where}: {name}" for name in ignored))
-    part = _wrong_part(schema, reason, lenient)
+        return CheckedSchema(text, tuple(f"{where}: {name}" for name in ignored))
+    part = _failing_part(schema, reason, lenient)
     place = f"{where}, at {part}" if part else where
-    raise TrimtabError(f"{place}: {_explained(reason)}")
+    raise TrimtabError(f"{place}: {_explain(reason)}")
 
 
 def _with_options(schema: Schema, lenient: bool) -> str:
-    whole = {} if isinstance(schema, bool) else _bounded(schema)
+    whole = {} if isinstance(schema, bool) else _bound_integers(schema)
     whole["x-guidance"] = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
     return json.dumps(whole, allow_nan=False)
 
 
-def _bounded(schema: Mapping[str, Any]) -> dict[str, Any]:
+def _bound_integers(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema with integers bounded to the range that every JSON parser represents exactly (RFC 7493, section 2.2).
 
     Without a bound, a strongly steered or small model may emit digits forever.
     """
     bounded = dict(schema)
     for keyword, value in schema.items():
-        if keyword in BY_NAME and isinstance(value, Mapping):
+        if keyword in SCHEMA_MAP_KEYWORDS and isinstance(value, Mapping):
             bounded[keyword] = {name: _bounded_part(part) for name, part in value.items()}
-        elif keyword in LISTS and isinstance(value, list):
+        elif keyword in SCHEMA_LIST_KEYWORDS and isinstance(value, list):
             bounded[keyword] = [_bounded_part(part) for part in value]
-        elif keyword in ONE:
+        elif keyword in SCHEMA_KEYWORDS:
             bounded[keyword] = _bounded_part(value)
     kinds = schema.get("type")
     if kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds):
         if "minimum" not in schema and "exclusiveMinimum" not in schema:
-            bounded["minimum"] = -EXACT
+            bounded["minimum"] = -MAX_EXACT_INTEGER
         if "maximum" not in schema and "exclusiveMaximum" not in schema:
-            bounded["maximum"] = EXACT
+            bounded["maximum"] = MAX_EXACT_INTEGER
     return bounded
 
 
 def _bounded_part(part: Any) -> Any:
-    return _bounded(part) if isinstance(part, Mapping) else part
+    return _bound_integers(part) if isinstance(part, Mapping) else part
 
 
-def _compiled(text: str) -> tuple[str | None, tuple[str, ...]]:
+def _compile(text: str) -> tuple[str | None, tuple[str, ...]]:
     """The reason why a schema doesn't compile, or `None`; and messages about ignored keywords."""
     library = load_llguidance()
     try:
         grammar = library.LLMatcher.grammar_from_json_schema(text)
     except ValueError as error:
         return str(error), ()
-    failed, messages = library.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
+    failed, messages = library.LLMatcher.validate_grammar_with_warnings(grammar, limits=parser_limits())
     if failed:
         return re.sub(r"\s+while processing .*", "", str(messages[0]), flags=re.DOTALL), ()
     return None, tuple(map(_line, messages))
 
 
-def _wrong_part(schema: Schema, reason: str, lenient: bool) -> str:
+def _failing_part(schema: Schema, reason: str, lenient: bool) -> str:
     """A JSON pointer to the innermost part that fails by itself for the same reason; empty for the whole schema."""
-    shared = {name: schema[name] for name in ("$defs", "definitions") if isinstance(schema, Mapping) and name in schema}
-    path, left, here = "", PARTS_TRIED, schema
+    definitions = {
+        name: schema[name] for name in ("$defs", "definitions") if isinstance(schema, Mapping) and name in schema
+    }
+    path, remaining, current = "", PARTS_TRIED, schema
     while True:
-        for name, part in _parts(here):
-            left -= 1
-            if left < 0:
+        for name, part in _parts(current):
+            remaining -= 1
+            if remaining < 0:
                 return path
-            whole = {**shared, **part} if isinstance(part, Mapping) else part
-            if _compiled(_with_options(whole, lenient))[0] == reason:
-                path, here = f"{path}/{name}", part
+            standalone = {**definitions, **part} if isinstance(part, Mapping) else part
+            if _compile(_with_options(standalone, lenient))[0] == reason:
+                path, current = f"{path}/{name}", part
                 break
         else:
             return path
@@ -191,11 +193,11 @@ def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(schema, Mapping):
         return
     for keyword, value in schema.items():
-        if keyword in BY_NAME:
+        if keyword in SCHEMA_MAP_KEYWORDS:
             inner = list(value.items()) if isinstance(value, Mapping) else []
-        elif keyword in LISTS:
+        elif keyword in SCHEMA_LIST_KEYWORDS:
             inner = list(enumerate(value)) if isinstance(value, list) else []
-        elif keyword in ONE:
+        elif keyword in SCHEMA_KEYWORDS:
             if isinstance(value, Mapping):
                 yield keyword, value
             continue
@@ -220,7 +222,7 @@ def _depth(value: Any) -> int:
     return level
 
 
-def _explained(reason: str) -> str:
+def _explain(reason: str) -> str:
     if match := re.match(r'Unimplemented keys: \["(.*)"\]', reason):
         names = ", ".join(match[1].split('", "'))
         return f"a grammar can't enforce {names}; leave it out, or don't ask for strict"

@@ -39,7 +39,7 @@ def sensitivity(crossed: Tensor, raw: Tensor, ranking: str) -> Tensor:
     return (crossed - 2 * raw).mean(1)
 
 
-def order_of(scores: Tensor, layers: list[int]) -> tuple[int, ...]:
+def order_layers(scores: Tensor, layers: list[int]) -> tuple[int, ...]:
     """The layers by descending score; ties by layer number. `scores[i]` is the score of `layers[i]`."""
     by_layer = sorted(range(len(layers)), key=lambda i: layers[i])
     return tuple(layers[i] for i in sorted(by_layer, key=lambda i: -float(scores[i])))

@@ -72,7 +72,7 @@ class Rejection:
         return self.ladder == "halve" and isinstance(self.ranking, str)
 
 
-def halved(order: Sequence[int], min_layers: int = 2) -> tuple[tuple[int, ...], ...]:
+def halving_subsets(order: Sequence[int], min_layers: int = 2) -> tuple[tuple[int, ...], ...]:
     """All layers, then the first half of the order, a quarter, … while at least `min_layers` are left.
 
     These are `floor(log2 L)` candidates with `min_layers=2`, and one more with 1.
@@ -99,8 +99,8 @@ def ladder(edits: Sequence[Edit], rejection: Rejection, order: Sequence[int] = (
     else:
         if missing := sorted(set(steering.layers) - set(order)):
             raise TrimtabError(f"the ranking leaves out layer {missing[0]}, at which the steering acts")
-        sets = halved([layer for layer in order if layer in steering.layers], rejection.min_layers)
-        rungs = [tuple(edit for edit in edits if edit.site.layer in chosen) for chosen in sets]
+        layer_subsets = halving_subsets([layer for layer in order if layer in steering.layers], rejection.min_layers)
+        rungs = [tuple(edit for edit in edits if edit.site.layer in subset) for subset in layer_subsets]
     if not rungs:
         raise TrimtabError(
             f"the steering acts at {len(steering.layers)} layer, and min_layers is {rejection.min_layers}, so that"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.doctor import naive
-from trimtab.doctor.report import Said
+from trimtab.doctor.report import Remark
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.weights import device_of, input_device, is_offloaded, quantization
 from trimtab.lm import LM
@@ -86,7 +86,7 @@ def quantized(checks: Checks) -> str | None:
         return None
     rounding = rounding_of(checks.lm, checks.ids)
     if rounding.logprobs <= TOLERANCE:
-        return Said(f"by {method}")
+        return Remark(f"by {method}")
     return (
         f"by {method}, which rounds differently in forward passes of different shapes: unsteered log-probabilities"
         f" differ by up to {rounding.logprobs:.2g} between them, so an answer may depend on its batch"
@@ -99,24 +99,26 @@ def devices(checks: Checks) -> str | None:
     spans = list(_spans(lm))
     offloaded = is_offloaded(lm.model)
     if len(spans) == 1 and not offloaded:
-        return Said(f"on {spans[0][1]}")
+        return Remark(f"on {spans[0][1]}")
     ids = checks.ids[0]
     last = Site(checks.last)
     for layers, device in spans:
-        site = Site(next((layer for layer in layers if layer in checks.running), checks.last))
+        site = Site(next((layer for layer in layers if layer in checks.running_layers), checks.last))
         v = checks.direction(site, 7)
         steering = Steering((Edit(site, Add(v), Positions.all()),))
         sites = [site, last]
-        (read,) = lm.capture(checks.prompts[0], sites, Positions.all(), chat=False, steering=steering, transfer=True)
+        (captured,) = lm.capture(
+            checks.prompts[0], sites, Positions.all(), chat=False, steering=steering, transfer=True
+        )
 
         def moved(x: Tensor, v: Tensor = v) -> Tensor:
             return x + v.to(x)
 
         with naive.changed(lm, {site: moved}):
             expected = naive.activations(lm, ids, [last])[last]
-        checks.close(read[last].cpu(), expected.cpu(), f"an addition at {site}, on {device}")
+        checks.check_close(captured[last].cpu(), expected.cpu(), f"an addition at {site}, on {device}")
     where = "; ".join(f"blocks {layers[0]} to {layers[-1]} on {device}" for layers, device in spans)
-    return Said(where + (", some of them fetched while they run" if offloaded else ""))
+    return Remark(where + (", some of them fetched while they run" if offloaded else ""))
 
 
 def _spans(lm: LM) -> Iterator[tuple[list[int], torch.device]]:

@@ -147,7 +147,9 @@ def activations(lm: LM, ids: Sequence[int], sites: Sequence[Site]) -> dict[Site,
 
 
 @torch.no_grad()
-def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tuple[int, int], last: bool) -> Tensor:
+def logits_with_scaled_keys(
+    lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tuple[int, int], last: bool
+) -> Tensor:
     """The next token's logits when keys of `span` are multiplied at these layers, by the model's own eager attention.
 
     With `last`, this is done only for the last query, and not at its own column.
@@ -189,8 +191,8 @@ def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tup
     handles = [block.register_forward_pre_hook(lambda *_, i=i: running.append(i)) for i, block in blocks]
     try:
         with (
-            compat.registered(NAME, attention, compat.mask_function("eager")),
-            compat.attending_with(configurations(lm.layout), NAME),
+            compat.registered_attention(NAME, attention, compat.mask_function("eager")),
+            compat.with_attention_implementation(configurations(lm.layout), NAME),
         ):
             steered = logits(lm, ids)
     finally:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORKS, PARTLY, REFUSED, WRONG, THEIRS = "works", "partly", "refused", "wrong", "transformers"
-"""`PARTLY`: at some layers. `THEIRS`: wrong in transformers itself, unsteered."""
+WORKS, PARTLY, REFUSED, WRONG, WRONG_IN_TRANSFORMERS = "works", "partly", "refused", "wrong", "transformers"
+"""`PARTLY`: at some layers. `WRONG_IN_TRANSFORMERS`: wrong in transformers itself, unsteered."""
 
 
-class Wrong(Exception):
+class WrongResult(Exception):
     """The output is wrong."""
 
 
-class Theirs(Exception):
+class WrongInTransformers(Exception):
     """The output is wrong in transformers itself, without any steering."""
 
 
-class Said(str):
+class Remark(str):
     """The remark of a check that passed."""
 
 

@@ -27,7 +27,7 @@ IMAGE_TEXT = compat.IMAGE_TEXT
 KEPT_OUT = ("A_log",)
 """Weights that keep their initial values, because they are logarithms."""
 SPREAD = 0.15
-CONTROLS = (
+GENERATION_SETTINGS = (
     "forced_bos_token_id",
     "forced_eos_token_id",
     "suppress_tokens",
@@ -62,7 +62,7 @@ def tiny_lm(kind: str, *, vision: bool = False, flags: Mapping[str, Any] | None 
         for dtype in (torch.float64, torch.float32):
             model = _build(kind, config, vision, dtype)
             try:
-                _try(model)
+                _smoke_test(model)
                 return LM(model, tokenizer(), name=f"tiny {kind}")
             except Exception as error:  # some kernels have no float64
                 problem = error
@@ -79,10 +79,10 @@ def tiny_config(kind: str, flags: Mapping[str, Any]) -> Any:
     base = kind.split("@")[0]
     if base not in compat.CONFIGURATIONS:
         raise TrimtabError(f"transformers {transformers.__version__} has no model type {base!r}")
-    over = {**STRUCTURE.get(base, {}), **VARIANTS.get(kind, {}), **flags}
-    used = [0]
+    overrides = {**STRUCTURE.get(base, {}), **VARIANTS.get(kind, {}), **flags}
+    special_count = [0]
     config_class: Any = compat.CONFIGURATIONS[base]
-    return config_class(**_fields(config_class, True, used, over))
+    return config_class(**_fields(config_class, True, special_count, overrides))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -109,8 +109,10 @@ def _names(config_class: Any) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(config_class.__init__).parameters.items()}
 
 
-def _fields(config_class: Any, text: bool, used: list[int], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for a tiny configuration of this class; `used` counts the special tokens assigned so far."""
+def _fields(config_class: Any, text: bool, special_count: list[int], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for a tiny configuration of this class; `special_count` counts the special tokens assigned so
+    far.
+    """
     table = TEXT if text else VISION
     known, parts = _names(config_class), dict(getattr(config_class, "sub_configs", None) or {})
     fields: dict[str, Any] = {}
@@ -120,14 +122,14 @@ def _fields(config_class: Any, text: bool, used: list[int], over: Mapping[str, A
         if name in table:
             fields[name] = table[name]
         elif name.endswith(("_token_id", "_token_index", "_patch_id", "_start_id", "_end_id", "_newline_id")):
-            used[0] += 1
-            fields[name] = VOCABULARY - 1 - used[0] % 30
+            special_count[0] += 1
+            fields[name] = VOCABULARY - 1 - special_count[0] % 30
     also = getattr(config_class, "attribute_map", {}) or {}
     fields = {name: value for name, value in fields.items() if also.get(name) not in fields}
     if text and "kv_lora_rank" in known and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = TEXT["num_attention_heads"]
     for name, part in parts.items():
-        mine = over.get(name, {})
+        mine = overrides.get(name, {})
         if not hasattr(part, "sub_configs") or "Auto" in part.__name__:
             kind = mine.get("model_type") if isinstance(mine, dict) else None
             try:
@@ -135,10 +137,10 @@ def _fields(config_class: Any, text: bool, used: list[int], over: Mapping[str, A
             except Exception:  # its owner creates it from defaults
                 continue
         of_text = any(word in name for word in ("text", "decoder", "llm", "language", "thinker"))
-        fields[name] = _fields(part, of_text and "vision" not in name, used, mine)
+        fields[name] = _fields(part, of_text and "vision" not in name, special_count, mine)
         if getattr(part, "model_type", None):
             fields[name]["model_type"] = part.model_type
-    for name, value in over.items():
+    for name, value in overrides.items():
         if isinstance(value, dict) and name in parts and isinstance(fields.get(name), dict):
             fields[name] = {**fields[name], **value}
         elif value is DROP:
@@ -176,7 +178,7 @@ def _build(kind: str, config: Any, vision: bool, dtype: torch.dtype) -> Any:
     settings = getattr(model, "generation_config", None)
     if settings is not None:
         settings.eos_token_id = None
-        for name in CONTROLS:
+        for name in GENERATION_SETTINGS:
             if getattr(settings, name, None) is not None:
                 setattr(settings, name, None)
     model = model.to(dtype).eval()
@@ -190,7 +192,7 @@ def _build(kind: str, config: Any, vision: bool, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def _try(model: Any) -> None:
+def _smoke_test(model: Any) -> None:
     """Run `generate` and a forward pass on text alone, to see them raise; `ValueError` if logits aren't finite."""
     ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]])
     mask = (ids > 0).long()

@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab import plugins
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.keywords import stray_of
+from trimtab.keywords import unknown_keyword_error_from
 
 ENGINES = {
     "llamacpp": "trimtab.engines.llamacpp.model:LlamaCpp",
@@ -20,7 +20,7 @@ An engine in another distribution is found through its entry point, which names 
     [project.entry-points."trimtab.engines"]
     mine = "trimtab_mine:MyEngine"
 """
-OWN = ("transformers", *ENGINES)
+BUILTIN_ENGINES = ("transformers", *ENGINES)
 
 
 def engine(name: str) -> Any:
@@ -29,15 +29,15 @@ def engine(name: str) -> Any:
     Raises:
         TrimtabError: There is no engine of this name, there are two, or another distribution's engine can't be loaded.
     """
-    plugin = plugins.plugin(plugins.ENGINES, name, OWN)
+    plugin = plugins.find_plugin(plugins.ENGINES, name, BUILTIN_ENGINES)
     if plugin is None:
         if name not in ENGINES:
-            known = [*OWN, *plugins.plugins(plugins.ENGINES, OWN)]
+            known = [*BUILTIN_ENGINES, *plugins.find_plugins(plugins.ENGINES, BUILTIN_ENGINES)]
             raise TrimtabError(f"there is no engine {name!r}; engines: {', '.join(known)}")
         return EntryPoint(name, ENGINES[name], plugins.ENGINES).load()
     made = plugin.load()
     if not callable(getattr(made, "load", None)):
-        raise plugin.broken("it has no `load` method, which loads a model by name")
+        raise plugin.load_error("it has no `load` method, which loads a model by name")
     return made
 
 
@@ -55,4 +55,4 @@ def load(name: str, model: Any, options: dict[str, Any]) -> Any:
     try:
         return engine(name).load(model, **options)
     except TypeError as error:
-        raise stray_of(error, f"LM.load(engine={name!r})", options, ()) or error from None
+        raise unknown_keyword_error_from(error, f"LM.load(engine={name!r})", options, ()) or error from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimtab.decoding.trace import Trace
-from trimtab.steering.attributes import OF_ANSWER, missing
+from trimtab.steering.attributes import ANSWER_HINTS, raise_missing_attribute
 from trimtab.steering.monitors import Monitored
 
 
@@ -85,7 +85,7 @@ class Generation:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            return missing(self, "an answer", name, OF_ANSWER)
+            return raise_missing_attribute(self, "an answer", name, ANSWER_HINTS)
 
     def _repr_html_(self) -> str:
         from trimtab.report.notebook import generation_html

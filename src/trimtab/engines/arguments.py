@@ -17,7 +17,7 @@ from trimtab.text.chat import Prompt
 from trimtab.text.spans import Emphasis
 
 
-def marks_for(emphasize: Any, count: int) -> list[Any]:
+def emphasis_for(emphasize: Any, count: int) -> list[Any]:
     """The phrases to emphasize in each prompt, or `None`."""
     if emphasize is None or isinstance(emphasize, Emphasis):
         return [emphasize] * count
@@ -67,7 +67,7 @@ def check_batch_size(size: Any) -> None:
         raise TrimtabError(f"batch_size is a whole number from 1 up, got {size!r}")
 
 
-DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h")
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h")
 """Options of `generate` that affect sampling, and have no effect in greedy decoding."""
 SEEDS = range(-(2**63), 2**64)  # what torch accepts
 
@@ -78,7 +78,7 @@ def sampling_for(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises `TrimtabError` for sampling options without `do_sample`: users of vLLM or OpenAI's API expect them to enable
     sampling, and here they would have no effect.
     """
-    drawing = [name for name in DRAWING if options.get(name) is not None]
+    drawing = [name for name in SAMPLING_OPTIONS if options.get(name) is not None]
     temperature = options.get("temperature")
     if temperature is not None and temperature == 0:
         rest = {name: value for name, value in options.items() if name not in drawing}
@@ -103,7 +103,7 @@ def seed_for(seed: Any) -> int | None:
     return int(seed)
 
 
-def check_said(logprobs: Any, system: Any) -> None:
+def check_logprobs_and_system(logprobs: Any, system: Any) -> None:
     """Raises `TrimtabError` if `logprobs` isn't a boolean or `system` isn't a string."""
     if not isinstance(logprobs, bool):
         raise TrimtabError(
@@ -116,7 +116,7 @@ def check_said(logprobs: Any, system: Any) -> None:
         )
 
 
-def of_equal_length(batch: list[int], lengths: Sequence[int]) -> list[list[int]]:
+def split_by_length(batch: list[int], lengths: Sequence[int]) -> list[list[int]]:
     """Split a batch of prompt indices by length, so that none needs padding; `lengths` are all prompts', in tokens."""
     by_length: dict[int, list[int]] = {}
     for i in batch:
@@ -161,7 +161,7 @@ def _fix(value: Any) -> str:
     return "give a string, or {'role': …, 'content': …} in a list"
 
 
-def one_each(
+def steerings_for(
     steering: Steering | str | Sequence[Steering | str | None] | None, count: int, *, named: bool = False
 ) -> list[Any]:
     """Expand the steering argument to one per prompt: a steering or `None`; with `named`, also a registered name.

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
-from trimtab.steering.whole import whole
+from trimtab.steering.integers import as_int
 
 
 class Captured(dict[Site, Tensor]):
     """The activations of one prompt, `{site: [positions, width]}`; an integer key is a layer's residual stream."""
 
     def __missing__(self, key: Any) -> Tensor:
-        layer = whole(key)
+        layer = as_int(key)
         site = None if layer is None or layer < 0 else Site(layer)
         if site is None or site not in self:
             raise MissingSite(f"no activations at {key!r}; captured: {', '.join(map(str, self))}")
@@ -33,7 +33,7 @@ def sites_of(sites: Any) -> list[Site]:
     """The sites to capture, as a list. Raises `TrimtabError` for none, or for something that isn't a layer or site."""
     if isinstance(sites, Site):
         return [sites]
-    if (number := whole(sites)) is not None:
+    if (number := as_int(sites)) is not None:
         return [Site(number)]
     listed = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, (str, bytes)) else []
     if not listed:

@@ -37,7 +37,7 @@ FEATURES = {
 """The features that not every engine supports, with the wording that errors use."""
 
 
-def fitting(lengths: Sequence[int], budget: int) -> int:
+def count_fitting(lengths: Sequence[int], budget: int) -> int:
     """The number of leading texts to read in one batch, padded to the longest: at least one, within the token budget.
 
     A batch of more than `ENOUGH` tokens, beyond which a larger batch is hardly faster, has at most 10 % padding on top

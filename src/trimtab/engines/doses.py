@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from trimtab.engines.answer import Generation
-from trimtab.keywords import outside
+from trimtab.keywords import caller_stacklevel
 from trimtab.steering import Steering
 
 DOSE_WARNING = 0.3
@@ -47,5 +47,5 @@ def warn_of_doses(answers: Sequence[Generation], steerings: Sequence[Steering | 
         f"{message}; above {limit:g} text tends to break. Lower the strength"
         f"{' or steer at fewer layers' if len(doses) > 1 else ''}",
         DoseWarning,
-        stacklevel=outside(),
+        stacklevel=caller_stacklevel(),
     )

@@ -1,7 +1,7 @@
 """Fold edits into rows of parameters: edits that act together become one row, and rows of one kernel one kernel call.
 
-An engine asks which edits act on which ranges of tokens (`sweep`), what a request's edits at a site fold to there
-(`slots_at`), and for the calls that run all requests' edits at once (`stages_of`).
+An engine asks which edits act on which ranges of tokens (`active_ranges`), what a request's edits at a site fold to
+there (`slots_at`), and for the calls that run all requests' edits at once (`stages_of`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
-from trimtab.steering.low_rank import LowRank, LowRanks
+from trimtab.steering.low_rank import LowRank, LowRankBank
 from trimtab.steering.meanings import Meaning
-from trimtab.steering.operations import NEUTRAL, TOGETHER, WRITING, Kernel, Rows, add, with_norm_of
+from trimtab.steering.operations import ACCEPTS_OUT, MERGE_ROWS, NEUTRAL, Kernel, Rows, add, with_norm_of
 
 KEPT = 512
 """The number of slots whose compiled vectors are cached, together with their edits."""
@@ -34,7 +34,7 @@ class States:
     """The state of each token of a forward pass: on the device, and a copy on the CPU that is read without a sync."""
 
     index: Tensor
-    known: Tensor
+    on_cpu: Tensor
 
     @classmethod
     def of(cls, numbers: Tensor, device: torch.device) -> States:
@@ -42,18 +42,18 @@ class States:
         return cls(numbers.to(device), numbers)
 
     def to(self, device: torch.device) -> States:
-        return self if self.index.device == device else States(self.index.to(device), self.known)
+        return self if self.index.device == device else States(self.index.to(device), self.on_cpu)
 
     @cached_property
     def common(self) -> int | None:
         """The state that all of these tokens share, or `None`."""
-        if not self.known.numel():
+        if not self.on_cpu.numel():
             return None
-        low, high = self.known.aminmax()
+        low, high = self.on_cpu.aminmax()
         return int(low) if int(low) == int(high) else None
 
     def __getitem__(self, which: slice) -> States:
-        return States(self.index[which], self.known[which])
+        return States(self.index[which], self.on_cpu[which])
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Stage:
 
     kernel: Kernel
     keep_norm: float
-    rows: dict[str, Tensor | LowRanks]
+    rows: dict[str, Tensor | LowRankBank]
     active: Tensor
     _moved: dict[torch.device, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -82,12 +82,12 @@ class Stage:
     @property
     def sorts(self) -> bool:
         """Whether gathering sorts tokens by their maps; the result is small, and worth caching."""
-        return any(isinstance(bank, LowRanks) for bank in self.rows.values())
+        return any(isinstance(bank, LowRankBank) for bank in self.rows.values())
 
     def gather(self, states: States) -> Rows:
         """The rows of tokens in these states, one per token, on the states' device."""
         return {
-            name: bank.pick(states.known) if isinstance(bank, LowRanks) else bank[states.index]
+            name: bank.pick(states.on_cpu) if isinstance(bank, LowRankBank) else bank[states.index]
             for name, bank in self.to(states.index.device).rows.items()
         }
 
@@ -102,7 +102,7 @@ class Stage:
             return {"vector": rows["vector"].to(dtype)}, None
         if self.in_place:
             return rows, None
-        if self.active.device == states.known.device and bool(self.active[states.known].all()):
+        if self.active.device == states.on_cpu.device and bool(self.active[states.on_cpu].all()):
             return rows, True
         return rows, self.to(states.index.device).active[states.index]
 
@@ -125,7 +125,7 @@ Prepared = list[tuple[Stage, Rows, Active]]
 """The operations at a site, in order, for the tokens of a pass: arguments of `apply`, except the activations."""
 
 
-def check_together(steering: Steering) -> None:
+def check_joint_edits(steering: Steering) -> None:
     """Raises `TrimtabError` for edits that always act together but can't. What depends on a prompt is checked later."""
     possible = tuple(e for e in steering.edits if e.strength != 0 and not isinstance(e.operation, ScoreOperation))
     possible = tuple(e for e in possible if not hasattr(e.operation, "settled"))
@@ -139,10 +139,10 @@ def check_together(steering: Steering) -> None:
                 alike.setdefault((edit.positions, edit.gate), []).append(edit)
             for edits in alike.values():
                 if len(edits) > 1:
-                    call_of(edits)
+                    kernel_call(edits)
 
 
-def sweep(
+def active_ranges(
     edits: tuple[Edit, ...], length: int, holding: Collection[Meaning] | None = None
 ) -> list[tuple[int, int | None, frozenset[Positions]]]:
     """The ranges of tokens over which a request's set of active position rules stays the same.
@@ -179,13 +179,13 @@ def slots_at(edits: tuple[Edit, ...], site: Site) -> list[Slot]:
 
 def _acts_together(edit: Edit, other: Edit) -> bool:
     a, b = edit.operation, other.operation
-    return a.kernel is b.kernel and a.kernel in TOGETHER and not (a.keep_norm or b.keep_norm)
+    return a.kernel is b.kernel and a.kernel in MERGE_ROWS and not (a.keep_norm or b.keep_norm)
 
 
-def call_of(edits: Sequence[Edit]) -> tuple[Kernel, Rows]:
+def kernel_call(edits: Sequence[Edit]) -> tuple[Kernel, Rows]:
     """The kernel of one slot, and its parameters. Raises `TrimtabError` for projections that contradict each other."""
     kernel = edits[0].operation.kernel
-    together = TOGETHER.get(kernel)
+    together = MERGE_ROWS.get(kernel)
     if together is None:
         return edits[0].operation.call(edits[0].strength)
     return kernel, together([edit.operation.row(edit.strength) for edit in edits], edits)
@@ -222,7 +222,7 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
     """
     every = [slot for row_slots in slots.values() for slot in row_slots]
     if len(every) == 1 and _is_small(every[0]):
-        return list(_kept_stages(tuple((state, tuple(row_slots)) for state, row_slots in slots.items()), dtype))
+        return list(_cached_stages(tuple((state, tuple(row_slots)) for state, row_slots in slots.items()), dtype))
     return _stages_of(slots, dtype)
 
 
@@ -245,7 +245,7 @@ def compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
 
     Recently compiled vectors are cached (`KEPT`), since a request's prompt and its answer need the same ones.
     """
-    return (_kept if _is_small(slot) else _compiled)(slot, dtype)
+    return (_compiled_cached if _is_small(slot) else _compiled)(slot, dtype)
 
 
 def _is_small(slot: Slot) -> bool:
@@ -255,17 +255,17 @@ def _is_small(slot: Slot) -> bool:
 
 @torch.inference_mode(False)  # a cached vector may be used again where gradients are computed
 def _compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
-    kernel, row = call_of(slot)
+    kernel, row = kernel_call(slot)
     keep_norm = slot[0].operation.keep_norm
     return kernel, keep_norm, as_rows(row, compute_dtype(kernel, keep_norm, dtype), slot)
 
 
-_kept = lru_cache(KEPT)(_compiled)
+_compiled_cached = lru_cache(KEPT)(_compiled)
 
 
 @lru_cache(KEPT)
 @torch.inference_mode(False)
-def _kept_stages(slots: tuple[tuple[int, tuple[Slot, ...]], ...], dtype: torch.dtype) -> tuple[Stage, ...]:
+def _cached_stages(slots: tuple[tuple[int, tuple[Slot, ...]], ...], dtype: torch.dtype) -> tuple[Stage, ...]:
     """The stages of a single vector, cached together with their copies on devices."""
     return tuple(_stages_of(dict(slots), dtype))
 
@@ -275,26 +275,28 @@ def compute_dtype(kernel: Kernel, keep_norm: float, dtype: torch.dtype) -> torch
     return dtype if kernel is add and not keep_norm else torch.promote_types(dtype, torch.float32)
 
 
-def missing_of(name: str, kernel: Kernel) -> float:
+def neutral_value(name: str, kernel: Kernel) -> float:
     """The value of a parameter that a row doesn't have, with which it has no effect."""
     return -torch.inf if name.startswith("floor.") else NEUTRAL.get(kernel, -0.0)
 
 
 def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
-    """One stage from the rows of its states. A parameter that a row lacks gets a neutral value (see `missing_of`)."""
+    """One stage from the rows of its states. A parameter that a row lacks gets a neutral value (see
+    `neutral_value`).
+    """
     active = torch.zeros(count, dtype=torch.bool)
     values: dict[str, dict[int, Any]] = {}
     for state, row in rows_of.items():
         active[state] = True
         for name, value in row.items():
             values.setdefault(name, {})[state] = value
-    rows: dict[str, Tensor | LowRanks] = {}
+    rows: dict[str, Tensor | LowRankBank] = {}
     for name, by_state in values.items():
         first = next(iter(by_state.values()))
         if isinstance(first, LowRank):
-            rows[name] = LowRanks(by_state, count)
+            rows[name] = LowRankBank(by_state, count)
             continue
-        bank = rows[name] = torch.full((count, first.shape[0]), missing_of(name, kernel), dtype=dtype)
+        bank = rows[name] = torch.full((count, first.shape[0]), neutral_value(name, kernel), dtype=dtype)
         for state, value in by_state.items():
             bank[state] = value
     return Stage(kernel, keep_norm, rows, active)
@@ -304,7 +306,7 @@ def apply(stage: Stage, rows: Rows, active: Active, x: Tensor) -> Tensor:
     """Apply one stage to activations, given its gathered rows and activity, one per activation."""
     if active is None:
         return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
-    new = _changed(stage, rows, x).to(x.dtype)
+    new = _kernel_result(stage, rows, x).to(x.dtype)
     return new if isinstance(active, bool) else torch.where(active[..., None], new, x)
 
 
@@ -315,21 +317,21 @@ def apply_all(prepared: Prepared, x: Tensor) -> Tensor:
     return x
 
 
-def apply_to(stage: Stage, rows: Rows, active: Active, x: Tensor) -> None:
+def apply_in_place(stage: Stage, rows: Rows, active: Active, x: Tensor) -> None:
     """Like `apply`, in place; without a temporary copy if the last kernel can write to `x`."""
     if active is None:
         x.copy_(apply(stage, rows, active, x))
     elif isinstance(active, Tensor):
-        torch.where(active[..., None], _changed(stage, rows, x).to(x.dtype), x, out=x)
-    elif next(iter(rows.values())).dtype != x.dtype or not (stage.keep_norm or stage.kernel in WRITING):
-        x.copy_(_changed(stage, rows, x))  # this also casts
+        torch.where(active[..., None], _kernel_result(stage, rows, x).to(x.dtype), x, out=x)
+    elif next(iter(rows.values())).dtype != x.dtype or not (stage.keep_norm or stage.kernel in ACCEPTS_OUT):
+        x.copy_(_kernel_result(stage, rows, x))  # this also casts
     elif stage.keep_norm:
         with_norm_of(x, stage.kernel(x, rows), stage.keep_norm, out=x)
     else:
         stage.kernel(x, rows, out=x)
 
 
-def _changed(stage: Stage, rows: Rows, x: Tensor) -> Tensor:
+def _kernel_result(stage: Stage, rows: Rows, x: Tensor) -> Tensor:
     """The stage's result for all of these activations, in the dtype that it computes in."""
     wide = x.to(next(iter(rows.values())).dtype)
     new = stage.kernel(wide, rows)

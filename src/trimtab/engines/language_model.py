@@ -17,13 +17,13 @@ from trimtab.decoding.rejection import Rejection
 from trimtab.engines.answer import Generation
 from trimtab.engines.arguments import (
     as_list,
-    check_said,
+    check_logprobs_and_system,
+    emphasis_for,
     grammars_for,
-    marks_for,
-    one_each,
     rejections_for,
     sampling_for,
     seed_for,
+    steerings_for,
 )
 from trimtab.engines.captured import Captured, sites_of
 from trimtab.engines.contract import (
@@ -39,15 +39,15 @@ from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.images import PromptImages
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.resolve import check_prompt
-from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
+from trimtab.engines.streaming import ReportTokens, Stream, TokenReporter, stream_prompt
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.keywords import arguments, method_keywords
+from trimtab.keywords import check_arguments, method_keywords
 from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
-from trimtab.steering.attributes import OF_LM, missing
+from trimtab.steering.attributes import LM_HINTS, raise_missing_attribute
 from trimtab.steering.monitors import Monitor, check_monitors
 from trimtab.steering.steering import check_steering
 from trimtab.text.chat import Message, Prompt, Template, encode
-from trimtab.text.images import BOUNDS, Bounds, has_images
+from trimtab.text.images import IMAGE_LIMITS, ImageLimits, has_images
 from trimtab.text.spans import Emphasis, find_spans
 from trimtab.text.templates import check_no_keywords
 
@@ -141,7 +141,7 @@ class LanguageModel(ABC):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            return missing(self, "an LM", name, OF_LM)
+            return raise_missing_attribute(self, "an LM", name, LM_HINTS)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -208,7 +208,7 @@ class LanguageModel(ABC):
         system: str | None = None,
         chat: bool | None = None,
         template: Template | None = None,
-        bounds: Bounds = BOUNDS,
+        bounds: ImageLimits = IMAGE_LIMITS,
     ) -> tuple[list[int], PromptImages | None]:
         """The token ids of a prompt, as from `encode`, and its images; the ids contain the images' placeholder tokens.
 
@@ -234,7 +234,7 @@ class LanguageModel(ABC):
         return self._encode_images(prompt, system, template, bounds)
 
     def _encode_images(
-        self, prompt: Sequence[Message], system: str | None, template: Template | None, bounds: Bounds
+        self, prompt: Sequence[Message], system: str | None, template: Template | None, bounds: ImageLimits
     ) -> tuple[list[int], PromptImages]:
         """The implementation of `encode_with_images` for messages that contain images."""
         raise UnsupportedError(f"the {self.engine} engine takes no images")
@@ -251,15 +251,15 @@ class LanguageModel(ABC):
         """The token positions `(start, stop)` of phrases in the rendered prompt. Raises as `find_spans` does."""
         if not has_images(prompt):
             return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat, template=template)
-        return self._spans_beside_images(prompt, emphasize, system, template)
+        return self._spans_with_images(prompt, emphasize, system, template)
 
-    def _spans_beside_images(
+    def _spans_with_images(
         self, prompt: Any, emphasize: Any, system: str | None, template: Template | None
     ) -> tuple[tuple[int, int], ...]:
         """The implementation of `spans` for messages that contain images."""
         raise UnsupportedError(f"the {self.engine} engine takes no images")
 
-    @arguments
+    @check_arguments
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -327,17 +327,17 @@ class LanguageModel(ABC):
             UnsupportedError: Before anything runs, for what this engine can't do.
         """
         check_no_keywords(self.tokenizer, options)
-        check_said(logprobs, system)
+        check_logprobs_and_system(logprobs, system)
         seed, options = seed_for(seed), sampling_for(options)
         watching = check_monitors(monitors)
-        self._check_asked(emphasize, rejection, clean_cache, watching)
+        self._check_features(emphasize, rejection, clean_cache, watching)
         many = as_list(prompts)
-        steerings = self._named(steering, len(many))
-        marked = marks_for(emphasize, len(many))
+        steerings = self._steerings_for(steering, len(many))
+        marked = emphasis_for(emphasize, len(many))
         for i, marks in enumerate(marked):
             if marks is not None:
                 spans = self.spans(many[i], marks, system=system, chat=chat, template=template)
-                towards = emphasis(ScaleScores(), spans, self._emphasised(), "directer")
+                towards = emphasis(ScaleScores(), spans, self._emphasis_layers(), "directer")
                 steerings[i] = towards if steerings[i] is None else steerings[i] + towards
         rejections = rejections_for(rejection, marked)
         if json_schema is not None:
@@ -361,7 +361,7 @@ class LanguageModel(ABC):
         warn_of_doses(done, steerings)
         return done
 
-    @arguments
+    @check_arguments
     def stream(
         self,
         prompt: Prompt,
@@ -412,10 +412,10 @@ class LanguageModel(ABC):
                 `lm.steered(…)`.
         """
         self.require("streaming")
-        single_prompt = one_request(prompt, steering, rejection, options)
-        self._check_free()
+        single_prompt = stream_prompt(prompt, steering, rejection, options)
+        self._check_can_stream()
 
-        def generate(tell: Tell) -> Generation:
+        def generate(tell: ReportTokens) -> Generation:
             (answer,) = self.generate(
                 [single_prompt],
                 steering,
@@ -431,7 +431,7 @@ class LanguageModel(ABC):
                 clean_cache=clean_cache,
                 monitors=monitors,
                 json_schema=json_schema,
-                **{**options, "streamer": TokenTeller(tell)},
+                **{**options, "streamer": TokenReporter(tell)},
             )
             return answer
 
@@ -466,7 +466,7 @@ class LanguageModel(ABC):
             UnsupportedError: Before anything runs, for a steering of attention scores, or one that the engine can't
                 run.
         """
-        steerings = one_each(steering, len(choices))
+        steerings = steerings_for(steering, len(choices))
         for each_steering in {each_steering for each_steering in steerings if each_steering is not None}:
             if any(isinstance(edit.operation, ScoreOperation) for edit in each_steering.edits):
                 raise UnsupportedError("attention scores are steered by lm.generate(…), not by lm.next_logprobs(…)")
@@ -505,7 +505,7 @@ class LanguageModel(ABC):
 
         return project(self, text, steering, layers, transfer=transfer)
 
-    @arguments
+    @check_arguments
     def sweep(
         self,
         steering: Steering,
@@ -622,7 +622,7 @@ class LanguageModel(ABC):
 
     # ---- where engines differ ----------------------------------------------------------------------------
 
-    def _check_asked(self, emphasize: Any, rejection: Any, clean_cache: Any, monitors: Sequence[Monitor]) -> None:
+    def _check_features(self, emphasize: Any, rejection: Any, clean_cache: Any, monitors: Sequence[Monitor]) -> None:
         if monitors:
             self.require("monitors")
         if not isinstance(clean_cache, bool):
@@ -639,14 +639,14 @@ class LanguageModel(ABC):
         if rejection not in (None, False):
             self.require("rejection")
 
-    def _check_free(self) -> None:
+    def _check_can_stream(self) -> None:
         """Raises `TrimtabError` if a stream can't start now."""
         return
 
-    def _emphasised(self) -> Iterable[int]:
+    def _emphasis_layers(self) -> Iterable[int]:
         """The layers at which emphasis acts."""
         return range(self.layout.layers)
 
-    def _named(self, steering: Any, count: int) -> list[Any]:
+    def _steerings_for(self, steering: Any, count: int) -> list[Any]:
         """The steering of each request."""
-        return one_each(steering, count)
+        return steerings_for(steering, count)

@@ -21,19 +21,19 @@ from trimtab.text import markers
 from trimtab.text.machine import Machine, State, Step
 from trimtab.text.token_text import TokenText
 
-Holding = frozenset[Meaning]
+ActiveMeanings = frozenset[Meaning]
 """The meanings that apply to a token."""
-NOTHING: Holding = frozenset()
-MOST = 6
+NOTHING: ActiveMeanings = frozenset()
+MAX_MEANINGS = 6
 """The maximum number of meanings per steering; each of them may apply or not."""
 
 
-def meanings_of(edits: Iterable[Edit]) -> Holding:
+def meanings_of(edits: Iterable[Edit]) -> ActiveMeanings:
     """All meanings that these edits need to know of generated tokens."""
     return frozenset(meaning for edit in edits for meaning in edit.positions.meanings)
 
 
-def possible(meanings: Holding) -> list[Holding]:
+def possible_subsets(meanings: ActiveMeanings) -> list[ActiveMeanings]:
     """All subsets of these that can apply at the same time: no token is in both the thinking and the answer."""
     listed = sorted(meanings)
     every = [frozenset(some) for n in range(len(listed) + 1) for some in combinations(listed, n)]
@@ -48,8 +48,8 @@ def possible(meanings: Holding) -> list[Holding]:
 def check_meanings(steering: Steering, tokenizer: Any) -> None:
     """Raises `TrimtabError` for too many meanings, or for one that can't occur in this tokenizer's text."""
     meanings = meanings_of(steering.edits)
-    if len(meanings) > MOST:
-        raise TrimtabError(f"a steering has at most {MOST} positions by meaning, this one has {len(meanings)}")
+    if len(meanings) > MAX_MEANINGS:
+        raise TrimtabError(f"a steering has at most {MAX_MEANINGS} positions by meaning, this one has {len(meanings)}")
     for meaning in meanings:
         if tokenizer is None:
             raise TrimtabError(f"positions {meaning.kind} depend on the text, and this model has no tokenizer")
@@ -90,10 +90,10 @@ def _holds(meaning: Meaning, step: Step) -> bool:
 
 
 @dataclass(frozen=True)
-class Followed:
+class FollowerState:
     """The state after a token: the meanings that apply to it (a prompt token has none), and each machine's state."""
 
-    holding: Holding
+    holding: ActiveMeanings
     states: tuple[State, ...]
     last: int
 
@@ -114,17 +114,17 @@ class Follower:
         self._meanings = sorted(meanings)
         self._machines = [machine_of(tokenizer, meaning) for meaning in self._meanings]
         self._text = _text_of(tokenizer)
-        self.start: Followed = Followed(NOTHING, self._begin(tokenizer, prompt), prompt[-1])
+        self.start: FollowerState = FollowerState(NOTHING, self._begin(tokenizer, prompt), prompt[-1])
         """The state before the first generated token."""
 
-    def after(self, before: Followed, token: int) -> Followed:
+    def after(self, before: FollowerState, token: int) -> FollowerState:
         """The state after one more token."""
-        piece = self._text.added(before.last, token)
+        piece = self._text.added_bytes(before.last, token)
         steps = [machine.read(state, piece) for machine, state in zip(self._machines, before.states, strict=True)]
         holding = [meaning for meaning, step in zip(self._meanings, steps, strict=True) if _holds(meaning, step)]
-        return Followed(_kept(frozenset(holding)), tuple(step.state for step in steps), token)
+        return FollowerState(_interned(frozenset(holding)), tuple(step.state for step in steps), token)
 
-    def of(self, tokens: Iterable[int]) -> list[Followed]:
+    def states_after(self, tokens: Iterable[int]) -> list[FollowerState]:
         """The states after each of these generated tokens, from the first one on."""
         states, at = [], self.start
         for token in tokens:
@@ -139,7 +139,7 @@ class Follower:
         (`AFTER`, `AT`) is only searched for in the generated text, but thinking or a tool call that was opened in the
         prompt counts.
         """
-        pieces = [self._text.added(prompt[max(0, i - 1)], token) for i, token in enumerate(prompt)]
+        pieces = [self._text.added_bytes(prompt[max(0, i - 1)], token) for i, token in enumerate(prompt)]
         whole, header = b"".join(pieces), markers.answer_header(tokenizer)
         place = -1 if header is None else whole.rfind(header.encode())
         begun = whole[place + len(header.encode()) :] if header is not None and place >= 0 else None
@@ -157,7 +157,7 @@ def _text_of(tokenizer: Any) -> TokenText:
 
 
 @lru_cache(maxsize=4096)
-def _kept(holding: Holding) -> Holding:
+def _interned(holding: ActiveMeanings) -> ActiveMeanings:
     """One object for equal sets of meanings, so that comparisons are fast."""
     return holding
 

@@ -17,7 +17,7 @@ from trimtab.engines.arguments import as_list
 from trimtab.errors import TrimtabError
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
-from trimtab.text.unfolding import Unfolding
+from trimtab.text.detokenizer import Detokenizer
 
 REFUSED = {
     "batch_size": "there is one prompt",
@@ -27,7 +27,7 @@ REFUSED = {
     "num_beams": "beam search has no text before it ends",
 }
 
-Tell = Callable[[Sequence[int]], None]
+ReportTokens = Callable[[Sequence[int]], None]
 """Called with tokens as they are generated; an empty list means that all checks have passed."""
 
 
@@ -43,14 +43,14 @@ class Stream:
     `close()` and leaving the stream's `with` block.
     """
 
-    def __init__(self, tokenizer: Any, generate: Callable[[Tell], Generation]) -> None:
+    def __init__(self, tokenizer: Any, generate: Callable[[ReportTokens], Generation]) -> None:
         """Start `generate`, which reports tokens as they are generated. Raises what it raises before the first one."""
-        self._unfolding = Unfolding(tokenizer)
+        self._unfolding = Detokenizer(tokenizer)
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._stop = threading.Event()
         self._over = False
         self._result: Generation | None = None
-        self._said = ""
+        self._text = ""
         arguments = generate, self._queue, self._stop
         self._thread = threading.Thread(target=_run, args=arguments, name="trimtab-stream", daemon=True)
         self._end = weakref.finalize(self, _end, self._stop, self._thread)
@@ -78,12 +78,12 @@ class Stream:
                 self._finish()
                 self._result = item
                 if rest := self._unfolding.finish():
-                    self._said += rest
+                    self._text += rest
                     return rest
                 break
             piece = "".join(self._unfolding.add(token) for token in item)
             if piece:
-                self._said += piece
+                self._text += piece
                 return piece
         raise StopIteration
 
@@ -119,7 +119,7 @@ class Stream:
 
         if self._result is not None:
             return self._result._repr_html_()
-        return stream_html(self._said, self._state)
+        return stream_html(self._text, self._state)
 
     @property
     def _state(self) -> str:
@@ -137,7 +137,7 @@ class Stream:
         self._end()
 
 
-def one_request(prompt: Prompt, steering: Steering | None, rejection: Any, options: Mapping[str, Any]) -> Prompt:
+def stream_prompt(prompt: Prompt, steering: Steering | None, rejection: Any, options: Mapping[str, Any]) -> Prompt:
     """The prompt of a stream. Raises `TrimtabError` for several, and for options that one answer can't have."""
     prompts = as_list(prompt)
     if len(prompts) != 1:
@@ -151,30 +151,30 @@ def one_request(prompt: Prompt, steering: Steering | None, rejection: Any, optio
     return prompts[0]
 
 
-class TokenTeller:
+class TokenReporter:
     """A streamer in the sense of transformers: it receives the prompt first, and then each token."""
 
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
+    def __init__(self, tell: ReportTokens) -> None:
+        self._report = tell
         self._begun = False
 
     def put(self, value: Any) -> None:
         """Takes the prompt's ids `[1, tokens]`, then the ids of new tokens `[1]`."""
-        self._tell(value.flatten().tolist() if self._begun else [])
+        self._report(value.flatten().tolist() if self._begun else [])
         self._begun = True
 
     def end(self) -> None:
         """Does nothing; the `Generation` marks the end."""
 
 
-def _run(generate: Callable[[Tell], Generation], queue: SimpleQueue[Any], stop: threading.Event) -> None:
-    def tell(tokens: Sequence[int]) -> None:
+def _run(generate: Callable[[ReportTokens], Generation], queue: SimpleQueue[Any], stop: threading.Event) -> None:
+    def report(tokens: Sequence[int]) -> None:
         if stop.is_set():
             raise _Stopped
         queue.put(tokens)
 
     try:
-        queue.put(generate(tell))
+        queue.put(generate(report))
     except _Stopped:  # nobody reads it, and a stored exception would keep the KV cache alive
         return
     except BaseException as error:  # raised again in the reader's thread

@@ -22,8 +22,8 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluate.answers import check_names, run
 from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.steering import Steering
-from trimtab.text.columns import belonging, columns_of
-from trimtab.text.letters import ask_prompt, letter_of, question_prompt
+from trimtab.text.columns import columns_of, unused_prompt_columns
+from trimtab.text.letters import letter_of, letter_question_from_prompt, question_prompt
 from trimtab.text.tables import read_rows
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def read_ab(path: str | Path, *, exclude: bool = False, limit: int | None = None
     B; with `exclude`, such items are left out instead, and their names are returned. They are never scored.
     """
     path = Path(path)
-    rows = list(read_rows(path, otherwise=".json"))
+    rows = list(read_rows(path, default_suffix=".json"))
     if not rows:
         raise TrimtabError(f"{path}: a list of questions was expected, with at least one")
     items, left_out = [], []
@@ -92,25 +92,25 @@ def read_ab(path: str | Path, *, exclude: bool = False, limit: int | None = None
         items.append(item)
     if not items:
         raise TrimtabError(f"{path} has no item whose answers are A and B")
-    return spread(items, limit), left_out
+    return evenly_spaced(items, limit), left_out
 
 
 def _item(row: Any, where: str, number: int) -> ABItem:
     row = row if isinstance(row, Mapping) else {}
-    there = [keys for keys in KEYS if all(columns_of(row, (key,)) for key in keys)]
-    if not there:
+    present_keys = [keys for keys in KEYS if all(columns_of(row, (key,)) for key in keys)]
+    if not present_keys:
         raise TrimtabError(f"{where}: an object with {', '.join(KEYS[0])}, or {', '.join(KEYS[1])} was expected")
-    if len(there) > 1:
+    if len(present_keys) > 1:
         raise TrimtabError(f"{where}: it has {', '.join(KEYS[0])} and {', '.join(KEYS[1])}; take one of them out")
-    (keys,) = there
+    (keys,) = present_keys
     question, matching, other = (row[columns_of(row, (key,))[0]] for key in keys)
     for key, value in zip(keys, (question, matching, other), strict=True):
         if not isinstance(value, str) or not value.strip():
             raise TrimtabError(f"{where}: {key!r} is empty or not text")
-    if lost := belonging(row, question):
+    if unsupported_keys := unused_prompt_columns(row, question):
         raise TrimtabError(
-            f"{where}: {lost[0]!r} isn't supported here; write it into the question, or remove it (a system message"
-            " is a separate arm, --system-prompt)"
+            f"{where}: {unsupported_keys[0]!r} isn't supported here; write it into the question, or remove it (a"
+            " system message is a separate arm, --system-prompt)"
         )
     try:
         letters = letter_of(matching), letter_of(other)
@@ -123,7 +123,7 @@ def _item(row: Any, where: str, number: int) -> ABItem:
     return ABItem(name, question, *letters, category=str(category) if category else None)
 
 
-def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
+def evenly_spaced(items: Sequence[Any], limit: int | None) -> list[Any]:
     """At most `limit` of the items, evenly spaced, so that no category of a sorted file is favoured."""
     if limit is None or limit >= len(items):
         return list(items)
@@ -188,7 +188,7 @@ def _swapped(item: ABItem) -> ABItem:
 # ---- asking ------------------------------------------------------------------------------------------------
 
 
-def requests_of(
+def ab_requests(
     lm: LM, items: Sequence[ABItem], arms: Mapping[str, Steering | None], systems: Mapping[str, str] | None = None
 ) -> list[ArmPrompt]:
     """One request per item and arm. `systems[arm]` is the arm's system message.
@@ -242,7 +242,7 @@ def score_ab(
     check_choices(lm.layout, list(known.values()))
     batches = _batches(requests, choices, batch_size)
 
-    def make(_number: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
+    def answer_batch(_number: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
         results = lm.next_logprobs(
             [choices[r.arm, r.item] for r in batch],
             [r.steering for r in batch],
@@ -253,19 +253,26 @@ def score_ab(
 
     about = {"items": [asdict(item) for item in items], **(about or {})}
     return run(
-        lm, requests, batches, make, settings={"batch_size": batch_size}, out=out, progress=progress, about=about
+        lm,
+        requests,
+        batches,
+        answer_batch,
+        settings={"batch_size": batch_size},
+        out=out,
+        progress=progress,
+        about=about,
     )
 
 
-def share(matching: float, other: float) -> float:
+def matching_share(matching: float, other: float) -> float:
     """`p(matching) / (p(matching) + p(other))`, from the log-probabilities of both."""
     if matching < other:
-        return 1.0 - share(other, matching)
+        return 1.0 - matching_share(other, matching)
     return 1.0 / (1.0 + math.exp(other - matching))
 
 
 def _choice(lm: LM, request: ArmPrompt, item: ABItem) -> Choice:
-    question = ask_prompt(lm.tokenizer, request.prompt, (item.matching, item.other))
+    question = letter_question_from_prompt(lm.tokenizer, request.prompt, (item.matching, item.other))
     return Choice(question.ids, len(question.prompt), (question.letters[item.matching], question.letters[item.other]))
 
 
@@ -289,7 +296,7 @@ def _batches(
 
 def _record(request: ArmPrompt, item: ABItem, token: NextToken, digests: Mapping[int, str]) -> Record:
     matching, other = token.logprobs
-    q = share(matching, other)
+    q = matching_share(matching, other)
     return Record(
         arm=request.arm,
         item=request.item,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.records import FORMAT, KEY, ArmPrompt, Record, split_records
+from trimtab.evaluate.records import FORMAT, FORMAT_KEY, ArmPrompt, Record, split_records
 from trimtab.files.steering_file import steering_digest
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trimtab.engines.transformers.generate import Generation
 
 Score = Callable[[ArmPrompt, "Generation"], dict[str, float]]
-Make = Callable[[int, Sequence[ArmPrompt], Mapping[int, str]], list[Record]]
+AnswerBatch = Callable[[int, Sequence[ArmPrompt], Mapping[int, str]], list[Record]]
 
 
 def answer(
@@ -57,19 +57,19 @@ def answer(
         raise TrimtabError(
             "an evaluation takes one answer per request; for more, repeat the request under another item name"
         )
-    lengths = _check(lm, requests, max_new_tokens, transfer, options)
+    lengths = _checked_prompt_lengths(lm, requests, max_new_tokens, transfer, options)
     order = sorted(range(len(requests)), key=lambda i: -lengths[i])
     batches = [[requests[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, **options}
 
-    def make(number: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
-        drawn = _batch_seed(seed, number) if options.get("do_sample") else None
+    def answer_batch(number: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
+        batch_seed = _batch_seed(seed, number) if options.get("do_sample") else None
         generations = lm.generate(
             [request.prompt for request in batch],
             [request.steering for request in batch],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            seed=drawn,
+            seed=batch_seed,
             transfer=transfer,
             **options,
         )
@@ -84,21 +84,21 @@ def answer(
                 steering=digests.get(id(request.steering)),
                 edits=generation.applied.edits,
                 dose=generation.applied.dose_if_measured,
-                seed=drawn,
+                seed=batch_seed,
                 scores=score(request, generation),
                 group=request.group,
             )
             for request, generation in zip(batch, generations, strict=True)
         ]
 
-    return run(lm, requests, batches, make, settings=settings, out=out, progress=progress, about=about)
+    return run(lm, requests, batches, answer_batch, settings=settings, out=out, progress=progress, about=about)
 
 
 def run(
     lm: LM,
     requests: Sequence[ArmPrompt],
     batches: Sequence[Sequence[ArmPrompt]],
-    make: Make,
+    answer_batch: AnswerBatch,
     *,
     settings: Mapping[str, Any],
     out: str | Path | None = None,
@@ -108,7 +108,7 @@ def run(
     """Answer each batch with `make(number, batch, digests)`, and maintain the file `out` as described in `answer`.
 
     `batches` are the requests in the order in which they run; `digests` maps the `id` of a steering to its digest. The
-    result of `make` may depend only on the batch and `settings`; otherwise a resumed run would end differently.
+    result of `answer_batch` may depend only on the batch and `settings`; otherwise a resumed run would end differently.
     """
     steerings = {id(r.steering): r.steering for r in requests if r.steering is not None}
     digests = {number: steering_digest(steering) for number, steering in steerings.items()}
@@ -118,12 +118,12 @@ def run(
     if progress is not None:
         progress(len(records), total)
     done = len(records)
-    before = 0
+    batch_end = 0
     for number, batch in enumerate(batches):
-        before += len(batch)
-        if before <= done:
+        batch_end += len(batch)
+        if batch_end <= done:
             continue
-        new = make(number, batch, digests)
+        new = answer_batch(number, batch, digests)
         if out is not None:
             _append(Path(out), "".join(record.to_json() + "\n" for record in new).encode())
         records += new
@@ -143,7 +143,7 @@ def check_names(requests: Sequence[ArmPrompt]) -> None:
         seen.add(name)
 
 
-def _check(
+def _checked_prompt_lengths(
     lm: LM, requests: Sequence[ArmPrompt], max_new_tokens: int, transfer: bool, options: Mapping[str, Any]
 ) -> list[int]:
     """The lengths of the prompts in tokens. Raises `TrimtabError` for anything that would fail in a later batch."""
@@ -193,7 +193,9 @@ def _header(
     order = _digest([[r.arm, r.item] for r in requests])
     try:
         digest = _digest([run, order])
-        line = json.dumps({KEY: FORMAT, "digest": digest, **run, "order": order}, ensure_ascii=False, allow_nan=False)
+        line = json.dumps(
+            {FORMAT_KEY: FORMAT, "digest": digest, **run, "order": order}, ensure_ascii=False, allow_nan=False
+        )
     except (TypeError, ValueError) as error:
         raise TrimtabError(f"options of a run that is written to a file must be JSON values: {error}") from None
     return line.encode() + b"\n"
@@ -238,9 +240,9 @@ def _resume(path: Path, header: bytes, batches: Sequence[Sequence[ArmPrompt]]) -
     return records[:whole]
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def _differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """How two runs differ, in words: the first few settings that differ."""
-    a, b = _flat(there), _flat(here)
+    a, b = _flat(stored), _flat(requested)
     keys = [key for key in {**a, **b} if key != "digest" and a.get(key, "none") != b.get(key, "none")]
     listed = [f"{key} is {a.get(key, 'none')} there and {b.get(key, 'none')} here" for key in keys[:4]]
     return "; ".join(listed) + (f"; {len(keys) - 4} more" if len(keys) > 4 else "") or "its description differs"

@@ -2,7 +2,7 @@
 
 MMLU and TruthfulQA are used in the two-option form of Rimsky et al. (2312.06681, section 7) and scored as in `ab`: the
 correct letter's share, the mass, and whether it is the more probable letter. The paper's averages are means over
-categories (`macro`). GSM8K (Cobbe et al., 2110.14168) is generated and matched exactly.
+categories (`macro_average`). GSM8K (Cobbe et al., 2110.14168) is generated and matched exactly.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.ab import category_of, spread
+from trimtab.evaluate.ab import category_of, evenly_spaced
 from trimtab.evaluate.records import ArmPrompt, Record, with_system
 from trimtab.steering import Steering
-from trimtab.text.read import read_text
+from trimtab.text.text_files import read_text
 
 if TYPE_CHECKING:
     from trimtab.engines.transformers.generate import Generation
 
-ASK = "\n\nThink step by step. End with a last line that is #### and the answer as a number."
+ANSWER_INSTRUCTION = "\n\nThink step by step. End with a last line that is #### and the answer as a number."
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 MATH_SCORES = ("correct", "marked")
 
@@ -59,7 +59,7 @@ def read_gsm8k(path: str | Path, limit: int | None = None) -> list[MathItem]:
         items.append(MathItem(str(number), question, answer))
     if not items:
         raise TrimtabError(f"{path} has no questions in it")
-    return spread(items, limit)
+    return evenly_spaced(items, limit)
 
 
 def final_number(text: str) -> tuple[Decimal | None, bool]:
@@ -78,10 +78,12 @@ def final_number(text: str) -> tuple[Decimal | None, bool]:
 def math_requests(
     items: Sequence[MathItem], arms: Mapping[str, Steering | None], systems: Mapping[str, str] | None = None
 ) -> list[ArmPrompt]:
-    """One request per problem and arm, with `ASK` appended. `systems[arm]` is the arm's system message."""
+    """One request per problem and arm, with `ANSWER_INSTRUCTION` appended. `systems[arm]` is the arm's system
+    message.
+    """
     systems = systems or {}
     return [
-        ArmPrompt(arm, item.item, with_system(item.question + ASK, systems.get(arm)), steering)
+        ArmPrompt(arm, item.item, with_system(item.question + ANSWER_INSTRUCTION, systems.get(arm)), steering)
         for item in items
         for arm, steering in arms.items()
     ]
@@ -98,12 +100,12 @@ def math_scorer(items: Sequence[MathItem]) -> Callable[[ArmPrompt, Generation], 
     return score
 
 
-def macro(records: Sequence[Record], score: str) -> dict[str, float]:
+def macro_average(records: Sequence[Record], score: str) -> dict[str, float]:
     """For each arm, the mean of the category means (the paper's "Average" row)."""
     values: dict[str, dict[str, list[float]]] = {}
     for record in records:
         values.setdefault(record.arm, {}).setdefault(category_of(record), []).append(record.scores[score])
-    return {arm: mean(mean(of) for of in parts.values()) for arm, parts in values.items()}
+    return {arm: mean(mean(category_values) for category_values in parts.values()) for arm, parts in values.items()}
 
 
 def _number(text: str) -> Decimal | None:

@@ -180,7 +180,7 @@ def _begins_json(text: str) -> bool:
     if not stack:
         return False  # it ended and was not valid
     tail = "".join(reversed(stack))
-    return any(_loads(ending + tail) for ending in _endings(text, quoted, escaped))
+    return any(_is_valid_json(ending + tail) for ending in _endings(text, quoted, escaped))
 
 
 def _endings(text: str, quoted: bool, escaped: bool) -> list[str]:
@@ -200,7 +200,7 @@ def _endings(text: str, quoted: bool, escaped: bool) -> list[str]:
     return endings
 
 
-def _loads(text: str) -> bool:
+def _is_valid_json(text: str) -> bool:
     try:
         json.loads(text, parse_constant=_refuse)
     except ValueError:

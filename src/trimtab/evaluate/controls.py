@@ -30,8 +30,8 @@ def means_for(lm: LM, steerings: Iterable[Steering], prompts: Sequence[Prompt]) 
     sites = sorted({edit.site for edit in edits if isinstance(edit.operation, (ReadWrite, SetProjection))})
     if not sites:
         return None
-    read = lm.capture(list(prompts), sites)
-    return {site: torch.stack([to_float64(captured[site][-1]) for captured in read]).mean(0) for site in sites}
+    activations = lm.capture(list(prompts), sites)
+    return {site: torch.stack([to_float64(captured[site][-1]) for captured in activations]).mean(0) for site in sites}
 
 
 def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> Steering:
@@ -76,16 +76,18 @@ def orthogonal_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tens
             edits.append(new)
             continue
         assert isinstance(new.operation, Directed)
-        own, drawn = old.operation.direction.double(), new.operation.direction.double()
-        if not own.any():  # a zero vector has no orthogonal part to scale
+        learned, random_direction = old.operation.direction.double(), new.operation.direction.double()
+        if not learned.any():  # a zero vector has no orthogonal part to scale
             edits.append(old)
             continue
-        away = drawn - (drawn @ own) * own / own.norm() ** 2
-        away = (away * drawn.norm() / away.norm()).to(old.operation.direction.dtype)
-        change: dict[str, object] = {"direction": away}
+        orthogonal_part = random_direction - (random_direction @ learned) * learned / learned.norm() ** 2
+        orthogonal_part = (orthogonal_part * random_direction.norm() / orthogonal_part.norm()).to(
+            old.operation.direction.dtype
+        )
+        change: dict[str, object] = {"direction": orthogonal_part}
         if isinstance(old.operation, SetProjection) and means is not None:
             mean = to_float64(means[old.site])
-            change["target"] = float(mean @ away.double()) + old.operation.target - float(mean @ own)
+            change["target"] = float(mean @ orthogonal_part.double()) + old.operation.target - float(mean @ learned)
         edits.append(replace(new, operation=replace(new.operation, **change)))  # type: ignore[arg-type]
     options = {**control.card.options, "orthogonal": True}
     return Steering(tuple(edits), replace(control.card, options=options))

@@ -55,14 +55,14 @@ class Decision:
     candidates: int = 1
 
     @property
-    def corrected(self) -> float:
+    def corrected_p(self) -> float:
         """p, corrected for the number of candidates."""
         return min(1.0, self.p * self.candidates)
 
     @property
     def verdict(self) -> str:
         """`"better"`, `"worse"`, or `"can't be told from luck"`."""
-        return verdict_of(self.corrected, min(1.0, self.p_worse * self.candidates))
+        return verdict_of(self.corrected_p, min(1.0, self.p_worse * self.candidates))
 
     @property
     def better(self) -> bool:
@@ -151,12 +151,12 @@ def _counted(sizes: np.ndarray, seen: int) -> float:
     return min(1.0, float(chances[total + seen :].sum()))
 
 
-def fewest() -> int:
+def min_items_for_verdict() -> int:
     """The smallest number of items that, if all are won, gives a verdict other than luck."""
     return math.ceil(-math.log2(LEVEL))
 
 
-def in_words(decision: Decision, of: str = "prompts") -> str:
+def describe_decision(decision: Decision, of: str = "prompts") -> str:
     """The verdict as a sentence: the verdict, the scores, the numbers of items won and lost, and the p-value.
 
     Args:
@@ -165,11 +165,11 @@ def in_words(decision: Decision, of: str = "prompts") -> str:
     """
     scores = f"{decision.after:.2f} instead of {decision.before:.2f} on {decision.items} {of}"
     counts = f"{decision.won} better, {decision.lost} worse"
-    p = decision.corrected if decision.verdict != WORSE else min(1.0, decision.p_worse * decision.candidates)
+    p = decision.corrected_p if decision.verdict != WORSE else min(1.0, decision.p_worse * decision.candidates)
     chance = f"p = {p:.2g}" + (f" for the best of {decision.candidates}" if decision.candidates > 1 else "")
     return f"{decision.verdict}: {scores} ({counts}; {chance})"
 
 
-def error_rate() -> str:
+def error_rate_text() -> str:
     """The error rate behind the verdicts, in words."""
     return f"of steerings that do nothing, at most {LEVEL:.0%} are called better, and at most {LEVEL:.0%} worse"

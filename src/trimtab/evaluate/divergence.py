@@ -19,11 +19,11 @@ from torch import Tensor
 
 from trimtab.engines.arguments import as_list
 from trimtab.engines.transformers.few_rows import few_rows
-from trimtab.engines.transformers.likelihood import LOGITS
+from trimtab.engines.transformers.likelihood import MAX_LOGITS
 from trimtab.engines.transformers.prefix_cache import prefix_cache_of
 from trimtab.engines.transformers.scores import activation_edits, is_score_edit
 from trimtab.engines.transformers.session import Session
-from trimtab.engines.transformers.teacher_forced import Answered, check_answered, teacher_forced
+from trimtab.engines.transformers.teacher_forced import AnsweredPrompt, check_answered_prompts, teacher_forced
 from trimtab.engines.transformers.weights import vocabulary_size
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
@@ -67,7 +67,7 @@ class Divergence:
 class Reference:
     """The unsteered model's answers to some prompts, and its logits before each of their tokens."""
 
-    texts: tuple[Answered, ...]
+    texts: tuple[AnsweredPrompt, ...]
     logits: tuple[Tensor, ...]
 
 
@@ -101,14 +101,14 @@ def reference(
     if not listed:
         raise TrimtabError("there are no prompts to measure a divergence on; give at least one")
     texts = tuple(
-        Answered(tuple(lm.encode(prompt, system=system, chat=chat)), tuple(answer.token_ids))
+        AnsweredPrompt(tuple(lm.encode(prompt, system=system, chat=chat)), tuple(answer.token_ids))
         for prompt, answer in zip(listed, answers, strict=True)
     )
     texts = tuple(text for text in texts if text.answer)
     if not texts:
         raise TrimtabError("the unsteered model's answers to these prompts are all empty; give other prompts")
-    check_answered(lm.layout, texts)
-    return Reference(texts, tuple(read_answered(lm, texts, None)))
+    check_answered_prompts(lm.layout, texts)
+    return Reference(texts, tuple(read_answer_logits(lm, texts, None)))
 
 
 @keywords
@@ -146,7 +146,7 @@ def divergence(
         if each_steering is not None:
             lm.check(each_steering, transfer=transfer)
     base = reference(lm, prompts, tokens=tokens, system=system, chat=chat)
-    steered = read_answered(lm, base.texts, steering)
+    steered = read_answer_logits(lm, base.texts, steering)
     return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
 
 
@@ -160,8 +160,8 @@ def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
     return [math.inf if math.isnan(value) else max(0.0, value) for value in terms.sum(-1).tolist()]
 
 
-def read_answered(
-    lm: LM, texts: Sequence[Answered], steering: Steering | Sequence[Steering | None] | None
+def read_answer_logits(
+    lm: LM, texts: Sequence[AnsweredPrompt], steering: Steering | Sequence[Steering | None] | None
 ) -> list[Tensor]:
     """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the order of the
     texts.
@@ -179,19 +179,19 @@ def read_answered(
     by_text: dict[int, Tensor] = {}
     with lm._exclusive(), few_rows(lm.model):
         while order:
-            chosen = _batch(texts, order, LOGITS // vocabulary, same_length)
+            chosen = _batch(texts, order, MAX_LOGITS // vocabulary, same_length)
             order = order[len(chosen) :]
-            some = [texts[i] for i in chosen]
-            edits = lm._ready([each[i] for i in chosen], [list(text.prompt) for text in some])
+            batch_texts = [texts[i] for i in chosen]
+            edits = lm._resolve_edits([each[i] for i in chosen], [list(text.prompt) for text in batch_texts])
             residual = [activation_edits(row_edits) for row_edits in edits]
             session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided, tokenizer=lm.tokenizer)
-            read = teacher_forced(lm.model, lm.layout, some, session, edits, prefix_cache_of(lm.model))
-            for i, logits in zip(chosen, read, strict=True):
+            batch_logits = teacher_forced(lm.model, lm.layout, batch_texts, session, edits, prefix_cache_of(lm.model))
+            for i, logits in zip(chosen, batch_logits, strict=True):
                 by_text[i] = logits.cpu()
     return [by_text[i] for i in range(len(texts))]
 
 
-def _batch(texts: Sequence[Answered], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
+def _batch(texts: Sequence[AnsweredPrompt], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
     """The leading part of `order` whose answers fit into `tokens` when padded to the longest; at least one."""
     chosen = [order[0]]
     for i in order[1:]:

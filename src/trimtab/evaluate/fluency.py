@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.engines.contract import TOKENS_PER_BATCH, check_length, fitting
+from trimtab.engines.contract import TOKENS_PER_BATCH, check_length, count_fitting
 from trimtab.errors import TrimtabError
 from trimtab.text.repetition import UNIT, repeated_share
 
@@ -108,14 +108,14 @@ def perplexities(
         check_length(lm.layout, len(context) + len(answer), f"text {i + 1}")
     distinct = {key for key in keys if key[1]}
     shared = len({context for context, _ in distinct}) < len(distinct)  # the same context is computed once
-    waiting = sorted(distinct, key=lambda key: (0 if shared else len(key[0]) + len(key[1]), len(key[0]), key))
+    pending = sorted(distinct, key=lambda key: (0 if shared else len(key[0]) + len(key[1]), len(key[0]), key))
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
-    while waiting:
-        rows = fitting([len(context) + len(answer) for context, answer in waiting], tokens_per_batch)
-        batch, waiting = waiting[:rows], waiting[rows:]
+    while pending:
+        rows = count_fitting([len(context) + len(answer) for context, answer in pending], tokens_per_batch)
+        batch, pending = pending[:rows], pending[rows:]
         known |= zip(batch, lm.answer_nlls(batch), strict=True)
         if progress is not None:
-            progress(len(known), len(known) + len(waiting))
+            progress(len(known), len(known) + len(pending))
     return [_exp(known[key]) if key[1] else math.inf for key in keys]
 
 

@@ -98,8 +98,8 @@ class SteeredHFLM(HFLM):
                     f"can't score a continuation of {len(continuation)} tokens after a context of {len(context)}: both"
                     f" need at least one token, and a continuation has at most {self.max_length}"
                 )
-            whole = (*context, *continuation)[-(self.max_length + 1) :]
-            rows.setdefault((whole[:-1], len(whole) - len(continuation)), []).append(i)
+            window = (*context, *continuation)[-(self.max_length + 1) :]
+            rows.setdefault((window[:-1], len(window) - len(continuation)), []).append(i)
         order = sorted(rows, key=lambda row: (-len(row[0]), row))
         size = override_bs or int(self.batch_size)
         scores: dict[int, tuple[float, bool]] = {}
@@ -124,7 +124,7 @@ class SteeredHFLM(HFLM):
         lengths = [prompt for _, prompt in rows]
         with self.lm._exclusive():
             prompts = [list(text[:prompt]) for text, prompt in rows]
-            edits = self.lm._ready([self.steering] * len(rows), prompts)
+            edits = self.lm._resolve_edits([self.steering] * len(rows), prompts)
             session = Session(self.model, self.lm.layout, lambda _count, _first: edits, lengths, self.lm.tokenizer)
             sites = sorted({edit.site for row_edits in edits for edit in row_edits})
             with session.hooked(sites), self._precision():

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.punkt import ensure_punkt, has
+from trimtab.evaluate.punkt import ensure_punkt, has_resource
 from trimtab.evaluate.records import ArmPrompt, Record, with_system
 from trimtab.steering import Steering
-from trimtab.text.columns import belonging
+from trimtab.text.columns import unused_prompt_columns
 from trimtab.text.tables import parse_json, read_rows
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def read_ifeval(path: str | Path | None = None, limit: int | None = None) -> lis
     """
     checkers()
     name = HUB if path is None else str(path)
-    rows = _from_hub() if path is None else list(read_rows(Path(path), otherwise=".jsonl"))
+    rows = _from_hub() if path is None else list(read_rows(Path(path), default_suffix=".jsonl"))
     rows = rows if limit is None else rows[:limit]
     if not rows:
         raise TrimtabError(f"{name} has no rows; expected one prompt per line")
@@ -129,8 +129,10 @@ def _item(row: Any, where: str, number: int) -> IFEvalItem:
     prompt: Any = row.get("prompt")
     types, kwargs = (_list_of(row.get(name), f"{where}: {name}") for name in ("instruction_id_list", "kwargs"))
     bare = row.get("prompt_without_instruction")
-    if lost := belonging(row, prompt):
-        raise TrimtabError(f"{where}: {lost[0]!r} isn't supported here; write it into the prompt, or remove it")
+    if unsupported_keys := unused_prompt_columns(row, prompt):
+        raise TrimtabError(
+            f"{where}: {unsupported_keys[0]!r} isn't supported here; write it into the prompt, or remove it"
+        )
     for name, text in (("prompt", prompt), ("prompt_without_instruction", "-" if bare is None else bare)):
         if not isinstance(text, str) or not text.strip():
             raise TrimtabError(f"{where}: {name} is empty or not text")
@@ -138,14 +140,14 @@ def _item(row: Any, where: str, number: int) -> IFEvalItem:
         raise TrimtabError(f"{where}: kwargs must be a list with one object for each instruction")
     if not isinstance(types, list) or len(types) != len(kwargs) or not all(isinstance(entry, str) for entry in types):
         raise TrimtabError(f"{where}: instruction_id_list must be a list of strings, as long as kwargs")
-    set_arguments = [{name: value for name, value in entry.items() if value is not None} for entry in kwargs]
-    for kind, arguments in zip(types, set_arguments, strict=True):
+    given_arguments = [{name: value for name, value in entry.items() if value is not None} for entry in kwargs]
+    for kind, arguments in zip(types, given_arguments, strict=True):
         try:
             _checker(kind, arguments, prompt)
         except TrimtabError as error:
             raise TrimtabError(f"{where}: {error}") from None
     key = str(row["key"]) if row.get("key") is not None else f"row {number}"
-    return IFEvalItem(key, key, prompt, tuple(types), tuple(set_arguments), bare)
+    return IFEvalItem(key, key, prompt, tuple(types), tuple(given_arguments), bare)
 
 
 def _list_of(value: Any, where: str) -> Any:
@@ -159,7 +161,7 @@ def _prepare(types: set[str]) -> None:
     if any(kind in NEEDS_PUNKT or kind not in official for kind in types):
         ensure_punkt()
     for kind in sorted(types & set(MORE_DATA)):
-        if not has(MORE_DATA[kind]):
+        if not has_resource(MORE_DATA[kind]):
             name = MORE_DATA[kind].rpartition("/")[2]
             raise TrimtabError(f"checking {kind} needs NLTK data; get it with `python -m nltk.downloader {name}`")
 
@@ -174,7 +176,7 @@ def judge(item: IFEvalItem, answer: str, *, detection: Detection = "required") -
     """
     strict, loose = [], []
     for kind, arguments in zip(item.types, item.kwargs, strict=True):
-        with _repeatable(kind, arguments):
+        with _seeded(kind, arguments):
             checker = _checker(kind, arguments, item.prompt)
             strict.append(_follows(checker, kind, answer, detection))
             loose.append(strict[-1] or any(_follows(checker, kind, text, detection) for text in _variants(answer)))
@@ -196,19 +198,19 @@ def follows(
     that don't fit it.
     """
     _prepare({instruction_id})
-    set_arguments = {name: value for name, value in kwargs.items() if value is not None}
-    item = IFEvalItem("", "", prompt, (instruction_id,), (set_arguments,))
+    given_arguments = {name: value for name, value in kwargs.items() if value is not None}
+    item = IFEvalItem("", "", prompt, (instruction_id,), (given_arguments,))
     verdict = judge(item, answer, detection=detection)
     return (verdict.loose if loose else verdict.strict)[0]
 
 
-def described(item: IFEvalItem) -> str:
+def instruction_text(item: IFEvalItem) -> str:
     """The item's instructions in the benchmark's own words, joined by spaces."""
-    said = []
+    descriptions = []
     for kind, arguments in zip(item.types, item.kwargs, strict=True):
-        with _repeatable(kind, arguments):
-            said.append(str(_build(_checker_class(kind)(kind), kind, arguments)).strip())
-    return " ".join(said)
+        with _seeded(kind, arguments):
+            descriptions.append(str(_build(_checker_class(kind)(kind), kind, arguments)).strip())
+    return " ".join(descriptions)
 
 
 @cache
@@ -221,13 +223,13 @@ def checkers() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     try:
         import nltk
 
-        kept = nltk.download
+        original_download = nltk.download
         nltk.download = lambda *_, **__: False  # importing IFBench's would download data
         try:
             from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT as IFBENCH
             from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT as IFEVAL
         finally:
-            nltk.download = kept
+            nltk.download = original_download
     except ImportError as error:
         raise TrimtabError(
             f"the checkers of IFEval aren't installed ({error}); get them, for Python 3.11 and later, with"
@@ -249,7 +251,7 @@ def _checker_class(kind: str) -> Any:
 def _checker(kind: str, arguments: Mapping[str, Any], prompt: str) -> Any:
     """A checker for one instruction. Raises `TrimtabError` for arguments that are unknown or missing."""
     checker = _checker_class(kind)(kind)
-    with _repeatable(kind, arguments):
+    with _seeded(kind, arguments):
         _build(checker, kind, arguments)
         official, _ = checkers()
         lacking = set(checker.get_instruction_args_keys()) - set(arguments) if kind in official else set()
@@ -298,7 +300,7 @@ def _variants(answer: str) -> list[str]:
 
 
 @contextmanager
-def _repeatable(kind: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+def _seeded(kind: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Seed the random generators by the instruction, and restore their state afterwards."""
     from langdetect import DetectorFactory
 
@@ -315,7 +317,7 @@ def _repeatable(kind: str, arguments: Mapping[str, Any]) -> Iterator[None]:
 # ---- in an evaluation --------------------------------------------------------------------------------------
 
 
-def requests_of(
+def ifeval_requests(
     items: Sequence[IFEvalItem],
     arms: Mapping[str, Steering | None],
     systems: Mapping[str, str] | None = None,
@@ -341,9 +343,9 @@ def requests_of(
     return requests
 
 
-def repeated(items: Sequence[IFEvalItem]) -> list[IFEvalItem]:
+def with_repeated_instructions(items: Sequence[IFEvalItem]) -> list[IFEvalItem]:
     """The items with their instructions repeated at the end: how far wording alone goes."""
-    return [replace(item, prompt=f"{item.prompt}\n\n{described(item)}") for item in items]
+    return [replace(item, prompt=f"{item.prompt}\n\n{instruction_text(item)}") for item in items]
 
 
 def scorer(

@@ -42,12 +42,12 @@ except ImportError as error:
 if TYPE_CHECKING:
     from trimtab.engines.answer import Generation
 
-MOST_TOKENS = 2048
+DEFAULT_MAX_TOKENS = 2048
 """The maximum number of tokens of an answer if the task sets none, reduced to what fits the model's context."""
-GATHERED = 0.05
+GATHER_SECONDS = 0.05
 """Seconds without a new request after which the waiting ones are answered together."""
-LOADED = {"engine": str, "dtype": str, "device": str, "revision": str, "layers": str, "replicas": int}
-REFUSED = {
+LOAD_OPTIONS = {"engine": str, "dtype": str, "device": str, "revision": str, "layers": str, "replicas": int}
+UNSUPPORTED_SETTINGS = {
     "best_of": "answers aren't ranked",
     "frequency_penalty": "use repetition_penalty instead",
     "presence_penalty": "use repetition_penalty instead",
@@ -92,14 +92,14 @@ class SteeredModel(ModelAPI):
         **options: Any,
     ) -> None:
         super().__init__(model_name=model_name, base_url=base_url, api_key=api_key, config=config)
-        if unknown := sorted(set(options) - set(LOADED)):
-            known = ("steer", "strength", "positions", "transfer", "batch_size", *LOADED)
+        if unknown := sorted(set(options) - set(LOAD_OPTIONS)):
+            known = ("steer", "strength", "positions", "transfer", "batch_size", *LOAD_OPTIONS)
             raise TrimtabError(f"trimtab's models have no argument {unknown[0]!r}; they have {', '.join(known)}")
-        self.lm: LM = loaded(model_name, **{name: LOADED[name](value) for name, value in options.items()})
+        self.lm: LM = load_model(model_name, **{name: LOAD_OPTIONS[name](value) for name, value in options.items()})
         self.batch_size, self.transfer = int(batch_size), bool(transfer)
         self._strength, self._positions = float(strength), positions
         self.steering: Steering | None = self.steering_of(steer)
-        self._waiting = _worker(self.lm)
+        self._requests = _request_queue(self.lm)
 
     def steering_of(self, steer: Any) -> Steering | None:
         """The steering that an argument or a sample names. Raises `TrimtabError` if it can't be read or doesn't fit."""
@@ -108,7 +108,7 @@ class SteeredModel(ModelAPI):
             raise TrimtabError(f"steer is FILE[@LAYERS][:STRENGTH], or several in a list, got {odd[0]!r}")
         if not named:
             return None
-        steering = self._strength * sum((_file(entry) for entry in named), Steering())
+        steering = self._strength * sum((_load_steering(entry) for entry in named), Steering())
         if self._positions is not None:
             steering = steering.at(Positions.parse(self._positions))
         self.lm.check(steering, transfer=self.transfer)
@@ -135,15 +135,15 @@ class SteeredModel(ModelAPI):
         if body:
             raise UnsupportedError(f"trimtab's models accept only 'steer' in extra_body, got {min(body)!r}")
         ids = self.lm.encode(prompt)
-        most = config.max_tokens or MOST_TOKENS
+        most = config.max_tokens or DEFAULT_MAX_TOKENS
         if self.lm.layout.context is not None:
             most = min(most, max(1, self.lm.layout.context - len(ids)))
         request = _Request(
             self.lm, prompt, steering, most, sampling(config), config.seed, self.transfer, self.batch_size
         )
-        self._waiting.put(request)
+        self._requests.put(request)
         while not request.answers.done():
-            await anyio.sleep(GATHERED / 5)
+            await anyio.sleep(GATHER_SECONDS / 5)
         generations = request.answers.result()
         return ModelOutput(
             model=self.model_name,
@@ -162,7 +162,7 @@ class SteeredModel(ModelAPI):
 
     def max_tokens(self) -> int | None:
         """The maximum number of tokens of an answer if the task sets none."""
-        return MOST_TOKENS
+        return DEFAULT_MAX_TOKENS
 
     def max_connections(self) -> int:
         """The number of requests that are answered together."""
@@ -183,7 +183,7 @@ class SteeredModel(ModelAPI):
 
 def check_config(config: GenerateConfig) -> None:
     """Raises `UnsupportedError` for a setting that would be silently ignored."""
-    for name, why in REFUSED.items():
+    for name, why in UNSUPPORTED_SETTINGS.items():
         if getattr(config, name, None):
             raise UnsupportedError(f"trimtab's models don't take Inspect's {name}: {why}; leave it out")
     if (config.num_choices or 1) > 1 and not config.temperature:
@@ -203,14 +203,14 @@ def sampling(config: GenerateConfig) -> dict[str, Any]:
 
 
 @cache
-def loaded(name: str, **options: Any) -> LM:
+def load_model(name: str, **options: Any) -> LM:
     """The model, loaded once per process: all arms of an evaluation share it."""
     made: LM = LM.load(None if name == "default" else name, **options)
     return made
 
 
 @cache
-def _file(named: str) -> Steering:
+def _load_steering(named: str) -> Steering:
     return parse_pick(named, "steer").load()
 
 
@@ -242,19 +242,19 @@ class _Request:
 
 
 @cache
-def _worker(lm: LM) -> queue.Queue[_Request]:
+def _request_queue(lm: LM) -> queue.Queue[_Request]:
     """The queue of requests to a model, and a thread that answers them."""
-    waiting: queue.Queue[_Request] = queue.Queue()
-    threading.Thread(target=_serve, args=(waiting,), name="trimtab-inspect", daemon=True).start()
-    return waiting
+    requests: queue.Queue[_Request] = queue.Queue()
+    threading.Thread(target=_serve, args=(requests,), name="trimtab-inspect", daemon=True).start()
+    return requests
 
 
-def _serve(waiting: queue.Queue[_Request]) -> None:
+def _serve(requests: queue.Queue[_Request]) -> None:
     while True:
-        batch = [waiting.get()]
+        batch = [requests.get()]
         while len(batch) < batch[0].size:
             try:
-                batch.append(waiting.get(timeout=GATHERED))
+                batch.append(requests.get(timeout=GATHER_SECONDS))
             except queue.Empty:
                 break
         groups: dict[Hashable, list[_Request]] = {}

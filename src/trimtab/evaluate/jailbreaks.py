@@ -28,6 +28,6 @@ are two of the kinds that Liu et al. (2305.13860, table 2) and Shen et al. (2308
 """
 
 
-def under(template: str, request: str) -> str:
+def apply_template(template: str, request: str) -> str:
     """A request in one of `TEMPLATES`, without its final punctuation. Raises `KeyError` for any other name."""
     return TEMPLATES[template].format(request=request.strip().rstrip(".!?"))

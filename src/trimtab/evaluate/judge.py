@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
 from trimtab.evaluate.records import Record
-from trimtab.files.target import write_atomically
+from trimtab.files.atomic_write import write_atomically
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 Receive = Callable[[int, "Reply"], None]
 
-URL, MODEL, KEY = "TRIMTAB_JUDGE_URL", "TRIMTAB_JUDGE_MODEL", "TRIMTAB_JUDGE_KEY"
+URL_VARIABLE, MODEL_VARIABLE, KEY_VARIABLE = "TRIMTAB_JUDGE_URL", "TRIMTAB_JUDGE_MODEL", "TRIMTAB_JUDGE_KEY"
 SCORE = "judge"
 """The name of a judge's score in a record."""
 
-ASK = """{criterion}
+PROMPT_TEMPLATE = """{criterion}
 
 The question:
 <question>
@@ -76,7 +76,7 @@ class Rubric:
 
     def messages(self, question: str, answer: str) -> list[Message]:
         """The messages that ask the judge about one answer."""
-        text = ASK.format(
+        text = PROMPT_TEMPLATE.format(
             criterion=self.criterion.strip(),
             question=question,
             answer=answer,
@@ -87,7 +87,7 @@ class Rubric:
         )
         return [{"role": "user", "content": text}]
 
-    def read(self, reply: str) -> float | None:
+    def parse_score(self, reply: str) -> float | None:
         """The score in a reply: the last `Score: …`, or a reply that consists of a number only.
 
         `None` if there is no score, if it is off the scale, or if it is given out of another number than `high`.
@@ -142,14 +142,14 @@ class Endpoint:
     @classmethod
     def from_environment(cls, **options: Any) -> Endpoint:
         """The endpoint that the environment names. Raises `TrimtabError` if it names none."""
-        url, model = os.environ.get(URL), os.environ.get(MODEL)
+        url, model = os.environ.get(URL_VARIABLE), os.environ.get(MODEL_VARIABLE)
         if not url or not model:
-            missing = " and ".join(name for name, value in ((URL, url), (MODEL, model)) if not value)
+            missing = " and ".join(name for name, value in ((URL_VARIABLE, url), (MODEL_VARIABLE, model)) if not value)
             raise TrimtabError(
-                f"no judge is configured: set {missing} ({URL} is the base address, such as http://localhost:8000/v1;"
-                f" {KEY} the key, if it needs one)"
+                f"no judge is configured: set {missing} ({URL_VARIABLE} is the base address, such as http://localhost:8000/v1;"
+                f" {KEY_VARIABLE} the key, if it needs one)"
             )
-        return cls(url, model, os.environ.get(KEY) or None, **options)
+        return cls(url, model, os.environ.get(KEY_VARIABLE) or None, **options)
 
     def __repr__(self) -> str:  # without the key: this ends up in logs
         return f"Endpoint({self.model} at {self.url})"
@@ -187,14 +187,14 @@ class Endpoint:
             valid = False
         if not valid:
             raise TrimtabError(
-                f"{URL}={self.url!r} isn't the URL of a server; set one such as http://localhost:8000/v1"
+                f"{URL_VARIABLE}={self.url!r} isn't the URL of a server; set one such as http://localhost:8000/v1"
             )
 
     def ask(self, prompts: Sequence[Sequence[Message]], receive: Receive) -> None:
         """Raises `TrimtabError` for errors that a retry wouldn't fix: a rejected key, an unknown model or address."""
         client = self._client
         stop = Event()
-        refused: TrimtabError | None = None
+        fatal_error: TrimtabError | None = None
 
         def work(messages: Sequence[Message]) -> Reply | None:
             return None if stop.is_set() else self._reply(client, messages)
@@ -206,7 +206,7 @@ class Endpoint:
                 try:
                     reply = future.result()
                 except TrimtabError as error:  # replies to requests already sent are still used
-                    refused = refused or error
+                    fatal_error = fatal_error or error
                     stop.set()
                     continue
                 if reply is not None:
@@ -214,8 +214,8 @@ class Endpoint:
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-        if refused is not None:
-            raise refused
+        if fatal_error is not None:
+            raise fatal_error
 
     def _reply(self, client: Any, messages: Sequence[Message]) -> Reply:
         import openai
@@ -229,7 +229,7 @@ class Endpoint:
                 return Reply(None, f"HTTP {error.status_code} after {self.retries + 1} tries")
             raise TrimtabError(
                 f"the judge {self.model} at {self.url} rejected the request: HTTP {error.status_code},"
-                f" {_short(error.message)}; check {URL}, {MODEL} and {KEY}"
+                f" {_short(error.message)}; check {URL_VARIABLE}, {MODEL_VARIABLE} and {KEY_VARIABLE}"
             ) from None
         except openai.APITimeoutError:
             return Reply(None, f"no reply within {self.timeout:g} s, {self.retries + 1} times")
@@ -283,7 +283,7 @@ def default_judge(lm: LM | None = None) -> Judge:
 
     Raises `TrimtabError` if there is neither, or if the environment sets only the URL or only the model.
     """
-    if lm is None or os.environ.get(URL) or os.environ.get(MODEL):
+    if lm is None or os.environ.get(URL_VARIABLE) or os.environ.get(MODEL_VARIABLE):
         return Endpoint.from_environment()
     return LocalJudge(lm)
 
@@ -310,12 +310,12 @@ def judge_answers(
     folder = None if cache is None else _folder(Path(cache))
     known = {digest: reply for digest in set(digests) if (reply := _cached(folder, digest)) is not None}
     by_digest = dict(zip(digests, prompts, strict=True))
-    waiting = [digest for digest in by_digest if digest not in known]
+    pending = [digest for digest in by_digest if digest not in known]
     replies: dict[str, Reply] = {}
     total = len(by_digest)
 
     def receive(i: int, reply: Reply) -> None:
-        digest = waiting[i]
+        digest = pending[i]
         replies[digest] = reply
         if folder is not None and reply.text is not None:
             kept = {"judge": identity, "messages": by_digest[digest], "reply": reply.text}
@@ -325,8 +325,8 @@ def judge_answers(
 
     if progress is not None:
         progress(len(known), total)
-    if waiting:
-        judge.ask([by_digest[digest] for digest in waiting], receive)
+    if pending:
+        judge.ask([by_digest[digest] for digest in pending], receive)
     return [
         _verdict(rubric, Reply(known[digest]) if digest in known else replies[digest], digest in known)
         for digest in digests
@@ -395,7 +395,7 @@ def tally(judge: Judge, verdicts: Sequence[Verdict], *, seed: int = 0) -> Tally:
 def _verdict(rubric: Rubric, reply: Reply, cached: bool) -> Verdict:
     if reply.text is None:
         return Verdict(None, None, reply.problem or "no reply", cached)
-    score = rubric.read(reply.text)
+    score = rubric.parse_score(reply.text)
     problem = None if score is not None else f"no score from {rubric.low:g} to {rubric.high:g} in the reply"
     return Verdict(score, reply.text, problem, cached)
 

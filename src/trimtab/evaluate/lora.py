@@ -24,9 +24,9 @@ from trimtab.engines.contract import check_length
 from trimtab.engines.transformers.read import padded
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
-from trimtab.files.target import write_atomically
+from trimtab.files.atomic_write import write_atomically
 from trimtab.lm import LM
-from trimtab.text.answers import ask_side, encode_sides
+from trimtab.text.answers import encode_sides, side_question
 from trimtab.text.letters import letter_of
 from trimtab.text.pairs import Pair, digest, sides
 
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 Side = Literal["positive", "negative"]
 SIDES: tuple[Side, ...] = get_args(Side)
 
-ABOUT = "trimtab.json"
+DESCRIPTION_FILE = "trimtab.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -97,8 +97,8 @@ def finetuned(
     if side not in SIDES:
         raise TrimtabError(f"a side of the pairs is {' or '.join(SIDES)}, got {side!r}")
     about, name = description(lm, pairs, side, lora), f"{lm.name}, finetuned {side}"
-    if folder is not None and (Path(folder) / ABOUT).exists():
-        if (stored := read_about(folder)) != about:
+    if folder is not None and (Path(folder) / DESCRIPTION_FILE).exists():
+        if (stored := read_description(folder)) != about:
             differ = ", ".join(key for key in {**stored, **about} if stored.get(key) != about.get(key))
             raise TrimtabError(
                 f"{folder} has a LoRA from another training run ({differ} differ); delete it or name another folder"
@@ -115,12 +115,12 @@ def finetuned(
         task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear"
     )
 
-    def make() -> Any:
+    def attach_adapter() -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(lora.seed)
             return peft.get_peft_model(lm.model, config)
 
-    with _adapted(lm, make, name) as tuned:
+    with _adapted(lm, attach_adapter, name) as tuned:
         _train(tuned, targets, lora, progress)
         if folder is not None:
             save_adapter(tuned, folder, about)
@@ -143,13 +143,13 @@ def load_adapter(lm: LM, folder: str | Path, name: str | None = None) -> Iterato
     if not (folder / "adapter_config.json").is_file():
         raise TrimtabError(f"{folder} has no adapter_config.json, so it isn't a LoRA that can be loaded")
 
-    def make() -> Any:
+    def attach_adapter() -> Any:
         try:
             return peft.PeftModel.from_pretrained(lm.model, str(folder))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise TrimtabError(f"the LoRA in {folder} doesn't fit {lm.name}: {str(error).splitlines()[0]}") from None
 
-    with _adapted(lm, make, name or f"{lm.name} + {folder.name}") as tuned:
+    with _adapted(lm, attach_adapter, name or f"{lm.name} + {folder.name}") as tuned:
         yield tuned
 
 
@@ -160,12 +160,14 @@ def save_adapter(lm: LM, folder: str | Path, about: Mapping[str, Any]) -> None:
         lm.model.save_pretrained(str(folder), safe_serialization=True)
     except OSError as error:
         raise TrimtabError(f"can't write the LoRA to {folder}: {error.strerror}") from None
-    write_atomically(folder / ABOUT, json.dumps(about, indent=2).encode())  # last: a folder without it is incomplete
+    write_atomically(
+        folder / DESCRIPTION_FILE, json.dumps(about, indent=2).encode()
+    )  # last: a folder without it is incomplete
 
 
-def read_about(folder: str | Path) -> dict[str, Any]:
+def read_description(folder: str | Path) -> dict[str, Any]:
     """The description of the adapter in a folder. Raises `TrimtabError` if it can't be read."""
-    path = Path(folder) / ABOUT
+    path = Path(folder) / DESCRIPTION_FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -181,7 +183,7 @@ def target(lm: LM, pair: Pair, side: Side) -> Target:
     if pair.shape == "letters":
         asking = sides(pair)[chosen]
         letter = letter_of(asking.answer)
-        question = ask_side(lm.tokenizer, asking, (letter,))
+        question = side_question(lm.tokenizer, asking, (letter,))
         return Target((*question.ids, question.letters[letter]), 1)
     if pair.shape in ("answers", "texts"):
         text = encode_sides(lm.tokenizer, pair)[chosen]
@@ -192,10 +194,12 @@ def target(lm: LM, pair: Pair, side: Side) -> Target:
 
 
 @contextmanager
-def _adapted(lm: LM, make: Callable[[], Any], name: str) -> Iterator[LM]:
-    """The model that `make` returns; on exit, peft's layers are removed from `lm`, and `requires_grad` is restored."""
+def _adapted(lm: LM, attach_adapter: Callable[[], Any], name: str) -> Iterator[LM]:
+    """The model that `attach_adapter` returns; on exit, peft's layers are removed from `lm`, and `requires_grad` is
+    restored.
+    """
     required_grad = {parameter: parameter.requires_grad for parameter in lm.model.parameters()}
-    adapted = make()
+    adapted = attach_adapter()
     try:
         yield LM(adapted.eval(), lm.tokenizer, layers=f"base_model.model.{lm.layout.path}", name=name)
     finally:

@@ -23,7 +23,7 @@ def ensure_punkt() -> None:
     Raises:
         TrimtabError: Neither NLTK's data nor the package that contains them are installed.
     """
-    if has(RESOURCE):
+    if has_resource(RESOURCE):
         return
     import nltk
 
@@ -45,7 +45,7 @@ def ensure_punkt() -> None:
     nltk.data.path.append(str(folder))
 
 
-def has(resource: str) -> bool:
+def has_resource(resource: str) -> bool:
     """Whether NLTK finds a resource among the user's data."""
     import nltk
 

@@ -14,7 +14,7 @@ from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 
 FORMAT = 1
-KEY = "trimtab_records"
+FORMAT_KEY = "trimtab_records"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def split_records(data: bytes, path: Path) -> tuple[dict[str, Any], list[Record]
         header = json.loads(first)
     except (ValueError, RecursionError):
         header = None
-    if not isinstance(header, dict) or header.get(KEY) != FORMAT:
+    if not isinstance(header, dict) or header.get(FORMAT_KEY) != FORMAT:
         raise TrimtabError(f"{path} isn't a file of records (format {FORMAT}); name another file")
     records = []
     for number, line in enumerate(rest, 2):

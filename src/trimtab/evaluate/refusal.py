@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.ab import spread
-from trimtab.evaluate.jailbreaks import TEMPLATES, under
+from trimtab.evaluate.ab import evenly_spaced
+from trimtab.evaluate.jailbreaks import TEMPLATES, apply_template
 from trimtab.evaluate.records import ArmPrompt, Record, with_system
 from trimtab.steering import Steering
-from trimtab.text.columns import belonging, is_blank
+from trimtab.text.columns import is_blank, unused_prompt_columns
 from trimtab.text.tables import read_rows
 
 if TYPE_CHECKING:
@@ -102,33 +102,35 @@ def read_refusal(path: str | Path, limit: int | None = None) -> list[RefusalItem
     """
     path = Path(path)
     parts: dict[str, list[RefusalItem]] = {}
-    for number, (where, row) in enumerate(read_rows(path, otherwise=".json"), 1):
+    for number, (where, row) in enumerate(read_rows(path, default_suffix=".json"), 1):
         column = next((name for name in COLUMNS if isinstance(row, Mapping) and name in row), None)
         label = str(row.get("label") or "").strip().lower() if column is not None else ""
         if column is None or label not in (*LABELS, *([] if column == "prompt" else [""])):
             raise TrimtabError(
                 f"{where}: a row with goal, instruction, or prompt and label (safe, unsafe) was expected;"
-                f" {_what_it_has(row, label)}"
+                f" {_describe_row(row, label)}"
             )
         text = row[column]
         if not isinstance(text, str) or is_blank(text):
             raise TrimtabError(f"{where}: {column!r} is empty or not text")
-        if lost := belonging(row, text):
-            raise TrimtabError(f"{where}: {lost[0]!r} isn't supported here; write it into {column!r}, or remove it")
+        if unsupported_keys := unused_prompt_columns(row, text):
+            raise TrimtabError(
+                f"{where}: {unsupported_keys[0]!r} isn't supported here; write it into {column!r}, or remove it"
+            )
         part = f"{path.stem} {label}".strip()
         parts.setdefault(part, []).append(RefusalItem(f"{part}/{number}", text.strip(), part, label != "safe"))
     if not parts:
         raise TrimtabError(f"{path} has no requests in it")
-    return [item for items in parts.values() for item in spread(items, limit)]
+    return [item for items in parts.values() for item in evenly_spaced(items, limit)]
 
 
-def _what_it_has(row: Any, label: str) -> str:
+def _describe_row(row: Any, label: str) -> str:
     if not isinstance(row, Mapping):
         return f"it is a {type(row).__name__}"
     return f"its label is {label!r}" if label else f"it has {', '.join(map(str, row))}: rename the column"
 
 
-def in_templates(items: Sequence[RefusalItem]) -> list[RefusalItem]:
+def with_templates(items: Sequence[RefusalItem]) -> list[RefusalItem]:
     """The harmful requests in each of `jailbreaks.TEMPLATES`, in parts named `<part>, <template>`."""
     expanded = []
     for template in TEMPLATES:
@@ -136,11 +138,13 @@ def in_templates(items: Sequence[RefusalItem]) -> list[RefusalItem]:
             if item.harmful:
                 part = f"{item.part}, {template}"
                 number = item.item.rpartition("/")[2]
-                expanded.append(RefusalItem(f"{part}/{number}", under(template, item.prompt), part, harmful=True))
+                expanded.append(
+                    RefusalItem(f"{part}/{number}", apply_template(template, item.prompt), part, harmful=True)
+                )
     return expanded
 
 
-def requests_of(
+def refusal_requests(
     items: Sequence[RefusalItem], arms: Mapping[str, Steering | None], systems: Mapping[str, str] | None = None
 ) -> list[ArmPrompt]:
     """One request per item and arm. `systems[arm]` is the arm's system message."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.foreign import Imported, check_vector, steering_of
 from trimtab.files.named_layout import block_named
-from trimtab.files.torch_file import DAMAGE
+from trimtab.files.torch_file import ARCHIVE_ERRORS
 from trimtab.keywords import keywords
 from trimtab.steering import Add, Card, Edit, Operation, Positions, ReadWrite, Steering
 
@@ -126,10 +126,10 @@ def _steering(
             raise UnsupportedError(f"{autoencoder.problem}; add its features (--as add, how='add')")
         operations = [(at, _clamp(autoencoder, features, decoder))]
     about = {**autoencoder.about, "features": {str(i): value for i, value in features.items()}, "how": how}
-    made = steering_of(Imported("sparse autoencoder", tuple(operations), about), positions=positions)
+    imported = steering_of(Imported("sparse autoencoder", tuple(operations), about), positions=positions)
     strengths: Sequence[float] = list(features.values()) if how == "add" else [1.0]
-    edits = [Edit(e.site, e.operation, e.positions, s) for e, s in zip(made.edits, strengths, strict=True)]
-    return Steering(tuple(edits), Card("features", options=made.card.options))
+    edits = [Edit(e.site, e.operation, e.positions, s) for e, s in zip(imported.edits, strengths, strict=True)]
+    return Steering(tuple(edits), Card("features", options=imported.card.options))
 
 
 def _clamp(autoencoder: Autoencoder, features: Mapping[int, float], decoder: Mapping[int, Tensor]) -> ReadWrite:
@@ -176,7 +176,7 @@ def _folder(path: Path) -> Autoencoder:
         raise TrimtabError(f"its {CONFIG} isn't valid JSON") from None
     if not isinstance(config, dict):
         raise TrimtabError(f"its {CONFIG} isn't a dictionary")
-    said = {**config, **(config["metadata"] if isinstance(config.get("metadata"), dict) else {})}
+    settings = {**config, **(config["metadata"] if isinstance(config.get("metadata"), dict) else {})}
     weights = path / WEIGHTS
     try:
         with safe_open(weights, framework="pt") as file:
@@ -189,17 +189,17 @@ def _folder(path: Path) -> Autoencoder:
             part = file.get_slice(name)
             return part[:] if i < 0 else part[:, i] if name == "W_enc" else part[i]
 
-    kwargs = said.get("model_from_pretrained_kwargs")
+    kwargs = settings.get("model_from_pretrained_kwargs")
     known = ("model_name", "hook_name", "architecture", "sae_lens_version", "neuronpedia_id")
     return Autoencoder(
         rows,
         *_sizes(shapes),
         frozenset(shapes),
-        _layer(said.get("hook_name", said.get("hook_point"))),
-        {key: said[key] for key in known if isinstance(said.get(key), str)},
-        subtracts=bool(said.get("apply_b_dec_to_input", True)),
+        _layer(settings.get("hook_name", settings.get("hook_point"))),
+        {key: settings[key] for key in known if isinstance(settings.get(key), str)},
+        subtracts=bool(settings.get("apply_b_dec_to_input", True)),
         centred=isinstance(kwargs, dict) and kwargs.get("center_writing_weights") is True,
-        problem=_problem(said, shapes),
+        problem=_problem(settings, shapes),
     )
 
 
@@ -215,18 +215,18 @@ def _layer(hook: Any) -> int | None:
     return layer
 
 
-def _problem(said: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | None:
+def _problem(settings: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | None:
     """Why a feature's activation can't be computed on its own, or isn't given by these formulas."""
-    kind = said.get("architecture", "standard")
-    activation = said.get("activation_fn", said.get("activation_fn_str", "relu"))
+    kind = settings.get("architecture", "standard")
+    activation = settings.get("activation_fn", settings.get("activation_fn_str", "relu"))
     if kind not in ("standard", "jumprelu") or activation != "relu":
         what = kind if kind not in ("standard", "jumprelu") else activation
         return f"its features ({str(what)[:40]}) depend on each other, so they can't be clamped one by one"
     if kind == "jumprelu" and "threshold" not in shapes:
         return "it has no thresholds, which JumpReLU needs"
-    if said.get("normalize_activations", "none") not in ("none", None, False):
-        return f"it scales activations before it reads them ({str(said['normalize_activations'])[:40]})"
-    if said.get("finetuning_scaling_factor"):
+    if settings.get("normalize_activations", "none") not in ("none", None, False):
+        return f"it scales activations before it reads them ({str(settings['normalize_activations'])[:40]})"
+    if settings.get("finetuning_scaling_factor"):
         return "it has a factor from finetuning for each feature"
     return None
 
@@ -235,8 +235,8 @@ def _sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
     """The width and the number of features."""
     decoder, encoder = shapes.get("W_dec"), shapes.get("W_enc")
     if decoder is None or encoder is None or len(decoder) != 2 or list(encoder) != list(decoder)[::-1]:
-        held = ", ".join(f"{name[:40]} {list(shape)}" for name, shape in list(shapes.items())[:6])
-        raise TrimtabError(f"it has no W_enc [width, features] and W_dec [features, width]; it has {held}")
+        listing = ", ".join(f"{name[:40]} {list(shape)}" for name, shape in list(shapes.items())[:6])
+        raise TrimtabError(f"it has no W_enc [width, features] and W_dec [features, width]; it has {listing}")
     return decoder[1], decoder[0]
 
 
@@ -247,17 +247,17 @@ def _archive(path: Path) -> Autoencoder:
             if sum(info.file_size for info in archive.infolist()) > LARGEST:
                 raise TrimtabError("its arrays are too large for an autoencoder")
         with np.load(path, allow_pickle=False) as arrays:
-            held = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+            tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
     except TrimtabError:
         raise
-    except (*DAMAGE, TypeError) as error:
+    except (*ARCHIVE_ERRORS, TypeError) as error:
         raise TrimtabError(f"it is neither a SAELens folder nor Gemma Scope's params.npz: {str(error)[:200]}") from None
-    sizes = _sizes({name: list(value.shape) for name, value in held.items()})
-    missing = None if "threshold" in held else "it has no thresholds, which Gemma Scope's autoencoders have"
+    sizes = _sizes({name: list(value.shape) for name, value in tensors.items()})
+    missing = None if "threshold" in tensors else "it has no thresholds, which Gemma Scope's autoencoders have"
     return Autoencoder(
-        lambda name, i: held[name] if i < 0 else held[name][:, i] if name == "W_enc" else held[name][i],
+        lambda name, i: tensors[name] if i < 0 else tensors[name][:, i] if name == "W_enc" else tensors[name][i],
         *sizes,
-        frozenset(held),
+        frozenset(tensors),
         None,
         {},
         subtracts=False,

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import FormatWarning, Imported, additions, folded, layer_number, model_family
-from trimtab.files.gguf_container import TYPES, Container, Place, read_container
-from trimtab.files.target import write_atomically
-from trimtab.keywords import outside
+from trimtab.files.atomic_write import write_atomically
+from trimtab.files.foreign import FormatWarning, Imported, additions, layer_number, model_family, sum_additions
+from trimtab.files.gguf_container import TYPES, Container, TensorInfo, read_container
+from trimtab.keywords import caller_stacklevel
 from trimtab.steering import Steering
 
 ARCHITECTURES = ("controlvector", "steeringvector")  # the latter is dialz's
@@ -54,10 +54,10 @@ def read_control_vector(path: Path) -> Imported:
                 raise TrimtabError("it doesn't say that it is a control vector (no general.architecture)")
             directions = _directions(data, container)
     kind, about = _writer(container)
-    return Imported(kind, additions(directions), about, _doubt(container, len(directions)))
+    return Imported(kind, additions(directions), about, _layer_warning(container, len(directions)))
 
 
-def _doubt(container: Container, vectors: int) -> str | None:
+def _layer_warning(container: Container, vectors: int) -> str | None:
     """A sign that its layers may mean other blocks, if there is one; not every file of these programs has it."""
     count = container.metadata.get("controlvector.layer_count")
     if container.kinds.get("controlvector.layer_count") == INT32:
@@ -77,14 +77,14 @@ def _check(key: str, value: Any) -> None:
 
 def _directions(data: Any, container: Container) -> dict[int, Tensor]:
     directions: dict[int, Tensor] = {}
-    places = {name: place for name, place in container.tensors.items() if name.startswith(PREFIX)}
-    room = len(data)
-    for name, place in places.items():
+    infos = {name: info for name, info in container.tensors.items() if name.startswith(PREFIX)}
+    remaining = len(data)
+    for name, place in infos.items():
         number = name.removeprefix(PREFIX)
         layer = -1 if number == "-1" else layer_number(number, f"the tensor {name!r}")
         size = _size(name, place)
-        room -= size
-        if place.start + size > len(data) or room < 0:
+        remaining -= size
+        if place.start + size > len(data) or remaining < 0:
             raise TrimtabError(f"it is cut short or damaged: the tensor {name!r} reaches past its end")
         directions[layer] = _tensor(data[place.start : place.start + size], place)
     total = container.metadata.get("n_total_layers")  # steerkit's: the final norm comes after the last block
@@ -93,21 +93,21 @@ def _directions(data: Any, container: Container) -> dict[int, Tensor]:
     return directions
 
 
-def _size(name: str, place: Place) -> int:
-    if place.type not in TYPES:
-        raise TrimtabError(f"its tensor {name!r} is of GGUF type {place.type}; {_known()} are read")
-    if len(place.shape) != 1 or not place.shape[0]:
-        raise TrimtabError(f"its tensor {name!r} has shape {list(place.shape)}; a direction has shape [width]")
-    return place.shape[0] * TYPES[place.type][1]
+def _size(name: str, info: TensorInfo) -> int:
+    if info.type not in TYPES:
+        raise TrimtabError(f"its tensor {name!r} is of GGUF type {info.type}; {_known()} are read")
+    if len(info.shape) != 1 or not info.shape[0]:
+        raise TrimtabError(f"its tensor {name!r} has shape {list(info.shape)}; a direction has shape [width]")
+    return info.shape[0] * TYPES[info.type][1]
 
 
 def _known() -> str:
     return ", ".join(name for name, _ in TYPES.values())
 
 
-def _tensor(data: bytes, place: Place) -> Tensor:
+def _tensor(data: bytes, info: TensorInfo) -> Tensor:
     dtype = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float64, "BF16": torch.bfloat16}
-    return torch.frombuffer(bytearray(data), dtype=dtype[TYPES[place.type][0]])
+    return torch.frombuffer(bytearray(data), dtype=dtype[TYPES[info.type][0]])
 
 
 def _writer(container: Container) -> tuple[str, dict[str, Any]]:
@@ -139,13 +139,13 @@ def write_control_vector(steering: Steering, path: Path, target: str) -> None:
     warning), `"repeng"` or `"easysteer"`. Raises `UnsupportedError` for anything that isn't an addition at every token,
     and `TrimtabError` if no direction is left.
     """
-    sites = folded(steering, f"a control vector for {target}")
+    sites = sum_additions(steering, f"a control vector for {target}")
     directions = {site.layer: vector for site, vector in sites.items()}
     if target == "llama.cpp" and directions.pop(0, None) is not None:
         if not directions:
             raise TrimtabError("llama.cpp can't steer block 0, and this steering has no other")
         message = "llama.cpp can't steer block 0 and rejects files that try; its direction is left out"
-        warnings.warn(message, FormatWarning, stacklevel=outside())
+        warnings.warn(message, FormatWarning, stacklevel=caller_stacklevel())
     extra = {"controlvector.method": steering.card.method} if target == "easysteer" else {}
     about = {
         "controlvector.model_hint": model_family(steering) or "unknown",

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from trimtab.errors import TrimtabError
+from trimtab.files.atomic_write import check_target
 from trimtab.files.control_vector import write_control_vector
 from trimtab.files.numpy_layout import write_numpy
 from trimtab.files.steering_file import save_steering
-from trimtab.files.target import check_target
 from trimtab.files.torch_layouts import write_lm_eval, write_torch
 from trimtab.keywords import keywords
 from trimtab.steering import Steering

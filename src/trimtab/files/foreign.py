@@ -27,14 +27,14 @@ class FormatWarning(UserWarning):
 class Imported:
     """The content of a file: operations by layer, each at the output of a block counted from 0 (-1: the embeddings).
 
-    `about` is what else the file says that a card can keep; `doubt` is a warning to give if the caller sets no layer
+    `about` is what else the file says that a card can keep; `warning` is a warning to give if the caller sets no layer
     offset.
     """
 
     format: str
     operations: tuple[tuple[int, Operation], ...]
     about: Mapping[str, Any] = field(default_factory=dict)
-    doubt: str | None = None
+    warning: str | None = None
     kind: str = "residual"
 
 
@@ -50,8 +50,8 @@ def steering_of(imported: Imported, *, layer_offset: int = 0, positions: Positio
         raise TrimtabError(f"its directions have different widths: {', '.join(map(str, widths))}")
     edits = []
     for layer, operation in imported.operations:
-        at = _site(layer + layer_offset, imported.kind)
-        edits.append(Edit(at, operation, Positions.all() if positions is None else positions))
+        site = _site(layer + layer_offset, imported.kind)
+        edits.append(Edit(site, operation, Positions.all() if positions is None else positions))
     options = {"format": imported.format, **imported.about}
     if layer_offset:
         options["layer_offset"] = layer_offset
@@ -107,7 +107,7 @@ def model_family(steering: Steering) -> str | None:
     return hint if isinstance(hint, str) else None
 
 
-def folded(steering: Steering, target: str, kinds: Iterable[str] = ("residual",)) -> dict[Site, Tensor]:
+def sum_additions(steering: Steering, target: str, kinds: Iterable[str] = ("residual",)) -> dict[Site, Tensor]:
     """One vector `[width]` (float32) per site, the sum of strengths times directions, of a steering that only adds.
 
     Raises `UnsupportedError` for a steering that does anything else, or not at every token, naming what `target` can't

@@ -27,7 +27,7 @@ SMALLEST_ENTRY = 8 + 4 + 1
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorInfo:
     """A tensor: its shape, its type number, and the offset of its data in the file in bytes."""
 
     shape: tuple[int, ...]
@@ -41,19 +41,19 @@ class Container:
 
     metadata: dict[str, Any]
     kinds: dict[str, int]
-    tensors: dict[str, Place]
+    tensors: dict[str, TensorInfo]
 
 
 class _Cursor:
     def __init__(self, data: Any) -> None:
-        self.data, self.at, self.size = data, 0, len(data)
+        self.data, self.position, self.size = data, 0, len(data)
 
     def take(self, count: int, what: str) -> int:
         """Consume the next `count` bytes, and return their offset."""
-        if count > self.size - self.at:
+        if count > self.size - self.position:
             raise TrimtabError(f"it is cut short or damaged: {what} reaches past its end")
-        self.at += count
-        return self.at - count
+        self.position += count
+        return self.position - count
 
     def number(self, code: str, what: str) -> Any:
         layout = f"<{code}"
@@ -65,7 +65,7 @@ class _Cursor:
             raise TrimtabError(f"it is damaged: {what} has {length} bytes")
         start = self.take(length, what)
         try:
-            return bytes(self.data[start : self.at]).decode()
+            return bytes(self.data[start : self.position]).decode()
         except UnicodeDecodeError:
             raise TrimtabError(f"it is damaged: {what} isn't UTF-8") from None
 
@@ -115,7 +115,7 @@ def _value(cursor: _Cursor, kind: int, what: str) -> Any:
     inner, count = cursor.number("I", what), cursor.number("Q", what)
     if inner in NUMBERS:
         cursor.take(count * struct.calcsize(f"<{NUMBERS[inner]}"), what)
-    elif inner == TEXT and count * 8 <= cursor.size - cursor.at:
+    elif inner == TEXT and count * 8 <= cursor.size - cursor.position:
         for _ in range(count):
             cursor.take(cursor.number("Q", what), what)
     else:
@@ -123,17 +123,17 @@ def _value(cursor: _Cursor, kind: int, what: str) -> Any:
     return None
 
 
-def _tensors(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict[str, Place]:
-    said: dict[str, tuple[tuple[int, ...], int, int]] = {}
+def _tensors(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
+    declared: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(count):
         name = cursor.text(LONGEST_NAME, "a tensor's name")
-        if name in said:
+        if name in declared:
             raise TrimtabError(f"it has the tensor {name!r} twice")
         dimensions = cursor.number("I", f"the tensor {name!r}")
         if not 1 <= dimensions <= 4:
             raise TrimtabError(f"it is damaged: the tensor {name!r} has {dimensions} dimensions")
         shape = tuple(cursor.number("Q", f"the tensor {name!r}") for _ in range(dimensions))
-        said[name] = (
+        declared[name] = (
             shape[::-1],
             cursor.number("I", f"the tensor {name!r}"),
             cursor.number("Q", f"the tensor {name!r}"),
@@ -141,5 +141,5 @@ def _tensors(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict[str,
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
         raise TrimtabError(f"it is damaged: its alignment is {alignment}")
-    base = -(-cursor.at // alignment) * alignment
-    return {name: Place(shape, kind, base + offset) for name, (shape, kind, offset) in said.items()}
+    base = -(-cursor.position // alignment) * alignment
+    return {name: TensorInfo(shape, kind, base + offset) for name, (shape, kind, offset) in declared.items()}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.files.atomic_write import write_atomically
 from trimtab.files.load import load
 from trimtab.files.page import HUB_ID, LIBRARY, steering_page
 from trimtab.files.steering_file import save_steering
-from trimtab.files.target import write_atomically
 from trimtab.keywords import keywords
 from trimtab.steering import Steering
 from trimtab.steering.steering import check_steering
@@ -23,7 +23,7 @@ FILE, PAGE = "steering.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
-class Listed:
+class SteeringListing:
     """A steering that can be loaded: its name (on the Hub) or path, the models it is for, and its other tags."""
 
     name: str
@@ -114,7 +114,7 @@ def from_pretrained(
     return load(path, **options)
 
 
-def list_steerings(where: str | Path, *, limit: int | None = None, token: str | None = None) -> list[Listed]:
+def list_steerings(where: str | Path, *, limit: int | None = None, token: str | None = None) -> list[SteeringListing]:
     """The steerings of a user or an organization on the Hub (`user`, or `user/beginning-of-name`), or in a folder.
 
     In a folder, these are all `.safetensors` files of trimtab, at any depth. Raises `TrimtabError` if the Hub can't be
@@ -132,21 +132,21 @@ def list_steerings(where: str | Path, *, limit: int | None = None, token: str | 
     return [listing for listing in listed if listing.name.partition("/")[2].startswith(start)][:limit]
 
 
-def _listed(info: Any) -> Listed:
+def _listed(info: Any) -> SteeringListing:
     tags = [str(tag) for tag in info.tags or ()]
     models = dict.fromkeys(tag.rpartition(":")[2] for tag in tags if tag.startswith("base_model:"))
     rest = tuple(tag for tag in tags if ":" not in tag and tag != LIBRARY)
     modified = getattr(info, "last_modified", None)
-    return Listed(str(info.id), tuple(models), rest, None if modified is None else modified.date().isoformat())
+    return SteeringListing(str(info.id), tuple(models), rest, None if modified is None else modified.date().isoformat())
 
 
-def _in_folder(folder: Path) -> Iterator[Listed]:
+def _in_folder(folder: Path) -> Iterator[SteeringListing]:
     for path in sorted(folder.rglob("*.safetensors")):
         try:
             steering = load(path, source="trimtab")
         except TrimtabError:
             continue  # a model's weights, say
-        yield Listed(str(path), tuple(model.name for model in steering.card.models), (steering.card.method,))
+        yield SteeringListing(str(path), tuple(model.name for model in steering.card.models), (steering.card.method,))
 
 
 def _check_name(repo: str) -> None:
@@ -162,8 +162,8 @@ def _hub(what: str) -> Iterator[None]:
     except TrimtabError:
         raise
     except Exception as error:
-        home = type(error).__module__.partition(".")[0]
-        if not isinstance(error, OSError) and home not in ("huggingface_hub", "httpx", "httpx2"):
+        package = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and package not in ("huggingface_hub", "httpx", "httpx2"):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.files.foreign import Imported, additions, check_vector, layer_number
-from trimtab.files.named_layout import block_named, named_layout, of_dict
-from trimtab.files.tensor_layout import Wanted, tensor_layout
+from trimtab.files.named_layout import block_named, named_layout, named_tensors
+from trimtab.files.tensor_layout import Selection, tensor_layout
 
 LARGEST = 1 << 28  # bytes
 BLOCK = "post_block"  # the only hook whose vector is added to a block's output
@@ -28,8 +28,8 @@ EARLY = (
 )
 
 
-def read_json_layout(path: Path, wanted: Wanted) -> Imported:
-    """The directions in a JSON file. `wanted` is for lists of numbers, which are as ambiguous as a bare tensor.
+def read_json_layout(path: Path, selection: Selection) -> Imported:
+    """The directions in a JSON file. `selection` is for lists of numbers, which are as ambiguous as a bare tensor.
 
     Raises `TrimtabError` for JSON of another structure, duplicate keys, numbers that aren't finite, and several vectors
     for one block.
@@ -37,20 +37,20 @@ def read_json_layout(path: Path, wanted: Wanted) -> Imported:
     if path.stat().st_size > LARGEST:
         raise TrimtabError(f"it has {path.stat().st_size >> 20} MB of JSON; a steering is smaller")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_once, parse_constant=_no_constant)
+        value = json.loads(path.read_bytes(), object_pairs_hook=_unique_object, parse_constant=_no_constant)
     except TrimtabError:
         raise
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"it isn't valid JSON: {str(error)[:120]}") from None
     if isinstance(value, list):
-        return tensor_layout(_numbers(value, "its list"), path, wanted, "list")
+        return tensor_layout(_numbers(value, "its list"), path, selection, "list")
     if isinstance(value, dict) and isinstance(value.get("vector"), list) and "modelId" in value:
-        return neuronpedia_vector(value, wanted)
+        return neuronpedia_vector(value, selection)
     if isinstance(value, dict) and any(isinstance(item, list) for item in value.values()):
         lists = {key: _numbers(item, repr(key)) for key, item in value.items() if isinstance(item, list)}
         rest = {key: item for key, item in value.items() if key not in lists}
-        return named_layout(of_dict(lists, rest, "list"), path, wanted)
-    wanted.not_needed()
+        return named_layout(named_tensors(lists, rest, "list"), path, selection)
+    selection.check_unused()
     if isinstance(value, dict) and isinstance(value.get("directions"), dict):
         return _svec(value)
     if isinstance(value, dict) and isinstance(value.get("vectors"), dict):
@@ -60,7 +60,7 @@ def read_json_layout(path: Path, wanted: Wanted) -> Imported:
     raise TrimtabError("its JSON has no known layout of steering vectors (.svec, steering modules)")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -90,7 +90,7 @@ def _svec(value: Mapping[str, Any]) -> Imported:
     return Imported("svec", additions(directions), about, EARLY)
 
 
-def neuronpedia_vector(value: Mapping[str, Any], wanted: Wanted) -> Imported:
+def neuronpedia_vector(value: Mapping[str, Any], selection: Selection) -> Imported:
     """A feature or vector in the response of Neuronpedia's `/api/feature/MODEL/SOURCE/INDEX`, added with strength 1.
 
     Its `hookName` says where it acts. Raises `TrimtabError` if it has no vector, or acts elsewhere than at a block's
@@ -103,13 +103,13 @@ def neuronpedia_vector(value: Mapping[str, Any], wanted: Wanted) -> Imported:
         )
     hook = value.get("hookName")
     layer = block_named(hook) if isinstance(hook, str) else None
-    if layer is None and wanted.layer is None:
+    if layer is None and selection.layer is None:
         raise TrimtabError(
             "Neuronpedia's response doesn't say where its vector acts; pass --layer N to trimtab convert (layer=N)"
         )
     if layer is not None:
-        wanted.not_needed()
-    at = wanted.layer if layer is None else layer
+        selection.check_unused()
+    at = selection.layer if layer is None else layer
     assert at is not None
     known = ("modelId", "layer", "index", "vectorLabel", "vectorDefaultSteerStrength", "maxActApprox")
     about = {key: value[key] for key in known if isinstance(value.get(key), (str, int, float))}
@@ -136,8 +136,8 @@ def _packed(hook: Mapping[str, Any]) -> dict[int, Tensor]:
     shape, layers, dtype, data = (hook.get(name) for name in ("shape", "layer_indices", "dtype", "data"))
     if dtype not in DTYPES:
         raise TrimtabError(f"its vectors are {str(dtype)[:40]!r}; {', '.join(DTYPES)} are read")
-    whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
-    if not whole or not isinstance(layers, list) or not isinstance(data, str):
+    valid_shape = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+    if not valid_shape or not isinstance(layers, list) or not isinstance(data, str):
         raise TrimtabError("its packed vectors have no shape [layers, width], layer_indices and data")
     assert isinstance(shape, list)
     if len(layers) != shape[0] or len(set(map(str, layers))) != len(layers):

@@ -27,18 +27,18 @@ from trimtab.files.numpy_layout import MAGIC as NUMPY
 from trimtab.files.numpy_layout import read_numpy_layout
 from trimtab.files.safetensors_layouts import read_safetensors_layout
 from trimtab.files.steering_file import KEY, LARGEST_HEADER, load_steering
-from trimtab.files.tensor_layout import Wanted
-from trimtab.files.torch_file import DAMAGE
+from trimtab.files.tensor_layout import Selection
+from trimtab.files.torch_file import ARCHIVE_ERRORS
 from trimtab.files.torch_layouts import read_torch_folder, read_torch_layout
-from trimtab.keywords import keywords, outside
+from trimtab.keywords import caller_stacklevel, keywords
 from trimtab.steering import Ablate, Add, AddScaled, Card, Positions, SetProjection, Steering
 
-SOURCES: dict[str, Callable[[Path], Imported]] = {
+LAYOUT_READERS: dict[str, Callable[[Path], Imported]] = {
     "gguf": read_control_vector,
     "folder": read_torch_folder,
 }
 """The readers of other programs' formats that say where a vector acts; `trimtab` is our own."""
-BARE: dict[str, Callable[[Path, Wanted], Imported]] = {
+TENSOR_READERS: dict[str, Callable[[Path, Selection], Imported]] = {
     "torch": read_torch_layout,
     "numpy": read_numpy_layout,
     "json": read_json_layout,
@@ -89,25 +89,33 @@ def load(
     path = Path(path)
     kind = _kind(path) if source is None else source
     if kind == "trimtab":
-        said = {"layer_offset": layer_offset, "row": row, "layer": layer, "position": position, "positions": positions}
-        if extra := [name for name, value in said.items() if value is not None]:
+        arguments = {
+            "layer_offset": layer_offset,
+            "row": row,
+            "layer": layer,
+            "position": position,
+            "positions": positions,
+        }
+        if extra := [name for name, value in arguments.items() if value is not None]:
             raise TrimtabError(f"{path} is a trimtab steering, which already says where it acts; leave {extra[0]} out")
         return load_steering(path)
-    imported = _read(path, kind, Wanted(row, layer, position, layer_offset))
+    imported = _read(path, kind, Selection(row, layer, position, layer_offset))
     try:
         steering = steering_of(imported, layer_offset=layer_offset or 0, positions=positions)
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error}") from None
-    if imported.doubt is not None and layer_offset is None:
-        warnings.warn(f"{path}: {imported.doubt}", FormatWarning, stacklevel=outside())
+    if imported.warning is not None and layer_offset is None:
+        warnings.warn(f"{path}: {imported.warning}", FormatWarning, stacklevel=caller_stacklevel())
     operations = [operation for _, operation in imported.operations]
     if all(isinstance(operation, Add) and not bool(operation.direction.any()) for operation in operations):
-        warnings.warn(f"{path}: its directions are all zero, so it has no effect", FormatWarning, stacklevel=outside())
+        warnings.warn(
+            f"{path}: its directions are all zero, so it has no effect", FormatWarning, stacklevel=caller_stacklevel()
+        )
     for name in FACTORS:
         factor = imported.about.get(name, 1)
         if isinstance(factor, (int, float)) and factor != 1:
             message = f"its {name} of {factor:g} isn't applied; if it should be, multiply by it (--strength {factor:g})"
-            warnings.warn(f"{path}: {message}", FormatWarning, stacklevel=outside())
+            warnings.warn(f"{path}: {message}", FormatWarning, stacklevel=caller_stacklevel())
     return steering
 
 
@@ -144,9 +152,9 @@ def load_direction(
             which = "rows" if row is not None else "axis of token positions"
             raise TrimtabError(f"{path} is a trimtab steering, which has no {which}; leave that out")
     else:
-        read = _read(path, kind, Wanted(row, layer, position, anywhere=True))
+        read = _read(path, kind, Selection(row, layer, position, anywhere=True))
         operations, card = read.operations, Card("imported", options={"format": read.format, **read.about})
-    single = len(operations) == 1 and kind in BARE
+    single = len(operations) == 1 and kind in TENSOR_READERS
     chosen = operations if layer is None or single else tuple(each for each in operations if each[0] == layer)
     layers = ", ".join(str(n) for n in sorted({n for n, _ in operations})) or "none"
     if len(chosen) != 1:
@@ -158,16 +166,22 @@ def load_direction(
     return operation.direction, card
 
 
-def _read(path: Path, kind: str, wanted: Wanted) -> Imported:
+def _read(path: Path, kind: str, selection: Selection) -> Imported:
     """The content of another program's file. Raises `TrimtabError`, which names the file."""
-    if kind in SOURCES:
-        said = {"row": wanted.row, "layer": None if wanted.anywhere else wanted.layer, "position": wanted.position}
-        if which := [name for name, value in said.items() if value is not None]:
+    if kind in LAYOUT_READERS:
+        arguments = {
+            "row": selection.row,
+            "layer": None if selection.anywhere else selection.layer,
+            "position": selection.position,
+        }
+        if which := [name for name, value in arguments.items() if value is not None]:
             raise TrimtabError(f"{path}: only files of bare tensors (.pt, .npy …) need a {which[0]}; leave it out")
-    if kind not in SOURCES and kind not in BARE:
-        raise TrimtabError(f"unknown kind of file {kind!r}; known: trimtab, {', '.join([*SOURCES, *BARE])}")
+    if kind not in LAYOUT_READERS and kind not in TENSOR_READERS:
+        raise TrimtabError(
+            f"unknown kind of file {kind!r}; known: trimtab, {', '.join([*LAYOUT_READERS, *TENSOR_READERS])}"
+        )
     try:
-        return BARE[kind](path, wanted) if kind in BARE else SOURCES[kind](path)
+        return TENSOR_READERS[kind](path, selection) if kind in TENSOR_READERS else LAYOUT_READERS[kind](path)
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error}") from None
     except OSError as error:
@@ -206,7 +220,7 @@ def _is_npz(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except DAMAGE:
+    except ARCHIVE_ERRORS:
         return False  # torch's reader reports what is wrong
     return bool(names) and all(name.endswith(".npy") for name in names)
 

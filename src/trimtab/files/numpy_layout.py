@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Imported, folded
-from trimtab.files.named_layout import named_layout, of_dict
-from trimtab.files.target import write_atomically
-from trimtab.files.tensor_layout import Wanted, tensor_layout
+from trimtab.files.atomic_write import write_atomically
+from trimtab.files.foreign import Imported, sum_additions
+from trimtab.files.named_layout import named_layout, named_tensors
+from trimtab.files.tensor_layout import Selection, tensor_layout
 from trimtab.steering import Steering
 
 MAGIC = b"\x93NUMPY"
 LARGEST = 1 << 28  # bytes of an archive's uncompressed arrays
-DAMAGE = (
+ARRAY_ERRORS = (
     *(ValueError, OSError, EOFError, TypeError, OverflowError, MemoryError, SyntaxError, KeyError),
     *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
 )
 
 
-def read_numpy_layout(path: Path, wanted: Wanted) -> Imported:
+def read_numpy_layout(path: Path, selection: Selection) -> Imported:
     """The directions in an `.npy` file, or in an `.npz` archive of named arrays.
 
     Raises:
@@ -35,13 +35,13 @@ def read_numpy_layout(path: Path, wanted: Wanted) -> Imported:
     """
     try:
         if zipfile.is_zipfile(path):
-            return named_layout(of_dict(_arrays(path), kind="array"), path, wanted)
+            return named_layout(named_tensors(_arrays(path), kind="array"), path, selection)
         value = _tensor(np.load(path, mmap_mode="r", allow_pickle=False))  # a map isn't larger than its file
     except TrimtabError:
         raise
-    except DAMAGE as error:
+    except ARRAY_ERRORS as error:
         raise TrimtabError(f"it is damaged, or isn't an array of plain numbers: {_first_line(error)}") from None
-    return tensor_layout(value, path, wanted, "array")
+    return tensor_layout(value, path, selection, "array")
 
 
 def _arrays(path: Path) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def write_numpy(steering: Steering, path: Path) -> None:
 
     Strengths are folded in. Raises `UnsupportedError` for anything but additions at every token.
     """
-    sums = folded(steering, "a file of arrays")
+    sums = sum_additions(steering, "a file of arrays")
     arrays: dict[str, Any] = {f"layer_{site.layer}": vector.numpy() for site, vector in sums.items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)

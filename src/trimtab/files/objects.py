@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Imported, additions, folded, layer_number, model_family, steering_of
+from trimtab.files.foreign import Imported, additions, layer_number, model_family, steering_of, sum_additions
 from trimtab.keywords import keywords
 from trimtab.steering import Positions, Steering
 
@@ -43,7 +43,7 @@ def to_steering_vectors(steering: Steering) -> Any:
     """
     kinds = {edit.site.kind for edit in steering.edits}
     layer_type = next((name for name, kind in KINDS.items() if kinds == {kind}), "decoder_block")
-    sums = folded(steering, "steering-vectors", (KINDS[layer_type],))
+    sums = sum_additions(steering, "steering-vectors", (KINDS[layer_type],))
     try:
         from steering_vectors import SteeringVector
     except ImportError as error:
@@ -72,7 +72,7 @@ def to_repeng(steering: Steering) -> Any:
 
     Raises as `to_steering_vectors` does.
     """
-    sums = folded(steering, "repeng")
+    sums = sum_additions(steering, "repeng")
     try:
         from repeng import ControlVector
     except ImportError as error:

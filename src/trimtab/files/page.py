@@ -78,8 +78,8 @@ def _measured_effects(steering: Steering) -> list[str]:
     card = steering.card
     sections = []
     if isinstance(card.divergence, Mapping):
-        far = [(f"divergence, {name}", _number(card.divergence.get(name))) for name in ("mean", "p95")]
-        sections += ["## How much it changes the model\n", _table(("nats per token", ""), far)]
+        divergence_rows = [(f"divergence, {name}", _number(card.divergence.get(name))) for name in ("mean", "p95")]
+        sections += ["## How much it changes the model\n", _table(("nats per token", ""), divergence_rows)]
     audit = card.audit
     if isinstance(audit, Mapping) and isinstance(audit.get("verdict"), (list, tuple)):
         stale = (
@@ -148,10 +148,10 @@ def _origin(steering: Steering) -> Iterator[tuple[str, str]]:
     yield "digest", steering_digest(steering)
 
 
-def _flat(values: Mapping[str, Any], above: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+def _flat(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
     """The numbers and texts of nested dicts, one row each; lists are counted unless they are short and plain."""
     for key, value in values.items():
-        name = f"{above}{str(key).replace('_', ' ')}"
+        name = f"{prefix}{str(key).replace('_', ' ')}"
         if isinstance(value, Mapping) and depth < DEEPEST:
             yield from _flat(value, f"{name}, ", depth + 1)
         elif isinstance(value, (list, tuple)):

@@ -33,18 +33,18 @@ class Pick:
     option: str = "--steer"
 
     def __str__(self) -> str:
-        return f"{self.path}{self.where}" + ("" if self.strength == 1 else f":{self.strength:g}")
+        return f"{self.path}{self.layer_suffix}" + ("" if self.strength == 1 else f":{self.strength:g}")
 
     @property
-    def where(self) -> str:
+    def layer_suffix(self) -> str:
         """The layers in the syntax of the command line: `@10-12,15`, or nothing for all of the file's."""
-        return "" if self.layers is None else f"@{written(self.layers)}"
+        return "" if self.layers is None else f"@{format_layers(self.layers)}"
 
     def load(self) -> Steering:
-        """The steering: `strength * trimtab.load(path).only(layers)`. Raises as `unscaled` does."""
-        return self.strength * self.unscaled()
+        """The steering: `strength * trimtab.load(path).only(layers)`. Raises as `load_unscaled` does."""
+        return self.strength * self.load_unscaled()
 
-    def unscaled(self) -> Steering:
+    def load_unscaled(self) -> Steering:
         """The steering before it is multiplied by the strength.
 
         Raises:
@@ -52,15 +52,15 @@ class Pick:
         """
         from trimtab.files.load import load
 
-        whole = load(self.path)
+        steering = load(self.path)
         if self.layers is None:
-            return whole
-        if missing := [layer for layer in self.layers if layer not in whole.layers]:
-            has = written(whole.layers) or "none"
+            return steering
+        if missing := [layer for layer in self.layers if layer not in steering.layers]:
+            has = format_layers(steering.layers) or "none"
             raise TrimtabError(
                 f"{self.option} {self}: {self.path} has nothing at layer {missing[0]}; it has layers {has}"
             )
-        return whole.only(self.layers)
+        return steering.only(self.layers)
 
     def to_json(self) -> dict[str, Any]:
         """The pick as a JSON value; `layers` is null if all of the file's layers act."""
@@ -108,7 +108,7 @@ def parse_pick(text: str, option: str = "--steer") -> Pick:
     return Pick(Path(name), layers, strength, option)
 
 
-def written(layers: Sequence[int]) -> str:
+def format_layers(layers: Sequence[int]) -> str:
     """Layers in short form, with runs of three or more as a range: `10-14,20`."""
     runs: list[list[int]] = []
     for layer in layers:

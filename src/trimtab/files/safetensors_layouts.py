@@ -12,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import TrimtabError
 from trimtab.files.foreign import Imported, check_vector, layer_number
-from trimtab.files.named_layout import Named, named_layout
-from trimtab.files.tensor_layout import Wanted
+from trimtab.files.named_layout import NamedTensors, named_layout
+from trimtab.files.tensor_layout import Selection
 from trimtab.steering import Add
 
 PREFIX = "direction."
 
 
-def read_safetensors_layout(path: Path, wanted: Wanted) -> Imported:
+def read_safetensors_layout(path: Path, selection: Selection) -> Imported:
     """The directions in a safetensors file that isn't trimtab's: tensors named after layers, or a single tensor.
 
     Raises `TrimtabError` for other tensors, and for a damaged file.
@@ -29,11 +29,11 @@ def read_safetensors_layout(path: Path, wanted: Wanted) -> Imported:
             about: Mapping[str, str] = file.metadata() or {}
             every = list(file.keys())
             if "hook_site" in about and "default_method" in about:
-                wanted.not_needed()
+                selection.check_unused()
                 probes = [name for name in every if name.startswith(PREFIX)]
                 return _steerkit(about, {name.removeprefix(PREFIX): file.get_tensor(name) for name in probes})
             shapes = {name: file.get_slice(name).get_shape() for name in every}
-            return named_layout(Named(shapes, file.get_tensor, about), path, wanted)
+            return named_layout(NamedTensors(shapes, file.get_tensor, about), path, selection)
     except TrimtabError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -53,11 +53,13 @@ def _steerkit(about: Mapping[str, str], tensors: Mapping[str, Any]) -> Imported:
     if str(layer) == about.get("n_total_layers"):
         raise TrimtabError("its direction is for the final norm, which isn't the output of a block")
     vector = check_vector(tensors[method], f"the direction {method}")
-    kept: dict[str, Any] = {name: about[name] for name in ("model_id", "hook_name", "auto_alpha") if about.get(name)}
+    metadata: dict[str, Any] = {
+        name: about[name] for name in ("model_id", "hook_name", "auto_alpha") if about.get(name)
+    }
     try:
         metrics = json.loads(about.get("metrics_json") or "{}")
     except (ValueError, RecursionError):
         metrics = {}
     if isinstance(metrics, dict):
-        kept["metrics"] = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-    return Imported("steerkit", ((layer, Add(vector)),), {"probe_method": method, **kept})
+        metadata["metrics"] = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    return Imported("steerkit", ((layer, Add(vector)),), {"probe_method": method, **metadata})

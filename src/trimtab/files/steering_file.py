@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.target import write_atomically
+from trimtab.files.atomic_write import write_atomically
 from trimtab.keywords import keywords
 from trimtab.steering import Adapter, Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
 from trimtab.steering.attention import SCORE_NAMES, SCORE_OPERATIONS, ScoreOperation
@@ -31,10 +31,10 @@ from trimtab.steering.operations import NAMES, OPERATIONS, Directed
 from trimtab.steering.steering import check_steering
 
 FORMAT = 1
-BY_MEANING = 2
+MEANING_FORMAT = 2
 """The format of files with positions by meaning; all others have the first format, which older versions read."""
 KEY = "trimtab"
-MEASURED = ("divergence", "audit")
+OPTIONAL_CARD_FIELDS = ("divergence", "audit")
 """Fields of a card that later versions added."""
 GATE_DEFAULTS: dict[str, Any] = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
@@ -65,8 +65,8 @@ def _encoded(steering: Steering) -> tuple[str, bytes]:
     if not steering.edits:
         raise TrimtabError("the steering has no edits, so there is nothing to save")
     header, tensors, digest = _content(steering)
-    alone = {name: tensor.clone() for name, tensor in tensors.items()}  # edits may share one: of a gate, say
-    return digest, save(alone, metadata={KEY: _json({**header, "digest": digest})})
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # edits may share one: of a gate, say
+    return digest, save(copies, metadata={KEY: _json({**header, "digest": digest})})
 
 
 def steering_digest(steering: Steering) -> str:
@@ -101,8 +101,10 @@ def steering_from_bytes(data: bytes, name: str) -> Steering:
 
 def _decoded(path: Path, stream: BinaryIO) -> Steering:
     header, tensors = _read(path, stream)
-    if header.get("format") not in (FORMAT, BY_MEANING):
-        raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {BY_MEANING}; update trimtab")
+    if header.get("format") not in (FORMAT, MEANING_FORMAT):
+        raise TrimtabError(
+            f"{path} has format {header.get('format')}, this trimtab reads {MEANING_FORMAT}; update trimtab"
+        )
     digest = header.pop("digest", None)
     try:
         if digest != _digest(header, tensors):
@@ -194,7 +196,7 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
             }
         )
     return {
-        "format": BY_MEANING if any(edit.positions.rule is not None for edit in steering.edits) else FORMAT,
+        "format": MEANING_FORMAT if any(edit.positions.rule is not None for edit in steering.edits) else FORMAT,
         "layer_convention": "block output, counted from 0",
         "edits": edits,
         "card": card_json(steering.card),
@@ -203,7 +205,9 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def card_json(card: Card) -> dict[str, Any]:
     """A card as JSON values; unmeasured fields are left out, so that files without them keep their digest."""
-    data = {name: value for name, value in asdict(card).items() if name not in MEASURED or value is not None}
+    data = {
+        name: value for name, value in asdict(card).items() if name not in OPTIONAL_CARD_FIELDS or value is not None
+    }
     model = None if card.model is None else card.model.as_json()
     return {**data, "model": model, "parts": [card_json(part) for part in card.parts]}
 
@@ -273,7 +277,7 @@ def _model(data: dict[str, Any]) -> ModelId:
 def _card(data: dict[str, Any]) -> Card:
     model = None if data["model"] is None else _model(data["model"])
     parts = tuple(_card(part) for part in data["parts"])
-    if odd := [name for name in MEASURED if not isinstance(data.get(name), (dict, type(None)))]:
+    if odd := [name for name in OPTIONAL_CARD_FIELDS if not isinstance(data.get(name), (dict, type(None)))]:
         raise TypeError(f"a card's {odd[0]} must be an object")
     return Card(**{**data, "model": model, "parts": parts})
 

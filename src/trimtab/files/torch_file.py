@@ -32,11 +32,11 @@ HARMLESS = {
     "collections OrderedDict",
     *(f"torch {name}Storage" for name in STORAGES),
 }
-ELSEWHERE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+CALL_OPCODES = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 """Other opcodes with which a pickle names something to call."""
 
 
-DAMAGE = (
+ARCHIVE_ERRORS = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
     *(ValueError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError),  # NotImplementedError included
 )
@@ -55,13 +55,13 @@ def read_torch_file(path: Path) -> Any:
             entries = _entries(archive, path.stat().st_size)
     except TrimtabError:
         raise
-    except DAMAGE as error:
+    except ARCHIVE_ERRORS as error:
         raise TrimtabError(f"it is cut short or damaged: {str(error)[:200] or type(error).__name__}") from None
     _check_pickle(entries[f"{next(iter(entries)).split('/')[0]}/data.pkl"])  # the one that torch reads
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as again:
+    with zipfile.ZipFile(buffer, "w") as repacked:
         for name, data in entries.items():
-            again.writestr(zipfile.ZipInfo(name), data)
+            repacked.writestr(zipfile.ZipInfo(name), data)
     buffer.seek(0)
     try:
         value = torch.load(buffer, map_location="cpu", weights_only=True)
@@ -99,7 +99,7 @@ def _check_pickle(data: bytes) -> None:
         raise TrimtabError("its pickle is too large for a file of tensors")
     try:
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in ELSEWHERE or (opcode.name == "GLOBAL" and argument not in HARMLESS):
+            if opcode.name in CALL_OPCODES or (opcode.name == "GLOBAL" and argument not in HARMLESS):
                 named = str(argument).replace(" ", ".") if opcode.name == "GLOBAL" else f"an object ({opcode.name})"
                 raise TrimtabError(
                     f"its pickle needs {named[:80]}, but trimtab opens only pickles of tensors, numbers and strings;"

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.files.foreign import Imported, check_plain, check_vector, folded
-from trimtab.files.named_layout import named_layout, of_dict
-from trimtab.files.target import write_atomically
-from trimtab.files.tensor_layout import FEATURES, NAMED_LAYER, NEW, Wanted, layer_of, tensor_layout
+from trimtab.files.atomic_write import write_atomically
+from trimtab.files.foreign import Imported, check_plain, check_vector, sum_additions
+from trimtab.files.named_layout import named_layout, named_tensors
+from trimtab.files.tensor_layout import FEATURES, NAMED_LAYER, OUTPUT_NAME, Selection, layer_of, tensor_layout
 from trimtab.files.torch_file import read_torch_file
 from trimtab.steering import Ablate, Add, Operation, SetProjection, Steering
 
@@ -28,24 +28,24 @@ HOOKPOINT = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.(0|[1-9][0-
 UNIT = 1e-3
 
 
-def read_torch_layout(path: Path, wanted: Wanted) -> Imported:
-    """The directions in a `.pt` file. `wanted` says where a single vector acts, or which of several is meant.
+def read_torch_layout(path: Path, selection: Selection) -> Imported:
+    """The directions in a `.pt` file. `selection` says where a single vector acts, or which of several is meant.
 
     Raises `TrimtabError` if it isn't clear what the tensors are, or where they act.
     """
     value = read_torch_file(path)
     if isinstance(value, Mapping) and value and all(_is_hook(item) for item in value.values()):
-        wanted.not_needed()
+        selection.check_unused()
         return _lm_eval(value)
     if isinstance(value, Mapping) and "dir" in value:
-        wanted.no_row()
-        return _vllm_hook(value, layer_of(path, wanted)[0])
+        selection.check_no_row()
+        return _vllm_hook(value, layer_of(path, selection)[0])
     if isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):
-        return _named(value, path, wanted)
+        return _named(value, path, selection)
     if not isinstance(value, Tensor):
         keys = f" with the keys {', '.join(map(repr, list(value)[:6]))}" if isinstance(value, Mapping) else ""
         raise TrimtabError(f"it holds a {type(value).__name__}{keys}, which isn't a known layout of steering vectors")
-    return tensor_layout(value, path, wanted)
+    return tensor_layout(value, path, selection)
 
 
 def read_torch_folder(path: Path) -> Imported:
@@ -53,7 +53,7 @@ def read_torch_folder(path: Path) -> Imported:
     files = {int(match[1]): file for file in path.iterdir() if (match := NAMED_LAYER.fullmatch(file.stem))}
     files = {layer: file for layer, file in files.items() if file.suffix == ".pt"}
     if not files and (path / "sae_weights.safetensors").is_file():
-        raise TrimtabError(FEATURES.format(path=quote(str(path)), new=NEW))
+        raise TrimtabError(FEATURES.format(path=quote(str(path)), new=OUTPUT_NAME))
     if not files:
         raise TrimtabError("it is a folder without layer_<N>.pt files")
     operations: list[tuple[int, Operation]] = []
@@ -62,7 +62,7 @@ def read_torch_folder(path: Path) -> Imported:
     return Imported("folder of layers", tuple(operations))
 
 
-def _named(value: Mapping[Any, Any], path: Path, wanted: Wanted) -> Imported:
+def _named(value: Mapping[Any, Any], path: Path, selection: Selection) -> Imported:
     """A dict of tensors, and of numbers and texts that describe them."""
     others = {str(key): item for key, item in value.items() if not isinstance(item, Tensor)}
     for key, item in others.items():
@@ -71,7 +71,7 @@ def _named(value: Mapping[Any, Any], path: Path, wanted: Wanted) -> Imported:
                 f"it holds tensors and, under {key[:60]!r}, a {type(item).__name__}, which isn't supported"
             )
     tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
-    return named_layout(of_dict(tensors, others, "tensor"), path, wanted)
+    return named_layout(named_tensors(tensors, others, "tensor"), path, selection)
 
 
 def _is_hook(item: Any) -> bool:
@@ -145,7 +145,7 @@ def write_lm_eval(steering: Steering, path: Path, blocks: str = "layers") -> Non
         hooks[name] = _hook("clamp", edit.operation.direction.float(), number)
     if len(clamps) < len(steering.edits) or not clamps:
         rest = Steering(tuple(edit for edit in steering.edits if edit not in clamps), steering.card)
-        hooks |= {f"{blocks}.{site.layer}": _hook("add", v, 1.0) for site, v in folded(rest, target).items()}
+        hooks |= {f"{blocks}.{site.layer}": _hook("add", v, 1.0) for site, v in sum_additions(rest, target).items()}
     buffer = io.BytesIO()
     torch.save(hooks, buffer)
     write_atomically(path, buffer.getvalue())
@@ -157,7 +157,7 @@ def write_torch(steering: Steering, path: Path) -> None:
     Raises `UnsupportedError` for anything but additions at every token.
     """
     buffer = io.BytesIO()
-    sums = folded(steering, "a file of tensors")
+    sums = sum_additions(steering, "a file of tensors")
     torch.save({f"layer_{site.layer}": vector for site, vector in sums.items()}, buffer)
     write_atomically(path, buffer.getvalue())
 

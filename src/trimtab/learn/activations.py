@@ -13,13 +13,13 @@ from torch import Tensor
 
 from trimtab.engines.contract import check_length
 from trimtab.engines.request import Text
-from trimtab.engines.resolve import pooled, tokens_of
+from trimtab.engines.resolve import pool_readings, positions_read
 from trimtab.errors import TrimtabError
-from trimtab.learn.contrast import Progress, mean, read_batches
+from trimtab.learn.contrast import Progress, mean_over_positions, read_batches
 from trimtab.steering import Site
 from trimtab.steering.gates import Reading
 from trimtab.steering.tensors import to_float64
-from trimtab.text.answers import LAST, Answered, ReadAt, encode_sides, read_positions
+from trimtab.text.answers import LAST, EncodedSide, ReadAt, encode_sides, read_positions
 from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
 
-def read_each(
+def read_activations(
     lm: LM,
     groups: Sequence[Sequence[Text]],
     sites: Sequence[Site],
@@ -56,7 +56,7 @@ def read_each(
     for batch in read_batches(lm, groups, sites, progress):
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
-                activations[site][g] = [to_float64(mean(x) if pooled else x) for x in members]
+                activations[site][g] = [to_float64(mean_over_positions(x) if pooled else x) for x in members]
                 if not all(bool(torch.isfinite(x).all()) for x in members):
                     raise TrimtabError(
                         f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16"
@@ -69,23 +69,23 @@ def read_pooled(
 ) -> dict[Reading, Tensor]:
     """The activations that a gate would read in each prompt: for each reading `[prompts, width]`, float64, on the CPU.
 
-    Prompts are rendered as in `lm.generate`. Raises `TrimtabError` as `read_each` does.
+    Prompts are rendered as in `lm.generate`. Raises `TrimtabError` as `read_activations` does.
     """
     ids = [lm.encode(prompt) for prompt in prompts]
-    positions = [tokens_of(readings, len(tokens)) for tokens in ids]
+    positions = [positions_read(readings, len(tokens)) for tokens in ids]
     groups = [[Text(tokens, where)] for tokens, where in zip(ids, positions, strict=True)]
     sites = sorted({reading.site for reading in readings})
-    activations = read_each(lm, groups, sites, progress=progress)
+    activations = read_activations(lm, groups, sites, progress=progress)
     rows: dict[Reading, list[Tensor]] = {reading: [] for reading in readings}
     for i, tokens in enumerate(ids):
         values = {site: activations[site][i][0] for site in sites}
-        for reading, x in pooled(readings, len(tokens), positions[i], values).items():
+        for reading, x in pool_readings(readings, len(tokens), positions[i], values).items():
             rows[reading].append(x)
     return {reading: torch.stack(each) for reading, each in rows.items()}
 
 
 def pair_texts(
-    lm: LM, pairs: Sequence[Pair], *, suffix: bool = False, read_at: ReadAt = LAST, of: str = ""
+    lm: LM, pairs: Sequence[Pair], *, suffix: bool = False, read_at: ReadAt = LAST, set_label: str = ""
 ) -> list[list[Text]]:
     """The two texts of each pair, to be read at their last tokens or at `read_at`.
 
@@ -94,7 +94,7 @@ def pair_texts(
         pairs: Answers or texts.
         suffix: Read all tokens of the answers instead; of bare texts all tokens.
         read_at: Where to read.
-        of: A name for the set of pairs in error messages, such as `" of 'rude'"`.
+        set_label: A name for the set of pairs in error messages, such as `" of 'rude'"`.
 
     Returns:
         The positive and the negative text of each pair.
@@ -105,7 +105,7 @@ def pair_texts(
     """
     if not pairs:
         raise TrimtabError("there are no pairs to learn from")
-    named = [(f"pair {number}{of}", pair) for number, pair in enumerate(pairs, 1)]
+    named = [(f"pair {number}{set_label}", pair) for number, pair in enumerate(pairs, 1)]
     return [list(texts_of(lm, pair, suffix=suffix, read_at=read_at, name=name)) for name, pair in named]
 
 
@@ -115,11 +115,11 @@ def texts_of(
     """The two texts of one pair, as in `pair_texts`. `name` is the pair's name in error messages."""
     if pair.shape not in ("answers", "texts"):
         raise TrimtabError(f"this method learns from answers or texts, not from pairs of {pair.shape}")
-    with naming(name):
+    with error_prefix(name):
         positive, negative = encode_sides(lm.tokenizer, pair)
 
-    def text(side: Answered, which: str) -> Text:
-        with naming(f"{name}, {which}"):
+    def text(side: EncodedSide, which: str) -> Text:
+        with error_prefix(f"{name}, {which}"):
             check_length(lm.layout, len(side.ids), "the text")
             every = range(side.start, len(side.ids))
             return Text(side.ids, every if suffix else read_positions(lm.tokenizer, side, read_at))
@@ -128,7 +128,7 @@ def texts_of(
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def error_prefix(what: str) -> Iterator[None]:
     """A context that prefixes the message of a `TrimtabError` with `what`."""
     try:
         yield
@@ -141,7 +141,7 @@ def digest_of(**sets: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(sets, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def in_two(prompts: Sequence[Prompt], what: str) -> tuple[list[Prompt], list[Prompt]]:
+def split_alternating(prompts: Sequence[Prompt], what: str) -> tuple[list[Prompt], list[Prompt]]:
     """Split prompts into two halves, alternating: one to learn a direction, the other, held out, for its threshold.
 
     Raises `TrimtabError` for fewer than two prompts; `what` names them.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 TextPair = tuple[Text, Text]
-Kept = TypeVar("Kept", bound=PairMoments)
+MomentsT = TypeVar("MomentsT", bound=PairMoments)
 
 
 def contrast(
@@ -72,10 +72,10 @@ def contrast_many(
     sets: Mapping[str, Sequence[TextPair]],
     layers: Sequence[int],
     *,
-    keep: type[Kept] = PairMoments,  # type: ignore[assignment]
+    moments_type: type[MomentsT] = PairMoments,  # type: ignore[assignment]
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
-) -> dict[str, dict[int, Kept]]:
+) -> dict[str, dict[int, MomentsT]]:
     """Like `contrast`, for several sets of (positive, negative) texts, by name and layer, in one pass.
 
     Every text is read once, even if it is in several pairs. A negative and all its positives, from all sets, are one
@@ -85,7 +85,7 @@ def contrast_many(
         lm: The model.
         sets: The (positive, negative) texts by the set's name.
         layers: The layers.
-        keep: What to keep for each set and layer: sums, or with `PairMembers` all activations.
+        moments_type: What to keep for each set and layer: sums, or with `PairMembers` all activations.
         tokens_per_batch: The token budget of a batch.
         progress: `progress(done, total)` counts pairs.
 
@@ -102,23 +102,23 @@ def contrast_many(
         raise TrimtabError("there are no pairs to learn from")
     if not layers:
         raise TrimtabError("no layer is named")
-    groups, uses = _grouped(sets)
+    groups, set_members = _group_by_negative(sets)
     # lm.read counts a group of texts with a common prefix as one row, which is accurate for about two of them
     budget = max(1, 2 * tokens_per_batch // max(len(group) for group in groups))
     sites = [Site(layer) for layer in layers]
-    moments = {name: {layer: keep(lm.layout.width) for layer in layers} for name in sets}
+    moments = {name: {layer: moments_type(lm.layout.width) for layer in layers} for name in sets}
     done, total = 0, sum(len(pairs) for pairs in sets.values())
     for batch in lm.read(groups, sites, tokens_per_batch=budget):
-        places: dict[str, list[tuple[int, int]]] = {}
+        indices_by_set: dict[str, list[tuple[int, int]]] = {}
         for row, g in enumerate(batch.groups):
-            for name, member in uses[g]:
-                places.setdefault(name, []).append((row, member))
+            for name, member in set_members[g]:
+                indices_by_set.setdefault(name, []).append((row, member))
         for site in sites:
             values = _means(batch, site)  # [groups, members, width]
-            for name, where in places.items():
-                rows, members = torch.tensor(where).T
+            for name, set_indices in indices_by_set.items():
+                rows, members = torch.tensor(set_indices).T
                 moments[name][site.layer].add(values[rows, members], values[rows, 0])
-        done += sum(len(where) for where in places.values())
+        done += sum(len(where) for where in indices_by_set.values())
         if progress is not None:
             progress(done, total)
     return moments
@@ -141,24 +141,24 @@ def read_batches(
             progress(done, len(groups))
 
 
-def _grouped(sets: Mapping[str, Sequence[TextPair]]) -> tuple[list[list[Text]], list[list[tuple[str, int]]]]:
+def _group_by_negative(sets: Mapping[str, Sequence[TextPair]]) -> tuple[list[list[Text]], list[list[tuple[str, int]]]]:
     """Groups of a negative and all its positives; and for each group, the (set, member) pairs that contrast with it."""
     groups: list[list[Text]] = []
-    uses: list[list[tuple[str, int]]] = []
-    known: dict[tuple, int] = {}
+    set_members: list[list[tuple[str, int]]] = []
+    group_by_key: dict[tuple, int] = {}
     members: list[dict[tuple, int]] = []
     for name, pairs in sets.items():
         for positive, negative in pairs:
-            g = known.setdefault(_key(negative), len(groups))
+            g = group_by_key.setdefault(_key(negative), len(groups))
             if g == len(groups):
                 groups.append([negative])
-                uses.append([])
+                set_members.append([])
                 members.append({})
             m = members[g].setdefault(_key(positive), len(groups[g]))
             if m == len(groups[g]):
                 groups[g].append(positive)
-            uses[g].append((name, m))
-    return groups, uses
+            set_members[g].append((name, m))
+    return groups, set_members
 
 
 def _key(text: Text) -> tuple:
@@ -167,14 +167,14 @@ def _key(text: Text) -> tuple:
 
 def _means(batch: Batch, site: Site) -> Tensor:
     """Each text's mean activation over its positions: `[groups, members, width]`, float64, on the CPU."""
-    texts = [mean(text) for group in batch.values[site] for text in group]
+    texts = [mean_over_positions(text) for group in batch.values[site] for text in group]
     values = torch.cat(texts)
     if not torch.isfinite(values).all():
         raise TrimtabError(f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16")
     return to_float64(values).view(len(batch.groups), -1, values.shape[-1])
 
 
-def mean(values: Tensor) -> Tensor:
+def mean_over_positions(values: Tensor) -> Tensor:
     """The mean `[1, width]` of a text's activations `[positions, width]`, on their device; a single row is returned."""
     if len(values) == 1:
         return values

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.forced import Forcing
+from trimtab.engines.transformers.forced import TeacherForcing
 from trimtab.errors import TrimtabError
 
 T = TypeVar("T")
@@ -31,13 +31,13 @@ class Trainable(Protocol):
         """A copy that the optimizer doesn't update."""
 
 
-Loss = Callable[[Forcing, P, Sequence[T]], Tensor]
+Loss = Callable[[TeacherForcing, P, Sequence[T]], Tensor]
 """The loss, summed over these examples."""
 Report = Callable[[int, int, str], None]
 """Called after each step with the number of steps done, the number planned, and a message."""
 
-WARM_UP = 5
-LEAST_RATE = 0.1  # the share of the learning rate at the end of the schedule
+WARM_UP_STEPS = 5
+MIN_RATE_SHARE = 0.1  # the share of the learning rate at the end of the schedule
 PATIENCE = 3
 """The number of consecutive evaluations on held-out examples without an improvement after which descent stops."""
 
@@ -75,11 +75,11 @@ class Descent:
 
 
 @dataclass
-class Course:
+class DescentHistory:
     """The course of a descent: the losses by step, and whether it was interrupted."""
 
-    first: float = math.nan
-    best: float = math.inf
+    first_loss: float = math.nan
+    best_loss: float = math.inf
     best_step: int = 0
     steps: int = 0
     interrupted: bool = False
@@ -87,29 +87,29 @@ class Course:
 
 
 def descend(
-    run: Forcing,
-    trained: P,
+    run: TeacherForcing,
+    parameters: P,
     examples: Sequence[T],
     held_out: Sequence[T],
     loss: Loss[P, T],
-    how: Descent,
+    descent: Descent,
     *,
-    groups: Callable[[Sequence[T]], list[list[int]]],
+    group_examples: Callable[[Sequence[T]], list[list[int]]],
     report: Report | None = None,
-) -> tuple[P, Course]:
+) -> tuple[P, DescentHistory]:
     """Minimize the mean loss of `examples` and return the best state on held-out ones (up to `how.slack`).
 
     Without held-out examples, the last state is returned. A `KeyboardInterrupt` ends the descent, which the course
     records: the best state so far is returned, or the current one if there was no evaluation yet.
 
     Args:
-        run: Open forward passes of the model, with hooks at the sites of `trained`.
-        trained: The initial state; it is updated in place.
+        run: Open forward passes of the model, with hooks at the sites of `parameters`.
+        parameters: The initial state; it is updated in place.
         examples: The examples to learn from, at least one.
         held_out: The held-out examples, which decide when to stop.
         loss: The loss, summed over some examples.
-        how: The hyperparameters.
-        groups: Splits examples, by their indices, into groups that fit into one pass.
+        descent: The hyperparameters.
+        group_examples: Splits examples, by their indices, into groups that fit into one pass.
         report: Called after each step.
 
     Returns:
@@ -120,48 +120,55 @@ def descend(
     """
     if not examples:
         raise TrimtabError("there are no texts to learn from")
-    optimizer = torch.optim.Adam(trained.tensors, lr=how.rate, betas=(0.9, 0.98))
-    order = _order(len(examples), how)
-    course, best, stale, lowest = Course(), trained.frozen(), 0, math.inf
+    optimizer = torch.optim.Adam(parameters.tensors, lr=descent.rate, betas=(0.9, 0.98))
+    order = _order(len(examples), descent)
+    history, best, stale, lowest = DescentHistory(), parameters.frozen(), 0, math.inf
     try:
         if held_out:
-            course.first = course.best = lowest = mean_loss(run, trained, held_out, loss, groups)
-            if not math.isfinite(course.first):
-                raise TrimtabError(f"the loss is {course.first} on the held-out texts before the first step")
-        for step in range(how.steps):
+            history.first_loss = history.best_loss = lowest = mean_loss(run, parameters, held_out, loss, group_examples)
+            if not math.isfinite(history.first_loss):
+                raise TrimtabError(f"the loss is {history.first_loss} on the held-out texts before the first step")
+        for step in range(descent.steps):
             for group in optimizer.param_groups:
-                group["lr"] = how.rate * _schedule(step, how.steps)
+                group["lr"] = descent.rate * _schedule(step, descent.steps)
             batch = [examples[i] for i in order[step]]
             optimizer.zero_grad(set_to_none=True)
             total = 0.0
-            for numbers in groups(batch):
-                part = loss(run, trained, [batch[i] for i in numbers]) / len(batch)
+            for numbers in group_examples(batch):
+                part = loss(run, parameters, [batch[i] for i in numbers]) / len(batch)
                 part.backward()
                 total += float(part.detach())
             if not math.isfinite(total):
-                raise TrimtabError(f"the loss is {total} at step {step + 1}; a lower rate may help (it is {how.rate})")
+                raise TrimtabError(
+                    f"the loss is {total} at step {step + 1}; a lower rate may help (it is {descent.rate})"
+                )
             optimizer.step()
-            trained.cap(how.max_dose)
-            course.losses.append(total)
-            course.steps = step + 1
-            if held_out and (course.steps % how.every == 0 or course.steps == how.steps):
-                held_out_loss = mean_loss(run, trained, held_out, loss, groups)
+            parameters.cap(descent.max_dose)
+            history.losses.append(total)
+            history.steps = step + 1
+            if held_out and (history.steps % descent.every == 0 or history.steps == descent.steps):
+                held_out_loss = mean_loss(run, parameters, held_out, loss, group_examples)
                 stale += 1
                 lowest = min(lowest, held_out_loss)
-                if held_out_loss < course.first and held_out_loss <= (1 + how.slack) * lowest:
-                    course.best, course.best_step, best, stale = held_out_loss, course.steps, trained.frozen(), 0
+                if held_out_loss < history.first_loss and held_out_loss <= (1 + descent.slack) * lowest:
+                    history.best_loss, history.best_step, best, stale = (
+                        held_out_loss,
+                        history.steps,
+                        parameters.frozen(),
+                        0,
+                    )
             if report is not None:
-                held = f", held out {course.best:.3f}" if held_out else ""
-                report(course.steps, how.steps, f"loss {total:.3f}{held}")
+                held_out_note = f", held out {history.best_loss:.3f}" if held_out else ""
+                report(history.steps, descent.steps, f"loss {total:.3f}{held_out_note}")
             if stale >= PATIENCE:
                 break
     except KeyboardInterrupt:
-        course.interrupted = True
+        history.interrupted = True
     finally:
-        for tensor in trained.tensors:
+        for tensor in parameters.tensors:
             tensor.grad = None
-    looked = bool(held_out) and (course.best_step or course.steps >= how.every or not course.interrupted)
-    return (best if looked else trained.frozen()), course
+    was_evaluated = bool(held_out) and (history.best_step or history.steps >= descent.every or not history.interrupted)
+    return (best if was_evaluated else parameters.frozen()), history
 
 
 def _order(count: int, how: Descent) -> list[list[int]]:
@@ -177,12 +184,12 @@ def _order(count: int, how: Descent) -> list[list[int]]:
 def _schedule(step: int, steps: int) -> float:
     """A linear warm-up, then cosine decay."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / WARM_UP) * (LEAST_RATE + (1 - LEAST_RATE) * cosine)
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * (MIN_RATE_SHARE + (1 - MIN_RATE_SHARE) * cosine)
 
 
 @torch.no_grad()
 def mean_loss(
-    run: Forcing,
+    run: TeacherForcing,
     trained: P,
     examples: Sequence[T],
     loss: Loss[P, T],

@@ -44,7 +44,7 @@ def pca(positive: Tensor, negative: Tensor) -> Tensor:
     subtract their mean, which is the wanted direction.)
     """
     centred = torch.cat([positive - negative, negative - positive]) / 2  # their mean is 0
-    return _as_far_apart(_signed(_first(centred), positive, negative), positive, negative)
+    return _scale_to_mean_distance(_orient(_first_component(centred), positive, negative), positive, negative)
 
 
 def probe(positive: Tensor, negative: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def probe(positive: Tensor, negative: Tensor) -> Tensor:
     basis = torch.linalg.qr(members.T).Q  # the weight is in the span of the members: [width, members]
     labels = torch.tensor([1, 0]).repeat_interleave(len(positive))
     weight, _ = logistic(members @ basis / (scale or 1.0), labels)
-    return _as_far_apart(unit(basis @ weight), positive, negative)
+    return _scale_to_mean_distance(unit(basis @ weight), positive, negative)
 
 
 def random_order(seed: int = 0) -> Estimator:
@@ -71,8 +71,8 @@ def random_order(seed: int = 0) -> Estimator:
     def estimator(positive: Tensor, negative: Tensor) -> Tensor:
         signs = torch.randint(0, 2, (len(positive), 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
         differences = (positive - negative) * signs
-        first = _first(differences - differences.mean(0))
-        return _as_far_apart(_signed(first, positive, negative), positive, negative)
+        first = _first_component(differences - differences.mean(0))
+        return _scale_to_mean_distance(_orient(first, positive, negative), positive, negative)
 
     return estimator
 
@@ -154,19 +154,19 @@ def unit(direction: Tensor) -> Tensor:
     return direction / norm
 
 
-def _signed(direction: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+def _orient(direction: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """The direction with the sign by which most positives project above their negatives; if tied, their mean does."""
     along = (positive - negative) @ direction
     votes = float(torch.sign(along).sum()) or float(along.sum())
     return direction if votes >= 0 else -direction
 
 
-def _as_far_apart(direction: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+def _scale_to_mean_distance(direction: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """A unit direction, scaled to the distance between the sides' means along it."""
     return direction * ((positive - negative).mean(0) @ direction).abs()
 
 
-def _first(rows: Tensor) -> Tensor:
+def _first_component(rows: Tensor) -> Tensor:
     if not bool(rows.any()):
         raise TrimtabError("the two sides of the pairs don't differ there, so there is no direction")
     return torch.linalg.svd(rows, full_matrices=False).Vh[0]

@@ -22,35 +22,35 @@ class PairMoments:
     count: int = 0
 
     def __post_init__(self) -> None:
-        self.positive = torch.zeros(self.width, dtype=torch.float64)
-        self.negative = torch.zeros(self.width, dtype=torch.float64)
-        self.units: torch.Tensor = torch.zeros(self.width, dtype=torch.float64)
-        self.norms: torch.Tensor = torch.zeros((), dtype=torch.float64)
+        self.positive_sum = torch.zeros(self.width, dtype=torch.float64)
+        self.negative_sum = torch.zeros(self.width, dtype=torch.float64)
+        self.unit_sum: torch.Tensor = torch.zeros(self.width, dtype=torch.float64)
+        self.norm_sum: torch.Tensor = torch.zeros((), dtype=torch.float64)
 
     def add(self, positive: Tensor, negative: Tensor) -> None:
         positive, negative = to_float64(positive), to_float64(negative)
         difference = positive - negative
         self.count += len(positive)
-        self.positive += positive.sum(0)
-        self.negative += negative.sum(0)
-        self.units += (difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-300)).sum(0)
-        self.norms += (positive.norm(dim=-1) + negative.norm(dim=-1)).sum() / 2
+        self.positive_sum += positive.sum(0)
+        self.negative_sum += negative.sum(0)
+        self.unit_sum += (difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-300)).sum(0)
+        self.norm_sum += (positive.norm(dim=-1) + negative.norm(dim=-1)).sum() / 2
 
     @property
     def difference(self) -> Tensor:
         """The mean difference, positive minus negative: `[width]`."""
-        return (self.positive - self.negative) / self.count
+        return (self.positive_sum - self.negative_sum) / self.count
 
     @property
     def agreement(self) -> float:
         """The mean cosine of the pairs' differences with their mean, from -1 to 1. Low means a weak steering."""
         norm = float(self.difference.norm())
-        return float(self.units @ self.difference) / (self.count * norm) if norm else 0.0
+        return float(self.unit_sum @ self.difference) / (self.count * norm) if norm else 0.0
 
     @property
     def norm(self) -> float:
         """The mean norm of the activations, in units of the residual stream."""
-        return float(self.norms) / self.count
+        return float(self.norm_sum) / self.count
 
     @property
     def direction(self) -> Tensor:
@@ -59,7 +59,7 @@ class PairMoments:
 
     def target(self) -> float:
         """The positives' mean projection on the unit mean difference (Stolfo et al., section 3.2)."""
-        return float(self.positive @ self.direction) / self.count
+        return float(self.positive_sum @ self.direction) / self.count
 
 
 @dataclass
@@ -77,7 +77,7 @@ class PairMembers(PairMoments):
         super().add(positive, negative)
         self.members.append((to_float64(positive), to_float64(negative)))
 
-    def estimated(self, estimator: Estimator) -> Tensor:
+    def estimate_direction(self, estimator: Estimator) -> Tensor:
         """The estimator's direction: `[width]`. Raises `TrimtabError` as `estimate` does."""
         positive, negative = (torch.cat([batch[side] for batch in self.members]) for side in (0, 1))
         return estimate(estimator, positive, negative)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import as_rows, call_of
+from trimtab.engines.folding import as_rows, kernel_call
 from trimtab.engines.request import Text
-from trimtab.engines.transformers.forced import Change, Forced, forcing, passes
+from trimtab.engines.transformers.forced import Change, PromptAnswer, group_by_pass, teacher_forcing
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, contrast
 from trimtab.learn.teachers import Teacher
@@ -35,24 +35,24 @@ Check = Callable[[str, str, bool], bool]
 
 OPENING = 8
 """The number of tokens that are steered if only the opening of an answer is helped."""
-TRIES = 3
-OFTEN = 0.5
+MAX_ATTEMPTS = 3
+SUFFICIENT_SHARE = 0.5
 """If at least this share of answers follows the teacher, the model isn't helped by a steering."""
 HELP_DEPTHS, HELP_STRENGTHS = (0.3, 0.5, 0.7), (0.6, 1.2)
-FEW = 8
+TRIAL_QUERIES = 8
 """The number of queries on which ways of asking are tried: first phrasings, each repeated as often as the teacher does
 and once more; then helps, at several depths and strengths (in mean differences), at the opening or throughout."""
 PHRASINGS = 4
 SHORTLIST = 4
 """Among this many ways that are followed most often, the two with the most query-specific answers are used."""
-PER_QUERY = 2
+MAX_PER_QUERY = 2
 """The maximum number of answers per query to learn from."""
-ENOUGH = 0.75
+COMPLETE_SHARE = 0.75
 """If at least this share of queries has that many answers, the model isn't asked again."""
-TO_THE_POINT = 0.75
+SPECIFIC_SHARE = 0.75
 """The share of answers that are kept, ranked by how specific they are to their queries."""
-WHILE_IT_BEGINS, THROUGHOUT = Positions.opening(OPENING), Positions.from_last_prompt_token()
-LEAST = 8
+OPENING_POSITIONS, ANSWER_POSITIONS = Positions.opening(OPENING), Positions.from_last_prompt_token()
+MIN_ANSWERS = 8
 """The minimum number of answers to learn from."""
 MARGIN = 0.05
 """Without a `check`: the minimum gain in an answer's log-probability from the teacher's prompt, in nats per token."""
@@ -64,10 +64,10 @@ class TooFewAnswersError(TrimtabError):
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way of asking: the teacher's `turn`, and a steering that helps while the model answers."""
+class AskMode:
+    """A way of asking: the teacher's `variant`, and a steering that helps while the model answers."""
 
-    turn: int
+    variant: int
     help: Steering | None = None
 
 
@@ -75,11 +75,11 @@ class Way:
 class Lesson:
     """An answer to learn from. `instructed` and `plain` are the token ids of the prompt with and without the teacher.
 
-    `turn` selects the teacher's phrasing, and `help` is the steering under which the answer was generated.
+    `variant` selects the teacher's phrasing, and `help` is the steering under which the answer was generated.
     """
 
     query: str
-    turn: int
+    variant: int
     instructed: tuple[int, ...]
     plain: tuple[int, ...]
     answer: tuple[int, ...]
@@ -87,13 +87,13 @@ class Lesson:
     help: Steering | None = None
 
     @property
-    def way(self) -> Way:
+    def ask_mode(self) -> AskMode:
         """The way of asking."""
-        return Way(self.turn, self.help)
+        return AskMode(self.variant, self.help)
 
 
 @dataclass(frozen=True)
-class Try:
+class Attempt:
     """One round of generating answers: the help (`""`: none), the number of answers generated, and the number kept."""
 
     help: str
@@ -105,17 +105,17 @@ class Try:
 class Answers:
     """Generated answers: all that follow the teacher, those to learn from, and the rounds of generation."""
 
-    good: tuple[Lesson, ...]
+    accepted: tuple[Lesson, ...]
     lessons: tuple[Lesson, ...]
-    tries: tuple[Try, ...]
+    attempts: tuple[Attempt, ...]
 
     @property
-    def answered(self) -> int:
+    def answered_count(self) -> int:
         """The number of queries that have an answer."""
-        return len({lesson.query for lesson in self.good})
+        return len({lesson.query for lesson in self.accepted})
 
 
-def own_answers(
+def generate_own_answers(
     lm: LM,
     teacher: Teacher,
     queries: Sequence[str],
@@ -139,65 +139,66 @@ def own_answers(
         The answers; at most two per query to learn from.
 
     Raises:
-        TooFewAnswersError: Fewer than `LEAST` answers were kept, counting at most two per query.
+        TooFewAnswersError: Fewer than `MIN_ANSWERS` answers were kept, counting at most two per query.
     """
-    made = Making(lm, teacher, check, tokens)
-    good: list[Lesson] = []
-    tries: list[Try] = []
-    ways, tried_ways, searched = [Way(0)], set[Way](), False
-    total = TRIES * len(queries)
-    for turn in range(TRIES):
-        lacking = _lacking(queries, good)
-        ways = [way for way in ways if way not in tried_ways]  # the same way would give the same answers
-        if not ways or len(lacking) <= (1 - ENOUGH) * len(queries):
+    generator = AnswerGenerator(lm, teacher, check, tokens)
+    accepted: list[Lesson] = []
+    attempts: list[Attempt] = []
+    modes, tried_modes, searched = [AskMode(0)], set[AskMode](), False
+    total = MAX_ATTEMPTS * len(queries)
+    for number in range(MAX_ATTEMPTS):
+        incomplete = _incomplete_queries(queries, accepted)
+        modes = [mode for mode in modes if mode not in tried_modes]  # the same way would give the same answers
+        if not modes or len(incomplete) <= (1 - COMPLETE_SHARE) * len(queries):
             break
-        way = ways.pop(0)
-        tried_ways.add(way)
-        report = None if progress is None else _after(progress, turn * len(queries), total)
-        new = made.answers([(query, way) for query in lacking], report)
-        good = _different([*good, *new])
-        tries.append(Try(_named(way.help), len(lacking), len(new)))
-        if len(new) >= OFTEN * len(lacking):
-            ways = [Way((way.turn + 1) % teacher.turns, way.help)]
-        elif not searched and turn < TRIES - 1:
+        way = modes.pop(0)
+        tried_modes.add(way)
+        report = None if progress is None else _offset_progress(progress, number * len(queries), total)
+        new = generator.generate([(query, way) for query in incomplete], report)
+        accepted = _without_duplicates([*accepted, *new])
+        attempts.append(Attempt(_help_name(way.help), len(incomplete), len(new)))
+        if len(new) >= SUFFICIENT_SHARE * len(incomplete):
+            modes = [AskMode((way.variant + 1) % teacher.phrasing_count, way.help)]
+        elif not searched and number < MAX_ATTEMPTS - 1:
             searched = True
-            ways, more, new_lessons = made.best_ways(lacking, good)
-            good = _different([*good, *new_lessons])
-            tries += more
-    if sum(min(count, PER_QUERY) for count in Counter(lesson.query for lesson in good).values()) < LEAST:
+            modes, trial_attempts, new_lessons = generator.find_best_modes(incomplete, accepted)
+            accepted = _without_duplicates([*accepted, *new_lessons])
+            attempts += trial_attempts
+    if sum(min(count, MAX_PER_QUERY) for count in Counter(lesson.query for lesson in accepted).values()) < MIN_ANSWERS:
         raise TooFewAnswersError(
-            f"{len(good)} of {sum(attempt.asked for attempt in tries)} answers written under this prompt follow it;"
-            f" {LEAST} are needed, at most {PER_QUERY} per query. Reword the prompt, or give examples or more queries"
+            f"{len(accepted)} of {sum(attempt.asked for attempt in attempts)} answers written under this prompt follow"
+            f" it; {MIN_ANSWERS} are needed, at most {MAX_PER_QUERY} per query. Reword the prompt, or give examples or"
+            " more queries"
         )
     if progress is not None:
         progress(total, total)
-    return Answers(tuple(good), tuple(_to_the_point(made, good)), tuple(tries))
+    return Answers(tuple(accepted), tuple(_most_specific(generator, accepted)), tuple(attempts))
 
 
-def _lacking(queries: Sequence[str], good: Sequence[Lesson]) -> list[str]:
-    """The queries with fewer than `PER_QUERY` answers."""
+def _incomplete_queries(queries: Sequence[str], good: Sequence[Lesson]) -> list[str]:
+    """The queries with fewer than `MAX_PER_QUERY` answers."""
     counts = Counter(lesson.query for lesson in good)
-    return [query for query in queries if counts[query] < PER_QUERY]
+    return [query for query in queries if counts[query] < MAX_PER_QUERY]
 
 
-def _different(lessons: Sequence[Lesson]) -> list[Lesson]:
+def _without_duplicates(lessons: Sequence[Lesson]) -> list[Lesson]:
     """The lessons without duplicate answers to a query."""
     return list({(lesson.query, lesson.answer): lesson for lesson in reversed(lessons)}.values())[::-1]
 
 
-def _named(help_: Steering | None) -> str:
+def _help_name(help_: Steering | None) -> str:
     if help_ is None:
         return ""
     (edit,) = help_.edits
     return f"{edit.strength:g} at block {edit.site.layer}, {edit.positions}"
 
 
-def _after(progress: Progress, before: int, total: int) -> Progress:
+def _offset_progress(progress: Progress, before: int, total: int) -> Progress:
     return lambda done, _: progress(before + done, total)
 
 
 @dataclass(frozen=True)
-class Making:
+class AnswerGenerator:
     """Generates answers under a teacher's prompt, and judges them."""
 
     lm: LM
@@ -205,109 +206,124 @@ class Making:
     check: Check | None
     tokens: int
 
-    def answers(self, rows: Sequence[tuple[str, Way]], progress: Progress | None = None) -> list[Lesson]:
+    def generate(self, rows: Sequence[tuple[str, AskMode]], progress: Progress | None = None) -> list[Lesson]:
         """Generate an answer to each query, asked in the given way, and return those that follow the teacher."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about doses: if a help is too strong, its answers aren't kept
             answers = self.lm.generate(
-                [self.teacher.ask(query, way.turn) for query, way in rows],
+                [self.teacher.ask(query, mode.variant) for query, mode in rows],
                 [way.help for _, way in rows],
                 system=self.teacher.system,
                 max_new_tokens=self.tokens,
                 batch_size=BATCH,
                 progress=progress,
             )
-        made = []
+        generated = []
         for (query, way), answer in zip(rows, answers, strict=True):
             if not answer.text.strip() or repeated_share(answer.text) > REPEATED_LIMIT:
                 continue
             if self.check is not None and not self.check(query, answer.text, answer.finish_reason == "length"):
                 continue
             plain, ids = tuple(self.lm.encode(query)), tuple(answer.token_ids)
-            made.append(Lesson(query, way.turn, self.instructed(query, way.turn), plain, ids, answer.text, way.help))
-        return made if self.check is not None else _likelier(self.lm, made)
+            generated.append(
+                Lesson(query, way.variant, self.instructed(query, way.variant), plain, ids, answer.text, way.help)
+            )
+        return generated if self.check is not None else _more_likely_with_prompt(self.lm, generated)
 
     def instructed(self, query: str, turn: int) -> tuple[int, ...]:
         """The token ids of the teacher's prompt for this query."""
         return tuple(self.lm.encode(self.teacher.ask(query, turn), system=self.teacher.system))
 
-    def best_ways(self, queries: Sequence[str], good: Sequence[Lesson]) -> tuple[list[Way], list[Try], list[Lesson]]:
+    def find_best_modes(
+        self, queries: Sequence[str], accepted: Sequence[Lesson]
+    ) -> tuple[list[AskMode], list[Attempt], list[Lesson]]:
         """The two best ways of asking, the best one first, and the rounds and kept answers of trying them.
 
         Ways are tried on a few of the queries.
 
         Args:
             queries: The queries to choose from.
-            good: The existing answers. Queries without any are preferred.
+            accepted: The existing answers. Queries without any are preferred.
         """
-        answered = {lesson.query for lesson in good}
-        bare = [query for query in queries if query not in answered] or list(queries)
-        some = bare[:: max(1, len(bare) // FEW)][:FEW]
-        words = [Way(turn) for turn in self.teacher.ways(PHRASINGS)][1:]
-        lessons = self.answers([(query, way) for way in words for query in some]) if words else []
-        tries = [Try("said in other ways", len(words) * len(some), len(lessons))] if words else []
-        counts = Counter(lesson.way for lesson in lessons)
-        best = max([Way(0), *words], key=lambda way: counts[way])
-        helped: list[Way] = []
-        if counts[best] < OFTEN * len(some):
-            helped = [Way(best.turn, help_) for help_ in self.helps(queries, best.turn)]
-            more = self.answers([(query, way) for way in helped for query in some])
-            tries.append(Try("tried at several blocks", len(some) * len(helped), len(more)))
-            lessons += more
-            counts = Counter(lesson.way for lesson in lessons)
-        ranked = sorted([*words, *helped], key=lambda way: -counts[way])[:SHORTLIST]
-        listed = [lesson for lesson in lessons if lesson.way in ranked]
-        says = dict.fromkeys(ranked, 0.0)
-        for lesson, nats in zip(listed, self.says(listed), strict=True):
-            says[lesson.way] += nats
-        return sorted(ranked, key=lambda way: -says[way])[:2], tries, lessons
+        answered_queries = {lesson.query for lesson in accepted}
+        candidate_queries = [query for query in queries if query not in answered_queries] or list(queries)
+        sample_queries = candidate_queries[:: max(1, len(candidate_queries) // TRIAL_QUERIES)][:TRIAL_QUERIES]
+        phrasing_modes = [AskMode(variant) for variant in self.teacher.prompt_variants(PHRASINGS)][1:]
+        lessons = (
+            self.generate([(query, mode) for mode in phrasing_modes for query in sample_queries])
+            if phrasing_modes
+            else []
+        )
+        attempts = (
+            [Attempt("said in other ways", len(phrasing_modes) * len(sample_queries), len(lessons))]
+            if phrasing_modes
+            else []
+        )
+        counts = Counter(lesson.ask_mode for lesson in lessons)
+        best = max([AskMode(0), *phrasing_modes], key=lambda way: counts[way])
+        help_modes: list[AskMode] = []
+        if counts[best] < SUFFICIENT_SHARE * len(sample_queries):
+            help_modes = [AskMode(best.variant, help_) for help_ in self.candidate_helps(queries, best.variant)]
+            help_lessons = self.generate([(query, way) for way in help_modes for query in sample_queries])
+            attempts.append(
+                Attempt("tried at several blocks", len(sample_queries) * len(help_modes), len(help_lessons))
+            )
+            lessons += help_lessons
+            counts = Counter(lesson.ask_mode for lesson in lessons)
+        ranked = sorted([*phrasing_modes, *help_modes], key=lambda way: -counts[way])[:SHORTLIST]
+        shortlist_lessons = [lesson for lesson in lessons if lesson.ask_mode in ranked]
+        specificity = dict.fromkeys(ranked, 0.0)
+        for lesson, nats in zip(shortlist_lessons, self.specificities(shortlist_lessons), strict=True):
+            specificity[lesson.ask_mode] += nats
+        return sorted(ranked, key=lambda way: -specificity[way])[:2], attempts, lessons
 
-    def helps(self, queries: Sequence[str], turn: int) -> list[Steering]:
+    def candidate_helps(self, queries: Sequence[str], variant: int) -> list[Steering]:
         """The candidate helps: the mean difference of the prompts with and without the teacher, at several settings."""
         last = self.lm.layout.layers - 1
         layers = sorted({min(round(depth * self.lm.layout.layers), last) for depth in HELP_DEPTHS})
-        sides = [(self.instructed(query, turn), self.lm.encode(query)) for query in queries]
+        sides = [(self.instructed(query, variant), self.lm.encode(query)) for query in queries]
         pairs = [
             (Text(instructed, [len(instructed) - 1]), Text(plain, [len(plain) - 1])) for instructed, plain in sides
         ]
         moments = contrast(self.lm, pairs, layers)
         return [
             strength * Steering((Edit(Site(layer), Add(moments[layer].difference.float()), where),))
-            for where in (WHILE_IT_BEGINS, THROUGHOUT)
+            for where in (OPENING_POSITIONS, ANSWER_POSITIONS)
             for strength in HELP_STRENGTHS
             for layer in layers
         ]
 
-    def says(self, lessons: Sequence[Lesson]) -> list[float]:
+    def specificities(self, lessons: Sequence[Lesson]) -> list[float]:
         """How specific each answer is to its query, in nats: its log-probability minus that after another query.
 
         Both are under the same teacher. This is an estimate of the pointwise mutual information.
         """
         queries = list(dict.fromkeys(lesson.query for lesson in lessons))
         other = dict(zip(queries, [*queries[1:], *queries[:1]], strict=True))
-        own = logprobs(self.lm, [Forced(lesson.instructed, lesson.answer) for lesson in lessons])
+        own = logprobs(self.lm, [PromptAnswer(lesson.instructed, lesson.answer) for lesson in lessons])
         swapped = logprobs(
-            self.lm, [Forced(self.instructed(other[lesson.query], lesson.turn), lesson.answer) for lesson in lessons]
+            self.lm,
+            [PromptAnswer(self.instructed(other[lesson.query], lesson.variant), lesson.answer) for lesson in lessons],
         )
         return [float((a - b).sum()) for a, b in zip(own, swapped, strict=True)]
 
 
-def _to_the_point(made: Making, lessons: Sequence[Lesson]) -> list[Lesson]:
+def _most_specific(made: AnswerGenerator, lessons: Sequence[Lesson]) -> list[Lesson]:
     """The two most query-specific answers of each query, without the least specific quarter of all of them."""
-    says = {id(lesson): nats for lesson, nats in zip(lessons, made.says(lessons), strict=True)}
+    says = {id(lesson): nats for lesson, nats in zip(lessons, made.specificities(lessons), strict=True)}
     best: list[Lesson] = []
     for query in dict.fromkeys(lesson.query for lesson in lessons):
         mine = sorted((lesson for lesson in lessons if lesson.query == query), key=lambda lesson: -says[id(lesson)])
-        best += mine[:PER_QUERY]
-    ranked = sorted(best, key=lambda lesson: -says[id(lesson)])[: max(LEAST, round(TO_THE_POINT * len(best)))]
+        best += mine[:MAX_PER_QUERY]
+    ranked = sorted(best, key=lambda lesson: -says[id(lesson)])[: max(MIN_ANSWERS, round(SPECIFIC_SHARE * len(best)))]
     chosen = {id(lesson) for lesson in ranked}
     return [lesson for lesson in best if id(lesson) in chosen]
 
 
-def _likelier(lm: LM, lessons: Sequence[Lesson]) -> list[Lesson]:
+def _more_likely_with_prompt(lm: LM, lessons: Sequence[Lesson]) -> list[Lesson]:
     """The lessons whose answers are more likely with the teacher's prompt than without it, by `MARGIN`."""
-    instructed = logprobs(lm, [Forced(lesson.instructed, lesson.answer) for lesson in lessons])
-    bare = logprobs(lm, [Forced(lesson.plain, lesson.answer) for lesson in lessons])
+    instructed = logprobs(lm, [PromptAnswer(lesson.instructed, lesson.answer) for lesson in lessons])
+    bare = logprobs(lm, [PromptAnswer(lesson.plain, lesson.answer) for lesson in lessons])
     return [
         lesson
         for lesson, with_it, without in zip(lessons, instructed, bare, strict=True)
@@ -316,11 +332,11 @@ def _likelier(lm: LM, lessons: Sequence[Lesson]) -> list[Lesson]:
 
 
 @torch.no_grad()
-def logprobs(lm: LM, texts: Sequence[Forced]) -> list[Tensor]:
+def logprobs(lm: LM, texts: Sequence[PromptAnswer]) -> list[Tensor]:
     """For each text, the unsteered log-probability of each token of its answer, `[answer tokens]`."""
     gathered: list[Tensor] = []
-    with forcing(lm.model, lm.layout, []) as run, torch.no_grad():
-        for numbers in passes(lm.model, texts):
+    with teacher_forcing(lm.model, lm.layout, []) as run, torch.no_grad():
+        for numbers in group_by_pass(lm.model, texts):
             for text, logits in zip(
                 [texts[i] for i in numbers], run.logits([texts[i] for i in numbers], {}), strict=True
             ):
@@ -333,19 +349,19 @@ def help_changes(help_: Steering) -> dict[Site, Change]:
     """The changes that a steering makes, for a teacher-forced pass."""
     changes: dict[Site, Change] = {}
     for edit in help_.edits:
-        kernel, row = call_of([edit])
-        changes[edit.site] = partial(_added, kernel, as_rows(row, torch.float32, [edit]))
+        kernel, row = kernel_call([edit])
+        changes[edit.site] = partial(_kernel_change, kernel, as_rows(row, torch.float32, [edit]))
     return changes
 
 
-def _added(kernel: Kernel, rows: Rows, x: Tensor) -> Tensor:
+def _kernel_change(kernel: Kernel, rows: Rows, x: Tensor) -> Tensor:
     wide = x.float()
     return kernel(wide, {name: row.to(x.device) for name, row in rows.items()}) - wide
 
 
-def helped(lesson: Lesson) -> int:
+def helped_token_count(lesson: Lesson) -> int:
     """The number of the answer's tokens that were generated under the help."""
     if lesson.help is None:
         return 0
-    opening = lesson.help.edits[0].positions == WHILE_IT_BEGINS
+    opening = lesson.help.edits[0].positions == OPENING_POSITIONS
     return min(OPENING, len(lesson.answer)) if opening else len(lesson.answer)

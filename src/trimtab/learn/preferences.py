@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.contract import check_length
-from trimtab.engines.transformers.forced import Change, Forced, Forcing, forcing, passes
+from trimtab.engines.transformers.forced import Change, PromptAnswer, TeacherForcing, group_by_pass, teacher_forcing
 from trimtab.errors import TrimtabError
-from trimtab.keywords import outside
-from trimtab.learn.activations import naming
+from trimtab.keywords import caller_stacklevel
+from trimtab.learn.activations import error_prefix
 from trimtab.learn.contrast import Progress
-from trimtab.learn.descent import Course, Descent, Trainable, descend, mean_loss
-from trimtab.learn.trained import Start, begin
+from trimtab.learn.descent import Descent, DescentHistory, Trainable, descend, mean_loss
+from trimtab.learn.parameters import Initializer, initial_parameters
 from trimtab.steering import Site
-from trimtab.text.answers import Answered, encode_sides
+from trimtab.text.answers import EncodedSide, encode_sides
 from trimtab.text.pairs import Pair
 
 if TYPE_CHECKING:
@@ -41,20 +41,20 @@ class NoGainWarning(UserWarning):
 class Preference:
     """A pair as token ids, and each answer's log-probability without steering, summed over its tokens."""
 
-    positive: Forced
-    negative: Forced
+    positive: PromptAnswer
+    negative: PromptAnswer
     reference: tuple[float, float] = (0.0, 0.0)
 
 
-class Changing(Trainable, Protocol):
+class TrainableChanges(Trainable, Protocol):
     """Trainable parameters that change activations."""
 
     def changes(self, factor: float = 1.0) -> dict[Site, Change]:
         """The change at each site, times `factor`."""
 
 
-P = TypeVar("P", bound=Changing)
-Objective = Callable[[Forcing, P, Sequence[Preference], Sequence[float]], Tensor]
+P = TypeVar("P", bound=TrainableChanges)
+Objective = Callable[[TeacherForcing, P, Sequence[Preference], Sequence[float]], Tensor]
 """The loss, summed over some pairs, each with its own factor."""
 
 
@@ -64,13 +64,13 @@ class Plan:
 
     Args:
         factors: The factors, one of which is drawn for a pair each time it is used for training.
-        judged: The factors with each of which held-out pairs are evaluated.
-        kept: The texts of a pair whose autograd graphs are in memory at the same time.
+        evaluation_factors: The factors with each of which held-out pairs are evaluated.
+        texts_in_memory: The texts of a pair whose autograd graphs are in memory at the same time.
     """
 
     factors: tuple[float, ...]
-    judged: tuple[float, ...]
-    kept: Callable[[Preference], Sequence[Forced]]
+    evaluation_factors: tuple[float, ...]
+    texts_in_memory: Callable[[Preference], Sequence[PromptAnswer]]
 
 
 @dataclass(frozen=True)
@@ -98,24 +98,24 @@ def preferences(lm: LM, pairs: Sequence[Pair], name: str = "pair") -> list[Prefe
         raise TrimtabError(f"there is no {name} to learn from; give pairs of answers to a prompt")
     results = []
     for number, pair in enumerate(pairs, 1):
-        with naming(f"{name} {number}"):
+        with error_prefix(f"{name} {number}"):
             if pair.shape != "answers":
                 raise TrimtabError(
                     f"this method learns from answers to a prompt, not from pairs of {pair.shape}; give prompt,"
                     " positive and negative"
                 )
             positive, negative = encode_sides(lm.tokenizer, pair)
-            results.append(Preference(_forced(lm, positive), _forced(lm, negative)))
+            results.append(Preference(_prompt_answer(lm, positive), _prompt_answer(lm, negative)))
     return results
 
 
-def _forced(lm: LM, side: Answered) -> Forced:
+def _prompt_answer(lm: LM, side: EncodedSide) -> PromptAnswer:
     if not side.start:
         raise TrimtabError(
             "the prompt has no tokens, so there is no token at which the steering can begin; give a prompt"
         )
     check_length(lm.layout, len(side.ids), "a prompt with its answer")
-    return Forced(tuple(side.ids[: side.start]), tuple(side.ids[side.start :]))
+    return PromptAnswer(tuple(side.ids[: side.start]), tuple(side.ids[side.start :]))
 
 
 def hold_out(pairs: Sequence[Preference]) -> tuple[list[Preference], list[Preference]]:
@@ -127,7 +127,10 @@ def hold_out(pairs: Sequence[Preference]) -> tuple[list[Preference], list[Prefer
 
 
 def answers_logprobs(
-    run: Forcing, texts: Sequence[Forced], changes: Mapping[Site, Change], factors: Sequence[float] | None = None
+    run: TeacherForcing,
+    texts: Sequence[PromptAnswer],
+    changes: Mapping[Site, Change],
+    factors: Sequence[float] | None = None,
 ) -> Tensor:
     """The log-probability of each answer, summed over its tokens, `[texts]`; differentiable."""
     totals = []
@@ -138,7 +141,7 @@ def answers_logprobs(
 
 
 def both_logprobs(
-    run: Forcing,
+    run: TeacherForcing,
     pairs: Sequence[Preference],
     changes: Mapping[Site, Change],
     factors: Sequence[float] | None = None,
@@ -154,10 +157,10 @@ def fit(
     pairs: Sequence[Pair],
     layers: Sequence[int],
     *,
-    start: Start[P],
+    initialize: Initializer[P],
     objective: Objective[P],
     plan: Plan,
-    how: Descent,
+    descent: Descent,
     held_out: Sequence[Pair] | None = None,
     progress: Progress | None = None,
 ) -> tuple[P, dict[str, Any]]:
@@ -167,10 +170,10 @@ def fit(
         lm: The model; its weights don't change.
         pairs: The pairs to learn from.
         layers: Blocks to steer after.
-        start: Creates the initial parameters.
+        initialize: Creates the initial parameters.
         objective: The method's loss.
         plan: The method's factors and memory needs.
-        how: The hyperparameters of the descent.
+        descent: The hyperparameters of the descent.
         held_out: Held-out pairs, which decide when to stop; default: one prompt in `HELD_OUT` of `pairs`.
         progress: `progress(done, total)`: pairs read, then steps.
 
@@ -185,49 +188,60 @@ def fit(
     Raises:
         TrimtabError: The pairs can't be learned from, or the loss isn't finite.
     """
-    learned, aside = _parted(lm, pairs, held_out)
+    training, validation = _split_pairs(lm, pairs, held_out)
     sites = [Site(layer) for layer in layers]
-    count = len(learned) + len(aside)
-    with forcing(lm.model, lm.layout, sites) as run:
-        referred = _referred(run, [*learned, *aside], None if progress is None else _to(progress, count + how.steps))
-        learned, aside = referred[: len(learned)], referred[len(learned) :]
-        trained = begin(lm.layout, run, sites, [pair.positive for pair in learned], start)
-        judged = [_Example(pair, factor) for pair in aside or learned for factor in plan.judged]
-        examples = [_Example(pair, None) for pair in learned]
-        generator = torch.Generator().manual_seed(how.seed)
+    count = len(training) + len(validation)
+    with teacher_forcing(lm.model, lm.layout, sites) as run:
+        with_references = _with_references(
+            run, [*training, *validation], None if progress is None else _with_total(progress, count + descent.steps)
+        )
+        training, validation = with_references[: len(training)], with_references[len(training) :]
+        parameters = initial_parameters(lm.layout, run, sites, [pair.positive for pair in training], initialize)
+        evaluation_examples = [
+            _Example(pair, factor) for pair in validation or training for factor in plan.evaluation_factors
+        ]
+        examples = [_Example(pair, None) for pair in training]
+        generator = torch.Generator().manual_seed(descent.seed)
 
-        def loss(run: Forcing, trained: P, some: Sequence[_Example]) -> Tensor:
+        def loss(run: TeacherForcing, trained: P, some: Sequence[_Example]) -> Tensor:
             return objective(run, trained, [example.pair for example in some], _factors(some, plan.factors, generator))
 
-        def groups(some: Sequence[_Example]) -> list[list[int]]:
-            return passes(run.model, [_weight(plan.kept(example.pair)) for example in some])
+        def group_examples(some: Sequence[_Example]) -> list[list[int]]:
+            return group_by_pass(run.model, [_combined_text(plan.texts_in_memory(example.pair)) for example in some])
 
         def report(done: int, _total: int, _words: str) -> None:
             if progress is not None:
-                progress(count + done, count + how.steps)
+                progress(count + done, count + descent.steps)
 
-        before = mean_loss(run, trained, judged, loss, groups)
-        trained, course = descend(
-            run, trained, examples, judged if aside else [], loss, how, groups=groups, report=report
+        before = mean_loss(run, parameters, evaluation_examples, loss, group_examples)
+        parameters, history = descend(
+            run,
+            parameters,
+            examples,
+            evaluation_examples if validation else [],
+            loss,
+            descent,
+            group_examples=group_examples,
+            report=report,
         )
-        after = mean_loss(run, trained, judged, loss, groups)
-        probable = _per_token(run, trained, aside or learned)
+        after = mean_loss(run, parameters, evaluation_examples, loss, group_examples)
+        per_token = _per_token(run, parameters, validation or training)
     if progress is not None:
-        progress(count + how.steps, count + how.steps)
-    _warn(course, aside)
-    return trained, {
-        "pairs": len(learned),
-        "held_out": len(aside),
+        progress(count + descent.steps, count + descent.steps)
+    _warn(history, validation)
+    return parameters, {
+        "pairs": len(training),
+        "held_out": len(validation),
         "loss_before": round(before, 6),
         "loss_after": round(after, 6),
-        **probable,
-        "steps": course.steps,
-        "best_step": course.best_step if aside else course.steps,
-        **({"interrupted": True} if course.interrupted else {}),
+        **per_token,
+        "steps": history.steps,
+        "best_step": history.best_step if validation else history.steps,
+        **({"interrupted": True} if history.interrupted else {}),
     }
 
 
-def _parted(
+def _split_pairs(
     lm: LM, pairs: Sequence[Pair], held_out: Sequence[Pair] | None
 ) -> tuple[list[Preference], list[Preference]]:
     encoded = preferences(lm, pairs)
@@ -236,15 +250,15 @@ def _parted(
     return encoded, preferences(lm, held_out, "held-out pair")
 
 
-def _to(progress: Progress, total: int) -> Progress:
+def _with_total(progress: Progress, total: int) -> Progress:
     return lambda done, _: progress(done, total)
 
 
 @torch.no_grad()
-def _referred(run: Forcing, pairs: Sequence[Preference], progress: Progress | None) -> list[Preference]:
+def _with_references(run: TeacherForcing, pairs: Sequence[Preference], progress: Progress | None) -> list[Preference]:
     """The pairs with their reference log-probabilities, without steering."""
     referred: list[Preference] = []
-    for numbers in passes(run.model, [_weight([pair.positive, pair.negative]) for pair in pairs]):
+    for numbers in group_by_pass(run.model, [_combined_text([pair.positive, pair.negative]) for pair in pairs]):
         some = [pairs[i] for i in numbers]
         both = torch.stack(both_logprobs(run, some, {}), 1).tolist()
         referred += [replace(pair, reference=(a, b)) for pair, (a, b) in zip(some, both, strict=True)]
@@ -261,20 +275,20 @@ def _factors(some: Sequence[_Example], drawn: Sequence[float], generator: torch.
     ]
 
 
-def _weight(texts: Sequence[Forced]) -> Forced:
-    """One text with as many answer tokens as these texts in total, for `passes`."""
-    return Forced(texts[0].prompt, tuple(i for text in texts for i in text.answer))
+def _combined_text(texts: Sequence[PromptAnswer]) -> PromptAnswer:
+    """One text with as many answer tokens as these texts in total, for `group_by_pass`."""
+    return PromptAnswer(texts[0].prompt, tuple(i for text in texts for i in text.answer))
 
 
 @torch.no_grad()
-def _per_token(run: Forcing, trained: P, pairs: Sequence[Preference]) -> dict[str, dict[str, float]]:
+def _per_token(run: TeacherForcing, parameters: P, pairs: Sequence[Preference]) -> dict[str, dict[str, float]]:
     """Both sides' log-probabilities per token, as means over pairs, before and after."""
     before, after = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    for numbers in passes(run.model, [_weight([pair.positive, pair.negative]) for pair in pairs]):
-        some = [pairs[i] for i in numbers]
-        lengths = torch.tensor([[len(pair.positive.answer), len(pair.negative.answer)] for pair in some])
-        before += (torch.tensor([pair.reference for pair in some], dtype=torch.float64) / lengths).sum(0)
-        both = torch.stack(both_logprobs(run, some, trained.changes()), 1)
+    for numbers in group_by_pass(run.model, [_combined_text([pair.positive, pair.negative]) for pair in pairs]):
+        batch = [pairs[i] for i in numbers]
+        lengths = torch.tensor([[len(pair.positive.answer), len(pair.negative.answer)] for pair in batch])
+        before += (torch.tensor([pair.reference for pair in batch], dtype=torch.float64) / lengths).sum(0)
+        both = torch.stack(both_logprobs(run, batch, parameters.changes()), 1)
         after += (both.cpu().double() / lengths).sum(0)
     measured = {"logprob_before": before / len(pairs), "logprob_after": after / len(pairs)}
     return {
@@ -283,11 +297,11 @@ def _per_token(run: Forcing, trained: P, pairs: Sequence[Preference]) -> dict[st
     }
 
 
-def _warn(course: Course, aside: Sequence[Preference]) -> None:
+def _warn(course: DescentHistory, aside: Sequence[Preference]) -> None:
     if aside and not course.best_step and not course.interrupted:
         warnings.warn(
             f"in {course.steps} steps the loss on the {len(aside)} held-out pairs didn't improve, so the initial"
             " steering is returned; give more pairs or more similar ones, or change the rate",
             NoGainWarning,
-            stacklevel=outside(),
+            stacklevel=caller_stacklevel(),
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import pair_texts, read_each
+from trimtab.learn.activations import pair_texts, read_activations
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.inputs import check_lm, pairs_for
 from trimtab.learn.probes import logistic
@@ -30,14 +30,14 @@ from trimtab.text.pairs import Pairs, digest
 if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
-LEAST = 8
+MIN_PAIRS = 8
 """The minimum number of pairs, of which two measure the probe."""
 TOKENS = 16
 """The maximum number of tokens per answer to fit, evenly spaced, so that long answers don't dominate."""
 
 
 @dataclass(frozen=True)
-class _Fitted:
+class _FittedProbe:
     site: Site
     weight: Tensor
     bias: float
@@ -80,36 +80,38 @@ def learn_probe(
     """
     check_lm(lm)
     pairs = pairs_for(lm, pairs)
-    if len(pairs) < LEAST:
-        raise TrimtabError(f"a probe needs at least {LEAST} pairs, half of them to fit it, and there are {len(pairs)}")
+    if len(pairs) < MIN_PAIRS:
+        raise TrimtabError(
+            f"a probe needs at least {MIN_PAIRS} pairs, half of them to fit it, and there are {len(pairs)}"
+        )
     if isinstance(false_alarms, bool) or not 0 <= false_alarms <= 1:
         raise TrimtabError(f"false_alarms is a share from 0 to 1, got {false_alarms!r}")
     read_at = as_read_at(read_at)
     count = lm.layout.layers
     chosen = check_layers(lm, range(count // 4, count, 4) if layers is None else layers, 0.5)
     sites = [Site(layer) for layer in chosen]
-    activations = read_each(lm, pair_texts(lm, pairs, read_at=read_at), sites, progress=progress)
-    rest = range(1, len(pairs), 2)
-    choosing, held = rest[::2], rest[1::2]
-    areas, fitted = {}, []
+    activations = read_activations(lm, pair_texts(lm, pairs, read_at=read_at), sites, progress=progress)
+    held_out = range(1, len(pairs), 2)
+    selection_indices, test_indices = held_out[::2], held_out[1::2]
+    areas, candidates = {}, []
     for site in sites:
         candidate = _fit([activations[site][i] for i in range(0, len(pairs), 2)], site, penalty)
-        area = _curve(candidate, activations[site], choosing).area
+        area = _curve(candidate, activations[site], selection_indices).area
         areas[str(site.layer)] = round(area, 6)
-        fitted.append((area, candidate))
-    best = max(fitted, key=lambda each: each[0])[1]
-    curve = _curve(best, activations[best.site], held)
-    point = curve.chosen("youden", false_alarms)
-    line = min(max(point.threshold, 0.0), 1.0)
-    gate = Threshold(best.site, best.weight.float(), line, "probability", bias=best.bias)
+        candidates.append((area, candidate))
+    best = max(candidates, key=lambda each: each[0])[1]
+    curve = _curve(best, activations[best.site], test_indices)
+    point = curve.best_point("youden", false_alarms)
+    threshold = min(max(point.threshold, 0.0), 1.0)
+    gate = Threshold(best.site, best.weight.float(), threshold, "probability", bias=best.bias)
     measured = {
         "pairs": len(pairs),
         "layer": best.site.layer,
         "area": round(curve.area, 6),
-        "threshold": round(line, 9),
+        "threshold": round(threshold, 9),
         "hits": round(point.hits, 6),
         "false_alarms": round(point.false_alarms, 6),
-        "held_out": len(held),
+        "held_out": len(test_indices),
         "areas_by_layer": areas,
     }
     options = {"layers": chosen, "read_at": str(read_at), "false_alarms": false_alarms, "penalty": penalty}
@@ -118,7 +120,7 @@ def learn_probe(
     return Steering((Edit(best.site, Add(unit), Positions.all()),), card).when(gate)
 
 
-def _fit(pairs: Sequence[Sequence[Tensor]], site: Site, penalty: float) -> _Fitted:
+def _fit(pairs: Sequence[Sequence[Tensor]], site: Site, penalty: float) -> _FittedProbe:
     """Fit a regression to tokens of these pairs, on standardized activations, and convert it to the original units."""
     sides = [[_spread(pair[side]) for pair in pairs] for side in (0, 1)]
     rows = torch.cat([x for side in sides for x in side])
@@ -128,7 +130,7 @@ def _fit(pairs: Sequence[Sequence[Tensor]], site: Site, penalty: float) -> _Fitt
     weight = weight / deviation
     if not weight.any():
         raise TrimtabError(f"layer {site.layer}: the two sides of the pairs don't differ there")
-    return _Fitted(site, weight, float(bias - weight @ mean))
+    return _FittedProbe(site, weight, float(bias - weight @ mean))
 
 
 def _spread(x: Tensor) -> Tensor:
@@ -137,5 +139,5 @@ def _spread(x: Tensor) -> Tensor:
     return x[::step]
 
 
-def _curve(fitted: _Fitted, activations: Sequence[Sequence[Tensor]], which: Sequence[int]) -> Curve:
+def _curve(fitted: _FittedProbe, activations: Sequence[Sequence[Tensor]], which: Sequence[int]) -> Curve:
     return roc(*(fitted.scores([activations[i][side] for i in which]) for side in (0, 1)))

@@ -8,7 +8,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 
 STEPS = 60
-ENOUGH = 1e-9
+TOLERANCE = 1e-9
 
 
 def logistic(x: Tensor, y: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -36,22 +36,22 @@ def logistic(x: Tensor, y: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor
         z = (inputs @ theta[..., None])[..., 0]
         return (torch.nn.functional.softplus(z) - labels * z).sum(-1) + (ridge * theta**2).sum(-1) / 2
 
-    now = loss(theta)
+    current_loss = loss(theta)
     for _ in range(STEPS):
         p = (inputs @ theta[..., None])[..., 0].sigmoid()
         gradient = (inputs.mT @ (p - labels)[..., None])[..., 0] + ridge * theta
-        if float(gradient.abs().max()) < ENOUGH * len(labels):
+        if float(gradient.abs().max()) < TOLERANCE * len(labels):
             break
         curvature = inputs.mT @ (inputs * (p * (1 - p))[..., None]) + torch.diag(ridge)
         curvature.diagonal(dim1=-2, dim2=-1)[...] += 1e-12  # the bias has no penalty
         step = torch.linalg.solve(curvature, gradient[..., None])[..., 0]
-        share = torch.ones_like(now)
+        share = torch.ones_like(current_loss)
         for _ in range(30):
-            after = loss(theta - share[..., None] * step)
-            worse = after > now
+            new_loss = loss(theta - share[..., None] * step)
+            worse = new_loss > current_loss
             if not bool(worse.any()):
                 break
             share = torch.where(worse, share / 2, share)
-        theta = torch.where((after <= now)[..., None], theta - share[..., None] * step, theta)
-        now = torch.minimum(after, now)
+        theta = torch.where((new_loss <= current_loss)[..., None], theta - share[..., None] * step, theta)
+        current_loss = torch.minimum(new_loss, current_loss)
     return theta[..., :-1], theta[..., -1]

@@ -20,7 +20,7 @@ RIDGE = 0.02
 
 
 @dataclass(frozen=True)
-class Fitted:
+class ReducedRankMap:
     """`x + x readᵀ write + vector`: `read` and `write` are `[rank, width]`, `vector` is `[width]`.
 
     `explained` is the share of the shift's energy that it explains on the training data, 0 … 1.
@@ -32,7 +32,7 @@ class Fitted:
     explained: float
 
 
-def reduced_rank(x: Tensor, delta: Tensor, rank: int, ridge: float = RIDGE) -> Fitted:
+def reduced_rank(x: Tensor, delta: Tensor, rank: int, ridge: float = RIDGE) -> ReducedRankMap:
     """Fit a map of rank `rank` from activations `x` to their shifts `delta`.
 
     Args:
@@ -54,22 +54,22 @@ def reduced_rank(x: Tensor, delta: Tensor, rank: int, ridge: float = RIDGE) -> F
     x, delta = to_float64(x), to_float64(delta)
     if not (torch.isfinite(x).all() and torch.isfinite(delta).all()):
         raise TrimtabError("the activations are not finite; load the model in float32 or bfloat16")
-    mean_x, mean = x.mean(0), delta.mean(0)
-    centred, shift = x - mean_x, delta - mean
+    mean_x, mean_delta = x.mean(0), delta.mean(0)
+    centred, shift = x - mean_x, delta - mean_delta
     width = x.shape[1]
     rank = min(rank, width)
     if rank and bool(centred.any()):
         moment = centred.T @ centred
         moment.diagonal().add_(ridge * moment.diagonal().mean())
         weights = torch.linalg.solve(moment, centred.T @ shift)  # [width, width]
-        fitted = centred @ weights
+        fitted_shift = centred @ weights
         # the leading directions of the fitted shift
-        directions = torch.linalg.eigh(fitted.T @ fitted).eigenvectors[:, -rank:].flip(1).T
+        directions = torch.linalg.eigh(fitted_shift.T @ fitted_shift).eigenvectors[:, -rank:].flip(1).T
         read = directions @ weights.T
     else:
         directions = read = x.new_zeros(0, width)
-    vector = mean - (mean_x @ read.T) @ directions
-    left = delta - ((x @ read.T) @ directions + vector)
+    vector = mean_delta - (mean_x @ read.T) @ directions
+    residual = delta - ((x @ read.T) @ directions + vector)
     energy = float(delta.square().sum())
-    explained = max(0.0, 1 - float(left.square().sum()) / energy) if energy else 1.0
-    return Fitted(read.float(), directions.float(), vector.float(), explained)
+    explained = max(0.0, 1 - float(residual.square().sum()) / energy) if energy else 1.0
+    return ReducedRankMap(read.float(), directions.float(), vector.float(), explained)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.forced import Forced, Forcing, passes
-from trimtab.learn.own_answers import Lesson, help_changes, helped
+from trimtab.engines.transformers.forced import PromptAnswer, TeacherForcing, group_by_pass
+from trimtab.learn.own_answers import Lesson, help_changes, helped_token_count
 
 TOP = 64
-LEAST_REST = 1e-6
+MIN_REST = 1e-6
 TEMPERATURE = 0.25
 """The temperature of the teacher's distributions; 1 doesn't change them, and near 0 only the likeliest token counts."""
 
@@ -34,25 +34,28 @@ class Targets:
 
 @torch.no_grad()
 def soft_targets(
-    run: Forcing, lessons: Sequence[Lesson], progress: Callable[[int, int], None] | None = None
+    run: TeacherForcing, lessons: Sequence[Lesson], progress: Callable[[int, int], None] | None = None
 ) -> list[Targets]:
     """The teacher's distributions at each token of each lesson: with its prompt, and with the lesson's help if any."""
-    alone = [Forced(lesson.instructed, lesson.answer) for lesson in lessons]
+    unhelped_texts = [PromptAnswer(lesson.instructed, lesson.answer) for lesson in lessons]
     targets: list[Targets] = []
-    for numbers in passes(run.model, alone):
-        targets += [_likeliest(logits) for logits in run.logits([alone[i] for i in numbers], {})]
+    for numbers in group_by_pass(run.model, unhelped_texts):
+        targets += [_likeliest(logits) for logits in run.logits([unhelped_texts[i] for i in numbers], {})]
         if progress is not None:
             progress(len(targets), len(lessons))
     for help_ in dict.fromkeys(lesson.help for lesson in lessons if lesson.help is not None):
-        chosen = [i for i, lesson in enumerate(lessons) if lesson.help == help_]
-        texts = [Forced(lessons[i].instructed, lessons[i].answer[: helped(lessons[i])]) for i in chosen]
-        for numbers in passes(run.model, texts):
+        helped_indices = [i for i, lesson in enumerate(lessons) if lesson.help == help_]
+        texts = [
+            PromptAnswer(lessons[i].instructed, lessons[i].answer[: helped_token_count(lessons[i])])
+            for i in helped_indices
+        ]
+        for numbers in group_by_pass(run.model, texts):
             logits = run.logits([texts[n] for n in numbers], help_changes(help_))
             for n, row in zip(numbers, logits, strict=True):
-                opening, rest = _likeliest(row), targets[chosen[n]]
-                targets[chosen[n]] = Targets(
-                    torch.cat([opening.ids, rest.ids[len(opening.ids) :]]),
-                    torch.cat([opening.logprobs, rest.logprobs[len(opening.ids) :]]),
+                opening, previous_targets = _likeliest(row), targets[helped_indices[n]]
+                targets[helped_indices[n]] = Targets(
+                    torch.cat([opening.ids, previous_targets.ids[len(opening.ids) :]]),
+                    torch.cat([opening.logprobs, previous_targets.logprobs[len(opening.ids) :]]),
                 )
     return targets
 
@@ -75,6 +78,6 @@ def divergence(logits: Tensor, targets: Targets) -> Tensor:
     student = logits.log_softmax(-1).gather(-1, targets.ids)
     teacher = targets.logprobs
     shares = teacher.exp()
-    rest = (1 - shares.sum(-1)).clamp(min=LEAST_REST)
-    left = (1 - student.exp().sum(-1)).clamp(min=LEAST_REST)
-    return (shares * (teacher - student)).sum(-1) + rest * (rest.log() - left.log())
+    teacher_rest = (1 - shares.sum(-1)).clamp(min=MIN_REST)
+    student_rest = (1 - student.exp().sum(-1)).clamp(min=MIN_REST)
+    return (shares * (teacher - student)).sum(-1) + teacher_rest * (teacher_rest.log() - student_rest.log())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trimtab.errors import TrimtabError
 from trimtab.text.chat import Message, Prompt
 
-HOLE = "{query}"
+QUERY_PLACEHOLDER = "{query}"
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,30 @@ class Teacher:
             raise TrimtabError(f"an instruction is repeated 1 or more times, got {self.times}")
 
     @property
-    def turns(self) -> int:
+    def phrasing_count(self) -> int:
         """The number of phrasings, at least 1."""
         return max(1, len(self.instruction))
 
-    def ways(self, phrasings: int) -> list[int]:
+    def prompt_variants(self, phrasings: int) -> list[int]:
         """Turns with different prompts: the first `phrasings` phrasings, and then each of them repeated once more."""
-        once = list(range(min(phrasings, self.turns)))
-        return once + [turn + self.turns for turn in once] if self.instruction else once
+        once = list(range(min(phrasings, self.phrasing_count)))
+        return once + [turn + self.phrasing_count for turn in once] if self.instruction else once
 
-    def ask(self, query: str, turn: int) -> Prompt:
+    def ask(self, query: str, variant: int) -> Prompt:
         """The complete prompt for a query, except for the system message, which is passed separately.
 
-        `turn` selects the phrasing. After all phrasings have been used, each one is repeated once more.
+        `variant` selects the phrasing. After all phrasings have been used, each one is repeated once more.
         """
         prompt = query
         if self.instruction:
-            rounds, which = divmod(turn, self.turns)
-            prompt = " ".join([query, *[self.instruction[which]] * (self.times + rounds)])
+            rounds, phrasing_index = divmod(variant, self.phrasing_count)
+            prompt = " ".join([query, *[self.instruction[phrasing_index]] * (self.times + rounds)])
         if self.text is not None:
-            prompt = self.text.replace(HOLE, prompt) if HOLE in self.text else f"{self.text.strip()}\n\n{prompt}"
+            prompt = (
+                self.text.replace(QUERY_PLACEHOLDER, prompt)
+                if QUERY_PLACEHOLDER in self.text
+                else f"{self.text.strip()}\n\n{prompt}"
+            )
         if not self.examples:
             return prompt
         messages: list[Message] = []

@@ -38,7 +38,7 @@ class Curve:
     area: float
     counts: tuple[int, int]
 
-    def chosen(self, by: Choice = "youden", false_alarms: float | None = None) -> Point:
+    def best_point(self, by: Choice = "youden", false_alarms: float | None = None) -> Point:
         """The best point by this measure, among those with at most this share of false alarms.
 
         Among equally good points, the one in the widest gap between neighboring scores wins. Raises `TrimtabError` for
@@ -47,9 +47,9 @@ class Curve:
         if by not in ("youden", "f1"):
             raise TrimtabError(f"unknown choice of a threshold {by!r}; known: {', '.join(CHOICES)}")
         allowed = [p for p in self.points if false_alarms is None or p.false_alarms <= false_alarms]
-        return max(allowed, key=lambda p: (round(self._worth(p, by), 12), self._gap(p)))
+        return max(allowed, key=lambda p: (round(self._choice_score(p, by), 12), self._gap(p)))
 
-    def _worth(self, point: Point, by: str) -> float:
+    def _choice_score(self, point: Point, by: str) -> float:
         if by == "youden":
             return point.hits - point.false_alarms
         hits, alarms = point.hits * self.counts[0], point.false_alarms * self.counts[1]
@@ -60,7 +60,7 @@ class Curve:
         inner = 0 < i < len(self.points) - 1
         return self.points[i + 1].threshold - self.points[i - 1].threshold if inner else 0.0
 
-    def for_card(self, chosen: Point) -> dict[str, Any]:
+    def for_card(self, chosen_point: Point) -> dict[str, Any]:
         """The curve, its area and the chosen point as JSON values. Only corners are kept, at most `CARD_POINTS`."""
         corners = [
             p
@@ -73,8 +73,8 @@ class Curve:
             "area": round(self.area, 6),
             "meant": self.counts[0],
             "others": self.counts[1],
-            "chosen": _numbers(chosen),
-            "curve": [_numbers(p) for p in kept],
+            "chosen": _point_entries(chosen_point),
+            "curve": [_point_entries(p) for p in kept],
         }
 
 
@@ -102,15 +102,15 @@ def learn_threshold(
     """
     curve = roc(meant, others)
     if by != "midpoint":
-        return curve.chosen(by, false_alarms), curve
+        return curve.best_point(by, false_alarms), curve
     return _point(sorted(meant), sorted(others), (sum(meant) / len(meant) + sum(others) / len(others)) / 2), curve
 
 
 def _point(high: Sequence[float], low: Sequence[float], line: float) -> Point:
-    return Point(line, _above(high, line) / len(high), _above(low, line) / len(low))
+    return Point(line, _count_above(high, line) / len(high), _count_above(low, line) / len(low))
 
 
-def _above(ordered: Sequence[float], line: float) -> int:
+def _count_above(ordered: Sequence[float], line: float) -> int:
     return len(ordered) - bisect_right(ordered, line)
 
 
@@ -119,7 +119,7 @@ def _straight(a: Point, b: Point, c: Point) -> bool:
     return a.hits == b.hits == c.hits or a.false_alarms == b.false_alarms == c.false_alarms
 
 
-def _numbers(point: Point) -> dict[str, float]:
+def _point_entries(point: Point) -> dict[str, float]:
     return {
         "threshold": float(f"{point.threshold:.9g}"),
         "hits": round(point.hits, 6),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.forced import Forced, forcing, passes
+from trimtab.engines.transformers.forced import PromptAnswer, group_by_pass, teacher_forcing
 from trimtab.engines.transformers.weights import in_memory
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Site
@@ -26,11 +26,11 @@ from trimtab.steering import Site
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-FIRST = 2
+SKIPPED_TOKENS = 2
 """The number of tokens at the beginning that aren't read: in many models their activations have outsized norms."""
 RIDGE = 0.02
 """The ridge term, relative to the mean diagonal of the rows' covariance."""
-LEAST = 0.9
+MIN_EXPLAINED = 0.9
 """The minimum share of the logits' variance that has to be explained."""
 CHUNK = 8192
 
@@ -43,19 +43,19 @@ class Unembedding:
         site: The residual stream after the last block.
         rows: `[vocabulary, width]`, in nats for an activation whose elements' root mean square is 1.
         covariance: The covariance of the rows, `[width, width]`, float64.
-        typical: The root mean square of an activation's elements, the median over tokens.
+        typical_scale: The root mean square of an activation's elements, the median over tokens.
         explained: The share of the logits' variance, over the vocabulary, that the rows explain.
     """
 
     site: Site
     rows: Tensor
     covariance: Tensor
-    typical: float
+    typical_scale: float
     explained: float
 
     def read(self, token: int) -> Tensor:
         """The direction that reads the token's logit from an activation, in nats: `[width]`."""
-        return self.rows[token].double() / self.typical
+        return self.rows[token].double() / self.typical_scale
 
     def write(self, token: int) -> Tensor:
         """The direction that raises the token's logit by one nat and others as little as possible: `[width]`."""
@@ -63,7 +63,7 @@ class Unembedding:
         ridge = RIDGE * float(self.covariance.diagonal().mean())
         held = self.covariance + ridge * torch.eye(len(row), dtype=row.dtype, device=row.device)
         solved = torch.linalg.solve(held, row)
-        return self.typical * solved / (row @ solved)
+        return self.typical_scale * solved / (row @ solved)
 
 
 @torch.no_grad()
@@ -82,7 +82,11 @@ def unembedding(lm: LM, prompts: Sequence[str]) -> Unembedding:
             and a norm.
     """
     site = Site(lm.layout.layers - 1)
-    texts = [Forced(tuple(ids[:FIRST]), tuple(ids[FIRST:])) for ids in map(lm.encode, prompts) if len(ids) > FIRST + 1]
+    texts = [
+        PromptAnswer(tuple(ids[:SKIPPED_TOKENS]), tuple(ids[SKIPPED_TOKENS:]))
+        for ids in map(lm.encode, prompts)
+        if len(ids) > SKIPPED_TOKENS + 1
+    ]
     if not texts:
         raise UnsupportedError(f"all {len(prompts)} prompts are too short to read; give longer ones")
     x, logits = _read(lm, texts, site)
@@ -100,34 +104,34 @@ def unembedding(lm: LM, prompts: Sequence[str]) -> Unembedding:
         )
     rows = rows - rows.mean(0)
     # recover the normalized activations from the logits, then estimate the norm's gain for each element
-    normed = _product(logits, rows) @ torch.linalg.pinv(_moment(rows), hermitian=True)
+    normed = _product(logits, rows) @ torch.linalg.pinv(_gram_matrix(rows), hermitian=True)
     gain = (normed * z).sum(0) / z.square().sum(0)
     rows = rows * gain.to(rows)
     predicted = torch.cat([(z.to(rows) @ part.T) for part in rows.split(CHUNK)], 1).double()
-    wanted = logits.double() - logits.double().mean(1, keepdim=True)
-    explained = 1 - float((wanted - predicted).square().sum() / wanted.square().sum())
-    if not explained >= LEAST:
+    centred_logits = logits.double() - logits.double().mean(1, keepdim=True)
+    explained = 1 - float((centred_logits - predicted).square().sum() / centred_logits.square().sum())
+    if not explained >= MIN_EXPLAINED:
         raise UnsupportedError(
             f"the logits of {type(lm.model).__name__} can't be predicted from its output embeddings and a norm"
-            f" (explained share of their variance: {explained:.2f}, at least {LEAST} is needed), so a word's logit"
-            " can't be moved there; learn from prompts instead"
+            f" (explained share of their variance: {explained:.2f}, at least {MIN_EXPLAINED} is needed), so a word's"
+            " logit can't be moved there; learn from prompts instead"
         )
-    return Unembedding(site, rows, _moment(rows) / len(rows), float(rms.median()), explained)
+    return Unembedding(site, rows, _gram_matrix(rows) / len(rows), float(rms.median()), explained)
 
 
-def _read(lm: LM, texts: Sequence[Forced], site: Site) -> tuple[Tensor, Tensor]:
+def _read(lm: LM, texts: Sequence[PromptAnswer], site: Site) -> tuple[Tensor, Tensor]:
     """Activations after the last block `[tokens, width]`, float64, and their logits `[tokens, vocabulary]`."""
     states: list[Tensor] = []
     logits: list[Tensor] = []
-    with forcing(lm.model, lm.layout, [site]) as run, torch.no_grad():
-        for numbers in passes(lm.model, texts):
+    with teacher_forcing(lm.model, lm.layout, [site]) as run, torch.no_grad():
+        for numbers in group_by_pass(lm.model, texts):
             some = [texts[i] for i in numbers]
             states += run.states(some, {}, [site])[site]
             logits += run.logits(some, {})
     return torch.cat(states).double(), torch.cat(logits)
 
 
-def _moment(rows: Tensor) -> Tensor:
+def _gram_matrix(rows: Tensor) -> Tensor:
     """`rows.T @ rows`, `[width, width]`, float64."""
     moment = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for part in rows.split(CHUNK):

@@ -12,7 +12,7 @@ from trimtab.learn.contrast import contrast, versions
 from trimtab.learn.own_answers import Answers
 from trimtab.making.contrasts import Contrasts, Progress
 from trimtab.making.effect import Effect, effect
-from trimtab.making.material import Say, Trained
+from trimtab.making.material import Say, TrainedCandidate
 from trimtab.methods.distill import learn_from_answers
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 
@@ -56,7 +56,7 @@ def candidates(
     learned: Contrasts,
     held_out: Contrasts,
     *,
-    trained: Trained | None,
+    trained: TrainedCandidate | None,
     positions: Positions = FROM_LAST,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -83,18 +83,18 @@ def candidates(
     total = len(trials) + (len(trained.strengths) if trained is not None else 0)
     results: list[Candidate] = []
 
-    def tried(name: str, steering: Steering) -> None:
+    def add_candidate(name: str, steering: Steering) -> None:
         results.append(Candidate(name, steering, effect(lm, steering, held_out)))
         if progress is not None:
             progress(len(results), total)
 
     for name_, steering in trials:
-        tried(name_, steering)
+        add_candidate(name_, steering)
     if trained is not None:
-        beat = None if progress is None else lambda _done, _steps: progress(len(results), total)
-        vector = trained.learn(learned, positions, seed, say, beat)
+        report_step = None if progress is None else lambda _done, _steps: progress(len(results), total)
+        vector = trained.learn(learned, positions, seed, say, report_step)
         for strength in trained.strengths:
-            tried(f"{trained.name}, strength {strength:g}", strength * vector)
+            add_candidate(f"{trained.name}, strength {strength:g}", strength * vector)
     least = _mean(effect(lm, None, held_out).wanted)
     return sorted(results, key=lambda candidate: (candidate.likelihood <= least, -candidate.lead))
 
@@ -141,7 +141,7 @@ def first_layer(positions: Positions) -> int:
     return 1 if positions == Positions.all() else 0
 
 
-def distilled(
+def learn_distilled(
     lm: LM,
     name: str,
     learned: Contrasts,
@@ -154,7 +154,7 @@ def distilled(
 
     It is learned from the last prompt token on, and acts at `positions`.
     """
-    lessons = tuple(learned.lessons)
+    lessons = tuple(learned.training_examples)
     answers = Answers(lessons, lessons, ())
     steering = learn_from_answers(
         lm,
@@ -172,9 +172,9 @@ def distilled(
     return steering.at(positions)
 
 
-def distilling(lm: LM, name: str) -> Trained:
+def distillation_candidate(lm: LM, name: str) -> TrainedCandidate:
     """Distillation, as the trained candidate."""
-    return Trained("distilled", partial(distilled, lm, name), DISTILL_STRENGTHS)
+    return TrainedCandidate("distilled", partial(learn_distilled, lm, name), DISTILL_STRENGTHS)
 
 
 def _pairs(learned: Contrasts) -> list[tuple[Text, Text]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.engines.transformers.forced import Forced
+from trimtab.engines.transformers.forced import PromptAnswer
 from trimtab.errors import TrimtabError
 from trimtab.learn.own_answers import Lesson, logprobs
 from trimtab.making.idea import Idea
@@ -49,11 +49,11 @@ class Contrasts:
     negative: tuple[Answer, ...]
     asked: int
 
-    def on(self, questions: Collection[str]) -> Contrasts:
+    def for_questions(self, questions: Collection[str]) -> Contrasts:
         """The answers to some of the questions."""
-        some = set(questions)
+        selected = set(questions)
         positive, negative = (
-            tuple(answer for answer in side if answer.question in some) for side in (self.positive, self.negative)
+            tuple(answer for answer in side if answer.question in selected) for side in (self.positive, self.negative)
         )
         return Contrasts(positive, negative, self.asked)
 
@@ -64,7 +64,7 @@ class Contrasts:
         return list(dict.fromkeys(answer.question for answer in self.positive if answer.question in both))
 
     @property
-    def lessons(self) -> list[Lesson]:
+    def training_examples(self) -> list[Lesson]:
         """The positive answers, for distilling."""
         return [
             Lesson(answer.question, 0, answer.own, answer.bare, answer.ids, answer.text) for answer in self.positive
@@ -72,7 +72,7 @@ class Contrasts:
 
 
 @dataclass(frozen=True)
-class Ask:
+class PromptedQuestion:
     """A question to be answered (`wanted` or not) under its own prompt, with the other side's prompt and a bare one."""
 
     wanted: bool
@@ -97,21 +97,23 @@ def contrasts(
         tokens: The maximum length of an answer, in tokens.
         progress: Called with the number of answers that are done, and their total.
     """
-    heard = hears_system(lm)
-    rows: list[Ask] = []
+    supports_system = supports_system_prompt(lm)
+    rows: list[PromptedQuestion] = []
     for n, question in enumerate(questions):
-        for turn in range(prompts):
-            mine = idea.positive[(n * prompts + turn) % len(idea.positive)]
-            against = idea.negative[(n * prompts + turn) % len(idea.negative)]
-            both = [under(system, question, heard) for system in (mine, against)]
+        for prompt_number in range(prompts):
+            mine = idea.positive[(n * prompts + prompt_number) % len(idea.positive)]
+            against = idea.negative[(n * prompts + prompt_number) % len(idea.negative)]
+            both = [with_system_prompt(system, question, supports_system) for system in (mine, against)]
             rows += [
-                Ask(True, question, both[0], both[1], question),
-                Ask(False, question, both[1], both[0], question),
+                PromptedQuestion(True, question, both[0], both[1], question),
+                PromptedQuestion(False, question, both[1], both[0], question),
             ]
-    return written(lm, rows, tokens, progress)
+    return generate_contrasts(lm, rows, tokens, progress)
 
 
-def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None = None) -> Contrasts:
+def generate_contrasts(
+    lm: LM, rows: Sequence[PromptedQuestion], tokens: int, progress: Progress | None = None
+) -> Contrasts:
     """The model's own answers, filtered to those that show the difference.
 
     An answer counts if it isn't repetitive and is more likely under its own prompt than under the other side's (Chen et
@@ -131,7 +133,7 @@ def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None 
             own, other, bare = (tuple(lm.encode(prompt)) for prompt in (row.own, row.other, row.bare))
             made = Answer(row.question, own, other, bare, tuple(answer.token_ids), answer.text, answer.logprobs)
             sides[row.wanted].append(made)
-    kept = {wanted: _told_apart(lm, answers) for wanted, answers in sides.items()}
+    kept = {wanted: _distinguishable(lm, answers) for wanted, answers in sides.items()}
     return Contrasts(tuple(kept[True]), tuple(kept[False]), len(rows))
 
 
@@ -145,7 +147,7 @@ def check_enough(answers: Contrasts, name: str, least: int = LEAST) -> None:
         )
 
 
-def hears_system(lm: LM) -> bool:
+def supports_system_prompt(lm: LM) -> bool:
     """Whether the chat template supports system prompts and doesn't drop them."""
     if not has_template(lm.tokenizer):
         return False
@@ -159,16 +161,16 @@ def hears_system(lm: LM) -> bool:
     return brief != long
 
 
-def under(system: str, question: str, heard: bool) -> Prompt:
+def with_system_prompt(system: str, question: str, supports_system: bool) -> Prompt:
     """The question under a system prompt; if the template doesn't support one, it is put before the question."""
-    if not heard:
+    if not supports_system:
         return f"{system}\n\n{question}"
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def _told_apart(lm: LM, answers: Sequence[Answer]) -> list[Answer]:
+def _distinguishable(lm: LM, answers: Sequence[Answer]) -> list[Answer]:
     """The answers that are more likely under their own prompt than under the other one."""
-    other = logprobs(lm, [Forced(answer.other, answer.ids) for answer in answers])
+    other = logprobs(lm, [PromptAnswer(answer.other, answer.ids) for answer in answers])
     kept = []
     for answer, there in zip(answers, other, strict=True):
         assert answer.logprobs is not None  # the model has just written it

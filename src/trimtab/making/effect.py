@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from trimtab.engines.transformers.forced import Forced, forcing, passes
+from trimtab.engines.transformers.forced import PromptAnswer, group_by_pass, teacher_forcing
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.intervals import RESAMPLES, Interval, paired_bootstrap
 from trimtab.learn.own_answers import help_changes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 
-READ = (Positions.from_last_prompt_token(), Positions.all())
+SUPPORTED_POSITIONS = (Positions.from_last_prompt_token(), Positions.all())
 """The positions that are supported here."""
 
 
@@ -46,16 +46,16 @@ def effect(lm: LM, steering: Steering | None, contrasts: Contrasts) -> Effect:
     """
     _check_read(steering)
     answers = [*contrasts.positive, *contrasts.negative]
-    return _effect(contrasts, _likelihoods(lm, steering, [Forced(answer.bare, answer.ids) for answer in answers]))
+    return _effect(contrasts, _likelihoods(lm, steering, [PromptAnswer(answer.bare, answer.ids) for answer in answers]))
 
 
-def prompted(lm: LM, contrasts: Contrasts) -> Effect:
+def prompt_effect(lm: LM, contrasts: Contrasts) -> Effect:
     """The effect of the system prompts for the idea, under which the wanted answers were written.
 
     The unwanted answers are scored under the prompt for the idea, too.
     """
-    texts = [Forced(answer.own, answer.ids) for answer in contrasts.positive]
-    texts += [Forced(answer.other, answer.ids) for answer in contrasts.negative]
+    texts = [PromptAnswer(answer.own, answer.ids) for answer in contrasts.positive]
+    texts += [PromptAnswer(answer.other, answer.ids) for answer in contrasts.negative]
     return _effect(contrasts, _likelihoods(lm, None, texts))
 
 
@@ -97,7 +97,7 @@ def gain_of(unsteered: Mapping[str, float], steered: Mapping[str, float], seed: 
 def _check_read(steering: Steering | None) -> None:
     edits = steering.edits if steering is not None else ()
     for edit in edits:
-        if edit.positions != edits[0].positions or edit.positions not in READ or edit.gate != Always():
+        if edit.positions != edits[0].positions or edit.positions not in SUPPORTED_POSITIONS or edit.gate != Always():
             raise TrimtabError(
                 f"an effect needs edits that act from the last prompt token on or at all tokens, without a gate: {edit}"
             )
@@ -122,10 +122,10 @@ def _by_question(answers: Sequence[Answer], values: Sequence[float]) -> dict[str
     by_question: dict[str, list[float]] = {}
     for answer, value in zip(answers, values, strict=True):
         by_question.setdefault(answer.question, []).append(value)
-    return {question: sum(some) / len(some) for question, some in by_question.items()}
+    return {question: sum(question_values) / len(question_values) for question, question_values in by_question.items()}
 
 
-def _likelihoods(lm: LM, steering: Steering | None, texts: Sequence[Forced]) -> list[float]:
+def _likelihoods(lm: LM, steering: Steering | None, texts: Sequence[PromptAnswer]) -> list[float]:
     """The mean log-probability of each answer's tokens."""
     changes = {} if steering is None else help_changes(steering)
     everywhere = steering is not None and steering.edits[0].positions == Positions.all()
@@ -133,8 +133,8 @@ def _likelihoods(lm: LM, steering: Steering | None, texts: Sequence[Forced]) -> 
     likelihoods = [0.0] * len(texts)
     # a forced pass steers from the last prompt token on; to steer everywhere, only the first token stays a prompt
     forced = [_from_first(texts[i]) if everywhere else texts[i] for i in order]
-    with forcing(lm.model, lm.layout, list(changes)) as run, torch.no_grad():
-        for numbers in passes(lm.model, forced):
+    with teacher_forcing(lm.model, lm.layout, list(changes)) as run, torch.no_grad():
+        for numbers in group_by_pass(lm.model, forced):
             for n, row in zip(numbers, run.logits([forced[n] for n in numbers], changes), strict=True):
                 answer = texts[order[n]].answer
                 ids = torch.tensor(answer, device=row.device)[:, None]
@@ -142,5 +142,5 @@ def _likelihoods(lm: LM, steering: Steering | None, texts: Sequence[Forced]) -> 
     return likelihoods
 
 
-def _from_first(text: Forced) -> Forced:
-    return Forced(text.prompt[:1], (*text.prompt[1:], *text.answer))
+def _from_first(text: PromptAnswer) -> PromptAnswer:
+    return PromptAnswer(text.prompt[:1], (*text.prompt[1:], *text.answer))

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 from trimtab.data import queries
 from trimtab.engines.contract import check_length
 from trimtab.errors import TrimtabError
-from trimtab.learn.activations import naming
-from trimtab.making.candidates import RATE, STEPS, distilling, first_layer
-from trimtab.making.contrasts import Answer, Ask, Contrasts, Progress, written
-from trimtab.making.material import Heard, Material, Say, Trained
+from trimtab.learn.activations import error_prefix
+from trimtab.making.candidates import RATE, STEPS, distillation_candidate, first_layer
+from trimtab.making.contrasts import Answer, Contrasts, Progress, PromptedQuestion, generate_contrasts
+from trimtab.making.material import FinalPrompt, Material, Say, TrainedCandidate
 from trimtab.methods.bipo import learn_bipo
 from trimtab.steering import Positions, Steering
-from trimtab.text.answers import ask_side, encode_prompt, encode_sides
+from trimtab.text.answers import encode_prompt, encode_sides, side_question
 from trimtab.text.letters import letter_of
-from trimtab.text.pairs import Pair, Side, Words, as_prompt, digest, sides
+from trimtab.text.pairs import Content, Pair, Side, as_prompt, digest, sides
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LEAST_PROMPTS = 16
 """The minimum number of distinct prompts for learning, choosing and testing."""
-HELD_OUT, MOST_HELD_OUT, MOST_TESTED, MOST_HEARD = 4, 40, 100, 20
+HELD_OUT, MOST_HELD_OUT, MOST_TESTED, MAX_FINAL_PROMPTS = 4, 40, 100, 20
 """One in four of the prompts to learn from is used for choosing instead, up to 40. At most 100 prompts are for testing,
 and 20 of them are answered at the end; all others are learned from.
 """
@@ -77,7 +77,7 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
         )
     test = spread_over(questions[1::2], MOST_TESTED)
     learn = [question for question in questions if question not in set(test)]
-    aside = spread_over(learn[HELD_OUT // 2 :: HELD_OUT], MOST_HELD_OUT)
+    held_out = spread_over(learn[HELD_OUT // 2 :: HELD_OUT], MOST_HELD_OUT)
     shape, prompted = pairs[0].shape, all(case.prompted for case in cases)
     writes = shape == "prompts"
     read = partial(_written, lm, cases, tokens) if writes else partial(_from_answers, lm, cases)
@@ -86,11 +86,11 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
         source=f"{len(pairs)} pairs",
         learn=partial(read, frozenset(learn)),
         test=partial(read, frozenset(test)),
-        aside=frozenset(aside),
+        held_out_questions=frozenset(held_out),
         writes=writes,
         prompted=prompted,
-        trained=_trained(lm, cases, name, prompted) if trains else None,
-        heard=_heard(cases, spread_over(test, MOST_HEARD), shape),
+        trained_candidate=_trained_candidate(lm, cases, name, prompted) if trains else None,
+        final_prompts=_final_prompts(cases, spread_over(test, MAX_FINAL_PROMPTS), shape),
         options={"shape": shape},
         data=digest(pairs),
     )
@@ -124,7 +124,7 @@ def _with_system_apart(side: Side) -> Side:
     return replace(side, prompt=side.prompt[1:], system=side.prompt[0][1])
 
 
-def _named(prompt: Words) -> str:
+def _named(prompt: Content) -> str:
     if isinstance(prompt, str):
         return prompt.strip()
     return prompt[0][1] if len(prompt) == 1 else "\n".join(f"{role}: {content}" for role, content in prompt)
@@ -146,7 +146,7 @@ def _from_answers(lm: LM, cases: Sequence[Case], questions: frozenset[str], prog
     positive, negative = [], []
     for number, case in enumerate(cases, 1):
         if case.question in questions:
-            with naming(f"pair {number}"):
+            with error_prefix(f"pair {number}"):
                 mine, other = _encoded(lm, case)
                 positive.append(mine)
                 negative.append(other)
@@ -162,12 +162,12 @@ def _encoded(lm: LM, case: Case) -> tuple[Answer, Answer]:
     pair, both = case.pair, (case.positive, case.negative)
     if pair.shape == "letters":
         letters = [letter_of(side.answer) for side in both]
-        questions = [ask_side(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
+        questions = [side_question(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
         prompts = [question.prompt for question in questions]
         answers = [
             (*question.opening, question.letters[letter]) for question, letter in zip(questions, letters, strict=True)
         ]
-        bare = ask_side(lm.tokenizer, case.bare, letters).prompt
+        bare = side_question(lm.tokenizer, case.bare, letters).prompt
     else:
         encoded = encode_sides(lm.tokenizer, pair)
         starts = [part.start or 1 for part in encoded]
@@ -194,23 +194,28 @@ def _written(
     for case in cases:
         if case.question in questions:
             mine, other, bare = (_prompt(side) for side in (case.positive, case.negative, case.bare))
-            rows += [Ask(True, case.question, mine, other, bare), Ask(False, case.question, other, mine, bare)]
-    return written(lm, rows, tokens, progress)
+            rows += [
+                PromptedQuestion(True, case.question, mine, other, bare),
+                PromptedQuestion(False, case.question, other, mine, bare),
+            ]
+    return generate_contrasts(lm, rows, tokens, progress)
 
 
 # ---- training and final questions --------------------------------------------------------------------------
 
 
-def _trained(lm: LM, cases: Sequence[Case], name: str, prompted: bool) -> Trained | None:
+def _trained_candidate(lm: LM, cases: Sequence[Case], name: str, prompted: bool) -> TrainedCandidate | None:
     """Distillation, if a prompt produces the wanted answers; else training by preference, except for bare texts."""
     if prompted:
-        return distilling(lm, name)
+        return distillation_candidate(lm, name)
     if cases[0].pair.shape == "texts":
         return None
-    return Trained("by preference", partial(_preferred, lm, _by_question(cases)), PREFERRED_STRENGTHS)
+    return TrainedCandidate(
+        "by preference", partial(_learn_by_preference, lm, _by_question(cases)), PREFERRED_STRENGTHS
+    )
 
 
-def _preferred(
+def _learn_by_preference(
     lm: LM,
     pairs: Mapping[str, Sequence[Pair]],
     learned: Contrasts,
@@ -220,9 +225,9 @@ def _preferred(
     progress: Progress | None,
 ) -> Steering:
     """A vector at every block that prefers the wanted answers (BiPO, `learn_bipo`)."""
-    some = [replace(pair, shape="answers") for question in learned.questions for pair in pairs[question]]
+    answer_pairs = [replace(pair, shape="answers") for question in learned.questions for pair in pairs[question]]
     layers = range(first_layer(positions), lm.layout.layers)
-    return learn_bipo(lm, some, layers, steps=STEPS, rate=RATE, seed=seed, progress=progress).at(positions)
+    return learn_bipo(lm, answer_pairs, layers, steps=STEPS, rate=RATE, seed=seed, progress=progress).at(positions)
 
 
 def _by_question(cases: Sequence[Case]) -> dict[str, list[Pair]]:
@@ -232,13 +237,13 @@ def _by_question(cases: Sequence[Case]) -> dict[str, list[Pair]]:
     return by_question
 
 
-def _heard(cases: Sequence[Case], questions: Sequence[str], shape: str) -> tuple[Heard, ...]:
+def _final_prompts(cases: Sequence[Case], questions: Sequence[str], shape: str) -> tuple[FinalPrompt, ...]:
     """The pairs' own prompts; general questions if a pair has none, or one that is answered by a letter."""
     if shape in ("texts", "letters"):
-        return tuple(Heard(question, question) for question in spread_over(queries("test"), MOST_HEARD))
+        return tuple(FinalPrompt(question, question) for question in spread_over(queries("test"), MAX_FINAL_PROMPTS))
     first = {case.question: case for case in reversed(cases)}
     return tuple(
-        Heard(
+        FinalPrompt(
             question,
             _prompt(first[question].bare),
             _prompt(first[question].positive) if first[question].prompted else None,

@@ -99,15 +99,15 @@ def idea_from_sentence(sentence: str, *, cards: bool = True) -> Idea:
     Raises:
         TrimtabError: The sentence is empty.
     """
-    said = " ".join(sentence.split()).strip(" .!")
-    if not said:
+    cleaned = " ".join(sentence.split()).strip(" .!")
+    if not cleaned:
         raise TrimtabError("describe in a sentence what you want, such as 'be blunt, not flattering'")
-    if cards and (trait := find_trait(said)) is not None:
+    if cards and (trait := find_trait(cleaned)) is not None:
         return idea_from_trait(trait)
-    match = _OPPOSITE.match(said)
-    wanted = match["idea"].strip(" ,;") if match else said
-    negative = _prompts_for(_like(match["other"].strip(" ,;"), wanted)) if match else PLAIN
-    return Idea(said, _prompts_for(wanted), negative, *_general(), source="sentence")
+    match = _OPPOSITE.match(cleaned)
+    wanted = match["idea"].strip(" ,;") if match else cleaned
+    negative = _prompts_for(_with_verb(match["other"].strip(" ,;"), wanted)) if match else PLAIN
+    return Idea(cleaned, _prompts_for(wanted), negative, *_general(), source="sentence")
 
 
 def idea_from_contrast(like: str, unlike: str | None = None) -> Idea:
@@ -143,7 +143,7 @@ def _prompts_for(wanted: str) -> tuple[str, ...]:
     return tuple(template.format(idea=wanted, Idea=wanted[0].upper() + wanted[1:]) for template in FOR)
 
 
-def _like(other: str, wanted: str) -> str:
+def _with_verb(other: str, wanted: str) -> str:
     """The opposite with the verb of what is wanted: "talk like a pirate, not like a clerk"."""
     verb = _VERB.match(wanted)
     return f"{verb[0]} {other}" if verb and not _VERB.match(other) else other

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.inputs import check_lm, pairs_for
-from trimtab.making.candidates import FROM_LAST, Candidate, candidates, distilling
-from trimtab.making.contrasts import check_enough, contrasts, hears_system, under
-from trimtab.making.effect import READ, check_prompted, effect, prompted
+from trimtab.making.candidates import FROM_LAST, Candidate, candidates, distillation_candidate
+from trimtab.making.contrasts import check_enough, contrasts, supports_system_prompt, with_system_prompt
+from trimtab.making.effect import SUPPORTED_POSITIONS, check_prompted, effect, prompt_effect
+from trimtab.making.evaluation import Example, evaluate_steering
 from trimtab.making.from_pairs import material_from_pairs
 from trimtab.making.idea import Idea, idea_from_sentence
-from trimtab.making.judged import Example, judged
-from trimtab.making.material import Heard, Material
+from trimtab.making.material import FinalPrompt, Material
 from trimtab.making.verdict import Verdict
 from trimtab.steering import Positions, Steering
 from trimtab.text.pairs import Pairs
@@ -101,8 +101,8 @@ def make(
     if not isinstance(idea, (str, Idea)):
         raise TrimtabError(f"an idea is a sentence such as 'be blunt, not flattering', or an Idea, got {idea!r}")
     wanted = idea_from_sentence(idea) if isinstance(idea, str) else idea
-    made_from = _material(lm, wanted, tokens, distill=distill)
-    return _made(lm, made_from, tokens=tokens, positions=positions, seed=seed, stage=stage, say=say)
+    material = _material(lm, wanted, tokens, distill=distill)
+    return _make_from_material(lm, material, tokens=tokens, positions=positions, seed=seed, stage=stage, say=say)
 
 
 @keywords
@@ -141,30 +141,35 @@ def make_from_pairs(
         TrimtabError: Too few pairs with different prompts, pairs of different kinds, or whose sides have the same
             answer; and as `make` does.
     """
-    made_from = material_from_pairs(lm, pairs_for(lm, pairs), name, tokens, trains=distill)
-    return _made(lm, made_from, tokens=tokens, positions=positions, seed=seed, stage=stage, say=say)
+    material = material_from_pairs(lm, pairs_for(lm, pairs), name, tokens, trains=distill)
+    return _make_from_material(lm, material, tokens=tokens, positions=positions, seed=seed, stage=stage, say=say)
 
 
 def _material(lm: LM, idea: Idea, tokens: int, *, distill: bool) -> Material:
-    heard = hears_system(lm)
-    prompts = [under(idea.positive[n % len(idea.positive)], question, heard) for n, question in enumerate(idea.test)]
+    supports_system = supports_system_prompt(lm)
+    prompts = [
+        with_system_prompt(idea.positive[n % len(idea.positive)], question, supports_system)
+        for n, question in enumerate(idea.test)
+    ]
     return Material(
         name=idea.name,
         source=idea.source,
         learn=partial(contrasts, lm, idea, idea.learn, PROMPTS, tokens),
         test=partial(contrasts, lm, idea, idea.test, PROMPTS, tokens),
-        aside=frozenset(idea.learn[HELD_OUT // 2 :: HELD_OUT]),
+        held_out_questions=frozenset(idea.learn[HELD_OUT // 2 :: HELD_OUT]),
         writes=True,
         prompted=True,
-        trained=distilling(lm, idea.name) if distill else None,
-        heard=tuple(Heard(question, question, prompt) for question, prompt in zip(idea.test, prompts, strict=True)),
+        trained_candidate=distillation_candidate(lm, idea.name) if distill else None,
+        final_prompts=tuple(
+            FinalPrompt(question, question, prompt) for question, prompt in zip(idea.test, prompts, strict=True)
+        ),
         signs=idea.signs,
     )
 
 
-def _made(
+def _make_from_material(
     lm: LM,
-    made_from: Material,
+    material: Material,
     *,
     tokens: int,
     positions: Positions,
@@ -172,61 +177,61 @@ def _made(
     stage: Stage | None,
     say: Callable[[str], None] | None,
 ) -> Made:
-    if positions not in READ:
+    if positions not in SUPPORTED_POSITIONS:
         raise TrimtabError(
             f"a steering is made for the last prompt token on, or for all tokens, not for {positions}; change its"
             " positions afterwards, with steering.at(…)"
         )
 
-    def at(what: str) -> Callable[[int, int], None] | None:
+    def stage_progress(what: str) -> Callable[[int, int], None] | None:
         if stage is None:
             return None
         stage(what, 0, 1)  # a start: the number of steps isn't known yet
         return lambda done, total: stage(what, done, total)
 
     answering, testing, learning, measuring = STAGES
-    learn_answers = made_from.learn(at(answering) if made_from.writes else None)
-    check_enough(learn_answers, made_from.name)
-    if say is not None and made_from.writes:
+    learn_answers = material.learn(stage_progress(answering) if material.writes else None)
+    check_enough(learn_answers, material.name)
+    if say is not None and material.writes:
         say(
             f"{len(learn_answers.positive) + len(learn_answers.negative)} of {learn_answers.asked} answers show the"
             " difference"
         )
-    held_out = learn_answers.on(made_from.aside)
-    check_enough(held_out, made_from.name, 1)
-    learned = learn_answers.on(
-        {answer.question for answer in (*learn_answers.positive, *learn_answers.negative)} - made_from.aside
+    held_out = learn_answers.for_questions(material.held_out_questions)
+    check_enough(held_out, material.name, 1)
+    learned = learn_answers.for_questions(
+        {answer.question for answer in (*learn_answers.positive, *learn_answers.negative)} - material.held_out_questions
     )
-    test_answers = made_from.test(at(testing) if made_from.writes else None)
-    check_enough(test_answers, made_from.name, LEAST_TESTED)
+    test_answers = material.test(stage_progress(testing) if material.writes else None)
+    check_enough(test_answers, material.name, LEAST_TESTED)
     base = effect(lm, None, test_answers)
-    by_prompt = prompted(lm, test_answers) if made_from.prompted else None
+    by_prompt = prompt_effect(lm, test_answers) if material.prompted else None
     if by_prompt is not None:
         check_prompted(base, by_prompt)  # before the slow part: without this, there would be no verdict in the end
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about doses: trying strengths is the point here
         ranked = candidates(
             lm,
-            made_from.name,
+            material.name,
             learned,
             held_out,
-            trained=made_from.trained,
+            trained=material.trained_candidate,
             positions=positions,
             seed=seed,
-            progress=at(learning),
+            progress=stage_progress(learning),
             say=say,
         )
         chosen = ranked[0]
-        verdict, examples = judged(
-            lm, made_from, chosen.steering, test_answers, base, by_prompt, tokens, seed, at(measuring)
+        verdict, examples = evaluate_steering(
+            lm, material, chosen.steering, test_answers, base, by_prompt, tokens, seed, stage_progress(measuring)
         )
     card = chosen.steering.card
-    how_made = {"idea": made_from.name, "source": made_from.source, "chosen": chosen.name, **made_from.options}
+    how_made = {"idea": material.name, "source": material.source, "chosen": chosen.name, **material.options}
     card = replace(
         card,
-        data=made_from.data or card.data,
+        data=material.data or card.data,
         options={**card.options, **how_made},
         measured={**card.measured, **verdict.as_measured()},
     )
     steering = Steering(chosen.steering.edits, card)
-    return Made(made_from.name, made_from.source, steering, verdict, chosen.name, tuple(ranked), tuple(examples))
+    return Made(material.name, material.source, steering, verdict, chosen.name, tuple(ranked), tuple(examples))

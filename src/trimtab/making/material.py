@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedCandidate:
     """A trained candidate, which takes longest: its name, how it is learned, and the strengths to try.
 
     `learn` is called with the answers, the positions, the seed of their order, a callback for messages, and one for
@@ -29,7 +29,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Heard:
+class FinalPrompt:
     """A prompt that is answered at the end: its name, itself, and a version that produces the wanted answer."""
 
     question: str
@@ -47,11 +47,11 @@ class Material:
         learn: Returns the answers to learn from. Its argument is called with the progress, if the model has to write
             them.
         test: Returns the answers for the verdict, to other questions.
-        aside: Questions among those to learn from that are used for choosing between candidates instead.
+        held_out_questions: Questions among those to learn from that are used for choosing between candidates instead.
         writes: Whether the model writes the answers.
         prompted: Whether a prompt produces the wanted answers, so that a steering can be compared with it.
-        trained: The trained candidate, if any, besides mean differences.
-        heard: The prompts that are answered at the end.
+        trained_candidate: The trained candidate, if any, besides mean differences.
+        final_prompts: The prompts that are answered at the end.
         signs: Words that reliably indicate the behaviour in an answer, if there are any.
         options: Further entries for the card.
         data: A digest of the data, for the card; empty if the model wrote it.
@@ -61,11 +61,11 @@ class Material:
     source: str
     learn: Callable[[Progress | None], Contrasts]
     test: Callable[[Progress | None], Contrasts]
-    aside: frozenset[str]
+    held_out_questions: frozenset[str]
     writes: bool
     prompted: bool
-    trained: Trained | None
-    heard: tuple[Heard, ...]
+    trained_candidate: TrainedCandidate | None
+    final_prompts: tuple[FinalPrompt, ...]
     signs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     data: str = ""

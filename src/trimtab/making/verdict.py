@@ -93,22 +93,22 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """The verdict in words."""
-        yes = "it works" if self.holds else f"none: {self.why_not}"
+        outcome = "it works" if self.holds else f"none: {self.why_not}"
         whose = "the unsteered answers" if self.share is None else "the system prompt's answers"
-        said = [
-            f"verdict: {yes}",
+        text_lines = [
+            f"verdict: {outcome}",
             f"effect: {self._effect}, on {self.questions} questions it hasn't seen; random directions {self._others};"
             f" p = {self.p:.2g}",
             f"cost: {self.loops:.0%} of answers are repetitive ({self._before} {self.loops_before:.0%});"
             f" perplexity {self.perplexity:.2f} times that of {whose}",
         ]
         if self.likelier is not None:
-            said.insert(2, "these pairs have no system prompt, so the steering's share of its effect is unknown")
+            text_lines.insert(2, "these pairs have no system prompt, so the steering's share of its effect is unknown")
         if self.signs:
             plain, *by_prompt, mine = self.signs
             prompted = f"under the system prompt {by_prompt[0]:.0%}, " if by_prompt else ""
-            said.append(f"its words appear in {mine:.0%} of answers ({prompted}unsteered {plain:.0%})")
-        return [*said, f"caution: {self.caution}"] if self.caution else said
+            text_lines.append(f"its words appear in {mine:.0%} of answers ({prompted}unsteered {plain:.0%})")
+        return [*text_lines, f"caution: {self.caution}"] if self.caution else text_lines
 
     def as_measured(self) -> dict[str, Any]:
         if self.likelier is None:

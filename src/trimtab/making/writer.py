@@ -57,16 +57,16 @@ def idea_from_writer(writer: Judge, sentence: str) -> Idea:
 def _read(text: str, sentence: str) -> Idea:
     match = re.search(r"\{.*\}", text, re.DOTALL)
     try:
-        said: Any = json.loads(match[0] if match else text)
+        parsed: Any = json.loads(match[0] if match else text)
     except (ValueError, RecursionError):
         raise TrimtabError("it isn't a JSON object") from None
-    if not isinstance(said, dict):
+    if not isinstance(parsed, dict):
         raise TrimtabError("it isn't a JSON object")
-    lists = {name: _texts(said.get(name), name) for name in ("positive", "negative", "questions")}
+    lists = {name: _texts(parsed.get(name), name) for name in ("positive", "negative", "questions")}
     questions = lists["questions"]
     half = len(questions) // 2
     return Idea(
-        str(said.get("name") or sentence).strip(),
+        str(parsed.get("name") or sentence).strip(),
         lists["positive"],
         lists["negative"],
         questions[:half],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import digest_of, read_each
+from trimtab.learn.activations import digest_of, read_activations
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.inputs import check_lm
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
@@ -75,19 +75,19 @@ def learn_actadd(
     if list(texts[0].ids) == list(texts[1].ids):
         raise TrimtabError(f"{positive!r} and {negative!r} are the same tokens; nothing would be added")
     sites = [Site(layer, "block_input") for layer in chosen]
-    activations = read_each(lm, [texts], sites, progress=progress)
+    activations = read_activations(lm, [texts], sites, progress=progress)
     edits = []
     for site in sites:
         plus, minus = activations[site][0]
         for j, row in enumerate(plus - minus):
             if bool(row.any()):
-                edits.append(Edit(site, Add(row.float()), _at(j, length, align), coefficient))
+                edits.append(Edit(site, Add(row.float()), _positions_at(j, length, align), coefficient))
     options = {"layers": chosen, "positive": positive, "negative": negative, "align": align, "tokens": length}
     card = Card("actadd", lm.identity, digest_of(texts=[positive, negative]), options, versions=versions())
     return Steering(tuple(edits), card)
 
 
-def _at(j: int, length: int, align: Align) -> Positions:
+def _positions_at(j: int, length: int, align: Align) -> Positions:
     if align == "front":
         return Positions.span(j, j + 1)
     return Positions(((Bound(END, j - length), Bound(END, j - length + 1)),))

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from trimtab.engines.transformers.forced import Forcing
+from trimtab.engines.transformers.forced import TeacherForcing
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
 from trimtab.learn.inputs import pairs_for
+from trimtab.learn.parameters import LowRankParameters
 from trimtab.learn.preferences import Plan, Preference, both_logprobs, fit
-from trimtab.learn.trained import Trained
 from trimtab.steering import Card, Steering
 from trimtab.text.pairs import Pairs, as_pairs, digest
 
@@ -82,19 +82,21 @@ def learn_bipo(
     if not beta > 0:
         raise TrimtabError(f"beta scales the log-ratios and is above 0, got {beta}; the paper uses 0.1")
     chosen = check_layers(lm, layers, DEPTH)
-    how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed)
+    descent = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed)
 
-    def objective(run: Forcing, trained: Trained, some: Sequence[Preference], signs: Sequence[float]) -> Tensor:
-        return bipo_loss(run, trained, some, signs, beta)
+    def objective(
+        run: TeacherForcing, parameters: LowRankParameters, some: Sequence[Preference], signs: Sequence[float]
+    ) -> Tensor:
+        return bipo_loss(run, parameters, some, signs, beta)
 
     trained, measured = fit(
         lm,
         pairs,
         chosen,
-        start=lambda scales, widths, device: Trained.start(scales, widths, 0, seed, device),
+        initialize=lambda scales, widths, device: LowRankParameters.initial(scales, widths, 0, seed, device),
         objective=objective,
-        plan=Plan(factors=SIGNS, judged=SIGNS, kept=lambda pair: [pair.positive, pair.negative]),
-        how=how,
+        plan=Plan(factors=SIGNS, evaluation_factors=SIGNS, texts_in_memory=lambda pair: [pair.positive, pair.negative]),
+        descent=descent,
         held_out=held_out,
         progress=progress,
     )
@@ -106,7 +108,7 @@ def learn_bipo(
 
 
 def bipo_loss(
-    run: Forcing, trained: Trained, pairs: Sequence[Preference], signs: Sequence[float], beta: float
+    run: TeacherForcing, trained: LowRankParameters, pairs: Sequence[Preference], signs: Sequence[float], beta: float
 ) -> Tensor:
     """The loss, summed over pairs, each with its own sign d."""
     positive, negative = both_logprobs(run, pairs, trained.changes(), signs)

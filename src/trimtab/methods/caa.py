@@ -22,14 +22,22 @@ from torch import Tensor
 from trimtab.engines.contract import check_length
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
-from trimtab.keywords import keywords, outside
-from trimtab.learn.activations import naming, texts_of
-from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean, read_batches
+from trimtab.keywords import caller_stacklevel, keywords
+from trimtab.learn.activations import error_prefix, texts_of
+from trimtab.learn.contrast import (
+    Progress,
+    TextPair,
+    check_layers,
+    contrast_many,
+    learned_card,
+    mean_over_positions,
+    read_batches,
+)
 from trimtab.learn.estimators import Estimator, as_estimator, estimator_name, mean_difference, unit
 from trimtab.learn.inputs import pairs_for
 from trimtab.learn.moments import PairMembers, PairMoments
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
-from trimtab.text.answers import LAST, ReadAt, as_read_at, ask_side, check_read_at
+from trimtab.text.answers import LAST, ReadAt, as_read_at, check_read_at, side_question
 from trimtab.text.letters import BASE_FORMAT, letter_balance, letter_of
 from trimtab.text.pairs import Pair, Pairs, sides
 
@@ -125,7 +133,7 @@ def learn_behaviours(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Steering]:
-    """Run `learn_caa` for several behaviors, each with its own pairs, in one pass. Shared texts are read once.
+    """Run `learn_caa` for several behaviours, each with its own pairs, in one pass. Shared texts are read once.
 
     For vectors of equal norm at each layer, as in the paper, apply `equalised` to the result.
     """
@@ -133,31 +141,31 @@ def learn_behaviours(
         raise TrimtabError(f"there is no norm {norm!r}; norms: {', '.join(get_args(Norm))}")
     sets = {name: pairs_for(lm, pairs) for name, pairs in behaviours.items()}
     chosen = check_layers(lm, layers, DEPTH)
-    direction = as_estimator(estimator)
+    estimator_function = as_estimator(estimator)
     if not sets:
         raise TrimtabError("there are no behaviours to learn")
     texts = {
         name: answer_texts(lm, pairs, read_at, f" of {name!r}" if len(sets) > 1 else "") for name, pairs in sets.items()
     }
-    keep = PairMoments if direction is mean_difference else PairMembers
-    by_behaviour = contrast_many(lm, texts, chosen, keep=keep, progress=progress)
-    position = Positions.from_last_prompt_token() if positions is None else positions
+    moments_type = PairMoments if estimator_function is mean_difference else PairMembers
+    by_behaviour = contrast_many(lm, texts, chosen, moments_type=moments_type, progress=progress)
+    edit_positions = Positions.from_last_prompt_token() if positions is None else positions
     learned = {}
     for name, moments in by_behaviour.items():
         pairs = sets[name]
-        of = f" of {name!r}" if len(sets) > 1 else ""
+        set_label = f" of {name!r}" if len(sets) > 1 else ""
         letters = pairs[0].shape == "letters"
-        options = {"layers": chosen, "read_at": _where(letters, read_at), "norm": norm}
-        options |= {} if direction is mean_difference else {"estimator": estimator_name(direction)}
+        options = {"layers": chosen, "read_at": _card_read_at(letters, read_at), "norm": norm}
+        options |= {} if estimator_function is mean_difference else {"estimator": estimator_name(estimator_function)}
         options |= {} if positions is None else {"positions": str(positions)}
         card = learned_card(lm, "caa", pairs, moments, options)
         if letters:
             balance = {letter: round(net, 6) for letter, net in letter_balance(pairs).items()}
             card = replace(card, measured={**card.measured, "letter_balance": balance})
-            _warn_of_balance(balance, of)
-        _warn_of_agreement(moments, of)
+            _warn_of_balance(balance, set_label)
+        _warn_of_agreement(moments, set_label)
         edits = tuple(
-            Edit(Site(layer), Add(_direction(moments[layer], direction, norm, layer).float()), position)
+            Edit(Site(layer), Add(_direction(moments[layer], estimator_function, norm, layer).float()), edit_positions)
             for layer in chosen
         )
         learned[name] = Steering(edits, card)
@@ -165,17 +173,17 @@ def learn_behaviours(
 
 
 def equalised(steerings: Mapping[str, Steering]) -> dict[str, Steering]:
-    """Scale the vectors of several behaviors to their average norm at each layer (the paper's normalization).
+    """Scale the vectors of several behaviours to their average norm at each layer (the paper's normalization).
 
-    Directions don't change. Afterwards strength 1 is a shift of the same norm for every behavior; the norm depends on
-    the set of behaviors.
+    Directions don't change. Afterwards strength 1 is a shift of the same norm for every behaviour; the norm depends on
+    the set of behaviours.
 
     Raises `TrimtabError` unless all have one `Add` of strength 1 at each of the same layers, or if a vector is zero.
     """
-    lengths: dict[str, dict[int, float]] = {}
+    norms: dict[str, dict[int, float]] = {}
     for name, steering in steerings.items():
-        lengths[name] = {edit.site.layer: _length(edit, name) for edit in steering.edits}
-        if len(lengths[name]) != len(steering.edits) or set(lengths[name]) != set(next(iter(lengths.values()))):
+        norms[name] = {edit.site.layer: _vector_norm(edit, name) for edit in steering.edits}
+        if len(norms[name]) != len(steering.edits) or set(norms[name]) != set(next(iter(norms.values()))):
             raise TrimtabError(
                 f"behaviours are equalised layer by layer; {name!r} doesn't have exactly one edit at each of the same"
                 " layers"
@@ -186,8 +194,8 @@ def equalised(steerings: Mapping[str, Steering]) -> dict[str, Steering]:
         edits = []
         for edit in steering.edits:
             layer = edit.site.layer
-            mean = sum(of[layer] for of in lengths.values()) / len(lengths)
-            direction = edit.operation.direction.double() * (mean / lengths[name][layer])
+            mean = sum(by_layer[layer] for by_layer in norms.values()) / len(norms)
+            direction = edit.operation.direction.double() * (mean / norms[name][layer])
             edits.append(replace(edit, operation=Add(direction.float())))
         card = replace(steering.card, options={**steering.card.options, "norm": "equalised", "with": together})
         result[name] = Steering(tuple(edits), card)
@@ -209,7 +217,7 @@ def moved(steering: Steering, layer: int) -> Steering:
     return Steering(edits, replace(steering.card, options={**steering.card.options, **moved_from}))
 
 
-def _length(edit: Edit, name: str) -> float:
+def _vector_norm(edit: Edit, name: str) -> float:
     if not isinstance(edit.operation, Add) or edit.operation.keep_norm or edit.strength != 1:
         raise TrimtabError(f"only additions of strength 1 are equalised; {name!r} has {edit}")
     length = float(edit.operation.direction.double().norm())
@@ -219,8 +227,8 @@ def _length(edit: Edit, name: str) -> float:
 
 
 def _direction(moments: PairMoments, estimator: Estimator, norm: Norm, layer: int) -> Tensor:
-    with naming(f"layer {layer}"):
-        direction = moments.estimated(estimator) if isinstance(moments, PairMembers) else moments.difference
+    with error_prefix(f"layer {layer}"):
+        direction = moments.estimate_direction(estimator) if isinstance(moments, PairMembers) else moments.difference
         if norm == "raw":
             return direction
         return unit(direction) * (moments.norm if norm == "relative" else 1.0)
@@ -245,7 +253,7 @@ def _warn_of_agreement(moments: Mapping[int, PairMoments], of: str) -> None:
             f"the {count} pairs{of} barely agree on a direction at layer {at} (less than {limit:.2g} beyond chance);"
             " such a steering tends to have little effect. Use more pairs, more similar ones, or another layer",
             PairsWarning,
-            stacklevel=outside(),
+            stacklevel=caller_stacklevel(),
         )
 
 
@@ -257,41 +265,43 @@ def _warn_of_balance(balance: Mapping[str, float], of: str) -> None:
             f"the letters of the pairs{of} are unbalanced ({listed} per pair): the steering pushes towards a letter"
             " too. Swap the options of some questions",
             PairsWarning,
-            stacklevel=outside(),
+            stacklevel=caller_stacklevel(),
         )
 
 
-def answer_texts(lm: LM, pairs: Sequence[Pair], read_at: str | ReadAt | None = None, of: str = "") -> list[TextPair]:
+def answer_texts(
+    lm: LM, pairs: Sequence[Pair], read_at: str | ReadAt | None = None, set_label: str = ""
+) -> list[TextPair]:
     """The token ids of both sides of each pair, and the positions at which they are read (section 3.1).
 
-    `of` names the pairs in error messages. Raises `TrimtabError` as `learn_caa` does.
+    `set_label` names the pairs in error messages. Raises `TrimtabError` as `learn_caa` does.
     """
     if any(pair.shape == "prompts" for pair in pairs):
         raise TrimtabError("CAA learns from answers or texts; pairs of prompts are for the method instruct")
     texts: list[TextPair] = []
     for number, pair in enumerate(pairs, 1):
-        where = check_read_at(read_at, pair.shape)
+        checked_read_at = check_read_at(read_at, pair.shape)
         if pair.shape == "letters":
-            with naming(f"pair {number}{of}"):
+            with error_prefix(f"pair {number}{set_label}"):
                 texts.append(_at_letters(lm, pair))
         else:
-            texts.append(texts_of(lm, pair, read_at=where or LAST, name=f"pair {number}{of}"))
+            texts.append(texts_of(lm, pair, read_at=checked_read_at or LAST, name=f"pair {number}{set_label}"))
     return texts
 
 
 def _at_letters(lm: LM, pair: Pair) -> TextPair:
     both = sides(pair)
     letters = [letter_of(side.answer) for side in both]
-    questions = [ask_side(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
+    questions = [side_question(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
     positive, negative = (
-        Text(question.answered(letter), [len(question.ids)])
+        Text(question.ids_with_answer(letter), [len(question.ids)])
         for question, letter in zip(questions, letters, strict=True)
     )
     check_length(lm.layout, max(len(text.ids) for text in (positive, negative)), "the question")
     return positive, negative
 
 
-def _where(letters: bool, read_at: str | ReadAt | None) -> str:
+def _card_read_at(letters: bool, read_at: str | ReadAt | None) -> str:
     """The value of `read_at` for the card. The defaults keep their original names, so that files don't change."""
     at = LAST if read_at is None else as_read_at(read_at)
     return "letter" if letters else "last token" if at == LAST else str(at)
@@ -327,5 +337,5 @@ def activations(
     for batch in read_batches(lm, groups, [Site(layer) for layer in chosen], progress):
         for site, members in batch.values.items():
             for g, member in zip(batch.groups, members, strict=True):
-                by_layer[site.layer][g] = torch.cat([mean(text).float() for text in member]).cpu()
+                by_layer[site.layer][g] = torch.cat([mean_over_positions(text).float() for text in member]).cpu()
     return by_layer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import pair_texts, read_each
+from trimtab.learn.activations import pair_texts, read_activations
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import mean_difference, unit
 from trimtab.learn.inputs import pairs_for
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 Over = Literal["wanted", "both"]
-Bound = Literal["floor", "ceiling"]
-FROM, TO = 0.7, 0.85
+BoundKind = Literal["floor", "ceiling"]
+FIRST_DEPTH, LAST_DEPTH = 0.7, 0.85
 """The paper caps blocks 46 to 53 of 64 and 56 to 71 of 80, and finds that a single layer has no useful effect."""
 
 
@@ -46,7 +46,7 @@ def learn_cap(
     *,
     quantile: float = 0.25,
     over: Over = "wanted",
-    bound: Bound = "floor",
+    bound: BoundKind = "floor",
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
@@ -58,7 +58,7 @@ def learn_cap(
     Args:
         lm: The model.
         pairs: Answers or texts: the positive is as wanted, the negative isn't. With `bound="ceiling"`, the positive
-            shows the behavior to limit, and the negative is the wanted one.
+            shows the behaviour to limit, and the negative is the wanted one.
         layers: The blocks to cap after (default: from 0.7 to 0.85 of the depth).
         quantile: The quantile of the projections that becomes the cap, 0 to 1. With a higher one, the cap acts more
             often and moves activations further.
@@ -81,13 +81,13 @@ def learn_cap(
     pairs = pairs_for(lm, pairs)
     _check(pairs, quantile, over, bound)
     sites = [Site(layer) for layer in _layers(lm, layers)]
-    activations = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
+    activations = read_activations(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
     wanted, other = (0, 1) if bound == "floor" else (1, 0)
     edits, measured = [], {}
     for site in sites:
         sides = [[pair[m] for pair in activations[site]] for m in (wanted, other)]
-        v, cap, facts = _cap(sides, quantile, over, site.layer)
-        measured[str(site.layer)] = facts
+        v, cap, card_entries = _fit_cap(sides, quantile, over, site.layer)
+        measured[str(site.layer)] = card_entries
         operation = SetProjection(v, cap, one_sided=True)
         edits.append(Edit(site, operation, positions or Positions.all_but_first()))
     options: dict[str, Any] = {"layers": [site.layer for site in sites], "quantile": quantile, "over": over}
@@ -101,19 +101,19 @@ def _check(pairs: Sequence[Pair], quantile: float, over: str, bound: str) -> Non
         raise TrimtabError(f"a cap is a quantile of many answers, got {len(pairs)} pairs; give two or more")
     if isinstance(quantile, bool) or not isinstance(quantile, (int, float)) or not 0 <= quantile <= 1:
         raise TrimtabError(f"a quantile lies between 0 and 1, got {quantile!r}; the 25th percentile is 0.25")
-    for name, value, known in (("over", over, get_args(Over)), ("bound", bound, get_args(Bound))):
+    for name, value, known in (("over", over, get_args(Over)), ("bound", bound, get_args(BoundKind))):
         if value not in known:
             raise TrimtabError(f"there is no {name} {value!r}; known: {', '.join(known)}")
 
 
 def _layers(lm: LM, layers: int | Sequence[int] | None) -> list[int]:
     if layers is None:
-        first = min(round(FROM * lm.layout.layers), lm.layout.layers - 1)
-        layers = range(first, max(first + 1, round(TO * lm.layout.layers)))
-    return check_layers(lm, layers, FROM)
+        first = min(round(FIRST_DEPTH * lm.layout.layers), lm.layout.layers - 1)
+        layers = range(first, max(first + 1, round(LAST_DEPTH * lm.layout.layers)))
+    return check_layers(lm, layers, FIRST_DEPTH)
 
 
-def _cap(
+def _fit_cap(
     sides: Sequence[Sequence[Tensor]], quantile: float, over: str, layer: int
 ) -> tuple[Tensor, float, dict[str, Any]]:
     """The direction towards the first side `[width]`, the cap, and the entries of the card; texts `[tokens, width]`."""
@@ -122,13 +122,13 @@ def _cap(
         v = unit(mean_difference(wanted, other)).float()
     except TrimtabError as error:
         raise TrimtabError(f"layer {layer}: {error}; use other pairs, or another layer") from None
-    along = [side @ v.double() for side in (wanted, other)]
-    cap = float(torch.quantile(along[0] if over == "wanted" else torch.cat(along), quantile))
-    moved = [float((torch.cat(list(side)) @ v.double() < cap).double().mean()) for side in sides]
-    facts = {
+    projections = [side @ v.double() for side in (wanted, other)]
+    cap = float(torch.quantile(projections[0] if over == "wanted" else torch.cat(projections), quantile))
+    moved_shares = [float((torch.cat(list(side)) @ v.double() < cap).double().mean()) for side in sides]
+    card_entries = {
         "cap": float(f"{cap:.9g}"),
-        "wanted": round(float(along[0].mean()), 6),
-        "other": round(float(along[1].mean()), 6),
-        "moved": {"wanted": round(moved[0], 6), "other": round(moved[1], 6)},
+        "wanted": round(float(projections[0].mean()), 6),
+        "other": round(float(projections[1].mean()), 6),
+        "moved": {"wanted": round(moved_shares[0], 6), "other": round(moved_shares[1], 6)},
     }
-    return v, cap, facts
+    return v, cap, card_entries

@@ -2,10 +2,10 @@
 ICLR 2025, arXiv 2409.05907, section 3.
 
     if f(h_c(prompt)) > theta:        c, theta and f's direction learned from prompts that should open it, and others
-        h_l[t] <- h_l[t] + strength * v[l]        every token, at the behavior's layers
+        h_l[t] <- h_l[t] + strength * v[l]        every token, at the behaviour's layers
     v[l] = first principal component of contrasting answers, each minus its pair's mean
 
-Here, both the condition and the behavior are learned and applied at the outputs of blocks. The released code
+Here, both the condition and the behaviour are learned and applied at the outputs of blocks. The released code
 (github.com/IBM/activation-steering) learns them at the output of block l, but applies them at its *input*, one block
 earlier; `at="input"` does the same.
 """
@@ -21,7 +21,14 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import digest_of, in_two, naming, pair_texts, read_each, read_pooled
+from trimtab.learn.activations import (
+    digest_of,
+    error_prefix,
+    pair_texts,
+    read_activations,
+    read_pooled,
+    split_alternating,
+)
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import mean_difference, pca, unit
 from trimtab.learn.inputs import check_lm, pairs_for
@@ -36,11 +43,11 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
 
 At = Literal["output", "input"]
-AT = ("output", "input")
-ENOUGH = 3
-"""The condition's layer is chosen among those below the behavior if there are at least this many. The first layer alone
-separates worse: on SmolLM2-135M-Instruct, a condition on harmful requests opens for 22 of 100 safe ones there, and for
-13 at the best layer."""
+AT_CHOICES = ("output", "input")
+MIN_LOWER_LAYERS = 3
+"""The condition's layer is chosen among those below the behaviour if there are at least this many. The first layer
+alone separates worse: on SmolLM2-135M-Instruct, a condition on harmful requests opens for 22 of 100 safe ones there,
+and for 13 at the best layer."""
 
 
 @dataclass(frozen=True)
@@ -101,33 +108,39 @@ def learn_condition(
     check_lm(lm)
     if measure not in MEASURES or measure == "probability" or pool not in POOLS:
         raise TrimtabError(f"a condition's measure is one of dot, cosine, ratio, cast, pooled by {', '.join(POOLS)}")
-    fit_on, held_on = in_two(when, "prompts on which to act")
-    fit_off, held_off = in_two(unless, "prompts on which not to")
+    fit_on, held_out_on = split_alternating(when, "prompts on which to act")
+    fit_off, held_out_off = split_alternating(unless, "prompts on which not to")
     chosen = check_layers(lm, range((lm.layout.layers + 1) // 2) if layers is None else layers, 0.5)
     kind = _kind(at)
     readings = [Reading(Site(layer, kind), positions or Positions.all(), pool) for layer in chosen]
-    learned = [replace(reading, site=Site(reading.site.layer)) for reading in readings]
-    on, off = read_pooled(lm, fit_on, learned, progress=progress), read_pooled(lm, fit_off, learned)
-    test_on, test_off = read_pooled(lm, held_on, readings), read_pooled(lm, held_off, readings)
+    learned_readings = [replace(reading, site=Site(reading.site.layer)) for reading in readings]
+    on, off = read_pooled(lm, fit_on, learned_readings, progress=progress), read_pooled(lm, fit_off, learned_readings)
+    test_on, test_off = read_pooled(lm, held_out_on, readings), read_pooled(lm, held_out_off, readings)
     candidates = []
-    for reading, source in zip(readings, learned, strict=True):
-        direction = _condition(on[source], off[source], measure, reading.site.layer).float()
+    for reading, source in zip(readings, learned_readings, strict=True):
+        direction = _condition_direction(on[source], off[source], measure, reading.site.layer).float()
         probe = Threshold(reading.site, direction, 0.0, measure, positions=reading.positions, pool=pool)
         scores = [[probe.value(x) for x in side[reading]] for side in (test_on, test_off)]
         # with ratio and cast, either side may have the larger scores
-        turned = measure in ("ratio", "cast") and sum(scores[0]) / len(held_on) < sum(scores[1]) / len(held_off)
-        if turned:
+        inverted = measure in ("ratio", "cast") and sum(scores[0]) / len(held_out_on) < sum(scores[1]) / len(
+            held_out_off
+        )
+        if inverted:
             scores = [[-score for score in side] for side in scores]
         point, curve = learn_threshold(scores[0], scores[1], by=choice)
         if false_alarms is not None:
-            point = curve.chosen(choice, false_alarms)
-        worth = _worth(
-            point.hits * len(held_on), point.false_alarms * len(held_off), len(held_on), len(held_off), choice
+            point = curve.best_point(choice, false_alarms)
+        choice_score = _choice_score(
+            point.hits * len(held_out_on),
+            point.false_alarms * len(held_out_off),
+            len(held_out_on),
+            len(held_out_off),
+            choice,
         )
-        line = -point.threshold if turned else point.threshold
-        gate = Threshold(reading.site, direction, line, measure, positions=reading.positions, pool=pool)
-        card = {"layer": reading.site.layer, "below": turned, **curve.for_card(point)}
-        candidates.append((round(worth, 12), curve.area, ~gate if turned else gate, card))
+        gate_threshold = -point.threshold if inverted else point.threshold
+        gate = Threshold(reading.site, direction, gate_threshold, measure, positions=reading.positions, pool=pool)
+        card_entries = {"layer": reading.site.layer, "below": inverted, **curve.for_card(point)}
+        candidates.append((round(choice_score, 12), curve.area, ~gate if inverted else gate, card_entries))
     best = max(candidates, key=lambda candidate: candidate[:2])
     return Condition(best[2], best[3])
 
@@ -150,9 +163,9 @@ def learn_cast(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn a behavior from pairs of answers that acts on prompts like `when`, and not on prompts like `unless`.
+    """Learn a behaviour from pairs of answers that acts on prompts like `when`, and not on prompts like `unless`.
 
-    The behavior's direction at each layer is read over all tokens of the answers. It has norm 1, and the edits'
+    The behaviour's direction at each layer is read over all tokens of the answers. It has norm 1, and the edits'
     strength is `coefficient` times the median norm of the activations there (the paper's strengths are in units of the
     residual stream). The condition is learned by `learn_condition`.
 
@@ -161,16 +174,16 @@ def learn_cast(
 
     Args:
         lm: The model.
-        pairs: Answers or texts that differ in the behavior.
+        pairs: Answers or texts that differ in the behaviour.
         layers: Blocks to steer after (default: from 0.3 to 0.5 of the depth).
-        when: Prompts on which the behavior should act.
+        when: Prompts on which the behaviour should act.
         unless: Prompts on which it should not act.
         coefficient: The relative norm of the edits.
-        behaviour: The behavior's direction: `"pca"` (the paper's) or `"mean"`.
+        behaviour: The behaviour's direction: `"pca"` (the paper's) or `"mean"`.
         measure: The condition's measure, as in `Threshold`.
         pool: The condition's pooling, as in `Threshold`.
         choice: How the condition's threshold is chosen, as in `learn_condition`.
-        condition_layer: The condition's layer. By default the best one below all layers of the behavior, so that the
+        condition_layer: The condition's layer. By default the best one below all layers of the behaviour, so that the
             prefill itself decides the gate; if there are fewer than three of these, the best one in the first half of
             the blocks.
         at: `"output"`, or `"input"`: read the condition and add one block earlier than learned, as in the released
@@ -191,13 +204,13 @@ def learn_cast(
         lm, pairs, layers, coefficient=coefficient, behaviour=behaviour, at=at, positions=positions, progress=progress
     )
     chosen = [edit.site.layer for edit in edits]
-    below = range(min(chosen)) if min(chosen) >= ENOUGH else None
-    where = below if condition_layer is None else condition_layer
-    condition = learn_condition(lm, when, unless, where, measure=measure, pool=pool, choice=choice, at=at)
+    lower_layers = range(min(chosen)) if min(chosen) >= MIN_LOWER_LAYERS else None
+    condition_layers = lower_layers if condition_layer is None else condition_layer
+    condition = learn_condition(lm, when, unless, condition_layers, measure=measure, pool=pool, choice=choice, at=at)
     options = {"layers": chosen, "coefficient": coefficient, "behaviour": behaviour, "measure": measure, "pool": pool}
     options |= {} if at == "output" else {"at": at}
-    prompts = {"when": len(when), "unless": len(unless)}
-    measured = {"pairs": len(pairs), **prompts, "activation_norm": norms, "condition": condition.measured}
+    prompt_counts = {"when": len(when), "unless": len(unless)}
+    measured = {"pairs": len(pairs), **prompt_counts, "activation_norm": norms, "condition": condition.measured}
     data = digest_of(pairs=[digest(pairs)], when=list(when), unless=list(unless))
     card = Card("cast", lm.identity, data, {**options, "choice": choice}, measured, versions())
     return Steering(edits, card).when(condition.gate)
@@ -225,26 +238,26 @@ def learn_behaviour(
         count = lm.layout.layers
         layers = range(round(0.3 * count), max(round(0.3 * count) + 1, round(0.5 * count)))
     sites = [Site(layer) for layer in check_layers(lm, layers, 0.4)]
-    activations = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
+    activations = read_activations(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
     edits, norms = [], {}
     for site in sites:
         positive, negative = (torch.stack([pair[m].mean(0) for pair in activations[site]]) for m in (0, 1))
-        with naming(f"layer {site.layer}"):
+        with error_prefix(f"layer {site.layer}"):
             v = unit((pca if behaviour == "pca" else mean_difference)(positive, negative))
         norm = float(torch.cat([x for pair in activations[site] for x in pair]).norm(dim=-1).median())
         norms[str(site.layer)] = round(norm, 6)
-        where = Site(site.layer, _kind(at))
-        edits.append(Edit(where, Add(v.float()), positions or Positions.all(), coefficient * norm))
+        edit_site = Site(site.layer, _kind(at))
+        edits.append(Edit(edit_site, Add(v.float()), positions or Positions.all(), coefficient * norm))
     return tuple(edits), norms
 
 
 def _kind(at: str) -> str:
-    if at not in AT:
-        raise TrimtabError(f"a condition and a behaviour act at a block's {' or '.join(AT)}, got {at!r}")
+    if at not in AT_CHOICES:
+        raise TrimtabError(f"a condition and a behaviour act at a block's {' or '.join(AT_CHOICES)}, got {at!r}")
     return "residual" if at == "output" else "block_input"
 
 
-def _condition(on: Tensor, off: Tensor, measure: str, layer: int) -> Tensor:
+def _condition_direction(on: Tensor, off: Tensor, measure: str, layer: int) -> Tensor:
     try:
         if measure in ("dot", "cosine"):
             return unit(on.mean(0) - off.mean(0))
@@ -254,5 +267,5 @@ def _condition(on: Tensor, off: Tensor, measure: str, layer: int) -> Tensor:
         raise TrimtabError(f"layer {layer}: the two kinds of prompts don't differ there") from None
 
 
-def _worth(hits: float, alarms: float, on: int, off: int, choice: str) -> float:
+def _choice_score(hits: float, alarms: float, on: int, off: int, choice: str) -> float:
     return hits / on - alarms / off if choice == "youden" else 2 * hits / (hits + alarms + on)

@@ -24,17 +24,17 @@ import torch
 from torch import Tensor
 
 from trimtab.data import queries as packaged_queries
-from trimtab.engines.transformers.forced import Forced, Forcing, forcing, passes
+from trimtab.engines.transformers.forced import PromptAnswer, TeacherForcing, group_by_pass, teacher_forcing
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
-from trimtab.learn.descent import Course, Descent, descend
+from trimtab.learn.descent import Descent, DescentHistory, descend
 from trimtab.learn.inputs import check_lm
-from trimtab.learn.own_answers import Answers, Check, Lesson, own_answers
+from trimtab.learn.own_answers import Answers, Check, Lesson, generate_own_answers
+from trimtab.learn.parameters import LowRankParameters, SiteParameters, initial_parameters, states_at
 from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 from trimtab.learn.teachers import Teacher
-from trimtab.learn.trained import Part, Trained, begin, states_at
 from trimtab.steering import Card, Site, Steering
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ CLOSED_TOKENS = 4096
 class _Example:
     """An answer after the student's prompt, and the teacher's distributions at its tokens."""
 
-    text: Forced
+    text: PromptAnswer
     targets: Targets
 
 
@@ -117,13 +117,21 @@ def learn_distill(
     """
     check_lm(lm, "training")
     teacher = _teacher(teacher, instruction, system)
-    how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK)
-    plan = _plan(lm, layers, fit, rank, how, with_prompt)
+    descent = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK)
+    plan = _plan(lm, layers, fit, rank, descent, with_prompt)
     distinct = list(dict.fromkeys(packaged_queries("learn", more=True) if queries is None else queries))
-    work = _Work(progress, len(distinct), 0 if fit == "closed" else steps)
-    answers = own_answers(lm, teacher, distinct, check=check, tokens=tokens, progress=work.answers)
-    more = {"tokens": tokens, "queries": len(distinct)}
-    return _learned(lm, answers, distinct, plan, work, _Said(say), {**_said(teacher), **more, **(options or {})})
+    phases = _PhaseProgress(progress, len(distinct), 0 if fit == "closed" else steps)
+    answers = generate_own_answers(lm, teacher, distinct, check=check, tokens=tokens, progress=phases.answers)
+    data_options = {"tokens": tokens, "queries": len(distinct)}
+    return _learn(
+        lm,
+        answers,
+        distinct,
+        plan,
+        phases,
+        _StatusMessages(say),
+        {**_teacher_options(teacher), **data_options, **(options or {})},
+    )
 
 
 def learn_from_answers(
@@ -159,9 +167,11 @@ def learn_from_answers(
         lm, layers, fit, rank, Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK), with_prompt
     )
     queries = list(dict.fromkeys(lesson.query for lesson in answers.lessons))
-    work = _Work(progress, len(queries), 0 if fit == "closed" else steps)
-    work.answers(1, 1)
-    return _learned(lm, answers, queries, plan, work, _Said(say), {"queries": len(queries), **(options or {})})
+    phases = _PhaseProgress(progress, len(queries), 0 if fit == "closed" else steps)
+    phases.answers(1, 1)
+    return _learn(
+        lm, answers, queries, plan, phases, _StatusMessages(say), {"queries": len(queries), **(options or {})}
+    )
 
 
 @dataclass(frozen=True)
@@ -171,13 +181,13 @@ class _Plan:
     layers: tuple[int, ...]
     fit: str
     rank: int
-    how: Descent
+    descent: Descent
     with_prompt: float
 
     @property
     def options(self) -> dict[str, Any]:
         """The settings for the card."""
-        how = self.how
+        how = self.descent
         descends = {"steps": how.steps, "rate": how.rate, "with_prompt": self.with_prompt, "max_dose": how.max_dose}
         return {
             "layers": list(self.layers),
@@ -202,28 +212,28 @@ def _plan(
     return _Plan(tuple(check_layers(lm, _layers(lm, layers, closed), 0)), fit, rank, how, with_prompt)
 
 
-def _learned(
+def _learn(
     lm: LM,
     answers: Answers,
     queries: Sequence[str],
     plan: _Plan,
-    work: _Work,
-    said: _Said,
+    phases: _PhaseProgress,
+    messages: _StatusMessages,
     options: Mapping[str, Any],
 ) -> Steering:
     """The steering that is fitted to these answers, and its card."""
-    said.answers(answers, len(queries))
-    fitted = _fitted(lm, answers, queries, plan, work, said)
-    work.finish()
+    messages.answers(answers, len(queries))
+    fit_result = _fit_answers(lm, answers, queries, plan, phases, messages)
+    phases.finish()
     card = Card(
         method="distill",
         model=lm.identity,
         data=_digest(answers.lessons),
         options={**options, **plan.options},
-        measured=_measured(answers, fitted),
+        measured=_measured(answers, fit_result),
         versions=versions(),
     )
-    return Steering(fitted.trained.edits(), card)
+    return Steering(fit_result.trained.edits(), card)
 
 
 # ---- training data -----------------------------------------------------------------------------------------
@@ -263,7 +273,7 @@ def _examples(
     generator = torch.Generator().manual_seed(seed)
     sees = set(torch.randperm(len(lessons), generator=generator)[:count].tolist())
     return [
-        _Example(Forced(lesson.instructed if i in sees else lesson.plain, lesson.answer), targets[lesson])
+        _Example(PromptAnswer(lesson.instructed if i in sees else lesson.plain, lesson.answer), targets[lesson])
         for i, lesson in enumerate(lessons)
     ]
 
@@ -272,62 +282,62 @@ def _examples(
 
 
 @dataclass(frozen=True)
-class _Fitted:
+class _FitResult:
     """The result of a fit: the divergence on held-out queries before and after, and a closed form's explained share."""
 
-    trained: Trained
+    trained: LowRankParameters
     before: float
     after: float
-    course: Course
+    history: DescentHistory
     explained: Mapping[Site, float]
 
 
-def _fitted(
+def _fit_answers(
     lm: LM,
     answers: Answers,
     queries: Sequence[str],
     plan: _Plan,
-    work: _Work,
-    said: _Said,
-) -> _Fitted:
+    phases: _PhaseProgress,
+    messages: _StatusMessages,
+) -> _FitResult:
     """The fit to these answers."""
-    fit, rank, how = plan.fit, plan.rank, plan.how
+    fit, rank, descent = plan.fit, plan.rank, plan.descent
     held_out, lessons = _split(answers.lessons, queries)
     sites = [Site(layer) for layer in plan.layers]
-    helping = {edit.site for lesson in answers.lessons if lesson.help is not None for edit in lesson.help.edits}
-    with forcing(lm.model, lm.layout, [*sites, *helping]) as run:
-        targets = dict(zip(answers.lessons, soft_targets(run, answers.lessons, work.targets), strict=True))
-        aside = _examples(held_out, targets, 0.0, how.seed)
-        before = _mean(run, Trained({}), aside)
+    help_sites = {edit.site for lesson in answers.lessons if lesson.help is not None for edit in lesson.help.edits}
+    with teacher_forcing(lm.model, lm.layout, [*sites, *help_sites]) as run:
+        targets = dict(zip(answers.lessons, soft_targets(run, answers.lessons, phases.targets), strict=True))
+        held_out_examples = _examples(held_out, targets, 0.0, descent.seed)
+        before = _mean_loss(run, LowRankParameters({}), held_out_examples)
         explained: dict[Site, float] = {}
-        texts = [Forced(lesson.plain, lesson.answer) for lesson in lessons]
-        rows = rank if fit == "gradient" else 0
-        trained = begin(
+        texts = [PromptAnswer(lesson.plain, lesson.answer) for lesson in lessons]
+        map_rank = rank if fit == "gradient" else 0
+        parameters = initial_parameters(
             lm.layout,
             run,
             sites,
             texts,
-            lambda scales, widths, device: Trained.start(scales, widths, rows, how.seed, device),
+            lambda scales, widths, device: LowRankParameters.initial(scales, widths, map_rank, descent.seed, device),
         )
         if fit != "gradient":
-            trained, explained = _closed(run, trained, lessons, rank)
-            trained.cap(how.max_dose)
-        course = Course()
+            parameters, explained = _fit_closed_form(run, parameters, lessons, rank)
+            parameters.cap(descent.max_dose)
+        history = DescentHistory()
         if fit != "closed":
-            trained, course = descend(
+            parameters, history = descend(
                 run,
-                trained.moving(),
-                _examples(lessons, targets, plan.with_prompt, how.seed),
-                aside,
+                parameters.trainable_copy(),
+                _examples(lessons, targets, plan.with_prompt, descent.seed),
+                held_out_examples,
                 _loss,
-                how,
-                groups=lambda some: passes(run.model, [example.text for example in some]),
-                report=partial(_report, work, said),
+                descent,
+                group_examples=lambda some: group_by_pass(run.model, [example.text for example in some]),
+                report=partial(_report, phases, messages),
             )
-        return _Fitted(trained, before, _mean(run, trained, aside), course, explained)
+        return _FitResult(parameters, before, _mean_loss(run, parameters, held_out_examples), history, explained)
 
 
-def _loss(run: Forcing, trained: Trained, some: Sequence[_Example]) -> Tensor:
+def _loss(run: TeacherForcing, trained: LowRankParameters, some: Sequence[_Example]) -> Tensor:
     """The divergence from the teacher: the mean over an answer's tokens, summed over answers."""
     logits = run.logits([example.text for example in some], trained.changes())
     return torch.stack(
@@ -336,28 +346,30 @@ def _loss(run: Forcing, trained: Trained, some: Sequence[_Example]) -> Tensor:
 
 
 @torch.no_grad()
-def _mean(run: Forcing, trained: Trained, some: Sequence[_Example]) -> float:
-    groups = passes(run.model, [example.text for example in some])
+def _mean_loss(run: TeacherForcing, trained: LowRankParameters, some: Sequence[_Example]) -> float:
+    groups = group_by_pass(run.model, [example.text for example in some])
     total = sum(float(_loss(run, trained, [some[i] for i in numbers])) for numbers in groups)
     return total / len(some) if some else float("nan")
 
 
 @torch.no_grad()
-def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int) -> tuple[Trained, dict[Site, float]]:
+def _fit_closed_form(
+    run: TeacherForcing, parameters: LowRankParameters, lessons: Sequence[Lesson], rank: int
+) -> tuple[LowRankParameters, dict[Site, float]]:
     """The closed-form fit, block by block: the prompt's effect on activations that the earlier edits have changed."""
-    chosen = _up_to(lessons, CLOSED_TOKENS)
-    instructed = [Forced(lesson.instructed, lesson.answer) for lesson in chosen]
-    plain = [Forced(lesson.plain, lesson.answer) for lesson in chosen]
-    sites = sorted(trained.parts)
-    wanted = {site: torch.cat(rows) for site, rows in states_at(run, instructed, {}, sites).items()}
-    parts: dict[Site, Part] = {}
+    subset = _subset_of_lessons(lessons, CLOSED_TOKENS)
+    instructed = [PromptAnswer(lesson.instructed, lesson.answer) for lesson in subset]
+    plain = [PromptAnswer(lesson.plain, lesson.answer) for lesson in subset]
+    sites = sorted(parameters.by_site)
+    target_states = {site: torch.cat(rows) for site, rows in states_at(run, instructed, {}, sites).items()}
+    parts: dict[Site, SiteParameters] = {}
     explained = {}
 
     def fit(site: Site, x: Tensor) -> Tensor:
-        reduced = reduced_rank(x.float(), wanted.pop(site).float() - x.float(), rank)
-        scale = trained.parts[site].scale
+        reduced = reduced_rank(x.float(), target_states.pop(site).float() - x.float(), rank)
+        scale = parameters.by_site[site].scale
         tensors = (reduced.vector / scale, reduced.read * scale, reduced.write / scale)
-        parts[site] = Part(scale, *(tensor.to(x.device) for tensor in tensors))
+        parts[site] = SiteParameters(scale, *(tensor.to(x.device) for tensor in tensors))
         explained[site] = reduced.explained
         return parts[site].change(1.0, x)
 
@@ -366,11 +378,11 @@ def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int
         fit(sites[-1], torch.cat(last[sites[-1]]))
     else:
         for site in sites:
-            fit(site, torch.cat(states_at(run, plain, Trained(parts).changes(), [site])[site]))
-    return Trained(parts), explained
+            fit(site, torch.cat(states_at(run, plain, LowRankParameters(parts).changes(), [site])[site]))
+    return LowRankParameters(parts), explained
 
 
-def _up_to(lessons: Sequence[Lesson], tokens: int) -> list[Lesson]:
+def _subset_of_lessons(lessons: Sequence[Lesson], tokens: int) -> list[Lesson]:
     """An evenly spaced subset of the lessons with about this many answer tokens in total; at least one."""
     each = sum(len(lesson.answer) for lesson in lessons) / len(lessons)
     count = max(1, min(len(lessons), int(tokens / each)))
@@ -381,7 +393,7 @@ def _up_to(lessons: Sequence[Lesson], tokens: int) -> list[Lesson]:
 
 
 @dataclass
-class _Work:
+class _PhaseProgress:
     """One progress counter for three phases: generating answers, the teacher's targets, gradient descent."""
 
     progress: Progress | None
@@ -411,7 +423,7 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Said:
+class _StatusMessages:
     """Messages about the progress, if there is a callback."""
 
     say: Callable[[str], None] | None
@@ -420,7 +432,8 @@ class _Said:
         if self.say is not None:
             count = len(answers.lessons)
             self.say(
-                f"{answers.answered} of {queries} queries have an answer that follows the prompt; {count} answers kept"
+                f"{answers.answered_count} of {queries} queries have an answer that follows the prompt; {count}"
+                " answers kept"
             )
 
     def step(self, done: int, total: int, words: str) -> None:
@@ -428,12 +441,12 @@ class _Said:
             self.say(f"step {done} of {total}: {words}")
 
 
-def _report(work: _Work, said: _Said, done: int, total: int, words: str) -> None:
+def _report(work: _PhaseProgress, said: _StatusMessages, done: int, total: int, words: str) -> None:
     work.descent(done, total)
     said.step(done, total, words)
 
 
-def _said(teacher: Teacher) -> dict[str, Any]:
+def _teacher_options(teacher: Teacher) -> dict[str, Any]:
     """A description of the teacher for the card."""
     described: dict[str, Any] = {}
     if teacher.instruction:
@@ -448,20 +461,20 @@ def _said(teacher: Teacher) -> dict[str, Any]:
     return {**described, **({"times": teacher.times} if teacher.times > 1 else {})}
 
 
-def _measured(answers: Answers, fitted: _Fitted) -> dict[str, Any]:
+def _measured(answers: Answers, fit_result: _FitResult) -> dict[str, Any]:
     """The measurements for the card; divergences are in nats per token, on held-out queries."""
-    explained = {str(site.layer): round(value, 6) for site, value in fitted.explained.items()}
-    course = fitted.course
+    explained = {str(site.layer): round(value, 6) for site, value in fit_result.explained.items()}
+    history = fit_result.history
     return {
         "answers": len(answers.lessons),
-        "answered": answers.answered,
-        "tries": [asdict(attempt) for attempt in answers.tries],
-        "divergence_before": round(fitted.before, 6),
-        "divergence_after": round(fitted.after, 6),
-        "doses": {str(site.layer): round(dose, 6) for site, dose in fitted.trained.doses().items()},
+        "answered": answers.answered_count,
+        "tries": [asdict(attempt) for attempt in answers.attempts],
+        "divergence_before": round(fit_result.before, 6),
+        "divergence_after": round(fit_result.after, 6),
+        "doses": {str(site.layer): round(dose, 6) for site, dose in fit_result.trained.doses().items()},
         **({"explained": explained} if explained else {}),
-        **({"steps": course.steps, "best_step": course.best_step} if course.steps else {}),
-        **({"interrupted": True} if course.interrupted else {}),
+        **({"steps": history.steps, "best_step": history.best_step} if history.steps else {}),
+        **({"interrupted": True} if history.interrupted else {}),
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import pair_texts, read_each
+from trimtab.learn.activations import pair_texts, read_activations
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.inputs import pairs_for
 from trimtab.steering import Card, Edit, Positions, Rotate, RotatePredicted, Site, Steering
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Turn = Literal["predicted", "fixed", "reflect"]
 TURNS = ("predicted", "fixed", "reflect")
-RATE, BATCH, WARM_UP = 5e-4, 16, 0.05
+RATE, BATCH, WARM_UP_SHARE = 5e-4, 16, 0.05
 HELD_OUT = 5
 """One in this many pairs is held out, for the probes' accuracy."""
 RIDGE = 1e-3
@@ -92,27 +92,27 @@ def learn_hpr(
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0.5)
     sites = [Site(layer) for layer in chosen]
     groups = [_aligned(*group) for group in pair_texts(lm, pairs, suffix=True)]
-    activations = read_each(lm, groups, sites, progress=progress)
-    held = [i for i in range(len(pairs)) if i % HELD_OUT == HELD_OUT - 1] or [len(pairs) - 1]
-    fitted = [i for i in range(len(pairs)) if i not in set(held)]
+    activations = read_activations(lm, groups, sites, progress=progress)
+    held_out = [i for i in range(len(pairs)) if i % HELD_OUT == HELD_OUT - 1] or [len(pairs) - 1]
+    fit_indices = [i for i in range(len(pairs)) if i not in set(held_out)]
     probes, accuracy = {}, {}
     for site in sites:
-        plus, minus = (torch.cat([activations[site][i][m] for i in fitted]) for m in (0, 1))
+        plus, minus = (torch.cat([activations[site][i][m] for i in fit_indices]) for m in (0, 1))
         probes[site] = fit_probe(plus, minus)
-        right = [torch.cat([activations[site][i][m] for i in held]) @ probes[site] for m in (0, 1)]
-        accuracy[site] = float(torch.cat([right[0] > 0, right[1] < 0]).double().mean())
+        held_out_projections = [torch.cat([activations[site][i][m] for i in held_out]) @ probes[site] for m in (0, 1)]
+        accuracy[site] = float(torch.cat([held_out_projections[0] > 0, held_out_projections[1] < 0]).double().mean())
     best = sorted(sorted(sites, key=lambda site: (-accuracy[site], site))[:keep])
     edits, angles = [], {}
     for site in best:
         plus, minus = (torch.cat([activations[site][i][m] for i in range(len(pairs))]) for m in (0, 1))
         u = probes[site].float()
-        between = angle_between(minus, plus)
-        angles[str(site.layer)] = round(float(between.mean()), 6)
+        pair_angles = angle_between(minus, plus)
+        angles[str(site.layer)] = round(float(pair_angles.mean()), 6)
         operation: Rotate | RotatePredicted
         if turn == "predicted":
-            operation = RotatePredicted(u, fit_angles(minus, between, epochs=epochs, seed=seed))
+            operation = RotatePredicted(u, fit_angles(minus, pair_angles, epochs=epochs, seed=seed))
         else:
-            operation = Rotate(u, None if turn == "reflect" else float(between.mean()))
+            operation = Rotate(u, None if turn == "reflect" else float(pair_angles.mean()))
         edits.append(Edit(site, operation, positions or Positions.from_last_prompt_token(), alpha))
     options = {"layers": chosen, "keep": keep, "turn": turn, "alpha": alpha, "epochs": epochs, "seed": seed}
     accuracies = {str(site.layer): round(value, 6) for site, value in accuracy.items()}
@@ -171,7 +171,7 @@ def fit_angles(x: Tensor, angles: Tensor, *, epochs: int = 5, seed: int = 0) -> 
     weights = torch.cat(parts).requires_grad_()
     solver = torch.optim.AdamW([weights], lr=RATE)
     steps = epochs * math.ceil(len(x) / BATCH)
-    warm = max(1, round(WARM_UP * steps))
+    warm = max(1, round(WARM_UP_SHARE * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(solver, lambda step: min(1.0, (step + 1) / warm))
     for _ in range(epochs):
         for batch in torch.randperm(len(x), generator=generator).split(BATCH):

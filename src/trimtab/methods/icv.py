@@ -14,7 +14,7 @@ import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import pair_texts, read_each
+from trimtab.learn.activations import pair_texts, read_activations
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import ESTIMATORS, Estimator, as_estimator, estimate, estimator_name, mean_difference
 from trimtab.learn.inputs import pairs_for
@@ -65,16 +65,16 @@ def learn_icv(
         TrimtabError: There are no pairs, other shapes, unknown layers or options, or texts that don't differ.
     """
     pairs = pairs_for(lm, pairs)
-    share = as_estimator(estimator, KNOWN)
+    estimator_function = as_estimator(estimator, KNOWN)
     if site not in ("mlp", "residual"):
         raise TrimtabError(f"ICV acts at the sites mlp and residual; got {site}")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0.5)
     sites = [Site(layer) for layer in chosen]
-    activations = read_each(lm, pair_texts(lm, pairs), sites, progress=progress)
+    activations = read_activations(lm, pair_texts(lm, pairs), sites, progress=progress)
     positive, negative = (
         torch.cat([torch.cat([pair[m] for pair in activations[each_site]]) for each_site in sites], 1) for m in (0, 1)
     )
-    vector = estimate(share, positive, negative).view(len(chosen), -1)  # [layers, width]
+    vector = estimate(estimator_function, positive, negative).view(len(chosen), -1)  # [layers, width]
     edits = []
     for layer, v in zip(chosen, vector, strict=True):
         norm = float(v.norm())

@@ -83,21 +83,25 @@ def learn_inferaligner(
         count = lm.layout.layers
         layers = range(count // 3, max(count // 3 + 1, 2 * count // 3))
     chosen = check_layers(lm, layers, 0.5)
-    own = {layer: Reading(Site(layer)) for layer in chosen}
-    meant = read_pooled(lm, harmful, list(own.values()), progress=progress)
-    others = read_pooled(lm, harmless, list(own.values()))
+    readings = {layer: Reading(Site(layer)) for layer in chosen}
+    harmful_activations = read_pooled(lm, harmful, list(readings.values()), progress=progress)
+    harmless_activations = read_pooled(lm, harmless, list(readings.values()))
     if guide is None:
-        theta = {layer: _difference(meant[r], others[r], layer) for layer, r in own.items()}
+        theta = {
+            layer: _difference(harmful_activations[r], harmless_activations[r], layer) for layer, r in readings.items()
+        }
     else:
-        high, low = (read_pooled(guide, side, list(own.values())) for side in (harmful, harmless))
-        theta = {layer: _difference(high[r], low[r], layer) for layer, r in own.items()}
-    gates, cards, areas = {}, {}, {}
-    for layer, reading in own.items():
-        s = unit(_difference(meant[reading], others[reading], layer)).float()
-        scores = [(x @ s.double()).tolist() for x in (meant[reading], others[reading])]
+        guide_harmful, guide_harmless = (
+            read_pooled(guide, side, list(readings.values())) for side in (harmful, harmless)
+        )
+        theta = {layer: _difference(guide_harmful[r], guide_harmless[r], layer) for layer, r in readings.items()}
+    gates, curve_entries, areas = {}, {}, {}
+    for layer, reading in readings.items():
+        s = unit(_difference(harmful_activations[reading], harmless_activations[reading], layer)).float()
+        scores = [(x @ s.double()).tolist() for x in (harmful_activations[reading], harmless_activations[reading])]
         point, curve = learn_threshold(scores[0], scores[1], by=threshold)
         gates[layer] = Threshold(reading.site, s, point.threshold)
-        cards[str(layer)], areas[layer] = curve.for_card(point), curve.area
+        curve_entries[str(layer)], areas[layer] = curve.for_card(point), curve.area
     best = max(chosen, key=lambda layer: areas[layer])
     edits = tuple(
         Edit(
@@ -112,7 +116,7 @@ def learn_inferaligner(
     options: dict[str, Any] = {"layers": chosen, "alpha": alpha, "gate": gate, "threshold": threshold}
     if guide is not None:
         options["guide"] = {"name": guide.identity.name, "fingerprint": guide.identity.fingerprint}
-    measured = {"harmful": len(harmful), "harmless": len(harmless), "gates": cards, "best_gate": best}
+    measured = {"harmful": len(harmful), "harmless": len(harmless), "gates": curve_entries, "best_gate": best}
     data = digest_of(harmful=list(harmful), harmless=list(harmless))
     return Steering(edits, Card("inferaligner", lm.identity, data, options, measured, versions()))
 
@@ -121,15 +125,16 @@ def check_guide(lm: LM, guide: LM | None) -> None:
     """Raise `TrimtabError` unless the guide has the model's width, number of layers and vocabulary."""
     if guide is None:
         return
-    for what, mine, theirs in (
+    for property_name, model_value, guide_value in (
         ("width", lm.layout.width, guide.layout.width),
         ("number of layers", lm.layout.layers, guide.layout.layers),
         ("vocabulary", lm.tokenizer.get_vocab(), guide.tokenizer.get_vocab()),
     ):
-        if mine != theirs:
-            shown = "" if isinstance(mine, dict) else f" ({theirs} instead of {mine})"
+        if model_value != guide_value:
+            shown = "" if isinstance(model_value, dict) else f" ({guide_value} instead of {model_value})"
             raise TrimtabError(
-                f"{guide.name} can't guide {lm.name}: they differ in {what}{shown}; a guide is a sibling of its target"
+                f"{guide.name} can't guide {lm.name}: they differ in {property_name}{shown}; a guide is a sibling of"
+                " its target"
             )
 
 

@@ -18,7 +18,7 @@ from trimtab.engines.contract import check_length
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import naming
+from trimtab.learn.activations import error_prefix
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast, contrast_many, learned_card
 from trimtab.learn.inputs import pairs_for
 from trimtab.learn.moments import PairMoments
@@ -161,8 +161,10 @@ def steering_from(
             f"no activations were read at layer {missing[0]}; the layers that were read are"
             f" {', '.join(map(str, sorted(moments)))}"
         )
-    where = POSITIONS[operation] if positions is None else positions
-    edits = tuple(Edit(Site(layer), OPERATIONS[operation](moments[layer], one_sided), where) for layer in chosen)
+    edit_positions = POSITIONS[operation] if positions is None else positions
+    edits = tuple(
+        Edit(Site(layer), OPERATIONS[operation](moments[layer], one_sided), edit_positions) for layer in chosen
+    )
     card = Card("instruct") if card is None else card
     measured = {
         name: {layer: value for layer, value in figures.items() if int(layer) in chosen}
@@ -170,8 +172,8 @@ def steering_from(
         else figures
         for name, figures in {**card.measured, **_measured(moments, operation)}.items()
     }
-    does = {"layers": chosen, "operation": operation, **({"one_sided": True} if one_sided else {})}
-    return Steering(edits, replace(card, options={**card.options, **does}, measured=measured))
+    edit_options = {"layers": chosen, "operation": operation, **({"one_sided": True} if one_sided else {})}
+    return Steering(edits, replace(card, options={**card.options, **edit_options}, measured=measured))
 
 
 @keywords
@@ -225,7 +227,7 @@ def prompt_texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
     for number, both in enumerate(prompts, 1):
         for side in both:
             if side not in encoded:  # many instructions share a query
-                with naming(f"pair {number}"):
+                with error_prefix(f"pair {number}"):
                     encoded[side] = encode_prompt(lm.tokenizer, side)
                     check_length(lm.layout, len(encoded[side]), "the prompt")
     texts = {side: Text(ids, [len(ids) - 1]) for side, ids in encoded.items()}

@@ -87,22 +87,22 @@ def learn_iti(
     )
     if isinstance(heads, bool) or not isinstance(heads, int) or not 1 <= heads <= len(ranked):
         raise TrimtabError(f"heads is a whole number from 1 to {len(ranked)} (all heads), got {heads!r}")
-    chosen = ranked[:heads]
-    size = head_size(lm.layout, chosen[0].layer)
+    chosen_heads = ranked[:heads]
+    size = head_size(lm.layout, chosen_heads[0].layer)
     edits = []
-    for layer in sorted({head.layer for head in chosen}):
+    for layer in sorted({head.layer for head in chosen_heads}):
         push = torch.zeros(query_heads(lm.layout), size, dtype=torch.float64)
-        for head in chosen:
+        for head in chosen_heads:
             if head.layer == layer:
                 push[head.head] = head.sigma * head.direction
-        where = positions or Positions.from_last_prompt_token()
-        edits.append(Edit(Site(layer, "heads"), Add(push.flatten().float()), where, alpha))
+        edit_positions = positions or Positions.from_last_prompt_token()
+        edits.append(Edit(Site(layer, "heads"), Add(push.flatten().float()), edit_positions, alpha))
     options: dict[str, Any] = {
         "heads": heads, "alpha": alpha, "direction": direction, "validation": validation, "seed": seed,
     }  # fmt: skip
     measured = {
         "pairs": len(pairs),
-        "heads": [[h.layer, h.head, round(h.accuracy, 6), round(h.sigma, 6)] for h in chosen],
+        "heads": [[h.layer, h.head, round(h.accuracy, 6), round(h.sigma, 6)] for h in chosen_heads],
     }
     return Steering(tuple(edits), Card("iti", lm.identity, digest(pairs), options, measured, versions()))
 
@@ -126,27 +126,27 @@ def rank_heads(
     if direction not in ("mean", "probe"):
         raise TrimtabError(f"unknown direction {direction!r}; directions: mean, probe")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
-    fitted, held = split(pairs, validation, seed)
+    fit_indices, held_out = split(pairs, validation, seed)
     lm.check_sites([Site(layer, "heads") for layer in chosen])
     groups = answer_texts(lm, pairs)
-    x = _read(lm, groups, chosen, progress)  # {layer: [pairs, 2, heads, size]}
-    others: dict[int, Tensor] = {}
+    by_layer = _read(lm, groups, chosen, progress)  # {layer: [pairs, 2, heads, size]}
+    bank_activations: dict[int, Tensor] = {}
     if bank is not None:
         texts = [lm.encode(prompt) for prompt in bank]
-        others = _read(lm, [[Text(ids, [len(ids) - 1])] for ids in texts], chosen, None)
+        bank_activations = _read(lm, [[Text(ids, [len(ids) - 1])] for ids in texts], chosen, None)
     heads = []
     for layer in chosen:
-        members = x[layer]
-        train = members[fitted].flatten(0, 1).transpose(0, 1)  # [heads, 2 n, size]
-        test = members[held].flatten(0, 1).transpose(0, 1)
-        weight, bias = logistic(train, torch.tensor([1, 0]).repeat(len(fitted)))
-        says = (test @ weight[..., None])[..., 0] + bias[:, None] > 0
-        accuracy = (says == torch.tensor([True, False]).repeat(len(held))).double().mean(-1)
-        means = members[:, 0].mean(0) - members[:, 1].mean(0) if direction == "mean" else weight
-        norms = means.norm(dim=-1, keepdim=True)
-        unit = torch.where(norms > 0, means / norms.clamp_min(1e-300), 0)
-        spread = others.get(layer, members).flatten(0, 1)  # [texts, heads, size]
-        sigma = (spread * unit).sum(-1).std(0, correction=0)
+        members = by_layer[layer]
+        train = members[fit_indices].flatten(0, 1).transpose(0, 1)  # [heads, 2 n, size]
+        test = members[held_out].flatten(0, 1).transpose(0, 1)
+        weight, bias = logistic(train, torch.tensor([1, 0]).repeat(len(fit_indices)))
+        predictions = (test @ weight[..., None])[..., 0] + bias[:, None] > 0
+        accuracy = (predictions == torch.tensor([True, False]).repeat(len(held_out))).double().mean(-1)
+        directions = members[:, 0].mean(0) - members[:, 1].mean(0) if direction == "mean" else weight
+        norms = directions.norm(dim=-1, keepdim=True)
+        unit = torch.where(norms > 0, directions / norms.clamp_min(1e-300), 0)
+        reference_activations = bank_activations.get(layer, members).flatten(0, 1)  # [texts, heads, size]
+        sigma = (reference_activations * unit).sum(-1).std(0, correction=0)
         heads += [Head(layer, h, float(accuracy[h]), unit[h], float(sigma[h])) for h in range(query_heads(lm.layout))]
     return sorted(heads, key=lambda head: (-head.accuracy, head.layer, head.head))
 
@@ -165,11 +165,11 @@ def split(pairs: Sequence[Pair], validation: float = 0.2, seed: int = 0) -> tupl
         raise TrimtabError(
             f"heads are ranked on questions that probes haven't seen; got {len(questions)}, which is too few"
         )
-    order = list(questions.values())
-    random.Random(seed).shuffle(order)
-    count = min(max(1, round(validation * len(order))), len(order) - 1)
-    held = sorted(i for group in order[:count] for i in group)
-    return sorted(i for group in order[count:] for i in group), held
+    question_groups = list(questions.values())
+    random.Random(seed).shuffle(question_groups)
+    count = min(max(1, round(validation * len(question_groups))), len(question_groups) - 1)
+    held_out = sorted(i for group in question_groups[:count] for i in group)
+    return sorted(i for group in question_groups[count:] for i in group), held_out
 
 
 def _read(

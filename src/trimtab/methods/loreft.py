@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.forced import Forcing
+from trimtab.engines.transformers.forced import TeacherForcing
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
 from trimtab.learn.inputs import pairs_for
+from trimtab.learn.parameters import ParameterSet, nonzero_sites
 from trimtab.learn.preferences import Plan, Preference, answers_logprobs, fit
-from trimtab.learn.trained import Parts, having_length
 from trimtab.steering import Card, ReadWrite, Site, Steering
 from trimtab.text.pairs import Pairs, as_pairs, digest
 
@@ -42,7 +42,7 @@ MAX_DOSE = 1.0
 
 
 @dataclass(frozen=True)
-class Rotated:
+class RotationParameters:
     """The parameters at one site: `h + Rᵀ (W h + b - R h)`, in units of the activations there.
 
     `scale` is the root mean square of an activation's elements at the site, and d is the width. `rotation` is √d R and
@@ -60,29 +60,29 @@ class Rotated:
         return self.rotation, self.source, self.bias
 
     @property
-    def root(self) -> float:
+    def sqrt_width(self) -> float:
         return math.sqrt(self.rotation.shape[1])
 
     def change(self, factor: float, x: Tensor) -> Tensor:
         """The change of activations `[tokens, width]`, times `factor`."""
-        read = (self.source - self.rotation) / self.root
-        rotated = x.float() @ read.T + self.scale * self.root * self.bias
-        return factor * rotated @ self.rotation / self.root
+        read = (self.source - self.rotation) / self.sqrt_width
+        rotated = x.float() @ read.T + self.scale * self.sqrt_width * self.bias
+        return factor * rotated @ self.rotation / self.sqrt_width
 
     def operation(self) -> ReadWrite:
         """The equivalent operation: it reads along W - R, with the bias b, and writes along R."""
         rotation, source, bias = (tensor.detach().double().cpu() for tensor in self.tensors)
-        read, bias = (source - rotation) / self.root, self.scale * self.root * bias
-        return ReadWrite(read.float(), (rotation / self.root).float(), bias.float())
+        read, bias = (source - rotation) / self.sqrt_width, self.scale * self.sqrt_width * bias
+        return ReadWrite(read.float(), (rotation / self.sqrt_width).float(), bias.float())
 
 
-class Rotations(Parts[Rotated]):
+class RotationParameterSet(ParameterSet[RotationParameters]):
     """The parameters of all sites."""
 
     @classmethod
-    def start(
+    def initial(
         cls, scales: Mapping[Site, float], widths: Mapping[Site, int], rank: int, seed: int, device: torch.device
-    ) -> Rotations:
+    ) -> RotationParameterSet:
         """The initial parameters: random R, W = R and b = 0, which change nothing.
 
         Args:
@@ -97,19 +97,21 @@ class Rotations(Parts[Rotated]):
         """
         generator = torch.Generator().manual_seed(seed)
         parts = {}
-        for site in having_length(scales):
+        for site in nonzero_sites(scales):
             if rank > widths[site]:
                 raise TrimtabError(f"the rank is {rank}, and activations at {site} are only {widths[site]} wide")
             rotation = orthonormal(torch.randn(rank, widths[site], generator=generator)) * math.sqrt(widths[site])
             tensors = (rotation, rotation.clone(), torch.zeros(rank))
-            parts[site] = Rotated(scales[site], *(tensor.float().to(device).requires_grad_() for tensor in tensors))
+            parts[site] = RotationParameters(
+                scales[site], *(tensor.float().to(device).requires_grad_() for tensor in tensors)
+            )
         return cls(parts)
 
     @torch.no_grad()
     def cap(self, dose: float) -> None:
         """Make the rows of R orthonormal again, and clamp b to `dose` times the norm of the typical activation."""
-        for part in self.parts.values():
-            part.rotation.copy_(orthonormal(part.rotation) * part.root)
+        for part in self.by_site.values():
+            part.rotation.copy_(orthonormal(part.rotation) * part.sqrt_width)
             part.bias.clamp_(-dose, dose)
 
 
@@ -154,24 +156,26 @@ def learn_loreft(
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise TrimtabError(f"the rank is a whole number, 1 or more, got {rank!r}")
     chosen = check_layers(lm, _layers(lm) if layers is None else layers, DEPTHS[0])
-    trained, measured = fit(
+    parameters, measured = fit(
         lm,
         pairs,
         chosen,
-        start=lambda scales, widths, device: Rotations.start(scales, widths, rank, seed, device),
+        initialize=lambda scales, widths, device: RotationParameterSet.initial(scales, widths, rank, seed, device),
         objective=loreft_loss,
-        plan=Plan(factors=(1.0,), judged=(1.0,), kept=lambda pair: [pair.positive]),
-        how=Descent(steps=steps, rate=rate, max_dose=MAX_DOSE, seed=seed),
+        plan=Plan(factors=(1.0,), evaluation_factors=(1.0,), texts_in_memory=lambda pair: [pair.positive]),
+        descent=Descent(steps=steps, rate=rate, max_dose=MAX_DOSE, seed=seed),
         held_out=held_out,
         progress=progress,
     )
     options = {"layers": chosen, "rank": rank, "steps": steps, "rate": rate, "seed": seed}
     data = digest([*pairs, *(held_out or ())])
     card = Card("loreft", lm.identity, data, options, measured, versions())
-    return Steering(trained.edits(), card)
+    return Steering(parameters.edits(), card)
 
 
-def loreft_loss(run: Forcing, trained: Rotations, pairs: Sequence[Preference], factors: Sequence[float]) -> Tensor:
+def loreft_loss(
+    run: TeacherForcing, trained: RotationParameterSet, pairs: Sequence[Preference], factors: Sequence[float]
+) -> Tensor:
     """The cross-entropy of the positive answers: the mean over an answer's tokens, summed over pairs."""
     texts = [pair.positive for pair in pairs]
     totals = answers_logprobs(run, texts, trained.changes(), factors)

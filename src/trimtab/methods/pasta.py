@@ -71,8 +71,8 @@ def pasta(
     layers = score_layers(lm.layout) if heads is None else sorted(heads)
     parts = []
     for layer in layers:
-        chosen = tuple(heads[layer]) if isinstance(heads, Mapping) else None
-        parts.append(emphasis(BiasScores(bias, chosen, outside=True), spans, [layer], "pasta"))
+        chosen_heads = tuple(heads[layer]) if isinstance(heads, Mapping) else None
+        parts.append(emphasis(BiasScores(bias, chosen_heads, outside=True), spans, [layer], "pasta"))
     if not parts:
         raise TrimtabError("PASTA needs heads to steer; give {layer: [heads]}, layers, or None for all")
     return Steering(tuple(edit for part in parts for edit in part.edits), parts[0].card)

@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.plugins import METHODS, Plugin, loaded, plugin, plugins
+from trimtab.plugins import METHODS, Plugin, find_plugin, find_plugins, load_plugins
 
 KINDS = ("str", "int", "float", "bool", "pairs", "texts", "positions", "steering")
 TAKES = ("pairs", "texts", "nothing")
@@ -97,14 +97,14 @@ def own_recipes() -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in OWN}
 
 
-def recipe_named(name: str) -> Recipe | None:
+def find_recipe(name: str) -> Recipe | None:
     """The recipe of that name, of trimtab or another distribution; `None` if there is none. Imports no other recipe.
 
     Raises:
         TrimtabError: Two methods have that name, or the recipe can't be loaded.
     """
     own = own_recipes()
-    installed = plugin(METHODS, name, own)
+    installed = find_plugin(METHODS, name, own)
     return own.get(name) if installed is None else _recipe_of(installed)
 
 
@@ -117,13 +117,13 @@ def recipes() -> dict[str, Recipe]:
         TrimtabError: Two methods have the same name.
     """
     own = own_recipes()
-    return own | loaded(plugins(METHODS, own), _recipe_of)
+    return own | load_plugins(find_plugins(METHODS, own), _recipe_of)
 
 
 def _recipe_of(entry: Plugin) -> Recipe:
     recipe = entry.load()
     if not isinstance(recipe, Recipe):
-        raise entry.broken(f"it isn't a Recipe(…), but a {type(recipe).__name__}")
+        raise entry.load_error(f"it isn't a Recipe(…), but a {type(recipe).__name__}")
     if recipe.name != entry.name:
-        raise entry.broken(f"its recipe is called {recipe.name!r}, and its entry point {entry.name!r}")
+        raise entry.load_error(f"its recipe is called {recipe.name!r}, and its entry point {entry.name!r}")
     return replace(recipe, distribution=entry.distribution)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.keywords import keywords, outside
-from trimtab.learn.activations import naming, pair_texts, read_each
+from trimtab.keywords import caller_stacklevel, keywords
+from trimtab.learn.activations import error_prefix, pair_texts, read_activations
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import (
     ESTIMATORS,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 Control = Literal["add", "sign"]
-APART = 0.5
+MIN_COSINE = 0.5
 """If a principal component's cosine with the mean difference is below this, it isn't the pairs' common direction but a
 noisier one (which happens with weak contrasts)."""
 
@@ -103,13 +103,15 @@ def learn_repe(
         layers = range(count // 3, max(count // 3 + 1, 2 * count // 3))
     chosen = check_layers(lm, layers, 0.5)
     sites = [Site(layer) for layer in chosen]
-    at = as_read_at(read_at)
-    activations = read_each(lm, pair_texts(lm, pairs, read_at=at), sites, pooled=True, progress=progress)
+    checked_read_at = as_read_at(read_at)
+    activations = read_activations(
+        lm, pair_texts(lm, pairs, read_at=checked_read_at), sites, pooled=True, progress=progress
+    )
     edits, cosines, norms = [], {}, {}
     for site in sites:
         positive = torch.cat([plus for plus, _ in activations[site]])
         negative = torch.cat([minus for _, minus in activations[site]])
-        with naming(f"layer {site.layer}"):
+        with error_prefix(f"layer {site.layer}"):
             v = unit(estimate(estimator, positive, negative))
             cosines[str(site.layer)] = round(float(v @ unit(mean_difference(positive, negative))), 6)
         norm = float(torch.cat([positive, negative]).norm(dim=-1).mean())
@@ -117,12 +119,12 @@ def learn_repe(
         add = Add(v.float(), keep_norm=keep_norm) if control == "add" else None
         operation = add or AddScaled(v.float(), by="sign", keep_norm=keep_norm)
         edits.append(Edit(site, operation, positions or Positions.all(), coefficient * norm))
-    if far := [layer for layer, cosine in cosines.items() if abs(cosine) < APART]:
+    if far := [layer for layer, cosine in cosines.items() if abs(cosine) < MIN_COSINE]:
         warnings.warn(
             f"the direction read by {estimator_name(reader, readers)} at layer {', '.join(far)} isn't the pairs' mean"
             " difference; use more pairs, or reader cluster-mean",
             ReaderWarning,
-            stacklevel=outside(),
+            stacklevel=caller_stacklevel(),
         )
     options: dict[str, Any] = {
         "layers": chosen,
@@ -131,7 +133,9 @@ def learn_repe(
         "coefficient": coefficient,
         "seed": seed,
     }
-    options |= {} if at == LAST else {"read_at": str(at)}  # so that the files of the default don't change
+    options |= (
+        {} if checked_read_at == LAST else {"read_at": str(checked_read_at)}
+    )  # so that the files of the default don't change
     measured = {"pairs": len(pairs), "cosine_to_mean_difference": cosines, "activation_norm": norms}
     card = Card("repe", lm.identity, digest(pairs), options, measured, versions())
     return Steering(tuple(edits), card)

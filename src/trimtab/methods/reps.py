@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from trimtab.engines.transformers.forced import Change, Forcing
+from trimtab.engines.transformers.forced import Change, TeacherForcing
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
 from trimtab.learn.inputs import pairs_for
+from trimtab.learn.parameters import LowRankParameters
 from trimtab.learn.preferences import Plan, Preference, both_logprobs, fit
-from trimtab.learn.trained import Trained
 from trimtab.steering import Add, Card, Edit, SetProjection, Site, Steering
 from trimtab.text.pairs import Pairs, as_pairs, digest
 
@@ -45,7 +45,7 @@ DEPTH = 0.4
 """AxBench, the paper's benchmark, steers Gemma 2 2B at layers 10 and 20 of 26."""
 FACTORS = tuple(round(0.2 * k, 1) for k in range(1, 11))
 """The paper's 2, 4, …, 20 divided by 10."""
-FIRST = 0.05
+INITIAL_NORM = 0.05
 """The initial norm of the vector, relative to the typical activation. It isn't zero, since null needs a direction."""
 
 
@@ -93,22 +93,28 @@ def learn_reps(
     if not strengths or not all(factor > 0 and math.isfinite(factor) for factor in strengths):
         raise TrimtabError(f"factors are strengths above 0, at least one, got {list(factors)}; (1.0,) is strength 1")
     chosen = check_layers(lm, layers, DEPTH)
-    trained, measured = fit(
+    parameters, measured = fit(
         lm,
         pairs,
         chosen,
-        start=lambda scales, widths, device: _start(Trained.start(scales, widths, 0, seed, device), seed),
+        initialize=lambda scales, widths, device: _randomize(
+            LowRankParameters.initial(scales, widths, 0, seed, device), seed
+        ),
         objective=reps_loss,
-        plan=Plan(factors=strengths, judged=(1.0,), kept=lambda pair: 2 * [pair.positive, pair.negative]),
-        how=Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed),
+        plan=Plan(
+            factors=strengths,
+            evaluation_factors=(1.0,),
+            texts_in_memory=lambda pair: 2 * [pair.positive, pair.negative],
+        ),
+        descent=Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed),
         held_out=held_out,
         progress=progress,
     )
     options = {"layers": chosen, "factors": list(strengths), "steps": steps, "rate": rate, "max_dose": max_dose}
-    doses = {str(site.layer): round(dose, 6) for site, dose in trained.doses().items()}
+    doses = {str(site.layer): round(dose, 6) for site, dose in parameters.doses().items()}
     data = digest([*pairs, *(held_out or ())])
     card = Card("reps", lm.identity, data, {**options, "seed": seed}, {**measured, "doses": doses}, versions())
-    return Steering(trained.edits(), card)
+    return Steering(parameters.edits(), card)
 
 
 def nulled(steering: Steering) -> Steering:
@@ -138,7 +144,9 @@ def nulled(steering: Steering) -> Steering:
     return replace(steering, edits=tuple(edits), card=card)
 
 
-def reps_loss(run: Forcing, trained: Trained, pairs: Sequence[Preference], factors: Sequence[float]) -> Tensor:
+def reps_loss(
+    run: TeacherForcing, trained: LowRankParameters, pairs: Sequence[Preference], factors: Sequence[float]
+) -> Tensor:
     """The objective, summed over pairs, each steered with its own factor."""
     positive, negative = both_logprobs(run, pairs, trained.changes(), factors)
     device = positive.device
@@ -146,13 +154,13 @@ def reps_loss(run: Forcing, trained: Trained, pairs: Sequence[Preference], facto
     long_negative = torch.tensor([len(pair.negative.answer) for pair in pairs], device=device)
     ahead = torch.tensor([pair.reference[0] - pair.reference[1] for pair in pairs], device=device)
     plus = (-ahead).clamp(min=1) * positive / long_positive - negative / long_negative
-    positive, negative = both_logprobs(run, pairs, _nulling(trained))
+    positive, negative = both_logprobs(run, pairs, _null_changes(trained))
     minus = ahead.clamp(min=1) * negative / long_negative - positive / long_positive
     return -(logsigmoid(plus) + logsigmoid(minus)).sum()
 
 
-def _nulling(trained: Trained) -> dict[Site, Change]:
-    return {site: partial(_null, part.vector) for site, part in trained.parts.items()}
+def _null_changes(trained: LowRankParameters) -> dict[Site, Change]:
+    return {site: partial(_null, part.vector) for site, part in trained.by_site.items()}
 
 
 def _null(vector: Tensor, x: Tensor) -> Tensor:
@@ -162,10 +170,10 @@ def _null(vector: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _start(trained: Trained, seed: int) -> Trained:
+def _randomize(trained: LowRankParameters, seed: int) -> LowRankParameters:
     """A short vector in a random direction at each site."""
     generator = torch.Generator().manual_seed(seed)
-    for site in sorted(trained.parts):
-        vector = trained.parts[site].vector
-        vector.copy_(FIRST * torch.randn(len(vector), generator=generator))
+    for site in sorted(trained.by_site):
+        vector = trained.by_site[site].vector
+        vector.copy_(INITIAL_NORM * torch.randn(len(vector), generator=generator))
     return trained

@@ -34,8 +34,8 @@ from trimtab.text.pairs import Pair, Pairs, digest
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-KINDS = {"heads": "heads", "neurons": "neurons", "act_fn": "act_fn", "hidden": "mlp"}
-USUAL = {"heads": 8, "neurons": 100, "act_fn": 100, "hidden": 10}
+SITE_KINDS = {"heads": "heads", "neurons": "neurons", "act_fn": "act_fn", "hidden": "mlp"}
+DEFAULT_COUNTS = {"heads": 8, "neurons": 100, "act_fn": 100, "hidden": 10}
 """Our defaults. The paper takes the best value per task: of 1 to 10 heads, 3 to 500 neurons, 1 to 20 elements."""
 
 Score = Literal["norm", "signed", "absolute"]
@@ -92,10 +92,10 @@ def learn_sadi(
     pairs = pairs_for(lm, pairs)
     _check_mode(operation, mode, positions)
     differences = read_differences(lm, pairs, layers, site=site, progress=progress)
-    wanted = USUAL.get(site, 1) if k is None else k
-    masks = choose(lm, differences, k=wanted, score=score)
+    count = DEFAULT_COUNTS.get(site, 1) if k is None else k
+    masks = choose(lm, differences, k=count, score=score)
     edits = edits_of(differences, masks, delta=delta, operation=operation, mode=mode, positions=positions)
-    options = {"site": site, "k": wanted, "delta": delta, "score": score, "operation": operation}
+    options = {"site": site, "k": count, "delta": delta, "score": score, "operation": operation}
     options |= {} if mode == "live" else {"mode": mode}
     measured = {"pairs": len(pairs), "chosen": _chosen(lm, masks)}
     card = Card("sadi", lm.identity, digest(pairs), options, measured, versions())
@@ -145,12 +145,12 @@ def read_differences(
 ) -> dict[Site, Tensor]:
     """The mean difference of the pairs' sides, `[width of the site]`, at each layer (default: all), float64."""
     pairs = pairs_for(lm, pairs)
-    if site not in KINDS:
-        raise TrimtabError(f"unknown site {site!r}; sites: {', '.join(KINDS)}")
+    if site not in SITE_KINDS:
+        raise TrimtabError(f"unknown site {site!r}; sites: {', '.join(SITE_KINDS)}")
     if not pairs:
         raise TrimtabError("there are no pairs to learn from")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
-    return differences_at(lm, pairs, [Site(layer, KINDS[site]) for layer in chosen], progress=progress)
+    return differences_at(lm, pairs, [Site(layer, SITE_KINDS[site]) for layer in chosen], progress=progress)
 
 
 def differences_at(
@@ -180,12 +180,12 @@ def choose(lm: LM, differences: dict[Site, Tensor], *, k: int, score: Score = "n
     if score not in get_args(Score):
         raise TrimtabError(f"unknown score {score!r}; scores: {', '.join(get_args(Score))}")
     sites = sorted(differences)
-    scores = [_scores(lm, where, differences[where], score) for where in sites]
-    together = torch.cat(scores)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(together):
-        raise TrimtabError(f"k is a whole number from 1 to {len(together)} (all elements), got {k!r}")
-    best = torch.zeros(len(together))
-    best[torch.sort(together, descending=True, stable=True).indices[:k]] = 1
+    scores = [_scores(lm, site, differences[site], score) for site in sites]
+    all_scores = torch.cat(scores)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(all_scores):
+        raise TrimtabError(f"k is a whole number from 1 to {len(all_scores)} (all elements), got {k!r}")
+    best = torch.zeros(len(all_scores))
+    best[torch.sort(all_scores, descending=True, stable=True).indices[:k]] = 1
     masks = {}
     for where, part in zip(sites, best.split([len(site_scores) for site_scores in scores]), strict=True):
         if bool(part.any()):

@@ -115,7 +115,7 @@ def learn_safety(
         positions=positions,
         progress=progress,
     )
-    opens, condition = _gate(lm, harmful, harmless, gate, choice or "youden", false_alarms)
+    prompt_gate, gate_entries = _gate(lm, harmful, harmless, gate, choice or "youden", false_alarms)
     options: dict[str, Any] = {
         "layers": [edit.site.layer for edit in edits],
         "direction": direction,
@@ -124,9 +124,9 @@ def learn_safety(
     }
     options |= {"choice": choice or "youden"} if gate == "cast" else {}
     options |= {} if false_alarms is None else {"false_alarms": false_alarms}
-    measured = {"harmful": len(harmful), "harmless": len(harmless), "condition": condition}
+    measured = {"harmful": len(harmful), "harmless": len(harmless), "condition": gate_entries}
     data = digest_of(harmful=list(harmful), harmless=list(harmless))
-    return Steering(edits, Card("safety", lm.identity, data, options, measured, versions())).when(opens)
+    return Steering(edits, Card("safety", lm.identity, data, options, measured, versions())).when(prompt_gate)
 
 
 def _gate(
@@ -158,11 +158,11 @@ def refusal(
         raise TrimtabError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
     if requests < 1:
         raise TrimtabError(f"answers are read from 1 request or more, got {requests}")
-    where = positions or Positions.from_last_prompt_token()
+    edit_positions = positions or Positions.from_last_prompt_token()
     if direction == "answers":
-        pairs = _answered(harmful[:requests], harmless[:requests])
+        pairs = _refusal_pairs(harmful[:requests], harmless[:requests])
         edits, _ = learn_behaviour(
-            lm, pairs, layers, coefficient=coefficient, behaviour="mean", positions=where, progress=progress
+            lm, pairs, layers, coefficient=coefficient, behaviour="mean", positions=edit_positions, progress=progress
         )
         return edits
     if layers is None:
@@ -170,18 +170,18 @@ def refusal(
         layers = range(round(0.3 * count), max(round(0.3 * count) + 1, round(0.5 * count)))
     readings = [Reading(Site(layer)) for layer in check_layers(lm, layers, 0.4)]
     on, off = read_pooled(lm, harmful, readings, progress=progress), read_pooled(lm, harmless, readings)
-    added = []
+    prompt_edits = []
     for reading in readings:
         try:
             v = unit(on[reading].mean(0) - off[reading].mean(0))
         except TrimtabError:
             raise TrimtabError(f"layer {reading.site.layer}: the two kinds of requests don't differ there") from None
         norm = float(on[reading].norm(dim=-1).median())
-        added.append(Edit(reading.site, Add(v.float()), where, coefficient * norm))
-    return tuple(added)
+        prompt_edits.append(Edit(reading.site, Add(v.float()), edit_positions, coefficient * norm))
+    return tuple(prompt_edits)
 
 
-def _answered(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Pair]:
+def _refusal_pairs(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Pair]:
     """Each request with a refusing answer (positive) and a complying one; harmful and harmless requests alternate."""
     mixed = [prompt for both in zip_longest(harmful, harmless) for prompt in both if prompt is not None]
     if odd := [prompt for prompt in mixed if not isinstance(prompt, str)]:

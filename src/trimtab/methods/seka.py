@@ -105,33 +105,41 @@ def learn_seka(
         TrimtabError: There are fewer than two examples, or a share is out of range.
         UnsupportedError: The model's keys can't be steered.
     """
-    highlighted = highlights() if examples is None else list(examples)
-    if len(highlighted) < 2:
-        raise TrimtabError(f"SEKA learns from two examples or more, got {len(highlighted)}")
+    example_list = highlights() if examples is None else list(examples)
+    if len(example_list) < 2:
+        raise TrimtabError(f"SEKA learns from two examples or more, got {len(example_list)}")
     for name, value in (("share", share), ("heads", heads)):
         if not 0 < value <= 1:
             raise TrimtabError(f"{name} is a share above 0, of 1 at most, got {value!r}")
     chosen = check_layers(lm, score_layers(lm.layout) if layers is None else layers, 0)
-    counts = {layer: keys_of(lm.layout, Site(layer, "keys")).heads for layer in chosen}
-    read = _keys(lm, highlighted, [Site(layer, "keys") for layer in chosen], progress)
-    members = {site: _by_head(keys, counts[site.layer]) for site, keys in read.items()}
-    moved = {(site, head): _moved(*head_keys) for site, each in members.items() for head, head_keys in enumerate(each)}
-    most = set(sorted(moved, key=lambda place: (-moved[place], place))[: math.ceil(heads * len(moved))])
+    head_counts = {layer: keys_of(lm.layout, Site(layer, "keys")).heads for layer in chosen}
+    keys_by_site = _keys(lm, example_list, [Site(layer, "keys") for layer in chosen], progress)
+    keys_by_head = {site: _by_head(keys, head_counts[site.layer]) for site, keys in keys_by_site.items()}
+    key_shifts = {
+        (site, head): _key_shift(*head_keys)
+        for site, site_keys in keys_by_head.items()
+        for head, head_keys in enumerate(site_keys)
+    }
+    edited_heads = set(
+        sorted(key_shifts, key=lambda place: (-key_shifts[place], place))[: math.ceil(heads * len(key_shifts))]
+    )
     edits = []
-    for site, each in members.items():
+    for site, each in keys_by_head.items():
         maps = []
-        for head, (plain, with_one, with_other) in enumerate(each):
-            projection = positive * _first(plain, with_one, share) + negative * _rest(plain, with_other, share)
-            maps.append(projection / 2 if (site, head) in most else torch.zeros_like(projection))
+        for head, (plain, with_relevant, with_irrelevant) in enumerate(each):
+            projection = positive * _leading_projection(plain, with_relevant, share) + negative * _remaining_projection(
+                plain, with_irrelevant, share
+            )
+            maps.append(projection / 2 if (site, head) in edited_heads else torch.zeros_like(projection))
         operation = as_read_write(maps)
         if operation.rank:
             edits.append(Edit(site, operation, Positions.prompt()))
     options = {"positive": positive, "negative": negative, "share": share, "heads": heads}
     measured = {
-        "examples": len(highlighted),
-        "moved": {f"{s.layer}.{head}": round(x, 4) for (s, head), x in moved.items()},
+        "examples": len(example_list),
+        "moved": {f"{s.layer}.{head}": round(x, 4) for (s, head), x in key_shifts.items()},
     }
-    digest = hashlib.sha256(repr(highlighted).encode()).hexdigest()
+    digest = hashlib.sha256(repr(example_list).encode()).hexdigest()
     return Steering(tuple(edits), Card("seka", lm.identity, digest, options, measured, versions()))
 
 
@@ -185,24 +193,24 @@ def as_read_write(maps: Sequence[Tensor]) -> ReadWrite:
     return ReadWrite(torch.stack(read).float(), torch.stack(write).float())
 
 
-def _moved(plain: Tensor, with_one: Tensor, with_other: Tensor) -> float:
+def _key_shift(plain: Tensor, with_one: Tensor, with_other: Tensor) -> float:
     """The mean distance between keys `[keys, size]` after the two questions, relative to the mean norm of the keys."""
     return float((with_one - with_other).norm(dim=-1).mean() / plain.norm(dim=-1).mean())
 
 
-def _first(plain: Tensor, other: Tensor, share: float) -> Tensor:
+def _leading_projection(plain: Tensor, other: Tensor, share: float) -> Tensor:
     """The projection `[size, size]` on the leading left singular vectors of `plain.T @ other`, both `[keys, size]`."""
-    vectors, count = _directions(plain, other, share)
+    vectors, count = _singular_vectors(plain, other, share)
     return vectors[:, :count] @ vectors[:, :count].T
 
 
-def _rest(plain: Tensor, other: Tensor, share: float) -> Tensor:
+def _remaining_projection(plain: Tensor, other: Tensor, share: float) -> Tensor:
     """The projection on the remaining singular vectors."""
-    vectors, count = _directions(plain, other, share)
+    vectors, count = _singular_vectors(plain, other, share)
     return vectors[:, count:] @ vectors[:, count:].T
 
 
-def _directions(plain: Tensor, other: Tensor, share: float) -> tuple[Tensor, int]:
+def _singular_vectors(plain: Tensor, other: Tensor, share: float) -> tuple[Tensor, int]:
     vectors, sizes, _ = torch.linalg.svd(plain.T @ other / len(plain))
     held = (sizes / sizes.sum()).cumsum(0)
     return vectors, min(int((held < share - 1e-12).sum()) + 1, len(sizes))
@@ -247,9 +255,9 @@ def _texts(lm: LM, example: Highlight) -> list[Text]:
         )
     first = max(start for start, _ in spans)
     texts = []
-    for own, (start, stop) in zip(ids, spans, strict=True):
-        lead = 1 if lm.bos_token_id is not None and own[0] == lm.bos_token_id else 0
-        filled = [*own[:lead], *(fill * (first - start)), *own[lead:]]
+    for text_ids, (start, stop) in zip(ids, spans, strict=True):
+        lead = 1 if lm.bos_token_id is not None and text_ids[0] == lm.bos_token_id else 0
+        filled = [*text_ids[:lead], *(fill * (first - start)), *text_ids[lead:]]
         texts.append(Text(filled, list(range(first, first + stop - start))))
     return texts
 

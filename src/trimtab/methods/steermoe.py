@@ -1,4 +1,4 @@
-"""SteerMoE: activate or deactivate the experts that a behavior is routed to (Fayyaz et al., 2025, arXiv 2509.09660).
+"""SteerMoE: activate or deactivate the experts that a behaviour is routed to (Fayyaz et al., 2025, arXiv 2509.09660).
 
 For each expert e of each layer, over the tokens of the positive and of the negative answers,
 
@@ -30,7 +30,7 @@ from trimtab.text.pairs import digest
 if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
-SHOWN = 6
+DIGITS = 6
 """The number of digits of a risk difference in the card."""
 
 
@@ -51,10 +51,10 @@ def learn_steermoe(
 
     Args:
         lm: A mixture of experts, on the transformers engine.
-        pairs: Answers or texts: the positive shows the behavior, the negative its opposite.
+        pairs: Answers or texts: the positive shows the behaviour, the negative its opposite.
         layers: The layers whose experts are candidates (default: every layer with a router).
         promote: The number of experts to promote, over all layers (default: the number of layers with a router). Per
-            layer it is limited to the number of experts per token. The paper tunes it for each model and behavior.
+            layer it is limited to the number of experts per token. The paper tunes it for each model and behaviour.
         demote: The number of experts to demote (default: the same).
         margin: The distance of a promoted expert's logit above the largest logit, and of a demoted one's below the
             smallest.
@@ -73,39 +73,41 @@ def learn_steermoe(
     """
     pairs = pairs_for(lm, pairs)
     sites = _routers(lm, layers)
-    wanted = _counts(promote, demote, len(sites))
-    at = as_read_at(read_at)
-    texts = pair_texts(lm, pairs, read_at=at)
-    used = {site: [torch.zeros(0), torch.zeros(0)] for site in sites}
-    tokens, most = [0, 0], dict.fromkeys(sites, 0)
+    expert_limits = _counts(promote, demote, len(sites))
+    checked_read_at = as_read_at(read_at)
+    texts = pair_texts(lm, pairs, read_at=checked_read_at)
+    route_counts = {site: [torch.zeros(0), torch.zeros(0)] for site in sites}
+    tokens, experts_per_token = [0, 0], dict.fromkeys(sites, 0)
     for batch in read_batches(lm, texts, sites, progress):
         for site in sites:
             for group in batch.values[site]:
                 for side, logits in enumerate(group):
-                    chosen = chosen_experts(lm.layout, site.layer, logits)  # type: ignore[arg-type]
-                    counts = chosen.double().sum(0)
-                    used[site][side] = counts if not len(used[site][side]) else used[site][side] + counts
-                    most[site] = int(chosen.sum(1).max())
+                    selected_experts = chosen_experts(lm.layout, site.layer, logits)  # type: ignore[arg-type]
+                    counts = selected_experts.double().sum(0)
+                    route_counts[site][side] = (
+                        counts if not len(route_counts[site][side]) else route_counts[site][side] + counts
+                    )
+                    experts_per_token[site] = int(selected_experts.sum(1).max())
                     tokens[side] += len(logits) if site == sites[0] else 0
-    risk = {site: used[site][0] / tokens[0] - used[site][1] / tokens[1] for site in sites}
-    promoted, demoted = _choose(risk, most, *wanted)
+    risk = {site: route_counts[site][0] / tokens[0] - route_counts[site][1] / tokens[1] for site in sites}
+    promoted, demoted = _choose(risk, experts_per_token, *expert_limits)
     if not promoted and not demoted:
         raise TrimtabError("the two sides are routed to the same experts equally often; there is nothing to learn")
     edits = []
     for site in sites:
-        up, down = (tuple(e for where, e in those if where == site) for those in (promoted, demoted))
+        up, down = (tuple(e for where, e in experts if where == site) for experts in (promoted, demoted))
         if up or down:
             operation = RouteExperts.of(len(risk[site]), up, down, margin=margin)
             edits.append(Edit(site, operation, positions or Positions.all()))
     options: dict[str, Any] = {
         "layers": [site.layer for site in sites],
-        "promote": wanted[0],
-        "demote": wanted[1],
+        "promote": expert_limits[0],
+        "demote": expert_limits[1],
         "margin": margin,
-        "read_at": str(at),
+        "read_at": str(checked_read_at),
     }
     options |= {} if positions is None else {"positions": str(positions)}
-    differences = {f"{site.layer}.{e}": round(float(risk[site][e]), SHOWN) for site, e in (*promoted, *demoted)}
+    differences = {f"{site.layer}.{e}": round(float(risk[site][e]), DIGITS) for site, e in (*promoted, *demoted)}
     measured = {"pairs": len(pairs), "tokens": tokens, "risk_difference": differences}
     return Steering(tuple(edits), Card("steermoe", lm.identity, digest(pairs), options, measured, versions()))
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.activations import pair_texts, read_each
+from trimtab.learn.activations import pair_texts, read_activations
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import unit
 from trimtab.learn.inputs import pairs_for
@@ -50,7 +50,7 @@ class Probe:
     """A logistic probe: its unit direction `[width]`, and the projection on it at the decision boundary."""
 
     direction: Tensor
-    line: float
+    boundary: float
 
 
 @keywords
@@ -91,16 +91,16 @@ def learn_sttp(
     pairs = pairs_for(lm, pairs)
     _check(pairs, move, alpha)
     sites = [Site(layer) for layer in check_layers(lm, layers, DEPTH)]
-    activations = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
+    activations = read_activations(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
     edits, measured = [], {}
     for site in sites:
         sides = [[pair[m] for pair in activations[site]] for m in (0, 1)]
         wanted, other = (torch.stack([x.mean(0) for x in side]) for side in sides)
         probe = fit(wanted, other, site.layer)
-        along = wanted @ probe.direction.double()
-        target = float(along.mean() + alpha * along.std(correction=0))
+        projections = wanted @ probe.direction.double()
+        target = float(projections.mean() + alpha * projections.std(correction=0))
         edits.append(_edit(site, probe, target, move, alpha, positions or Positions.all_but_first()))
-        measured[str(site.layer)] = _facts(probe, sides, along, held_out_accuracy(wanted, other, site.layer))
+        measured[str(site.layer)] = _facts(probe, sides, projections, held_out_accuracy(wanted, other, site.layer))
     options: dict[str, Any] = {"layers": [site.layer for site in sites], "move": move, "alpha": alpha}
     options |= {} if positions is None else {"positions": str(positions)}
     card = Card("sttp", lm.identity, digest(pairs), options, {"pairs": len(pairs), "probes": measured}, versions())
@@ -132,7 +132,7 @@ def held_out_accuracy(wanted: Tensor, other: Tensor, layer: int) -> float:
     """The accuracy on every fifth pair's answers of a probe that is fitted to the other pairs."""
     held = torch.arange(len(wanted)) % HELD_OUT == min(HELD_OUT, len(wanted)) - 1
     probe = fit(wanted[~held], other[~held], layer)
-    high, low = (side[held] @ probe.direction.double() > probe.line for side in (wanted, other))
+    high, low = (side[held] @ probe.direction.double() > probe.boundary for side in (wanted, other))
     return float(torch.cat([high, ~low]).double().mean())
 
 
@@ -149,23 +149,23 @@ def _check(pairs: Sequence[Pair], move: str, alpha: float) -> None:
 
 def _edit(site: Site, probe: Probe, target: float, move: str, alpha: float, positions: Positions) -> Edit:
     if move == "mirror":
-        return Edit(site, SetProjection(probe.direction, probe.line, one_sided=True), positions, 2 * alpha)
-    if not target > probe.line:
+        return Edit(site, SetProjection(probe.direction, probe.boundary, one_sided=True), positions, 2 * alpha)
+    if not target > probe.boundary:
         raise TrimtabError(
-            f"layer {site.layer}: the target {target:.4g} isn't beyond the probe's line at {probe.line:.4g}; use a"
+            f"layer {site.layer}: the target {target:.4g} isn't beyond the probe's line at {probe.boundary:.4g}; use a"
             " larger alpha, more pairs, or another layer"
         )
-    below = Threshold(site, -probe.direction, -probe.line, each_token=True)
+    below = Threshold(site, -probe.direction, -probe.boundary, each_token=True)
     return Edit(site, SetProjection(probe.direction, target), positions, 1.0, below)
 
 
 def _facts(probe: Probe, sides: Sequence[Sequence[Tensor]], along: Tensor, accuracy: float) -> dict[str, Any]:
     """The card's entries for a layer."""
     v = probe.direction.double()
-    moved = [float((torch.cat(list(side)) @ v < probe.line).double().mean()) for side in sides]
+    moved = [float((torch.cat(list(side)) @ v < probe.boundary).double().mean()) for side in sides]
     return {
         "accuracy": round(accuracy, 6),
-        "line": float(f"{probe.line:.9g}"),
+        "line": float(f"{probe.boundary:.9g}"),
         "wanted_mean": round(float(along.mean()), 6),
         "wanted_deviation": round(float(along.std(correction=0)), 6),
         "moved": {"wanted": round(moved[0], 6), "other": round(moved[1], 6)},

@@ -76,20 +76,20 @@ def learn_tda(
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
     sites = [Site(layer, "neurons") for layer in chosen]
     weights = {site: to_float64(output_weight(lm.layout, site)) for site in sites}
-    read = _read(lm, texts, chosen, tokens)
+    activations = _read(lm, texts, chosen, tokens)
     edits, thresholds, errors = [], {}, {}
     for done, site in enumerate(sites, 1):
-        neurons, output = read[site], read[Site(site.layer, "mlp")]
-        eps, error = threshold(neurons, weights[site], output, cett)
-        lengths = weights[site].norm(dim=0)
-        limits = torch.where(lengths > 0, eps / lengths.clamp_min(1e-300), 0)
+        neurons, output = activations[site], activations[Site(site.layer, "mlp")]
+        eps, error = find_threshold(neurons, weights[site], output, cett)
+        column_norms = weights[site].norm(dim=0)
+        limits = torch.where(column_norms > 0, eps / column_norms.clamp_min(1e-300), 0)
         operation = MaskNeurons(limits.float(), statistic=statistic)
         edits.append(Edit(site, operation, Positions.generated()))
         thresholds[str(site.layer)], errors[str(site.layer)] = round(eps, 9), round(error, 6)
         if progress is not None:
             progress(done, len(sites))
     options = {"cett": cett, "statistic": statistic, "tokens": tokens}
-    measured = {"texts": len(texts), "tokens": len(next(iter(read.values()))), "eps": thresholds, "cett": errors}
+    measured = {"texts": len(texts), "tokens": len(next(iter(activations.values()))), "eps": thresholds, "cett": errors}
     return Steering(tuple(edits), Card("tda", lm.identity, _digest(lm, texts), options, measured, versions()))
 
 
@@ -103,7 +103,7 @@ def errors_at(eps: float, neurons: Tensor, weight: Tensor, output: Tensor) -> Te
     return lost.norm(dim=-1) / output.norm(dim=-1).clamp_min(1e-300)
 
 
-def threshold(neurons: Tensor, weight: Tensor, output: Tensor, target: float) -> tuple[float, float]:
+def find_threshold(neurons: Tensor, weight: Tensor, output: Tensor, target: float) -> tuple[float, float]:
     """The largest threshold, among `LEVELS` quantiles, with a mean error of at most `target`; and its mean error.
 
     Found by bisection, since the mean error increases with the threshold, apart from small fluctuations.
@@ -112,18 +112,18 @@ def threshold(neurons: Tensor, weight: Tensor, output: Tensor, target: float) ->
     low, high = 0, min(LEVELS, len(sizes))  # at level 0 nothing is lost
     steps = high
 
-    def at(level: int) -> float:
+    def threshold_at(level: int) -> float:
         return 0.0 if level == 0 else float(sizes[level * (len(sizes) - 1) // steps])
 
     error = 0.0
     while low < high:
         middle = (low + high + 1) // 2
-        middle_error = float(errors_at(at(middle), neurons, weight, output).mean())
+        middle_error = float(errors_at(threshold_at(middle), neurons, weight, output).mean())
         if middle_error <= target:
             low, error = middle, middle_error
         else:
             high = middle - 1
-    return at(low), error
+    return threshold_at(low), error
 
 
 def kept(lm: LM, steering: Steering, prompts: Sequence[Prompt]) -> list[dict[int, float]]:
@@ -148,13 +148,13 @@ def _digest(lm: LM, texts: Sequence[Prompt]) -> str:
 def _read(lm: LM, texts: Sequence[Prompt], layers: Sequence[int], tokens: int) -> dict[Site, Tensor]:
     """The neurons and the MLP's output `[tokens, …]` at each layer, for all tokens of the texts except the first."""
     groups = []
-    left = tokens
+    remaining = tokens
     for text in texts:
         ids = lm.encode(text)
-        count = min(len(ids) - 1, left)
+        count = min(len(ids) - 1, remaining)
         if count > 0:
             groups.append([Text(ids, range(1, 1 + count))])
-            left -= count
+            remaining -= count
     if not groups:
         raise TrimtabError("there is nothing to calibrate on: give texts of at least two tokens, and tokens from 1")
     sites = [Site(layer, kind) for layer in layers for kind in ("neurons", "mlp")]

@@ -33,17 +33,17 @@ from trimtab.steering.positions import END, Bound
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-READ = 8
+PROMPT_COUNT = 8
 """The number of prompts from which the effect of the model's last norm is estimated."""
 STEP = 8
 """The push grows once per this many tokens."""
-ON = 20.0
+CONTINUATION_NATS = 20.0
 """The push in nats for the further tokens of a word, right after the ones before them."""
-PIECES = 4
+MAX_WORD_TOKENS = 4
 """The maximum number of tokens of a word."""
-MOST = 6
+MAX_TRACKED = 6
 """The maximum number of texts that can be tracked in one answer."""
-MADE = Positions.from_last_prompt_token()
+ANSWER_POSITIONS = Positions.from_last_prompt_token()
 
 
 @keywords
@@ -83,18 +83,21 @@ def learn_word_logit(
             its output embeddings and a norm.
     """
     check_lm(lm, "training")
-    word = _checked(word, first, last, tokens)
-    spellings = _followed(_spellings(lm, word, exclude))
-    head = unembedding(lm, queries("learn")[:READ] if base is None else base) if head is None else head
+    word = _check_word(word, first, last, tokens)
+    spellings = _trackable(_spellings(lm, word, exclude))
+    head = unembedding(lm, queries("learn")[:PROMPT_COUNT] if base is None else base) if head is None else head
     if exclude:
-        edits = _kept_out(head, spellings)
+        edits = _exclude_edits(head, spellings)
         options: dict[str, object] = {"word": word, "exclude": True}
     else:
-        edits = _put_in(head, word, spellings[0], _steps(first, last, tokens))
+        edits = _include_edits(head, word, spellings[0], _steps(first, last, tokens))
         options = {"word": word, "exclude": False, "first": first, "last": last, "tokens": tokens}
     options["spellings"] = [spelling.text for spelling in spellings]
-    length = head.typical * head.rows.shape[1] ** 0.5
-    measured = {"explained": round(head.explained, 6), "activation_norm": {str(head.site.layer): round(length, 6)}}
+    activation_norm = head.typical_scale * head.rows.shape[1] ** 0.5
+    measured = {
+        "explained": round(head.explained, 6),
+        "activation_norm": {str(head.site.layer): round(activation_norm, 6)},
+    }
     return Steering(tuple(edits), Card("word-logit", lm.identity, word, options, measured, versions()))
 
 
@@ -104,10 +107,10 @@ class Spelling:
 
     text: str
     ids: tuple[int, ...]
-    begun: tuple[str, ...]
+    prefixes: tuple[str, ...]
 
 
-def _checked(word: str, first: float, last: float, tokens: int) -> str:
+def _check_word(word: str, first: float, last: float, tokens: int) -> str:
     word = word.strip()
     if not word:
         raise TrimtabError("a word to include or exclude can't be empty")
@@ -126,44 +129,46 @@ def _spellings(lm: LM, word: str, exclude: bool) -> list[Spelling]:
     if exclude:
         forms |= dict.fromkeys([word.lower(), word.upper()])
     by_ids: dict[tuple[int, ...], Spelling] = {}
-    refused: list[TrimtabError] = []
+    errors: list[TrimtabError] = []
     for text in [f" {form}" for form in forms] + (list(forms) if exclude else []):
         try:
-            spelling = _spelled(lm, text)
+            spelling = _encode_spelling(lm, text)
             by_ids.setdefault(spelling.ids, spelling)
         except TrimtabError as error:  # upper case may need many tokens, and is rare in texts
-            refused.append(error)
-    if refused and (not by_ids or (exclude and word not in {spelling.text.strip() for spelling in by_ids.values()})):
-        raise refused[0]
+            errors.append(error)
+    if errors and (not by_ids or (exclude and word not in {spelling.text.strip() for spelling in by_ids.values()})):
+        raise errors[0]
     return list(by_ids.values()) if exclude else [min(by_ids.values(), key=lambda spelling: len(spelling.ids))]
 
 
-def _followed(spellings: Sequence[Spelling]) -> list[Spelling]:
+def _trackable(spellings: Sequence[Spelling]) -> list[Spelling]:
     """The spellings that can be tracked in one answer, in order; the word as given comes first."""
-    texts = list(dict.fromkeys(spelling.begun[-1].strip() for spelling in spellings if spelling.begun))[:MOST]
-    return [spelling for spelling in spellings if not spelling.begun or spelling.begun[-1].strip() in texts]
+    texts = list(dict.fromkeys(spelling.prefixes[-1].strip() for spelling in spellings if spelling.prefixes))[
+        :MAX_TRACKED
+    ]
+    return [spelling for spelling in spellings if not spelling.prefixes or spelling.prefixes[-1].strip() in texts]
 
 
 def _capitalized(word: str) -> str:
     return word[:1].upper() + word[1:]
 
 
-def _spelled(lm: LM, text: str) -> Spelling:
+def _encode_spelling(lm: LM, text: str) -> Spelling:
     ids = tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not 1 <= len(ids) <= PIECES:
+    if not 1 <= len(ids) <= MAX_WORD_TOKENS:
         raise TrimtabError(
             f"{text.strip()!r} has {len(ids)} tokens in this model; a logit can only be moved for words of at most"
-            f" {PIECES}"
+            f" {MAX_WORD_TOKENS}"
         )
     if lm.tokenizer.unk_token_id in ids:
         raise TrimtabError(f"{text.strip()!r} has letters that this model's tokenizer doesn't know")
-    begun = tuple(lm.tokenizer.decode(ids[:n]) for n in range(1, len(ids)))
-    if not all(text.strip().startswith(part.strip()) and part.strip() for part in begun):
+    prefixes = tuple(lm.tokenizer.decode(ids[:n]) for n in range(1, len(ids)))
+    if not all(text.strip().startswith(part.strip()) and part.strip() for part in prefixes):
         raise TrimtabError(
-            f"{text.strip()!r} contains tokens that aren't whole letters ({', '.join(map(repr, begun))}), so it can't"
-            " be followed as it is written; use learn_word or learn_distill"
+            f"{text.strip()!r} contains tokens that aren't whole letters ({', '.join(map(repr, prefixes))}), so it"
+            " can't be followed as it is written; use learn_word or learn_distill"
         )
-    return Spelling(text, ids, begun)
+    return Spelling(text, ids, prefixes)
 
 
 # ---- include -------------------------------------------------------------------------------------------------
@@ -180,21 +185,23 @@ def _steps(first: float, last: float, tokens: int) -> list[tuple[Positions, floa
     return steps
 
 
-def _put_in(head: Unembedding, word: str, spelling: Spelling, steps: Sequence[tuple[Positions, float]]) -> list[Edit]:
+def _include_edits(
+    head: Unembedding, word: str, spelling: Spelling, steps: Sequence[tuple[Positions, float]]
+) -> list[Edit]:
     """The growing push of the first token, and the push of each further one, until the word has occurred."""
     # similar tokens are raised a little too, such as the capitalized word, which counts as an occurrence
     forms = list(dict.fromkeys([spelling.text.strip(), word, _capitalized(word)]))
-    forms = forms[: (MOST - len(spelling.begun)) // 2]
-    lacking = ~_any([find(text) for text in forms for find in (Positions.after, Positions.at)])
-    begins = lacking & ~_any([Positions.at(text) for text in spelling.begun]) if spelling.begun else lacking
+    forms = forms[: (MAX_TRACKED - len(spelling.prefixes)) // 2]
+    lacking = ~_union([find(text) for text in forms for find in (Positions.after, Positions.at)])
+    begins = lacking & ~_union([Positions.at(text) for text in spelling.prefixes]) if spelling.prefixes else lacking
     push = Add(head.write(spelling.ids[0]).float())
     edits = [Edit(head.site, push, where & begins, nats) for where, nats in steps if nats]
-    for token, text in zip(spelling.ids[1:], spelling.begun, strict=True):
-        edits.append(Edit(head.site, Add(head.write(token).float()), Positions.at(text) & lacking, ON))
+    for token, text in zip(spelling.ids[1:], spelling.prefixes, strict=True):
+        edits.append(Edit(head.site, Add(head.write(token).float()), Positions.at(text) & lacking, CONTINUATION_NATS))
     return edits
 
 
-def _any(some: Sequence[Positions]) -> Positions:
+def _union(some: Sequence[Positions]) -> Positions:
     union = some[0]
     for positions in some[1:]:
         union = union | positions
@@ -204,15 +211,15 @@ def _any(some: Sequence[Positions]) -> Positions:
 # ---- exclude -------------------------------------------------------------------------------------------------
 
 
-def _kept_out(head: Unembedding, spellings: Sequence[Spelling]) -> list[Edit]:
+def _exclude_edits(head: Unembedding, spellings: Sequence[Spelling]) -> list[Edit]:
     """One cap for all single-token spellings; for longer ones a cap of the last token, right after the others."""
     edits = []
     if single := list(dict.fromkeys(spelling.ids[0] for spelling in spellings if len(spelling.ids) == 1)):
-        edits.append(Edit(head.site, _cap(head, single), MADE))
+        edits.append(Edit(head.site, _cap(head, single), ANSWER_POSITIONS))
     longer: dict[str, list[int]] = {}
     for spelling in spellings:
         if len(spelling.ids) > 1:
-            longer.setdefault(spelling.begun[-1].strip(), []).append(spelling.ids[-1])
+            longer.setdefault(spelling.prefixes[-1].strip(), []).append(spelling.ids[-1])
     for text, last in longer.items():
         edits.append(Edit(head.site, _cap(head, list(dict.fromkeys(last))), Positions.at(text)))
     return edits

@@ -62,7 +62,7 @@ def learn_word(
     base = queries("learn")[:WORD_QUERIES] if base is None else base
     phrasings = instruction_type("keywords:existence").phrasings("learn", {"word": word})
     options = {"word": word, "exclude": exclude}
-    steering = _by_weight(lm, base, phrasings, layers, weight, positions, options, progress)
+    steering = _learn_weighted(lm, base, phrasings, layers, weight, positions, options, progress)
     return -steering if exclude else steering
 
 
@@ -98,7 +98,7 @@ def learn_length(
     if length not in LENGTHS:
         raise TrimtabError(f"there is no length {length!r}; lengths: {', '.join(LENGTHS)}")
     base = queries("learn") if base is None else base
-    return _by_weight(lm, base, length_phrasings(length), layers, weight, positions, {"length": length}, progress)
+    return _learn_weighted(lm, base, length_phrasings(length), layers, weight, positions, {"length": length}, progress)
 
 
 def _word(word: str) -> str:
@@ -107,7 +107,7 @@ def _word(word: str) -> str:
     return word.strip()
 
 
-def _by_weight(
+def _learn_weighted(
     lm: LM,
     base: Sequence[str],
     phrasings: Sequence[str],

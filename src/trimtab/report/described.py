@@ -47,9 +47,13 @@ def measured_rows(card: Card) -> list[tuple[str, str]]:
     A card may hold anything, so what can't be read is left out.
     """
     rows = []
-    far, audit = card.divergence, card.audit
-    if isinstance(far, Mapping) and isinstance(far.get("mean"), float) and isinstance(far.get("p95"), float):
-        rows.append(("divergence", f"{far['mean']:.3g} nats per token, 95th percentile {far['p95']:.3g}"))
+    divergence, audit = card.divergence, card.audit
+    if (
+        isinstance(divergence, Mapping)
+        and isinstance(divergence.get("mean"), float)
+        and isinstance(divergence.get("p95"), float)
+    ):
+        rows.append(("divergence", f"{divergence['mean']:.3g} nats per token, 95th percentile {divergence['p95']:.3g}"))
     if isinstance(audit, Mapping) and isinstance(audit.get("verdict"), (list, tuple)):
         size = audit.get("size")
         rows += [(f"audit ({size})" if n == 0 else "", str(line)) for n, line in enumerate(audit["verdict"])]
@@ -59,13 +63,14 @@ def measured_rows(card: Card) -> list[tuple[str, str]]:
 def _tuning(value: Any) -> str:
     """A search in one sentence; `--json` shows its table."""
     try:
-        held, tried = value["held_out"], len(value["table"]) - 1
-        if held is None:
-            return f"chosen among {tried} candidates, not confirmed on held-out prompts"
-        low, high = held["difference"]["low"], held["difference"]["high"]
+        held_out, candidate_count = value["held_out"], len(value["table"]) - 1
+        if held_out is None:
+            return f"chosen among {candidate_count} candidates, not confirmed on held-out prompts"
+        low, high = held_out["difference"]["low"], held_out["difference"]["high"]
         return (
-            f"chosen among {tried} candidates; on {held['items']} held-out prompts {held['steered']:.2f} instead of"
-            f" {held['unsteered']:.2f}, difference [{low:+.2f}, {high:+.2f}]"
+            f"chosen among {candidate_count} candidates; on {held_out['items']} held-out prompts"
+            f" {held_out['steered']:.2f} instead of"
+            f" {held_out['unsteered']:.2f}, difference [{low:+.2f}, {high:+.2f}]"
         )
     except (KeyError, TypeError, ValueError):  # a card may hold anything under that name
         return _value(value)
@@ -74,8 +79,10 @@ def _tuning(value: Any) -> str:
 def _tries(value: Any) -> str:
     """How compliant answers were requested, and how many of them were kept."""
     try:
-        each = [(f"{turn['help']}: " if turn["help"] else "", turn["kept"], turn["asked"]) for turn in value]
-        return "; ".join(f"{way}{kept} of {count} kept" for way, kept, count in each)
+        each = [
+            (f"{attempt['help']}: " if attempt["help"] else "", attempt["kept"], attempt["asked"]) for attempt in value
+        ]
+        return "; ".join(f"{label}{kept} of {count} kept" for label, kept, count in each)
     except (KeyError, TypeError):  # a card may hold anything under that name
         return _value(value)
 
@@ -108,7 +115,7 @@ def edit_columns(steering: Steering, edit_pushes: Sequence[Push]) -> tuple[str, 
     columns: dict[str, list[str]] = {
         "operation": [_operation(edit.operation) for edit in steering.edits],
         "at": [str(edit.positions) for edit in steering.edits],
-        "when": [describe(edit.gate) for edit in steering.edits],
+        "when": [describe_gate(edit.gate) for edit in steering.edits],
         "strength": [f"{edit.strength:g}" for edit in steering.edits],
         "share": ["" if push.share is None else f"{push.share:.0%}" for push in edit_pushes],
         "agreement": ["" if push.agreement is None else f"{push.agreement:.2f}" for push in edit_pushes],
@@ -128,14 +135,14 @@ def _same(values: Sequence[str]) -> bool:
 def _operation(operation: Operation) -> str:
     from trimtab.steering.operations import NAMES
 
-    return NAMES[type(operation)] + _kept(operation.keep_norm)
+    return NAMES[type(operation)] + _norm_note(operation.keep_norm)
 
 
-def _kept(share: float) -> str:
+def _norm_note(share: float) -> str:
     return "" if not share else " (norm kept)" if share == 1 else f" ({share:g} of the norm kept)"
 
 
-def describe(gate: Gate) -> str:
+def describe_gate(gate: Gate) -> str:
     """A gate in words, such as `dot at residual[3] > 0.5`."""
     from trimtab.steering.gates import AllOf, Always, AnyOf, Not, Threshold
 
@@ -145,8 +152,8 @@ def describe(gate: Gate) -> str:
         case Threshold():
             return str(gate)
         case Not():
-            return f"not ({describe(gate.gate)})"
+            return f"not ({describe_gate(gate.gate)})"
         case AllOf() | AnyOf():
             word = " and " if isinstance(gate, AllOf) else " or "
-            return f"({word.join(map(describe, gate.gates))})"
+            return f"({word.join(map(describe_gate, gate.gates))})"
     return type(gate).__name__

@@ -13,11 +13,11 @@ from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.report.axes import axes_or_new
 from trimtab.report.frames import frame
-from trimtab.report.tokens import PER_LINE, TokenCosines, coloured_page_part, draw_cosines, reach
+from trimtab.report.tokens import PER_LINE, TokenCosines, color_limit, coloured_page_part, draw_cosines
 from trimtab.steering import Steering
 from trimtab.steering.directions import directions
 from trimtab.steering.tensors import to_float64
-from trimtab.text.chat import Prompt, encode_talk
+from trimtab.text.chat import Prompt, encode_conversation
 from trimtab.text.pieces import pieces
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Projections:
 
     def _repr_html_(self) -> str:
         by_layer = self._by_layer()
-        return coloured_page_part(by_layer, reach(by_layer))
+        return coloured_page_part(by_layer, color_limit(by_layer))
 
 
 def project(
@@ -91,7 +91,7 @@ def project(
         raise TrimtabError("this steering has no edits, and so no direction to project on")
     along = directions(chosen)
     lm.check(chosen, transfer=transfer)
-    ids = encode_talk(lm.tokenizer, text)
+    ids = encode_conversation(lm.tokenizer, text)
     if not ids:
         raise TrimtabError("the text is empty; there is no token to read")
     check_length(lm.layout, len(ids), "the text")

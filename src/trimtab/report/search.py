@@ -9,16 +9,21 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
-from trimtab.files.target import write_atomically
+from trimtab.files.atomic_write import write_atomically
 from trimtab.report.plots import check_matplotlib
 
 if TYPE_CHECKING:
     from trimtab.tune.candidates import Setting
-    from trimtab.tune.tune import Tried
+    from trimtab.tune.tune import CandidateResult
 
 
 def plot_search(
-    table: Sequence[Tried], path: Path, title: str, *, chosen: Setting | None = None, verdict: str | None = None
+    table: Sequence[CandidateResult],
+    path: Path,
+    title: str,
+    *,
+    chosen: Setting | None = None,
+    verdict: str | None = None,
 ) -> None:
     """Draw a search's table: above, a map of layer × strength for each operation and positions; below, lines.
 
@@ -34,7 +39,7 @@ def plot_search(
     rows = [row for row in table if row.setting is not None]
     if not rows:
         raise TrimtabError("nothing was tried, so there is nothing to draw")
-    groups: dict[tuple[str, str], list[Tried]] = {}
+    groups: dict[tuple[str, str], list[CandidateResult]] = {}
     for row in rows:
         assert row.setting is not None
         groups.setdefault((row.setting.operation, row.setting.positions), []).append(row)
@@ -62,7 +67,9 @@ def plot_search(
     write_atomically(path, data.getvalue())
 
 
-def _map(axes: Any, rows: Sequence[Tried], layers: Sequence[int], reach: float, chosen: Setting | None) -> Any:
+def _map(
+    axes: Any, rows: Sequence[CandidateResult], layers: Sequence[int], reach: float, chosen: Setting | None
+) -> Any:
     """Draw cells of layer × strength, evenly spaced and not to scale."""
     import numpy as np
     from matplotlib.patches import Rectangle
@@ -97,7 +104,7 @@ def _map(axes: Any, rows: Sequence[Tried], layers: Sequence[int], reach: float, 
     return image
 
 
-def _lines(axes: Any, rows: Sequence[Tried]) -> None:
+def _lines(axes: Any, rows: Sequence[CandidateResult]) -> None:
     """Draw the score by layer, one line per strength; open circles broke the guard."""
     strengths = sorted({row.setting.strength for row in rows if row.setting})
     shades = ["#8fb8de", "#33658a", "#14304a", "#b5651d", "#7a3e10", "#555555"]

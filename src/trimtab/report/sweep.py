@@ -166,7 +166,7 @@ def draw_similarity(
     across: Sequence[int] | None = None,
     names: tuple[str, str] = ("", ""),
 ) -> bytes:
-    """A PNG of the layer × layer cosines of a behavior's vectors, or of two steerings'.
+    """A PNG of the layer × layer cosines of a behaviour's vectors, or of two steerings'.
 
     `cosines` is `[layers, across]`, where `across` are the other steering's layers (default: the same ones), and
     `names` are the names of the two.
@@ -211,7 +211,7 @@ def draw_planes(activations: Mapping[int, Tensor], letters: Sequence[tuple[str, 
     """A PNG: for each layer, the pairs' activations `[pairs, 2, width]` (positive, negative) in their principal plane.
 
     The color is the side of the pair. With `letters`, the markers are those of the positive and the negative answer,
-    which shows whether the behavior or the letter separates the points.
+    which shows whether the behaviour or the letter separates the points.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
@@ -239,8 +239,8 @@ def draw_planes(activations: Mapping[int, Tensor], letters: Sequence[tuple[str, 
     for axis in list(axes.flat)[len(activations) :]:
         axis.set_axis_off()
     handles, names = axes.flat[0].get_legend_handles_labels()
-    beside = 4 if columns > 1 else 2  # a single plane is too narrow for four names
-    figure.legend(handles, names, loc="outside lower center", ncols=beside, fontsize=8, frameon=False)
+    legend_columns = 4 if columns > 1 else 2  # a single plane is too narrow for four names
+    figure.legend(handles, names, loc="outside lower center", ncols=legend_columns, fontsize=8, frameon=False)
     figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
     return as_png(figure)
 

@@ -1,6 +1,6 @@
 """The cosine of each token's activation with a direction: as colored text, as a page, and as a plot.
 
-The CAA paper (Rimsky et al., 2312.06681, section 3) shows in this way that a vector detects the behavior it steers.
+The CAA paper (Rimsky et al., 2312.06681, section 3) shows in this way that a vector detects the behaviour it steers.
 """
 
 from __future__ import annotations
@@ -106,14 +106,14 @@ def answer_cosines(
     return TokenCosines(layer, tuple(pieces(lm.tokenizer, answer)), tuple(cosines.tolist()))
 
 
-def reach(rows: Sequence[TokenCosines]) -> float:
+def color_limit(rows: Sequence[TokenCosines]) -> float:
     """The absolute cosine shown in full color: the largest without first tokens, whose activations are outliers."""
     values = [abs(value) for row in rows for value in row.cosines[1:] or row.cosines]
     return max(max(values), 1e-6)
 
 
 def coloured_cosines(row: TokenCosines, full: float) -> Text:
-    """The text for a terminal: blue along the direction, red against it; `full` is the result of `reach`."""
+    """The text for a terminal: blue along the direction, red against it; `full` is the result of `color_limit`."""
     from rich.style import Style
     from rich.text import Text
 
@@ -127,16 +127,16 @@ def coloured_cosines(row: TokenCosines, full: float) -> Text:
 
 def tokens_page(rows: Sequence[TokenCosines], title: str) -> str:
     """A self-contained HTML page with the colored text, once per layer."""
-    full = reach(rows)
+    full = color_limit(rows)
     parts = []
     for row in rows:
         parts.append(f'<h2>layer {row.layer}</h2>\n<p class="text">{cosine_spans(row, full)}</p>')
-    return PAGE % {"title": html.escape(title), "key": cosine_key(full), "parts": "\n".join(parts)}
+    return PAGE % {"title": html.escape(title), "key": cosine_legend(full), "parts": "\n".join(parts)}
 
 
 def coloured_page_part(rows: Sequence[TokenCosines], full: float) -> str:
     """The colored text, once per layer, as HTML to embed in a page; it needs no style sheet."""
-    parts = [f"<p>cosine with the direction: {cosine_key(full)}</p>"]
+    parts = [f"<p>cosine with the direction: {cosine_legend(full)}</p>"]
     for row in rows:
         spans = cosine_spans(row, full)
         parts.append(
@@ -148,7 +148,7 @@ def coloured_page_part(rows: Sequence[TokenCosines], full: float) -> str:
 
 
 def cosine_spans(row: TokenCosines, full: float) -> str:
-    """The text as HTML, each token shaded and with its cosine as a tooltip; `full` is the result of `reach`."""
+    """The text as HTML, each token shaded and with its cosine as a tooltip; `full` is the result of `color_limit`."""
     return "".join(
         f'<span style="background: {_shade(cosine, full)}" title="{cosine:+.3f}">{html.escape(piece)}</span>'
         for piece, cosine in zip(row.pieces, row.cosines, strict=True)
@@ -156,7 +156,7 @@ def cosine_spans(row: TokenCosines, full: float) -> str:
     )
 
 
-def cosine_key(full: float) -> str:
+def cosine_legend(full: float) -> str:
     """The legend for the shades of `cosine_spans`, as HTML."""
     return " ".join(
         f'<span style="background: {_shade(value, full)}">{value:+.2f}</span>'
@@ -172,7 +172,7 @@ def draw_tokens(rows: Sequence[TokenCosines], title: str) -> bytes:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    full, count = reach(rows), len(rows[0].pieces)
+    full, count = color_limit(rows), len(rows[0].pieces)
     starts = range(0, count, PER_LINE)
     tall = 1.7 if len(rows) == 1 else 0.9 + 0.13 * len(rows)
     wide = 1.5 + 0.26 * min(count, PER_LINE)
@@ -188,7 +188,7 @@ def draw_tokens(rows: Sequence[TokenCosines], title: str) -> bytes:
 
 def draw_cosines(axes: Any, rows: Sequence[TokenCosines]) -> None:
     """Draw the cosines into matplotlib axes, in a single line of any length."""
-    full = reach(rows)
+    full = color_limit(rows)
     image = _line(axes, rows, slice(None), full, len(rows[0].pieces))
     if len(rows) > 1:
         axes.figure.colorbar(image, ax=axes, shrink=0.85).set_label("cosine", fontsize=9)

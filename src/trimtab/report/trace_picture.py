@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.decoding.trace import Trace
 from trimtab.errors import TrimtabError
-from trimtab.files.target import write_atomically
+from trimtab.files.atomic_write import write_atomically
 from trimtab.report.plots import check_matplotlib
 from trimtab.report.traces import kind_of
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from trimtab.learn.contrast import Progress
 from trimtab.methods.caa import learn_caa
 from trimtab.methods.instruct import learn_instruct
-from trimtab.serve.library import Loaded
+from trimtab.serve.library import LoadedSteering
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal, no_such_steering
 from trimtab.serve.scheduler import Draining
@@ -35,7 +35,7 @@ class Learned:
     remarks: tuple[str, ...] = ()
 
 
-async def learned(service: Service, request: LearnRequest, progress: Progress | None = None) -> Learned:
+async def learn_steering(service: Service, request: LearnRequest, progress: Progress | None = None) -> Learned:
     """Learn from the request's pairs, between two steps of the batch. `progress` is called in the model's thread.
 
     Raises `TrimtabError` for pairs that nothing can be learned from, and `Refusal` when the server is shutting down.
@@ -57,22 +57,26 @@ async def learned(service: Service, request: LearnRequest, progress: Progress | 
     return made
 
 
-def added(service: Service, who: dict[str, str], name: str, steering: Steering, source: str) -> Loaded:
-    """Add a steering to the key's own, and log that. `who`: the request's id, its key's name, the route.
+def add_steering(
+    service: Service, audit_fields: dict[str, str], name: str, steering: Steering, source: str
+) -> LoadedSteering:
+    """Add a steering to the key's own, and log that. `audit_fields`: the request's id, its key's name, the route.
 
     Raises `Refusal` if it can't be logged; then it isn't added.
     """
-    owner = service.owner(who["key"])
+    owner = service.owner(audit_fields["key"])
     loaded = service.library.add(name, steering, source, owner)
     try:
-        service.audit.write({"event": "added", **who, "added": name, "digest": loaded.digest, "source": source})
+        service.audit.write(
+            {"event": "added", **audit_fields, "added": name, "digest": loaded.digest, "source": source}
+        )
     except Refusal:
         service.library.remove(name, owner)
         raise
     return loaded
 
 
-def removed(service: Service, who: dict[str, str], key: Key, name: str) -> None:
+def remove_steering(service: Service, audit_fields: dict[str, str], key: Key, name: str) -> None:
     """Remove a steering that the key has added, and log that.
 
     Raises `Refusal` for a key that may not add, a file of the server, and a name that doesn't exist.
@@ -84,5 +88,5 @@ def removed(service: Service, who: dict[str, str], key: Key, name: str) -> None:
         raise no_such_steering(name)
     if loaded.source == "file":
         raise Refusal(403, f"{name!r} is one of the server's files; only steerings that were added can be deleted")
-    service.audit.write({"event": "removed", **who, "removed": name, "digest": loaded.digest})
+    service.audit.write({"event": "removed", **audit_fields, "removed": name, "digest": loaded.digest})
     service.library.remove(name, loaded.owner)

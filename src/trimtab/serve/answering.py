@@ -16,13 +16,13 @@ from trimtab.serve.records import Record
 from trimtab.serve.refusals import Json, Refusal
 from trimtab.serve.responses import ResponseWire, as_chat, as_responses, new_response_id
 from trimtab.serve.responses_logprobs import TextTokens
-from trimtab.serve.scheduler import Draining, Full
+from trimtab.serve.scheduler import Draining, QueueFull
 from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.schema_responses import LOGPROBS, ResponsesRequest
 from trimtab.serve.service import Prepared, Service
 from trimtab.serve.tasks import Event, Failed, Piece
-from trimtab.serve.wire import Collected, Wire, new_id
-from trimtab.text.said import Part
+from trimtab.serve.wire import CollectedAnswer, Wire, new_id
+from trimtab.text.answer_parts import AnswerPart
 
 STATUS = {"timeout": 504, "dose": 400, "input": 400, "shutdown": 503, "cancelled": 499, "server": 500}
 CODES = {"dose": "dose_too_high", "timeout": "timeout", "shutdown": "shutting_down"}
@@ -30,7 +30,7 @@ CODES = {"dose": "dose_too_high", "timeout": "timeout", "shutdown": "shutting_do
 Queue = asyncio.Queue[tuple[int, Event]]
 
 
-async def respond(service: Service, request: Request, body: ResponsesRequest) -> Any:
+async def answer_responses_request(service: Service, request: Request, body: ResponsesRequest) -> Any:
     """The response to a request to the Responses API, which is run as a chat. Raises like `answer`."""
     tokens = TextTokens(service.lm.tokenizer) if LOGPROBS in (body.include or ()) else None
     wire = ResponseWire(new_response_id(), body, tokens)
@@ -49,8 +49,8 @@ async def answer(
     request.state.parsed = body
     prepared = await asyncio.to_thread(service.prepare, key, body)
     name = new_id(chat) if wire is None else wire.id
-    who = {"request": request.state.request_id, "key": key.name, "route": request.url.path}
-    record = Record(service, who, body, prepared, name)
+    audit_fields = {"request": request.state.request_id, "key": key.name, "route": request.url.path}
+    record = Record(service, audit_fields, body, prepared, name)
     loop = asyncio.get_running_loop()
     queue: Queue = asyncio.Queue()
 
@@ -62,13 +62,13 @@ async def answer(
         return put
 
     for i, task in enumerate(prepared.tasks):
-        task.deliver = record.heard(i, deliver(i))
+        task.deliver = record.wrap_deliver(i, deliver(i))
     try:
-        service.scheduler.check_room(len(prepared.tasks))
+        service.scheduler.check_capacity(len(prepared.tasks))
         await record.begin()
         request.state.record = record  # the guard makes sure that it ends
         service.scheduler.submit(prepared.tasks)
-    except Full as full:
+    except QueueFull as full:
         record.drop("queue_full")
         raise Refusal(429, str(full), code="queue_full", retry=full.seconds) from None
     except Draining as draining:
@@ -78,7 +78,7 @@ async def answer(
     answer_wire = wire or Wire(
         name, body.model, chat, task.alternatives is not None, service.lm.tokenizer, task.monitors
     )
-    answers = [Collected(reading=prepared.shape.reading() if chat else None) for _ in prepared.tasks]
+    answers = [CollectedAnswer(parser=prepared.shape.new_parser() if chat else None) for _ in prepared.tasks]
     run = _Run(service, request, body, prepared, answer_wire, answers, queue, record)
     if body.stream:
         first = await run.first()
@@ -97,51 +97,51 @@ class _Run:
     body: ChatRequest | CompletionRequest
     prepared: Prepared
     wire: Wire | ResponseWire
-    answers: list[Collected]
+    answers: list[CollectedAnswer]
     queue: Queue
     record: Record
     _began: bool = False
 
     async def whole(self) -> Json:
         """Wait for all answers and return them. If the client disconnects, or one answer fails, all are cancelled."""
-        leaving = asyncio.ensure_future(gone(self.request))
+        disconnect = asyncio.ensure_future(wait_for_disconnect(self.request))
         outcome = "cancelled"
         try:
             while not self._complete:
-                coming = asyncio.ensure_future(self.queue.get())
-                await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if not coming.done():
-                    coming.cancel()
+                next_event = asyncio.ensure_future(self.queue.get())
+                await asyncio.wait({next_event, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+                if not next_event.done():
+                    next_event.cancel()
                     raise Refusal(499, "the client disconnected")
-                self._take(*coming.result())
+                self._take(*next_event.result())
             self._close("done")  # before sending: what can't be logged isn't sent
             return Json(self.wire.whole(self.prepared, self.answers))
         except Refusal as refusal:
             outcome = refusal.code or str(refusal.status)
             raise
         finally:
-            leaving.cancel()
+            disconnect.cancel()
             with suppress(Refusal):
                 self._close(outcome)
 
     async def first(self) -> tuple[int, Event]:
         """Wait for the first event, so that an error still has its own status. The client may disconnect meanwhile."""
-        leaving = asyncio.ensure_future(gone(self.request))
-        coming = asyncio.ensure_future(self.queue.get())
+        disconnect = asyncio.ensure_future(wait_for_disconnect(self.request))
+        next_event = asyncio.ensure_future(self.queue.get())
         outcome: str | None = "cancelled"
         try:
-            await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done():
+            await asyncio.wait({next_event, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if not next_event.done():
                 raise Refusal(499, "the client disconnected")
-            index, event = coming.result()
+            index, event = next_event.result()
             if isinstance(event, Failed):
                 outcome = event.kind
                 raise _refusal(event)
             outcome = None
             return index, event
         finally:
-            coming.cancel()
-            leaving.cancel()
+            next_event.cancel()
+            disconnect.cancel()
             if outcome is not None:
                 with suppress(Refusal):
                     self._close(outcome)
@@ -153,21 +153,21 @@ class _Run:
             for i in range(len(self.answers)):
                 for chunk in self.wire.opening(i):
                     yield self.wire.encode(chunk)
-            coming = first
+            next_event = first
             while True:
-                index, event = coming
+                index, event = next_event
                 answer = self.answers[index]
                 before = len(answer.text)
-                said = self._take(index, event)
+                parts = self._take(index, event)
                 if isinstance(event, Piece):
-                    chunks = self.wire.piece(index, event, said, before)
+                    chunks = self.wire.piece(index, event, parts, before)
                 else:
-                    chunks = self.wire.ending(index, answer, said)
+                    chunks = self.wire.ending(index, answer, parts)
                 for chunk in chunks:
                     yield self.wire.encode(chunk)
                 if self._complete:
                     break
-                coming = await self.queue.get()
+                next_event = await self.queue.get()
             usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
             yield self.wire.encode(self.wire.last(self.prepared, self.answers, usage))
             self._close("done")
@@ -185,7 +185,7 @@ class _Run:
     def _complete(self) -> bool:
         return all(answer.done for answer in self.answers)
 
-    def _take(self, index: int, event: Event) -> list[Part]:
+    def _take(self, index: int, event: Event) -> list[AnswerPart]:
         if isinstance(event, Failed):
             raise _refusal(event)
         if not self._began:
@@ -204,7 +204,7 @@ class _Run:
         self.record.end(outcome)
 
 
-async def gone(request: Request) -> None:
+async def wait_for_disconnect(request: Request) -> None:
     """Return when the client has disconnected."""
     while True:
         if (await request.receive())["type"] == "http.disconnect":

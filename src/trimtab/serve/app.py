@@ -22,25 +22,25 @@ from trimtab import __version__
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
 from trimtab.serve import reference
-from trimtab.serve.adding import added, check_may_add, learned, removed
+from trimtab.serve.adding import add_steering, check_may_add, learn_steering, remove_steering
 from trimtab.serve.answering import answer
-from trimtab.serve.answering import respond as respond_to
+from trimtab.serve.answering import answer_responses_request as respond_to
 from trimtab.serve.bounds import check_bounds, check_file
-from trimtab.serve.described import described
+from trimtab.serve.described import steering_info
 from trimtab.serve.fields import NAME
 from trimtab.serve.guard import Guard
-from trimtab.serve.made import respond
+from trimtab.serve.make_response import respond_to_make
 from trimtab.serve.monitored import MonitorList
-from trimtab.serve.monitored import described as monitors_described
-from trimtab.serve.playground.streams import until_drained
+from trimtab.serve.monitored import monitor_list as monitors_described
+from trimtab.serve.playground.streams import run_until_drained
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import PASSING, ErrorBody, Json, Refusal, no_such_steering
 from trimtab.serve.schema import ChatRequest, CompletionRequest
-from trimtab.serve.schema_responses import ResponsesRequest, ResponseTold
-from trimtab.serve.schema_steerings import Deleted, LearnRequest, MadeTold, MakeRequest, SteeringList, SteeringTold
-from trimtab.serve.schema_told import ChatCompletion, Completion, ModelList, ModelTold
+from trimtab.serve.schema_output import ChatCompletion, Completion, ModelInfo, ModelList
+from trimtab.serve.schema_responses import ResponseObject, ResponsesRequest
+from trimtab.serve.schema_steerings import Deleted, LearnRequest, MakeRequest, MakeResponse, SteeringInfo, SteeringList
 from trimtab.serve.service import Service
-from trimtab.serve.wording import in_words
+from trimtab.serve.wording import validation_refusal
 from trimtab.steering import Steering
 
 DESCRIPTION = """OpenAI's completions with activation steering.
@@ -115,10 +115,10 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False,
 
         trace(app, provider)
 
-    async def through(page: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_drained(page, service.scheduler, scope, receive, send)
+    async def run_page(page: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        await run_until_drained(page, service.scheduler, scope, receive, send)
 
-    return Guard(app, service, local=local, page=page, through=through)
+    return Guard(app, service, local=local, page=page, run_page=run_page)
 
 
 def openapi() -> dict[str, Any]:
@@ -137,12 +137,12 @@ def _api(service: Any, lifespan: Any) -> FastAPI:
         redoc_url=None,
         dependencies=[Depends(HTTPBearer(auto_error=False))],
     )
-    _errors(app)
-    _health(app, service)
-    _completions(app, service)
-    _steerings(app, service)
-    _document(app, learn=bool(service.learn), upload=bool(service.upload))
-    _docs(app)
+    _add_error_handlers(app)
+    _add_health_routes(app, service)
+    _add_completion_routes(app, service)
+    _add_steering_routes(app, service)
+    _set_openapi_document(app, learn=bool(service.learn), upload=bool(service.upload))
+    _add_docs_route(app)
     return app
 
 
@@ -150,7 +150,7 @@ _DOCUMENTS: dict[tuple[bool, bool], dict[str, Any]] = {}
 """The OpenAPI document of each kind of application: generating one takes as long as everything else."""
 
 
-def _document(app: FastAPI, *, learn: bool, upload: bool) -> None:
+def _set_openapi_document(app: FastAPI, *, learn: bool, upload: bool) -> None:
     """The OpenAPI document without the 422 that FastAPI adds to each route: this server answers 400, as OpenAI does."""
     if (learn, upload) in _DOCUMENTS:
         app.openapi_schema = _DOCUMENTS[learn, upload]
@@ -163,7 +163,7 @@ def _document(app: FastAPI, *, learn: bool, upload: bool) -> None:
         document.get("components", {}).get("schemas", {}).pop(name, None)
 
 
-def _docs(app: FastAPI) -> None:
+def _add_docs_route(app: FastAPI) -> None:
     @lru_cache(maxsize=1)
     def shown() -> str:
         return reference.page(app.openapi())
@@ -173,7 +173,7 @@ def _docs(app: FastAPI) -> None:
         return HTMLResponse(shown(), headers=reference.HEADERS)
 
 
-def _errors(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
         request.state.refused = refusal.without_frames()  # for the audit log
@@ -181,7 +181,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return await refuse(request, in_words(error.errors(), error.body))
+        return await refuse(request, validation_refusal(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def failed(request: Request, error: HTTPException) -> Response:
@@ -202,7 +202,7 @@ def _errors(app: FastAPI) -> None:
         return Refusal(500, "something went wrong inside the server; see its log").response
 
 
-def _health(app: FastAPI, service: Service) -> None:
+def _add_health_routes(app: FastAPI, service: Service) -> None:
     @app.get(
         "/healthz", tags=["health"], summary="Check whether the server is alive", responses={503: {"model": Health}}
     )
@@ -240,7 +240,7 @@ def _unwell(status: str) -> Any:
     return Json({"status": status}, 503, {"Retry-After": str(PASSING[503])})
 
 
-def _completions(app: FastAPI, service: Service) -> None:
+def _add_completion_routes(app: FastAPI, service: Service) -> None:
     answers = {**ERRORS, **BUSY}
 
     @app.post(
@@ -277,7 +277,7 @@ def _completions(app: FastAPI, service: Service) -> None:
         "/v1/responses",
         tags=["completions"],
         summary="Answer a conversation (OpenAI's Responses API)",
-        response_model=ResponseTold,
+        response_model=ResponseObject,
         responses={
             **answers,
             200: {"content": STREAM, "description": "The answer; with `stream`, as server-sent events."},
@@ -296,23 +296,23 @@ def _completions(app: FastAPI, service: Service) -> None:
         summary="Describe the model",
         responses={c: ERRORS[c] for c in (401, 404)},
     )
-    async def model(model: str) -> ModelTold:
+    async def model(model: str) -> ModelInfo:
         if model not in (service.lm.name, "trimtab"):
-            raise Refusal(404, service.its_model(), code="model_not_found")
+            raise Refusal(404, service.wrong_model_message(), code="model_not_found")
         return _model(service)
 
 
-def _model(service: Service) -> ModelTold:
-    return ModelTold(id=service.lm.name, created=service.started)
+def _model(service: Service) -> ModelInfo:
+    return ModelInfo(id=service.lm.name, created=service.started)
 
 
-def _steerings(app: FastAPI, service: Service) -> None:
+def _add_steering_routes(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/steerings", tags=["steerings"], summary="List the steerings you may use", responses={401: ERRORS[401]}
     )
     async def steerings(request: Request) -> SteeringList:
         key: Key = request.state.key
-        return SteeringList(data=[described(service.policy, key, loaded) for loaded in service.visible(key)])
+        return SteeringList(data=[steering_info(service.policy, key, loaded) for loaded in service.visible(key)])
 
     @app.get(
         "/v1/steerings/{name}",
@@ -320,11 +320,11 @@ def _steerings(app: FastAPI, service: Service) -> None:
         summary="Describe a steering",
         responses={c: ERRORS[c] for c in (400, 401, 404)},
     )
-    async def steering(request: Request, name: str) -> SteeringTold:
+    async def steering(request: Request, name: str) -> SteeringInfo:
         key: Key = request.state.key
         for loaded in service.visible(key):
             if loaded.name == name:
-                return described(service.policy, key, loaded)
+                return steering_info(service.policy, key, loaded)
         raise no_such_steering(name)
 
     if service.learn:
@@ -333,27 +333,29 @@ def _steerings(app: FastAPI, service: Service) -> None:
             "/v1/steerings",
             tags=["steerings"],
             summary="Learn a steering from pairs",
-            response_model=SteeringTold,
+            response_model=SteeringInfo,
             status_code=201,
             responses=ERRORS,
         )
-        async def learn(request: Request, body: LearnRequest) -> SteeringTold:
+        async def learn(request: Request, body: LearnRequest) -> SteeringInfo:
             key: Key = request.state.key
             check_may_add(service, key, body.name)
-            made = await learned(service, body)
-            return described(service.policy, key, added(service, _who(request), body.name, made.steering, "learned"))
+            made = await learn_steering(service, body)
+            return steering_info(
+                service.policy, key, add_steering(service, _audit_fields(request), body.name, made.steering, "learned")
+            )
 
         @app.post(
             "/v1/steerings/make",
             tags=["steerings"],
             summary="Make a steering from a sentence, a persona or pairs, and measure its effect",
-            response_model=MadeTold,
+            response_model=MakeResponse,
             status_code=201,
             responses={
                 **ERRORS,
                 429: {**BUSY[429], "description": "Another steering is being made."},
                 200: {
-                    "model": MadeTold,
+                    "model": MakeResponse,
                     "content": STREAM,
                     "description": "The verdict is negative, so nothing was added; with `stream`, events with the"
                     " progress, and the result at the end.",
@@ -362,7 +364,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
             },
         )
         async def make(request: Request, body: MakeRequest) -> Any:
-            return await respond(service, request, _who(request), body)
+            return await respond_to_make(service, request, _audit_fields(request), body)
 
     if service.upload:
 
@@ -370,7 +372,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
             "/v1/steerings/{name}",
             tags=["steerings"],
             summary="Upload a steering: the bytes of a .safetensors file",
-            response_model=SteeringTold,
+            response_model=SteeringInfo,
             status_code=201,
             responses=ERRORS,
         )
@@ -378,11 +380,13 @@ def _steerings(app: FastAPI, service: Service) -> None:
             request: Request,
             name: Annotated[str, Path(pattern=NAME)],
             data: Annotated[bytes, Body(media_type="application/octet-stream")],
-        ) -> SteeringTold:
+        ) -> SteeringInfo:
             key: Key = request.state.key
             check_may_add(service, key, name)
             made = await asyncio.to_thread(_read, data)
-            return described(service.policy, key, added(service, _who(request), name, made, "uploaded"))
+            return steering_info(
+                service.policy, key, add_steering(service, _audit_fields(request), name, made, "uploaded")
+            )
 
     if service.upload or service.learn:
 
@@ -393,7 +397,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
             responses={c: ERRORS[c] for c in (400, 401, 403, 404, 503)},
         )
         async def delete(request: Request, name: Annotated[str, Path(pattern=NAME)]) -> Deleted:
-            removed(service, _who(request), request.state.key, name)
+            remove_steering(service, _audit_fields(request), request.state.key, name)
             return Deleted(id=name)
 
 
@@ -404,5 +408,5 @@ def _read(data: bytes) -> Steering:
     return made
 
 
-def _who(request: Request) -> dict[str, str]:
+def _audit_fields(request: Request) -> dict[str, str]:
     return {"request": request.state.request_id, "key": request.state.key.name, "route": request.url.path}

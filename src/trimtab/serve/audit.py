@@ -23,7 +23,7 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.serve.refusals import Refusal
 
-AGAIN = 1.0
+RETRY_SECONDS = 1.0
 """Seconds between attempts to write to a log that is in trouble."""
 LARGEST_FRAGMENT = 1 << 20
 log: logging.Logger = logging.getLogger("trimtab")
@@ -106,7 +106,7 @@ class Audit:
         with self._lock:
             self._append(data)
 
-    async def soon(self, entry: dict[str, Any], prompt: Any = None) -> None:
+    async def write_async(self, entry: dict[str, Any], prompt: Any = None) -> None:
         """Like `write`, without blocking the event loop while a line waits for the disk."""
         if self.sync and self._file is not None:
             await asyncio.to_thread(self.write, entry, prompt)
@@ -141,7 +141,7 @@ class Audit:
         """Whether lines can be written. After a failure it tries again, at most once a second."""
         if self.trouble is None:
             return True
-        if time.monotonic() - self._tried < AGAIN:
+        if time.monotonic() - self._tried < RETRY_SECONDS:
             return False
         try:
             self.write({"event": "resumed", "trouble": self.trouble})

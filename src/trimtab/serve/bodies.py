@@ -25,7 +25,7 @@ ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 STEERINGS = "/v1/steerings"
 
 
-def largest(service: Service, method: str, path: str, *, known: bool) -> int:
+def body_limit(service: Service, method: str, path: str, *, known: bool) -> int:
     """The most bytes that a request's body may have on this route. `known`: the sender's key is known."""
     limits = service.limits
     if method == "PUT" and path.startswith(f"{STEERINGS}/"):
@@ -44,11 +44,11 @@ class Bodies:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.held = 0
+        self.used = 0
 
-    def let_go(self, size: int) -> None:
+    def release(self, size: int) -> None:
         """Release the memory of a request that is over."""
-        self.held -= size
+        self.used -= size
 
     async def read(self, scope: Scope, receive: Receive, limit: int, draining: Callable[[], bool]) -> bytes:
         """The whole body; the caller calls `let_go(len(…))`. Raises `Refusal` for one that is too large or too slow."""
@@ -65,9 +65,9 @@ class Bodies:
                 if message["type"] != "http.request":
                     raise Refusal(400, "the client disconnected")
                 part = message.get("body", b"")
-                if part and self.held + len(part) > self.most:
+                if part and self.used + len(part) > self.most:
                     raise Refusal(429, "the server has no memory left for more requests", code="busy", retry=1)
-                self.held += len(part)
+                self.used += len(part)
                 size += len(part)
                 if size > limit:
                     raise too_large
@@ -75,7 +75,7 @@ class Bodies:
                 if not message.get("more_body"):
                     return b"".join(parts)
         except BaseException:
-            self.held -= size
+            self.used -= size
             raise
 
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from trimtab.errors import TrimtabError
-from trimtab.serve.library import Loaded
+from trimtab.serve.library import LoadedSteering
 from trimtab.serve.policy import Key, Policy
-from trimtab.serve.protected import Protected, apart, protected
+from trimtab.serve.protected import Protected, protection_of, remove_protected
 from trimtab.serve.refusals import Refusal, no_such_steering
 from trimtab.serve.schema import SteeringChoice
-from trimtab.serve.schema_told import AppliedSteering
+from trimtab.serve.schema_output import AppliedSteering
 from trimtab.serve.structured import Structured
 from trimtab.steering import Positions, Steering
 
 
 @dataclass(frozen=True)
-class Choosing:
+class SteeringSelector:
     """The policy, and the steerings that it applies to.
 
     Args:
@@ -28,21 +28,21 @@ class Choosing:
     """
 
     policy: Policy
-    find: Callable[[str, str | None], Loaded | None]
+    find: Callable[[str, str | None], LoadedSteering | None]
     check: Callable[[Steering], None]
 
     def owner(self, key: str) -> str | None:
         """The owner of what this key adds: the key itself; `None` if the policy has no keys."""
         return key if self.policy.keys else None
 
-    def visible(self, key: Key, known: Sequence[Loaded]) -> list[Loaded]:
+    def visible(self, key: Key, known: Sequence[LoadedSteering]) -> list[LoadedSteering]:
         """Those of the known steerings that a caller may name, and those that are always on."""
         always = {name for name, _ in self.policy.always}
         return [
             loaded for loaded in known if _allowed(key, loaded) or (loaded.name in always and loaded.source == "file")
         ]
 
-    def chosen(
+    def select(
         self, key: Key, choices: Sequence[SteeringChoice], structured: Structured | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
         """The steerings for a request, always-on ones included: as a list, and as one steering.
@@ -69,7 +69,7 @@ class Choosing:
                 key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
             )
             spared = structured if choice.positions is None else None
-            placed, lost = self.apart(self._placed(loaded, choice, spared, where), where)
+            placed, lost = self.without_protected(self._placed(loaded, choice, spared, where), where)
             steerings.append(
                 AppliedSteering(
                     name=choice.name,
@@ -85,10 +85,10 @@ class Choosing:
             total = scaled if total is None else total + scaled
         return steerings, total
 
-    def apart(self, steering: Steering, param: str) -> tuple[Steering, float]:
+    def without_protected(self, steering: Steering, param: str) -> tuple[Steering, float]:
         """The steering without its component along always-on directions, and its share. Raises `Refusal`."""
         try:
-            return apart(self.protected, steering)
+            return remove_protected(self.protected, steering)
         except TrimtabError as error:
             raise Refusal(403, str(error), code="always_on", param=param) from None
 
@@ -96,7 +96,7 @@ class Choosing:
     def protected(self) -> Protected:
         """The protected directions of always-on steerings, which don't change while the server runs."""
         always_on = [(name, self.find(name, None)) for name, strength in self.policy.always if strength]
-        return protected([(name, loaded.steering) for name, loaded in always_on if loaded is not None])
+        return protection_of([(name, loaded.steering) for name, loaded in always_on if loaded is not None])
 
     def _pushed(self, key: Key, before: tuple[float, float], choice: SteeringChoice, param: str) -> tuple[float, float]:
         """The sums of one steering's negative strengths and of its positive strengths in a request.
@@ -117,7 +117,9 @@ class Choosing:
             )
         return down, up
 
-    def _placed(self, loaded: Loaded, choice: SteeringChoice, spared: Structured | None, where: str) -> Steering:
+    def _placed(
+        self, loaded: LoadedSteering, choice: SteeringChoice, spared: Structured | None, where: str
+    ) -> Steering:
         """The steering at its own or the requested layer and positions, except in what is spared."""
         steering, param = loaded.steering, f"{where}.layer"
         try:
@@ -129,11 +131,11 @@ class Choosing:
                 steering = steering.at(Positions.parse(choice.positions))
                 self.check(steering)
             if spared is not None:
-                steering = spared.spared_by(steering)
+                steering = spared.exclude_from(steering)
         except TrimtabError as error:
             raise Refusal(400, str(error), param=param) from None
         return steering
 
 
-def _allowed(key: Key, loaded: Loaded) -> bool:
+def _allowed(key: Key, loaded: LoadedSteering) -> bool:
     return loaded.owner is not None or key.steerings is None or loaded.name in key.steerings

@@ -25,8 +25,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from trimtab.serve.rate_limit import RateLimitFilter
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.trickle import Few
 
 HEAD_SECONDS = 10.0
 READ_SECONDS = 60.0
@@ -34,7 +34,7 @@ KEEP_SECONDS = 75
 """More than the 60 s for which nginx and cloud load balancers keep an idle connection, and than any usual client."""
 IDLE_SECONDS = 5.0
 """A connection must have been idle for at least this long to be closed for a new one."""
-INVALID = Few("Invalid HTTP request received.", rate=1.0)
+INVALID = RateLimitFilter("Invalid HTTP request received.", rate=1.0)
 """Limits uvicorn's log line for input that isn't HTTP."""
 SPARE = 64
 """Files that the process needs besides its connections."""
@@ -47,13 +47,13 @@ def protocol(most: int) -> type[asyncio.Protocol]:
     class Bounded(H11Protocol):
         _head: asyncio.TimerHandle | None = None
         _begun = False  # whether the awaited head is partly here, or is the connection's first
-        _reading: asyncio.TimerHandle | None = None
+        _read_timer: asyncio.TimerHandle | None = None
         _excess = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             held = [connection for connection in self.connections if not connection.transport.is_closing()]
-            if len(held) > most and not _made_room(held, self.loop.time()):
+            if len(held) > most and not _close_longest_idle(held, self.loop.time()):
                 self._excess = True
                 transport.write(_raw(BUSY, "Service Unavailable"))
                 transport.close()
@@ -68,15 +68,15 @@ def protocol(most: int) -> type[asyncio.Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._reading = self.loop.call_later(READ_SECONDS, self.transport.abort)
+            self._read_timer = self.loop.call_later(READ_SECONDS, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._stop_reading()
+            self._cancel_read_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_head()
-            self._stop_reading()
+            self._cancel_read_timer()
             super().connection_lost(exc)
 
         @property
@@ -103,10 +103,10 @@ def protocol(most: int) -> type[asyncio.Protocol]:
                 self._head.cancel()
                 self._head = None
 
-        def _stop_reading(self) -> None:
-            if self._reading is not None:
-                self._reading.cancel()
-                self._reading = None
+        def _cancel_read_timer(self) -> None:
+            if self._read_timer is not None:
+                self._read_timer.cancel()
+                self._read_timer = None
 
         def _should_upgrade(self) -> bool:
             return False
@@ -126,7 +126,7 @@ def protocol(most: int) -> type[asyncio.Protocol]:
     return Bounded
 
 
-def _made_room(held: Iterable[Any], now: float) -> bool:
+def _close_longest_idle(held: Iterable[Any], now: float) -> bool:
     """Close the connection that has been idle for longest, if it has been for `IDLE_SECONDS`; whether it did."""
     idle = [(connection.idle_since, connection) for connection in held if connection.idle_since is not None]
     since, longest = min(idle, key=lambda pair: pair[0], default=(now, None))
@@ -136,7 +136,7 @@ def _made_room(held: Iterable[Any], now: float) -> bool:
     return True
 
 
-def room_for(wanted: int) -> int:
+def raise_file_limit(wanted: int) -> int:
     """How many of `wanted` connections the process may open files for, after raising its limit as far as possible."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + SPARE

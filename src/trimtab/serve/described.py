@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from trimtab.serve.library import Loaded
+from trimtab.serve.library import LoadedSteering
 from trimtab.serve.policy import Key, Policy
-from trimtab.serve.schema_steerings import SteeringTold
+from trimtab.serve.schema_steerings import SteeringInfo
 
 
-def described(policy: Policy, key: Key, loaded: Loaded) -> SteeringTold:
+def steering_info(policy: Policy, key: Key, loaded: LoadedSteering) -> SteeringInfo:
     """What the steering is, where it comes from, and the range of strengths that this caller may request."""
-    return SteeringTold(
+    return SteeringInfo(
         name=loaded.name,
         digest=loaded.digest,
         source=loaded.source,  # type: ignore[arg-type]

@@ -26,13 +26,13 @@ One = Annotated[Finite, Field(ge=1, le=1)]
 OFF = "Not supported."
 
 
-class In(BaseModel):
+class RequestModel(BaseModel):
     """The base class of the parts of a request. Unknown fields are refused, and values aren't converted."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
 
-class Unsupported(In):
+class Unsupported(RequestModel):
     """Fields that only other servers support, accepted with a value that does nothing: clients send whole objects."""
 
     presence_penalty: Zero | None = Field(None, description=OFF)
@@ -61,7 +61,7 @@ class UnsupportedChat(Unsupported):
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
 
 
-INSTEAD = {
+ALTERNATIVES = {
     "presence_penalty": "penalties aren't supported; leave it out",
     "frequency_penalty": "penalties aren't supported; leave it out",
     "repetition_penalty": "penalties aren't supported; leave it out",

@@ -22,11 +22,11 @@ from trimtab.serve.audit import Audit, unaudited
 from trimtab.serve.bodies import Bodies
 from trimtab.serve.playground.paths import HEADERS, JOIN, STREAMS, is_page
 from trimtab.serve.policy import Key, Policy
-from trimtab.serve.records import refused
+from trimtab.serve.rate_limit import RateLimiter
+from trimtab.serve.records import log_refusal
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.service import Limits
-from trimtab.serve.sieve import sieved
-from trimtab.serve.trickle import Trickle
+from trimtab.serve.sieve import clean_json
 
 OPEN = ("/healthz", "/readyz")
 """Paths that need no key."""
@@ -34,7 +34,7 @@ LOCAL = {"localhost", "127.0.0.1", "[::1]", "::1"}
 CHANGES = ("POST", "PUT", "DELETE", "PATCH")
 PAGE_STREAMS = 256
 """The most responses that pages may hold open at a time."""
-STRANGERS = 10.0
+ANONYMOUS_LINES_PER_SECOND = 10.0
 """Lines per second that requests without a key may leave in the audit log; the next line counts the omitted ones."""
 
 
@@ -56,7 +56,7 @@ class Guarded(Protocol):
     @property
     def draining(self) -> bool: ...
 
-    def largest(self, method: str, path: str, *, known: bool) -> int: ...
+    def body_limit(self, method: str, path: str, *, known: bool) -> int: ...
 
     def count(self, route: str, status: int, seconds: float) -> None: ...
 
@@ -65,7 +65,7 @@ class Guard:
     """The outermost ASGI layer. `local`: the server is bound to a loopback address, and only accepts its names as Host.
 
     That keeps a page in a browser on this machine from reaching the server under another name (DNS rebinding).
-    `through` runs the `page`, given the ASGI arguments; `open` are the paths that need no key.
+    `run_page` runs the `page`, given the ASGI arguments; `public_paths` are the paths that need no key.
     """
 
     def __init__(
@@ -75,18 +75,18 @@ class Guard:
         *,
         local: bool = False,
         page: ASGIApp | None = None,
-        through: Callable[..., Awaitable[None]] | None = None,
-        open: Collection[str] = OPEN,
+        run_page: Callable[..., Awaitable[None]] | None = None,
+        public_paths: Collection[str] = OPEN,
     ) -> None:
         self.app = app
         self.page = page
         self.service = service
         self.local = local
-        self.through = through or _plainly
-        self.open = open
-        self.bodies: Bodies = Bodies(service.limits.held)
+        self.run_page = run_page or _plainly
+        self.public_paths = public_paths
+        self.bodies: Bodies = Bodies(service.limits.total_bytes)
         self._streams = 0
-        self._strangers = Trickle(STRANGERS)
+        self._anonymous_limiter = RateLimiter(ANONYMOUS_LINES_PER_SECOND)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,7 +98,7 @@ class Guard:
         state = scope.setdefault("state", {})
         state["request_id"] = new_request_id()
 
-        async def out(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -119,22 +119,22 @@ class Guard:
                 if two_lengths:  # a proxy in front may have used the other one
                     raise Refusal(400, "a request has either Content-Length or Transfer-Encoding; leave one out")
                 self._admit(scope, state, page)
-                limit = self.service.largest(scope["method"], scope["path"], known="key" in state)
+                limit = self.service.body_limit(scope["method"], scope["path"], known="key" in state)
                 body = await self.bodies.read(scope, receive, limit, lambda: self.service.draining)
                 held = len(body)
                 if scope["method"] == "POST" and not page:
-                    body = await anyio.to_thread.run_sync(sieved, body)
+                    body = await anyio.to_thread.run_sync(clean_json, body)
             except Refusal as refusal:
                 state["refused"] = refusal.without_frames()
-                await refusal.response(scope, receive, out)
+                await refusal.response(scope, receive, send_with_headers)
                 return
             inside = with_body(body, receive)
             if page and self.page is not None:
-                await self._to_page(self.page, scope, inside, out)
+                await self._to_page(self.page, scope, inside, send_with_headers)
             else:
-                await self.app(routed, inside, out)
+                await self.app(routed, inside, send_with_headers)
         finally:
-            self.bodies.let_go(held)
+            self.bodies.release(held)
             if (record := state.get("record")) is not None:
                 with suppress(Refusal):
                     record.end("cancelled")  # if nothing else has: the client may disconnect before a stream begins
@@ -153,7 +153,7 @@ class Guard:
             raise Refusal(
                 403, "this server accepts only requests from this machine; address it as localhost", code="host"
             )
-        if path in self.open:
+        if path in self.public_paths:
             return
         key = self._caller(headers)
         if key is not None:
@@ -179,30 +179,30 @@ class Guard:
             return
         self._streams += held
         try:
-            await self.through(page, scope, receive, send)
+            await self.run_page(page, scope, receive, send)
         finally:
             self._streams -= held
 
     def _write_down(self, scope: Scope, state: dict[str, Any], status: int) -> None:
         """Log a refusal, with the client's address; lines of requests without a key are limited in rate."""
-        if not self.service.audit.on or scope["path"] in self.open:
+        if not self.service.audit.on or scope["path"] in self.public_paths:
             return
         key: Key | None = state.get("key")
         client = scope.get("client")
-        who = {
+        audit_fields = {
             "request": state["request_id"],
             "method": scope["method"],
             "route": scope["path"][:200],
             "client": client[0] if client else None,
         }
         if key is None:
-            left_out = self._strangers.pour()
+            left_out = self._anonymous_limiter.acquire()
             if left_out is None:
                 return
-            who |= {"left_out": left_out} if left_out else {}
+            audit_fields |= {"left_out": left_out} if left_out else {}
         stored = state.get("refused")
         refusal = stored if isinstance(stored, Refusal) else Refusal(status, "")
-        refused(self.service.audit, who, key, refusal, state.get("parsed"))
+        log_refusal(self.service.audit, audit_fields, key, refusal, state.get("parsed"))
 
 
 def new_request_id() -> str:

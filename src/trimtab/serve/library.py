@@ -29,7 +29,7 @@ MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedSteering:
     """A steering with its name. `source`: `"file"`, `"uploaded"`, `"learned"` or `"made"`.
 
     `owner` is the name of the key that added it; `None`: anybody may use it.
@@ -45,7 +45,7 @@ class Loaded:
 class Library:
     """Steerings by owner and name, for any thread: each change replaces the dictionary, so reading needs no lock."""
 
-    def __init__(self, lm: LM, loaded: Sequence[Loaded] = ()) -> None:
+    def __init__(self, lm: LM, loaded: Sequence[LoadedSteering] = ()) -> None:
         self.lm = lm
         self._lock = threading.Lock()
         self._loaded = {(entry.owner, entry.name): entry for entry in loaded}
@@ -55,18 +55,18 @@ class Library:
         """The sorted names of the steerings without an owner."""
         return sorted(name for owner, name in self._loaded if owner is None)
 
-    def get(self, name: str, owner: str | None = None) -> Loaded | None:
+    def get(self, name: str, owner: str | None = None) -> LoadedSteering | None:
         """The steering with this name: the owner's own, or one without an owner."""
         return self._loaded.get((owner, name)) or self._loaded.get((None, name))
 
-    def of(self, owner: str | None) -> list[Loaded]:
+    def of(self, owner: str | None) -> list[LoadedSteering]:
         """The steerings without an owner and those of this owner, sorted by name."""
         loaded = self._loaded.values()
         by_name = {entry.name: entry for entry in loaded if entry.owner is None}
         by_name |= {entry.name: entry for entry in loaded if entry.owner == owner}
         return [by_name[name] for name in sorted(by_name)]
 
-    def add(self, name: str, steering: Steering, source: str, owner: str | None = None) -> Loaded:
+    def add(self, name: str, steering: Steering, source: str, owner: str | None = None) -> LoadedSteering:
         """Add a steering.
 
         Raises:
@@ -80,7 +80,7 @@ class Library:
         self.lm.check(steering)
         if not steering.edits:
             raise TrimtabError("the steering has no edits")
-        entry = Loaded(name, steering, steering_digest(steering), source, owner)
+        entry = LoadedSteering(name, steering, steering_digest(steering), source, owner)
         with self._lock:
             if (owner, name) in self._loaded:
                 raise TrimtabError(f"there is already a steering {name!r}; choose another name")
@@ -92,7 +92,7 @@ class Library:
             self._loaded = {**self._loaded, (owner, name): entry}
         return entry
 
-    def remove(self, name: str, owner: str | None = None) -> Loaded | None:
+    def remove(self, name: str, owner: str | None = None) -> LoadedSteering | None:
         """Remove what the owner added under this name; returns `None` if there is none. Files stay."""
         with self._lock:
             entry = self._loaded.get((owner, name))
@@ -148,7 +148,7 @@ def read_folder(lm: LM, folder: Path) -> Library:
             lm.check(steering)
         except TrimtabError as error:
             raise TrimtabError(f"{path}: {error}") from None
-        loaded.append(Loaded(path.stem, steering, steering_digest(steering), "file"))
+        loaded.append(LoadedSteering(path.stem, steering, steering_digest(steering), "file"))
     return Library(lm, loaded)
 
 

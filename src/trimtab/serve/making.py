@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.making import Idea, Made, idea_from_contrast, idea_from_sentence, make, make_from_pairs
-from trimtab.making.judged import Example
+from trimtab.making.evaluation import Example
 from trimtab.making.make import STAGES, TOKENS
-from trimtab.serve.adding import added, check_may_add
-from trimtab.serve.library import Loaded
+from trimtab.serve.adding import add_steering, check_may_add
+from trimtab.serve.library import LoadedSteering
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Draining
@@ -22,7 +22,7 @@ from trimtab.serve.service import Service
 from trimtab.text.pairs import Pair, pairs_from_rows
 
 SHOWN = 4
-AGAIN = 60
+RETRY_SECONDS = 60
 """The `Retry-After`, in seconds, while another steering is being made."""
 
 
@@ -45,11 +45,11 @@ class Finished:
     """The result, the steering as it was added to the server (if it was), and the answers that may be shown."""
 
     made: Made
-    loaded: Loaded | None
+    loaded: LoadedSteering | None
     examples: tuple[Example, ...]
 
 
-def wish_of(request: MakeRequest) -> Idea | list[Pair]:
+def learning_target(request: MakeRequest) -> Idea | list[Pair]:
     """What to learn: an idea with the number of questions requested, or pairs.
 
     Raises:
@@ -77,8 +77,8 @@ def wish_of(request: MakeRequest) -> Idea | list[Pair]:
     return replace(wanted, learn=wanted.learn[:half], test=wanted.test[: request.questions - half])
 
 
-async def making(
-    service: Service, key: Key, who: dict[str, str], request: MakeRequest
+async def make_steering(
+    service: Service, key: Key, audit_fields: dict[str, str], request: MakeRequest
 ) -> AsyncGenerator[Step | Finished, None]:
     """Make the steering; yields the progress, then the result, added if the verdict holds or `keep` is set.
 
@@ -87,7 +87,7 @@ async def making(
     Args:
         service: The server.
         key: The caller.
-        who: The request's id, its key's name and the route, for the audit log.
+        audit_fields: The request's id, its key's name and the route, for the audit log.
         request: What to make.
 
     Raises:
@@ -96,21 +96,21 @@ async def making(
         TrimtabError: The model's answers for and against the idea barely differ.
     """
     check_may_add(service, key, request.name)
-    wanted, tokens = wish_of(request), _tokens(service, request)
-    if not service.making.acquire(blocking=False):
-        raise Refusal(429, "another steering is being made; try again when it is done", retry=AGAIN)
+    wanted, tokens = learning_target(request), _tokens(service, request)
+    if not service.making_lock.acquire(blocking=False):
+        raise Refusal(429, "another steering is being made; try again when it is done", retry=RETRY_SECONDS)
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Step | None] = asyncio.Queue()
-    gone = threading.Event()
+    disconnected = threading.Event()
     last = Step()
 
-    def tell(step: Step) -> None:
+    def report(step: Step) -> None:
         """Report progress, in the model's thread. An exception raised here stops the making."""
         nonlocal last
         last = step
-        if gone.is_set():
-            raise _NobodyWaits
-        if service.scheduler.over:
+        if disconnected.is_set():
+            raise _ClientDisconnected
+        if service.scheduler.grace_expired:
             raise Draining
         with suppress(RuntimeError):  # the loop is closed: the server is shutting down
             loop.call_soon_threadsafe(queue.put_nowait, step)
@@ -119,8 +119,8 @@ async def making(
         how: dict[str, Any] = {
             "tokens": tokens,
             "distill": request.distill,
-            "stage": lambda what, done, total: tell(Step(what, STAGES.index(what) + 1, done, total, last.said)),
-            "say": lambda words: tell(replace(last, said=words)),
+            "stage": lambda what, done, total: report(Step(what, STAGES.index(what) + 1, done, total, last.said)),
+            "say": lambda words: report(replace(last, said=words)),
         }
         if isinstance(wanted, Idea):
             return make(service.lm, wanted, **how)
@@ -129,31 +129,33 @@ async def making(
     try:
         future = service.scheduler.run(job)
     except Draining as draining:
-        service.making.release()
+        service.making_lock.release()
         raise Refusal(503, str(draining), retry=5) from None
-    future.add_done_callback(lambda _: service.making.release())
-    coming = asyncio.wrap_future(future)
-    coming.add_done_callback(lambda _: queue.put_nowait(None))
+    future.add_done_callback(lambda _: service.making_lock.release())
+    result_future = asyncio.wrap_future(future)
+    result_future.add_done_callback(lambda _: queue.put_nowait(None))
     outcome, made = "cancelled", None
     try:
         yield Step()
         while (step := await queue.get()) is not None:
             yield step
         outcome = "failed"
-        made = await coming
+        made = await result_future
         outcome = "added" if made.verdict.holds or request.keep else "none"
-        loaded = added(service, who, request.name, made.steering, "made") if outcome == "added" else None
+        loaded = (
+            add_steering(service, audit_fields, request.name, made.steering, "made") if outcome == "added" else None
+        )
         yield Finished(made, loaded, made.examples[:SHOWN] if _may_show(service, key) else ())
     except Draining as draining:
         outcome = "shutdown"
         raise Refusal(503, str(draining), retry=5) from None
     finally:
-        gone.set()
-        coming.cancel()  # if it hasn't begun, it never will
-        _write_down(service, who, request, made, outcome)
+        disconnected.set()
+        result_future.cancel()  # if it hasn't begun, it never will
+        _write_down(service, audit_fields, request, made, outcome)
 
 
-class _NobodyWaits(Exception):
+class _ClientDisconnected(Exception):
     """The client has disconnected."""
 
 
@@ -169,10 +171,12 @@ def _tokens(service: Service, request: MakeRequest) -> int:
 def _may_show(service: Service, key: Key) -> bool:
     """Whether the policy lets through answers without the server's steerings, and with this one at strength 1."""
     low, high = service.policy.range_of(key)
-    return not service.policy.always and service.policy.dose_of(key) is None and low <= 1 <= high
+    return not service.policy.always and service.policy.dose_cap(key) is None and low <= 1 <= high
 
 
-def _write_down(service: Service, who: dict[str, str], request: MakeRequest, made: Made | None, outcome: str) -> None:
+def _write_down(
+    service: Service, audit_fields: dict[str, str], request: MakeRequest, made: Made | None, outcome: str
+) -> None:
     verdict = {}
     if made is not None:
         what = "gain" if made.verdict.share is None else "share_of_prompt"
@@ -180,4 +184,6 @@ def _write_down(service: Service, who: dict[str, str], request: MakeRequest, mad
     idea = {key: value for key in ("idea", "like", "unlike") if (value := getattr(request, key)) is not None}
     if request.pairs is not None:
         idea["pairs"] = len(request.pairs)
-    service.audit.write({"event": "made", **who, "made": request.name, **verdict, "outcome": outcome}, prompt=idea)
+    service.audit.write(
+        {"event": "made", **audit_fields, "made": request.name, **verdict, "outcome": outcome}, prompt=idea
+    )

@@ -21,7 +21,7 @@ TRIM_SECONDS = 60.0
 """Seconds between two times at which free memory is returned to the system."""
 
 
-def keep_little() -> bool:
+def limit_malloc_arenas() -> bool:
     """Make this process use few arenas, and return free memory to the system from time to time; whether that worked.
 
     Does nothing without glibc. Doesn't set the number of arenas if the environment does (MALLOC_ARENA_MAX).

@@ -62,7 +62,7 @@ class Metrics:
         self.audited: Gauge = Gauge("trimtab_audit_writable", "1 if the audit log can be written, else 0.", **mine)
         self.steps: Gauge = Gauge("trimtab_steps", "Batch steps so far.", **mine)
 
-    def finished(self, event: Event, task: Task) -> None:
+    def count_answer(self, event: Event, task: Task) -> None:
         """Count an answer that has ended."""
         for monitor in task.monitors:
             read = (event.monitors or {}).get(monitor.name) if isinstance(event, (Done, Failed)) else None

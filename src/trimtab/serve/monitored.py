@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field
 
 from trimtab.errors import TrimtabError
 from trimtab.files.pick import Pick, parse_pick
-from trimtab.serve.fields import NAME, Finite, In
+from trimtab.serve.fields import NAME, Finite, RequestModel
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.tasks import Done, TokenTold
+from trimtab.serve.tasks import Done, GeneratedToken
 from trimtab.steering.monitors import Monitor
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 Action = Literal["log", "stop", "steer"]
 
 
-class Switched(In):
+class Switched(RequestModel):
     """The steering that a monitor switches on."""
 
     name: str = Field(max_length=64)
     strength: Finite = Field(1.0, ge=-100, le=100)
 
 
-class MonitorChoice(In):
+class MonitorChoice(RequestModel):
     """A monitor of the server, with another threshold than its own, or an action beyond it."""
 
     name: str = Field(max_length=64, examples=["harm"])
@@ -42,7 +42,7 @@ class MonitorChoice(In):
     steering: Switched | None = Field(None, description="The steering for the action `steer`.")
 
 
-class MonitorTold(BaseModel):
+class MonitorReport(BaseModel):
     """What a monitor read of one answer: a value per token, and at which token it fired, if it did."""
 
     name: str
@@ -54,7 +54,7 @@ class MonitorTold(BaseModel):
     values: list[float | None] = Field(description="One value per token; `null` if it isn't a finite number.")
 
 
-class MonitorDescribed(BaseModel):
+class MonitorInfo(BaseModel):
     """One of the server's monitors."""
 
     name: str
@@ -69,7 +69,7 @@ class MonitorList(BaseModel):
     """All monitors."""
 
     object: Literal["list"] = "list"
-    data: list[MonitorDescribed]
+    data: list[MonitorInfo]
 
 
 Choices = Annotated[list[Annotated[str, Field(max_length=64)] | MonitorChoice], Field(fail_fast=True)]
@@ -92,18 +92,18 @@ def picks_of(texts: Sequence[str]) -> dict[str, Pick]:
 
 def read_monitors(lm: LM, texts: Sequence[str]) -> dict[str, Monitor]:
     """The monitors of `--monitor NAME=FILE[@LAYER]`. Raises `TrimtabError` if one can't be read or doesn't fit."""
-    from trimtab.engines.transformers.monitoring import check_watched
+    from trimtab.engines.transformers.monitoring import check_monitors_fit
 
     monitors: dict[str, Monitor] = {}
     for name, pick in picks_of(texts).items():
         steering = pick.load()
         lm.check(steering)
         monitors[name] = Monitor.of(name, steering)
-        check_watched([monitors[name]], None, lm.layout)
+        check_monitors_fit([monitors[name]], None, lm.layout)
     return monitors
 
 
-def always_of(service: Service) -> tuple[Monitor, ...]:
+def policy_monitors(service: Service) -> tuple[Monitor, ...]:
     """The monitors that the policy puts on every answer. Raises `TrimtabError` for one that doesn't exist."""
     monitors = []
     for watching in service.policy.monitors:
@@ -128,7 +128,7 @@ def always_of(service: Service) -> tuple[Monitor, ...]:
 
 def monitors_for(service: Service, key: Key, request: Any) -> tuple[Monitor, ...]:
     """The monitors for a request. Raises `Refusal` for one that doesn't exist, isn't allowed or can't be used."""
-    always = {monitor.name: monitor for monitor in service.always_watching}
+    always = {monitor.name: monitor for monitor in service.always_on_monitors}
     monitors = list(always.values())
     choices = [
         MonitorChoice.model_validate({"name": item}) if isinstance(item, str) else item for item in request.monitors
@@ -138,7 +138,7 @@ def monitors_for(service: Service, key: Key, request: Any) -> tuple[Monitor, ...
         from trimtab.serve.schema import SteeringChoice
 
         more = [SteeringChoice.model_validate(item.model_dump()) for item in extra]
-        service.chosen(key, request.model_copy(update={"steering": [*request.steering, *more]}))
+        service.select(key, request.model_copy(update={"steering": [*request.steering, *more]}))
     for i, choice in enumerate(choices):
         where = f"monitors.{i}"
         if choice.name in always:
@@ -153,7 +153,7 @@ def monitors_for(service: Service, key: Key, request: Any) -> tuple[Monitor, ...
         if choice.steering is not None:
             loaded = service.library.get(choice.steering.name, service.owner(key.name))
             assert loaded is not None  # `chosen` has checked that
-            steering = choice.steering.strength * service.placed_apart(loaded, where)
+            steering = choice.steering.strength * service.without_protected(loaded, where)
         try:
             line = base.threshold if choice.threshold is None else choice.threshold
             monitors.append(replace(base, threshold=line, action=choice.action, steering=steering))
@@ -164,14 +164,14 @@ def monitors_for(service: Service, key: Key, request: Any) -> tuple[Monitor, ...
     return tuple(monitors)
 
 
-def described(service: Service) -> MonitorList:
+def monitor_list(service: Service) -> MonitorList:
     """The server's monitors, by name."""
-    always = {monitor.name: monitor for monitor in service.always_watching}
+    always = {monitor.name: monitor for monitor in service.always_on_monitors}
     listed = []
     for name in sorted(service.monitors):
         shown = always.get(name, service.monitors[name])
         listed.append(
-            MonitorDescribed(
+            MonitorInfo(
                 name=name,
                 site=str(shown.site),
                 measure=shown.condition.measure,
@@ -183,11 +183,11 @@ def described(service: Service) -> MonitorList:
     return MonitorList(data=listed)
 
 
-def readings_of(monitors: Sequence[Monitor], done: Done) -> list[MonitorTold]:
+def readings_of(monitors: Sequence[Monitor], done: Done) -> list[MonitorReport]:
     """What the monitors read of an answer."""
     readings = done.monitors or {}
     return [
-        MonitorTold(
+        MonitorReport(
             name=monitor.name,
             action=monitor.action,  # type: ignore[arg-type]
             threshold=monitor.threshold,
@@ -199,7 +199,7 @@ def readings_of(monitors: Sequence[Monitor], done: Done) -> list[MonitorTold]:
     ]
 
 
-def in_chunk(monitors: Sequence[Monitor], tokens: Sequence[TokenTold]) -> dict[str, Any]:
+def in_chunk(monitors: Sequence[Monitor], tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
     """The readings for the tokens in a chunk of a stream: `{"trimtab": {"monitors": {name: values}}}`, or nothing."""
     if not monitors:
         return {}

@@ -8,13 +8,13 @@ from trimtab.data.distilled import path_of
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import load_steering, steering_digest
 from trimtab.lm import LM
-from trimtab.serve.library import Library, Loaded
+from trimtab.serve.library import Library, LoadedSteering
 
 NAMES = ("bullets", "json", "sentence")
 """Learned on the default model, which follows them without any instruction."""
 
 
-def packaged(lm: LM) -> Library:
+def packaged_library(lm: LM) -> Library:
     """The packaged steerings that were learned on this model: all of them for the default model, none for others."""
     entries = []
     for name in NAMES:
@@ -25,5 +25,5 @@ def packaged(lm: LM) -> Library:
                 lm.check(steering)
         except TrimtabError:
             continue
-        entries.append(Loaded(name, steering, steering_digest(steering), "file"))
+        entries.append(LoadedSteering(name, steering, steering_digest(steering), "file"))
     return Library(lm, entries)

@@ -52,7 +52,7 @@ ANYBODY = Key("anybody", add=True)
 
 
 @dataclass(frozen=True)
-class Watching:
+class MonitorRule:
     """A monitor that reads every answer, by name, and its action. `threshold=None`: the one in its file."""
 
     name: str
@@ -70,7 +70,7 @@ class Policy:
     always: tuple[tuple[str, float], ...] = ()
     strength: tuple[float, float] = STRENGTHS
     max_dose: float | None = None
-    monitors: tuple[Watching, ...] = ()
+    monitors: tuple[MonitorRule, ...] = ()
 
     def caller(self, secret: str | None) -> Key | None:
         """The caller with this API key; `None` if nobody has it or it is missing. Takes the same time for any key.
@@ -92,7 +92,7 @@ class Policy:
         """The range of strengths that a caller may request."""
         return max(self.strength[0], key.strength[0]), min(self.strength[1], key.strength[1])
 
-    def dose_of(self, key: Key) -> float | None:
+    def dose_cap(self, key: Key) -> float | None:
         """The cap on the sum of the doses of all sites in a caller's answer; `None`: no cap."""
         caps = [cap for cap in (self.max_dose, key.max_dose) if cap is not None]
         return min(caps) if caps else None
@@ -162,7 +162,7 @@ def read_policy(path: Path) -> Policy:
         for key in parsed.keys
     )
     always = tuple((steering.name, _finite(steering.strength, path)) for steering in parsed.always)
-    monitors = tuple(Watching(**monitor.model_dump()) for monitor in parsed.monitors)
+    monitors = tuple(MonitorRule(**monitor.model_dump()) for monitor in parsed.monitors)
     return Policy(keys, always, _range(parsed.strength, path), parsed.max_dose, monitors)
 
 

@@ -48,7 +48,7 @@ class Protected:
         return self.basis is not None or bool(self.unknown)
 
 
-def protected(always: Sequence[tuple[str, Steering]]) -> Protected:
+def protection_of(always: Sequence[tuple[str, Steering]]) -> Protected:
     """The protection for these steerings, given with their names."""
     directions: list[Tensor] = []
     unknown = []
@@ -63,28 +63,28 @@ def protected(always: Sequence[tuple[str, Steering]]) -> Protected:
     return Protected(_basis(directions), tuple(dict.fromkeys(unknown)))
 
 
-def apart(held: Protected, steering: Steering) -> tuple[Steering, float]:
+def remove_protected(protection: Protected, steering: Steering) -> tuple[Steering, float]:
     """The steering without its components along the protected directions, and the largest share that an edit has lost.
 
     The share is `|P v| / |v|`, from 0 to 1. Raises `TrimtabError` if the components can't be removed.
     """
-    if not held.anything:
+    if not protection.anything:
         return steering, 0.0
     edits, lost = [], 0.0
     for edit in steering.edits:
-        new, share = _apart(held, edit)
+        new, share = _remove_protected(protection, edit)
         edits.append(new)
         lost = max(lost, share)
     return replace(steering, edits=tuple(edits)), lost
 
 
-def _apart(held: Protected, edit: Edit) -> tuple[Edit, float]:
+def _remove_protected(protection: Protected, edit: Edit) -> tuple[Edit, float]:
     if _emphasizes(edit):
         return edit, 0.0
-    if held.unknown:
+    if protection.unknown:
         raise TrimtabError(
-            f"{held.unknown[0]!r} is always on and isn't made of directions of the residual stream, so it can't be"
-            " protected from other steerings: on this server, requests can only steer by emphasis"
+            f"{protection.unknown[0]!r} is always on and isn't made of directions of the residual stream, so it can't"
+            " be protected from other steerings: on this server, requests can only steer by emphasis"
         )
     operation = edit.operation
     if edit.site.kind not in STREAM or type(operation) not in (Add, SetProjection, Ablate) or operation.keep_norm:
@@ -92,18 +92,18 @@ def _apart(held: Protected, edit: Edit) -> tuple[Edit, float]:
             f"{edit} could undo a steering that is always on here; only edits without keep_norm that add to the"
             " residual stream, or set or ablate a projection of it, are allowed"
         )
-    assert held.basis is not None
+    assert protection.basis is not None
     direction = operation.direction.double()
-    if direction.shape[-1] != held.basis.shape[-1]:
+    if direction.shape[-1] != protection.basis.shape[-1]:
         raise TrimtabError(
-            f"{edit} has width {direction.shape[-1]}, but the residual stream has {held.basis.shape[-1]}"
+            f"{edit} has width {direction.shape[-1]}, but the residual stream has {protection.basis.shape[-1]}"
         )
     norm = float(direction.norm())
-    along = held.basis.T @ (held.basis @ direction)
+    along = protection.basis.T @ (protection.basis @ direction)
     if not norm or float(along.norm()) <= 1e-7 * norm:
         return edit, 0.0
     rest = direction - along
-    rest = rest - held.basis.T @ (held.basis @ rest)  # again, to remove rounding errors
+    rest = rest - protection.basis.T @ (protection.basis @ rest)  # again, to remove rounding errors
     if float(rest.norm()) < LEAST * norm:
         raise TrimtabError(f"{edit} acts almost only along a steering that is always on here")
     if not isinstance(operation, Add):

@@ -27,7 +27,7 @@ class Record:
 
     Args:
         service: The server.
-        who: The request's id, its key's name, the route.
+        audit_fields: The request's id, its key's name, the route.
         request: The request.
         prepared: Its tasks, in the order of its answers.
         id: The completion's id.
@@ -36,19 +36,21 @@ class Record:
     def __init__(
         self,
         service: Service,
-        who: dict[str, str],
+        audit_fields: dict[str, str],
         request: ChatRequest | CompletionRequest,
         prepared: Prepared,
         id: str,
     ) -> None:
         self.service = service
         self._prepared = prepared
-        self._prompt = [_written(m) for m in request.messages] if isinstance(request, ChatRequest) else request.prompt
+        self._prompt = (
+            [_loggable_message(m) for m in request.messages] if isinstance(request, ChatRequest) else request.prompt
+        )
         self._line: dict[str, Any] = {
-            "request": who["request"],
+            "request": audit_fields["request"],
             "id": id,
-            "key": who["key"],
-            "route": who["route"],
+            "key": audit_fields["key"],
+            "route": audit_fields["route"],
             "model": service.lm.name,
             "user": request.user,
             "steering": [steering.model_dump() for steering in prepared.steerings],
@@ -64,13 +66,13 @@ class Record:
 
     async def begin(self) -> None:
         """Write the first line. Raises `Refusal` if it can't be written: then nothing may run."""
-        await self.service.audit.soon({"event": "begun", **self._line}, self._prompt)
+        await self.service.audit.write_async({"event": "begun", **self._line}, self._prompt)
         self._begun = True
 
-    def heard(self, index: int, deliver: Callable[[Event], None]) -> Callable[[Event], None]:
+    def wrap_deliver(self, index: int, deliver: Callable[[Event], None]) -> Callable[[Event], None]:
         """Wrap an answer's `deliver` so that the answer's end is noted. The wrapper is called in the model's thread."""
 
-        def hear(event: Event) -> None:
+        def deliver_and_record(event: Event) -> None:
             if isinstance(event, (Done, Failed)):
                 with self._lock:
                     self._last[index] = event
@@ -78,7 +80,7 @@ class Record:
                     self._write()
             deliver(event)
 
-        return hear
+        return deliver_and_record
 
     def end(self, outcome: str) -> None:
         """End the request; answers that are still running are cancelled, and the line is written once they have ended.
@@ -121,7 +123,7 @@ class Record:
         )
 
 
-def _written(message: Message) -> dict[str, Any]:
+def _loggable_message(message: Message) -> dict[str, Any]:
     """A message in the form that is logged, with images replaced by their digests."""
     dumped = message.model_dump()
     if isinstance(message.content, list):
@@ -132,9 +134,11 @@ def _written(message: Message) -> dict[str, Any]:
     return dumped
 
 
-def refused(audit: Audit, who: dict[str, Any], key: Key | None, refusal: Refusal, request: Any = None) -> None:
+def log_refusal(
+    audit: Audit, audit_fields: dict[str, Any], key: Key | None, refusal: Refusal, request: Any = None
+) -> None:
     """Log a refused request. The steering that it requested shows who is probing for what."""
-    line = {"event": "refused", **who, "key": None if key is None else key.name}
+    line = {"event": "refused", **audit_fields, "key": None if key is None else key.name}
     if request is not None:
         line["steering"] = [choice.model_dump(exclude_none=True) for choice in request.steering]
     with suppress(Refusal):  # the request is refused in any case

@@ -52,7 +52,7 @@ def reference() -> str:
     schemas = document["components"]["schemas"]
     parts = []
     for method, path, operation in _operations(document):
-        fields = _taken(operation, schemas)
+        fields = _request_fields(operation, schemas)
         if fields:
             fields = f"<details><summary>Fields of the request</summary>{fields}</details>"
         parts.append(f"<h3><code>{method} {html.escape(path)}</code></h3><p>{_summary(operation)}</p>{fields}")
@@ -97,7 +97,7 @@ def _route(operation: Schema, schemas: Schema) -> str:
         for status, response in sorted(operation["responses"].items())
     )
     head = "<tr><th scope='col'>status</th><th scope='col'>answer</th><th scope='col'>when</th></tr>"
-    return f"{''.join(parts)}{_taken(operation, schemas, linked=True)}{_table(head, rows)}"
+    return f"{''.join(parts)}{_request_fields(operation, schemas, linked=True)}{_table(head, rows)}"
 
 
 def _content_of(response: Schema) -> str:
@@ -108,7 +108,7 @@ def _content_of(response: Schema) -> str:
     return " or ".join(kinds)
 
 
-def _taken(operation: Schema, schemas: Schema, *, linked: bool = False) -> str:
+def _request_fields(operation: Schema, schemas: Schema, *, linked: bool = False) -> str:
     """The fields of a request, as a table."""
     content = operation.get("requestBody", {}).get("content", {})
     name = content.get("application/json", {}).get("schema", {}).get("$ref", "").rpartition("/")[2]

@@ -14,7 +14,7 @@ LONGEST_NAME = 64
 """Characters of a name that a refusal repeats; a request's path can have many more."""
 
 
-class ErrorTold(BaseModel):
+class ErrorDetails(BaseModel):
     """An error."""
 
     message: str
@@ -26,7 +26,7 @@ class ErrorTold(BaseModel):
 class ErrorBody(BaseModel):
     """The body of every error."""
 
-    error: ErrorTold
+    error: ErrorDetails
 
 
 class Json(Response):

@@ -34,27 +34,36 @@ from trimtab.serve.schema_responses import (
     OutputText,
     OutputThought,
     ReasoningItem,
+    ResponseObject,
     ResponsesRequest,
-    ResponseTold,
     ResponseUsage,
     TextContent,
     TextToken,
 )
 from trimtab.serve.service import Prepared
-from trimtab.serve.tasks import Piece, TokenTold
-from trimtab.serve.wire import Collected, summary_of
-from trimtab.text.said import CallArguments, CallBegun, Part, Thought, Words
+from trimtab.serve.tasks import GeneratedToken, Piece
+from trimtab.serve.wire import CollectedAnswer, summary_of
+from trimtab.text.answer_parts import AnswerPart, AnswerText, CallArguments, CallStart, ThinkingText
 
 # ---- requests ------------------------------------------------------------------------------------------------
 
-ALIKE = ("model", "parallel_tool_calls", "temperature", "top_p", "stop", "seed", "stream", "chat_template_kwargs")
+SHARED_FIELDS = (
+    "model",
+    "parallel_tool_calls",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "stream",
+    "chat_template_kwargs",
+)
 """Fields that chat requests have under the same name."""
 STEERED = ("steering", "emphasize", "rejection")
 
 
 def as_chat(request: ResponsesRequest) -> ChatRequest:
     """The chat request that is equivalent to a Responses request."""
-    fields: dict[str, Any] = {name: getattr(request, name) for name in (*ALIKE, "user", "metadata")}
+    fields: dict[str, Any] = {name: getattr(request, name) for name in (*SHARED_FIELDS, "user", "metadata")}
     fields |= {name: getattr(request, name) for name in STEERED if name in request.model_fields_set}
     fields["messages"] = _messages(request)
     fields["max_completion_tokens"] = request.max_output_tokens
@@ -124,7 +133,7 @@ def _add(messages: list[dict[str, Any]], item: Item) -> None:
         return
     last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
     if isinstance(item, MessageItem):
-        text = _said(item.content)
+        text = _message_content(item.content)
         if item.role == "assistant" and last is not None and not last["content"] and "tool_calls" not in last:
             last["content"] = text  # the preceding thinking belongs to it
         else:
@@ -145,7 +154,7 @@ def _text(content: TextContent) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
-def _said(content: Content) -> str | list[dict[str, Any]]:
+def _message_content(content: Content) -> str | list[dict[str, Any]]:
     """A message's text, or its parts in the chat format if it has images."""
     if isinstance(content, str):
         return content
@@ -181,15 +190,15 @@ class ResponseWire:
     items: list[Output] = field(default_factory=list)
     _number: int = 0
 
-    def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
+    def whole(self, prepared: Prepared, answers: Sequence[CollectedAnswer]) -> dict[str, Any]:
         """The response to a request that doesn't stream."""
         (answer,) = answers
-        for parts, tokens in answer.heard:
+        for parts, tokens in answer.parts_by_event:
             logprobs = self._logprobs(parts, tokens)
             for part in parts:
                 self._take(part)
                 logprobs = self._put(part, logprobs)
-        self._settle("incomplete" if self._cut(answer) else "completed")
+        self._finish_items("incomplete" if self._cut(answer) else "completed")
         return self._response(prepared, answer)
 
     def opening(self, _index: int) -> list[dict[str, Any]]:
@@ -197,15 +206,15 @@ class ResponseWire:
         response = self._response()
         return [self._event(f"response.{name}", response=response) for name in ("created", "in_progress")]
 
-    def piece(self, _index: int, piece: Piece, said: Sequence[Part], _before: int) -> list[dict[str, Any]]:
+    def piece(self, _index: int, piece: Piece, parts: Sequence[AnswerPart], _before: int) -> list[dict[str, Any]]:
         """The events for a new piece of the answer."""
-        return self._events(said, piece.tokens)
+        return self._events(parts, piece.tokens)
 
-    def ending(self, _index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
+    def ending(self, _index: int, answer: CollectedAnswer, parts: Sequence[AnswerPart]) -> list[dict[str, Any]]:
         """The events for the rest of the answer, and for the end of the last item."""
-        return [*self._events(said, ()), *self._close("incomplete" if self._cut(answer) else "completed")]
+        return [*self._events(parts, ()), *self._close("incomplete" if self._cut(answer) else "completed")]
 
-    def last(self, prepared: Prepared, answers: Sequence[Collected], _usage: bool) -> dict[str, Any]:
+    def last(self, prepared: Prepared, answers: Sequence[CollectedAnswer], _usage: bool) -> dict[str, Any]:
         """The last event, with the whole response."""
         (answer,) = answers
         name = "incomplete" if self._cut(answer) else "completed"
@@ -214,7 +223,7 @@ class ResponseWire:
     def failed(self, refusal: Refusal) -> list[dict[str, Any]]:
         """The last events of a stream that failed."""
         error = {"code": refusal.code or "server_error", "message": refusal.message}
-        self._settle("incomplete")
+        self._finish_items("incomplete")
         response = {**self._response(), "status": "failed", "error": error}
         return [self._event("response.failed", response=response)]
 
@@ -227,10 +236,10 @@ class ResponseWire:
 
     # ---- items -------------------------------------------------------------------------------------------
 
-    def _take(self, part: Part) -> bool:
+    def _take(self, part: AnswerPart) -> bool:
         """Add a part to the item that it belongs to; returns whether the item is new."""
         last = self.items[-1] if self.items else None
-        if isinstance(part, CallBegun):
+        if isinstance(part, CallStart):
             name, call = f"fc_{uuid.uuid4().hex}", part
             self.items.append(OutputCall(id=name, status="in_progress", call_id=call.id, name=call.name, arguments=""))
             return True
@@ -238,7 +247,7 @@ class ResponseWire:
             assert isinstance(last, OutputCall)
             last.arguments += part.text
             return False
-        if isinstance(part, Words):
+        if isinstance(part, AnswerText):
             if isinstance(last, OutputMessage):
                 last.content[0].text += part.text
                 return False
@@ -252,25 +261,25 @@ class ResponseWire:
         self.items.append(OutputReasoning(id=f"rs_{uuid.uuid4().hex}", status="in_progress", content=thought))
         return True
 
-    def _logprobs(self, parts: Sequence[Part], tokens: Sequence[TokenTold]) -> list[TextToken]:
+    def _logprobs(self, parts: Sequence[AnswerPart], tokens: Sequence[GeneratedToken]) -> list[TextToken]:
         return [] if self.tokens is None else self.tokens.take(parts, tokens)
 
-    def _put(self, part: Part, logprobs: list[TextToken]) -> list[TextToken]:
+    def _put(self, part: AnswerPart, logprobs: list[TextToken]) -> list[TextToken]:
         """Add them to the text that the part was just added to; returns those that are left, if the part isn't text."""
         last = self.items[-1]
-        if not isinstance(part, Words) or not isinstance(last, OutputMessage):
+        if not isinstance(part, AnswerText) or not isinstance(last, OutputMessage):
             return logprobs
         last.content[0].logprobs += logprobs
         return []
 
-    def _settle(self, last: str) -> None:
+    def _finish_items(self, last: str) -> None:
         for item in self.items:
             item.status = "completed"
         if self.items:
             self.items[-1].status = last  # type: ignore[assignment]
 
     @staticmethod
-    def _cut(answer: Collected) -> bool:
+    def _cut(answer: CollectedAnswer) -> bool:
         return answer.done is not None and answer.done.finish == "length"
 
     # ---- events ------------------------------------------------------------------------------------------
@@ -280,16 +289,16 @@ class ResponseWire:
         self._number += 1
         return event
 
-    def _events(self, said: Sequence[Part], tokens: Sequence[TokenTold]) -> list[dict[str, Any]]:
-        logprobs = self._logprobs(said, tokens)
+    def _events(self, parts: Sequence[AnswerPart], tokens: Sequence[GeneratedToken]) -> list[dict[str, Any]]:
+        logprobs = self._logprobs(parts, tokens)
         events: list[dict[str, Any]] = []
-        for part in said:
+        for part in parts:
             events += self._part_events(part, logprobs)
             logprobs = self._put(part, logprobs)
         return events
 
-    def _part_events(self, part: Part, logprobs: list[TextToken]) -> Iterator[dict[str, Any]]:
-        if isinstance(part, CallBegun) or not self.items or not isinstance(self.items[-1], _KINDS[type(part)]):
+    def _part_events(self, part: AnswerPart, logprobs: list[TextToken]) -> Iterator[dict[str, Any]]:
+        if isinstance(part, CallStart) or not self.items or not isinstance(self.items[-1], _KINDS[type(part)]):
             yield from self._close("completed")
         new = self._take(part)
         item, at = self.items[-1], {"output_index": len(self.items) - 1, "item_id": self.items[-1].id}
@@ -303,11 +312,11 @@ class ResponseWire:
                 yield self._event("response.content_part.added", **at, content_index=0, part=piece)
         if isinstance(part, CallArguments):
             yield self._event("response.function_call_arguments.delta", **at, delta=part.text)
-        elif isinstance(part, Words):
+        elif isinstance(part, AnswerText):
             yield self._event(
                 "response.output_text.delta", **at, content_index=0, delta=part.text, logprobs=_plain(logprobs)
             )
-        elif isinstance(part, Thought):
+        elif isinstance(part, ThinkingText):
             yield self._event("response.reasoning_text.delta", **at, content_index=0, delta=part.text)
 
     def _close(self, status: str) -> Iterator[dict[str, Any]]:
@@ -330,7 +339,7 @@ class ResponseWire:
             yield self._event("response.content_part.done", **at, content_index=0, part=part)
         yield self._event("response.output_item.done", output_index=at["output_index"], item=item.model_dump())
 
-    def _response(self, prepared: Prepared | None = None, answer: Collected | None = None) -> dict[str, Any]:
+    def _response(self, prepared: Prepared | None = None, answer: CollectedAnswer | None = None) -> dict[str, Any]:
         """The response so far; with an answer, the final response."""
         request = self.request
         usage = summary = None
@@ -345,7 +354,7 @@ class ResponseWire:
             summary = summary_of(prepared, [answer])
         cut = answer is not None and self._cut(answer)
         dumped = request.model_dump(by_alias=True, exclude_unset=True)
-        return ResponseTold(
+        return ResponseObject(
             id=self.id,
             created_at=self.created,
             model=request.model,
@@ -368,8 +377,8 @@ class ResponseWire:
 
 
 _KINDS: dict[type, type] = {
-    Words: OutputMessage,
-    Thought: OutputReasoning,
+    AnswerText: OutputMessage,
+    ThinkingText: OutputReasoning,
     CallArguments: OutputCall,
 }
 """The type of item that each part belongs to."""

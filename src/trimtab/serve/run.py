@@ -21,11 +21,11 @@ from starlette.types import ASGIApp
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.connections import KEEP_SECONDS, protocol
-from trimtab.serve.memory import keep_little
+from trimtab.serve.memory import limit_malloc_arenas
 from trimtab.serve.scheduler import Scheduler
 
 log: logging.Logger = logging.getLogger("trimtab")
-LAST_WORDS = 5
+FINAL_SEND_SECONDS = 5
 """Seconds to send what is left after the grace period."""
 
 
@@ -78,12 +78,12 @@ def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(grace) + LAST_WORDS,
+        timeout_graceful_shutdown=int(grace) + FINAL_SEND_SECONDS,
     )
     return _Server(config, scheduler, grace)
 
 
-def one_at_a_time(work: Callable[[], None]) -> Callable[[], None]:
+def coalescing_trigger(work: Callable[[], None]) -> Callable[[], None]:
     """A function that requests a run of `work` in a thread; calls during a run cause one more run after it.
 
     So a run always follows the last call. May be called from a signal handler.
@@ -119,7 +119,7 @@ def serve(
     runs.
     """
     if hangup is not None and hasattr(signal, "SIGHUP"):
-        again = one_at_a_time(hangup)
+        again = coalescing_trigger(hangup)
         signal.signal(signal.SIGHUP, lambda *_: again())
-    keep_little()
+    limit_malloc_arenas()
     make_server(app, scheduler, grace=grace, connections=connections).run(sockets=[bound])

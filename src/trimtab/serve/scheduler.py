@@ -16,19 +16,19 @@ import torch
 from trimtab.engines.answer import Applied
 from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.few_rows import few_rows
-from trimtab.engines.transformers.monitoring import Log
-from trimtab.engines.transformers.prefixes import PrefixBatch, Prefixes
+from trimtab.engines.transformers.monitoring import MonitorLog
+from trimtab.engines.transformers.prefixes import PrefixBatch, RequestPrefixCache
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
-from trimtab.serve.tasks import NOTHING, Done, Event, Failed, Piece, Task, TokenTold, total_dose
+from trimtab.serve.tasks import NOTHING, Done, Event, Failed, GeneratedToken, Piece, Task, total_dose
 from trimtab.steering.monitors import FILTERED
-from trimtab.text.unfolding import Unfolding
+from trimtab.text.detokenizer import Detokenizer
 
 DOSE_EVERY = 8
 """How often, in tokens, a row's dose is compared with its cap; also at its first two tokens."""
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """The queue is full; there may be room in `seconds`."""
 
     def __init__(self, seconds: int) -> None:
@@ -48,33 +48,33 @@ class _Answer:
     """A task that is being answered."""
 
     task: Task
-    text: Unfolding
+    text: Detokenizer
     tokens: int = 0
-    unsaid: list[TokenTold] = field(default_factory=list)
-    log: Log = field(default_factory=Log)
+    pending_tokens: list[GeneratedToken] = field(default_factory=list)
+    log: MonitorLog = field(default_factory=MonitorLog)
     cached: int = 0
 
-    def take(self, token: TokenTold, last: bool) -> None:
+    def take(self, token: GeneratedToken, last: bool) -> None:
         """Add a token, and deliver the text that is complete. At the `last` token, held-back text is delivered too."""
         self.tokens += 1
-        self.unsaid.append(token)
+        self.pending_tokens.append(token)
         piece = self.text.add(token.id)
         if last or self.text.stopped:
             piece += self.text.finish()
         if piece or last or self.text.stopped:
-            self.task.deliver(Piece(piece, tuple(self.unsaid)))
-            self.unsaid = []
+            self.task.deliver(Piece(piece, tuple(self.pending_tokens)))
+            self.pending_tokens = []
 
-    def rest(self) -> None:
+    def flush(self) -> None:
         """Deliver held-back text when no more tokens follow."""
-        self.task.deliver(Piece(self.text.finish(), tuple(self.unsaid)))
-        self.unsaid = []
+        self.task.deliver(Piece(self.text.finish(), tuple(self.pending_tokens)))
+        self.pending_tokens = []
 
 
 class Scheduler:
     """`submit` from any thread; answers come through each task's `deliver`.
 
-    At most `rows` tasks are decoded at a time, and at most `waiting` more are queued. `finished(event, task)` is
+    At most `rows` tasks are decoded at a time, and at most `max_queued` more are queued. `finished(event, task)` is
     called at the end of each task, for metrics. `prefixes` is the prefix cache for tasks that have a scope.
     """
 
@@ -83,13 +83,13 @@ class Scheduler:
         lm: LM,
         *,
         rows: int = 32,
-        waiting: int = 64,
+        max_queued: int = 64,
         finished: Callable[[Event, Task], None] = lambda _event, _task: None,
-        prefixes: Prefixes | None = None,
+        prefixes: RequestPrefixCache | None = None,
     ) -> None:
         self.lm = lm
         self.rows = rows
-        self.waiting = waiting
+        self.max_queued = max_queued
         self.steps = 0
         self._finished = finished
         self._batch = PrefixBatch(lm.model, lm.tokenizer, lm.layout, prefixes=prefixes)
@@ -125,7 +125,7 @@ class Scheduler:
         return self._drain_until is not None or self._closed
 
     @property
-    def over(self) -> bool:
+    def grace_expired(self) -> bool:
         """Whether the grace period for accepted tasks is over."""
         return self._drain_until is not None and time.monotonic() > self._drain_until
 
@@ -143,19 +143,19 @@ class Scheduler:
         if edits and task.monitors:
             raise TrimtabError("monitors can't be combined with rejection; ask for rejection: false")
 
-    def check_room(self, count: int) -> None:
-        """Raises `Full` or `Draining` if `count` tasks wouldn't be accepted now."""
+    def check_capacity(self, count: int) -> None:
+        """Raises `QueueFull` or `Draining` if `count` tasks wouldn't be accepted now."""
         if self.draining:
             raise Draining
         free = max(0, self.rows - self.running)
-        if len(self._queue) + count > self.waiting + free:
+        if len(self._queue) + count > self.max_queued + free:
             ahead = (len(self._queue) + count) / max(1, self.rows)
-            raise Full(max(1, min(60, round(self._pace * ahead))))
+            raise QueueFull(max(1, min(60, round(self._pace * ahead))))
 
     def submit(self, tasks: list[Task]) -> None:
-        """Accept all of these tasks, or raise `Full` or `Draining` and accept none."""
+        """Accept all of these tasks, or raise `QueueFull` or `Draining` and accept none."""
         with self._changed:
-            self.check_room(len(tasks))
+            self.check_capacity(len(tasks))
             now = time.monotonic()
             for task in tasks:
                 task.deadline = now + task.seconds
@@ -199,9 +199,9 @@ class Scheduler:
     @torch.inference_mode()  # a token takes some 5 % less time than with no_grad
     def _loop(self) -> None:
         with few_rows(self.lm.model):
-            self._turns()
+            self._run_until_closed()
 
-    def _turns(self) -> None:
+    def _run_until_closed(self) -> None:
         while True:
             with self._changed:
                 while not (self._queue or self._cancelled or self._jobs or self._answers):
@@ -209,11 +209,11 @@ class Scheduler:
                         return
                     self._changed.wait()
             try:
-                self._turn()
+                self._run_once()
             except Exception as error:  # from the model, in a step of the whole batch: out of memory, say
                 self._fail_all(f"{type(error).__name__} while the model ran")
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         self._sweep_and_admit()
         if self._answers:
             with self.lm._exclusive():
@@ -230,17 +230,17 @@ class Scheduler:
     def _sweep_and_admit(self) -> None:
         """Remove tasks that are cancelled or past their deadline, and start queued ones while there is room."""
         with self._changed:
-            gone, self._cancelled = self._cancelled, set()
+            cancelled, self._cancelled = self._cancelled, set()
             now = time.monotonic()
-            shut = self.over
+            shut = self.grace_expired
             for key, answer in list(self._answers.items()):
-                if (why := self._why_over(answer.task, gone, now, shut)) is not None:
+                if (why := self._failure_of(answer.task, cancelled, now, shut)) is not None:
                     applied = self._batch.remove(key)
                     del self._answers[key]
                     self._end(answer, why, applied)
             left: deque[Task] = deque()
             for task in self._queue:
-                if (why := self._why_over(task, gone, now, shut)) is not None:
+                if (why := self._failure_of(task, cancelled, now, shut)) is not None:
                     self._end(self._begin(task), why)
                 elif len(self._answers) < self.rows:
                     self._join(task)
@@ -248,15 +248,15 @@ class Scheduler:
                     left.append(task)
             self._queue = left
 
-    def _why_over(self, task: Task, gone: set[Task], now: float, shut: bool) -> Failed | None:
-        if task in gone:
+    def _failure_of(self, task: Task, cancelled: set[Task], now: float, shut: bool) -> Failed | None:
+        if task in cancelled:
             return Failed("cancelled", "the client has disconnected")
         if now > task.deadline:
             return Failed("timeout", f"the answer took longer than {task.seconds:g} s")
         return Failed("shutdown", "the server is shutting down") if shut else None
 
     def _begin(self, task: Task) -> _Answer:
-        return _Answer(task, Unfolding(self.lm.tokenizer, task.stop, task.shown))
+        return _Answer(task, Detokenizer(self.lm.tokenizer, task.stop, task.shown))
 
     def _join(self, task: Task) -> None:
         answer = self._begin(task)
@@ -270,9 +270,9 @@ class Scheduler:
         for response in self._batch.step():
             answer = self._answers.get(response.key)
             if answer is not None:
-                self._tell(answer, response)
+                self._process_response(answer, response)
 
-    def _tell(self, answer: _Answer, response: GenerationResponse) -> None:
+    def _process_response(self, answer: _Answer, response: GenerationResponse) -> None:
         task = answer.task
         if response.error is not None:
             del self._answers[response.key]
@@ -297,9 +297,9 @@ class Scheduler:
         if task.monitors:
             answer.log.add(task.monitors, response.monitored)
         if response.finish == FILTERED:
-            answer.rest()
+            answer.flush()
         else:
-            token = TokenTold(response.token, response.logprob, response.likeliest, response.monitored)
+            token = GeneratedToken(response.token, response.logprob, response.likeliest, response.monitored)
             answer.take(token, bool(response.finish))
         finish = "stop" if answer.text.stopped else response.finish
         if finish:

@@ -10,14 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.serve.fields import Finite, In, Metadata, Nothing, Seed, Text, Unsupported, UnsupportedChat
+from trimtab.serve.fields import Finite, Metadata, Nothing, RequestModel, Seed, Text, Unsupported, UnsupportedChat
 from trimtab.serve.monitored import Choices
 from trimtab.serve.schema_tools import Call, ResponseFormat, ToolChoice, Tools
 
 # ---- steering ------------------------------------------------------------------------------------------------
 
 
-class SteeringChoice(In):
+class SteeringChoice(RequestModel):
     """A steering of the server, and the factor for its strength."""
 
     name: str = Field(max_length=64, examples=["json"])
@@ -35,21 +35,21 @@ class SteeringChoice(In):
     )
 
 
-class PhraseChoice(In):
+class PhraseChoice(RequestModel):
     """A phrase exactly as it is in the prompt: all its occurrences, or one of them, counted from 0."""
 
     text: str = Field(min_length=1, max_length=2000)
     occurrence: int | None = Field(None, ge=0, lt=10_000)
 
 
-class PartChoice(In):
+class PartChoice(RequestModel):
     """The whole content of a message: number `index` among the messages of `role`; -1 is the last."""
 
     role: Literal["system", "user", "assistant"]
     index: int = Field(-1, ge=-1000, lt=1000)
 
 
-class RejectionChoice(In):
+class RejectionChoice(RequestModel):
     """How a steering is weakened or rejected where the steered token is implausible (DIRECTER)."""
 
     beta: Finite = Field(
@@ -89,7 +89,7 @@ class Steered(Unsupported):
 # ---- fields of both kinds of completion ----------------------------------------------------------------------
 
 
-class StreamOptions(In):
+class StreamOptions(RequestModel):
     """What a stream includes besides the answer."""
 
     include_usage: bool = Field(False, description="Send one more chunk at the end, with the token counts.")
@@ -117,14 +117,14 @@ class Common(Steered):
     metadata: Metadata | None = Field(None, description="Accepted and ignored.")
 
 
-class TextPart(In):
+class TextPart(RequestModel):
     """A text part of a message's content."""
 
     type: Literal["text"]
     text: Text
 
 
-class ImageAddress(In):
+class ImageAddress(RequestModel):
     """An image, as a `data:` URL: the server fetches nothing."""
 
     url: str = Field(max_length=64 << 20, examples=["data:image/png;base64,…"])
@@ -133,7 +133,7 @@ class ImageAddress(In):
     )
 
 
-class ImagePart(In):
+class ImagePart(RequestModel):
     """An image in a user message, for image-text models."""
 
     type: Literal["image_url"]
@@ -143,7 +143,7 @@ class ImagePart(In):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(In):
+class Message(RequestModel):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

@@ -6,9 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from trimtab.serve.fields import OFF, Finite, In, Metadata, Nothing, Seed, Text
+from trimtab.serve.fields import OFF, Finite, Metadata, Nothing, RequestModel, Seed, Text
 from trimtab.serve.schema import Steered, Stop, StreamOptions
-from trimtab.serve.schema_told import Out, Told
+from trimtab.serve.schema_output import ResponseModel, SteeringReport
 from trimtab.serve.schema_tools import FunctionName, FunctionSpec, NamedSchema, ObjectFormat, TextFormat
 
 Id = Annotated[str, Field(max_length=256)]
@@ -17,7 +17,7 @@ Status = Literal["in_progress", "completed", "incomplete"]
 # ---- requests ------------------------------------------------------------------------------------------------
 
 
-class ContentPart(In):
+class ContentPart(RequestModel):
     """A text in a message: the user's, or the model's sent back."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -28,7 +28,7 @@ class ContentPart(In):
     )
 
 
-class ContentImage(In):
+class ContentImage(RequestModel):
     """An image in a user message, as a `data:` URL."""
 
     type: Literal["input_image"]
@@ -41,7 +41,7 @@ Part = Annotated[ContentPart | ContentImage, Field(discriminator="type")]
 Content = Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)]
 
 
-class MessageItem(In):
+class MessageItem(RequestModel):
     """A message of the conversation."""
 
     type: Literal["message"] = "message"
@@ -52,7 +52,7 @@ class MessageItem(In):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class CallItem(In):
+class CallItem(RequestModel):
     """A call that the model made."""
 
     type: Literal["function_call"]
@@ -63,7 +63,7 @@ class CallItem(In):
     status: Status | None = None
 
 
-class OutputItem(In):
+class OutputItem(RequestModel):
     """The result of a call."""
 
     type: Literal["function_call_output"]
@@ -73,7 +73,7 @@ class OutputItem(In):
     status: Status | None = None
 
 
-class ReasoningText(In):
+class ReasoningText(RequestModel):
     """The model's thinking."""
 
     type: Literal["reasoning_text", "summary_text"]
@@ -83,7 +83,7 @@ class ReasoningText(In):
 Thoughts = Annotated[list[ReasoningText], Field(max_length=1000, fail_fast=True)]
 
 
-class ReasoningItem(In):
+class ReasoningItem(RequestModel):
     """The model's earlier thinking, sent back."""
 
     type: Literal["reasoning"]
@@ -113,7 +113,7 @@ class FunctionTool(FunctionSpec):
     type: Literal["function"]
 
 
-class NamedTool(In):
+class NamedTool(RequestModel):
     """The one tool that must be called."""
 
     type: Literal["function"]
@@ -126,14 +126,14 @@ class FlatSchema(NamedSchema):
     type: Literal["json_schema"]
 
 
-class TextOptions(In):
+class TextOptions(RequestModel):
     """The format of the text."""
 
     format: Annotated[TextFormat | ObjectFormat | FlatSchema, Field(discriminator="type")] | None = None
     verbosity: Literal["medium"] | None = Field(None, description=OFF)
 
 
-class NoReasoning(In):
+class NoReasoning(RequestModel):
     """Options that have no effect: the model's chat template decides whether it thinks."""
 
     effort: Literal["none"] | None = None
@@ -199,7 +199,7 @@ class ResponsesRequest(Steered):
 # ---- responses -----------------------------------------------------------------------------------------------
 
 
-class LikelyToken(Out):
+class LikelyToken(ResponseModel):
     """A token and its natural log-probability under the steered model, before temperature."""
 
     token: str
@@ -213,7 +213,7 @@ class TextToken(LikelyToken):
     top_logprobs: list[LikelyToken]
 
 
-class OutputText(Out):
+class OutputText(ResponseModel):
     """Text for the reader."""
 
     type: Literal["output_text"] = "output_text"
@@ -222,7 +222,7 @@ class OutputText(Out):
     logprobs: list[TextToken] = Field(default_factory=list)
 
 
-class OutputMessage(Out):
+class OutputMessage(ResponseModel):
     """A message from the model."""
 
     id: str
@@ -232,7 +232,7 @@ class OutputMessage(Out):
     content: list[OutputText]
 
 
-class OutputCall(Out):
+class OutputCall(ResponseModel):
     """A tool call; `arguments` is JSON, cut off if its status is `incomplete`."""
 
     id: str
@@ -243,14 +243,14 @@ class OutputCall(Out):
     arguments: str
 
 
-class OutputThought(Out):
+class OutputThought(ResponseModel):
     """A part of the thinking."""
 
     type: Literal["reasoning_text"] = "reasoning_text"
     text: str
 
 
-class OutputReasoning(Out):
+class OutputReasoning(ResponseModel):
     """The model's thinking."""
 
     id: str
@@ -263,26 +263,26 @@ class OutputReasoning(Out):
 Output = OutputMessage | OutputCall | OutputReasoning
 
 
-class Incomplete(Out):
+class Incomplete(ResponseModel):
     """Why a response is incomplete."""
 
     reason: Literal["max_output_tokens"] = "max_output_tokens"
 
 
-class InputDetails(Out):
+class InputDetails(ResponseModel):
     """Details about the prompt's tokens; how many the server took from its cache isn't reported here."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
 
 
-class OutputDetails(Out):
+class OutputDetails(ResponseModel):
     """Details about the answer's tokens."""
 
     reasoning_tokens: int
 
 
-class ResponseUsage(Out):
+class ResponseUsage(ResponseModel):
     """Token counts."""
 
     input_tokens: int
@@ -292,7 +292,7 @@ class ResponseUsage(Out):
     total_tokens: int
 
 
-class ResponseTold(Out):
+class ResponseObject(ResponseModel):
     """The response, which repeats the parameters of its request."""
 
     id: str
@@ -319,4 +319,6 @@ class ResponseTold(Out):
     previous_response_id: None = None
     reasoning: None = None
     truncation: Literal["disabled"] = "disabled"
-    trimtab: Told | None = Field(default=None, description="What was applied; present once the response is complete.")
+    trimtab: SteeringReport | None = Field(
+        default=None, description="What was applied; present once the response is complete."
+    )

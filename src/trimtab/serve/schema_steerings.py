@@ -6,11 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from trimtab.serve.fields import NAME, In, PairText
-from trimtab.serve.schema_told import Out
+from trimtab.serve.fields import NAME, PairText, RequestModel
+from trimtab.serve.schema_output import ResponseModel
 
 
-class SteeringTold(Out):
+class SteeringInfo(ResponseModel):
     """A steering that requests may name. `card` says what it was learned from, and what was measured."""
 
     name: str
@@ -24,14 +24,14 @@ class SteeringTold(Out):
     card: dict[str, Any]
 
 
-class SteeringList(Out):
+class SteeringList(ResponseModel):
     """The steerings that you may use."""
 
     object: Literal["list"] = "list"
-    data: list[SteeringTold]
+    data: list[SteeringInfo]
 
 
-class Deleted(Out):
+class Deleted(ResponseModel):
     """A steering that was deleted."""
 
     id: str
@@ -39,7 +39,7 @@ class Deleted(Out):
     deleted: bool = True
 
 
-class PairMessage(In):
+class PairMessage(RequestModel):
     """A message of a prompt or an answer to learn from."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
@@ -50,7 +50,7 @@ Side = PairText | Annotated[list[PairMessage], Field(max_length=64, fail_fast=Tr
 Pairs = Annotated[list[Annotated[dict[str, Side], Field(max_length=16)]], Field(fail_fast=True)]
 
 
-class LearnRequest(In):
+class LearnRequest(RequestModel):
     """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of pairs."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
@@ -73,7 +73,7 @@ class LearnRequest(In):
     )
 
 
-class MakeRequest(In):
+class MakeRequest(RequestModel):
     """`POST /v1/steerings/make`: make one from an idea and measure its effect, as `trimtab make` does.
 
     Give `idea`, or `like` with or without `unlike`, or `pairs`.
@@ -122,7 +122,7 @@ class MakeRequest(In):
     stream: bool = Field(False, description="Whether to send the progress as events.")
 
 
-class VerdictTold(Out):
+class VerdictReport(ResponseModel):
     """The measured effect, on questions that it wasn't learned from; `trimtab make` explains each figure."""
 
     share_of_prompt: float | None = Field(
@@ -156,7 +156,7 @@ class VerdictTold(Out):
     lines: list[str] = Field(description="The verdict in words.")
 
 
-class ExampleTold(Out):
+class ExampleAnswers(ResponseModel):
     """A question, and three answers to it; `prompted` is `null` if there is no system prompt."""
 
     question: str
@@ -165,7 +165,7 @@ class ExampleTold(Out):
     steered: str
 
 
-class MadeTold(Out):
+class MakeResponse(ResponseModel):
     """What was made. `steering` is there if it was added: if the verdict holds, or `keep` asked for it."""
 
     object: Literal["steering.made"] = "steering.made"
@@ -174,8 +174,8 @@ class MadeTold(Out):
     idea: str
     source: str = Field(description="The source of the system prompts.", examples=["trait pirate"])
     chosen: str = Field(description="The learning method that did best.")
-    verdict: VerdictTold
-    examples: list[ExampleTold] = Field(
+    verdict: VerdictReport
+    examples: list[ExampleAnswers] = Field(
         max_length=4, description="Empty if the server's policy would steer, cap or refuse such answers."
     )
-    steering: SteeringTold | None
+    steering: SteeringInfo | None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trimtab.serve.fields import In, Text
+from trimtab.serve.fields import RequestModel, Text
 
 FUNCTION = "^[A-Za-z0-9_.-]{1,64}$"
 """The pattern of a function's name."""
@@ -15,7 +15,7 @@ Words = Annotated[str, Field(max_length=10_000)]
 Schema = dict[str, Any]
 
 
-class FunctionSpec(In):
+class FunctionSpec(RequestModel):
     """A function that the model may call."""
 
     name: FunctionName
@@ -28,34 +28,34 @@ class FunctionSpec(In):
     )
 
 
-class Tool(In):
+class Tool(RequestModel):
     """A tool; only functions are supported."""
 
     type: Literal["function"]
     function: FunctionSpec
 
 
-class FunctionChoice(In):
+class FunctionChoice(RequestModel):
     """A function by its name."""
 
     name: FunctionName
 
 
-class ToolChoice(In):
+class ToolChoice(RequestModel):
     """The one tool that must be called."""
 
     type: Literal["function"]
     function: FunctionChoice
 
 
-class CallFunction(In):
+class CallFunction(RequestModel):
     """The called function: `arguments` is JSON in a string."""
 
     name: FunctionName
     arguments: Text = ""
 
 
-class Call(In):
+class Call(RequestModel):
     """A tool call in an assistant message."""
 
     id: str = Field(max_length=256)
@@ -64,19 +64,19 @@ class Call(In):
     index: int | None = Field(None, ge=0, lt=1000, description="Accepted, since streams have it.")
 
 
-class TextFormat(In):
+class TextFormat(RequestModel):
     """Any text."""
 
     type: Literal["text"]
 
 
-class ObjectFormat(In):
+class ObjectFormat(RequestModel):
     """A JSON object."""
 
     type: Literal["json_object"]
 
 
-class NamedSchema(In):
+class NamedSchema(RequestModel):
     """A JSON schema with a name."""
 
     name: Annotated[str, Field(max_length=64)]
@@ -89,7 +89,7 @@ class NamedSchema(In):
     )
 
 
-class SchemaFormat(In):
+class SchemaFormat(RequestModel):
     """JSON that matches a schema."""
 
     type: Literal["json_schema"]

@@ -19,11 +19,11 @@ from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.serve.access import AccessLog
 from trimtab.serve.audit import Audit
-from trimtab.serve.bodies import largest
-from trimtab.serve.choosing import Choosing
-from trimtab.serve.library import Library, Loaded
+from trimtab.serve.bodies import body_limit
+from trimtab.serve.choosing import SteeringSelector
+from trimtab.serve.library import Library, LoadedSteering
 from trimtab.serve.metrics import Metrics
-from trimtab.serve.monitored import always_of, monitors_for
+from trimtab.serve.monitored import monitors_for, policy_monitors
 from trimtab.serve.policy import Key, Policy
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Scheduler
@@ -35,14 +35,14 @@ from trimtab.serve.schema import (
     RejectionChoice,
     Steered,
 )
-from trimtab.serve.schema_told import AppliedSteering
+from trimtab.serve.schema_output import AppliedSteering
 from trimtab.serve.structured import Structured, structured_part
 from trimtab.serve.tasks import Task
-from trimtab.serve.tools import ANY, Shape, conversation, shaped
+from trimtab.serve.tools import ANY, Shape, answer_shape, conversation
 from trimtab.steering import ScaleScores, Steering, emphasis
 from trimtab.steering.monitors import Monitor
 from trimtab.text.chat import Prompt, Template
-from trimtab.text.images import Bounds, has_images, with_images
+from trimtab.text.images import ImageLimits, has_images, load_images
 from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
 from trimtab.text.templates import CONTINUE
 
@@ -54,9 +54,9 @@ ALIAS = "trimtab"
 class Limits:
     """The limits of one request: bytes of body, tokens of prompt and answer, number of answers, seconds.
 
-    `held` is how many bytes all requests' bodies together may hold in memory. `rejecting_tokens` limits a prompt with
-    rejection, which is read in one pass while everybody waits. `images` is the most images in a prompt, each of at most
-    `pixels` pixels.
+    `total_bytes` is how many bytes all requests' bodies together may hold in memory. `rejecting_tokens` limits a prompt
+    with rejection, which is read in one pass while everybody waits. `images` is the most images in a prompt, each of at
+    most `pixels` pixels.
     """
 
     body: int = 1 << 20
@@ -65,7 +65,7 @@ class Limits:
     max_tokens: int = 512
     answers: int = 16
     seconds: float = 300.0
-    held: int = 256 << 20
+    total_bytes: int = 256 << 20
     rejecting_tokens: int = 2048
     images: int = 8
     pixels: int = 8_000_000
@@ -88,29 +88,29 @@ class Service:
     clean_cache: bool = False
     monitors: Mapping[str, Monitor] = field(default_factory=dict)
     access: AccessLog | None = None
-    making: threading.Lock = field(default_factory=threading.Lock)  # held while a steering is made
+    making_lock: threading.Lock = field(default_factory=threading.Lock)  # held while a steering is made
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers keep settings between calls
 
     # ---- permissions ----------------------------------------------------------------------------------------
 
     @cached_property
-    def choosing(self) -> Choosing:
+    def selector(self) -> SteeringSelector:
         """The policy, applied to this server's steerings."""
-        return Choosing(self.policy, self.library.get, self.lm.check)
+        return SteeringSelector(self.policy, self.library.get, self.lm.check)
 
-    def visible(self, key: Key) -> list[Loaded]:
+    def visible(self, key: Key) -> list[LoadedSteering]:
         """The steerings that a caller may name, and those that are always on."""
-        return self.choosing.visible(key, self.library.of(self.owner(key.name)))
+        return self.selector.visible(key, self.library.of(self.owner(key.name)))
 
     def owner(self, key: str) -> str | None:
         """The owner of what this key adds: the key itself; `None` if the policy has no keys."""
-        return self.choosing.owner(key)
+        return self.selector.owner(key)
 
-    def chosen(
+    def select(
         self, key: Key, request: Steered, structured: Structured | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
         """The steerings for a request, always-on ones included: as a list, and as one steering (`Choosing.chosen`)."""
-        return self.choosing.chosen(key, request.steering, structured)
+        return self.selector.select(key, request.steering, structured)
 
     # ---- the guard's interface ------------------------------------------------------------------------------
 
@@ -119,9 +119,9 @@ class Service:
         """Whether the server accepts no more requests."""
         return self.scheduler.draining
 
-    def largest(self, method: str, path: str, *, known: bool) -> int:
+    def body_limit(self, method: str, path: str, *, known: bool) -> int:
         """The most bytes that a request's body may have on this route. `known`: the sender's key is known."""
-        return largest(self, method, path, known=known)
+        return body_limit(self, method, path, known=known)
 
     def count(self, route: str, status: int, seconds: float) -> None:
         """Count a finished request in the metrics."""
@@ -149,13 +149,13 @@ class Service:
         return Rejection(wish.beta, wish.min_layers, wish.ladder)
 
     @cached_property
-    def always_watching(self) -> tuple[Monitor, ...]:
+    def always_on_monitors(self) -> tuple[Monitor, ...]:
         """The monitors that read every answer. Raises `TrimtabError` if the policy names one that doesn't exist."""
-        return always_of(self)
+        return policy_monitors(self)
 
-    def placed_apart(self, loaded: Loaded, param: str) -> Steering:
+    def without_protected(self, loaded: LoadedSteering, param: str) -> Steering:
         """A steering at its own sites, without its component along the always-on directions. Raises `Refusal`."""
-        return self.choosing.apart(loaded.steering, param)[0]
+        return self.selector.without_protected(loaded.steering, param)[0]
 
     def clean(self, request: Steered) -> bool:
         """Whether to steer over a clean cache. Raises `Refusal` if that would change how always-on steerings act."""
@@ -171,7 +171,7 @@ class Service:
 
     # ---- tasks ---------------------------------------------------------------------------------------------
 
-    def its_model(self) -> str:
+    def wrong_model_message(self) -> str:
         """The error message for a request for another model."""
         return f"this server's model is {self.lm.name}; requests may also call it {ALIAS}"
 
@@ -181,7 +181,7 @@ class Service:
         May take a while: call it in a thread.
         """
         if request.model not in (self.lm.name, ALIAS):
-            raise Refusal(404, self.its_model(), param="model", code="model_not_found")
+            raise Refusal(404, self.wrong_model_message(), param="model", code="model_not_found")
         chat = isinstance(request, ChatRequest)
         count = request.n or 1
         template = _template(request)
@@ -194,19 +194,19 @@ class Service:
         if count * len(prompts) > self.limits.answers:
             raise Refusal(400, f"a request can have at most {self.limits.answers} answers", param="n")
         structured = structured_part(self.lm.tokenizer, request) if isinstance(request, ChatRequest) else None
-        steerings, steering = self.chosen(key, request, structured)
+        steerings, steering = self.select(key, request, structured)
         rejection = self.rejection(request, steering)
         clean, monitors = self.clean(request), monitors_for(self, key, request)
         stop = _stop(request.stop)
-        tasks, marked, lengths, shape = [], 0, [], ANY
+        tasks, emphasized_tokens, lengths, shape = [], 0, [], ANY
         try:
             for prompt in prompts:
                 if chat and has_images(prompt):
-                    prompt = self._seen(prompt)
+                    prompt = self._with_decoded_images(prompt)
                 ids, images = self._encode(prompt, chat, template)
                 lengths.append(len(ids))
                 if isinstance(request, ChatRequest):
-                    shape = shaped(self.lm.tokenizer, request, ids)
+                    shape = answer_shape(self.lm.tokenizer, request, ids)
                 matcher = None if shape.grammar is None else self.lm.matcher(shape.grammar)
                 if rejection is not None and len(ids) > self.limits.rejecting_tokens:
                     raise Refusal(
@@ -216,7 +216,7 @@ class Service:
                         code="context_length_exceeded",
                     )
                 mine, tokens = self._emphasized(request, prompt, chat, steering, template)
-                marked += tokens
+                emphasized_tokens += tokens
                 most = self._most(request, len(ids))
                 for i in range(count):
                     task = Task(
@@ -228,7 +228,7 @@ class Service:
                         _alternatives(request),
                         stop,
                         rejection,
-                        self.policy.dose_of(key),
+                        self.policy.dose_cap(key),
                         self.limits.seconds,
                         clean,
                         monitors,
@@ -241,24 +241,24 @@ class Service:
                     tasks.append(task)
         except TrimtabError as error:
             raise Refusal(400, str(error)) from None
-        return Prepared(tasks, steerings, marked, lengths, shape)
+        return Prepared(tasks, steerings, emphasized_tokens, lengths, shape)
 
     def count_of(self, phrase: str, prompt: Prompt, *, chat: bool) -> int:
         """The number of the prompt's tokens in occurrences of a phrase. Raises `TrimtabError` if it doesn't occur."""
         chat_kwargs: dict[str, Any] = {"chat": None if chat else False}
         with self._tokenizing:
             if phrase not in render(self.lm.tokenizer, prompt, **chat_kwargs).text:
-                raise TrimtabError(_missing(phrase))
+                raise TrimtabError(_missing_phrase_message(phrase))
             spans = find_spans(self.lm.tokenizer, prompt, Phrase(phrase), **chat_kwargs)
         return sum(stop - start for start, stop in spans)
 
-    def _seen(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _with_decoded_images(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with decoded images. Decoding happens before the tokenizer's lock is taken."""
         self.lm.require("images")
         check_takes_images(self.lm.model)
-        bounds = Bounds(self.limits.images, self.limits.body, self.limits.pixels, local=False)
+        bounds = ImageLimits(self.limits.images, self.limits.body, self.limits.pixels, local=False)
         try:
-            return with_images(messages, bounds)
+            return load_images(messages, bounds)
         except TrimtabError as error:
             raise Refusal(400, str(error), param="messages") from None
 
@@ -314,7 +314,7 @@ class Service:
                     choice if isinstance(choice, str) else choice.text if isinstance(choice, PhraseChoice) else None
                 )
                 if phrase is not None and (not phrase.strip() or (text is not None and phrase not in text)):
-                    raise Refusal(400, _missing(phrase), param=f"emphasize.{i}")
+                    raise Refusal(400, _missing_phrase_message(phrase), param=f"emphasize.{i}")
                 if isinstance(choice, PhraseChoice):
                     marks.append(Phrase(choice.text, choice.occurrence))
                 elif isinstance(choice, PartChoice):
@@ -341,7 +341,7 @@ class Prepared:
     shape: Shape = ANY
 
 
-def _missing(phrase: str) -> str:
+def _missing_phrase_message(phrase: str) -> str:
     shown = phrase if len(phrase) <= 80 else f"{phrase[:79]}…"
     return f"the phrase {shown!r} isn't in the prompt; write it exactly as it is there"
 

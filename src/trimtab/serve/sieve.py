@@ -20,12 +20,12 @@ ITEMS = 1000
 DEPTH = 32
 TOKENS = "logit_bias"
 """An object that may have a field for each of many tokens; vLLM accepts it."""
-KEPT = ("chat_template_kwargs", "tools", "response_format", "text")
+NULL_ALLOWED = ("chat_template_kwargs", "tools", "response_format", "text")
 """Parts of a request in which `null` has a meaning."""
 
 
-def sieved(body: bytes) -> bytes:
-    """The body as ASCII JSON without `null` (except in `KEPT`); an empty body stays empty.
+def clean_json(body: bytes) -> bytes:
+    """The body as ASCII JSON without `null` (except in `NULL_ALLOWED`); an empty body stays empty.
 
     Raises `Refusal` for what can't be parsed, or is too large in one of its parts.
     """
@@ -34,9 +34,9 @@ def sieved(body: bytes) -> bytes:
     try:
         parsed = json.loads(body, parse_constant=no_constant)
     except RecursionError:
-        raise _wrong(f"the body is nested deeper than {DEPTH} levels") from None
+        raise _bad_request(f"the body is nested deeper than {DEPTH} levels") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise _wrong(f"the body isn't JSON: {str(error)[:200]}") from None
+        raise _bad_request(f"the body isn't JSON: {str(error)[:200]}") from None
     return json.dumps(_clean(parsed, ""), ensure_ascii=True, separators=(",", ":")).encode()
 
 
@@ -44,12 +44,14 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, str):
         return _whole(value, where)
     if depth > DEPTH:
-        raise _wrong(f"{_short(where)} is nested deeper than {DEPTH} levels", where)
+        raise _bad_request(f"{_short(where)} is nested deeper than {DEPTH} levels", where)
     if isinstance(value, dict):
         most = ITEMS if where == TOKENS else FIELDS
         if len(value) > most:
-            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} fields; at most {most} are allowed", where)
-        keep = where.partition(".")[0] in KEPT
+            raise _bad_request(
+                f"{_short(where) or 'the body'} has {len(value)} fields; at most {most} are allowed", where
+            )
+        keep = where.partition(".")[0] in NULL_ALLOWED
         return {
             _whole(name, where): _clean(inner, f"{where}.{name}" if where else name, depth + 1)
             for name, inner in value.items()
@@ -59,7 +61,9 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
         if all(type(inner) is int for inner in value):
             return value
         if len(value) > ITEMS:
-            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} items; at most {ITEMS} are allowed", where)
+            raise _bad_request(
+                f"{_short(where) or 'the body'} has {len(value)} items; at most {ITEMS} are allowed", where
+            )
         return [_clean(inner, f"{where}.{i}", depth + 1) for i, inner in enumerate(value)]
     return value
 
@@ -71,7 +75,7 @@ def _whole(text: str, where: str) -> str:
             text.encode()
         except UnicodeEncodeError as error:
             half = rf"\u{ord(text[error.start]):04x}"
-            raise _wrong(
+            raise _bad_request(
                 f"{_short(where) or 'the body'} has an unpaired surrogate, {half}; send complete characters",
                 where,
             ) from None
@@ -87,5 +91,5 @@ def _short(where: str) -> str:
     return where if len(where) <= 100 else f"{where[:99]}…"
 
 
-def _wrong(message: str, where: str = "") -> Refusal:
+def _bad_request(message: str, where: str = "") -> Refusal:
     return Refusal(400, message, param=where[:200] or None)

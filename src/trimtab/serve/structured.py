@@ -25,7 +25,7 @@ class Structured:
     part: Literal["tool_calls", "answer"]
     outside: Positions
 
-    def spared_by(self, steering: Steering) -> Steering:
+    def exclude_from(self, steering: Steering) -> Steering:
         """The steering without its action in this part. Edits of attention scores stay as they are."""
         edits = [
             edit if edit.site.kind == "scores" else replace(edit, positions=edit.positions & self.outside)
@@ -44,7 +44,9 @@ def structured_part(tokenizer: Any, request: ChatRequest) -> Structured | None:
     calls = may_call(request)
     form = _form(tokenizer) if calls else None
     must = request.tool_choice not in (None, "auto")
-    if isinstance(request.response_format, ObjectFormat | SchemaFormat) or (form is not None and form.alone and must):
+    if isinstance(request.response_format, ObjectFormat | SchemaFormat) or (
+        form is not None and form.is_whole_answer and must
+    ):
         thinking = thinking_of(tokenizer)
         prompt = Positions.prompt()
         return Structured("answer", prompt if thinking is None else prompt | Positions.thinking(*thinking))
@@ -52,7 +54,7 @@ def structured_part(tokenizer: Any, request: ChatRequest) -> Structured | None:
         return None
     if form is None:
         return _by_markers(tokenizer)
-    pair = (form.before, "") if form.alone else (form.opens, form.closes)
+    pair = (form.before, "") if form.is_whole_answer else (form.opens, form.closes)
     return _calls(Positions.outside_tools(pair))
 
 

@@ -27,7 +27,7 @@ def total_dose(applied: Applied) -> float:
 
 
 @dataclass(frozen=True)
-class TokenTold:
+class GeneratedToken:
     """A token's id; if requested, its log-probability, the most likely tokens, best first, and what monitors read."""
 
     id: int
@@ -41,7 +41,7 @@ class Piece:
     """More text, and the tokens since the previous piece."""
 
     text: str
-    tokens: tuple[TokenTold, ...]
+    tokens: tuple[GeneratedToken, ...]
 
 
 @dataclass(frozen=True)

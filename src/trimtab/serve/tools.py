@@ -13,19 +13,19 @@ from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema import ChatRequest, ImagePart, Message, TextPart
 from trimtab.serve.schema_tools import FunctionSpec, ObjectFormat, SchemaFormat, ToolChoice
 from trimtab.serve.structured import may_call
+from trimtab.text.answer_parts import AnswerMarkers, AnswerSplitter
 from trimtab.text.calls import (
     CallForm,
     Tool,
     call_rules,
-    described,
+    describe_tools,
     form_of,
     special_tokens,
     takes_tools,
     thinking_rules,
 )
-from trimtab.text.said import Marks, Parts
-from trimtab.text.said_by_template import TemplateParts, has_response_template
-from trimtab.text.thinking import is_thinking, thinking_of
+from trimtab.text.template_answer_parts import TemplateSplitter, has_response_template
+from trimtab.text.thinking import ends_in_thinking, thinking_of
 
 ANY_OBJECT = {"type": "object"}
 
@@ -38,17 +38,17 @@ class Shape:
         grammar: The grammar of an answer; `None` for any text.
         marks: The markers in its text.
         shown: Special tokens that are part of the text, since markers are made of them.
-        reader: Makes a parser that uses the tokenizer's response template, if answers are parsed with it.
+        parser_factory: Makes a parser that uses the tokenizer's response template, if answers are parsed with it.
     """
 
     grammar: Grammar | None = None
-    marks: Marks = field(default_factory=Marks)
+    marks: AnswerMarkers = field(default_factory=AnswerMarkers)
     shown: frozenset[int] = frozenset()
-    reader: Callable[[], TemplateParts] | None = None
+    parser_factory: Callable[[], TemplateSplitter] | None = None
 
-    def reading(self) -> Parts | TemplateParts:
+    def new_parser(self) -> AnswerSplitter | TemplateSplitter:
         """A parser for one answer, from its beginning."""
-        return Parts(self.marks) if self.reader is None else self.reader()
+        return AnswerSplitter(self.marks) if self.parser_factory is None else self.parser_factory()
 
 
 ANY = Shape()
@@ -60,7 +60,7 @@ def conversation(tokenizer: Any, request: ChatRequest) -> tuple[list[dict[str, A
 
     Raises `Refusal` for a tool's message without its call, and for arguments that aren't a JSON object.
     """
-    tools = [_shown(tool.function) for tool in request.tools or ()] if may_call(request) else []
+    tools = [_template_tool(tool.function) for tool in request.tools or ()] if may_call(request) else []
     speaks = bool(tools) or any(message.role == "tool" or message.tool_calls for message in request.messages)
     keywords = dict(request.chat_template_kwargs or {})
     if "tools" in keywords:
@@ -70,10 +70,10 @@ def conversation(tokenizer: Any, request: ChatRequest) -> tuple[list[dict[str, A
         return messages, keywords
     if takes_tools(tokenizer):
         return messages, {**keywords, "tools": tools} if tools else keywords
-    return described(messages, tools), keywords
+    return describe_tools(messages, tools), keywords
 
 
-def shaped(tokenizer: Any, request: ChatRequest, ids: list[int]) -> Shape:
+def answer_shape(tokenizer: Any, request: ChatRequest, ids: list[int]) -> Shape:
     """The form of the answers to a prompt with these token ids.
 
     Raises `Refusal` for a tool that is there twice or not at all, for a schema that no grammar can enforce, and for
@@ -82,14 +82,14 @@ def shaped(tokenizer: Any, request: ChatRequest, ids: list[int]) -> Shape:
     choice = request.tool_choice
     chosen = _tools(request)
     thinking = thinking_of(tokenizer)
-    begun = thinking is not None and is_thinking(tokenizer, ids, thinking)
+    begun = thinking is not None and ends_in_thinking(tokenizer, ids, thinking)
     special = special_tokens(tokenizer)
     form, rules = None, None
-    unheld: list[str] = []
+    unenforced: list[str] = []
     alone = _format(request)  # the format without tools
     if chosen:
         free = choice in (None, "auto") and alone is None
-        tools, unheld = _checked(chosen)
+        tools, unenforced = _checked(chosen)
         try:
             form = form_of(tokenizer)
         except UnsupportedError as error:
@@ -97,7 +97,7 @@ def shaped(tokenizer: Any, request: ChatRequest, ids: list[int]) -> Shape:
                 return _by_template(tokenizer, ids, chosen, special)
             raise Refusal(400, str(error), param="tools") from None
         several = request.parallel_tool_calls is not False and not isinstance(choice, ToolChoice)
-        rules = call_rules(form, tools, special, several=several, free=free)
+        rules = call_rules(form, tools, special, several=several, allow_text=free)
         if alone is not None and choice in (None, "auto"):
             rules = f"{rules}\nanswer: calls | %json {alone[0]}"
         elif rules is not None:
@@ -106,25 +106,25 @@ def shaped(tokenizer: Any, request: ChatRequest, ids: list[int]) -> Shape:
         rules = f"answer: %json {alone[0]}"
     elif thinking is None and has_response_template(tokenizer):
         return _by_template(tokenizer, ids, [], special)
-    unheld = [*unheld, *(alone[1] if alone is not None else ())]
-    marks = Marks(thinking, begun, form, tuple(tool.function.name for tool in chosen), rules is not None)
-    shown = frozenset(id for text, id in special.items() if _marks(text, form, thinking))
+    unenforced = [*unenforced, *(alone[1] if alone is not None else ())]
+    marks = AnswerMarkers(thinking, begun, form, tuple(tool.function.name for tool in chosen), rules is not None)
+    shown = frozenset(id for text, id in special.items() if _is_marker(text, form, thinking))
     if rules is None:
         return Shape(None, marks, shown)
     start = "start: answer"
     if thinking is not None:
-        start = thinking_rules(*thinking, special, begun=begun, then="answer")
+        start = thinking_rules(*thinking, special, already_open=begun, then="answer")
     try:
-        return Shape(lark_grammar(f"{start}\n{rules}\n", tuple(unheld)), marks, shown)
+        return Shape(lark_grammar(f"{start}\n{rules}\n", tuple(unenforced)), marks, shown)
     except TrimtabError as error:
         raise Refusal(400, str(error), param="tools" if chosen else "response_format") from None
 
 
 def _by_template(tokenizer: Any, ids: list[int], chosen: Sequence[Any], special: Mapping[str, int]) -> Shape:
     """Any text, parsed with the tokenizer's response template, whose markers may be any special tokens."""
-    tools = [_shown(tool.function) for tool in chosen]
+    tools = [_template_tool(tool.function) for tool in chosen]
     shown = frozenset(special.values()) - {tokenizer.eos_token_id}
-    return Shape(None, Marks(), shown, lambda: TemplateParts(tokenizer, ids, tools))
+    return Shape(None, AnswerMarkers(), shown, lambda: TemplateSplitter(tokenizer, ids, tools))
 
 
 def _tools(request: ChatRequest) -> list[Any]:
@@ -146,7 +146,7 @@ def _tools(request: ChatRequest) -> list[Any]:
 def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:
     """The tools with schemas that grammars can enforce, and the keywords of the schemas that aren't enforced."""
     callable_tools: list[Tool] = []
-    unheld: list[str] = []
+    unenforced: list[str] = []
     for i, tool in enumerate(tools):
         spec: FunctionSpec = tool.function
         where = f"the tool {spec.name!r}"
@@ -160,8 +160,8 @@ def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:
         except TrimtabError as error:
             raise Refusal(400, str(error), param=f"tools.{i}.function.parameters") from None
         callable_tools.append(Tool(spec.name, checked.text))
-        unheld += checked.ignored
-    return callable_tools, unheld
+        unenforced += checked.ignored
+    return callable_tools, unenforced
 
 
 def _format(request: ChatRequest) -> tuple[str, tuple[str, ...]] | None:
@@ -179,7 +179,7 @@ def _format(request: ChatRequest) -> tuple[str, tuple[str, ...]] | None:
     return checked.text, checked.ignored
 
 
-def _marks(text: str, form: CallForm | None, thinking: tuple[str, str] | None) -> bool:
+def _is_marker(text: str, form: CallForm | None, thinking: tuple[str, str] | None) -> bool:
     """Whether a special token is, or is part of, a marker of calls or thinking."""
     marks = (*(thinking or ()), *((form.opens, form.closes, form.between) if form is not None else ()))
     return any(text in mark for mark in marks)
@@ -188,7 +188,7 @@ def _marks(text: str, form: CallForm | None, thinking: tuple[str, str] | None) -
 # ---- messages ------------------------------------------------------------------------------------------------
 
 
-def _shown(spec: FunctionSpec) -> dict[str, Any]:
+def _template_tool(spec: FunctionSpec) -> dict[str, Any]:
     """A tool in the format that chat templates take."""
     function: dict[str, Any] = {"name": spec.name}
     if spec.description:

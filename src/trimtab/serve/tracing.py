@@ -17,7 +17,7 @@ SILENT = "healthz,readyz,metrics"
 """Health checks and metrics, which machines request every few seconds."""
 
 
-def provider() -> Any:
+def make_tracer_provider() -> Any:
     """A tracer provider that sends spans in batches to the collector named in the environment.
 
     Raises:

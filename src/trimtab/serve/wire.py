@@ -12,30 +12,30 @@ from typing import Any
 from trimtab.serve.monitored import in_chunk
 from trimtab.serve.monitored import readings_of as read_by_monitors
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.schema_told import (
-    AppliedTold,
+from trimtab.serve.schema_output import (
+    AnswerReport,
     CalledFunction,
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
     ChatMessage,
     Completion,
-    DoseTold,
+    DoseReport,
     PromptDetails,
-    RejectionTold,
+    RejectionReport,
+    SteeringReport,
     TextChoice,
     TextLogprobs,
     TokenLogprob,
-    Told,
     ToolCall,
     TopLogprob,
     Usage,
 )
 from trimtab.serve.service import Prepared
-from trimtab.serve.tasks import Done, Piece, TokenTold, total_dose
+from trimtab.serve.tasks import Done, GeneratedToken, Piece, total_dose
 from trimtab.steering.monitors import Monitor
-from trimtab.text.said import CallArguments, CallBegun, Part, Parts, Thought, Words
-from trimtab.text.said_by_template import TemplateParts
+from trimtab.text.answer_parts import AnswerPart, AnswerSplitter, AnswerText, CallArguments, CallStart, ThinkingText
+from trimtab.text.template_answer_parts import TemplateSplitter
 from trimtab.text.token_bytes import token_bytes
 
 LOWEST = -9999.0  # what OpenAI's API reports for a probability of 0, for whose logarithm JSON has no number
@@ -47,67 +47,67 @@ def new_id(chat: bool) -> str:
 
 
 @dataclass
-class Collected:
-    """One answer so far. `reading` parses its text into the parts in `said`.
+class CollectedAnswer:
+    """One answer so far. `parser` parses its text into the parts in `parts`.
 
-    `heard` has the same parts by event: those that each event completed, with the event's tokens.
+    `parts_by_event` has the same parts by event: those that each event completed, with the event's tokens.
     """
 
     text: str = ""
-    tokens: list[TokenTold] = field(default_factory=list)
+    tokens: list[GeneratedToken] = field(default_factory=list)
     done: Done | None = None
-    reading: Parts | TemplateParts | None = None
-    said: list[Part] = field(default_factory=list)
-    heard: list[tuple[list[Part], tuple[TokenTold, ...]]] = field(default_factory=list)
+    parser: AnswerSplitter | TemplateSplitter | None = None
+    parts: list[AnswerPart] = field(default_factory=list)
+    parts_by_event: list[tuple[list[AnswerPart], tuple[GeneratedToken, ...]]] = field(default_factory=list)
     thought_tokens: int = 0
 
-    def take(self, event: Piece | Done) -> list[Part]:
+    def take(self, event: Piece | Done) -> list[AnswerPart]:
         """Add a piece or the end; returns the parts that it completes."""
         if isinstance(event, Done):
             self.done = event
-            more = self.reading.finish() if self.reading is not None else []
+            more = self.parser.finish() if self.parser is not None else []
         else:
             self.text += event.text
             self.tokens += event.tokens
-            if self.reading is not None and self.reading.thinks:
+            if self.parser is not None and self.parser.in_thinking:
                 self.thought_tokens += len(event.tokens)
-            more = self.reading.add(event.text) if self.reading is not None else [Words(event.text)]
-        self.said += more
-        self.heard.append((more, () if isinstance(event, Done) else event.tokens))
+            more = self.parser.add(event.text) if self.parser is not None else [AnswerText(event.text)]
+        self.parts += more
+        self.parts_by_event.append((more, () if isinstance(event, Done) else event.tokens))
         return more
 
     @property
     def words(self) -> str:
         """The text for the reader."""
-        return "".join(part.text for part in self.said if isinstance(part, Words))
+        return "".join(part.text for part in self.parts if isinstance(part, AnswerText))
 
     @property
     def thought(self) -> str:
         """The thinking."""
-        return "".join(part.text for part in self.said if isinstance(part, Thought))
+        return "".join(part.text for part in self.parts if isinstance(part, ThinkingText))
 
     @property
     def calls(self) -> list[ToolCall]:
         """The tool calls."""
         calls = []
-        for part in self.said:
-            if isinstance(part, CallBegun):
+        for part in self.parts:
+            if isinstance(part, CallStart):
                 calls.append(ToolCall(id=part.id, function=CalledFunction(name=part.name, arguments="")))
             elif isinstance(part, CallArguments):
                 calls[-1].function.arguments += part.text
         return calls
 
     @property
-    def ended(self) -> Any:
+    def finish_reason(self) -> Any:
         """The finish reason."""
         assert self.done is not None
         return self.done.finish
 
     @property
-    def finish(self) -> Any:
+    def chat_finish_reason(self) -> Any:
         """The finish reason in a chat."""
-        calls = any(isinstance(part, CallBegun) for part in self.said)
-        return "tool_calls" if calls and self.ended == "stop" else self.ended
+        calls = any(isinstance(part, CallStart) for part in self.parts)
+        return "tool_calls" if calls and self.finish_reason == "stop" else self.finish_reason
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Wire:
     monitors: tuple[Monitor, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
+    def whole(self, prepared: Prepared, answers: Sequence[CollectedAnswer]) -> dict[str, Any]:
         """The response to a request that doesn't stream."""
         summary, usage = summary_of(prepared, answers), self.usage(prepared, answers)
         head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, "usage": usage}
@@ -132,7 +132,7 @@ class Wire:
                     index=i,
                     message=_message(answer),
                     logprobs=self._chat_logprobs(answer.tokens),
-                    finish_reason=answer.finish,
+                    finish_reason=answer.chat_finish_reason,
                 )
                 for i, answer in enumerate(answers)
             ]
@@ -147,7 +147,7 @@ class Wire:
                 index=i,
                 text=answer.text,
                 logprobs=self._text_logprobs(answer.tokens, 0),
-                finish_reason=answer.ended,
+                finish_reason=answer.finish_reason,
             )
             for i, answer in enumerate(answers)
         ]
@@ -157,7 +157,7 @@ class Wire:
         """An answer's first chunk in a chat stream, with the role."""
         return [self._chunk(index, {"role": "assistant", "content": ""}, None, None)] if self.chat else []
 
-    def piece(self, index: int, piece: Piece, said: Sequence[Part], before: int) -> list[dict[str, Any]]:
+    def piece(self, index: int, piece: Piece, parts: Sequence[AnswerPart], before: int) -> list[dict[str, Any]]:
         """The chunks for a piece that begins at character `before` of the answer; the first has the piece's tokens."""
         read = in_chunk(self.monitors, piece.tokens)
         if not self.chat:
@@ -165,24 +165,24 @@ class Wire:
             return [self._chunk(index, {"text": piece.text}, text_logprobs and text_logprobs.model_dump(), None) | read]
         logprobs = self._chat_logprobs(piece.tokens)
         dumped = logprobs and logprobs.model_dump()
-        deltas = [_delta(part) for part in said] or ([{"content": ""}] if dumped or read else [])
+        deltas = [_delta(part) for part in parts] or ([{"content": ""}] if dumped or read else [])
         chunks = [self._chunk(index, delta, None if n else dumped, None) for n, delta in enumerate(deltas)]
         return [chunk if n else chunk | read for n, chunk in enumerate(chunks)]
 
-    def ending(self, index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
+    def ending(self, index: int, answer: CollectedAnswer, parts: Sequence[AnswerPart]) -> list[dict[str, Any]]:
         """The chunks for the rest of the answer; the last has the finish reason."""
         assert answer.done is not None
         if not self.chat:
             return [self._chunk(index, {"text": ""}, None, answer.done.finish)]
-        rest = [self._chunk(index, _delta(part), None, None) for part in said]
-        return [*rest, self._chunk(index, {}, None, answer.finish)]
+        rest = [self._chunk(index, _delta(part), None, None) for part in parts]
+        return [*rest, self._chunk(index, {}, None, answer.chat_finish_reason)]
 
-    def last(self, prepared: Prepared, answers: Sequence[Collected], usage: bool) -> dict[str, Any]:
+    def last(self, prepared: Prepared, answers: Sequence[CollectedAnswer], usage: bool) -> dict[str, Any]:
         """The chunk after all answers: what was applied, and the usage if requested."""
         chunk: dict[str, Any] = {**self._head(), "choices": [], "trimtab": summary_of(prepared, answers).model_dump()}
         return {**chunk, "usage": self.usage(prepared, answers).model_dump()} if usage else chunk
 
-    def usage(self, prepared: Prepared, answers: Sequence[Collected]) -> Usage:
+    def usage(self, prepared: Prepared, answers: Sequence[CollectedAnswer]) -> Usage:
         """The tokens of the prompts and of all answers."""
         prompt = sum(prepared.lengths)
         made = sum(answer.done.tokens for answer in answers if answer.done)
@@ -214,16 +214,16 @@ class Wire:
         choice = {"index": index, **inner, "logprobs": logprobs, "finish_reason": finish}
         return {**self._head(), "choices": [choice]}
 
-    def _chat_logprobs(self, tokens: Sequence[TokenTold]) -> ChatLogprobs | None:
+    def _chat_logprobs(self, tokens: Sequence[GeneratedToken]) -> ChatLogprobs | None:
         if not self.logprobs:
             return None
         content = []
         for token in tokens:
-            top = [TopLogprob(**named(self.tokenizer, id, value)) for id, value in token.likeliest]
-            content.append(TokenLogprob(**named(self.tokenizer, token.id, token.logprob), top_logprobs=top))
+            top = [TopLogprob(**token_entry(self.tokenizer, id, value)) for id, value in token.likeliest]
+            content.append(TokenLogprob(**token_entry(self.tokenizer, token.id, token.logprob), top_logprobs=top))
         return ChatLogprobs(content=content)
 
-    def _text_logprobs(self, tokens: Sequence[TokenTold], before: int) -> TextLogprobs | None:
+    def _text_logprobs(self, tokens: Sequence[GeneratedToken], before: int) -> TextLogprobs | None:
         if not self.logprobs:
             return None
         texts = [self._text(token.id) for token in tokens]
@@ -239,7 +239,7 @@ class Wire:
         return str(self.tokenizer.decode([token]))
 
 
-def named(tokenizer: Any, token: int, logprob: float | None) -> dict[str, Any]:
+def token_entry(tokenizer: Any, token: int, logprob: float | None) -> dict[str, Any]:
     """A token's entry in log-probabilities: its text, its bytes (`None` if unknown) and its log-probability."""
     text = str(tokenizer.decode([token]))
     data = text.encode() if "\ufffd" not in text else token_bytes(tokenizer, token)  # part of a character
@@ -254,7 +254,7 @@ def event(chunk: dict[str, Any]) -> bytes:
 END = b"data: [DONE]\n\n"
 
 
-def summary_of(prepared: Prepared, answers: Sequence[Collected]) -> Told:
+def summary_of(prepared: Prepared, answers: Sequence[CollectedAnswer]) -> SteeringReport:
     """What steered these answers, and the parts of their schemas that weren't enforced."""
     per_answer = [
         _applied(i, answer.done).model_copy(
@@ -264,24 +264,26 @@ def summary_of(prepared: Prepared, answers: Sequence[Collected]) -> Told:
         if answer.done
     ]
     grammar = prepared.shape.grammar
-    unheld = list(grammar.ignored) if grammar is not None else []
-    return Told(steering=prepared.steerings, emphasized_tokens=prepared.emphasized, answers=per_answer, unheld=unheld)
+    unenforced = list(grammar.ignored) if grammar is not None else []
+    return SteeringReport(
+        steering=prepared.steerings, emphasized_tokens=prepared.emphasized, answers=per_answer, unheld=unenforced
+    )
 
 
-def _message(answer: Collected) -> ChatMessage:
+def _message(answer: CollectedAnswer) -> ChatMessage:
     words, calls = answer.words, answer.calls
     return ChatMessage(
         content=words or (None if calls else ""), reasoning_content=answer.thought or None, tool_calls=calls or None
     )
 
 
-def _delta(part: Part) -> dict[str, Any]:
+def _delta(part: AnswerPart) -> dict[str, Any]:
     """A part as a delta of a message."""
-    if isinstance(part, Words):
+    if isinstance(part, AnswerText):
         return {"content": part.text}
-    if isinstance(part, Thought):
+    if isinstance(part, ThinkingText):
         return {"reasoning_content": part.text}
-    if isinstance(part, CallBegun):
+    if isinstance(part, CallStart):
         function = {"name": part.name, "arguments": ""}
         return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
     return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
@@ -291,13 +293,13 @@ def _finite(value: float | None) -> float:
     return LOWEST if value is None or not value > LOWEST else value
 
 
-def _applied(index: int, done: Done) -> AppliedTold:
-    doses = [DoseTold(layer=d.layer, kind=d.kind, ratio=d.ratio, tokens=d.tokens) for d in done.applied.doses]
+def _applied(index: int, done: Done) -> AnswerReport:
+    doses = [DoseReport(layer=d.layer, kind=d.kind, ratio=d.ratio, tokens=d.tokens) for d in done.applied.doses]
     rejection = None
     if done.trace is not None:
         steps = done.trace.steps
         opened = [step for step in steps if step.open]
-        rejection = RejectionTold(
+        rejection = RejectionReport(
             tokens=len(steps),
             open=len(opened),
             steered=sum(step.rung == 0 for step in opened),
@@ -306,7 +308,7 @@ def _applied(index: int, done: Done) -> AppliedTold:
             changed=sum(step.replaced is not None for step in steps),
         )
     measured = done.trace is None  # doses aren't, with rejection
-    return AppliedTold(
+    return AnswerReport(
         index=index,
         edits=list(done.applied.edits),
         dose=done.applied.dose if measured else None,

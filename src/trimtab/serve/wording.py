@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trimtab.serve.fields import EXPECTED, INSTEAD
+from trimtab.serve.fields import ALTERNATIVES, EXPECTED
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema import ChatRequest, CompletionRequest, Message, SteeringChoice
 from trimtab.serve.schema_responses import ResponsesRequest
 from trimtab.serve.schema_steerings import LearnRequest, MakeRequest
 
-LOOKED_AT = 200
+MAX_ERRORS = 200
 """The most errors of one request among which the one to report is chosen."""
 NAMES = "at most 64 letters, digits, '.', '_' and '-', and begins with a letter or a digit"
 KINDS = {
@@ -26,7 +26,7 @@ KINDS = {
     "model_attributes_type": "an object",
     "none_required": "null",
 }
-SAID: dict[str, Callable[[Mapping[str, Any]], str]] = {
+MESSAGES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "missing": lambda _: "it is missing",
     "extra_forbidden": lambda _: "it isn't known",
     "literal_error": lambda about: f"it must be {about['expected']}",
@@ -45,22 +45,22 @@ FIELDS = sorted({name for model in (ChatRequest, CompletionRequest, ResponsesReq
 INNER = sorted({name for model in (Message, SteeringChoice, LearnRequest, MakeRequest) for name in model.model_fields})
 
 
-def in_words(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
+def validation_refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     """pydantic's errors about a body as a refusal with status 400. It reports the most deeply nested one.
 
     A text that may also be a list has two errors if it is neither; the most deeply nested error is about the type that
     was meant.
     """
-    placed = [(_place(error["loc"], body), error) for error in errors[:LOOKED_AT]]
+    placed = [(_place(error["loc"], body), error) for error in errors[:MAX_ERRORS]]
     where, error = max(placed, key=_weight)
     here = [candidate for place, candidate in placed if place == where]
-    said = _said(where, error, here)
+    problem = _message_for(where, error, here)
     if isinstance(body, bytes) and not where:
-        said = "send it as JSON, with Content-Type: application/json"
+        problem = "send it as JSON, with Content-Type: application/json"
     elif error["type"] == "bytes_type":
-        said = "send the bytes of a file, with Content-Type: application/octet-stream"
+        problem = "send the bytes of a file, with Content-Type: application/octet-stream"
     dotted = ".".join(map(str, where))
-    message = f"{dotted}: {said}" if dotted else f"the body: {said}"
+    message = f"{dotted}: {problem}" if dotted else f"the body: {problem}"
     return Refusal(400, message[:1000], param=dotted[:200] or None)
 
 
@@ -94,12 +94,12 @@ def _place(loc: Sequence[Any], body: Any) -> tuple[Any, ...]:
     return tuple(own)
 
 
-def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping[str, Any]]) -> str:
+def _message_for(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping[str, Any]]) -> str:
     name = next((part for part in reversed(where) if isinstance(part, str)), "")
     kind, about = error["type"], error.get("ctx") or {}
     for part in where:
-        if part in INSTEAD:
-            return INSTEAD[part]
+        if part in ALTERNATIVES:
+            return ALTERNATIVES[part]
     if kind == "extra_forbidden":
         known = FIELDS if len(where) == 1 else INNER
         near = difflib.get_close_matches(name, known, 1)
@@ -123,6 +123,6 @@ def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping
     if kind in KINDS:
         several = name in EXPECTED and (len(kinds) > 1 or not isinstance(where[-1], int))
         return f"it must be {EXPECTED[name] if several else KINDS[kind]}"
-    if kind in SAID:
-        return SAID[kind](about)
+    if kind in MESSAGES:
+        return MESSAGES[kind](about)
     return str(error["msg"])

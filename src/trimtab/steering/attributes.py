@@ -13,7 +13,7 @@ from trimtab.errors import TrimtabError
 HIDDEN = "lm.capture(prompts, [10, 14]) gives activations, residual streams by default"
 STEERS = "to steer, use lm.generate(prompts, steering), or call the model inside `with lm.steered(steering):`"
 OF_MODEL = "it belongs to the model: lm.model.{name}"
-OF_LM: Mapping[str, str] = {
+LM_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("config", "eval", "train", "parameters", "state_dict", "forward", "generation_config"), OF_MODEL),
     **dict.fromkeys(("to", "cuda", "cpu", "half", "float", "bfloat16", "compile", "requires_grad_"), OF_MODEL),
     **dict.fromkeys(("device", "dtype"), "see lm.runs_in; the model itself is lm.model"),
@@ -45,7 +45,7 @@ OF_LM: Mapping[str, str] = {
 """The hint for each attribute name, for an `LM`."""
 
 ONE_EDIT = "each of steering.edits has its own {name}"
-OF_STEERING: Mapping[str, str] = {
+STEERING_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("strength", "site", "positions", "gate", "operation"), ONE_EDIT),
     **dict.fromkeys(("scale", "multiplier", "coeff", "coefficient"), "a strength multiplies it: 2 * steering"),
     **dict.fromkeys(
@@ -62,7 +62,7 @@ OF_STEERING: Mapping[str, str] = {
 }
 """The same for a `Steering`."""
 
-OF_ANSWER: Mapping[str, str] = {
+ANSWER_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("dose", "doses", "edits"), "it is answer.applied.{name}"),
     "tokens": "their ids are answer.token_ids",
     **dict.fromkeys(("generated_text", "outputs", "content", "message", "response"), "it is answer.text"),
@@ -77,8 +77,8 @@ class MissingAttribute(TrimtabError, AttributeError):
     """A missing attribute for which there is a hint."""
 
 
-def missing(thing: Any, kind: str, name: str, meant: Mapping[str, str]) -> Any:
+def raise_missing_attribute(thing: Any, kind: str, name: str, hints: Mapping[str, str]) -> Any:
     """Implements `__getattr__`: raises `MissingAttribute` or `AttributeError`, or a property's own error again."""
-    if name in meant and not hasattr(type(thing), name):
-        raise MissingAttribute(f"{kind} has no {name!r}: {meant[name].format(name=name)}")
+    if name in hints and not hasattr(type(thing), name):
+        raise MissingAttribute(f"{kind} has no {name!r}: {hints[name].format(name=name)}")
     return object.__getattribute__(thing, name)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.steering.gates import AllOf, AnyOf, Gate, Not, Threshold, measure_of, thresholds
-from trimtab.steering.operations import TOGETHER, Kernel, Operation, Rows, with_norm_of
+from trimtab.steering.operations import MERGE_ROWS, Kernel, Operation, Rows, with_norm_of
 
 Shape = tuple  # the structure of a gate: ("dot",), ("not", shape), ("all", shape, …) or ("any", shape, …)
 
@@ -52,9 +52,9 @@ class Conditional(Operation):
 
     def row(self, strength: float) -> Rows:
         rows = dict(self.operation.row(strength))
-        together = TOGETHER.get(self.operation.kernel)
-        if together is not None:
-            rows = dict(together([rows], [repr(self.operation)]))
+        merge = MERGE_ROWS.get(self.operation.kernel)
+        if merge is not None:
+            rows = dict(merge([rows], [repr(self.operation)]))
         for i, test in enumerate(thresholds(self.gate)):
             rows[f"if.{i}.direction"] = test.direction
             rows[f"if.{i}.threshold"] = torch.tensor([test.threshold], dtype=torch.float64)
@@ -76,13 +76,13 @@ class Conditional(Operation):
         return f"Conditional({self.operation!r}, {self.gate})"
 
 
-def conditional(edit: Any) -> Any:
+def with_conditional_operation(edit: Any) -> Any:
     """The edit with its gate moved into its operation, if the gate is decided at each token; else the same edit."""
     return replace(edit, operation=Conditional(edit.operation, edit.gate)) if edit.gate.token_sites else edit
 
 
-def unconditional(edit: Any) -> Any:
-    """The edit as it was before `conditional`."""
+def without_conditional_operation(edit: Any) -> Any:
+    """The edit as it was before `with_conditional_operation`."""
     inner = getattr(edit.operation, "operation", None)
     return edit if inner is None else replace(edit, operation=inner)
 
@@ -105,17 +105,17 @@ def _kernel(inner: Kernel, keep_norm: float, shape: Shape) -> Kernel:
         new = inner(x, {name: value for name, value in rows.items() if not name.startswith("if.")})
         if keep_norm:
             new = with_norm_of(x, new, keep_norm)
-        return torch.where(_holds(shape, x, rows, iter(range(len(rows))))[..., None], new, x)
+        return torch.where(_gate_mask(shape, x, rows, iter(range(len(rows))))[..., None], new, x)
 
     return conditionally
 
 
-def _holds(shape: Shape, x: Tensor, rows: Rows, numbers: Any) -> Tensor:
+def _gate_mask(shape: Shape, x: Tensor, rows: Rows, numbers: Any) -> Tensor:
     kind, *parts = shape
     if kind == "not":
-        return ~_holds(parts[0], x, rows, numbers)
+        return ~_gate_mask(parts[0], x, rows, numbers)
     if parts:
-        answers = torch.stack([_holds(part, x, rows, numbers) for part in parts])
+        answers = torch.stack([_gate_mask(part, x, rows, numbers) for part in parts])
         return answers.all(0) if kind == "all" else answers.any(0)
     i = next(numbers)
     value = measure_of(x, rows[f"if.{i}.direction"], kind, rows[f"if.{i}.bias"][..., 0])

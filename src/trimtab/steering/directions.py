@@ -27,8 +27,8 @@ def directions(steering: Steering) -> dict[int, Tensor]:
         direction = getattr(edit.operation, "direction", None)
         if direction is None or not direction.any():
             raise TrimtabError(f"the edit at layer {edit.site.layer} has no direction")
-        turned = -1.0 if isinstance(edit.operation, Add) and edit.strength < 0 else 1.0
-        by_layer[edit.site.layer] = turned * direction.double() / direction.double().norm()
+        sign = -1.0 if isinstance(edit.operation, Add) and edit.strength < 0 else 1.0
+        by_layer[edit.site.layer] = sign * direction.double() / direction.double().norm()
     return by_layer
 
 
@@ -41,17 +41,17 @@ def shared_cosines(first: Steering, other: Steering) -> dict[int, float]:
     a, b = directions(first), directions(other)
     shared = [layer for layer in a if layer in b]
     if not shared:
-        mine, theirs = (", ".join(map(str, layers)) or "none" for layers in (a, b))
+        first_layers, other_layers = (", ".join(map(str, layers)) or "none" for layers in (a, b))
         raise TrimtabError(
-            f"these steerings share no layer: one acts at {mine}, the other at {theirs}; learn both at the same"
-            " layers, or compare all pairs of layers with `trimtab inspect FILE FILE`"
+            f"these steerings share no layer: one acts at {first_layers}, the other at {other_layers}; learn both at"
+            " the same layers, or compare all pairs of layers with `trimtab inspect FILE FILE`"
         )
     sites = [{edit.site.layer: edit.site for edit in steering.edits} for steering in (first, other)]
     for layer in shared:
-        here, there = sites[0][layer], sites[1][layer]
-        if here != there:
+        first_site, other_site = sites[0][layer], sites[1][layer]
+        if first_site != other_site:
             raise TrimtabError(
-                f"at layer {layer} these steerings share no site: one acts at {here}, the other at {there}"
+                f"at layer {layer} these steerings share no site: one acts at {first_site}, the other at {other_site}"
             )
         if len(a[layer]) != len(b[layer]):
             raise TrimtabError(

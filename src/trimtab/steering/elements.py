@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.operations import NEUTRAL, TOGETHER, Directed, Operation
+from trimtab.steering.operations import MERGE_ROWS, NEUTRAL, Directed, Operation
 from trimtab.steering.projections import Rows
 from trimtab.steering.tensors import as_direction, to_float64
 
@@ -22,18 +22,18 @@ def scale(x: Tensor, rows: Rows) -> Tensor:
     return x * rows["factor"]
 
 
-def multiply_up(rows: Sequence[Rows], _names: Sequence[object]) -> Rows:
+def multiply_factors(rows: Sequence[Rows], _names: Sequence[object]) -> Rows:
     """The product of the factors of several rows."""
     if len(rows) == 1:
         return rows[0]
     return {"factor": torch.stack([row["factor"].double() for row in rows]).prod(0)}
 
 
-TOGETHER[scale] = multiply_up
+MERGE_ROWS[scale] = multiply_factors
 NEUTRAL[scale] = 1.0
 
 
-def put(x: Tensor, rows: Rows) -> Tensor:
+def set_values(x: Tensor, rows: Rows) -> Tensor:
     """`value` instead of `x`, both of shape `[..., width]`."""
     return rows["value"].expand_as(x)
 
@@ -121,19 +121,19 @@ class HoldElements(Directed, name="hold_elements"):
 
     def settled(self, prompt: Tensor) -> Operation:
         """The operation for a prompt with these activations `[tokens, width]`."""
-        return Held(self.direction, to_float64(prompt[-1]), keep_norm=self.keep_norm)
+        return ResolvedHoldElements(self.direction, to_float64(prompt[-1]), keep_norm=self.keep_norm)
 
     def row(self, strength: float) -> dict[str, Tensor]:
         raise TrimtabError("the values to hold are computed from a prompt; run it with lm.generate(…) or lm.steered(…)")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Held(Directed):
+class ResolvedHoldElements(Directed):
     """`HoldElements` for one prompt: it scales `value` `[width]`. Never written by hand or saved."""
 
     value: Tensor
 
-    kernel: ClassVar[Any] = staticmethod(put)
+    kernel: ClassVar[Any] = staticmethod(set_values)
 
     def row(self, strength: float) -> dict[str, Tensor]:
         return {"value": self.value * (1 + strength * self.direction.double())}

@@ -21,7 +21,7 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords
 from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
-from trimtab.steering.tensors import as_direction, same, to_float64
+from trimtab.steering.tensors import as_direction, tensors_equal, to_float64
 
 MEASURES = ("dot", "cosine", "ratio", "cast", "probability")
 POOLS = ("mean", "unit-mean")
@@ -115,10 +115,10 @@ class Gate:
 
     def is_open(self, readings: Readings) -> bool:
         """Whether it is open, given the readings. Raises `ValueError` for a gate that is decided at each token."""
-        left = self.settled(readings)
-        if left.token_sites:
-            raise ValueError(f"{left} is decided at each token, not by a prompt")
-        return left == ALWAYS
+        remaining = self.settled(readings)
+        if remaining.token_sites:
+            raise ValueError(f"{remaining} is decided at each token, not by a prompt")
+        return remaining == ALWAYS
 
     def __and__(self, other: Gate) -> Gate:
         return other if self == Always() else self if other == Always() else AllOf((self, other))
@@ -232,7 +232,7 @@ class Threshold(Gate):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Threshold):
             return NotImplemented
-        return self._numbers() == other._numbers() and same(self.direction, other.direction)
+        return self._numbers() == other._numbers() and tensors_equal(self.direction, other.direction)
 
     def __hash__(self) -> int:
         return self._hash
@@ -265,8 +265,8 @@ class Not(Gate):
         return self.gate.token_sites
 
     def settled(self, readings: Readings) -> Gate:
-        left = self.gate.settled(readings)
-        return NEVER if left == ALWAYS else ALWAYS if left == NEVER else Not(left)
+        remaining = self.gate.settled(readings)
+        return NEVER if remaining == ALWAYS else ALWAYS if remaining == NEVER else Not(remaining)
 
 
 NEVER = Not(ALWAYS)
@@ -284,12 +284,12 @@ class _Many(Gate):
     def token_sites(self) -> frozenset[Site]:
         return frozenset().union(*(gate.token_sites for gate in self.gates))
 
-    def _left(self, readings: Readings, decisive: Gate, neutral: Gate) -> Gate:
-        left = tuple(gate.settled(readings) for gate in self.gates)
-        if decisive in left:
+    def _remaining_gate(self, readings: Readings, decisive: Gate, neutral: Gate) -> Gate:
+        remaining = tuple(gate.settled(readings) for gate in self.gates)
+        if decisive in remaining:
             return decisive
-        open_still = tuple(gate for gate in left if gate != neutral)
-        return neutral if not open_still else open_still[0] if len(open_still) == 1 else type(self)(open_still)
+        undecided = tuple(gate for gate in remaining if gate != neutral)
+        return neutral if not undecided else undecided[0] if len(undecided) == 1 else type(self)(undecided)
 
 
 class AllOf(_Many):
@@ -299,7 +299,7 @@ class AllOf(_Many):
         return " and ".join(f"({gate})" for gate in self.gates)
 
     def settled(self, readings: Readings) -> Gate:
-        return self._left(readings, NEVER, ALWAYS)
+        return self._remaining_gate(readings, NEVER, ALWAYS)
 
 
 class AnyOf(_Many):
@@ -309,7 +309,7 @@ class AnyOf(_Many):
         return " or ".join(f"({gate})" for gate in self.gates)
 
     def settled(self, readings: Readings) -> Gate:
-        return self._left(readings, ALWAYS, NEVER)
+        return self._remaining_gate(readings, ALWAYS, NEVER)
 
 
 def thresholds(gate: Gate) -> list[Threshold]:

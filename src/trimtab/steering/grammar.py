@@ -38,22 +38,22 @@ DEPTH = 16
 
 def parse(text: str) -> Positions:
     """Parse positions. Raises `TrimtabError`, with the known forms, if the text can't be parsed."""
-    (positions,) = _parse(text, _Reader(text))
+    (positions,) = _parse(text, _Parser(text))
     return positions
 
 
 def parse_list(text: str) -> list[Positions]:
     """Parse several positions, separated by commas. Quote a text that contains a comma. Raises as `parse` does."""
-    return _parse(text, _Reader(text, comma=COMMA))
+    return _parse(text, _Parser(text, comma=COMMA))
 
 
-def _parse(text: str, reader: _Reader) -> list[Positions]:
+def _parse(text: str, reader: _Parser) -> list[Positions]:
     rules: list[Positions] = []
     try:
         while not rules or reader.take(","):
             rules.append(reader.any_of())
-        if reader.left or (len(rules) > 1 and not reader.comma):
-            raise ValueError(f"{reader.left!r} is left over")
+        if reader.remaining or (len(rules) > 1 and not reader.comma):
+            raise ValueError(f"{reader.remaining!r} is left over")
         return rules
     except TrimtabError as error:
         raise TrimtabError(f"positions {text!r}: {error}") from None
@@ -63,18 +63,18 @@ def _parse(text: str, reader: _Reader) -> list[Positions]:
         ) from None
 
 
-def written(rule: Meaning | Combined) -> str:
+def format_rule(rule: Meaning | Combined) -> str:
     """The text of this rule, which `parse` reads."""
     if isinstance(rule, Meaning):
         return ":".join((rule.kind, *map(_quoted, rule.texts)))
-    if rule.how == "not":
+    if rule.operator == "not":
         return f"~{_inner(rule.parts[0])}"
-    return {"any": " | ", "all": " & "}[rule.how].join(map(_inner, rule.parts))
+    return {"any": " | ", "all": " & "}[rule.operator].join(map(_inner, rule.parts))
 
 
 def _inner(positions: Positions) -> str:
     text = str(positions)
-    joined = isinstance(positions.rule, Combined) and positions.rule.how != "not"
+    joined = isinstance(positions.rule, Combined) and positions.rule.operator != "not"
     return f"({text})" if joined or (positions.rule is None and " | " in text) else text
 
 
@@ -82,11 +82,11 @@ def _quoted(text: str) -> str:
     return text if PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
-class _Reader:
+class _Parser:
     """A parser that reads a text from left to right. `comma` is the pattern of a comma between rules, if allowed."""
 
     def __init__(self, text: str, comma: str = "") -> None:
-        self.left = text.strip()
+        self.remaining = text.strip()
         self.comma = comma
         self.depth = 0
         self.bracketed = False
@@ -120,29 +120,29 @@ class _Reader:
         return positions
 
     def rule(self) -> Positions:
-        name = re.match(r"[a-z][a-z-]*|", self.left)[0]  # type: ignore[index]
-        self.left = self.left[len(name) :]
+        name = re.match(r"[a-z][a-z-]*|", self.remaining)[0]  # type: ignore[index]
+        self.remaining = self.remaining[len(name) :]
         texts: list[str] = []
-        while self.left.startswith(":"):
-            self.left = self.left[1:]
+        while self.remaining.startswith(":"):
+            self.remaining = self.remaining[1:]
             texts.append(self._text(whole=name in (AFTER, AT)))
-        self.left = self.left.lstrip()
+        self.remaining = self.remaining.lstrip()
         return _rule(name, texts)
 
     def _text(self, whole: bool) -> str:
-        if self.left.startswith('"'):
-            text, stop = json.JSONDecoder().raw_decode(self.left)
+        if self.remaining.startswith('"'):
+            text, stop = json.JSONDecoder().raw_decode(self.remaining)
         else:
             ends = [r"\s+[|&]\s", r"\s*$", self.comma, "" if whole else ":", r"\s*[)]" if self.bracketed else ""]
-            stop = re.search("|".join(filter(None, ends)), self.left).start()  # type: ignore[union-attr]
-            text = self.left[:stop]
-        self.left = self.left[stop:]
+            stop = re.search("|".join(filter(None, ends)), self.remaining).start()  # type: ignore[union-attr]
+            text = self.remaining[:stop]
+        self.remaining = self.remaining[stop:]
         return str(text)
 
     def take(self, sign: str) -> bool:
-        if not self.left.startswith(sign):
+        if not self.remaining.startswith(sign):
             return False
-        self.left = self.left[len(sign) :].lstrip()
+        self.remaining = self.remaining[len(sign) :].lstrip()
         return True
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.keywords import outside
+from trimtab.keywords import caller_stacklevel
 from trimtab.steering.card import ModelId
 from trimtab.steering.operations import Operation
 from trimtab.steering.steering import Steering, check_steering
@@ -21,7 +21,7 @@ class MismatchWarning(UserWarning):
     """A steering was learned on a model that differs in a detail, such as the chat template or the revision."""
 
 
-def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = False) -> None:
+def check_learned_on(steering: Steering, current: ModelId, *, transfer: bool = False) -> None:
     """Raise `TrimtabError`, with the differences, if the steering was learned on another model.
 
     It also raises if one of the steering's tensors was changed in place. Adapters are part of a model. With
@@ -33,39 +33,43 @@ def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = Fals
         if isinstance(edit.operation, Operation):
             edit.operation.check_unchanged()
     for learned in steering.card.models:
-        same = learned.fingerprint == here.fingerprint or learned.name == here.name
-        differ = [
-            f"{what} {there} instead of {mine}"
-            for what, there, mine in (
-                ("family", learned.family, here.family),
-                ("width", learned.width, here.width),
-                ("number of layers", learned.layers, here.layers),
+        same = learned.fingerprint == current.fingerprint or learned.name == current.name
+        differences = [
+            f"{what} {expected} instead of {actual}"
+            for what, expected, actual in (
+                ("family", learned.family, current.family),
+                ("width", learned.width, current.width),
+                ("number of layers", learned.layers, current.layers),
             )
-            if there != mine
+            if expected != actual
         ]
-        if learned.width != here.width or (not transfer and (differ or not same)):
-            detail = f" ({', '.join(differ)})" if differ else " (same shape, different weights)"
-            hint = "learn it on this model" + ("" if learned.width != here.width else ", or allow transfer")
-            raise TrimtabError(f"the steering was learned on {learned.name}, this is {here.name}{detail}; {hint}")
-        if not transfer and _digests(learned) != _digests(here):
-            there, mine = (model_id.adapted or "without an adapter" for model_id in (learned, here))
+        if learned.width != current.width or (not transfer and (differences or not same)):
+            detail = f" ({', '.join(differences)})" if differences else " (same shape, different weights)"
+            hint = "learn it on this model" + ("" if learned.width != current.width else ", or allow transfer")
+            raise TrimtabError(f"the steering was learned on {learned.name}, this is {current.name}{detail}; {hint}")
+        if not transfer and _digests(learned) != _digests(current):
+            there, mine = (model_id.adapted or "without an adapter" for model_id in (learned, current))
             raise TrimtabError(
-                f"the steering was learned on {learned.name} {there}, this is {here.name} {mine}; switch to the same"
+                f"the steering was learned on {learned.name} {there}, this is {current.name} {mine}; switch to the same"
                 " adapters, learn it on this model, or allow transfer"
             )
-        looked_at = not learned.adapters and None not in (learned.blocks, here.blocks)
-        if not transfer and looked_at and learned.blocks != here.blocks:
+        comparable = not learned.adapters and None not in (learned.blocks, current.blocks)
+        if not transfer and comparable and learned.blocks != current.blocks:
             message = (
-                f"the blocks of {here.name} have different weights than when the steering was learned (an adapter"
+                f"the blocks of {current.name} have different weights than when the steering was learned (an adapter"
                 " merged into them, or a different finetuning, revision or dtype?)"
             )
-            warnings.warn(message, MismatchWarning, stacklevel=outside())
-        elif not transfer and learned.fingerprint != here.fingerprint:
-            message = f"{here.name} has different weights than when the steering was learned (revision, quantization?)"
-            warnings.warn(message, MismatchWarning, stacklevel=outside())
-        if learned.template != here.template:
-            message = f"{here.name} has a different chat template than {learned.name} had when the steering was learned"
-            warnings.warn(message, MismatchWarning, stacklevel=outside())
+            warnings.warn(message, MismatchWarning, stacklevel=caller_stacklevel())
+        elif not transfer and learned.fingerprint != current.fingerprint:
+            message = (
+                f"{current.name} has different weights than when the steering was learned (revision, quantization?)"
+            )
+            warnings.warn(message, MismatchWarning, stacklevel=caller_stacklevel())
+        if learned.template != current.template:
+            message = (
+                f"{current.name} has a different chat template than {learned.name} had when the steering was learned"
+            )
+            warnings.warn(message, MismatchWarning, stacklevel=caller_stacklevel())
 
 
 def _digests(model: ModelId) -> frozenset[str]:

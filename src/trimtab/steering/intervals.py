@@ -21,13 +21,13 @@ def union(*sets: Intervals) -> Intervals:
 def complement(intervals: Intervals) -> Intervals:
     """The positions from 0 on that aren't in the set."""
     gaps: list[tuple[int, int | None]] = []
-    at: int | None = 0
+    gap_start: int | None = 0
     for start, stop in union(intervals):
-        if at is not None and at < start:
-            gaps.append((at, start))
-        at = stop
-    if at is not None:
-        gaps.append((at, None))
+        if gap_start is not None and gap_start < start:
+            gaps.append((gap_start, start))
+        gap_start = stop
+    if gap_start is not None:
+        gaps.append((gap_start, None))
     return tuple(gaps)
 
 

@@ -12,21 +12,21 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords, keywords
 from trimtab.steering.attention import ScaleScores
-from trimtab.steering.elements import multiply_up
-from trimtab.steering.operations import NEUTRAL, TOGETHER, Operation
+from trimtab.steering.elements import multiply_factors
+from trimtab.steering.operations import MERGE_ROWS, NEUTRAL, Operation
 from trimtab.steering.projections import Rows
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Steering
 
 
-def scale_all(x: Tensor, rows: Rows) -> Tensor:
+def scale_by_scalar(x: Tensor, rows: Rows) -> Tensor:
     """`x * factor`, for `x` `[..., width]` and `factor` `[..., 1]`."""
     return x * rows["factor"]
 
 
-def multiply_all(rows: Sequence[Rows], names: Sequence[object]) -> Rows:
+def multiply_scalars(rows: Sequence[Rows], names: Sequence[object]) -> Rows:
     """The product of several rows' factors. Raises `TrimtabError` if it is outside the range of float32."""
-    made = multiply_up(rows, names)
+    made = multiply_factors(rows, names)
     if not 0 < float(made["factor"]) < 1e30:
         raise TrimtabError(
             f"{' + '.join(map(str, names))}: they scale keys by {float(made['factor']):g}; lower their strengths"
@@ -34,8 +34,8 @@ def multiply_all(rows: Sequence[Rows], names: Sequence[object]) -> Rows:
     return made
 
 
-TOGETHER[scale_all] = multiply_all
-NEUTRAL[scale_all] = 1.0
+MERGE_ROWS[scale_by_scalar] = multiply_scalars
+NEUTRAL[scale_by_scalar] = 1.0
 
 
 @class_keywords
@@ -50,7 +50,7 @@ class ScaleKeys(Operation, name="scale_keys"):
 
     alpha: float = 100.0
 
-    kernel = staticmethod(scale_all)
+    kernel = staticmethod(scale_by_scalar)
     only_at: ClassVar[str] = "keys"
 
     def __post_init__(self) -> None:

@@ -69,7 +69,7 @@ class LowRank:
         return torch.addmm(flat, z, self.write).view(x.shape)
 
 
-class LowRanks:
+class LowRankBank:
     """A bank of the maps of `count` states. States without a map, or with one of rank 0, change nothing."""
 
     def __init__(self, by_state: Mapping[int, LowRank], count: int) -> None:
@@ -77,68 +77,70 @@ class LowRanks:
             {id(low_rank): low_rank for low_rank in by_state.values() if low_rank.rank}.values()
         )
         numbers = {id(low_rank): number for number, low_rank in enumerate(self.maps)}
-        self.which: Tensor = torch.full((count,), -1)
+        self.map_index: Tensor = torch.full((count,), -1)
         for state, low_rank in by_state.items():
-            self.which[state] = numbers.get(id(low_rank), -1)
+            self.map_index[state] = numbers.get(id(low_rank), -1)
         self._stack: tuple[list[int], _Stack] | None = None
-        self._moved: dict[torch.device, LowRanks] = {}
+        self._moved: dict[torch.device, LowRankBank] = {}
 
-    def to(self, device: torch.device) -> LowRanks:
+    def to(self, device: torch.device) -> LowRankBank:
         """The bank with its maps on this device. The table of the states' maps stays on the host."""
         if all(low_rank.read.device == device for low_rank in self.maps):
             return self
         if device not in self._moved:
-            moved = self._moved[device] = LowRanks({}, 0)
+            moved = self._moved[device] = LowRankBank({}, 0)
             moved.maps = [low_rank.to(device) for low_rank in self.maps]
-            moved.which = self.which
+            moved.map_index = self.map_index
         return self._moved[device]
 
-    def pick(self, states: Tensor) -> Picked:
+    def pick(self, states: Tensor) -> SelectedMaps:
         """The maps of tokens in these states, of any shape. Works on the CPU, to avoid synchronizing with a device."""
-        numbers = self.which[states.flatten()]
+        numbers = self.map_index[states.flatten()]
         present = [number for number in numbers.unique().tolist() if number >= 0]
         if len(present) == 1 and bool((numbers == present[0]).all()):
-            return Picked(whole=self.maps[present[0]])
+            return SelectedMaps(single=self.maps[present[0]])
         tokens = {number: (numbers == number).nonzero().flatten() for number in present}
         few = [number for number in present if len(tokens[number]) <= FEW]
         few = few if len(few) > 1 else []
-        alone = [
+        separate = [
             (self.maps[number], tokens[number].to(self.maps[number].read.device))
             for number in present
             if number not in few
         ]
-        return Picked(alone=alone, together=self._together(few, [tokens[number] for number in few]) if few else None)
+        return SelectedMaps(
+            separate=separate, batched=self._batch(few, [tokens[number] for number in few]) if few else None
+        )
 
-    def _together(self, numbers: list[int], tokens: Sequence[Tensor]) -> _Together:
+    def _batch(self, numbers: list[int], tokens: Sequence[Tensor]) -> _BatchedMaps:
         if self._stack is None or self._stack[0] != numbers:
             self._stack = numbers, _Stack.of([self.maps[number] for number in numbers])
         stack = self._stack[1]
         most = max(map(len, tokens))
         slots = torch.stack([torch.cat([at, at[:1].expand(most - len(at))]) for at in tokens])
-        places = torch.cat([torch.arange(len(at)) + most * i for i, at in enumerate(tokens)])
+        flat_indices = torch.cat([torch.arange(len(at)) + most * i for i, at in enumerate(tokens)])
         device = stack.read.device
-        return _Together(stack, slots.to(device), places.to(device), torch.cat(list(tokens)).to(device))
+        return _BatchedMaps(stack, slots.to(device), flat_indices.to(device), torch.cat(list(tokens)).to(device))
 
 
 @dataclass(frozen=True)
-class Picked:
+class SelectedMaps:
     """The maps of a pass's tokens: one for all, or each map with its tokens, indices into the flattened batch."""
 
-    whole: LowRank | None = None
-    alone: Sequence[tuple[LowRank, Tensor]] = ()
-    together: _Together | None = None
+    single: LowRank | None = None
+    separate: Sequence[tuple[LowRank, Tensor]] = ()
+    batched: _BatchedMaps | None = None
 
     def edit(self, x: Tensor, strength: Tensor) -> Tensor:
         """The new activations `[..., width]`, for `x` `[..., width]` and `strength` `[..., 1]`."""
-        if self.whole is not None:
-            return self.whole.edit(x, strength)
+        if self.single is not None:
+            return self.single.edit(x, strength)
         flat = x.reshape(-1, x.shape[-1])
         strength = strength.reshape(-1, 1)
         new = flat.clone()
-        for low_rank, tokens in self.alone:
+        for low_rank, tokens in self.separate:
             new.index_copy_(0, tokens, low_rank.edit(flat[tokens], strength[tokens]))
-        if self.together is not None:
-            new.index_copy_(0, self.together.tokens, self.together.edit(flat, strength))
+        if self.batched is not None:
+            new.index_copy_(0, self.batched.tokens, self.batched.edit(flat, strength))
         return new.view(x.shape)
 
 
@@ -168,15 +170,15 @@ class _Stack:
 
 
 @dataclass(frozen=True)
-class _Together:
+class _BatchedMaps:
     """Maps with few tokens each: `slots[i]` are map i's tokens, `[maps, most]`, padded with its first token.
 
-    `places` are the flat indices of the slots that aren't padding, and `tokens` the tokens in them.
+    `flat_indices` are the flat indices of the slots that aren't padding, and `tokens` the tokens in them.
     """
 
     stack: _Stack
     slots: Tensor
-    places: Tensor
+    flat_indices: Tensor
     tokens: Tensor
 
     def edit(self, x: Tensor, strength: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ class _Together:
         selected = x[self.slots]
         z = torch.baddbmm(self.stack.bias, selected, self.stack.read.mT)
         z = _clamped(z, self.stack.low, self.stack.high) * strength[self.slots]
-        return torch.baddbmm(selected, z, self.stack.write).flatten(0, 1)[self.places]
+        return torch.baddbmm(selected, z, self.stack.write).flatten(0, 1)[self.flat_indices]
 
 
 def _bounds(bounds: Sequence[Tensor | None], like: Tensor, nothing: float) -> Tensor | None:

@@ -126,7 +126,7 @@ class Monitor:
     def values(self, x: Tensor) -> Tensor:
         """Its values for activations `[…, width]`: `[…]`, in float32, or in float64 if `x` is."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return measured([self.condition], x, self.condition.direction[None].to(x))[..., 0]
+        return measure_conditions([self.condition], x, self.condition.direction[None].to(x))[..., 0]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Monitored:
     fired: int | None = None
 
 
-def measured(conditions: Sequence[Threshold], x: Tensor, directions: Tensor) -> Tensor:
+def measure_conditions(conditions: Sequence[Threshold], x: Tensor, directions: Tensor) -> Tensor:
     """The values of several conditions for the same activations.
 
     Args:

@@ -3,8 +3,8 @@
 An operation is plain data. An engine uses only two things of it: `row(strength)`, its parameters as a few small
 vectors, and `kernel`, a function of a batch of activations and the batch of those rows. Requests whose operations
 share a kernel run in one call, and a new operation is a new pair of the two. If consecutive operations with the same
-kernel act jointly rather than in sequence, `TOGETHER` has the function that merges their rows. Parameters that are too
-large to copy for every token are a `LowRank` in a row; the tokens of one `LowRank` are multiplied together.
+kernel act jointly rather than in sequence, `MERGE_ROWS` has the function that merges their rows. Parameters that are
+too large to copy for every token are a `LowRank` in a row; the tokens of one `LowRank` are multiplied together.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.keywords import check_fields
 from trimtab.steering.projections import Rows, set_projections, solve_projections
-from trimtab.steering.tensors import as_direction, as_share, as_unit, same
+from trimtab.steering.tensors import as_direction, as_share, as_unit, tensors_equal
 
 Kernel = Callable[..., Tensor]
-Together = Callable[[Sequence[Rows], Sequence[object]], Rows]
+MergeRows = Callable[[Sequence[Rows], Sequence[object]], Rows]
 
 
 def add(x: Tensor, rows: Rows) -> Tensor:
@@ -33,7 +33,7 @@ def add(x: Tensor, rows: Rows) -> Tensor:
     return x + rows["vector"]
 
 
-def add_up(rows: Sequence[Rows], _names: Sequence[object]) -> Rows:
+def sum_vectors(rows: Sequence[Rows], _names: Sequence[object]) -> Rows:
     """The sum of the vectors of several rows."""
     if len(rows) == 1:
         return rows[0]
@@ -46,13 +46,13 @@ SHORTEST = 1e-30
 
 def with_norm_of(x: Tensor, y: Tensor, share: float = 1.0, out: Tensor | None = None) -> Tensor:
     """`y` rescaled to the norm of `x`, or by this share of the way; both `[..., width]`. A zero `y` stays zero."""
-    wanted = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    target_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if share == 1 and y.is_cuda and FUSED:
-        return torch.mul(unit(y), wanted, out=out)
+        return torch.mul(unit(y), target_norm, out=out)
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     if share != 1:
-        wanted = torch.lerp(norm, wanted, share)
-    return torch.mul(y, wanted / norm.clamp_min(SHORTEST), out=out)
+        target_norm = torch.lerp(norm, target_norm, share)
+    return torch.mul(y, target_norm / norm.clamp_min(SHORTEST), out=out)
 
 
 FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
@@ -61,12 +61,12 @@ FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 def unit(y: Tensor) -> Tensor:
     """`y` `[..., width]` normalized to norm 1, in one kernel; zeros stay zeros."""
-    weight = _even(y.shape[-1], y.dtype, y.device)
+    weight = _unit_norm_weight(y.shape[-1], y.dtype, y.device)
     return torch.nn.functional.rms_norm(y, y.shape[-1:], weight, float(torch.finfo(y.dtype).tiny))
 
 
 @lru_cache(maxsize=64)
-def _even(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _unit_norm_weight(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The RMS normalization weight that gives a norm of 1. Cached, since creating it costs a kernel launch."""
     with torch.inference_mode(False):
         return torch.full((width,), width**-0.5, dtype=dtype, device=device)
@@ -129,7 +129,7 @@ class Operation:
             return NotImplemented
         pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
         return self is other or all(
-            same(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
+            tensors_equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
             for a, b in pairs
         )
 
@@ -257,13 +257,13 @@ def _projection(direction: Tensor, target: float, share: float, floor: float) ->
     return {"direction": direction, "target": target * ones, "share": share * ones, "floor": floor * ones}
 
 
-TOGETHER: dict[Kernel, Together] = {add: add_up, set_projections: solve_projections}
+MERGE_ROWS: dict[Kernel, MergeRows] = {add: sum_vectors, set_projections: solve_projections}
 """For each kernel, a function that merges the rows of consecutive operations without `keep_norm` into one row.
 
 Its second argument are names for error messages, usually the edits. A kernel without an entry is called once per
 operation."""
 
-WRITING: WeakSet[Kernel] = WeakSet([set_projections])
+ACCEPTS_OUT: WeakSet[Kernel] = WeakSet([set_projections])
 """Kernels that accept `out`, a tensor for the result, which may be the activations themselves."""
 
 NEUTRAL: dict[Kernel, float] = {add: -0.0}

@@ -16,10 +16,10 @@ from itertools import chain, combinations
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.keywords import arguments
+from trimtab.keywords import check_arguments
+from trimtab.steering.integers import as_int
 from trimtab.steering.intervals import Intervals, complement, intersection, union
 from trimtab.steering.meanings import AFTER, ANSWER, AT, OUTSIDE_TOOLS, THINKING, Meaning
-from trimtab.steering.whole import whole
 
 START, END = "start", "end"  # of the prompt
 
@@ -34,7 +34,7 @@ class Bound:
     def __post_init__(self) -> None:
         if self.anchor not in (START, END):
             raise ValueError(f"a bound is anchored at {START!r} or {END!r} of the prompt, not {self.anchor!r}")
-        object.__setattr__(self, "offset", _tokens(self.offset))
+        object.__setattr__(self, "offset", _as_token_count(self.offset))
         if self.anchor == START and self.offset < 0:
             raise TrimtabError(f"there is no position {-self.offset} tokens before the start of a prompt")
 
@@ -46,7 +46,7 @@ class Bound:
 class Combined:
     """A combination of positions: `any` of the parts, `all` of them, or `not` the single part."""
 
-    how: str
+    operator: str
     parts: tuple[Positions, ...]
 
 
@@ -100,7 +100,7 @@ class Positions:
     @classmethod
     def window(cls, start: int, stop: int) -> Positions:
         """Generated tokens `start` to `stop` (excluded), counted from 0."""
-        start, stop = _tokens(start), _tokens(stop)
+        start, stop = _as_token_count(start), _as_token_count(stop)
         if not 0 <= start < stop:
             raise TrimtabError(f"a window of generated tokens needs 0 <= start < stop, got {start} and {stop}")
         return cls(((Bound(END, start), Bound(END, stop)),))
@@ -116,7 +116,7 @@ class Positions:
 
         Useful for formats that the model continues by itself once the answer has started that way, such as JSON.
         """
-        k = _tokens(k)
+        k = _as_token_count(k)
         if k < 1:
             raise TrimtabError(f"an opening has one token or more, got {k}")
         return cls(((Bound(END, -1), Bound(END, k - 1)),))
@@ -124,17 +124,17 @@ class Positions:
     @classmethod
     def span(cls, start: int, stop: int) -> Positions:
         """Prompt tokens `start` to `stop` (excluded), counted from 0 in the rendered prompt."""
-        start, stop = _tokens(start), _tokens(stop)
+        start, stop = _as_token_count(start), _as_token_count(stop)
         if not 0 <= start < stop:
             fix = "; Positions.tokens([-2, -1]) counts from the prompt's end" if min(start, stop) < 0 else ""
             raise TrimtabError(f"a span needs 0 <= start < stop, got {start} and {stop}{fix}")
         return cls(((Bound(START, start), Bound(START, stop)),))
 
     @classmethod
-    @arguments
+    @check_arguments
     def tokens(cls, indices: Sequence[int]) -> Positions:
         """These tokens of the rendered prompt, counted from 0. A negative index counts from its end: -1 is the last."""
-        listed = [whole(i) for i in indices] if isinstance(indices, Iterable) else [whole(indices)]
+        listed = [as_int(i) for i in indices] if isinstance(indices, Iterable) else [as_int(indices)]
         numbers = {number for number in listed if number is not None}
         if not listed or None in listed:
             raise TrimtabError(f"token indices are whole numbers, at least one of them, got {indices!r}")
@@ -188,7 +188,7 @@ class Positions:
             return NotImplemented
         if self.rule is None and other.rule is None:
             return Positions(self.intervals + tuple(i for i in other.intervals if i not in self.intervals))
-        return _combined("any", self, other)
+        return _combine("any", self, other)
 
     def __add__(self, other: object) -> Positions:
         raise TrimtabError("positions are combined by a | b (either), a & b (both) and ~a (all others)")
@@ -196,7 +196,7 @@ class Positions:
     __sub__ = __add__
 
     def __and__(self, other: Positions) -> Positions:
-        return _combined("all", self, other) if isinstance(other, Positions) else NotImplemented
+        return _combine("all", self, other) if isinstance(other, Positions) else NotImplemented
 
     def __invert__(self) -> Positions:
         return Positions(rule=Combined("not", (self,)))
@@ -242,9 +242,9 @@ class Positions:
         """
         if isinstance(self.rule, Combined):
             parts = [part.resolve(prompt_length, holding) for part in self.rule.parts]
-            if self.rule.how == "not":
+            if self.rule.operator == "not":
                 return complement(*parts)
-            return union(*parts) if self.rule.how == "any" else intersection(*parts)
+            return union(*parts) if self.rule.operator == "any" else intersection(*parts)
         if self.rule is not None:
             if holding is None:
                 raise TrimtabError(f"positions {self} depend on the generated text, so they aren't known in advance")
@@ -271,7 +271,7 @@ class Positions:
     def to_json(self) -> Any:
         if isinstance(self.rule, Combined):
             parts = [part.to_json() for part in self.rule.parts]
-            return {self.rule.how: parts[0] if self.rule.how == "not" else parts}
+            return {self.rule.operator: parts[0] if self.rule.operator == "not" else parts}
         if self.rule is not None:
             return {"meaning": self.rule.kind, "texts": list(self.rule.texts)}
         return [
@@ -317,9 +317,9 @@ class Positions:
 
     def __str__(self) -> str:
         if self.rule is not None:
-            from trimtab.steering.grammar import written
+            from trimtab.steering.grammar import format_rule
 
-            return written(self.rule)
+            return format_rule(self.rule)
         for name, positions in NAMED.items():
             if positions == self:
                 return name
@@ -332,8 +332,8 @@ class Positions:
         return f"Positions({self})"
 
 
-def _tokens(number: Any) -> int:
-    value = whole(number)
+def _as_token_count(number: Any) -> int:
+    value = as_int(number)
     if value is None:
         raise TrimtabError(f"an offset is a whole number of tokens, got {number!r}")
     return value
@@ -343,13 +343,13 @@ def _pair(opens: str | None, closes: str | None) -> tuple[str, ...]:
     return () if opens is None and closes is None else (opens or "", closes or "")
 
 
-def _combined(how: str, *parts: Positions) -> Positions:
+def _combine(operator: str, *parts: Positions) -> Positions:
     """Combine the parts. Nested combinations of the same kind are flattened."""
     flat: list[Positions] = []
     for part in parts:
-        alike = isinstance(part.rule, Combined) and part.rule.how == how
+        alike = isinstance(part.rule, Combined) and part.rule.operator == operator
         flat += part.rule.parts if alike else [part]  # type: ignore[union-attr]
-    return Positions(rule=Combined(how, tuple(dict.fromkeys(flat))))
+    return Positions(rule=Combined(operator, tuple(dict.fromkeys(flat))))
 
 
 def _token(start: Bound, stop: Bound | None) -> int | None:

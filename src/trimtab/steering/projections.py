@@ -27,14 +27,14 @@ DEPENDENT = 1e-4
 EQUAL = 1e-5
 
 
-def along(x: Tensor, u: Tensor) -> Tensor:
+def projection(x: Tensor, u: Tensor) -> Tensor:
     """`x.u`, `[..., 1]`, for `x` and `u` `[..., width]`; in one kernel for decode steps `[rows, 1, width]`."""
     return torch.bmm(x, u.mT) if _single(x, u) else (x * u).sum(-1, keepdim=True)
 
 
-def short_of(target: Tensor, x: Tensor, u: Tensor) -> Tensor:
-    """`target - x.u`, `[..., 1]`, computed as in `along`."""
-    return torch.baddbmm(target, x, u.mT, alpha=-1) if _single(x, u) else target - along(x, u)
+def projection_gap(target: Tensor, x: Tensor, u: Tensor) -> Tensor:
+    """`target - x.u`, `[..., 1]`, computed as in `projection`."""
+    return torch.baddbmm(target, x, u.mT, alpha=-1) if _single(x, u) else target - projection(x, u)
 
 
 def _single(x: Tensor, u: Tensor) -> bool:
@@ -49,7 +49,7 @@ def set_projections(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     """
     new, count = x, sum(name.startswith("direction.") for name in rows)
     for i in range(count):
-        gap = short_of(rows[f"target.{i}"], x, rows[f"direction.{i}"])
+        gap = projection_gap(rows[f"target.{i}"], x, rows[f"direction.{i}"])
         if f"floor.{i}" in rows:
             gap = torch.maximum(gap, rows[f"floor.{i}"])
         new = torch.addcmul(new, gap, rows[f"weight.{i}"], out=out if i == count - 1 else None)
@@ -63,8 +63,8 @@ def solve_projections(rows: Sequence[Rows], names: Sequence[object]) -> dict[str
     operation that duplicates another one is left out. Raises `TrimtabError`, with the names, if two operations have
     different targets for (nearly) the same direction, or if the directions are (nearly) linearly dependent.
     """
-    apart = _apart(rows, names)
-    rows, names = [rows[i] for i in apart], [names[i] for i in apart]
+    distinct = _distinct_rows(rows, names)
+    rows, names = [rows[i] for i in distinct], [names[i] for i in distinct]
     u = torch.stack([row["direction"].double() for row in rows])
     gram = u @ u.T
     if len(rows) > 1:
@@ -81,20 +81,20 @@ def solve_projections(rows: Sequence[Rows], names: Sequence[object]) -> dict[str
     return solved
 
 
-def _apart(rows: Sequence[Rows], names: Sequence[object]) -> list[int]:
+def _distinct_rows(rows: Sequence[Rows], names: Sequence[object]) -> list[int]:
     """The indices of the rows that don't duplicate an earlier one."""
-    kept: list[int] = []
+    distinct: list[int] = []
     for i, row in enumerate(rows):
-        near = [(j, cosine) for j in kept if abs(cosine := _cosine(rows[j], row)) > PARALLEL]
+        near = [(j, cosine) for j in distinct if abs(cosine := _cosine(rows[j], row)) > PARALLEL]
         if not near:
-            kept.append(i)
+            distinct.append(i)
         elif any(not _agree(rows[j], row, 1 if cosine > 0 else -1) for j, cosine in near):
             raise TrimtabError(
                 "two edits set the projection on (nearly) the same direction to different targets:"
                 f" {names[near[0][0]]} (target {_end(rows[near[0][0]])}) and {names[i]} (target {_end(row)}); use one"
                 " of them, or put them at different layers or positions"
             )
-    return kept
+    return distinct
 
 
 def _cosine(a: Rows, b: Rows) -> float:
@@ -121,11 +121,11 @@ def _check_independent(gram: Tensor, names: Sequence[object]) -> None:
     values, vectors = torch.linalg.eigh(gram * scale[:, None] * scale)
     if float(values[0]) < DEPENDENT:
         weight = vectors[:, 0].abs()
-        which = [
+        dependent = [
             str(name) for name, share in zip(names, weight.tolist(), strict=True) if share > 0.1 * float(weight.max())
         ]
         raise TrimtabError(
             "one of these edits' directions is (nearly) a linear combination of the others, so their projections"
-            f" can't be set separately: {'; '.join(which)}; leave one out, or put them at different layers or"
+            f" can't be set separately: {'; '.join(dependent)}; leave one out, or put them at different layers or"
             " positions"
         )

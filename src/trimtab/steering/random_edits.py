@@ -25,8 +25,8 @@ def random_edits(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor]
     Raises `TrimtabError` for an operation without a direction, or a mean that is missing or has another width.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn: dict[bytes, Tensor] = {}
-    return tuple(replace(edit, operation=_randomized(edit, drawn, generator, means)) for edit in steering.edits)
+    replacements: dict[bytes, Tensor] = {}
+    return tuple(replace(edit, operation=_randomized(edit, replacements, generator, means)) for edit in steering.edits)
 
 
 def random_unit(width: int, generator: torch.Generator) -> Tensor:
@@ -36,13 +36,13 @@ def random_unit(width: int, generator: torch.Generator) -> Tensor:
 
 
 def _randomized(
-    edit: Edit, drawn: dict[bytes, Tensor], generator: torch.Generator, means: Mapping[Site, Tensor] | None
+    edit: Edit, replacements: dict[bytes, Tensor], generator: torch.Generator, means: Mapping[Site, Tensor] | None
 ) -> Operation:
     operation = edit.operation
     if isinstance(operation, ReadWrite):
-        return _turned(operation, edit.site, drawn, generator, means)
+        return _rotate_read_write(operation, edit.site, replacements, generator, means)
     if isinstance(operation, RotateInPlane):
-        first, second = _turned_rows([operation.direction[None], operation.second[None]], drawn, generator)
+        first, second = _rotate_rows([operation.direction[None], operation.second[None]], replacements, generator)
         dtypes = operation.direction.dtype, operation.second.dtype
         return replace(operation, direction=first.to(dtypes[0]), second=second.to(dtypes[1]))
     if not isinstance(operation, Directed):
@@ -50,12 +50,12 @@ def _randomized(
     old = operation.direction.double()
     key = operation.direction.numpy().tobytes()
     if isinstance(operation, (ScaleElements, HoldElements, MaskNeurons)):
-        if key not in drawn:
-            drawn[key] = old[torch.randperm(len(old), generator=generator)]
-        return replace(operation, direction=drawn[key].to(operation.direction.dtype))
-    if key not in drawn:
-        drawn[key] = random_unit(operation.width, generator)
-    new = drawn[key] * (1.0 if isinstance(operation, SetProjection) else float(old.norm()))
+        if key not in replacements:
+            replacements[key] = old[torch.randperm(len(old), generator=generator)]
+        return replace(operation, direction=replacements[key].to(operation.direction.dtype))
+    if key not in replacements:
+        replacements[key] = random_unit(operation.width, generator)
+    new = replacements[key] * (1.0 if isinstance(operation, SetProjection) else float(old.norm()))
     if not isinstance(operation, SetProjection):
         return replace(operation, direction=new.to(operation.direction.dtype))
     target = operation.target
@@ -65,16 +65,16 @@ def _randomized(
     return replace(operation, direction=new.to(operation.direction.dtype), target=target)
 
 
-def _turned(
+def _rotate_read_write(
     operation: ReadWrite,
     site: Site,
-    drawn: dict[bytes, Tensor],
+    replacements: dict[bytes, Tensor],
     generator: torch.Generator,
     means: Mapping[Site, Tensor] | None,
 ) -> ReadWrite:
     """Rotate all read and write rows together. Given a mean, the biases change so that it reads the same as before."""
     rank, read = operation.rank, operation.read.double()
-    new = _turned_rows([operation.read, operation.write], drawn, generator)
+    new = _rotate_rows([operation.read, operation.write], replacements, generator)
     bias = operation.bias.double()  # type: ignore[union-attr]
     if means is not None:
         bias = bias + (read - new[:rank]) @ _mean(means, site, operation.width)
@@ -84,14 +84,14 @@ def _turned(
     )
 
 
-def _turned_rows(rows: list[Tensor], drawn: dict[bytes, Tensor], generator: torch.Generator) -> Tensor:
+def _rotate_rows(rows: list[Tensor], replacements: dict[bytes, Tensor], generator: torch.Generator) -> Tensor:
     """These rows `[…, width]` rotated together at random, float64. Their norms and the angles between them stay."""
     key = b"".join(row.numpy().tobytes() for row in rows)
-    if key not in drawn:
+    if key not in replacements:
         basis, coordinates = torch.linalg.qr(torch.cat([row.double() for row in rows]).T)  # [width, n], [n, rows]
         frame, _ = torch.linalg.qr(torch.randn(basis.shape, generator=generator, dtype=torch.float64))
-        drawn[key] = (frame @ coordinates).T
-    return drawn[key]
+        replacements[key] = (frame @ coordinates).T
+    return replacements[key]
 
 
 def _mean(means: Mapping[Site, Tensor], site: Site, width: int) -> Tensor:

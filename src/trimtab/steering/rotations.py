@@ -13,37 +13,37 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.operations import SHORTEST, WRITING, Directed, Kernel
-from trimtab.steering.projections import PARALLEL, Rows, along, set_projections, short_of
+from trimtab.steering.operations import ACCEPTS_OUT, SHORTEST, Directed, Kernel
+from trimtab.steering.projections import PARALLEL, Rows, projection, projection_gap, set_projections
 from trimtab.steering.tensors import as_direction, as_unit
 
 NEARLY = 64
 """An activation within this many machine epsilons of the direction's line spans no plane with it."""
 CLOSE = 4096
-"""The same for `turn`, which orthogonalizes only once and so has larger rounding errors."""
+"""The same for `rotate_by_fixed_angle`, which orthogonalizes only once and so has larger rounding errors."""
 
 
-def rotated(
+def rotate_by_map(
     x: Tensor,
     u: Tensor,
     norm: Tensor,
-    turned: Callable[[Tensor], Tensor],
+    new_angle: Callable[[Tensor], Tensor],
     ceiling: Tensor | float,
     out: Tensor | None = None,
 ) -> Tensor:
     """`x` `[..., width]`, with norm `norm`, rotated in the plane that it spans with the unit direction `u`.
 
     The angle of x is measured from the hyperplane through the origin that is orthogonal to u, with the sign of x.u.
-    `turned` maps the old angle, atan2(c, q), to the new one t, `[..., 1]`. In closed form,
+    `new_angle` maps the old angle, atan2(c, q), to the new one t, `[..., 1]`. In closed form,
     x' = |x| (sin t u + cos t (x - c u) / q) with c = u.x and q = |x - c u|. The published form divides by the sine of
     twice the old angle, which fails near the hyperplane. Activations whose projection isn't below `ceiling` don't
     change, and neither do those along u, which span no plane with it.
     """
-    c = along(x, u)
+    c = projection(x, u)
     rest = torch.addcmul(x, c, u, value=-1)
-    rest = torch.addcmul(rest, along(rest, u), u, value=-1)  # again, since rounding errors remain near u
+    rest = torch.addcmul(rest, projection(rest, u), u, value=-1)  # again, since rounding errors remain near u
     q = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
-    parts = torch.polar(norm, turned(torch.atan2(c, q)))
+    parts = torch.polar(norm, new_angle(torch.atan2(c, q)))
     new = torch.addcmul(rest * (parts.real / q), parts.imag, u)
     plane = q > NEARLY * torch.finfo(x.dtype).eps * norm
     return torch.where(plane & (c < ceiling), new, x, out=out)
@@ -53,40 +53,40 @@ def rotate(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     """`x` rotated so that its angle to the hyperplane of `direction` becomes `angle + lean * old angle`."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
-    def turned(old: Tensor) -> Tensor:
+    def new_angle(old: Tensor) -> Tensor:
         return torch.addcmul(rows["angle"], rows["lean"], old)
 
-    return rotated(x, rows["direction"], norm, turned, rows["ceiling"], out)
+    return rotate_by_map(x, rows["direction"], norm, new_angle, rows["ceiling"], out)
 
 
-WRITING.add(rotate)
+ACCEPTS_OUT.add(rotate)
 
 
-def sloped(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def slope_terms(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The component r of x orthogonal to the direction u, its norm q, `-x.u`, and s = q / -x.u, positive if x.u < 0.
 
     `shift`, slightly below 0, is added to -x.u so that an activation with x.u = 0 counts as being on the positive side.
     """
-    c = short_of(rows["shift"], x, rows["direction"])
+    c = projection_gap(rows["shift"], x, rows["direction"])
     rest = torch.addcmul(x, c, rows["direction"])
     q = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
     return rest, q, c, q / c
 
 
-def turn(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
+def rotate_by_fixed_angle(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     """`x` rotated towards `direction` by a fixed angle if its projection is negative; few kernels, no trigonometry.
 
-    For the angle a, x' = x + (cos a - 1 + sin a / s) r + (sin a - (cos a - 1) / s) q u, with r, q and s of `sloped`.
-    `turn` is `(cos a - 1, sin a)`, `cross` is `(sin a, 1 - cos a)`.
+    For the angle a, x' = x + (cos a - 1 + sin a / s) r + (sin a - (cos a - 1) / s) q u, with r, q and s of
+    `slope_terms`. `turn` is `(cos a - 1, sin a)`, `cross` is `(sin a, 1 - cos a)`.
     """
-    rest, q, _, slope = sloped(x, rows)
+    rest, q, _, slope = slope_terms(x, rows)
     shares = torch.addcdiv(rows["turn"], rows["cross"], slope)
     shares.masked_fill_(slope <= CLOSE * torch.finfo(x.dtype).eps, 0)
     new = torch.addcmul(x, shares[..., :1], rest)
     return torch.addcmul(new, shares[..., 1:] * q, rows["direction"], out=out)
 
 
-WRITING.add(turn)
+ACCEPTS_OUT.add(rotate_by_fixed_angle)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,12 +129,12 @@ class Rotate(Directed, name="rotate"):
             return set_projections, {"direction.0": u, "weight.0": 2 * u, "target.0": 0 * ones, **floor}
         if self.angle is None or not self.one_sided:
             return self.kernel, self.row(strength)
-        less, sine = _cosine_less_one(strength * self.angle), math.sin(strength * self.angle)
-        return turn, {
+        cosine_less_one, sine = _cosine_less_one(strength * self.angle), math.sin(strength * self.angle)
+        return rotate_by_fixed_angle, {
             "direction": u,
             "shift": -SHORTEST * ones,
-            "turn": u.new_tensor([less, sine]),
-            "cross": u.new_tensor([sine, -less]),
+            "turn": u.new_tensor([cosine_less_one, sine]),
+            "cross": u.new_tensor([sine, -cosine_less_one]),
         }
 
 
@@ -145,7 +145,7 @@ def rotate_in_plane(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     the direction at the angle `target` from `first`.
     """
     first, other = rows["first"], rows["other"]
-    a, b = along(x, first), along(x, other)
+    a, b = projection(x, first), projection(x, other)
     d = rows["target"] - torch.atan2(b, a)
     t = rows["angle"] + rows["share"] * torch.atan2(torch.sin(d), torch.cos(d))
     cos, sin = torch.cos(t), torch.sin(t)
@@ -153,7 +153,7 @@ def rotate_in_plane(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     return torch.addcmul(new, sin * a + cos * b - b, other, out=out)
 
 
-WRITING.add(rotate_in_plane)
+ACCEPTS_OUT.add(rotate_in_plane)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -207,13 +207,13 @@ class RotateInPlane(Directed, name="rotate_in_plane"):
             return self.kernel, self.row(strength)
         row, zero = self.row(strength), self.direction.new_zeros(1)
         first, other = row["first"].double(), row["other"].double()
-        less, sine = _cosine_less_one(strength * self.angle), math.sin(strength * self.angle)
+        cosine_less_one, sine = _cosine_less_one(strength * self.angle), math.sin(strength * self.angle)
         return set_projections, {
             "direction.0": row["first"],
-            "weight.0": -(less * first + sine * other),
+            "weight.0": -(cosine_less_one * first + sine * other),
             "target.0": zero,
             "direction.1": row["other"],
-            "weight.1": -(less * other - sine * first),
+            "weight.1": -(cosine_less_one * other - sine * first),
             "target.1": zero,
         }
 
@@ -313,14 +313,14 @@ class RotatePredicted(Directed, name="rotate_predicted"):
             *layers, (weight, _) = copies[key]
             both = torch.addmm(rows["last"].reshape(-1, 2), _hidden(x, layers), weight.T)
             angle = torch.nn.functional.glu(both).view(*x.shape[:-1], 1)
-            rest, q, _, slope = sloped(x, rows)
+            rest, q, _, slope = slope_terms(x, rows)
             # x' = Re z r + Im z q u with z = exp(i a) (1 - i / s)
             z = torch.polar(rows["one"], angle)
             z = torch.addcdiv(z, z, slope, value=-1j)
             new = torch.addcmul(rest * z.real, z.imag * q, rows["direction"])
             return torch.where(slope > CLOSE * torch.finfo(x.dtype).eps, new, x, out=out)
 
-        WRITING.add(rotate_predicted)
+        ACCEPTS_OUT.add(rotate_predicted)
         return rotate_predicted
 
     def row(self, strength: float) -> dict[str, Tensor]:

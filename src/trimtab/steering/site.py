@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords
-from trimtab.steering.whole import whole
+from trimtab.steering.integers import as_int
 
 KINDS = ("residual", "block_input", "attention", "mlp", "heads", "neurons", "act_fn", "router", "keys", "scores")
-ELSEWHERE = {
+FOREIGN_KINDS = {
     **dict.fromkeys(("resid_post", "resid", "residual_stream", "hidden_states", "decoder_block"), "residual"),
     "resid_pre": "block_input",
     **dict.fromkeys(("attn_out", "attn", "self_attn"), "attention"),
@@ -49,10 +49,10 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            near = ELSEWHERE.get(str(self.kind).removeprefix("hook_"))
+            near = FOREIGN_KINDS.get(str(self.kind).removeprefix("hook_"))
             here = f"here it is {near!r}" if near else f"known: {', '.join(KINDS)}"
             raise TrimtabError(f"unknown site kind {self.kind!r}; {here}")
-        layer = whole(self.layer)
+        layer = as_int(self.layer)
         if layer is None or layer < 0:
             last = "" if layer is None else "; a model's last one is lm.layout.layers - 1"
             raise TrimtabError(f"a layer is a whole number from 0 up, got {self.layer!r}{last}")

@@ -14,14 +14,14 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords
 from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
-from trimtab.steering.attributes import OF_STEERING, missing
+from trimtab.steering.attributes import STEERING_HINTS, raise_missing_attribute
 from trimtab.steering.card import Card
 from trimtab.steering.directions import directions, shared_cosines
 from trimtab.steering.gates import ALWAYS, Gate
+from trimtab.steering.integers import as_int
 from trimtab.steering.operations import NAMES, Operation
 from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
-from trimtab.steering.whole import whole
 
 
 @class_keywords
@@ -108,7 +108,7 @@ class Steering:
 
     def __add__(self, other: Steering) -> Steering:
         _check_summand(other)
-        parts = (*_parts(self), *_parts(other))
+        parts = (*_summand_cards(self), *_summand_cards(other))
         return Steering(self.edits + other.edits, parts[0] if len(parts) == 1 else Card("sum", parts=parts))
 
     def __radd__(self, other: object) -> Steering:
@@ -160,7 +160,7 @@ class Steering:
     def only(self, layers: int | Iterable[int]) -> Steering:
         """The edits at these layers, or at this one. Raises `TrimtabError` if a layer has no edit."""
         wanted: list[Any]
-        if (number := whole(layers)) is not None:
+        if (number := as_int(layers)) is not None:
             wanted = [number]
         elif isinstance(layers, Iterable) and not isinstance(layers, str):
             wanted = list(layers)
@@ -188,7 +188,7 @@ class Steering:
 
     def __getitem__(self, layer: int) -> Steering:
         """The edits at one layer, as a steering. Raises `TrimtabError` if there are none."""
-        number = whole(layer)
+        number = as_int(layer)
         if number is None:
             start, stop = (layer.start or 0, layer.stop) if isinstance(layer, slice) else (12, None)
             several = "[12, 14]" if stop is None else f"range({start}, {stop})"
@@ -203,7 +203,7 @@ class Steering:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            return missing(self, "a steering", name, OF_STEERING)
+            return raise_missing_attribute(self, "a steering", name, STEERING_HINTS)
 
     def direction(self, layer: int) -> Tensor:
         """The unit direction in which it steers at a layer: `[width]`, float32.
@@ -295,7 +295,7 @@ def _no_positions(value: Any) -> str:
     return f"positions must be a Positions object, got {value!r}; write {fix}"
 
 
-def _parts(steering: Steering) -> tuple[Card, ...]:
+def _summand_cards(steering: Steering) -> tuple[Card, ...]:
     if steering.card.method == "sum":
         return steering.card.parts
     return (steering.card,) if steering.edits or steering.card != Card() else ()

@@ -80,6 +80,6 @@ def as_share(value: bool | float) -> bool | float:
     return bool(value) if value in (0, 1) else float(value)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def tensors_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and values."""
     return a.dtype == b.dtype and torch.equal(a, b)

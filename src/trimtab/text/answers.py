@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.text.chat import encode, notice_special, render_messages
-from trimtab.text.letters import LetterQuestion, ask, ids_of
+from trimtab.text.chat import encode, render_messages, warn_of_special_tokens
+from trimtab.text.letters import LetterQuestion, ids_of, letter_question
 from trimtab.text.pairs import Pair, Side, as_prompt, sides
 
 Kind = Literal["last", "answer", "first", "after"]
@@ -87,7 +87,7 @@ def check_read_at(value: str | ReadAt | None, shape: str) -> ReadAt | None:
 
 
 @dataclass(frozen=True)
-class Answered:
+class EncodedSide:
     """One side of a pair as token ids, of which those from `start` on are the answer, and the answer's text.
 
     A bare text is all answer, and its ids may include tokens that aren't part of the text, such as a BOS token.
@@ -98,7 +98,7 @@ class Answered:
     answer: str
 
 
-def encode_sides(tokenizer: Any, pair: Pair) -> tuple[Answered, Answered]:
+def encode_sides(tokenizer: Any, pair: Pair) -> tuple[EncodedSide, EncodedSide]:
     """The positive and the negative side of a pair of answers or texts.
 
     Raises `TrimtabError` for pairs of another shape, an answer without tokens, a system prompt that the chat template
@@ -116,36 +116,36 @@ def encode_prompt(tokenizer: Any, side: Side) -> list[int]:
     Raises `TrimtabError` for a system prompt that the chat template drops, and as `encode` does.
     """
     ids = encode(tokenizer, as_prompt(side.prompt), system=side.system)
-    _check_heard(tokenizer, side)
+    _check_system_rendered(tokenizer, side)
     return ids
 
 
-def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> LetterQuestion:
+def side_question(tokenizer: Any, side: Side, letters: Sequence[str]) -> LetterQuestion:
     """A multiple-choice question under the side's system prompt.
 
-    Raises `TrimtabError` for a system prompt that the chat template drops, and as `ask` does.
+    Raises `TrimtabError` for a system prompt that the chat template drops, and as `letter_question` does.
     """
     assert isinstance(side.prompt, str)  # a pair of letters has no messages
-    question = ask(tokenizer, side.prompt, letters, system=side.system)
-    _check_heard(tokenizer, side)
+    question = letter_question(tokenizer, side.prompt, letters, system=side.system)
+    _check_system_rendered(tokenizer, side)
     return question
 
 
-def _check_heard(tokenizer: Any, side: Side) -> None:
+def _check_system_rendered(tokenizer: Any, side: Side) -> None:
     """Raises `TrimtabError` if another system prompt renders the same, which means that the template drops it."""
-    talk = (("user", side.prompt),) if isinstance(side.prompt, str) else side.prompt
-    talk = talk if side.system is None else (("system", side.system), *talk)
-    if not any(role == "system" for role, _ in talk):
+    turns_given = (("user", side.prompt),) if isinstance(side.prompt, str) else side.prompt
+    turns_given = turns_given if side.system is None else (("system", side.system), *turns_given)
+    if not any(role == "system" for role, _ in turns_given):
         return
-    other = tuple((role, f"{content} {MARK}" if role == "system" else content) for role, content in talk)
-    mine, others = (
-        render_messages(tokenizer, [{"role": r, "content": c} for r, c in turns]) for turns in (talk, other)
+    altered = tuple((role, f"{content} {MARK}" if role == "system" else content) for role, content in turns_given)
+    rendered, rendered_altered = (
+        render_messages(tokenizer, [{"role": r, "content": c} for r, c in turns]) for turns in (turns_given, altered)
     )
-    if mine == others:
+    if rendered == rendered_altered:
         raise TrimtabError("the chat template drops system prompts; put the text into the prompt")
 
 
-def read_positions(tokenizer: Any, text: Answered, read_at: ReadAt = LAST) -> Sequence[int]:
+def read_positions(tokenizer: Any, text: EncodedSide, read_at: ReadAt = LAST) -> Sequence[int]:
     """The positions at which an answer is read; for a bare text, its own tokens (with `"last"`, the last of all ids).
 
     Args:
@@ -159,24 +159,24 @@ def read_positions(tokenizer: Any, text: Answered, read_at: ReadAt = LAST) -> Se
     """
     if read_at.kind == "last":
         return [len(text.ids) - 1]
-    start, stop = _own(tokenizer, text)
+    start, stop = _answer_span(tokenizer, text)
     if read_at.marker is not None:
-        return [start + i for i in _after(tokenizer, text.answer, read_at.marker)]
+        return [start + i for i in _tokens_after_marker(tokenizer, text.answer, read_at.marker)]
     return range(start, stop if read_at.count is None else min(stop, start + read_at.count))
 
 
-def _encoded(tokenizer: Any, pair: Pair, side: Side) -> Answered:
+def _encoded(tokenizer: Any, pair: Pair, side: Side) -> EncodedSide:
     if pair.shape == "texts":
         opening, ids = [], encode(tokenizer, side.answer, chat=False)
     else:
         opening, ids = encode_prompt(tokenizer, side), ids_of(tokenizer, side.answer)
-        notice_special(tokenizer, side.answer, answer=True)
+        warn_of_special_tokens(tokenizer, side.answer, answer=True)
     if not ids:
         raise TrimtabError(f"an answer is empty: {side.answer!r} has no tokens")
-    return Answered((*opening, *ids), len(opening), side.answer)
+    return EncodedSide((*opening, *ids), len(opening), side.answer)
 
 
-def _own(tokenizer: Any, text: Answered) -> tuple[int, int]:
+def _answer_span(tokenizer: Any, text: EncodedSide) -> tuple[int, int]:
     """The range of the answer's own tokens, without special tokens that a tokenizer puts around a text."""
     if text.start:
         return text.start, len(text.ids)
@@ -189,7 +189,7 @@ def _own(tokenizer: Any, text: Answered) -> tuple[int, int]:
     )
 
 
-def _after(tokenizer: Any, answer: str, marker: str) -> list[int]:
+def _tokens_after_marker(tokenizer: Any, answer: str, marker: str) -> list[int]:
     """The answer's tokens after the first marker: those that contain none of it except trailing whitespace.
 
     A tokenizer may merge that whitespace with the word that follows, and the word is what is wanted.

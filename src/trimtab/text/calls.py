@@ -29,8 +29,8 @@ class Tool:
 class CallForm:
     """How a call is written: `opens`, then `before` NAME `between` ARGUMENTS `after`, then `closes`.
 
-    `many` is how several calls are written: `"each"` has its own `opens` and `closes`, `"list"` puts them in brackets
-    after a single `opens`, and with `"one"` an answer has only one call.
+    `multiple_calls` is how several calls are written: `"each"` has its own `opens` and `closes`, `"list"` puts them in
+    brackets after a single `opens`, and with `"one"` an answer has only one call.
     """
 
     name: str
@@ -39,10 +39,10 @@ class CallForm:
     before: str
     between: str
     after: str
-    many: str
+    multiple_calls: str
 
     @property
-    def alone(self) -> bool:
+    def is_whole_answer(self) -> bool:
         """Whether a call is a whole answer, without an opening marker."""
         return not self.opens
 
@@ -99,7 +99,7 @@ def form_of(tokenizer: Any) -> CallForm:
 # ---- prompts -------------------------------------------------------------------------------------------------
 
 
-def described(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def describe_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages for a template without tools: described in the system message, with calls and results as text."""
     result: list[dict[str, Any]] = []
     for message in messages:
@@ -142,7 +142,7 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def call_rules(
-    form: CallForm, tools: Sequence[Tool], special: Mapping[str, int], *, several: bool, free: bool
+    form: CallForm, tools: Sequence[Tool], special: Mapping[str, int], *, several: bool, allow_text: bool
 ) -> str | None:
     """Lines of a grammar that define the rule `calls`.
 
@@ -151,13 +151,13 @@ def call_rules(
         tools: The tools that may be called.
         special: The result of `special_tokens`.
         several: Whether there may be more than one call.
-        free: Whether there may be any text instead, and before a call; then only calls that have been opened are
+        allow_text: Whether there may be any text instead, and before a call; then only calls that have been opened are
             constrained to their form.
 
     Returns:
-        The lines, or `None` if `free` is set and the form has no opening marker, since then any text is allowed.
+        The lines, or `None` if `allow_text` is set and the form has no opening marker, since then any text is allowed.
     """
-    if free and form.alone:
+    if allow_text and form.is_whole_answer:
         return None
     bodies = []
     for tool in tools:
@@ -165,12 +165,12 @@ def call_rules(
         head = " ".join(literal(part, special) for part in (form.before + name, form.between))
         bodies.append(f"({head} %json {tool.schema} {literal(form.after, special)})")
     tail = f"body {literal(form.closes, special)}"
-    if form.many == "list":
+    if form.multiple_calls == "list":
         more = '(", " body)*' if several else ""
         tail = f'" "? "[" body {more} "]"'
     lines = [f"body: {' | '.join(bodies)}", f"call: {tail}"]
-    repeats = several and form.many == "each"
-    if not free:
+    repeats = several and form.multiple_calls == "each"
+    if not allow_text:
         blank = '"\\n"' if form.closes else ""
         opens = literal(form.opens, special)
         lines.append(f"calls: {opens} call " + (f"({blank} {opens} call)*" if repeats else ""))
@@ -183,16 +183,18 @@ def call_rules(
     return "\n".join(lines)
 
 
-def thinking_rules(opens: str, closes: str, special: Mapping[str, int], *, begun: bool, then: str) -> str:
-    """Lines of a grammar with the rule `start`: thinking (optional unless `begun`), then the rule named `then`."""
+def thinking_rules(opens: str, closes: str, special: Mapping[str, int], *, already_open: bool, then: str) -> str:
+    """Lines of a grammar with the rule `start`: thinking (optional unless `already_open`), then the rule named
+    `then`.
+    """
     if closes in special:
-        first = "" if begun else literal(opens, special)
+        first = "" if already_open else literal(opens, special)
         lines = [f"thought: {first} THOUGHT {literal(closes, special)}", "THOUGHT: /(.|\\n)*/"]
     else:
-        first = "" if begun else pattern(opens)
+        first = "" if already_open else pattern(opens)
         lines = [f"thought[lazy]: /{first}(.|\\n)*{pattern(closes)}/"]
     lines.append("blank: /[ \\n]{0,4}/")
-    lines.append(f"start: thought blank {then}" if begun else f"start: (thought blank)? {then}")
+    lines.append(f"start: thought blank {then}" if already_open else f"start: (thought blank)? {then}")
     return "\n".join(lines)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from trimtab.errors import TrimtabError
-from trimtab.keywords import outside
+from trimtab.keywords import caller_stacklevel
 from trimtab.text.images import has_images
-from trimtab.text.templates import CONTINUE, check_keywords, set_keywords
+from trimtab.text.templates import CONTINUE, check_keywords, preset_keywords
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -74,7 +74,7 @@ def encode(
             "this tokenizer has no chat template; give plain text (chat=False), or set its chat_template"
         )
     if isinstance(prompt, str):
-        notice_special(tokenizer, prompt)
+        warn_of_special_tokens(tokenizer, prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     if any(message["role"] == "system" for message in messages) and not keeps_system(tokenizer):
@@ -104,21 +104,21 @@ def checked_messages(messages: Sequence[Message], system: str | None = None) -> 
     return [*([] if system is None else [{"role": "system", "content": system}]), *messages]
 
 
-def encode_talk(tokenizer: Any, talk: Prompt) -> list[int]:
+def encode_conversation(tokenizer: Any, conversation: Prompt) -> list[int]:
     """The token ids of a text as it is, or of messages rendered by the chat template.
 
     If the last message is the assistant's, the conversation is complete, and no new answer begins after it. Raises
     `TrimtabError` as `encode` does.
     """
-    if isinstance(talk, str):
-        return encode(tokenizer, talk, chat=False)
-    messages = list(talk)
+    if isinstance(conversation, str):
+        return encode(tokenizer, conversation, chat=False)
+    messages = list(conversation)
     answered = bool(messages) and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
     if not answered:
         return encode(tokenizer, messages)
     encode(tokenizer, messages, template={CONTINUE: False})  # for its checks
     options: dict[str, Any] = {"tokenize": True, "return_dict": True}
-    encoded = _rendered(tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False}, **options)
+    encoded = _render(tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False}, **options)
     return list(encoded["input_ids"])
 
 
@@ -144,12 +144,12 @@ def template_digest(tokenizer: Any) -> str | None:
     if not has_template(tokenizer):
         return None
     text = str(tokenizer.chat_template)
-    if keywords := set_keywords(tokenizer):
+    if keywords := preset_keywords(tokenizer):
         text += json.dumps(keywords, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def rendering(tokenizer: Any, messages: Sequence[Message], template: Template | None) -> dict[str, Any]:
+def rendering_keywords(tokenizer: Any, messages: Sequence[Message], template: Template | None) -> dict[str, Any]:
     """The keywords for rendering messages so that an answer can begin or continue. Raises as `encode` does."""
     keywords = dict(template or {})
     continues = _continues(messages, keywords.pop(CONTINUE, None))
@@ -158,30 +158,32 @@ def rendering(tokenizer: Any, messages: Sequence[Message], template: Template | 
     return {**ends, **keywords}
 
 
-def takes_parts(tokenizer: Any) -> bool:
+def requires_parts(tokenizer: Any) -> bool:
     """Whether the chat template takes a message's content only as a list of parts, and would drop a plain text.
 
     This is the case for templates of image-text models.
     """
-    return _kept(_PARTS, tokenizer, _loses_text)
+    return _cached_check(_PARTS, tokenizer, _loses_text)
 
 
 def keeps_system(tokenizer: Any) -> bool:
     """Whether the chat template renders a system message, or rejects it with an error."""
-    return _kept(_SYSTEM, tokenizer, _renders_system)
+    return _cached_check(_SYSTEM, tokenizer, _renders_system)
 
 
-def _kept(kept: WeakKeyDictionary[Any, tuple[str, bool]], tokenizer: Any, look: Callable[[Any], bool]) -> bool:
+def _cached_check(
+    cache: WeakKeyDictionary[Any, tuple[str, bool]], tokenizer: Any, check: Callable[[Any], bool]
+) -> bool:
     """The cached result of a check on a chat template."""
     template = str(tokenizer.chat_template)
     try:
-        known, seen = kept.get(tokenizer, (None, False))
+        known, result = cache.get(tokenizer, (None, False))
     except TypeError:  # it isn't hashable
-        return look(tokenizer)
+        return check(tokenizer)
     if known != template:
-        seen = look(tokenizer)
-        kept[tokenizer] = template, seen
-    return seen
+        result = check(tokenizer)
+        cache[tokenizer] = template, result
+    return result
 
 
 def _renders_system(tokenizer: Any) -> bool:
@@ -206,7 +208,7 @@ def _loses_text(tokenizer: Any) -> bool:
 def _contents(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
     """The messages with contents in the form that the chat template takes: text, or parts if it takes only parts."""
     plain = all(isinstance(message["content"], str) for message in messages)
-    if takes_parts(tokenizer):
+    if requires_parts(tokenizer):
         return [
             {**message, "content": [{"type": "text", "text": message["content"]}]}
             if isinstance(message["content"], str)
@@ -223,13 +225,13 @@ def _joined(content: Any) -> Any:
     return "\n".join(map(str, texts)) if parts and len(texts) == len(parts) and None not in texts else content
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], template: Template | None, **how: Any) -> Any:
-    keywords = rendering(tokenizer, messages, template)
+def _apply(tokenizer: Any, messages: Sequence[Message], template: Template | None, **options: Any) -> Any:
+    keywords = rendering_keywords(tokenizer, messages, template)
     messages = _contents(tokenizer, messages)
     if CONTINUE not in keywords:
-        return _rendered(tokenizer, messages, keywords, **how)
+        return _render(tokenizer, messages, keywords, **options)
     try:
-        return tokenizer.apply_chat_template(messages, **keywords, **how)
+        return tokenizer.apply_chat_template(messages, **keywords, **options)
     except Exception as error:  # templates raise arbitrary exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TrimtabError(
@@ -238,19 +240,19 @@ def _apply(tokenizer: Any, messages: Sequence[Message], template: Template | Non
         ) from error
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Message], keywords: Mapping[str, Any], **how: Any) -> Any:
+def _render(tokenizer: Any, messages: Sequence[Message], keywords: Mapping[str, Any], **options: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(list(messages), **keywords, **how)
+        return tokenizer.apply_chat_template(list(messages), **keywords, **options)
     except Exception as error:  # templates raise arbitrary exceptions
         raise TrimtabError(f"the chat template refuses these messages: {error}") from error
 
 
 def _continues(messages: Sequence[Message], wanted: bool | None) -> bool:
     """Whether the last message is an answer to continue. Raises `TrimtabError` if it can't be continued."""
-    begun = bool(messages) and messages[-1].get("role") == "assistant"
-    if wanted is False or (wanted is None and not begun):
+    ends_with_answer = bool(messages) and messages[-1].get("role") == "assistant"
+    if wanted is False or (wanted is None and not ends_with_answer):
         return False
-    if not begun:
+    if not ends_with_answer:
         last = f"the last one is the {messages[-1].get('role')}'s" if messages else "there is none"
         raise TrimtabError(f"{CONTINUE} continues the assistant's last message, but {last}")
     if not str(messages[-1].get("content") or "").strip():
@@ -258,9 +260,9 @@ def _continues(messages: Sequence[Message], wanted: bool | None) -> bool:
     return True
 
 
-def notice_special(tokenizer: Any, text: str, *, answer: bool = False) -> None:
+def warn_of_special_tokens(tokenizer: Any, text: str, *, answer: bool = False) -> None:
     """Warn if a prompt, or an answer, contains special tokens that the chat template writes itself."""
-    if tokens := [token for token in _written(tokenizer) if token in text]:
+    if tokens := [token for token in _template_special_tokens(tokenizer) if token in text]:
         then = (
             "and is read together with them; remove them from the data"
             if answer
@@ -271,20 +273,20 @@ def notice_special(tokenizer: Any, text: str, *, answer: bool = False) -> None:
             f"the {'answer' if answer else 'prompt'} contains {', '.join(map(repr, tokens))}, which the chat template"
             f" writes itself, {then}",
             TemplateWarning,
-            stacklevel=outside(),
+            stacklevel=caller_stacklevel(),
         )
 
 
-def _written(tokenizer: Any) -> tuple[str, ...]:
+def _template_special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """The special tokens in a user's message as rendered by the chat template."""
     template = str(tokenizer.chat_template)
     try:
-        known, tokens = _WRITTEN.get(tokenizer, (None, ()))
+        known, tokens = _SPECIAL_TOKENS.get(tokenizer, (None, ()))
     except TypeError:  # it isn't hashable
         return _special_tokens_of_template(tokenizer)
     if known != template:
         tokens = _special_tokens_of_template(tokenizer)
-        _WRITTEN[tokenizer] = template, tokens
+        _SPECIAL_TOKENS[tokenizer] = template, tokens
     return tokens
 
 
@@ -302,5 +304,5 @@ def _special_tokens_of_template(tokenizer: Any) -> tuple[str, ...]:
 _PROBE = "trimtab\u2060reads\u2060this"
 _PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 _SYSTEM: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
-_WRITTEN: WeakKeyDictionary[Any, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
+_SPECIAL_TOKENS: WeakKeyDictionary[Any, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
 """Caches by tokenizer: the template, and the special tokens that it writes. Some tokenizers have thousands of them."""

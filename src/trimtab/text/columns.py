@@ -31,10 +31,10 @@ CONTEXTS = frozenset(
     | {"tools", "functions", "image", "images", "audio"}
 )
 """Columns that are part of the prompt, if they aren't empty."""
-BELONGS = CONTEXTS | {"system", *ALIASES["system"], "positive_system", "negative_system"}
+PROMPT_COLUMNS = CONTEXTS | {"system", *ALIASES["system"], "positive_system", "negative_system"}
 """The same, plus system prompts, for readers that don't support them."""
 
-CHOOSING = (
+CHOICE_COLUMNS = (
     "label",
     "labels",
     "preference",
@@ -116,15 +116,15 @@ class Row:
 
     parts: dict[str, Any]
     names: dict[str, str]
-    left: dict[str, Any]
+    remaining: dict[str, Any]
 
     @classmethod
     def of(cls, row: Mapping[str, Any], columns: Columns) -> Row:
         """The row with the columns in `keys` read, and those in `ignore` left out."""
         named = {part: column for part, column in columns.keys.items() if column in row}
-        taken = {*named.values(), *columns.ignore}
-        left = {str(key): value for key, value in row.items() if key not in taken}
-        return cls({part: row[column] for part, column in named.items()}, named, left)
+        used = {*named.values(), *columns.ignore}
+        remaining = {str(key): value for key, value in row.items() if key not in used}
+        return cls({part: row[column] for part, column in named.items()}, named, remaining)
 
     def has(self, part: str) -> bool:
         """Whether the part exists, under its own name or an alias; it may be empty."""
@@ -134,20 +134,21 @@ class Row:
         """Find the part, if it exists. Raises `TrimtabError` if several columns could be it."""
         if part in self.parts:
             return
-        there = self._columns(part)
-        said = [name for name in there if not is_blank(self.left[name])]
-        if len(said) > 1 and said[0] != part:
+        candidates = self._columns(part)
+        filled = [name for name in candidates if not is_blank(self.remaining[name])]
+        if len(filled) > 1 and filled[0] != part:
             raise TrimtabError(
-                f"{where}: {' and '.join(map(repr, said))} could each be the {part}; write it into one column, or say"
-                f" which one it is (--keys {part}={said[0]}), and leave the rest out (--ignore {','.join(said[1:])})"
+                f"{where}: {' and '.join(map(repr, filled))} could each be the {part}; write it into one column, or say"
+                f" which one it is (--keys {part}={filled[0]}), and leave the rest out (--ignore"
+                f" {','.join(filled[1:])})"
             )
-        if there:
-            name = said[0] if said else there[0]
-            self.parts[part], self.names[part] = self.left.pop(name), name
+        if candidates:
+            name = filled[0] if filled else candidates[0]
+            self.parts[part], self.names[part] = self.remaining.pop(name), name
 
     def _columns(self, part: str) -> list[str]:
         """The columns that may be the part: first by its own name, then by its `ALIASES`."""
-        return columns_of(self.left, (part, *ALIASES.get(part, ())))
+        return columns_of(self.remaining, (part, *ALIASES.get(part, ())))
 
     def name(self, part: str) -> str:
         """The name of the part's column, for an error."""
@@ -156,14 +157,14 @@ class Row:
     def check_rest(self, where: str) -> None:
         """Raises `TrimtabError`, naming them, if there are remaining columns that may matter."""
         read = list(self.parts.values())
-        if lost := [name for name, value in self.left.items() if _matters(name, value, read)]:
+        if unused := [name for name, value in self.remaining.items() if _matters(name, value, read)]:
             part = "PART" if "prompt" in self.parts or "question" in self.parts else "prompt"
-            fix = f"say which part of a pair it is (--keys {part}={lost[0]})"
-            if isinstance(self.left[lost[0]], Mapping):
+            fix = f"say which part of a pair it is (--keys {part}={unused[0]})"
+            if isinstance(self.remaining[unused[0]], Mapping):
                 fix = "write the part that belongs to the pair into a separate column"
             raise TrimtabError(
-                f"{where}: {_listed(lost)} would be ignored, but may matter; {fix}, or leave it out"
-                f" (--ignore {','.join(lost)})"
+                f"{where}: {_listed(unused)} would be ignored, but may matter; {fix}, or leave it out"
+                f" (--ignore {','.join(unused)})"
             )
 
 
@@ -188,26 +189,26 @@ def _columns_of(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, 
     )
 
 
-def belonging(row: Mapping[str, Any], read: Any) -> list[str]:
+def unused_prompt_columns(row: Mapping[str, Any], read: Any) -> list[str]:
     """The columns that belong to the prompt by their names and contain something that isn't in `read`."""
     text = read if isinstance(read, str) else json.dumps(read, ensure_ascii=False)
-    lost = []
-    for name in columns_of(row, tuple(sorted(BELONGS))):
+    unused = []
+    for name in columns_of(row, tuple(sorted(PROMPT_COLUMNS))):
         cells = row[name] if isinstance(row[name], list) else [row[name]]
         if not is_blank(row[name]) and not all(isinstance(cell, str) and cell.strip() in text for cell in cells):
-            lost.append(name)
-    return lost
+            unused.append(name)
+    return unused
 
 
-def check_choosing(rows: Iterable[Any], columns: Columns, name: str) -> None:
+def check_choice_columns(rows: Iterable[Any], columns: Columns, name: str) -> None:
     """Raises `TrimtabError` for a column that may say which side is the wanted one, since here the side's column says
     it.
 
-    These are columns in `CHOOSING` whose values are all in `SIDES`, and differ between rows.
+    These are columns in `CHOICE_COLUMNS` whose values are all in `SIDES`, and differ between rows.
     """
     values: dict[str, set[str]] = {}
     for row in rows:
-        for column in columns_of(row, CHOOSING) if isinstance(row, Mapping) else ():
+        for column in columns_of(row, CHOICE_COLUMNS) if isinstance(row, Mapping) else ():
             value = row[column]
             if column not in columns.ignore and (isinstance(value, (bool, int)) or _is_number(str(value))):
                 values.setdefault(column, set()).add(str(value).lower())
@@ -242,7 +243,7 @@ def _matters(name: str, value: Any, read: Sequence[Any]) -> bool:
     if known in BOOKKEEPING or known.endswith(("_id", "_model")):
         return isinstance(value, Mapping) and any(columns_of(value, (part, *more)) for part, more in ALIASES.items())
     if isinstance(value, str):
-        if _is_number(value) or any(_says(cell, value.strip()) for cell in read):
+        if _is_number(value) or any(_contains_text(cell, value.strip()) for cell in read):
             return False
         return value.strip().lower() not in ("true", "false")
     if isinstance(value, (list, tuple)) and all(isinstance(cell, (int, float)) for cell in value):
@@ -250,7 +251,7 @@ def _matters(name: str, value: Any, read: Sequence[Any]) -> bool:
     return isinstance(value, (list, tuple, dict)) and value not in read
 
 
-def _says(cell: Any, text: str) -> bool:
+def _contains_text(cell: Any, text: str) -> bool:
     """Whether a cell that was read contains the text; texts of one or two letters must match as a whole."""
     return isinstance(cell, str) and text in cell and (len(text) > 2 or text == cell.strip(" ()"))
 

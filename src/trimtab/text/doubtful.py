@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trimtab.keywords import outside
+from trimtab.keywords import caller_stacklevel
 
 if TYPE_CHECKING:
     from trimtab.text.pairs import Pair
 
 NOTHINGS = frozenset({"None", "null", "NULL", "N/A", "undefined"})
 """Texts that programs write for missing values, but that may be real answers."""
-MANY = 0.1
+WARNING_SHARE = 0.1
 """The minimum share of duplicate pairs, or of pairs with escaped line breaks, for a warning."""
 
 
@@ -32,23 +32,23 @@ def warn_of_doubtful(pairs: Sequence[Pair], name: str) -> None:
     count = Counter(
         (pair.prompt, pair.positive, pair.negative, pair.positive_system, pair.negative_system) for pair in pairs
     )
-    if (more := len(pairs) - len(count)) and more >= MANY * len(pairs):
-        doubts.append(f"{more} of {len(pairs)} pairs are duplicates, and count again")
-    turned = sum(
+    if (duplicates := len(pairs) - len(count)) and duplicates >= WARNING_SHARE * len(pairs):
+        doubts.append(f"{duplicates} of {len(pairs)} pairs are duplicates, and count again")
+    swapped = sum(
         times
         for (prompt, positive, negative, *systems), times in count.items()
         if (prompt, negative, positive, *systems[::-1]) in count
     )
-    if turned:
-        doubts.append(f"{turned} of {len(pairs)} pairs also occur with their sides swapped, and cancel out")
+    if swapped:
+        doubts.append(f"{swapped} of {len(pairs)} pairs also occur with their sides swapped, and cancel out")
     empty = sum(any(words in NOTHINGS for words in (pair.prompt, pair.positive, pair.negative)) for pair in pairs)
     if empty:
         doubts.append(f"{empty} of {len(pairs)} pairs contain a text such as 'None', perhaps from an empty cell")
     escaped = sum(_is_escaped(pair) for pair in pairs)
-    if escaped and escaped >= MANY * len(pairs):
+    if escaped and escaped >= WARNING_SHARE * len(pairs):
         doubts.append(rf"{escaped} of {len(pairs)} pairs contain \n as two characters instead of a line break")
     for doubt in doubts:
-        warnings.warn(f"{name}: {doubt}", DoubtfulPairsWarning, stacklevel=outside())
+        warnings.warn(f"{name}: {doubt}", DoubtfulPairsWarning, stacklevel=caller_stacklevel())
 
 
 def _is_escaped(pair: Pair) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trimtab.errors import TrimtabError
-from trimtab.text.columns import Columns, Row, belonging, is_blank
+from trimtab.text.columns import Columns, Row, is_blank, unused_prompt_columns
 from trimtab.text.messages import is_text
 from trimtab.text.tables import read_rows
 
@@ -26,8 +26,8 @@ def read_examples(path: str | Path) -> list[tuple[str, str]]:
         prompt, answer = (cells.parts.get(part) for part in ("prompt", "answer"))
         if not all(is_text(side) and not is_blank(side) for side in (prompt, answer)):
             raise TrimtabError(f"{where}: an example needs a prompt and an answer, both non-empty strings")
-        if lost := belonging(row, prompt):
-            raise TrimtabError(f"{where}: column {lost[0]!r} isn't used; write it into the prompt, or remove it")
+        if unused := unused_prompt_columns(row, prompt):
+            raise TrimtabError(f"{where}: column {unused[0]!r} isn't used; write it into the prompt, or remove it")
         examples.append((str(prompt), str(answer)))
     if not examples:
         raise TrimtabError(f"{path} has no examples in it; write one per row, with prompt and answer")

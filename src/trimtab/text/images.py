@@ -20,12 +20,12 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """The formats that are supported."""
 KINDS = ("image", "image_url", "input_image")
 """The `type` of a content part that is an image: in transformers, in OpenAI's API, and in its newer API."""
-HELD = ("image", "image_url", "url", "path", "base64")
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 """The keys that may hold the image in such a part."""
 
 
 @dataclass(frozen=True)
-class Bounds:
+class ImageLimits:
     """Limits: images per prompt, bytes per file, pixels per image. `local`: whether paths are allowed."""
 
     images: int = 32
@@ -34,7 +34,7 @@ class Bounds:
     local: bool = True
 
 
-BOUNDS = Bounds()
+IMAGE_LIMITS = ImageLimits()
 
 
 def has_images(prompt: Any) -> bool:
@@ -45,7 +45,7 @@ def has_images(prompt: Any) -> bool:
     return any(map(_is_image, (part for content in contents if isinstance(content, (list, tuple)) for part in content)))
 
 
-def with_images(messages: Sequence[Mapping[str, Any]], bounds: Bounds = BOUNDS) -> list[dict[str, Any]]:
+def load_images(messages: Sequence[Mapping[str, Any]], bounds: ImageLimits = IMAGE_LIMITS) -> list[dict[str, Any]]:
     """The messages with their images loaded: each such part is `{"type": "image", "image": …}`, a Pillow image in RGB.
 
     Raises `TrimtabError`, naming the image by its number, for one that can't be read or exceeds the limits.
@@ -65,13 +65,15 @@ def with_images(messages: Sequence[Mapping[str, Any]], bounds: Bounds = BOUNDS) 
                 count += 1
                 if count > bounds.images:
                     raise TrimtabError(f"a prompt has {bounds.images} images at most; leave some out")
-                parts.append({"type": "image", "image": read_image(_held(part, count), bounds, f"image {count}")})
+                parts.append(
+                    {"type": "image", "image": read_image(_image_source(part, count), bounds, f"image {count}")}
+                )
             content = parts
         result.append({**message, "content": content})
     return result
 
 
-def beside(images: Sequence[str | Path], text: str) -> list[dict[str, Any]]:
+def image_content(images: Sequence[str | Path], text: str) -> list[dict[str, Any]]:
     """A message's content: these images, followed by the text."""
     return [*({"type": "image", "path": str(path)} for path in images), {"type": "text", "text": text}]
 
@@ -85,7 +87,7 @@ def text_of(content: Any) -> str:
     )
 
 
-def read_image(source: Any, bounds: Bounds = BOUNDS, what: str = "the image") -> Any:
+def read_image(source: Any, bounds: ImageLimits = IMAGE_LIMITS, what: str = "the image") -> Any:
     """A Pillow image in RGB, with its EXIF orientation applied.
 
     Args:
@@ -121,18 +123,18 @@ def read_image(source: Any, bounds: Bounds = BOUNDS, what: str = "the image") ->
         raise TrimtabError(f"{what} can't be read ({reason}); give a {', '.join(FORMATS)} file") from None
 
 
-def _check_size(image: Any, bounds: Bounds, what: str) -> None:
+def _check_size(image: Any, bounds: ImageLimits, what: str) -> None:
     if image.width * image.height > bounds.pixels:
         raise TrimtabError(_too_many_pixels(f"{what}, {image.width} by {image.height},", bounds))
     if not image.width or not image.height:
         raise TrimtabError(f"{what} is empty: {image.width} by {image.height} pixels")
 
 
-def _too_many_pixels(what: str, bounds: Bounds) -> str:
+def _too_many_pixels(what: str, bounds: ImageLimits) -> str:
     return f"{what} has more than {bounds.pixels} pixels; make it smaller"
 
 
-def _data(image: Any, bounds: Bounds, what: str) -> bytes:
+def _data(image: Any, bounds: ImageLimits, what: str) -> bytes:
     """The bytes of a file, or of a `data:` URL."""
     if isinstance(image, str) and image[:5].lower() == "data:":
         head, comma, body = image.partition(",")
@@ -166,13 +168,15 @@ def _is_image(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") in KINDS
 
 
-def _held(part: Mapping[str, Any], number: int) -> Any:
+def _image_source(part: Mapping[str, Any], number: int) -> Any:
     """The image that a part holds."""
-    present = [part[name] for name in HELD if part.get(name) is not None]
+    present = [part[name] for name in IMAGE_KEYS if part.get(name) is not None]
     if len(present) != 1:
-        raise TrimtabError(f"image {number}: its part needs exactly one of {', '.join(HELD)}, and has {len(present)}")
-    held = present[0]["url"] if isinstance(present[0], Mapping) and "url" in present[0] else present[0]
-    return f"data:;base64,{held}" if "base64" in part and isinstance(held, str) else held
+        raise TrimtabError(
+            f"image {number}: its part needs exactly one of {', '.join(IMAGE_KEYS)}, and has {len(present)}"
+        )
+    source = present[0]["url"] if isinstance(present[0], Mapping) and "url" in present[0] else present[0]
+    return f"data:;base64,{source}" if "base64" in part and isinstance(source, str) else source
 
 
 def _text(part: Mapping[str, Any]) -> dict[str, Any]:

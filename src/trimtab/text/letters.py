@@ -45,7 +45,7 @@ class LetterQuestion:
         """The input for scoring the letter: the prompt and the opening bracket."""
         return [*self.prompt, *self.opening]
 
-    def answered(self, letter: str) -> list[int]:
+    def ids_with_answer(self, letter: str) -> list[int]:
         """The prompt and the whole answer `(A)`; its letter is at position `len(self.ids)`."""
         return [*self.ids, self.letters[letter], *self.closing]
 
@@ -64,16 +64,18 @@ def question_prompt(tokenizer: Any, question: str, system: str | None = None) ->
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | None = None) -> LetterQuestion:
+def letter_question(
+    tokenizer: Any, question: str, letters: Sequence[str], *, system: str | None = None
+) -> LetterQuestion:
     """A question and the letters that answer it, concatenated as ids, so that learning and scoring use the same ids.
 
     Raises `TrimtabError` as `question_prompt` and `answer_ids` do.
     """
-    return ask_prompt(tokenizer, question_prompt(tokenizer, question, system), letters)
+    return letter_question_from_prompt(tokenizer, question_prompt(tokenizer, question, system), letters)
 
 
-def ask_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> LetterQuestion:
-    """`ask` for a prompt from `question_prompt`."""
+def letter_question_from_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> LetterQuestion:
+    """`letter_question` for a prompt from `question_prompt`."""
     by_letter = {letter: answer_ids(tokenizer, letter, after_space=not has_template(tokenizer)) for letter in letters}
     opening, _, closing = next(iter(by_letter.values()))
     return LetterQuestion(
@@ -95,9 +97,9 @@ def answer_ids(tokenizer: Any, letter: str, *, after_space: bool = False) -> tup
     """
     opening = " (" if after_space else "("
     whole = ids_of(tokenizer, f"{opening}{letter})")
-    where = [i for i, token in enumerate(whole) if tokenizer.decode([token]).strip() == letter]
-    if len(where) == 1:
-        return whole[: where[0]], whole[where[0]], whole[where[0] + 1 :]
+    positions = [i for i, token in enumerate(whole) if tokenizer.decode([token]).strip() == letter]
+    if len(positions) == 1:
+        return whole[: positions[0]], whole[positions[0]], whole[positions[0] + 1 :]
     alone = ids_of(tokenizer, letter)
     if len(alone) != 1:
         raise TrimtabError(f"{letter!r} is {len(alone)} tokens in this tokenizer, so letter answers can't be read")

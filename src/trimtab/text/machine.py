@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-Marks = Mapping[str, str]
+Transitions = Mapping[str, str]
 """The texts of markers, each with the mode that it leads to."""
 KEPT = 65_536
 """The maximum number of cached steps."""
@@ -19,7 +19,7 @@ class State:
     """The machine's mode, and the bytes read since that may be the beginning of a marker."""
 
     mode: str
-    held: bytes = b""
+    pending: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Machine:
     If several markers end at the same place, the longest counts.
     """
 
-    modes: Mapping[str, Marks]
-    begins: str
+    modes: Mapping[str, Transitions]
+    initial_mode: str
     _marks: dict[str, list[tuple[bytes, str]]] = field(init=False, repr=False, compare=False)
-    _known: dict[tuple[State, bytes], Step] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _steps: dict[tuple[State, bytes], Step] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         marks = {
@@ -54,32 +54,32 @@ class Machine:
     @property
     def start(self) -> State:
         """The state before anything is read."""
-        return State(self.begins)
+        return State(self.initial_mode)
 
     def read(self, state: State, piece: bytes) -> Step:
         """The step that a piece leads to from this state."""
         key = (state, piece)
-        step = self._known.get(key)
+        step = self._steps.get(key)
         if step is None:
-            if len(self._known) >= KEPT:
-                self._known.clear()
-            step = self._known[key] = self._read(state, piece)
+            if len(self._steps) >= KEPT:
+                self._steps.clear()
+            step = self._steps[key] = self._read(state, piece)
         return step
 
     def _read(self, state: State, piece: bytes) -> Step:
-        mode, held, modes, completed = state.mode, state.held, [state.mode], False
+        mode, pending, modes, completed = state.mode, state.pending, [state.mode], False
         for i in range(len(piece)):
-            text = held + piece[i : i + 1]
+            text = pending + piece[i : i + 1]
             to = next((to for mark, to in self._marks[mode] if text.endswith(mark)), None)
             completed = completed or to is not None
             if to is None or to == mode:
-                held = self._beginning(mode, text)
+                pending = self._partial_marker(mode, text)
             else:
-                mode, held = to, b""
+                mode, pending = to, b""
                 modes.append(mode)
-        return Step(tuple(modes), completed, State(mode, held))
+        return Step(tuple(modes), completed, State(mode, pending))
 
-    def _beginning(self, mode: str, text: bytes) -> bytes:
+    def _partial_marker(self, mode: str, text: bytes) -> bytes:
         """The longest suffix of the text that may be the beginning of a marker."""
         ends = (text[i:] for i in range(len(text)))
         return next((end for end in ends if any(m != end and m.startswith(end) for m, _ in self._marks[mode])), b"")

@@ -84,7 +84,7 @@ def _is_text_part(part: Any) -> bool:
     return not any(value for key, value in part.items() if key not in ("type", "text"))
 
 
-def of_json(text: str) -> Any:
+def messages_from_json(text: str) -> Any:
     """The messages in a text that holds them as JSON, as in the cells of a table; any other text as it is.
 
     Raises:
@@ -98,7 +98,7 @@ def of_json(text: str) -> Any:
         raise TrimtabError("it is a string of messages that aren't JSON; save the rows as JSONL or Parquet") from None
 
 
-def of_transcript(text: str) -> Any:
+def messages_from_transcript(text: str) -> Any:
     r"""The messages of a transcript in the format of Anthropic's preference data: `\n\nHuman: …\n\nAssistant: …`.
 
     An empty last turn of the assistant's marks the start of the answer, and is left out. Other texts are returned as
@@ -122,24 +122,27 @@ def is_text(value: Any) -> bool:
         return False
 
 
-def repeats(side: Any, prompt: Any) -> bool:
+def includes_prompt(side: Any, prompt: Any) -> bool:
     """Whether a side's messages include the prompt, as in preference data that also has it in a column."""
     if not isinstance(side, list) or not prompt:
         return False
-    before = [_said(message) for message in side[:-1]]
+    before = [_role_and_content(message) for message in side[:-1]]
     if isinstance(prompt, str):
         return ("user", prompt.strip()) in before
-    said = [_said(message) for message in prompt]
-    return said in (before[: len(said)], before[-len(said) :])
+    prompt_messages = [_role_and_content(message) for message in prompt]
+    return prompt_messages in (before[: len(prompt_messages)], before[-len(prompt_messages) :])
 
 
-def begins_anew(side: Any, prompt: Any) -> bool:
+def starts_conversation(side: Any, prompt: Any) -> bool:
     """Whether a side's messages start a conversation, instead of continuing where the prompt ends."""
     if not isinstance(side, list) or len(side) < 2 or not is_turn(side[0]):
         return False
-    (begins, _), ends = _said(side[0]), "user" if isinstance(prompt, str) else _said(prompt[-1])[0]
+    (begins, _), ends = (
+        _role_and_content(side[0]),
+        "user" if isinstance(prompt, str) else _role_and_content(prompt[-1])[0],
+    )
     return begins == "system" or begins == ends == "user"
 
 
-def _said(message: Any) -> tuple[Any, str]:
+def _role_and_content(message: Any) -> tuple[Any, str]:
     return (message.get("role"), str(message.get("content")).strip()) if isinstance(message, Mapping) else (None, "")

@@ -30,24 +30,24 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords, keywords
 from trimtab.text.chat import Prompt
-from trimtab.text.columns import ALIASES, Columns, Row, check_choosing, is_blank, is_nan
+from trimtab.text.columns import ALIASES, Columns, Row, check_choice_columns, is_blank, is_nan
 from trimtab.text.doubtful import warn_of_doubtful
 from trimtab.text.letters import letter_of
 from trimtab.text.messages import (
     Conversation,
     as_messages,
-    begins_anew,
     conversation,
+    includes_prompt,
     is_text,
     is_turn,
-    of_json,
-    of_transcript,
-    repeats,
+    messages_from_json,
+    messages_from_transcript,
+    starts_conversation,
 )
 from trimtab.text.statements import Statement, label_of, pair_up
 from trimtab.text.tables import READERS, read_rows
 
-Words = str | Conversation
+Content = str | Conversation
 
 
 @class_keywords
@@ -67,9 +67,9 @@ class Pair:
     side with two system prompts.
     """
 
-    positive: Words
-    negative: Words
-    prompt: Words = ""
+    positive: Content
+    negative: Content
+    prompt: Content = ""
     shape: str = "texts"
     positive_system: str | None = None
     negative_system: str | None = None
@@ -88,7 +88,7 @@ class Side:
     For bare texts the answer is the text and the prompt is empty; for prompts the answer is empty.
     """
 
-    prompt: Words
+    prompt: Content
     answer: str
     system: str | None = None
 
@@ -98,44 +98,44 @@ def sides(pair: Pair) -> tuple[Side, Side]:
     return _side(pair, pair.positive, pair.positive_system), _side(pair, pair.negative, pair.negative_system)
 
 
-def as_prompt(words: Words) -> Prompt:
+def as_prompt(words: Content) -> Prompt:
     """The input for a chat template: a text, or messages."""
     return words if isinstance(words, str) else [{"role": role, "content": content} for role, content in words]
 
 
-def as_texts(pair: Pair, user: str) -> tuple[str, str, str]:
+def as_texts(pair: Pair, caller: str) -> tuple[str, str, str]:
     """The prompt, the positive and the negative side of a pair that has only plain texts, for methods that need these.
 
-    Raises `TrimtabError`, naming the `user`, for messages or a system prompt.
+    Raises `TrimtabError`, naming the `caller`, for messages or a system prompt.
     """
     prompt, positive, negative = pair.prompt, pair.positive, pair.negative
     if not (isinstance(prompt, str) and isinstance(positive, str) and isinstance(negative, str)):
-        raise TrimtabError(f"{user} takes pairs of plain texts, but this one has chat messages")
+        raise TrimtabError(f"{caller} takes pairs of plain texts, but this one has chat messages")
     if pair.positive_system is not None or pair.negative_system is not None:
-        raise TrimtabError(f"{user} takes pairs without system prompts, but this one has one")
+        raise TrimtabError(f"{caller} takes pairs without system prompts, but this one has one")
     return prompt, positive, negative
 
 
 def _check(pair: Pair) -> None:
     """Raises `TrimtabError` if rendering would have to drop a part of the pair."""
     systems = [system for system in (pair.positive_system, pair.negative_system) if system is not None]
-    talks = [words for words in (pair.prompt, pair.positive, pair.negative) if not isinstance(words, str)]
+    conversations_given = [words for words in (pair.prompt, pair.positive, pair.negative) if not isinstance(words, str)]
     if systems and pair.shape == "texts":
         raise TrimtabError("a system prompt needs a prompt after it, but bare texts have none; give one")
-    if talks and pair.shape in ("texts", "letters"):
+    if conversations_given and pair.shape in ("texts", "letters"):
         raise TrimtabError(f"the prompt and both sides of pairs of {pair.shape} are texts, not messages")
     if pair.shape != "answers":
         conversations = [words for words in (pair.positive, pair.negative) if not isinstance(words, str)]
         if any(words[-1][0] == "assistant" for words in conversations):
             raise TrimtabError("a prompt ends where the answer begins, but these messages end with the assistant's")
     for side in sides(pair):
-        if talks and pair.shape == "answers" and not side.prompt:
+        if conversations_given and pair.shape == "answers" and not side.prompt:
             raise TrimtabError(f"{side.answer!r} has no prompt; give one, or messages on both sides")
         if side.system is not None and not isinstance(side.prompt, str) and "system" in dict(side.prompt):
             raise TrimtabError("the system prompt is given twice: in the messages, and separately")
 
 
-def _side(pair: Pair, words: Words, system: str | None) -> Side:
+def _side(pair: Pair, words: Content, system: str | None) -> Side:
     if pair.shape == "prompts":
         return Side(words, "", system)
     if isinstance(words, str):
@@ -163,10 +163,10 @@ def _side(pair: Pair, words: Words, system: str | None) -> Side:
 
 def _answers(row: Mapping[str, Any]) -> Pair:
     prompt = row.get("prompt") or ""
-    if all(repeats(row[side], prompt) for side in ("positive", "negative")):
+    if all(includes_prompt(row[side], prompt) for side in ("positive", "negative")):
         prompt = ""
     for side in ("positive", "negative"):
-        if not is_blank(prompt) and begins_anew(row[side], prompt):
+        if not is_blank(prompt) and starts_conversation(row[side], prompt):
             raise TrimtabError(
                 f"the messages of the {side} side begin with {row[side][0]['role']!r}, and the prompt, which is"
                 " different, would come before that; leave the prompt out, or remove it from the messages"
@@ -209,8 +209,8 @@ def _systems(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
 def _statement(row: Mapping[str, Any]) -> Statement:
     prompt = row.get("prompt") or ""
     under = prompt if isinstance(prompt, str) else conversation(prompt, "prompt")
-    said = row["statement"] if isinstance(row["statement"], str) else conversation(row["statement"], "statement")
-    return Statement(said, label_of(row["label"]), (under, *_systems(row)))
+    content = row["statement"] if isinstance(row["statement"], str) else conversation(row["statement"], "statement")
+    return Statement(content, label_of(row["label"]), (under, *_systems(row)))
 
 
 Pairs = Iterable["Pair | Mapping[str, Any] | Sequence[Any]"]
@@ -227,9 +227,9 @@ LETTER_LIKE = re.compile(r"\W*\w(\W*|[).:].*)", re.DOTALL)
 """An answer that is, or begins with, a letter or number of a choice, correctly formatted or not; others are texts."""
 SYSTEMS = ("system", "positive_system", "negative_system")
 ANSWERS = ("positive", "negative", "statement")
-TALKS = ("prompt", "prompt_without_instruction", *ANSWERS)
+MESSAGE_PARTS = ("prompt", "prompt_without_instruction", *ANSWERS)
 """Parts that may be a list of messages."""
-KEYS = tuple(dict.fromkeys((*TALKS, *SYSTEMS, *(key for keys in SHAPES for key in keys))))
+KEYS = tuple(dict.fromkeys((*MESSAGE_PARTS, *SYSTEMS, *(key for keys in SHAPES for key in keys))))
 """All keys that are read from a row."""
 
 
@@ -252,10 +252,10 @@ def read_pairs(path: str | Path, *, keys: Mapping[str, str] | None = None, ignor
             f"read_pairs reads a file, got {type(path).__name__}; "
             "pairs in a list are passed directly to the learning function"
         )
-    return read_pairs_by(Path(path), Columns.of(KEYS, keys, ignore))
+    return read_pairs_with(Path(path), Columns.of(KEYS, keys, ignore))
 
 
-def read_pairs_by(path: str | Path, columns: Columns) -> list[Pair]:
+def read_pairs_with(path: str | Path, columns: Columns) -> list[Pair]:
     """`read_pairs` with the column settings of the command line."""
     path = Path(path)
     pairs = _pairs(read_rows(path), columns, str(path))
@@ -394,17 +394,17 @@ def _pairs(rows: Iterable[tuple[str, Any]], columns: Columns, name: str) -> list
             raise TrimtabError(f"{where}: labelled statements and pairs are in one file; split it")
     if statements:
         return [_paired(*two, name) for two in pair_up(statements, name)]
-    check_choosing((row for _, row in rows), columns, name)
+    check_choice_columns((row for _, row in rows), columns, name)
     warn_of_doubtful(pairs, name)
     return pairs
 
 
 def _paired(true: Statement, false: Statement, name: str) -> Pair:
-    prompt, *systems = true.under
+    prompt, *systems = true.prompts
     if true.text == false.text:
         raise TrimtabError(f"{name}: the statement {true.text!r} is labelled true and false")
-    talks = not (isinstance(true.text, str) and isinstance(false.text, str))
-    return Pair(true.text, false.text, prompt, "answers" if prompt or talks else "texts", *systems)
+    has_messages = not (isinstance(true.text, str) and isinstance(false.text, str))
+    return Pair(true.text, false.text, prompt, "answers" if prompt or has_messages else "texts", *systems)
 
 
 def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
@@ -415,22 +415,22 @@ def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
     cells = Row.of(row, columns)
     keys = next((keys for keys in SHAPES if all(map(cells.has, keys))), None)
     if keys is None:
-        raise TrimtabError(f"{where}: not a pair: {_what_it_has(cells, row)}. Shapes: {_shapes()}")
+        raise TrimtabError(f"{where}: not a pair: {_describe_columns(cells, row)}. Shapes: {_shapes()}")
     for key in (*keys, *(() if "question" in keys else ("prompt",)), *SYSTEMS):
         cells.take(key, where)
     for key, value in cells.parts.items():
         if is_nan(value):
             raise TrimtabError(f"{where}: {cells.name(key)!r} is NaN, an empty cell; take the row out, or fill it in")
-        if key in TALKS:
-            value = cells.parts[key] = _as_written(value, key, f"{where}: {cells.name(key)!r}")
+        if key in MESSAGE_PARTS:
+            value = cells.parts[key] = _parse_content(value, key, f"{where}: {cells.name(key)!r}")
         if (
             key in keys
             and key != "label"
-            and (not _is_words(value, key) or (isinstance(value, str) and is_blank(value)))
+            and (not _is_content(value, key) or (isinstance(value, str) and is_blank(value)))
         ):
             shown = f" ({value!r}; write it as a text)" if isinstance(value, (bool, int, float)) else ""
             raise TrimtabError(f"{where}: {cells.name(key)!r} is empty or not text{shown}; a pair needs both sides")
-    if not _is_words(cells.parts.get("prompt") or "", "prompt"):
+    if not _is_content(cells.parts.get("prompt") or "", "prompt"):
         raise TrimtabError(f"{where}: {cells.name('prompt')!r} isn't text")
     try:
         entry = SHAPES[keys](cells.parts)
@@ -443,11 +443,11 @@ def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
     return entry
 
 
-def _as_written(value: Any, part: str, where: str) -> Any:
+def _parse_content(value: Any, part: str, where: str) -> Any:
     """Messages in any of the usual layouts as a list; an answer may be a single message."""
     try:
-        words = of_json(value) if isinstance(value, str) else value
-        words = of_transcript(words) if isinstance(words, str) else words
+        words = messages_from_json(value) if isinstance(value, str) else value
+        words = messages_from_transcript(words) if isinstance(words, str) else words
     except TrimtabError as error:
         raise TrimtabError(f"{where}: {error}") from None
     return as_messages([words] if part in ANSWERS and is_turn(words) else words)
@@ -459,7 +459,7 @@ def _bare(side: Side) -> tuple[Any, ...]:
     return prompt, side.answer.strip(), side.system
 
 
-def _what_it_has(cells: Row, row: Mapping[str, Any]) -> str:
+def _describe_columns(cells: Row, row: Mapping[str, Any]) -> str:
     known = {*KEYS, *cells.names.values(), *(name for names in ALIASES.values() for name in names)}
     sided = [key for key in row if key in known]
     has = (
@@ -470,9 +470,9 @@ def _what_it_has(cells: Row, row: Mapping[str, Any]) -> str:
     return f"{has}; if they have other names, say which (--keys positive=COLUMN,negative=COLUMN)"
 
 
-def _is_words(value: Any, key: str) -> bool:
+def _is_content(value: Any, key: str) -> bool:
     """Whether it is a text, or a list if that is allowed; the list's content is checked when it is read."""
-    return is_text(value) or (isinstance(value, list) and key in TALKS)
+    return is_text(value) or (isinstance(value, list) and key in MESSAGE_PARTS)
 
 
 def _shapes() -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trimtab.text.unfolding import Unfolding
+from trimtab.text.detokenizer import Detokenizer
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token adds; joined, the whole text. A character of several tokens belongs to the last one."""
-    unfolding = Unfolding(tokenizer)
-    texts = [unfolding.add(token) for token in ids]
+    detokenizer = Detokenizer(tokenizer)
+    texts = [detokenizer.add(token) for token in ids]
     if texts:
-        texts[-1] += unfolding.finish()
+        texts[-1] += detokenizer.finish()
     return texts

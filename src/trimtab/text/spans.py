@@ -88,15 +88,15 @@ def render(
     if messages is None:
         assert isinstance(prompt, str)
         text = prompt
-        read = plain_tokens(tokenizer, text, return_offsets_mapping=True)
+        encoding = plain_tokens(tokenizer, text, return_offsets_mapping=True)
     else:
         text = render_messages(tokenizer, messages, template)
-        read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    if list(read["input_ids"]) != ids:
+        encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    if list(encoding["input_ids"]) != ids:
         raise UnsupportedError(
             "the chat template's tokens differ from those of its text, so phrases can't be located in it"
         )
-    return Rendered(text, tuple(ids), tuple((int(a), int(b)) for a, b in read["offset_mapping"]))
+    return Rendered(text, tuple(ids), tuple((int(a), int(b)) for a, b in encoding["offset_mapping"]))
 
 
 def find_spans(
@@ -117,7 +117,7 @@ def find_spans(
     return _spans(tokenizer, rendered, emphasis, _messages(tokenizer, prompt, system, chat), template)
 
 
-def spans_in(
+def find_spans_in_rendered(
     tokenizer: Any,
     text: str,
     ids: Sequence[int],
@@ -134,22 +134,22 @@ def spans_in(
     """
     _check_fast(tokenizer)
     for special in (False, True):
-        read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-        if list(read["input_ids"]) == list(ids):
+        encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        if list(encoding["input_ids"]) == list(ids):
             break
     else:
         raise TrimtabError("the prompt's tokens differ from those of its text, so phrases can't be located in it")
-    wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
-    if messages is not None and any(isinstance(mark, Part) for mark in wanted):
+    phrases = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
+    if messages is not None and any(isinstance(mark, Part) for mark in phrases):
         messages = checked_messages(messages)
         if render_messages(tokenizer, messages, template) != text:
             raise TrimtabError("these messages render differently here than there; name a phrase of the message")
-    offsets = tuple((int(a), int(b)) for a, b in read["offset_mapping"])
+    offsets = tuple((int(a), int(b)) for a, b in encoding["offset_mapping"])
     known = None if messages is None else list(messages)
-    return _spans(tokenizer, Rendered(text, tuple(ids), offsets), wanted, known, template)
+    return _spans(tokenizer, Rendered(text, tuple(ids), offsets), phrases, known, template)
 
 
-def found_in_text(
+def find_spans_with_images(
     tokenizer: Any, prompt: Sequence[Message], emphasis: Any, *, system: str | None, template: Template | None
 ) -> tuple[list[int], tuple[Span, ...]]:
     """For messages with images: the token ids of the chat template's text, and the positions of phrases in them.
@@ -161,8 +161,8 @@ def found_in_text(
         {**message, "content": _without_pixels(message["content"])} for message in checked_messages(prompt, system)
     ]
     text = render_messages(tokenizer, messages, template)
-    read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    ids, offsets = list(read["input_ids"]), tuple((int(a), int(b)) for a, b in read["offset_mapping"])
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids, offsets = list(encoding["input_ids"]), tuple((int(a), int(b)) for a, b in encoding["offset_mapping"])
     return ids, _spans(tokenizer, Rendered(text, tuple(ids), offsets), emphasis, messages, template)
 
 
@@ -182,15 +182,15 @@ def _spans(
 ) -> tuple[Span, ...]:
     if not isinstance(emphasis, (str, Phrase, Pattern, Part, Sequence)):
         raise TrimtabError(f"expected a phrase of the prompt, or several, got {emphasis!r}")
-    wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
-    if not wanted:
+    phrases = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
+    if not phrases:
         raise TrimtabError("there is no phrase to emphasize; give at least one")
     characters: list[Span] = []
-    for phrase in wanted:
+    for phrase in phrases:
         if isinstance(phrase, Part):
             characters.append(_part(tokenizer, rendered, messages, phrase, template))
         else:
-            characters += _places(rendered.text, phrase)
+            characters += _find_phrase(rendered.text, phrase)
     return _join([_tokens(rendered, start, stop) for start, stop in characters])
 
 
@@ -199,29 +199,29 @@ def _check_fast(tokenizer: Any) -> None:
         raise UnsupportedError("this tokenizer can't map tokens to characters; load its fast version")
 
 
-def _places(text: str, wanted: str | Phrase | Pattern) -> list[Span]:
-    if isinstance(wanted, str):
-        wanted = Phrase(wanted)
-    if isinstance(wanted, Phrase):
-        if not isinstance(wanted.text, str) or not wanted.text.strip():
-            raise TrimtabError(f"a phrase to emphasize is a text that isn't empty, got {wanted.text!r}")
-        what, places = repr(wanted.text), [m.span() for m in re.finditer(re.escape(wanted.text), text)]
+def _find_phrase(text: str, phrase: str | Phrase | Pattern) -> list[Span]:
+    if isinstance(phrase, str):
+        phrase = Phrase(phrase)
+    if isinstance(phrase, Phrase):
+        if not isinstance(phrase.text, str) or not phrase.text.strip():
+            raise TrimtabError(f"a phrase to emphasize is a text that isn't empty, got {phrase.text!r}")
+        what, places = repr(phrase.text), [m.span() for m in re.finditer(re.escape(phrase.text), text)]
         if not places:
-            raise TrimtabError(f"the phrase {what} isn't in the prompt; {_closest(text, wanted.text)}")
+            raise TrimtabError(f"the phrase {what} isn't in the prompt; {_closest(text, phrase.text)}")
     else:
-        what = f"pattern {wanted.regex!r}"
+        what = f"pattern {phrase.regex!r}"
         try:
-            places = [m.span() for m in re.finditer(wanted.regex, text) if m.end() > m.start()]
+            places = [m.span() for m in re.finditer(phrase.regex, text) if m.end() > m.start()]
         except re.error as error:
             raise TrimtabError(f"{what} isn't a regular expression: {error}") from None
         if not places:
             raise TrimtabError(f"the {what} matches nothing in the prompt, which is {_shorten(text)!r}")
-    if wanted.occurrence is None:
+    if phrase.occurrence is None:
         return places
-    if not 0 <= wanted.occurrence < len(places):
+    if not 0 <= phrase.occurrence < len(places):
         count = f"{len(places)} time{'s' * (len(places) > 1)}"
-        raise TrimtabError(f"{what} occurs {count} in the prompt; there is no occurrence {wanted.occurrence} (from 0)")
-    return [places[wanted.occurrence]]
+        raise TrimtabError(f"{what} occurs {count} in the prompt; there is no occurrence {phrase.occurrence} (from 0)")
+    return [places[phrase.occurrence]]
 
 
 def _tokens(rendered: Rendered, start: int, stop: int) -> Span:

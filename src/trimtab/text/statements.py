@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.keywords import outside
+from trimtab.keywords import caller_stacklevel
 
 TRUE, FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 
@@ -22,14 +22,15 @@ class PairingWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Statement:
-    """A text (or an answer that is messages), whether it is labelled true, and its prompt and system prompts (`under`).
+    """A text (or an answer that is messages), whether it is labelled true, and its prompt and system prompts
+    (`prompts`).
 
-    `under` is the same for both statements of a pair.
+    `prompts` is the same for both statements of a pair.
     """
 
     text: Any
-    holds: bool
-    under: tuple[Any, ...] = ()
+    label: bool
+    prompts: tuple[Any, ...] = ()
 
 
 def label_of(value: Any) -> bool:
@@ -48,9 +49,9 @@ def pair_up(statements: Sequence[Statement], name: str) -> list[tuple[Statement,
     """
     groups: dict[tuple[Any, ...], tuple[list[Statement], list[Statement]]] = {}
     for statement in statements:
-        groups.setdefault(statement.under, ([], []))[0 if statement.holds else 1].append(statement)
+        groups.setdefault(statement.prompts, ([], []))[0 if statement.label else 1].append(statement)
     pairs = [pair for true, false in groups.values() for pair in zip(true, false, strict=False)]
-    count = sum(statement.holds for statement in statements)
+    count = sum(statement.label for statement in statements)
     if not pairs:
         alike = " of the same prompt" if len(groups) > 1 else ""
         raise TrimtabError(
@@ -63,6 +64,6 @@ def pair_up(statements: Sequence[Statement], name: str) -> list[tuple[Statement,
     warnings.warn(
         f"{name}: {made}, a true one and a false one each, {how}{left}",
         PairingWarning,
-        stacklevel=outside(),
+        stacklevel=caller_stacklevel(),
     )
     return pairs

@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab.errors import TrimtabError
 from trimtab.text.messages import is_turn
-from trimtab.text.read import INSTEAD, kind_of, read_text, unreadable
+from trimtab.text.text_files import HINTS, kind_of, read_error, read_text
 
 Rows = Iterator[tuple[str, Any]]
 """Rows with their locations: `file:line`, or `file: item 1` in a file without lines."""
@@ -24,20 +24,20 @@ SAYS_SEPARATOR = re.compile(r'"?sep=(.)"?')
 """The line before the header line with which Excel declares the separator."""
 
 
-def read_rows(path: Path, otherwise: str = "") -> Rows:
-    """The rows of a file, in the format of its suffix, or of the suffix `otherwise` if the file's is unknown.
+def read_rows(path: Path, default_suffix: str = "") -> Rows:
+    """The rows of a file, in the format of its suffix, or of the suffix `default_suffix` if the file's is unknown.
 
     Raises `TrimtabError`, naming the file and the line, for a missing file, one of another kind, or a malformed row.
     """
     kind = kind_of(path)
-    kind = kind if kind in READERS or kind in COLUMNAR or not otherwise else otherwise
+    kind = kind if kind in READERS or kind in COLUMNAR or not default_suffix else default_suffix
     if kind in COLUMNAR:
         return _columnar(path, kind)
     if kind in READERS:
         return READERS[kind](path, read_text(path))
     if not path.is_file():
-        raise unreadable(path)
-    fix = f"; {INSTEAD[kind]}" if kind in INSTEAD else ""
+        raise read_error(path)
+    fix = f"; {HINTS[kind]}" if kind in HINTS else ""
     raise TrimtabError(f"{path}: rows must be in a {FORMATS} file, not {kind or 'a file without a suffix'}{fix}")
 
 
@@ -120,14 +120,14 @@ def _column(value: Any) -> Any:
 def parse_json(text: str, where: str, *, hint: str = "") -> Any:
     """Parse JSON. Raises `TrimtabError`, naming the location, for invalid JSON, and for duplicate keys."""
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=unique_object)
     except TrimtabError as error:
         raise TrimtabError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"{where}: not JSON: {error}{hint}") from None
 
 
-def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object with these items, whose keys must be unique; `json` would silently keep the last."""
     made = dict(items)
     if len(made) < len(items):
@@ -150,14 +150,14 @@ def _tsv(path: Path, text: str) -> Rows:
 
 def _table(path: Path, text: str, separators: tuple[str, ...]) -> Rows:
     """The rows after a header line, split at the first separator in it; many spreadsheets use semicolons."""
-    before = len(text) - len(text.lstrip("\n"))
-    header, _, rest = text[before:].partition("\n")
-    if said := SAYS_SEPARATOR.fullmatch(header.strip()):
-        separators = (said[1],)
-        before, text = before + 1, rest
+    skipped_lines = len(text) - len(text.lstrip("\n"))
+    header, _, rest = text[skipped_lines:].partition("\n")
+    if declared := SAYS_SEPARATOR.fullmatch(header.strip()):
+        separators = (declared[1],)
+        skipped_lines, text = skipped_lines + 1, rest
         header = rest.partition("\n")[0]
     else:
-        text = text[before:]
+        text = text[skipped_lines:]
     separator = next((mark for mark in separators if mark in header), separators[0])
     spaced = any(name.startswith(" ") for name in next(csv.reader([header], delimiter=separator), [])[1:])
     # a space after each separator means that it was written by hand, with quotes after the space
@@ -167,7 +167,7 @@ def _table(path: Path, text: str, separators: tuple[str, ...]) -> Rows:
         if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
             raise TrimtabError(f"{path}: the header line has {twice[0]!r} twice; give each column a different name")
         for row in reader:
-            where = f"{path}:{before + reader.line_num}"
+            where = f"{path}:{skipped_lines + reader.line_num}"
             if None in row or None in row.values():
                 count = f"{len(names)} column{'' if len(names) == 1 else 's'}"
                 raise TrimtabError(
@@ -177,7 +177,7 @@ def _table(path: Path, text: str, separators: tuple[str, ...]) -> Rows:
                 yield where, row
     except csv.Error as error:
         hint = '; double a quote inside a text, and put the text in quotes: "the ""best"" one"'
-        raise TrimtabError(f"{path}:{before + reader.reader.line_num}: not CSV: {error}{hint}") from error
+        raise TrimtabError(f"{path}:{skipped_lines + reader.reader.line_num}: not CSV: {error}{hint}") from error
 
 
 def _name(separator: str) -> str:
@@ -186,7 +186,7 @@ def _name(separator: str) -> str:
 
 def _columnar(path: Path, kind: str) -> Rows:
     if not path.is_file():
-        raise unreadable(path)
+        raise read_error(path)
     what = "Parquet" if kind == ".parquet" else "Arrow"
     try:
         from pyarrow import ArrowException, ArrowInvalid, ipc, memory_map, parquet

@@ -94,7 +94,7 @@ def with_keywords(tokenizer: Any, template: Mapping[str, Any] | None) -> Any:
     return other
 
 
-def set_keywords(tokenizer: Any) -> dict[str, Any]:
+def preset_keywords(tokenizer: Any) -> dict[str, Any]:
     """The keywords that `with_keywords` has set, if any."""
     render = getattr(tokenizer, "apply_chat_template", None)
     return dict(render.keywords) if isinstance(render, partial) else {}

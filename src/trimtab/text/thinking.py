@@ -12,6 +12,6 @@ def thinking_of(tokenizer: Any) -> tuple[str, str] | None:
     return next((pair for pair in THINKING_PAIRS if has_markers(tokenizer, *pair)), None)
 
 
-def is_thinking(tokenizer: Any, ids: list[int], thinking: tuple[str, str]) -> bool:
+def ends_in_thinking(tokenizer: Any, ids: list[int], thinking: tuple[str, str]) -> bool:
     """Whether a prompt ends with the marker that opens thinking, as with some templates."""
     return str(tokenizer.decode(ids[-16:], skip_special_tokens=False)).rstrip().endswith(thinking[0])

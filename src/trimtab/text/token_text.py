@@ -25,12 +25,14 @@ class TokenText:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = ref(tokenizer)  # a weak reference, since instances may be cached by tokenizer
-        self._written = {int(i): str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+        self._special_texts = {
+            int(i): str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        }
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         self._of_bytes = type(decoder).__name__ == "ByteLevel"
         self._known: dict[tuple[int, int], bytes] = {}
 
-    def added(self, before: int, token: int) -> bytes:
+    def added_bytes(self, before: int, token: int) -> bytes:
         """The bytes that a token adds after the one before it."""
         key = (-1 if self._of_bytes else before, token)
         addition = self._known.get(key)
@@ -41,8 +43,8 @@ class TokenText:
         return addition
 
     def _added(self, before: int, token: int) -> bytes:
-        if token in self._written:
-            return self._written[token].encode()
+        if token in self._special_texts:
+            return self._special_texts[token].encode()
         if self._of_bytes:
             return token_bytes(self._tokenizer(), token) or b""
         both, first = self._decode(before, token), self._decode(before)

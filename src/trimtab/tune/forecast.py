@@ -25,18 +25,18 @@ from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.controls import means_for, random_like
 from trimtab.evaluate.divergence import Reference, divergence, reference
-from trimtab.learn.activations import read_each
+from trimtab.learn.activations import read_activations
 from trimtab.methods.caa import answer_texts
 from trimtab.methods.instruct import prompt_texts
 from trimtab.steering import Site, Steering
 from trimtab.text.pairs import Pair, Pairs, as_pairs
-from trimtab.tune.nats import factor_at
+from trimtab.tune.nats import find_factor
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
     from trimtab.text.chat import Prompt
 
-READ_BY = ("caa", "instruct")
+SUPPORTED_METHODS = ("caa", "instruct")
 """Methods that learn the mean difference that is examined here."""
 LAYERS = 3
 """The pairs are read at this many of a steering's layers at most, evenly spaced."""
@@ -170,16 +170,16 @@ def predictors(
     pair_list = as_pairs(pairs)
     if len(pair_list) < LEAST:
         raise TrimtabError(f"{len(pair_list)} pairs are too few for a forecast; {LEAST} are needed")
-    agree, separation, auc = separated(lm, pair_list, steering.layers)
+    agree, separation, auc = separation_statistics(lm, pair_list, steering.layers)
     measured = reference(lm, list(prompts), tokens=TOKENS) if base is None else base
-    seen: dict[float, float] = {}
+    divergence_by_factor: dict[float, float] = {}
 
-    def far(factor: float) -> float:
-        if factor not in seen:
-            seen[factor] = divergence(lm, factor * steering, measured).p95
-        return seen[factor]
+    def divergence_at(factor: float) -> float:
+        if factor not in divergence_by_factor:
+            divergence_by_factor[factor] = divergence(lm, factor * steering, measured).p95
+        return divergence_by_factor[factor]
 
-    factor = factor_at(far, NATS, 0.1)
+    factor = find_factor(divergence_at, NATS, 0.1)
     other = factor * random_like(steering, seed, means_for(lm, [steering], prompts))
     random = divergence(lm, other, measured).p95
     tiny = 1e-9
@@ -187,26 +187,26 @@ def predictors(
         agree,
         separation,
         auc,
-        math.log(max(far(factor), tiny) / max(random, tiny)),
-        math.log2(max(far(factor), tiny) / max(far(factor / 2), tiny)),
+        math.log(max(divergence_at(factor), tiny) / max(random, tiny)),
+        math.log2(max(divergence_at(factor), tiny) / max(divergence_at(factor / 2), tiny)),
     )
 
 
-def separated(lm: LM, pairs: Sequence[Pair], layers: Sequence[int]) -> tuple[float, float, float]:
+def separation_statistics(lm: LM, pairs: Sequence[Pair], layers: Sequence[int]) -> tuple[float, float, float]:
     """Agreement, d' and AUC of held-out pairs along the mean difference of the others, as means over layers.
 
     The pairs are split into halves. Neighboring pairs stay together, since they may be one question in two orders. The
     activations are those of the residual stream, at the letter, the answer's last token, or the prompt's.
     """
-    read = prompt_texts(lm, pairs) if pairs[0].shape == "prompts" else answer_texts(lm, pairs)
+    texts = prompt_texts(lm, pairs) if pairs[0].shape == "prompts" else answer_texts(lm, pairs)
     chosen = [layers[i * len(layers) // LAYERS] for i in range(LAYERS)] if len(layers) > LAYERS else list(layers)
-    values = _read(lm, read, chosen)
-    figures = [held_out(values[layer]) for layer in chosen]
+    values = _read(lm, texts, chosen)
+    figures = [held_out_statistics(values[layer]) for layer in chosen]
     agree, separation, auc = (sum(column) / len(figures) for column in zip(*figures, strict=True))
     return agree, separation, auc
 
 
-def held_out(values: Tensor) -> tuple[float, float, float]:
+def held_out_statistics(values: Tensor) -> tuple[float, float, float]:
     """Agreement, d' and AUC of pairs `[pairs, 2, width]`, positive first, along the other half's direction."""
     half = torch.tensor([i // 2 % 2 == 1 for i in range(len(values))])
     results = []
@@ -229,7 +229,7 @@ def held_out(values: Tensor) -> tuple[float, float, float]:
 
 def _read(lm: LM, groups: Sequence[tuple[Text, Text]], layers: Sequence[int]) -> dict[int, Tensor]:
     """`[pairs, 2, width]` at each layer, float64: for each text, the mean over the tokens that are read."""
-    activations = read_each(lm, groups, [Site(layer) for layer in layers], pooled=True)
+    activations = read_activations(lm, groups, [Site(layer) for layer in layers], pooled=True)
     return {site.layer: torch.stack([torch.cat(both) for both in pairs]) for site, pairs in activations.items()}
 
 
@@ -256,12 +256,12 @@ def fit(cases: Sequence[Case], penalty: float = 1.0) -> dict[str, Any]:
             f"of {len(cases)} bench results {sum(case.worked for case in cases)} worked; a fit needs both outcomes"
         )
     fitted = _fit(cases, penalty)
-    chances, worked = left_out(cases, penalty)
+    chances, worked = cross_validated_chances(cases, penalty)
     auc = round(auc_of(chances, worked), 6)
     return {**fitted, "names": list(NAMES), "results": len(cases), "worked": sum(worked), "auc": auc}
 
 
-def left_out(cases: Sequence[Case], penalty: float = 1.0) -> tuple[list[float], list[bool]]:
+def cross_validated_chances(cases: Sequence[Case], penalty: float = 1.0) -> tuple[list[float], list[bool]]:
     """Each case's chance by the fit to all other tasks, and whether it worked."""
     chances, worked = [], []
     for task in dict.fromkeys(case.task for case in cases):

@@ -55,19 +55,19 @@ class Guard:
             ("answers cut off", self.cut, lambda answer: answer.cut),
         )
         for what, limit, measure in rules:
-            here, there = mean(map(measure, steered)), mean(map(measure, unsteered))
-            if limit is not None and here > there + limit + 1e-9:
-                reasons.append(f"{what}: {here:.0%}, unsteered {there:.0%}")
+            steered_value, unsteered_value = mean(map(measure, steered)), mean(map(measure, unsteered))
+            if limit is not None and steered_value > unsteered_value + limit + 1e-9:
+                reasons.append(f"{what}: {steered_value:.0%}, unsteered {unsteered_value:.0%}")
         return tuple(reasons)
 
     def _perplexity(self, steered: Sequence[Fluency], unsteered: Sequence[Fluency]) -> list[str]:
-        here, there = median_perplexity(steered), median_perplexity(unsteered)
-        if here is None or there is None:
+        steered_value, unsteered_value = median_perplexity(steered), median_perplexity(unsteered)
+        if steered_value is None or unsteered_value is None:
             return []  # all answers are empty: another limit covers that
-        if self.perplexity is not None and here > self.perplexity * there:
-            return [f"perplexity too high: {here:.3g}, unsteered {there:.3g}"]
-        if self.certainty is not None and math.log(here) < self.certainty * math.log(there):
-            return [f"perplexity too low: {here:.3g}, unsteered {there:.3g}"]
+        if self.perplexity is not None and steered_value > self.perplexity * unsteered_value:
+            return [f"perplexity too high: {steered_value:.3g}, unsteered {unsteered_value:.3g}"]
+        if self.certainty is not None and math.log(steered_value) < self.certainty * math.log(unsteered_value):
+            return [f"perplexity too low: {steered_value:.3g}, unsteered {unsteered_value:.3g}"]
         return []
 
 

@@ -41,7 +41,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Halved(Generic[R]):
+class HalvingResult(Generic[R]):
     """The result of a search.
 
     `best` is a candidate's index, 0 for "don't steer". `results[c]` are candidate c's results on the items 0, 1, … that
@@ -75,7 +75,7 @@ def ladder(candidates: int, items: int, *, first: int = 6, keep: float = 0.5) ->
         seen = min(items, max(seen + 1, math.floor(seen / keep)))
 
 
-def rows_of(candidates: int, rungs: Sequence[Rung]) -> int:
+def count_answers(candidates: int, rungs: Sequence[Rung]) -> int:
     """The total number of answers of a schedule, including those of "don't steer"."""
     total, seen, alive = 0, 0, candidates
     for rung in rungs:
@@ -93,8 +93,8 @@ def halve(
     ties: Sequence[float] | None = None,
     rows: int = 64,
     afford: Callable[[int], bool] = lambda _: True,
-    after: Callable[[int, int, int], None] | None = None,
-) -> Halved[R]:
+    on_rung: Callable[[int, int, int], None] | None = None,
+) -> HalvingResult[R]:
     """Run the schedule over candidates 0 … `candidates`, of which 0 is "don't steer".
 
     `evaluate(candidates, items)` returns a list of results for each candidate, one per item. It is called once for each
@@ -147,14 +147,14 @@ def halve(
                     results[candidate] += new
             if exhausted:
                 break
-            if after is not None:
-                after(number, len(alive), min([BASELINE, *alive], key=rank))
+            if on_rung is not None:
+                on_rung(number, len(alive), min([BASELINE, *alive], key=rank))
             if number + 1 < len(rungs):
                 alive = sorted(sorted(alive, key=rank)[: rung.survivors])
     except KeyboardInterrupt:
         interrupted = True
     best = min([BASELINE, *alive], key=rank)
-    return Halved(
+    return HalvingResult(
         best=best,
         results=tuple(tuple(row) for row in results),
         standings=tuple(stand(candidate) for candidate in range(candidates + 1)),

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from trimtab.engines.contract import check_length
 from trimtab.engines.request import Choice, NextToken
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.ab import share
+from trimtab.evaluate.ab import matching_share
 from trimtab.keywords import keywords
 from trimtab.steering import Steering
-from trimtab.text.answers import ask_side
+from trimtab.text.answers import side_question
 from trimtab.text.letters import letter_of
 from trimtab.text.pairs import Pair, Pairs, as_pairs, sides
 from trimtab.tune.candidates import Candidate
@@ -86,10 +86,10 @@ def _choice(lm: LM, pair: Pair) -> Choice:
     check_one_question([pair])
     first, second = sides(pair)
     matching, other = letter_of(first.answer), letter_of(second.answer)
-    question = ask_side(lm.tokenizer, first, (matching, other))
+    question = side_question(lm.tokenizer, first, (matching, other))
     check_length(lm.layout, len(question.ids), "a question")
     return Choice(question.ids, len(question.prompt), (question.letters[matching], question.letters[other]))
 
 
 def _outcome(token: NextToken) -> Outcome:
-    return Outcome(score=share(*token.logprobs), dose=token.applied.dose_if_measured, tokens=1)
+    return Outcome(score=matching_share(*token.logprobs), dose=token.applied.dose_if_measured, tokens=1)

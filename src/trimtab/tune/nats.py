@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.divergence import TOKENS, Divergence, Reference, divergence, reference
-from trimtab.keywords import keywords, outside
+from trimtab.keywords import caller_stacklevel, keywords
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CLOSE = 0.02
 """Tolerance: a divergence this close to the requested one, as a share of it, is accepted."""
 HALVINGS = 24
-LEAST, MOST = 2.0**-16, 2.0**16
+MIN_FACTOR, MAX_FACTOR = 2.0**-16, 2.0**16
 """The smallest and the largest factor that are tried."""
 BELOW = 3
 """This many doublings of the strength below the chosen one are measured, to detect a divergence that falls."""
@@ -89,51 +89,52 @@ def at_nats(
     if isinstance(nats, bool) or not isinstance(nats, (int, float)) or not (math.isfinite(nats) and nats > 0):
         raise TrimtabError(f"a divergence is a number of nats above 0, such as 1, got {nats!r}")
     base = reference(lm, prompts, tokens=tokens, system=system, chat=chat)
-    seen: dict[float, Divergence] = {}
+    divergence_by_factor: dict[float, Divergence] = {}
 
-    def far(factor: float) -> float:
-        if factor not in seen:
-            seen[factor] = divergence(lm, factor * steering, base, transfer=transfer)
-        return seen[factor].p95
+    def divergence_at(factor: float) -> float:
+        if factor not in divergence_by_factor:
+            divergence_by_factor[factor] = divergence(lm, factor * steering, base, transfer=transfer)
+        return divergence_by_factor[factor].p95
 
     with lm._caching_prefixes():
-        factor = factor_at(far, nats)
-    tried = tuple(sorted((at_factor, value.p95) for at_factor, value in seen.items()))
-    result = AtNats(factor * steering, factor, seen[factor], tried)
+        factor = find_factor(divergence_at, nats)
+    tried = tuple(sorted((at_factor, value.p95) for at_factor, value in divergence_by_factor.items()))
+    result = AtNats(factor * steering, factor, divergence_by_factor[factor], tried)
     if not result.monotone:
         warnings.warn(
             "the divergence doesn't grow with the strength everywhere: "
             + ", ".join(f"{value:.2g} nats at {at_factor:.3g}" for at_factor, value in tried)
             + f"; using the weakest strength that was found to reach {nats:g}",
             NotMonotoneWarning,
-            stacklevel=outside(),
+            stacklevel=caller_stacklevel(),
         )
     return result
 
 
-def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) -> float:
-    """The factor at which `far(factor)`, a divergence, is `nats` within a share `close`, or the closest that was found.
+def find_factor(divergence_at: Callable[[float], float], nats: float, tolerance: float = CLOSE) -> float:
+    """The factor at which `divergence_at(factor)`, a divergence, is `nats` within a share `tolerance`, or the closest
+    that was found.
 
     Args:
-        far: The divergence at a factor, in nats; called with the same factor more than once.
+        divergence_at: The divergence at a factor, in nats; called with the same factor more than once.
         nats: The divergence to reach.
-        close: The tolerance, as a share of `nats`.
+        tolerance: The tolerance, as a share of `nats`.
 
     Raises:
-        TrimtabError: No factor up to `MOST` reaches that divergence.
+        TrimtabError: No factor up to `MAX_FACTOR` reaches that divergence.
     """
-    high = _reaching(far, nats)
+    high = _first_reaching_factor(divergence_at, nats)
     low, factor = high / 2, high
     distances = {}
     for _ in range(HALVINGS):
-        distances[factor] = far(factor)
-        if abs(distances[factor] - nats) <= close * nats:
+        distances[factor] = divergence_at(factor)
+        if abs(distances[factor] - nats) <= tolerance * nats:
             break
         if distances[factor] < nats:
             low = factor
         else:
             high = factor
-        factor = _between((low, far(low)), (high, far(high)), nats)
+        factor = _between((low, divergence_at(low)), (high, divergence_at(high)), nats)
     return min(distances, key=lambda candidate: abs(distances[candidate] - nats))
 
 
@@ -155,22 +156,23 @@ def monotone(tried: Sequence[tuple[float, float]]) -> bool:
     return True
 
 
-def _reaching(far: Callable[[float], float], nats: float) -> float:
+def _first_reaching_factor(divergence_at: Callable[[float], float], nats: float) -> float:
     """The smallest power of 2 that reaches `nats`, searching up from below `BELOW` consecutive ones that don't."""
     factor, below = 1.0, 0
-    if far(1.0) == 0 and far(MOST) == 0:
+    if divergence_at(1.0) == 0 and divergence_at(MAX_FACTOR) == 0:
         raise TrimtabError(
-            f"even at {MOST:g} times its strength the steering changes nothing on these prompts: its vectors are 0 (for"
-            " example, because nothing useful was learned), or it acts where it has no effect on the answers"
+            f"even at {MAX_FACTOR:g} times its strength the steering changes nothing on these prompts: its vectors are"
+            " 0 (for example, because nothing useful was learned), or it acts where it has no effect on the answers"
         )
-    while factor > LEAST and below < BELOW:
-        below = below + 1 if far(factor) < nats else 0
+    while factor > MIN_FACTOR and below < BELOW:
+        below = below + 1 if divergence_at(factor) < nats else 0
         factor /= 2
-    while far(factor) < nats:
-        if factor >= MOST:
+    while divergence_at(factor) < nats:
+        if factor >= MAX_FACTOR:
             raise TrimtabError(
-                f"at {factor:g} times its strength the steering's divergence is only {far(factor):.2g} nats on these"
-                f" prompts (95th percentile), so {nats:g} nats can't be reached; ask for less, or give a strength"
+                f"at {factor:g} times its strength the steering's divergence is only {divergence_at(factor):.2g} nats"
+                f" on these prompts (95th percentile), so {nats:g} nats can't be reached; ask for less, or give a"
+                " strength"
             )
         factor *= 2
     return factor

@@ -37,12 +37,12 @@ def split_by_query(groups: Sequence[Hashable], *, held_out: float = 0.5, seed: i
         raise TrimtabError("all prompts have the same base query, so none can be held out; give more, or held_out=0")
     random.Random(seed).shuffle(names)
     count = min(len(names) - 1, max(1, round(held_out * len(names)))) if held_out else 0
-    place = {name: i for i, name in enumerate(names)}
-    order = sorted(range(len(groups)), key=lambda i: (place[groups[i]], i))
+    rank_of = {name: i for i, name in enumerate(names)}
+    order = sorted(range(len(groups)), key=lambda i: (rank_of[groups[i]], i))
     kept = len(names) - count
     return Split(
-        search=tuple(i for i in order if place[groups[i]] < kept),
-        held_out=tuple(i for i in order if place[groups[i]] >= kept),
+        search=tuple(i for i in order if rank_of[groups[i]] < kept),
+        held_out=tuple(i for i in order if rank_of[groups[i]] >= kept),
     )
 
 

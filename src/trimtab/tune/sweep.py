@@ -161,13 +161,13 @@ def sweep(
             progress=progress,
             **options,
         )
-    read = fluencies(lm, prompt_list * len(steerings), answers, system=system, chat=chat)
+    fluency_list = fluencies(lm, prompt_list * len(steerings), answers, system=system, chat=chat)
     parts = [slice(n * len(prompt_list), (n + 1) * len(prompt_list)) for n in range(len(steerings))]
-    plain = read[parts[0]]
+    unsteered_fluency = fluency_list[parts[0]]
     rows = []
     for (layer, strength, scaled), part in zip([(None, 0.0, None), *candidates], parts, strict=True):
-        broken = guard.broken(read[part], plain) if guard is not None and scaled is not None else ()
-        rows.append(_row(layer, strength, scaled, answers[part], read[part], check, broken))
+        broken = guard.broken(fluency_list[part], unsteered_fluency) if guard is not None and scaled is not None else ()
+        rows.append(_row(layer, strength, scaled, answers[part], fluency_list[part], check, broken))
     return Sweep(tuple(rows[1:]), rows[0], tuple(prompt_list))
 
 
@@ -200,24 +200,24 @@ def _row(
     strength: float,
     steering: Steering | None,
     answers: Sequence[Generation],
-    read: Sequence[Fluency],
+    fluency_list: Sequence[Fluency],
     check: Check | None,
     broken: tuple[str, ...],
 ) -> SweepRow:
     return SweepRow(
         layer=layer,
         strength=strength,
-        passed=None if check is None else mean(_checked(check, answer.text) for answer in answers),
+        passed=None if check is None else mean(_check_score(check, answer.text) for answer in answers),
         dose=mean(answer.applied.dose_if_measured for answer in answers),
-        repeated=mean(fluency.repeated for fluency in read),
-        perplexity=median_perplexity(read),
+        repeated=mean(fluency.repeated for fluency in fluency_list),
+        perplexity=median_perplexity(fluency_list),
         broken=broken,
         steering=steering,
         answers=tuple(answers),
     )
 
 
-def _checked(check: Check, text: str) -> float:
+def _check_score(check: Check, text: str) -> float:
     said: Any = check(text)
     try:
         score = float(said)

@@ -15,7 +15,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.decision import Decision, decide, in_words
+from trimtab.evaluate.decision import Decision, decide, describe_decision
 from trimtab.evaluate.fluency import Fluency, fluencies
 from trimtab.evaluate.intervals import Interval
 from trimtab.lm import DoseWarning
@@ -23,7 +23,7 @@ from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 from trimtab.tune.candidates import Candidate, Setting
 from trimtab.tune.guard import STANDARD, Guard, median_perplexity
-from trimtab.tune.halving import BASELINE, Halved, Rung, Standing, halve, ladder, rows_of
+from trimtab.tune.halving import BASELINE, HalvingResult, Rung, Standing, count_answers, halve, ladder
 from trimtab.tune.split import Split, digest_of, split_by_query
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ Trial = Callable[[Sequence["Steering | None"], Sequence[int], Progress], list[Ou
 
 
 @dataclass(frozen=True)
-class Tried:
+class CandidateResult:
     """One candidate in the search. `setting` is `None` for "don't steer".
 
     `score` and `unsteered` are means over the same `items`, `dose` is the mean of `‖edit‖ / ‖activation‖`, `perplexity`
@@ -125,7 +125,7 @@ class Tuned:
     steering: Steering | None
     setting: Setting | None
     reason: str
-    table: tuple[Tried, ...]
+    table: tuple[CandidateResult, ...]
     held_out: HeldOut | None
     split: Split
     interrupted: bool
@@ -179,9 +179,9 @@ def tune(
     anything that `lm.generate` rejects.
     """
     prompts = list(prompts)
-    after = prompts if contexts is None else list(contexts)
-    if len(after) != len(prompts):
-        raise TrimtabError(f"{len(after)} contexts for {len(prompts)} prompts; give one for each")
+    context_list = prompts if contexts is None else list(contexts)
+    if len(context_list) != len(prompts):
+        raise TrimtabError(f"{len(context_list)} contexts for {len(prompts)} prompts; give one for each")
 
     def trial(steerings: Sequence[Steering | None], items: Sequence[int], progress: Progress) -> list[Outcome]:
         with warnings.catch_warnings():
@@ -196,7 +196,7 @@ def tune(
                 transfer=transfer,
                 **options,
             )
-        read = fluencies(lm, [after[i] for i in items], answers) if guard else [None] * len(answers)
+        fluency_list = fluencies(lm, [context_list[i] for i in items], answers) if guard else [None] * len(answers)
         return [
             Outcome(
                 score=float(check(i, answer.text, answer.finish_reason == "length")),
@@ -204,7 +204,7 @@ def tune(
                 tokens=len(answer.token_ids),
                 fluency=fluency,
             )
-            for i, answer, fluency in zip(items, answers, read, strict=True)
+            for i, answer, fluency in zip(items, answers, fluency_list, strict=True)
         ]
 
     names = [str(prompt) for prompt in prompts] if groups is None else list(groups)
@@ -255,13 +255,18 @@ def search(
             f"the last rung needs {steps[-1].items} prompts, but only {len(split.search)} are available for the search"
         )
     steerings = [None, *(candidate.steering for candidate in candidates)]
-    last_word = 2 * len(split.held_out)
+    confirmation_rows = 2 * len(split.held_out)
     meter = _Meter(
-        trial, tokens_each, budget_tokens, budget_seconds, rows_of(len(candidates), steps) + last_word, progress
+        trial,
+        tokens_each,
+        budget_tokens,
+        budget_seconds,
+        count_answers(len(candidates), steps) + confirmation_rows,
+        progress,
     )
-    meter.reserve(last_word)
+    meter.reserve(confirmation_rows)
     if not meter.afford_tokens(len(steerings)):
-        needed = (len(steerings) + last_word) * tokens_each
+        needed = (len(steerings) + confirmation_rows) * tokens_each
         raise TrimtabError(
             f"a budget of {budget_tokens} tokens doesn't cover one prompt with {len(candidates)} candidates and the"
             f" {len(split.held_out)} held-out ones: {needed} are needed, at {tokens_each} per answer; give more, or try"
@@ -275,13 +280,13 @@ def search(
 
     all_outcomes: list[list[Outcome]] = [[] for _ in steerings]  # for the report of a round
 
-    def kept(chosen: list[int], items: list[int]) -> list[list[Outcome]]:
+    def evaluate_and_record(chosen: list[int], items: list[int]) -> list[list[Outcome]]:
         evaluated = evaluate(chosen, items)
         for c, outcomes in zip(chosen, evaluated, strict=True):
             all_outcomes[c] += outcomes
         return evaluated
 
-    def after(rung: int, alive: int, best: int) -> None:
+    def report_round(rung: int, alive: int, best: int) -> None:
         if on_round is not None:
             means = [mean(outcome.score for outcome in all_outcomes[c]) for c in (best, BASELINE)]
             setting = None if best == BASELINE else candidates[best - 1].setting
@@ -290,12 +295,12 @@ def search(
     halved = halve(
         len(candidates),
         steps,
-        kept,
+        evaluate_and_record,
         lambda steered, unsteered: _standing(guard, steered, unsteered),
         ties=[0, *(candidate.setting.layer for candidate in candidates)],
         rows=rows,
         afford=meter.afford,
-        after=after,
+        on_rung=report_round,
     )
     chosen = None if halved.best == BASELINE else candidates[halved.best - 1]
     confirmed, interrupted = None, halved.interrupted
@@ -314,7 +319,7 @@ def search(
             "chosen": asdict(setting),
             "columns": list(COLUMNS),
             "table": [_compact(row) for row in table],
-            "held_out": None if confirmed is None else _plain(asdict(confirmed)),
+            "held_out": None if confirmed is None else _json_value(asdict(confirmed)),
             "split": {
                 "seed": seed,
                 "search": digest_of(groups, split.search),
@@ -365,12 +370,12 @@ class _Meter:
         return self.afford_tokens(rows)
 
     def run(self, steerings: Sequence[Steering | None], items: Sequence[int]) -> list[Outcome]:
-        outcomes = self._trial(steerings, items, lambda done, _: self._say(self.answers + done))
+        outcomes = self._trial(steerings, items, lambda done, _: self._report(self.answers + done))
         self.answers += len(outcomes)
         self.tokens += sum(outcome.tokens for outcome in outcomes)
         return outcomes
 
-    def _say(self, done: int) -> None:
+    def _report(self, done: int) -> None:
         if self._progress is not None:
             self._progress(done, self._total)
 
@@ -384,10 +389,10 @@ def _standing(guard: Guard | None, steered: Sequence[Outcome], unsteered: Sequen
 
 
 def _broken(guard: Guard | None, steered: Sequence[Outcome], unsteered: Sequence[Outcome]) -> tuple[str, ...]:
-    read, plain = (
+    steered_fluency, unsteered_fluency = (
         [outcome.fluency for outcome in side if outcome.fluency is not None] for side in (steered, unsteered)
     )
-    return guard.broken(read, plain) if guard is not None and read else ()
+    return guard.broken(steered_fluency, unsteered_fluency) if guard is not None and steered_fluency else ()
 
 
 def _confirm(
@@ -402,7 +407,7 @@ def _confirm(
 
 
 def _verdict(
-    halved: Halved[Outcome],
+    halved: HalvingResult[Outcome],
     chosen: Candidate | None,
     confirmed: HeldOut | None,
     interrupted: bool,
@@ -426,24 +431,26 @@ def _verdict(
         assert confirmed.decision is not None
         decision, where = confirmed.decision, "held-out prompts"
     else:
-        decision, where = _searched(halved, groups), "prompts searched on"
-    said = in_words(decision, where) + ("" if confirmed is not None or interrupted else "; nothing was held out")
+        decision, where = _decide_on_search(halved, groups), "prompts searched on"
+    summary = describe_decision(decision, where) + (
+        "" if confirmed is not None or interrupted else "; nothing was held out"
+    )
     if interrupted and confirmed is None:
         return (
             True,
-            f"{decision.after:.2f} instead of {decision.before:.2f}; interrupted before it was confirmed ({said})",
+            f"{decision.after:.2f} instead of {decision.before:.2f}; interrupted before it was confirmed ({summary})",
         )
     if not decision.better:
-        return False, f"{chosen.setting}: {said}"
+        return False, f"{chosen.setting}: {summary}"
     if not decision.difference.estimate > margin:
         return (
             False,
-            f"{chosen.setting}: {said}, but a gain of {decision.difference.estimate:+.2f} is not above {margin:g}",
+            f"{chosen.setting}: {summary}, but a gain of {decision.difference.estimate:+.2f} is not above {margin:g}",
         )
-    return True, said
+    return True, summary
 
 
-def _searched(halved: Halved[Outcome], groups: Sequence[Hashable]) -> Decision:
+def _decide_on_search(halved: HalvingResult[Outcome], groups: Sequence[Hashable]) -> Decision:
     """The test on the same prompts that the setting was chosen on, corrected for the number of settings tried."""
     mine = halved.results[halved.best]
     before = [outcome.score for outcome in halved.results[BASELINE][: len(mine)]]
@@ -451,28 +458,28 @@ def _searched(halved: Halved[Outcome], groups: Sequence[Hashable]) -> Decision:
     return decide(before, [outcome.score for outcome in mine], groups=groups[: len(mine)], candidates=max(1, tried))
 
 
-def _table(candidates: Sequence[Candidate], halved: Halved[Outcome]) -> tuple[Tried, ...]:
+def _table(candidates: Sequence[Candidate], halved: HalvingResult[Outcome]) -> tuple[CandidateResult, ...]:
     base = halved.results[BASELINE]
     rows = []
     for c, (results, standing) in enumerate(zip(halved.results, halved.standings, strict=True)):
         if standing is None:
             continue
-        read = [outcome.fluency for outcome in results if outcome.fluency is not None]
+        fluency_list = [outcome.fluency for outcome in results if outcome.fluency is not None]
         rows.append(
-            Tried(
+            CandidateResult(
                 setting=None if c == BASELINE else candidates[c - 1].setting,
                 items=len(results),
                 score=standing.score,
                 unsteered=mean(outcome.score for outcome in base[: len(results)]),
                 dose=standing.dose,
-                perplexity=median_perplexity(read),
+                perplexity=median_perplexity(fluency_list),
                 broken=standing.broken,
             )
         )
     return tuple(rows)
 
 
-def _compact(row: Tried) -> list[Any]:
+def _compact(row: CandidateResult) -> list[Any]:
     """A row in the order of `COLUMNS`, with values that JSON can hold."""
     setting = row.setting
     where = (
@@ -480,14 +487,14 @@ def _compact(row: Tried) -> list[Any]:
         if setting is None
         else [setting.operation, setting.positions, setting.layer, setting.strength]
     )
-    return _plain([*where, row.items, row.score, row.unsteered, row.dose, row.perplexity, list(row.broken)])
+    return _json_value([*where, row.items, row.score, row.unsteered, row.dose, row.perplexity, list(row.broken)])
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_json_value(item) for item in value]
     return value

@@ -66,9 +66,9 @@ def metric(vllm: Any, name: str) -> float:
 
 
 def rig(vllm: Any) -> Any:
-    from trimtab.engines.vllm.operator import RIGS
+    from trimtab.engines.vllm.operator import MANAGERS
 
-    return RIGS[-1]
+    return MANAGERS[-1]
 
 
 def assert_nothing_is_left(vllm: Any) -> None:

@@ -26,12 +26,12 @@ from trimtab import Ablate, Add, Site, Threshold, TrimtabError
 from trimtab.engines.vllm import worker
 from trimtab.engines.vllm.capacity import KERNELS, Capacity
 from trimtab.engines.vllm.fused import Fused, check_fused
-from trimtab.engines.vllm.rig import Chunks, Rig
+from trimtab.engines.vllm.steering_manager import Chunks, SteeringManager
 
 ALL = replace(KERNELS["all"], rank=8, steps=3)
 
 
-def fused(capacity: Capacity, dtype: torch.dtype) -> Rig:
+def fused(capacity: Capacity, dtype: torch.dtype) -> SteeringManager:
     fused_rig = static_rig(capacity, slots=80, maps=80, dtype=dtype, captured=256)
     assert fused_rig.counts is not None
     fused_rig.fused = Fused(fused_rig.bank, fused_rig.maps, fused_rig.counts, fused_rig.kept)

@@ -40,10 +40,10 @@ from trimtab.engines.vllm.forms import capacity_for, forms_of
 from trimtab.engines.vllm.frontend import Link, Names, send
 from trimtab.engines.vllm.lm import VllmLM
 from trimtab.engines.vllm.maps import Maps
-from trimtab.engines.vllm.program import Identified
-from trimtab.engines.vllm.rig import Chunks, Rig
+from trimtab.engines.vllm.program import IdentifiedEdit
 from trimtab.engines.vllm.settings import settings_from_environment
 from trimtab.engines.vllm.shards import Shard
+from trimtab.engines.vllm.steering_manager import Chunks, SteeringManager
 from trimtab.engines.vllm.wire import Reading, Wire
 from trimtab.steering import emphasis
 
@@ -121,16 +121,16 @@ def edits(kind: str) -> list[Edit]:
     ]
 
 
-def steered(block: nn.Module, static: bool) -> Rig:
+def steered(block: nn.Module, static: bool) -> SteeringManager:
     """A rig at all sites of two blocks, the second of which is this one."""
     places = find_places({0: Block(), 1: block}, WIDTH, INSIDE)
     sites = {site: place.width for site, place in places.items()}
     device = torch.device("cpu")
     bank = Bank((0, 1), WIDTH, 8, 64, torch.float64, device)
     maps = Maps(ALL, sites, 8, 64, torch.float64, device) if static else None
-    worker = Rig(sites, torch.float64, device, bank, static, ALL, maps)
-    operator.RIGS.append(worker)
-    attach(places, len(operator.RIGS) - 1)
+    worker = SteeringManager(sites, torch.float64, device, bank, static, ALL, maps)
+    operator.MANAGERS.append(worker)
+    attach(places, len(operator.MANAGERS) - 1)
     return worker
 
 
@@ -160,19 +160,19 @@ class TestActing:
                 buffer.copy_(x)
                 graph.replay()
                 worker.end()
-                read = worker.take("r")[Site(1, kind)]
+                read = worker.pop_reading("r")[Site(1, kind)]
                 torch.testing.assert_close(read, wanted[1][[1, 4]])
                 return
             outcome = block(x)
             receipt = worker.end()
         assert receipt is not None
-        assert receipt.settle() == {}
+        assert receipt.resolve_faults() == {}
         torch.testing.assert_close(sum(outcome), sum(wanted[0]))
         assert torch.equal(sum(outcome)[3:], sum(plain)[3:])
         changed = not torch.equal(sum(wanted[0])[:3], sum(plain)[:3])  # a gate may be shut at all three
         assert torch.equal(sum(outcome)[:3], sum(plain)[:3]) != changed
         assert changed or number == 2
-        torch.testing.assert_close(worker.take("r")[Site(1, kind)], wanted[1][[1, 4]])
+        torch.testing.assert_close(worker.pop_reading("r")[Site(1, kind)], wanted[1][[1, 4]])
 
     def naive(self, block: Any, x: torch.Tensor, edit: Edit) -> tuple[Any, torch.Tensor]:
         """The block's outcome, and what stands at the site, with the edit's formula in hooks that loop over tokens."""
@@ -217,7 +217,7 @@ class TestActing:
             block(torch.randn(5, WIDTH, dtype=torch.float64))
         receipt = worker.end()
         assert receipt is not None
-        assert "at heads[1] the steering should have run once" in receipt.settle()["a"]
+        assert "at heads[1] the steering should have run once" in receipt.resolve_faults()["a"]
 
 
 class TestFinding:
@@ -289,7 +289,7 @@ def test_each_worker_does_its_part() -> None:
             assert sites[Site(1, "heads")] == HEADS // 2
             bank = Bank((1,), WIDTH, 8, 64, torch.float64, torch.device("cpu"))
             shard = Shard({"heads": HEADS, "neurons": NEURONS}, 2, rank)
-            worker = Rig(sites, torch.float64, torch.device("cpu"), bank, shard=shard)
+            worker = SteeringManager(sites, torch.float64, torch.device("cpu"), bank, shard=shard)
             start(worker, "a", Steering((edit,)), 5)
             worker.begin(Chunks(["a"], [0], [5]))
             parts.append(x.chunk(2, -1)[rank].clone())
@@ -306,9 +306,9 @@ def test_heads_of_keys_that_several_workers_have() -> None:
     vector = torch.arange(float(KEYS))
     for rank in range(6):
         shard = Shard({"keys": KEYS}, 6, rank, {"keys": 8})
-        part = shard.of(Identified("v", Edit(Site(1, "keys"), Add(vector)))).edit.operation
+        part = shard.of(IdentifiedEdit("v", Edit(Site(1, "keys"), Add(vector)))).edit.operation
         assert torch.equal(part.direction, vector[rank // 2 * 8 :][:8])
-        whole = Identified("s", Edit(Site(1, "keys"), ScaleKeys(2.0)))
+        whole = IdentifiedEdit("s", Edit(Site(1, "keys"), ScaleKeys(2.0)))
         assert shard.of(whole) == whole
 
 
@@ -324,7 +324,7 @@ class TestEmphasis:
             next(sent)
         part = done.value.value
         assert link.sent[part.digest] == by_keys(emphasized)
-        placed = link.place(Wire((part,)), 9)
+        placed = link.wire_for_prompt(Wire((part,)), 9)
         assert [(span.start, span.stop, span.banked, span.mapped) for span in placed.spans] == [
             (1, 3, False, True),
             (5, 6, False, True),
@@ -370,7 +370,7 @@ class TestEmphasis:
         assert capacity == Capacity(scales=True, layers=(1,))
         maps = Maps(capacity, {site: KEYS}, 3, 64, torch.float64, device)
         bank = Bank((1,), WIDTH, 3, 64, torch.float64, device)
-        worker = Rig({site: KEYS, Site(1): WIDTH}, torch.float64, device, bank, True, capacity, maps)
+        worker = SteeringManager({site: KEYS, Site(1): WIDTH}, torch.float64, device, bank, True, capacity, maps)
         start(worker, "a", 0.5 * emphasized, 5)
         worker.begin(Chunks(["a"], [0], [5]))
         x = torch.randn(5, KEYS, dtype=torch.float64)

@@ -34,7 +34,7 @@ from trimtab import (
     learn_repe,
 )
 from trimtab.engines.request import Batch, Choice, Text
-from trimtab.evaluate.ab import ABItem, requests_of, score_ab
+from trimtab.evaluate.ab import ABItem, ab_requests, score_ab
 from trimtab.evaluate.fluency import perplexities
 from trimtab.learn.activations import read_pooled
 from trimtab.methods.recipe import recipes
@@ -235,7 +235,7 @@ class TestScoring:
         arms = {"plain": None, "steered": self.STEERINGS[1], "system": None}
         answers = []
         for lm in (vllm, small):
-            requests = requests_of(lm, items, arms, {"system": "Say yes."})
+            requests = ab_requests(lm, items, arms, {"system": "Say yes."})
             answers.append(score_ab(lm, requests, items))
         for mine, other in zip(*answers, strict=True):
             assert (mine.arm, mine.item, mine.edits) == (other.arm, other.item, other.edits)

@@ -37,20 +37,20 @@ from trimtab.engines.vllm import emphasized, operator
 from trimtab.engines.vllm.attach import Place, attach
 from trimtab.engines.vllm.bank import Bank, Slots
 from trimtab.engines.vllm.capacity import Capacity
-from trimtab.engines.vllm.core import Failure, Room, block_keys, patch_core, patch_scheduler
+from trimtab.engines.vllm.core import Failure, SlotQueue, block_keys, patch_core, patch_scheduler
 from trimtab.engines.vllm.counting import RECEIPT, Receipt
 from trimtab.engines.vllm.endpoint import Endpoint
-from trimtab.engines.vllm.frontend import Link, Names, link_from, parse, send, tidy
+from trimtab.engines.vllm.frontend import Link, Names, drop_unused, link_from, parse, send
 from trimtab.engines.vllm.identity import identify
 from trimtab.engines.vllm.patched import patch_engines
-from trimtab.engines.vllm.program import compile_program, next_border, runs
+from trimtab.engines.vllm.program import compile_program, next_border, state_runs
 from trimtab.engines.vllm.requests import patch_request
-from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.rpc import run
 from trimtab.engines.vllm.settings import Settings, settings_from_environment
+from trimtab.engines.vllm.steering_manager import Chunks, SteeringManager
 from trimtab.engines.vllm.versions import SUPPORTED, check_version
-from trimtab.engines.vllm.wire import RESOLVED, Part, Reading, Wire, content_of, identified, wire_of
-from trimtab.engines.vllm.worker import _wrap_runner, unlike, unsupported
+from trimtab.engines.vllm.wire import RESOLVED_KEY, Part, Reading, Wire, content_of, identified_edits, wire_of
+from trimtab.engines.vllm.worker import _wrap_runner, config_problems, runner_problems
 from trimtab.files.steering_file import steering_from_bytes, steering_to_bytes
 from trimtab.steering import Card, Rotate, SetProjection, by_keys
 from trimtab.steering.identity import fingerprint, sampled_rows
@@ -71,19 +71,19 @@ def placed(acting: Steering, prompt_length: int, static: bool = False) -> tuple[
     """The wire of a steering for a prompt of this length, and its content."""
     digest, content, strengths = content_of(acting)
     part = Wire.from_plain({"parts": [[digest, list(strengths)]], "reading": None, "prompt_length": 0, "spans": []})
-    segments = compile_program(identified(part.parts[0], content), prompt_length)
-    wire = part.placed(segments, prompt_length, static=static)
+    segments = compile_program(identified_edits(part.parts[0], content), prompt_length)
+    wire = part.with_spans(segments, prompt_length, static=static)
     assert Wire.from_plain(wire.to_plain()) == wire
     return wire, content
 
 
-def rig(slots: int = 8, static: bool = False, dtype: torch.dtype = torch.float64) -> Rig:
+def rig(slots: int = 8, static: bool = False, dtype: torch.dtype = torch.float64) -> SteeringManager:
     device = torch.device("cpu")
     bank = Bank(range(LAYERS), WIDTH, slots, 64, dtype, device)
-    return Rig({Site(layer): WIDTH for layer in range(LAYERS)}, dtype, device, bank, static)
+    return SteeringManager({Site(layer): WIDTH for layer in range(LAYERS)}, dtype, device, bank, static)
 
 
-def start(worker: Rig, request: str, acting: Steering, prompt_length: int) -> None:
+def start(worker: SteeringManager, request: str, acting: Steering, prompt_length: int) -> None:
     wire, content = placed(acting, prompt_length)
     worker.steerings[wire.parts[0].digest] = content
     worker.start(request, wire)
@@ -92,14 +92,14 @@ def start(worker: Rig, request: str, acting: Steering, prompt_length: int) -> No
 class TestPrograms:
     def test_runs_cut_where_the_state_changes(self) -> None:
         wire, content = placed(steering((1, Add(direction(1)), RULES[4]), (1, Add(direction(2)), RULES[3])), 5)
-        segments = compile_program(identified(wire.parts[0], content), 5)
+        segments = compile_program(identified_edits(wire.parts[0], content), 5)
         assert [(s.start, s.stop) for s in segments] == [(4, 6), (6, 9), (9, None)]
         assert segments[0].state is segments[2].state
-        cut = [(n, state.key if state else None) for n, state in runs(segments, 3, 5)]
+        cut = [(n, state.key if state else None) for n, state in state_runs(segments, 3, 5)]
         first, second = segments[0].state.key, segments[1].state.key
         assert cut == [(1, None), (2, first), (2, second)]
-        assert list(runs(segments, 0, 3)) == [(3, None)]
-        assert [n for n, _ in runs(segments, 20, 2)] == [2]
+        assert list(state_runs(segments, 0, 3)) == [(3, None)]
+        assert [n for n, _ in state_runs(segments, 20, 2)] == [2]
         assert [next_border(segments, p) for p in (0, 5, 7, 10)] == [4, 6, 9, None]
 
     def test_a_key_tells_content_and_strength(self) -> None:
@@ -133,18 +133,18 @@ class TestKeys:
 class TestSlots:
     def test_they_are_counted_and_used_again(self) -> None:
         slots = Slots(3)
-        assert slots.take("a") == (1, True)
-        assert slots.take("b") == (2, True)
-        assert slots.take("a") == (1, False)
+        assert slots.acquire("a") == (1, True)
+        assert slots.acquire("b") == (2, True)
+        assert slots.acquire("a") == (1, False)
         with pytest.raises(TrimtabError, match="all 2 slots"):
-            slots.take("c")
+            slots.acquire("c")
         slots.release("a")
         with pytest.raises(TrimtabError, match="all 2 slots"):
-            slots.take("c")  # it still has a user
+            slots.acquire("c")  # it still has a user
         slots.release("a")
-        assert slots.take("a") == (1, False)  # nobody has needed it meanwhile
+        assert slots.acquire("a") == (1, False)  # nobody has needed it meanwhile
         slots.release("a")
-        assert slots.take("c") == (1, True)
+        assert slots.acquire("c") == (1, True)
         assert slots.used == 2
 
 
@@ -182,7 +182,7 @@ FAILURE = Failure("failed", "error", SimpleNamespace, Sent)
 
 
 def request(name: str, acting: Steering | None, static: bool = False) -> Any:
-    extra = {RESOLVED: placed(acting, 4, static)[0].to_plain()} if acting else None
+    extra = {RESOLVED_KEY: placed(acting, 4, static)[0].to_plain()} if acting else None
     params = SimpleNamespace(extra_args=extra)
     return SimpleNamespace(request_id=name, sampling_params=params, client_index=0)
 
@@ -227,8 +227,8 @@ class TestWaiting:
         assert list(scheduler.requests) == ["c"]
 
     def test_a_room_without_steering_is_never_full(self) -> None:
-        room = Room(1)
-        assert all(room.enter(request(str(i), None)) for i in range(9))
+        room = SlotQueue(1)
+        assert all(room.reserve(request(str(i), None)) for i in range(9))
 
 
 class TestCore:
@@ -346,10 +346,10 @@ class TestRig:
                     Site(layer), torch.full((4, WIDTH), float(first), dtype=torch.float64), torch.ones(4, WIDTH)
                 )
             worker.end()
-        readings = worker.take("r")
+        readings = worker.pop_reading("r")
         assert torch.equal(readings[Site(2)][:, 0], torch.tensor([1.0, 4.0], dtype=torch.float64))
         torch.testing.assert_close(readings[Site(1)][1], 4 + direction(1))
-        assert worker.take("r") == {}
+        assert worker.pop_reading("r") == {}
 
     def test_a_request_for_what_was_never_sent_is_an_error(self) -> None:
         with pytest.raises(TrimtabError, match="didn't receive"):
@@ -418,7 +418,7 @@ class Runner:
     comes as one that has yet to be waited for.
     """
 
-    def __init__(self, worker: Rig, second: bool = False, later: bool = False) -> None:
+    def __init__(self, worker: SteeringManager, second: bool = False, later: bool = False) -> None:
         self.rig, self.later = worker, later
         self.without: set[int] = set()
         self.twice: set[int] = set()
@@ -550,7 +550,7 @@ class TestCounting:
         assert self.step(scheduler, runner, Step({"a": 4}, {"a": new["a"]})) == {"a": 5}
         unseen = Step({"a": 1}, a=4)
         receipt = self.counted(runner, Step({"a": 1}, a=5))
-        assert "tokens 4 to 4 of this request were computed in a vLLM step" in receipt.settle()["a"]
+        assert "tokens 4 to 4 of this request were computed in a vLLM step" in receipt.resolve_faults()["a"]
         (sent,) = scheduler.update_from_output(unseen, SimpleNamespace(token=5)).values()
         assert "a worker computed 1 steered requests, but accounted for 0" in sent.outputs[0].stop_reason
 
@@ -572,7 +572,7 @@ class TestCounting:
     def test_a_worker_that_nobody_hears_raises(self) -> None:
         """The scheduler gets one worker's output; any other has nobody to send its receipt to."""
         runner = Runner(rig())
-        _wrap_runner(runner, runner.rig, heard=False)
+        _wrap_runner(runner, runner.rig, reports=False)
         start(runner.rig, "a", self.GIVEN, 4)
         runner.execute_model(Step({"a": 4}, {"a": (None, 0)}))
         runner.without.add(3)
@@ -587,14 +587,14 @@ class TestCounting:
         worker.apply(Site(1), torch.zeros(6, WIDTH, dtype=torch.float64), None)
         receipt = worker.end()
         assert receipt is not None
-        assert "behind block 2" in receipt.settle()["r"]
+        assert "behind block 2" in receipt.resolve_faults()["r"]
 
     def test_a_stage_answers_for_its_own_blocks(self) -> None:
         """Of a pipeline: the other blocks are other workers'."""
         device = torch.device("cpu")
         here = (0, 1)
         sites = {Site(layer): WIDTH for layer in here}
-        worker = Rig(sites, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
+        worker = SteeringManager(sites, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
         wire, content = placed(steering(*((layer, edit, RULES[0]) for layer in (1, 3) for edit in self.BOTH)), 6)
         worker.steerings[wire.parts[0].digest] = content
         worker.start("a", Wire(wire.parts, Reading("r", (Site(0), Site(3)), (1, 4)), 6, wire.spans))
@@ -606,8 +606,8 @@ class TestCounting:
                     worker.apply(Site(layer), torch.zeros(6, WIDTH, dtype=torch.float64), None)
             receipt = worker.end()
             assert receipt is not None
-            assert list(receipt.settle()) == ([] if missing is None else ["a"])
-        assert list(worker.take("r")) == [Site(0)]
+            assert list(receipt.resolve_faults()) == ([] if missing is None else ["a"])
+        assert list(worker.pop_reading("r")) == [Site(0)]
 
     BOTH = (Add(direction(1)), SetProjection(direction(2), 1.0))
 
@@ -642,20 +642,20 @@ class TestCounting:
 class TestCountingInGraphs:
     """Where captured graphs are replayed, Python doesn't run: they count by themselves."""
 
-    def captured(self, worker: Rig, layers: range = range(LAYERS)) -> tuple[Recorded, torch.Tensor]:
+    def captured(self, worker: SteeringManager, layers: range = range(LAYERS)) -> tuple[Recorded, torch.Tensor]:
         x = torch.zeros(8, WIDTH, dtype=torch.float64)
         with Recorded() as graph:
             for layer in layers:
                 worker.apply(Site(layer), x, None)
         return graph, x
 
-    def replayed(self, worker: Rig, graph: Recorded, first: int) -> dict[str, str]:
+    def replayed(self, worker: SteeringManager, graph: Recorded, first: int) -> dict[str, str]:
         worker.expect({"a": 1})
         worker.begin(Chunks(["b", "a"], [first, first], [1, 1]))
         graph.replay()
         receipt = worker.end()
         assert receipt is not None
-        return receipt.settle()
+        return receipt.resolve_faults()
 
     def test_replays_are_counted_and_steer(self) -> None:
         worker = rig(static=True)
@@ -768,7 +768,7 @@ class TestFrontEnd:
         engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None]})
         for strength in (1, 2):
             params = self.ask(engine, [{"name": "shout", "strength": strength}], names)
-            assert set(params.extra_args) == {RESOLVED, "other"}
+            assert set(params.extra_args) == {RESOLVED_KEY, "other"}
             assert parts_of(params)[0].strengths == (float(strength),)
         methods = [method for method, _ in engine.calls]
         assert methods == ["trimtab_hello", "trimtab_put"]
@@ -822,12 +822,12 @@ class TestFrontEnd:
             prompt = {"type": "token", "prompt": text, "prompt_token_ids": Words()(text)["input_ids"]}
             body = {"emphasize": ["wide"], "steering": [{"name": "shout"}]}
             params = kind.add_request(engine, "1", prompt, SimpleNamespace(extra_args=body))
-            assert set(params.extra_args) == {RESOLVED}
+            assert set(params.extra_args) == {RESOLVED_KEY}
             (_, part), link = parts_of(params), engine._trimtab_link
             spans = [(i, i + 1) for i, word in enumerate(text.split()) if word == "wide"]
             assert list(part.spans) == spans
-            edits = identified(part, link.sent[part.digest])
-            assert [edit.edit for edit in edits] == list(by_keys(emphasized.towards(spans, LAYERS)).edits)
+            edits = identified_edits(part, link.sent[part.digest])
+            assert [edit.edit for edit in edits] == list(by_keys(emphasized.emphasis_of_spans(spans, LAYERS)).edits)
             placed = link.place(wire_of(params), len(text.split()))
             keys.append([span.key for span in placed.spans if span.start == spans[0][0]])
             assert Wire.from_plain(placed.to_plain()) == placed
@@ -908,7 +908,7 @@ class TestFrontEnd:
         """Over HTTP any sampling parameters can be given; this one says what acts, unchecked."""
         made = type("Async", (Engine,), {})
         patch_engines(type("Patched", (Engine,), {}), made, names)
-        forged = SimpleNamespace(extra_args={RESOLVED: Wire().to_plain()})
+        forged = SimpleNamespace(extra_args={RESOLVED_KEY: Wire().to_plain()})
         with pytest.raises(TrimtabError, match="asks for steering as 'steering'"):
             asyncio.run(made.add_request(made({}), "1", "hi", forged))
 
@@ -924,15 +924,15 @@ class TestFrontEnd:
             names.load(tmp_path / "none")
 
     def test_workers_forget_what_is_no_longer_named(self, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("trimtab.engines.vllm.frontend.UNNAMED", 1)
-        monkeypatch.setattr("trimtab.engines.vllm.frontend.GRACE", 0.0)
+        monkeypatch.setattr("trimtab.engines.vllm.frontend.MAX_UNNAMED", 1)
+        monkeypatch.setattr("trimtab.engines.vllm.frontend.GRACE_SECONDS", 0.0)
         engine = Engine({"trimtab_put": [None], "trimtab_drop": [[]]})
         link = Link(4, LAYERS, WIDTH, False)
         run(send(link, names["shout"]), engine)
         others = [steering((1, Add(direction(i)), RULES[0])) for i in (2, 3)]
         for other in others:
             run(send(link, other), engine)
-        run(tidy(link, names), engine)
+        run(drop_unused(link, names), engine)
         assert engine.calls[-1] == ("trimtab_drop", ([content_of(others[0])[0]],))
         assert list(link.sent) == [content_of(s)[0] for s in (names["shout"], others[1])]
 
@@ -1045,7 +1045,7 @@ class TestWorkers:
         seen: list[Any] = []
         sites = [Site(5), Site(6)]
         shown = SimpleNamespace(apply=lambda *arguments: seen.append(arguments), numbered=sites)
-        monkeypatch.setattr(operator, "RIGS", [shown])
+        monkeypatch.setattr(operator, "MANAGERS", [shown])
         hidden, residual = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
         block, plain = torch.nn.Identity(), torch.nn.Identity()
         attach({Site(5): Place(block, WIDTH), Site(6): Place(plain, WIDTH)}, 0, adds_only=sites[: int(adds_only)])
@@ -1068,7 +1068,7 @@ class TestWorkers:
             part |= {"parallel_config": SimpleNamespace(enable_dbo=False, prefill_context_parallel_size=1)}
             return SimpleNamespace(**part | {"speculative_config": None, "kv_transfer_config": None} | changes)
 
-        assert unsupported(config()) == []
+        assert config_problems(config()) == []
         parallel = SimpleNamespace(enable_dbo=True, prefill_context_parallel_size=2)
         for options, why in (
             ({"speculative_config": object()}, ["speculative decoding"]),
@@ -1078,17 +1078,17 @@ class TestWorkers:
             ({"parallel_config": parallel}, ["DBO", "prefill context"]),
             ({"model_config": SimpleNamespace(runner_type="pooling", is_encoder_decoder=True)}, ["embed", "encoder"]),
         ):
-            reasons = unsupported(config(**options))
+            reasons = config_problems(config(**options))
             assert len(reasons) == len(why)
             assert all(word in reason for word, reason in zip(why, reasons, strict=True))
 
     def test_a_model_runner_that_nobody_knows_isnt_steered(self) -> None:
         listened = {"execute_model": 0, "sample_tokens": 0, "get_model": 0}
         for own in ("_model_forward", "prepare_inputs"):
-            assert unlike(SimpleNamespace(**listened, **{own: 0})) == []
-            (reason,) = unlike(SimpleNamespace(execute_model=0, get_model=0, **{own: 0}))
+            assert runner_problems(SimpleNamespace(**listened, **{own: 0})) == []
+            (reason,) = runner_problems(SimpleNamespace(execute_model=0, get_model=0, **{own: 0}))
             assert "its model runner types.SimpleNamespace isn't one of the two" in reason
-        assert unlike(SimpleNamespace(**listened))
+        assert runner_problems(SimpleNamespace(**listened))
 
 
 @pytest.mark.skipif(not has_vllm(), reason="vLLM isn't installed here")

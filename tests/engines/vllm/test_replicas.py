@@ -25,8 +25,8 @@ from trimtab.engines.request import Choice, Decoding, Request, Text
 from trimtab.engines.vllm import on_ray, replicas
 from trimtab.engines.vllm.frontend import Link
 from trimtab.engines.vllm.memory import cpu_options
-from trimtab.engines.vllm.on_ray import Hello, RayCluster, Replica, check_room
-from trimtab.engines.vllm.replicas import AHEAD, RETRIES, LostEngine, LostEngineWarning, Replicas, parted
+from trimtab.engines.vllm.on_ray import EngineInfo, RayCluster, Replica, gpus_per_engine
+from trimtab.engines.vllm.replicas import AHEAD, RETRIES, LostEngine, LostEngineWarning, Replicas, split_indices
 from trimtab.engines.vllm.replicated import ReplicatedLM
 from trimtab.engines.vllm.sampling import seed_at
 
@@ -106,7 +106,7 @@ class TestReplicas:
         cluster = Shaky(squares, lambda method, *_: method != "hello" and chance.random() < 0.25, seed)
         engines, came = Replicas(cluster, 3), list[int]()
         got = []
-        for value in engines.deal("square", numbers, came.append):
+        for value in engines.run_portions("square", numbers, came.append):
             got.append(value)
             assert len(set(came)) - len(got) < AHEAD * 3
         assert got == [n**2 for n in range(30)]
@@ -128,9 +128,9 @@ class TestReplicas:
         with pytest.raises(
             TrimtabError, match=r"part 8 of 30 was lost with its engine 4 times; the last time its proc"
         ):
-            list(engines.deal("square", numbers))
+            list(engines.run_portions("square", numbers))
         assert len(tries) == RETRIES + 1
-        assert list(engines.deal("square", numbers[:3])) == [0, 1, 4]  # the others go on
+        assert list(engines.run_portions("square", numbers[:3])) == [0, 1, 4]  # the others go on
 
     def test_engines_that_never_start(self, numbers: list[tuple[int]]) -> None:
         cluster = Shaky(squares, lambda *_: True)
@@ -141,15 +141,15 @@ class TestReplicas:
         assert cluster.started <= RETRIES + 2
         assert not cluster.running
         flaky = Shaky(squares, lambda _method, _arguments, engine: engine > 1)  # one starts, and none beside it
-        assert list(Replicas(flaky, 3).deal("square", numbers)) == [n**2 for n in range(30)]
+        assert list(Replicas(flaky, 3).run_portions("square", numbers)) == [n**2 for n in range(30)]
         assert flaky.started <= 2 * (RETRIES + 3)
 
     def test_a_refusal_is_the_engines_own_and_ends_nothing(self, numbers: list[tuple[int]]) -> None:
         cluster = Shaky(squares)
         engines = Replicas(cluster, 2)
         with pytest.raises(UnsupportedError, match="-4 is below 0"):
-            list(engines.deal("square", [(1,), (-4,), (2,)]))
-        assert list(engines.deal("square", numbers)) == [n**2 for n in range(30)]
+            list(engines.run_portions("square", [(1,), (-4,), (2,)]))
+        assert list(engines.run_portions("square", numbers)) == [n**2 for n in range(30)]
         assert cluster.started == 2
 
     def test_an_interrupt_ends_the_engines(self, numbers: list[tuple[int]]) -> None:
@@ -160,21 +160,21 @@ class TestReplicas:
 
         cluster = Shaky(squares)
         engines = Replicas(cluster, 2)
-        dealt = engines.deal("square", numbers)
+        dealt = engines.run_portions("square", numbers)
         assert next(dealt) == 0
         cluster.interrupt = True
         with pytest.raises(KeyboardInterrupt):
             list(dealt)
         assert not cluster.running
         with pytest.raises(KeyboardInterrupt):
-            list(engines.deal("square", numbers, interrupt))
+            list(engines.run_portions("square", numbers, interrupt))
         assert not cluster.running
-        assert list(engines.deal("square", numbers)) == [n**2 for n in range(30)]  # on new ones
+        assert list(engines.run_portions("square", numbers)) == [n**2 for n in range(30)]  # on new ones
 
     def test_answers_reach_who_wanted_them(self, numbers: list[tuple[int]]) -> None:
         """Two pieces of work at a time, one of which is left in the middle."""
         engines = Replicas(Shaky(squares), 2)
-        left, whole = engines.deal("square", numbers), engines.deal("square", numbers[::-1])
+        left, whole = engines.run_portions("square", numbers), engines.run_portions("square", numbers[::-1])
         assert [next(left), next(whole), next(left)] == [0, 29**2, 1]
         left.close()
         assert list(whole) == [n**2 for n in range(28, -1, -1)]
@@ -192,13 +192,13 @@ class TestReplicas:
         lost = iter([False, True, False, False])
         engines = Replicas(Shaky(squares, lambda *_: next(lost)), 1)
         with pytest.warns(LostEngineWarning, match=r"an engine was lost \(its process ended\)"):
-            assert list(engines.deal("square", [(3,)])) == [9]
+            assert list(engines.run_portions("square", [(3,)])) == [9]
 
 
 def test_portions() -> None:
     for count in (0, 1, 5, 256, 257, 1000):
         for several in (1, 2, 7):
-            parts = parted(count, several)
+            parts = split_indices(count, several)
             assert sorted(i for part in parts for i in part) == list(range(count))
             assert len(parts) >= min(count, several)
             sizes = [len(part) for part in parts] or [0]
@@ -243,7 +243,7 @@ class TestReplicatedLM:
 
         link = Link(8, LAYERS, WIDTH, static=False, dtype=torch.float64)
         layout = Sizes(LAYERS, WIDTH, None)
-        hello = Hello("tiny", alone.identity, alone.runs_in, layout, alone.tokenizer, link, "process 1 on here")
+        hello = EngineInfo("tiny", alone.identity, alone.runs_in, layout, alone.tokenizer, link, "process 1 on here")
         parts = {name: getattr(alone, name) for name in ("_read", "_next_logprobs", "answer_nlls")}
         worker = Replica(None, {}, {})
         worker.lm = SimpleNamespace(run=run, **parts)
@@ -325,15 +325,15 @@ class TestOnRay:
 
     def test_room(self) -> None:
         with pytest.raises(TrimtabError, match="has 2 CPUs, and 3 replicas need one each"):
-            check_room({"CPU": 2.0}, 3)
-        assert check_room({"CPU": 1.0, "GPU": 8.0}, 3) == 1
-        assert check_room({"CPU": 4.0, "GPU": 0.0}, 3) == 0
+            gpus_per_engine({"CPU": 2.0}, 3)
+        assert gpus_per_engine({"CPU": 1.0, "GPU": 8.0}, 3) == 1
+        assert gpus_per_engine({"CPU": 4.0, "GPU": 0.0}, 3) == 0
         shares = [cpu_options({}, {}, count)["kv_cache_memory_bytes"] for count in (1, 4)]
         assert shares[1] == pytest.approx(shares[0] / 4, rel=0.2)  # the machine's free memory moves meanwhile
 
     def test_other_weights_on_another_machine_are_refused(self, alone: LM) -> None:
         layout, identity = Sizes(LAYERS, WIDTH, None), alone.identity
-        here = Hello("m", identity, {"dtype": "float32"}, layout, None, None, "process 1 on a")
+        here = EngineInfo("m", identity, {"dtype": "float32"}, layout, None, None, "process 1 on a")
         here.check_same(replace(here, process="process 2 on b"))
         other = replace(here, process="process 2 on b", identity=replace(identity, fingerprint="another"))
         with pytest.raises(TrimtabError, match=r"don't have the same model: process 2 on b has .*another"):
@@ -341,7 +341,7 @@ class TestOnRay:
 
     def test_why_an_engine_is_gone(self) -> None:
         kinds = {name: type(name, (Exception,), {}) for name in ("ActorDiedError", "OutOfMemoryError", "NodeDiedError")}
-        assert [on_ray.lost(kind("pages")) for kind in kinds.values()] == [
+        assert [on_ray.loss_reason(kind("pages")) for kind in kinds.values()] == [
             "its process ended",
             "its machine ran out of memory, and Ray ended it",
             "its machine is gone",

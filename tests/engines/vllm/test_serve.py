@@ -26,7 +26,7 @@ from cases import LONG, PROMPTS, added
 from trimtab import LM, ScaleScores, by_keys, load, save
 from trimtab.engines.transformers.default_model import default_folder
 from trimtab.files.steering_file import steering_to_bytes
-from trimtab.serve.protected import apart, protected
+from trimtab.serve.protected import protection_of, remove_protected
 from trimtab.steering import emphasis
 
 KEY = {"Authorization": "Bearer secret"}
@@ -236,7 +236,7 @@ def test_doses_that_are_capped_are_told(url: str, steerings: Path) -> None:
     lm = LM.load(dtype="float32")
     marked = emphasis(ScaleScores(), lm.spans(PROMPTS[4], "bread"), range(30))
     safe, s0 = (load(steerings / f"{name}.safetensors") for name in ("safe", "s0"))
-    both = 0.5 * safe + 2.0 * apart(protected([("safe", safe)]), s0)[0] + by_keys(marked)
+    both = 0.5 * safe + 2.0 * remove_protected(protection_of([("safe", safe)]), s0)[0] + by_keys(marked)
     (right,) = lm.generate(PROMPTS[4], both, max_new_tokens=1)
     wanted = [dose for dose in right.applied.doses if dose.kind == "residual"]
     first, _ = (row for row in answer["trimtab"]["answers"])

@@ -38,7 +38,7 @@ from trimtab.engines.vllm.capacity import KERNELS, Capacity, capacity_from
 from trimtab.engines.vllm.forms import capacity_for, check_fits, forms_of
 from trimtab.engines.vllm.maps import Maps
 from trimtab.engines.vllm.program import State
-from trimtab.engines.vllm.rig import Chunks, Rig
+from trimtab.engines.vllm.steering_manager import Chunks, SteeringManager
 from trimtab.engines.vllm.wire import Reading, Wire
 from trimtab.steering import AddScaled, RotateInPlane, RotatePredicted, SetProjection
 from trimtab.steering.gates import Gate
@@ -77,17 +77,17 @@ def static_rig(
     captured: int | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device = torch.device("cpu"),  # noqa: B008
-) -> Rig:
+) -> SteeringManager:
     bank = Bank(range(LAYERS), WIDTH, slots, 256, dtype, device)
     sites = {Site(layer): WIDTH for layer in range(LAYERS)}
     here = {site: width for site, width in sites.items() if capacity.at(site.layer)}
     mapped = Maps(capacity, here, maps, 256, dtype, device) if here else None
-    return Rig(sites, dtype, device, bank, True, capacity, mapped, captured)
+    return SteeringManager(sites, dtype, device, bank, True, capacity, mapped, captured)
 
 
-def in_python(slots: int = 40, dtype: torch.dtype = torch.float64) -> Rig:
+def in_python(slots: int = 40, dtype: torch.dtype = torch.float64) -> SteeringManager:
     device = torch.device("cpu")
-    return Rig(
+    return SteeringManager(
         {Site(layer): WIDTH for layer in range(LAYERS)},
         dtype,
         device,
@@ -98,7 +98,7 @@ def in_python(slots: int = 40, dtype: torch.dtype = torch.float64) -> Rig:
 class Graph:
     """The operators behind all blocks, captured for passes of so many tokens; and replayed, which runs no Python."""
 
-    def __init__(self, worker: Rig, tokens: int, pair: bool = True) -> None:
+    def __init__(self, worker: SteeringManager, tokens: int, pair: bool = True) -> None:
         shape = (LAYERS, tokens, WIDTH)
         self.hidden = torch.zeros(shape, dtype=worker.dtype)
         self.residual = torch.zeros(shape, dtype=worker.dtype) if pair else None
@@ -258,7 +258,7 @@ class TestReplays:
                 worker.begin(chunks)
             result = graph.replay(hidden, residual)
             receipt = fixed.end()
-            assert receipt is None or receipt.settle() == {}
+            assert receipt is None or receipt.resolve_faults() == {}
             wanted = hidden.clone()
             for layer in range(LAYERS):
                 plain.apply(Site(layer), wanted[layer], None if residual is None else residual[layer])
@@ -435,8 +435,8 @@ class TestReading:
             for worker in (fixed, plain):
                 receipt = worker.end()
                 assert receipt is not None
-                assert receipt.settle() == {}
-        readings, theirs = fixed.take("r"), plain.take("r")
+                assert receipt.resolve_faults() == {}
+        readings, theirs = fixed.pop_reading("r"), plain.pop_reading("r")
         for layer in (1, 2):
             torch.testing.assert_close(readings[Site(layer)], theirs[Site(layer)], rtol=1e-9, atol=1e-9)
         assert readings[Site(1)].shape == (2, WIDTH)
@@ -471,7 +471,7 @@ class TestLongPasses:
             for each in (worker, plain):
                 receipt = each.end()
                 assert receipt is not None
-                assert receipt.settle() == {}
+                assert receipt.resolve_faults() == {}
             torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-9)
             assert not torch.equal(result, x)
 
@@ -484,7 +484,7 @@ class TestLongPasses:
         graph.graph.replay()
         receipt = worker.end()
         assert receipt is not None
-        assert "behind block 1" in receipt.settle()["a"]
+        assert "behind block 1" in receipt.resolve_faults()["a"]
 
 
 class TestCapacity:
@@ -617,9 +617,9 @@ def test_alike_blocks_are_compiled_once() -> None:
     blocks = {Site(layer): Place(Block(), WIDTH) for layer in range(3)}
     from trimtab.engines.vllm import operator
 
-    operator.RIGS.append(worker)
+    operator.MANAGERS.append(worker)
     try:
-        attach(blocks, len(operator.RIGS) - 1)
+        attach(blocks, len(operator.MANAGERS) - 1)
         seen: list[str] = []
 
         def backend(graph: torch.fx.GraphModule, _inputs: Sequence[Any]) -> Any:
@@ -635,7 +635,7 @@ def test_alike_blocks_are_compiled_once() -> None:
         assert len({text.replace("\n", "") for text in seen}) == 1
         assert sorted(worker._seen) == [Site(layer) for layer in range(3)]
     finally:
-        operator.RIGS.remove(worker)
+        operator.MANAGERS.remove(worker)
 
 
 class Block(torch.nn.Module):

@@ -14,7 +14,6 @@ from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together
 
 from trimtab import Ablate, Add, ScaleKeys
 from trimtab.engines.answer import Applied, Dose
-from trimtab.engines.vllm.admitted import TICKET, Ticket
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.core import patch_scheduler
 from trimtab.engines.vllm.counting import DOSE, DOSES, RECEIPT
@@ -22,7 +21,8 @@ from trimtab.engines.vllm.doses import adds_only
 from trimtab.engines.vllm.frontend import Link, check_measured
 from trimtab.engines.vllm.patched import patch_outputs
 from trimtab.engines.vllm.program import State
-from trimtab.engines.vllm.rig import Chunks, Rig
+from trimtab.engines.vllm.request_context import REQUEST_CONTEXT, RequestContext
+from trimtab.engines.vllm.steering_manager import Chunks, SteeringManager
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
@@ -34,13 +34,15 @@ ADDED = (
 )
 
 
-def capped(worker: Rig, request: str, acting: Steering, cap: float | None) -> None:
+def capped(worker: SteeringManager, request: str, acting: Steering, cap: float | None) -> None:
     wire, content = placed(acting, 5)
     worker.steerings[wire.parts[0].digest] = content
     worker.start(request, replace(wire, cap=cap))
 
 
-def passes(worker: Rig, acting: Steering, others: list[str], chunk: int, pair: bool) -> tuple[list[float], list[Any]]:
+def passes(
+    worker: SteeringManager, acting: Steering, others: list[str], chunk: int, pair: bool
+) -> tuple[list[float], list[Any]]:
     """The total dose after each pass by the definition, and what the rig finds wrong."""
     seed = torch.Generator().manual_seed(chunk)
     ratios: dict[int, list[float]] = {}
@@ -87,15 +89,15 @@ def test_a_request_ends_in_the_pass_that_takes_it_above_its_cap(static: bool, pa
     assert not worker.doses.caps
 
 
-def reading_rig() -> Rig:
+def reading_rig() -> SteeringManager:
     """One that replays captured graphs, which keep activations."""
     plain = rig(20, True)
-    return Rig(plain.sites, plain.dtype, plain.device, plain.bank, True, Capacity(reads=True))
+    return SteeringManager(plain.sites, plain.dtype, plain.device, plain.bank, True, Capacity(reads=True))
 
 
 def test_only_the_worker_that_is_heard_measures() -> None:
     worker = rig()
-    worker.doses.heard = False
+    worker.doses.reported = False
     capped(worker, "a", 1e6 * steering(*ADDED), 1e-9)
     _, receipts = passes(worker, 1e6 * steering(*ADDED), [], 4, False)
     assert receipts == [({}, {})] * len(receipts)
@@ -155,11 +157,11 @@ def test_a_ticket_hears_of_doses() -> None:
             return [each.kv_transfer_params for each in outputs]
 
     patch_outputs(Processor)
-    processor, ticket = Processor(), Ticket(None, "", nothing, 1.0)
-    token = TICKET.set(ticket)
+    processor, ticket = Processor(), RequestContext(None, "", nothing, 1.0)
+    token = REQUEST_CONTEXT.set(ticket)
     processor.add_request(SimpleNamespace(request_id="1", external="x"))
     processor.add_request(SimpleNamespace(request_id="1_2", external="1_2"), SimpleNamespace(external_req_id="y"), 1)
-    TICKET.reset(token)
+    REQUEST_CONTEXT.reset(token)
     processor.add_request(SimpleNamespace(request_id="3", external="z"))
     doses = {DOSES: [[2, "mlp", 0.5, 3]]}
     outputs = [SimpleNamespace(request_id=name, kv_transfer_params=dict(doses)) for name in ("1", "1_2", "3", "gone")]

@@ -79,14 +79,14 @@ class Context:
         self.size: int = -(-size // STEP) * STEP
         self.steered: Counter[int] = Counter()
         self._vectors: Vectors = {}  # the vectors that are set
-        self._before: Vectors = {}  # the vectors that were set before the last change, until it has been checked
+        self._previous_vectors: Vectors = {}  # those that were set before the last change, until it has been checked
         self._unchecked = False
         self._node = 0  # the number of graph nodes that llama.cpp has asked about
-        self._places: dict[int, int] = {}  # which node is each block's output
+        self._output_nodes: dict[int, int] = {}  # which node is each block's output
         self._watched = 0  # the node that this run compares
-        self._added: dict[int, int] = {}  # blocks that were seen to add their vector, with the number of tokens
+        self._added_tokens: dict[int, int] = {}  # blocks that were seen to add their vector, with the number of tokens
         self._faults: list[str] = []
-        self._seen: dict[int, list[np.ndarray]] = {}  # outputs that are being read, by block
+        self._outputs: dict[int, list[np.ndarray]] = {}  # outputs that are being read, by block
         params = self.library.llama_context_default_params()
         params.n_ctx = self.size
         params.n_threads = params.n_threads_batch = threads
@@ -135,9 +135,9 @@ class Context:
             )
         if done != 0:
             raise TrimtabError(f"llama.cpp refuses the control vector: {last_errors()}")
-        self._before = {**self._before, **self._vectors} if self._unchecked else self._vectors
+        self._previous_vectors = {**self._previous_vectors, **self._vectors} if self._unchecked else self._vectors
         self._vectors = {block: np.array(vector, dtype=np.float32) for block, vector in (vectors or {}).items()}
-        self._unchecked = bool(self._before or self._vectors)
+        self._unchecked = bool(self._previous_vectors or self._vectors)
 
     def run(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
         """Continue the text with these tokens, and return the logits `[vocabulary]` after the last one.
@@ -149,8 +149,8 @@ class Context:
         Raises:
             TrimtabError: llama.cpp fails, or doesn't add exactly the vectors that are set.
         """
-        self._added, self._faults = {}, []
-        self._watched = self._next_place()
+        self._added_tokens, self._faults = {}, []
+        self._watched = self._next_watched_node()
         for start in range(0, len(tokens), self.batch):
             part = tokens[start : start + self.batch]
             ids = (c.c_int32 * len(part))(*part)
@@ -161,7 +161,7 @@ class Context:
                 raise TrimtabError(f"llama.cpp stopped with code {failed}: {last_errors()}")
         if self._unchecked or self._faults:
             self._check(len(tokens), every)
-        elif self._vectors and not self._added:
+        elif self._vectors and not self._added_tokens:
             self._unchecked = True  # the graph has changed
         self.steered.update(dict.fromkeys(self._vectors, len(tokens)))
         logits = self.library.llama_get_logits_ith(self.pointer, -1)
@@ -173,55 +173,57 @@ class Context:
         """Raises `TrimtabError` unless this run, the first with these vectors, added them at all of its tokens."""
         last = self.weights.layers - 1  # the last block is only computed for tokens whose logits are requested
         for block in self._vectors:
-            steered, wanted = self._added.get(block, 0), 1 if block == last and not every else tokens
+            steered, wanted = self._added_tokens.get(block, 0), 1 if block == last and not every else tokens
             if steered < wanted:
                 self._faults.append(
                     f"block {block} should have been steered at {wanted} tokens, and was steered at {steered}"
                 )
         if self._faults:
             raise TrimtabError(f"llama.cpp doesn't apply the control vector: {self._faults[0]}")
-        self._before, self._unchecked = {}, False
+        self._previous_vectors, self._unchecked = {}, False
 
-    def read(self, blocks: Sequence[int], runs: Callable[[], np.ndarray]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """The result of `runs`, and the outputs `[tokens, width]` of these blocks during it.
+    def read(
+        self, blocks: Sequence[int], forward: Callable[[], np.ndarray]
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """The result of `forward`, and the outputs `[tokens, width]` of these blocks during it.
 
         Of the last block, only tokens whose logits were requested are included. Raises `UnsupportedError` if llama.cpp
         has no name for a block's output.
         """
-        self._seen = {block: [] for block in blocks}
+        self._outputs = {block: [] for block in blocks}
         try:
-            result = runs()
-            if odd := [block for block, parts in self._seen.items() if not parts]:
+            result = forward()
+            if odd := [block for block, parts in self._outputs.items() if not parts]:
                 raise UnsupportedError(f"llama.cpp doesn't name the output of block {odd[0]} of this kind of model")
-            return result, {block: np.concatenate(parts) for block, parts in self._seen.items()}
+            return result, {block: np.concatenate(parts) for block, parts in self._outputs.items()}
         finally:
-            self._seen = {}
+            self._outputs = {}
 
     def _wants(self, pointer: int, asks: bool, _data: object) -> bool:
         """llama.cpp's callback: first it asks whether a node's result is wanted, then it passes the result."""
         self._node += asks
-        if not (self._seen or self._unchecked) and self._node != self._watched:
+        if not (self._outputs or self._unchecked) and self._node != self._watched:
             return False
         name = self.library.ggml_get_name(pointer)
         number = name[len(OUTPUT) :] if name.startswith(OUTPUT) else b""
         block = int(number) if number.isdigit() else -1
-        reads = block in self._seen
-        checks = block in self._vectors or block in self._before
+        reads = block in self._outputs
+        checks = block in self._vectors or block in self._previous_vectors
         if asks or not (reads or checks):
-            self._places[block] = self._node
+            self._output_nodes[block] = self._node
             return reads or checks or not asks
         try:
             if checks:
                 self._compare(block, GraphTensor.from_address(pointer), name)
             if reads:
-                self._seen[block].append(self._values(pointer).reshape(-1, self.weights.width))
+                self._outputs[block].append(self._values(pointer).reshape(-1, self.weights.width))
         except Exception as error:  # ctypes would only print it
             self._faults.append(f"the output of block {block} can't be read ({error})")
         return True
 
-    def _next_place(self) -> int:
+    def _next_watched_node(self) -> int:
         """The graph node of one of the steered blocks, each time of the next block; 0 if not known yet."""
-        known = sorted(place for block, place in self._places.items() if block in self._vectors)
+        known = sorted(place for block, place in self._output_nodes.items() if block in self._vectors)
         return next((place for place in known if place > self._watched), known[0] if known else 0)
 
     def _compare(self, block: int, output: GraphTensor, name: bytes) -> None:
@@ -233,10 +235,10 @@ class Context:
         added = self._values(term) if term else np.empty(0, dtype=np.float32)
         vector = self._vectors.get(block)
         if vector is not None and np.array_equal(added, vector):
-            self._added[block] = self._added.get(block, 0) + output.ne[1]
+            self._added_tokens[block] = self._added_tokens.get(block, 0) + output.ne[1]
         elif vector is not None:
             self._faults.append(f"block {block} doesn't add its vector")
-        elif self._before[block].any() and np.array_equal(added, self._before[block]):
+        elif self._previous_vectors[block].any() and np.array_equal(added, self._previous_vectors[block]):
             self._faults.append(f"block {block} still adds a vector that was removed")
 
     def _values(self, pointer: int) -> np.ndarray:

@@ -168,14 +168,14 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_tensor_get": (None, [POINTER, POINTER, SIZE, SIZE]),
 }
 
-said: deque[str] = deque(maxlen=4)
+logged_errors: deque[str] = deque(maxlen=4)
 """The last errors that llama.cpp logged."""
 
 
 @LogCallback
 def _log(level: int, text: bytes, _data: object) -> None:
     if level == ERROR:
-        said.append(text.decode(errors="replace").strip())
+        logged_errors.append(text.decode(errors="replace").strip())
 
 
 @cache
@@ -230,6 +230,6 @@ def _check_layout(model: ModelParams, context: ContextParams) -> None:
 
 def last_errors() -> str:
     """llama.cpp's last error messages in one line; this clears them."""
-    text = "; ".join(dict.fromkeys(said))
-    said.clear()
+    text = "; ".join(dict.fromkeys(logged_errors))
+    logged_errors.clear()
     return text or "llama.cpp gave no reason"

@@ -16,9 +16,9 @@ from trimtab.engines.answer import Applied, Dose, Generation
 from trimtab.engines.contract import Sizes
 from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.llamacpp.context import CACHES, Context, Weights
+from trimtab.engines.llamacpp.listener import Listener
 from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
-from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, check_counts, doses
-from trimtab.engines.llamacpp.telling import Listener
+from trimtab.engines.llamacpp.steer import NO_VECTORS, Schedule, check_additions, check_counts, doses
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
 from trimtab.engines.meanings import check_meanings
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
@@ -30,7 +30,7 @@ from trimtab.steering.identity import check_learned_on, fingerprint, sampled_row
 from trimtab.text.chat import Template, template_digest
 from trimtab.text.templates import with_keywords
 
-TELLING = ("streamer", "stopping_criteria")
+LISTENER_OPTIONS = ("streamer", "stopping_criteria")
 """Options that receive tokens as they are generated, without affecting how they are chosen."""
 
 
@@ -82,7 +82,7 @@ class LlamaCpp(LanguageModel):
         self.gpu_layers = gpu_layers
         own = self.weights.metadata("tokenizer.chat_template")
         self.tokenizer: Any = with_keywords(GgufTokenizer(self.weights.library, self.weights.vocabulary, own), template)
-        self._kept: Context | None = None
+        self._cached_context: Context | None = None
         self._lock = threading.RLock()
 
     @classmethod
@@ -155,23 +155,23 @@ class LlamaCpp(LanguageModel):
 
     def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
         """Raises `TrimtabError` for invalid option values, `UnsupportedError` for options that don't exist here."""
-        sampling_of(_choosing(decoding))
+        sampling_of(_sampling_options(decoding))
         if decoding.options.get("streamer") is not None and len(requests) > 1:
             raise TrimtabError("a streamer takes one prompt at a time; give one, or leave the streamer out")
         return decoding
 
     def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
         """Answer checked requests, one after the other."""
-        sampling = sampling_of(_choosing(decoding))
+        sampling = sampling_of(_sampling_options(decoding))
         seed = decoding.seed if decoding.seed is not None else torch.seed()
         generator = torch.Generator().manual_seed(seed)
-        heard = decoding.options.get("streamer"), tuple(decoding.options.get("stopping_criteria") or ())
+        listener_arguments = decoding.options.get("streamer"), tuple(decoding.options.get("stopping_criteria") or ())
         answers: list[list[Generation]] = []
         with self._lock:
             for request in requests:
                 schedule, listener = (
                     Schedule.of(request.steering, request.ids, self.tokenizer),
-                    Listener(*heard, tuple(request.ids)),
+                    Listener(*listener_arguments, tuple(request.ids)),
                 )
                 answers.append([self._answer(request.ids, schedule, decoding, sampling, generator, listener)])
                 if decoding.progress is not None:
@@ -190,33 +190,33 @@ class LlamaCpp(LanguageModel):
         count, logprobs = decoding.max_new_tokens, decoding.logprobs
         context = self._context(len(ids) + count)
         listener.begin()
-        felt: dict[int, tuple[float, int]] = {}
-        if any(schedule.at(position) for position in range(len(ids))):
-            logits, after = self._pass(context, ids, schedule.layers(), schedule)
-            felt = doses(after, schedule)
+        measured_doses: dict[int, tuple[float, int]] = {}
+        if any(schedule.edits_at(position) for position in range(len(ids))):
+            logits, activations = self._pass(context, ids, schedule.layers(), schedule)
+            measured_doses = doses(activations, schedule)
         else:
             context.clear()
             logits = _prefill(context, ids, schedule)
         tokens: list[int] = []
-        chances: list[float] = []
+        token_logprobs: list[float] = []
         text, stopped = "", False
-        acts: tuple[int, ...] | None = None
+        current_edits: tuple[int, ...] | None = None
         while True:
             tokens.append(sampling.pick(logits, random))
             if logprobs:
-                chances.append(float(_log_softmax(logits)[tokens[-1]]))
+                token_logprobs.append(float(_log_softmax(logits)[tokens[-1]]))
             stopped = self.tokenizer.is_end(tokens[-1])
             if sampling.stop_strings and not stopped:
                 text = self.tokenizer.decode(tokens)
                 stopped = any(end in text for end in sampling.stop_strings)
-            over = listener.token(tokens)
-            if stopped or over or len(tokens) == count:
+            stop_requested = listener.token(tokens)
+            if stopped or stop_requested or len(tokens) == count:
                 break
-            schedule.read(tokens[-1:])
-            now = schedule.at(len(ids) + len(tokens) - 1)
-            if now != acts:
-                context.steer(schedule.vectors(now))
-                acts = now
+            schedule.advance(tokens[-1:])
+            next_edits = schedule.edits_at(len(ids) + len(tokens) - 1)
+            if next_edits != current_edits:
+                context.steer(schedule.vectors(next_edits))
+                current_edits = next_edits
             logits = context.run(tokens[-1:])
         listener.end()
         check_counts(context.steered, schedule, len(ids) + len(tokens) - 1)
@@ -226,9 +226,10 @@ class LlamaCpp(LanguageModel):
             finish_reason="stop" if stopped else "length",
             prompt_tokens=len(ids),
             applied=Applied(
-                tuple(str(edit) for edit in schedule.edits), tuple(Dose(block, *dose) for block, dose in felt.items())
+                tuple(str(edit) for edit in schedule.edits),
+                tuple(Dose(block, *dose) for block, dose in measured_doses.items()),
             ),
-            logprobs=tuple(chances) if logprobs else None,
+            logprobs=tuple(token_logprobs) if logprobs else None,
         )
 
     def _next_logprobs(
@@ -238,7 +239,7 @@ class LlamaCpp(LanguageModel):
         for choice, steering in zip(choices, steerings, strict=True):
             ids, n = list(choice.ids), choice.prompt_length
             schedule = Schedule.of(steering, ids[:n], self.tokenizer)
-            schedule.read(ids[n:])
+            schedule.advance(ids[n:])
             with self._lock:
                 context = self._context(len(choice.ids))
                 context.clear()
@@ -298,23 +299,23 @@ class LlamaCpp(LanguageModel):
 
     def _context(self, size: int) -> Context:
         """The context; it is replaced if it is too small, or after a fault."""
-        kept = self._kept
-        if kept is None or kept.size < size or kept.failed:
-            if kept is not None:
-                kept.close()
-            self._kept = kept = Context(self.weights, size, threads=self.threads, cache=self.cache)
-        return kept
+        context = self._cached_context
+        if context is None or context.size < size or context.failed:
+            if context is not None:
+                context.close()
+            self._cached_context = context = Context(self.weights, size, threads=self.threads, cache=self.cache)
+        return context
 
     def close(self) -> None:
         """Free llama.cpp's memory. The model can't be used afterwards."""
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
+        if self._cached_context is not None:
+            self._cached_context.close()
+            self._cached_context = None
         self.weights.close()
 
 
-def _choosing(decoding: Decoding) -> dict[str, Any]:
-    return {name: value for name, value in decoding.options.items() if name not in TELLING}
+def _sampling_options(decoding: Decoding) -> dict[str, Any]:
+    return {name: value for name, value in decoding.options.items() if name not in LISTENER_OPTIONS}
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -328,12 +329,12 @@ def _prefill(context: Context, ids: Sequence[int], schedule: Schedule, every: bo
     The vectors of the generated tokens aren't set yet.
     """
     logits = np.empty(0)
-    for start, stop, numbers in schedule.stretches(len(ids)):
+    for start, stop, numbers in schedule.edit_ranges(len(ids)):
         context.steer(schedule.vectors(numbers))
         logits = context.run(ids[start:stop], every)
     if not schedule.edits:
         return logits
-    context.steer(NOTHING)
+    context.steer(NO_VECTORS)
     return logits
 
 

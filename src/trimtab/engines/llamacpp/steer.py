@@ -13,13 +13,13 @@ import torch
 
 from trimtab.engines.llamacpp.context import Vectors
 from trimtab.engines.meanings import NOTHING as NO_MEANING
-from trimtab.engines.meanings import Followed, Follower, follower
-from trimtab.engines.resolve import acting
+from trimtab.engines.meanings import Follower, FollowerState, follower
+from trimtab.engines.resolve import active_edits
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Add, Always, Edit, Steering
 from trimtab.steering.intervals import Intervals
 
-NOTHING: Vectors = {}
+NO_VECTORS: Vectors = {}
 
 
 def check_additions(steering: Steering, layers: int, width: int) -> None:
@@ -28,7 +28,7 @@ def check_additions(steering: Steering, layers: int, width: int) -> None:
     A control vector adds directions to the residual stream after any block except the first, at any positions, without
     a gate.
     """
-    for edit in acting(steering):
+    for edit in active_edits(steering):
         if not isinstance(edit.operation, Add) or edit.operation.keep_norm:
             raise UnsupportedError(f"llama.cpp can only add directions, and this steering has {edit}")
         if edit.site.kind != "residual":
@@ -47,7 +47,7 @@ def check_additions(steering: Steering, layers: int, width: int) -> None:
 class Schedule:
     """The edits of one request, and the intervals of token positions at which each acts.
 
-    If some edits depend on the generated text, `text` tracks it, and each generated token must be passed to `read`
+    If some edits depend on the generated text, `text` tracks it, and each generated token must be passed to `advance`
     before it is run.
     """
 
@@ -55,16 +55,16 @@ class Schedule:
     intervals: tuple[Intervals, ...]
     prompt_length: int
     text: Follower | None = None
-    _read: list[tuple[Followed, tuple[int, ...]]] = field(default_factory=list, compare=False)  # generated tokens
+    _read: list[tuple[FollowerState, tuple[int, ...]]] = field(default_factory=list, compare=False)  # generated tokens
 
     @classmethod
     def of(cls, steering: Steering | None, prompt: Sequence[int], tokenizer: Any) -> Schedule:
         """The schedule of a steering for a prompt. Raises `TrimtabError` for positions that the prompt doesn't have."""
-        edits, length = acting(steering), len(prompt)
+        edits, length = active_edits(steering), len(prompt)
         intervals = tuple(edit.positions.resolve(length, NO_MEANING) for edit in edits)
         return cls(edits, intervals, length, follower(tokenizer, edits, prompt))
 
-    def read(self, tokens: Iterable[int]) -> None:
+    def advance(self, tokens: Iterable[int]) -> None:
         """Take the next generated tokens into account."""
         if self.text is None:
             return
@@ -74,13 +74,13 @@ class Schedule:
             spans = [edit.positions.resolve(self.prompt_length, followed.holding) for edit in self.edits]
             self._read.append((followed, _within(spans, position)))
 
-    def at(self, position: int) -> tuple[int, ...]:
+    def edits_at(self, position: int) -> tuple[int, ...]:
         """The indices of the edits that act at this token."""
         if self.text is not None and position >= self.prompt_length:
             return self._read[position - self.prompt_length][1]
         return _within(self.intervals, position)
 
-    def stretches(self, length: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    def edit_ranges(self, length: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """Split a text of `length` tokens into ranges `(start, stop, edits)`, each with the same edits throughout."""
         edges = {0, length}
         for spans in self.intervals:
@@ -90,7 +90,7 @@ class Schedule:
             edges |= set(range(self.prompt_length, length))
         bounds = sorted(edge for edge in edges if 0 <= edge <= length)
         for start, stop in pairwise(bounds):
-            yield start, stop, self.at(start)
+            yield start, stop, self.edits_at(start)
 
     def vectors(self, numbers: Sequence[int]) -> Vectors:
         """The sum of these edits at each block, in float32."""
@@ -99,7 +99,7 @@ class Schedule:
             edit = self.edits[i]
             vector = edit.strength * edit.operation.direction.double()
             sums[edit.site.layer] = sums[edit.site.layer] + vector if edit.site.layer in sums else vector
-        return {block: vector.float().numpy() for block, vector in sums.items()} or NOTHING
+        return {block: vector.float().numpy() for block, vector in sums.items()} or NO_VECTORS
 
     def layers(self) -> tuple[int, ...]:
         """The blocks at which any edit acts."""
@@ -118,7 +118,7 @@ def _within(intervals: Sequence[Intervals], position: int) -> tuple[int, ...]:
 def check_counts(steered: Mapping[int, int], schedule: Schedule, length: int) -> None:
     """Raises `TrimtabError` unless each block was steered at exactly as many of a text's `length` tokens as planned."""
     expected: Counter[int] = Counter()
-    for start, stop, numbers in schedule.stretches(length):
+    for start, stop, numbers in schedule.edit_ranges(length):
         expected.update(dict.fromkeys({schedule.edits[i].site.layer for i in numbers}, stop - start))
     for block in sorted({*expected, *steered}):
         actual, wanted = steered.get(block, 0), expected[block]
@@ -128,16 +128,16 @@ def check_counts(steered: Mapping[int, int], schedule: Schedule, length: int) ->
             )
 
 
-def doses(after: dict[int, np.ndarray], schedule: Schedule) -> dict[int, tuple[float, int]]:
+def doses(activations: dict[int, np.ndarray], schedule: Schedule) -> dict[int, tuple[float, int]]:
     """At each block, the mean `‖edit‖ / ‖activation‖` over the steered tokens of a prompt, and their number.
 
-    `after` are the steered activations `[tokens, width]` of the prompt.
+    `activations` are the steered activations `[tokens, width]` of the prompt.
     """
     by_block = {}
-    for block, values in after.items():
+    for block, values in activations.items():
         ratios = []
         for position, x in enumerate(values):
-            vector = schedule.vectors(schedule.at(position)).get(block)
+            vector = schedule.vectors(schedule.edits_at(position)).get(block)
             if vector is not None and (norm := float(np.linalg.norm(x - vector))) > 0:
                 ratios.append(float(np.linalg.norm(vector)) / norm)
         if ratios:

@@ -26,9 +26,9 @@ class GgufTokenizer:
 
     def _ids(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "surrogatepass")
-        room = len(data) + 8
-        ids = (c.c_int32 * room)()
-        count = self._library.llama_tokenize(self._vocabulary, data, len(data), ids, room, special, True)
+        capacity = len(data) + 8
+        ids = (c.c_int32 * capacity)()
+        count = self._library.llama_tokenize(self._vocabulary, data, len(data), ids, capacity, special, True)
         if count < 0:
             raise TrimtabError(f"llama.cpp can't tokenize this text of {len(text)} characters")
         return list(ids[:count])
@@ -71,12 +71,12 @@ class GgufTokenizer:
         """The text of generated tokens, without cleanup of spaces; bytes that aren't valid UTF-8 become `\\ufffd`."""
         del clean_up_tokenization_spaces  # only for compatibility with transformers
         ids = (c.c_int32 * max(1, len(tokens)))(*tokens)
-        room = 16 * len(tokens) + 64
+        capacity = 16 * len(tokens) + 64
         while True:
-            buffer = c.create_string_buffer(room)
+            buffer = c.create_string_buffer(capacity)
             count = self._library.llama_detokenize(
-                self._vocabulary, ids, len(tokens), buffer, room, False, not skip_special_tokens
+                self._vocabulary, ids, len(tokens), buffer, capacity, False, not skip_special_tokens
             )
             if count >= 0:
                 return buffer.raw[:count].decode("utf-8", "replace")
-            room = -count
+            capacity = -count

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.transformers.weights import sampled
+from trimtab.engines.transformers.weights import sample_values
 from trimtab.errors import UnsupportedError
 from trimtab.steering.card import Adapter
 
@@ -32,7 +32,7 @@ def active_adapters(model: nn.Module) -> tuple[Adapter, ...]:
         return ()
     by_name: dict[str, list[tuple[str, float, Tensor]]] = {}
     for path, layer in _layers(model):
-        for name in _acting(layer):
+        for name in _active_adapter_names(layer):
             parts = list(_tensors(layer, name))
             if parts:
                 scale = _scale(layer, name)
@@ -62,7 +62,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path.removeprefix("base_model.model."), module
 
 
-def _acting(layer: Any) -> list[str]:
+def _active_adapter_names(layer: Any) -> list[str]:
     """The adapters that change a layer's output: those merged into it, otherwise those that are switched on."""
     merged = list(getattr(layer, "merged_adapters", ()))
     if merged:
@@ -76,10 +76,10 @@ def _acting(layer: Any) -> list[str]:
 def _tensors(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """The weights that a layer has for an adapter, with their names."""
     for kind in layer.adapter_layer_names:
-        held = getattr(layer, kind, None)
-        if held is None or name not in held:
+        by_adapter = getattr(layer, kind, None)
+        if by_adapter is None or name not in by_adapter:
             continue
-        part = held[name]
+        part = by_adapter[name]
         if isinstance(part, Tensor):
             yield kind, part
         elif isinstance(part, nn.Module):
@@ -87,8 +87,8 @@ def _tensors(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _scale(layer: Any, name: str) -> float:
-    held = getattr(layer, "scaling", None)
-    value = held.get(name) if isinstance(held, dict) else None
+    scales = getattr(layer, "scaling", None)
+    value = scales.get(name) if isinstance(scales, dict) else None
     return float(value) if isinstance(value, (int, float)) else 1.0
 
 
@@ -98,7 +98,7 @@ def _digest(model: nn.Module, name: str, parts: list[tuple[str, float, Tensor]])
     if name in kept and kept[name][0] == versions:
         return kept[name][1]
     described = json.dumps([[path, scale, list(tensor.shape)] for path, scale, tensor in parts])
-    values = sampled([tensor for _, _, tensor in parts])
+    values = sample_values([tensor for _, _, tensor in parts])
     digest = hashlib.sha256(described.encode() + values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
     kept[name] = versions, digest
     return digest

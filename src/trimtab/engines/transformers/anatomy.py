@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.exclusive import reading, steers
+from trimtab.engines.transformers.exclusive import is_steered, reading
 from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.weights import input_device, quantization
 from trimtab.errors import UnsupportedError
@@ -51,7 +51,7 @@ class Streams:
         streams = x.unflatten(-1, (self.count, -1)) if self.folded else x
         return streams.mean(self.axis) if self.active is None else streams.select(self.axis, self.active)
 
-    def moved(self, x: Tensor, change: Tensor) -> Tensor:
+    def with_change(self, x: Tensor, change: Tensor) -> Tensor:
         """A new tensor of the streams after adding `change` `[rows, tokens, width]` to the residual stream."""
         streams = x.unflatten(-1, (self.count, -1)) if self.folded else x
         if self.active is None:
@@ -73,16 +73,16 @@ class Block:
 
 PLAIN = Block(1, None)
 
-_positions: WeakKeyDictionary[nn.Module, Positions] = WeakKeyDictionary()
+_positions: WeakKeyDictionary[nn.Module, PositionHandling] = WeakKeyDictionary()
 PADS = 3
 """The number of pads in the test for left padding."""
-OFF = {torch.float64: 1e-4, torch.float32: 1e-3}
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3}
 COARSE = 0.1
 """Relative tolerance, by dtype, within which two last hidden states count as equal; `COARSE` for any other dtype."""
 
 
 @dataclass(frozen=True)
-class Positions:
+class PositionHandling:
     """How a model handles position ids and left padding.
 
     `takes_positions`: it takes `position_ids` that start at 0, also with a cache. `False` for models that take them but
@@ -94,26 +94,28 @@ class Positions:
     ignores_pads: bool
 
 
-def positions_of(layout: Layout) -> Positions:
+def position_handling(layout: Layout) -> PositionHandling:
     """How the model handles position ids and left padding, tested once, on five tokens."""
     if layout.decoder not in _positions:
-        if steers(layout.decoder):  # the hooks of the current run would act on these passes
-            return Positions("position_ids" in compat.parameters(layout.decoder), True)
+        if is_steered(layout.decoder):  # the hooks of the current run would act on these passes
+            return PositionHandling("position_ids" in compat.parameters(layout.decoder), True)
         _positions[layout.decoder] = _count(layout)
     return _positions[layout.decoder]
 
 
 @torch.no_grad()
-def _count(layout: Layout) -> Positions:
+def _count(layout: Layout) -> PositionHandling:
     takes = "position_ids" in compat.parameters(layout.decoder)
     try:
         with reading(layout.decoder):
             alone = _last(layout, 0, with_positions=False)
             takes_positions = takes and _near(layout, alone, _last(layout, 0, with_positions=True))
             takes_positions = takes_positions and (not _plain(layout) or _near(layout, alone, _continued(layout)))
-            return Positions(takes_positions, _near(layout, alone, _last(layout, PADS, with_positions=takes_positions)))
+            return PositionHandling(
+                takes_positions, _near(layout, alone, _last(layout, PADS, with_positions=takes_positions))
+            )
     except Exception:  # a model that can't run raises its own error when it is used
-        return Positions(takes, True)
+        return PositionHandling(takes, True)
 
 
 def _last(layout: Layout, pads: int, *, with_positions: bool) -> Tensor:
@@ -153,13 +155,15 @@ def _continued(layout: Layout) -> Tensor:
 
 def _near(layout: Layout, state: Tensor, other: Tensor) -> bool:
     exact = quantization(layout.decoder) is None  # quantized, passes of different shapes may round differently
-    return bool((state - other).norm() <= (OFF.get(stream_dtype(layout), COARSE) if exact else COARSE) * state.norm())
+    return bool(
+        (state - other).norm() <= (TOLERANCES.get(stream_dtype(layout), COARSE) if exact else COARSE) * state.norm()
+    )
 
 
 def block_of(layout: Layout, layer: int) -> Block:
     """The output of a block."""
     if layout.decoder not in _known:
-        if steers(layout.decoder):  # the hooks of the current run would act on this pass
+        if is_steered(layout.decoder):  # the hooks of the current run would act on this pass
             return PLAIN
         _known[layout.decoder] = _examine(layout)
     return _known[layout.decoder][layer]

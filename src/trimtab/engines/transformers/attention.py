@@ -27,8 +27,18 @@ from trimtab.engines.transformers.scores import LayerScores, ScoredRow, compile_
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
 
-PLAIN = ("eager", "sdpa")
-KNOWN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "sliding_window"} | {
+SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
+SUPPORTED_PARAMETERS = {
+    "module",
+    "query",
+    "key",
+    "value",
+    "attention_mask",
+    "scaling",
+    "dropout",
+    "softcap",
+    "sliding_window",
+} | {
     "position_bias",
     "sinks",
     "s_aux",
@@ -66,8 +76,8 @@ def check_attention(layout: Layout, layers: Iterable[int] = ()) -> None:
     """Raises `UnsupportedError` if the model's attention scores can't be steered, or not at these layers."""
     decoder: Any = layout.decoder
     name = type(decoder).__name__
-    having = [i for i, module in enumerate(attention_modules(layout)) if module is not None]
-    if not having:
+    attention_layers = [i for i, module in enumerate(attention_modules(layout)) if module is not None]
+    if not attention_layers:
         parts = {type(m).__name__ for block in layout.blocks for m in block.modules()}
         if any("attention" in part.lower() or "attn" in part.lower() for part in parts):
             raise UnsupportedError(f"{name} computes its attention outside of transformers' attention interface")
@@ -82,10 +92,10 @@ def check_attention(layout: Layout, layers: Iterable[int] = ()) -> None:
     looped = [layer for layer in layers if layer < layout.layers and block_of(layout, layer).runs > 1]
     if looped:
         raise UnsupportedError(f"{name} runs layer {looped[0]} several times in a pass, so its scores aren't unique")
-    if without := sorted(set(layers) - set(having)):
+    if without := sorted(set(layers) - set(attention_layers)):
         raise UnsupportedError(
             f"{name} has no attention at layer {without[0]}, so there are no scores to steer; its attention layers are"
-            f" {', '.join(map(str, having))}"
+            f" {', '.join(map(str, attention_layers))}"
         )
 
 
@@ -95,8 +105,8 @@ def score_layers(layout: Any) -> tuple[int, ...]:
     All layers if none has attention, so that a later check can say why, or if the layout is another engine's.
     """
     modules = attention_modules(layout) if isinstance(layout, Layout) else ()
-    having = tuple(i for i, module in enumerate(modules) if module is not None)
-    return having or tuple(range(layout.layers))
+    attention_layers = tuple(i for i, module in enumerate(modules) if module is not None)
+    return attention_layers or tuple(range(layout.layers))
 
 
 def attention_modules(layout: Layout) -> tuple[nn.Module | None, ...]:
@@ -134,7 +144,7 @@ def _attention_in(layout: Layout, block: nn.Module) -> tuple[str, nn.Module | No
     candidates = {
         name: m
         for name, m in block.named_modules()
-        if compat.calls_attention_interface(m) and not compat.attends_elsewhere(m)
+        if compat.calls_attention_interface(m) and not compat.is_cross_attention(m)
     }
     if len(candidates) > 1 and (kinds := compat.declared(layout.decoder, "attentions")):
         candidates = {name: m for name, m in candidates.items() if isinstance(m, kinds)} or candidates
@@ -154,10 +164,10 @@ def head_count(layout: Layout) -> int:
 
 
 @contextmanager
-def registered(attention: Attention, mask: Callable[..., Any]) -> Iterator[str]:
+def registered_attention(attention: Attention, mask: Callable[..., Any]) -> Iterator[str]:
     """Register an attention function and its mask function with transformers; yields the name they go by."""
     name = f"trimtab-{next(_numbers)}"
-    with compat.registered(name, attention, mask):
+    with compat.registered_attention(name, attention, mask):
         yield name
 
 
@@ -167,7 +177,7 @@ def configurations(layout: Layout) -> list[Any]:
 
 
 @contextmanager
-def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequence[int]) -> Iterator[None]:
+def steered_request_scores(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequence[int]) -> Iterator[None]:
     """Steer each request's attention with its score edits while the context is open, for `generate` and similar loops.
 
     `lengths` are the prompt lengths in tokens; the batch has left padding. Without edits this does nothing.
@@ -187,7 +197,7 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
     def count(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal columns
         if get_ident() == owner:
-            columns = read_pass(decoder, compat.bound(decoder, args, kwargs), None, columns).stop
+            columns = read_pass(decoder, compat.bind_arguments(decoder, args, kwargs), None, columns).stop
 
     hook = layout.decoder.register_forward_pre_hook(count, with_kwargs=True)
     with hook, steered_scores(layout, layers, lambda: columns or 0):
@@ -201,20 +211,20 @@ def steered_scores(
     columns: Callable[[], int],
     masks: Callable[..., Tensor | None] | None = None,
     *,
-    own: int = 0,
+    excluded_columns: int = 0,
 ) -> Iterator[None]:
     """Steer attention to a batch's prompts at these layers, for all queries, while the context is open.
 
-    `columns()` returns the number of columns so far, including pads and the columns of the current pass. The last `own`
-    columns aren't steered, nor are passes of other threads. `masks` is the mask function; default: the one that the
-    model's own attention uses.
+    `columns()` returns the number of columns so far, including pads and the columns of the current pass. The last
+    `excluded_columns` columns aren't steered, nor are passes of other threads. `masks` is the mask function; default:
+    the one that the model's own attention uses.
 
     Raises:
         TrimtabError: In some pass a layer to be steered didn't call this attention, or there was no pass.
     """
     check_attention(layout, layers)
     usual = compat.attention_name(layout.decoder.config)
-    if usual not in PLAIN:
+    if usual not in SUPPORTED_IMPLEMENTATIONS:
         raise UnsupportedError(
             f"attention scores can't be steered with {usual} attention; load the model with sdpa or eager"
         )
@@ -247,7 +257,9 @@ def steered_scores(
                 chosen[place] = steered.steered_rows(count, query.device)
             rows, steered = chosen[place]
             if len(rows) == count:
-                return _steered_attention(module, query, key, value, mask, steered, columns(), own, kwargs), None
+                return _steered_attention(
+                    module, query, key, value, mask, steered, columns(), excluded_columns, kwargs
+                ), None
         plain = compat.attention_function(usual, module)
         if kwargs.get("softcap") is None and usual == "sdpa":
             kwargs.pop("softcap", None)
@@ -257,7 +269,7 @@ def steered_scores(
         inputs = (query[rows], key[rows], value[rows], _rows_of(mask, rows))
         by_row = {name: _rows_of(tensor, rows) if name in BY_ROW else tensor for name, tensor in kwargs.items()}
         output = output.clone()
-        output[rows] = _steered_attention(module, *inputs, steered, columns(), own, by_row)
+        output[rows] = _steered_attention(module, *inputs, steered, columns(), excluded_columns, by_row)
         return output, None
 
     def begin(*_: Any) -> None:
@@ -283,8 +295,8 @@ def steered_scores(
             )
 
     with (
-        registered(attention, masks or compat.mask_function(usual)) as name,
-        compat.attending_with(configurations(layout), name),
+        registered_attention(attention, masks or compat.mask_function(usual)) as name,
+        compat.with_attention_implementation(configurations(layout), name),
         layout.decoder.register_forward_pre_hook(begin),
         layout.decoder.register_forward_hook(end),
         ExitStack() as hooks,
@@ -298,7 +310,7 @@ def steered_scores(
 
 def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raises `UnsupportedError` if the attention was given an argument that score steering doesn't support."""
-    for name in compat.attention_parameters(module) - KNOWN:
+    for name in compat.attention_parameters(module) - SUPPORTED_PARAMETERS:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} has {name}: its scores can't be steered")
 
@@ -334,7 +346,7 @@ def _steered_attention(
     mask: Tensor | None,
     steered: LayerScores,
     columns: int,
-    own: int,
+    excluded_columns: int,
     kwargs: dict[str, Any],
 ) -> Tensor:
     """The attention output `[rows, queries, heads, size]` for queries `[rows, heads, queries, size]`.
@@ -356,7 +368,7 @@ def _steered_attention(
             " determine which columns belong to the tokens (this is a static cache, from cache_implementation, or a"
             " compressed one)"
         )
-    steered.scale(scores, missing, own)
+    steered.scale(scores, missing, excluded_columns)
     if kwargs.get("position_bias") is not None:
         scores += kwargs["position_bias"][..., -length:]
     scores = capped(scores, kwargs.get("softcap"))
@@ -374,7 +386,7 @@ def _steered_attention(
         empty = scores.isneginf().all(-1, keepdim=True)  # queries of pads, for which everything is masked
         scores = scores.masked_fill(empty, 0)
     scores, sinks = with_sinks(scores, kwargs)
-    steered.shift(scores, missing, own + sinks)
+    steered.shift(scores, missing, excluded_columns + sinks)
     weights = scores.softmax(-1)[..., :length].to(value.dtype)
     output = weights.reshape(count, groups, -1, length) @ value
     return output.view(count, heads, queries, -1).transpose(1, 2).contiguous()

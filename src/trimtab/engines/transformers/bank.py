@@ -17,29 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import Active, Prepared, Stage, compiled, missing_of, slots_at
+from trimtab.engines.folding import Active, Prepared, Stage, compiled, neutral_value, slots_at
 from trimtab.steering import Edit, Site
-from trimtab.steering.low_rank import LowRank, LowRanks
+from trimtab.steering.low_rank import LowRank, LowRankBank
 from trimtab.steering.operations import Kernel, Rows, add
 
-Address = tuple[int, Kernel, float]
+StageKey = tuple[int, Kernel, float]
 """The key of a lane at a site: the step of the site's edits, the kernel, and the share of the norm that is kept."""
 
-ROOM = 8
+INITIAL_SLOTS = 8
 """The initial number of slots in a lane; doubled when they are full."""
 KEPT = 32
 """The number of most recently used sets of edits whose parameters are kept on the device."""
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledEdits:
     """Edits that act together, compiled: parameters by site and lane, and the norm of the vector added at each site."""
 
-    rows: dict[Site, dict[Address, Rows]]
+    rows: dict[Site, dict[StageKey, Rows]]
     added: dict[Site, float]
 
 
-def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> Compiled:
+def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> CompiledEdits:
     """Compile edits, in the model's dtype and on the CPU.
 
     Raises `TrimtabError` if a number overflows the dtype, or if the edits can't act together.
@@ -47,7 +47,7 @@ def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> Compiled:
     by_site: dict[Site, list[Edit]] = {}
     for edit in edits:
         by_site.setdefault(edit.site, []).append(edit)
-    rows: dict[Site, dict[Address, Rows]] = {}
+    rows: dict[Site, dict[StageKey, Rows]] = {}
     added: dict[Site, float] = {}
     for site in sorted(by_site):
         slots = slots_at(tuple(by_site[site]), site)
@@ -59,14 +59,14 @@ def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> Compiled:
             added[site] = float(
                 torch.linalg.vector_norm(row["vector"], dtype=torch.promote_types(dtype, torch.float32))
             )
-    return Compiled(rows, added)
+    return CompiledEdits(rows, added)
 
 
-class Lane:
+class StageBank:
     """One kernel's parameters at one site: for each name a bank `[slots, 1, size]`, or a list of low-rank maps."""
 
-    def __init__(self, address: Address, slots: int, device: torch.device) -> None:
-        self.step, kernel, keep_norm = address
+    def __init__(self, stage_key: StageKey, slots: int, device: torch.device) -> None:
+        self.step, kernel, keep_norm = stage_key
         self.stage: Stage = Stage(kernel, keep_norm, {}, torch.zeros(0, dtype=torch.bool))
         self.banks: dict[str, Any] = {}
         self.active: Tensor = torch.zeros(slots, 1, dtype=torch.bool, device=device)
@@ -91,8 +91,8 @@ class Lane:
             elif value is not None:
                 bank[slot, 0] = value
             elif not self._blank[slot]:
-                bank[slot].fill_(missing_of(name, self.stage.kernel))
-        self._tell(slot, frozenset(row))
+                bank[slot].fill_(neutral_value(name, self.stage.kernel))
+        self._record_names(slot, frozenset(row))
 
     def clear(self, slot: int) -> None:
         """Make a slot do nothing."""
@@ -103,8 +103,8 @@ class Lane:
             if isinstance(bank, list):
                 bank[slot] = None
             else:
-                bank[slot].fill_(missing_of(name, self.stage.kernel))
-        self._tell(slot, frozenset())
+                bank[slot].fill_(neutral_value(name, self.stage.kernel))
+        self._record_names(slot, frozenset())
 
     def move(self, slot: int, to: int) -> None:
         """Move the row in `slot` to the slot `to`; `slot` is free afterwards."""
@@ -113,7 +113,7 @@ class Lane:
         elif slot != to:
             for bank in self.banks.values():
                 bank[to] = bank[slot]
-            self._tell(to, self.names[slot])
+            self._record_names(to, self.names[slot])
         self.added[to] = self.added[slot]
         self.names[slot] = frozenset()
 
@@ -129,7 +129,7 @@ class Lane:
             if isinstance(bank, list):
                 bank += [None] * more
             else:
-                blank = bank.new_full((more, *bank.shape[1:]), missing_of(name, self.stage.kernel))
+                blank = bank.new_full((more, *bank.shape[1:]), neutral_value(name, self.stage.kernel))
                 self.banks[name] = torch.cat([bank, blank])
         self.active = torch.cat([self.active, self.active.new_zeros(more, 1)])
         self.names += [frozenset()] * more
@@ -150,7 +150,7 @@ class Lane:
         for name, bank in self.banks.items():
             if isinstance(bank, list):
                 maps = {slot: low_rank for slot, low_rank in enumerate(bank[:rows]) if low_rank is not None}
-                parameters[name] = LowRanks(maps, rows).to(self.active.device).pick(torch.arange(rows)[:, None])
+                parameters[name] = LowRankBank(maps, rows).to(self.active.device).pick(torch.arange(rows)[:, None])
             else:
                 parameters[name] = bank[:rows]
         if self.stage.only_adds:
@@ -163,9 +163,9 @@ class Lane:
         slots = len(self.names)
         if isinstance(value, LowRank):
             return [None] * slots
-        return value.new_full((slots, 1, len(value)), missing_of(name, self.stage.kernel))
+        return value.new_full((slots, 1, len(value)), neutral_value(name, self.stage.kernel))
 
-    def _tell(self, slot: int, names: frozenset[str]) -> None:
+    def _record_names(self, slot: int, names: frozenset[str]) -> None:
         if not self.stage.in_place:
             self.active[slot].fill_(bool(names))
         self.names[slot], self._blank[slot] = names, not names
@@ -181,37 +181,37 @@ class Bank:
 
     def __init__(self, dtype: torch.dtype, device_of: Callable[[Site], torch.device]) -> None:
         self.rows = 0
-        self.lanes: dict[Site, dict[Address, Lane]] = {}
+        self.stage_banks: dict[Site, dict[StageKey, StageBank]] = {}
         self._dtype = dtype
         self._device_of = device_of
         self._devices: dict[Site, torch.device] = {}
-        self._slots = ROOM
-        self._kept: OrderedDict[tuple[Edit, ...], Compiled] = OrderedDict()
+        self._slots = INITIAL_SLOTS
+        self._kept: OrderedDict[tuple[Edit, ...], CompiledEdits] = OrderedDict()
 
     @property
     def sites(self) -> list[Site]:
         """The sites at which any row is edited."""
-        return sorted(self.lanes)
+        return sorted(self.stage_banks)
 
     def touched(self, site: Site) -> list[bool]:
         """Whether each row is edited at a site."""
         touched = [False] * self.rows
-        for lane in self.lanes.get(site, {}).values():
-            touched = [bool(names) or before for names, before in zip(lane.names, touched, strict=False)]
+        for stage_bank in self.stage_banks.get(site, {}).values():
+            touched = [bool(names) or before for names, before in zip(stage_bank.names, touched, strict=False)]
         return touched
 
     def added(self, site: Site) -> list[float]:
         """The norm of the vector added to each row at a site; 0 if it isn't known here, since other operations act."""
-        lanes = list(self.lanes.get(site, {}).values())
-        return lanes[0].added[: self.rows] if len(lanes) == 1 else [0.0] * self.rows
+        stage_banks = list(self.stage_banks.get(site, {}).values())
+        return stage_banks[0].added[: self.rows] if len(stage_banks) == 1 else [0.0] * self.rows
 
     def insert(self, edits: tuple[Edit, ...]) -> None:
         """Append a row with these edits. Raises as `compile_edits` does; the bank is unchanged then."""
         state = self._state(edits)
         if self.rows == self._slots:
             self._slots *= 2
-            for lane in self._all():
-                lane.grow(self._slots)
+            for stage_bank in self._all():
+                stage_bank.grow(self._slots)
         self.rows += 1
         self._write(self.rows - 1, state)
 
@@ -223,51 +223,51 @@ class Bank:
     def remove(self, row: int) -> None:
         """Remove a row; the last one takes its slot."""
         self.rows -= 1
-        for lane in self._all():
-            lane.move(self.rows, row)
+        for stage_bank in self._all():
+            stage_bank.move(self.rows, row)
         self._tidy()
 
     def prepared(self, site: Site, x: Tensor) -> Prepared:
         """The operations on the batch's activations `[rows, 1, width]` at a site, in order."""
-        lanes = sorted(self.lanes[site].values(), key=lambda lane: lane.step)
+        stage_banks = sorted(self.stage_banks[site].values(), key=lambda stage_bank: stage_bank.step)
         if self._device(site) != x.device:
             self._devices[site] = x.device
-            for lane in lanes:
+            for lane in stage_banks:
                 lane.to(x.device)
-        return [lane.prepared(self.rows, x.dtype) for lane in lanes]
+        return [lane.prepared(self.rows, x.dtype) for lane in stage_banks]
 
-    def _all(self) -> list[Lane]:
-        return [lane for here in self.lanes.values() for lane in here.values()]
+    def _all(self) -> list[StageBank]:
+        return [stage_bank for here in self.stage_banks.values() for stage_bank in here.values()]
 
     def _device(self, site: Site) -> torch.device:
         if site not in self._devices:
             self._devices[site] = self._device_of(site)
         return self._devices[site]
 
-    def _write(self, slot: int, state: Compiled) -> None:
+    def _write(self, slot: int, state: CompiledEdits) -> None:
         for site, rows in state.rows.items():
-            here = self.lanes.setdefault(site, {})
-            for address in rows.keys() - here.keys():
-                here[address] = Lane(address, self._slots, self._device(site))
-        for site, here in self.lanes.items():
+            here = self.stage_banks.setdefault(site, {})
+            for stage_key in rows.keys() - here.keys():
+                here[stage_key] = StageBank(stage_key, self._slots, self._device(site))
+        for site, here in self.stage_banks.items():
             rows = state.rows.get(site, {})
-            for address, lane in here.items():
-                if address in rows:
-                    lane.write(slot, rows[address], state.added.get(site, 0.0))
+            for stage_key, stage_bank in here.items():
+                if stage_key in rows:
+                    stage_bank.write(slot, rows[stage_key], state.added.get(site, 0.0))
                 else:
-                    lane.clear(slot)
+                    stage_bank.clear(slot)
 
     def _tidy(self) -> None:
-        for site, here in list(self.lanes.items()):
-            for address, lane in list(here.items()):
-                if not lane.used:
-                    del here[address]
-                elif len(lane.banks) > 1:
-                    lane.tidy()
+        for site, here in list(self.stage_banks.items()):
+            for stage_key, stage_bank in list(here.items()):
+                if not stage_bank.used:
+                    del here[stage_key]
+                elif len(stage_bank.banks) > 1:
+                    stage_bank.tidy()
             if not here:
-                del self.lanes[site]
+                del self.stage_banks[site]
 
-    def _state(self, edits: tuple[Edit, ...]) -> Compiled:
+    def _state(self, edits: tuple[Edit, ...]) -> CompiledEdits:
         """Compiled edits, with their parameters on the devices of their lanes."""
         state = self._kept.get(edits)
         if state is None:
@@ -277,10 +277,10 @@ class Bank:
         self._kept.move_to_end(edits)
         return state
 
-    def _moved(self, state: Compiled) -> Compiled:
+    def _moved(self, state: CompiledEdits) -> CompiledEdits:
         """A copy on the devices of the sites, with one transfer per device and dtype."""
-        moved: dict[Site, dict[Address, Any]] = {}
-        apart: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str]]] = {}
+        moved: dict[Site, dict[StageKey, Any]] = {}
+        pending_transfers: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str]]] = {}
         for site, rows in state.rows.items():
             device = self._device(site)
             moved[site] = {address: dict(row) for address, row in rows.items()}
@@ -289,10 +289,10 @@ class Bank:
                     if isinstance(value, LowRank):
                         row[name] = value.to(device)
                     elif value.device != device:
-                        apart.setdefault((device, value.dtype), []).append((row, name))
-        for (device, _), places in apart.items():
+                        pending_transfers.setdefault((device, value.dtype), []).append((row, name))
+        for (device, _), places in pending_transfers.items():
             values = [row[name] for row, name in places]
             parts = torch.cat(values).to(device).split([len(value) for value in values])
             for (row, name), part in zip(places, parts, strict=True):
                 row[name] = part
-        return Compiled(moved, state.added)
+        return CompiledEdits(moved, state.added)

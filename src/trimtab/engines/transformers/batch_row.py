@@ -8,9 +8,9 @@ from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.answer import Applied
 from trimtab.engines.images import PromptImages
-from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
+from trimtab.engines.meanings import NOTHING, ActiveMeanings, Follower, FollowerState
 from trimtab.engines.transformers.grammar import Matcher
-from trimtab.engines.transformers.monitoring import Log
+from trimtab.engines.transformers.monitoring import MonitorLog
 from trimtab.engines.transformers.sampling import GREEDY, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.session import Tally, doses_of
 from trimtab.engines.transformers.verify import Ladder
@@ -88,16 +88,16 @@ class BatchRow:
     sampler: RowSampler | None = None
     ladder: Ladder | None = None
     tokens: list[int] = field(default_factory=list)
-    pushed: Tally = field(default_factory=dict)
+    dose_tally: Tally = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     passes: int = 0
     first: float = 0.0  # seconds to the first token
-    log: Log = field(default_factory=Log)
+    log: MonitorLog = field(default_factory=MonitorLog)
     cached: int = 0  # prompt tokens reused from another row
     shift: int = 0  # the next position minus the number of tokens before it; images may make it nonzero
-    switched: bool = False  # whether a monitor has changed its edits, and the session hasn't been updated yet
-    text: Follower | None = None  # tracks the generated text, if the ladder's edits have positions by meaning
-    at: Followed | None = None  # the current state of `text`
+    edits_changed: bool = False  # whether a monitor has changed its edits, and the session hasn't been updated yet
+    follower: Follower | None = None  # tracks the generated text, if the ladder's edits have positions by meaning
+    follower_state: FollowerState | None = None  # the current state of `text`
 
     @property
     def length(self) -> int:
@@ -110,32 +110,32 @@ class BatchRow:
         return self.tokens[-1] if self.tokens else self.request.ids[-1]
 
     @property
-    def holding(self) -> Holding:
+    def holding(self) -> ActiveMeanings:
         """The meanings of the newest token, if the ladder's edits have positions by meaning."""
-        return NOTHING if self.at is None else self.at.holding
+        return NOTHING if self.follower_state is None else self.follower_state.holding
 
-    def read(self, token: int) -> None:
+    def append_token(self, token: int) -> None:
         """Append a token."""
         self.tokens.append(token)
-        if self.text is not None:
-            self.at = self.text.after(self.at or self.text.start, token)
+        if self.follower is not None:
+            self.follower_state = self.follower.after(self.follower_state or self.follower.start, token)
 
     def add(self, more: Tally) -> None:
         """Add measurements for the doses."""
         for site, (total, measured, tokens) in more.items():
-            before = self.pushed.get(site, (0.0, 0.0, 0))
-            self.pushed[site] = (before[0] + total, before[1] + measured, before[2] + tokens)
+            before = self.dose_tally.get(site, (0.0, 0.0, 0))
+            self.dose_tally[site] = (before[0] + total, before[1] + measured, before[2] + tokens)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Reset to the state before the first token."""
-        self.tokens, self.pushed, self.steps, self.passes, self.at = [], {}, [], 0, None
-        self.log = Log()
+        self.tokens, self.dose_tally, self.steps, self.passes, self.follower_state = [], {}, [], 0, None
+        self.log = MonitorLog()
 
     def applied(self, more: Tally | None = None) -> Applied:
         """The edits that acted so far and their doses, including measurements in `more`."""
-        both = BatchRow(self.key, self.request, self.began, pushed=dict(self.pushed))
+        both = BatchRow(self.key, self.request, self.began, dose_tally=dict(self.dose_tally))
         both.add(more or {})
-        return Applied(self.names, doses_of(both.pushed))
+        return Applied(self.names, doses_of(both.dose_tally))
 
     @property
     def trace(self) -> Trace | None:

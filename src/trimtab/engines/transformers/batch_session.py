@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.folding import Prepared, States, sweep
-from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
+from trimtab.engines.folding import Prepared, States, active_ranges
+from trimtab.engines.meanings import NOTHING, ActiveMeanings, Follower, FollowerState
 from trimtab.engines.transformers.bank import Bank, compile_edits
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan
-from trimtab.engines.transformers.positions import Pass
+from trimtab.engines.transformers.positions import ForwardPass
 from trimtab.engines.transformers.session import STRIDE, Session, Tally
 from trimtab.engines.transformers.steered_pass import SteeredPass
 from trimtab.engines.transformers.weights import device_of
@@ -33,7 +33,7 @@ Segment = tuple[int, int | None, tuple[Edit, ...], frozenset[Site]]
 STEERED = 1
 """The state, in the numbering of `Session`, of every row in a step that edits any row; unsteered, it is 0."""
 
-ASIDE = 256
+MAX_PENDING_SUMS = 256
 """The number of pending measurement sums on the device after which they are copied to the host."""
 
 
@@ -47,8 +47,8 @@ class _SteeredRow:
     position: int
     sites: frozenset[Site]  # where it is edited at any time
     edits: tuple[Edit, ...] = ()
-    text: Follower | None = None  # tracks the generated text, if its edits have positions by meaning
-    at: Followed | None = None  # the state of `text`, including the next input token
+    follower: Follower | None = None  # tracks the generated text, if its edits have positions by meaning
+    follower_state: FollowerState | None = None  # the state of `text`, including the next input token
     unmeasured: int = 0  # passes since the last measurement
     measured: dict[Site, tuple[float, float]] = field(default_factory=dict)
     written: tuple[Edit, ...] = ()  # the edits in its slot of the bank
@@ -62,23 +62,23 @@ class _SteeredRow:
         return ()
 
     @property
-    def left(self) -> float:
+    def passes_left(self) -> float:
         """The number of passes until the acting edits change; `inf` if they never do."""
         marks = [m for segment in self.segments for m in segment[:2] if m is not None and m > self.position]
         return min(marks, default=inf) - self.position
 
-    def turn(self, token: int) -> bool:
+    def set_input_token(self, token: int) -> bool:
         """Set the next input token. Returns whether its meaning changes which edits act."""
-        if self.text is None:
+        if self.follower is None:
             return False
-        before = self.at
-        self.at = self.text.after(self.text.start if before is None else before, token)
-        if before is not None and before.holding is self.at.holding:
+        before = self.follower_state
+        self.follower_state = self.follower.after(self.follower.start if before is None else before, token)
+        if before is not None and before.holding is self.follower_state.holding:
             return False
-        self.act(_segments(self.edits, self.prompt_length, self.at.holding))
+        self.replace_segments(_segments(self.edits, self.prompt_length, self.follower_state.holding))
         return True
 
-    def act(self, segments: list[Segment]) -> None:
+    def replace_segments(self, segments: list[Segment]) -> None:
         """Replace the segments from the next input token on."""
         here = self.position
         past = [(a, here if b is None else min(b, here), *more) for a, b, *more in self.segments if a < here]
@@ -96,9 +96,9 @@ class _SteeredRow:
         return counts
 
 
-def _segments(edits: tuple[Edit, ...], prompt_length: int, holding: Holding) -> list[Segment]:
+def _segments(edits: tuple[Edit, ...], prompt_length: int, holding: ActiveMeanings) -> list[Segment]:
     """The segments of a row whose current generated token has these meanings."""
-    spans = sweep(edits, prompt_length, holding)
+    spans = active_ranges(edits, prompt_length, holding)
     acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
     return [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
 
@@ -115,9 +115,11 @@ class BatchSession(Session):
         self.rows: list[_SteeredRow] = []
         self.sites: list[Site] = []  # where any row is edited at any time
         self._steered: Counter[Site] = Counter()  # the number of rows edited at each of them
-        self._left: float = 0  # the number of passes until some row's edits change
+        self._passes_left: float = 0  # the number of passes until some row's edits change
         self._weights: Tensor | None = None
-        self._aside: list[tuple[list[_SteeredRow], list[Site], Tensor]] = []  # pending sums of these rows and sites
+        self._pending_sums: list[
+            tuple[list[_SteeredRow], list[Site], Tensor]
+        ] = []  # pending sums of these rows and sites
 
     def insert(
         self,
@@ -144,13 +146,13 @@ class BatchSession(Session):
         first = prompt_length if position is None else position
         row = _SteeredRow(segments, prompt_length, first, first, _sites(every, segments, text), every, text)
         if token is not None:
-            row.turn(token)
+            row.set_input_token(token)
         row.written = row.acting
         self.bank.insert(row.written)
         self._flush()
         self.rows.append(row)
         self._steered.update(row.sites)
-        self._change()
+        self._invalidate_step()
 
     def change(
         self, number: int, edits: Sequence[Edit], text: Follower | None = None, tokens: Sequence[int] = ()
@@ -167,13 +169,17 @@ class BatchSession(Session):
         compile_edits(edits, self._dtype)
         self._flush()
         self._steered.subtract(row.sites)
-        row.edits, row.text, row.at = tuple(edits), text, None
+        row.edits, row.follower, row.follower_state = tuple(edits), text, None
         if text is not None and tokens:
-            row.at = text.of(tokens)[-1]
-        row.act(_segments(row.edits, row.prompt_length, NOTHING if row.at is None else row.at.holding))
+            row.follower_state = text.states_after(tokens)[-1]
+        row.replace_segments(
+            _segments(
+                row.edits, row.prompt_length, NOTHING if row.follower_state is None else row.follower_state.holding
+            )
+        )
         row.sites |= _sites(row.edits, row.segments, text)
         self._steered.update(row.sites)
-        self._change()
+        self._invalidate_step()
 
     def remove(self, number: int) -> Tally:
         """Remove a row; the last one takes its number. Returns the row's measurements."""
@@ -184,21 +190,21 @@ class BatchSession(Session):
         last = self.rows.pop()
         if number < len(self.rows):
             self.rows[number] = last
-        self._change()
+        self._invalidate_step()
         return tally
 
     def advance(self) -> None:
         """Move each row to its next token, after a pass, whether steered or not."""
         for row in self.rows:
             row.position += 1
-        self._left -= 1
-        self._reached = None
+        self._passes_left -= 1
+        self._computed_columns = None
 
-    def turn(self, tokens: Sequence[int]) -> None:
+    def set_input_tokens(self, tokens: Sequence[int]) -> None:
         """Set the input tokens of the next pass, one per row; their meanings may change which edits act."""
         for row, token in zip(self.rows, tokens, strict=True):
-            if row.turn(token):
-                self._left = 0
+            if row.set_input_token(token):
+                self._passes_left = 0
 
     def tally(self, request: int, tokens: int | None = None) -> Tally:
         """A row's measurements so far, and the number of its steered tokens, by site."""
@@ -210,13 +216,13 @@ class BatchSession(Session):
 
     # ---- passes ------------------------------------------------------------------------------------------
 
-    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
+    def _enter(self, forward_pass: ForwardPass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
         if forward_pass.length != 1 or forward_pass.rows != len(self.rows):
             raise TrimtabError(
                 f"a pass of {forward_pass.rows} rows and {forward_pass.length} tokens, but the batch has"
                 f" {len(self.rows)} rows and each reads one token"
             )
-        if self._left <= 0 or self._step is None:
+        if self._passes_left <= 0 or self._step is None:
             self._write()
         if self._step is None:
             self._step = self._begin_step(forward_pass.device)
@@ -231,7 +237,7 @@ class BatchSession(Session):
                 self.bank.change(number, acting)
                 row.written = acting
                 self._step = None
-        self._left = min((row.left for row in self.rows), default=inf)
+        self._passes_left = min((row.passes_left for row in self.rows), default=inf)
 
     def _begin_step(self, device: torch.device) -> SteeredPass:
         """The step that is repeated until a row's edits change or rows join or leave."""
@@ -262,9 +268,9 @@ class BatchSession(Session):
 
     # ---- rows that join and leave ------------------------------------------------------------------------
 
-    def _change(self) -> None:
+    def _invalidate_step(self) -> None:
         self._step = None
-        self._left = 0
+        self._passes_left = 0
         self.sites = sorted(self._steered)
 
     def _flush(self) -> None:
@@ -274,24 +280,24 @@ class BatchSession(Session):
             return
         for row in self.rows:
             row.unmeasured = (step.passes - 1) % STRIDE
-        self._aside.append((list(self.rows), self.sites, self._sums))
+        self._pending_sums.append((list(self.rows), self.sites, self._sums))
         self._sums = torch.zeros_like(self._sums)
-        if len(self._aside) >= ASIDE:
+        if len(self._pending_sums) >= MAX_PENDING_SUMS:
             self._collect()
 
     def _collect(self) -> None:
         """Add the pending measurements to their rows, with one device-to-host copy."""
-        if not self._aside:
+        if not self._pending_sums:
             return
-        numbers = iter(torch.cat([sums.flatten() for _, _, sums in self._aside]).tolist())
-        for rows, sites, sums in self._aside:
+        numbers = iter(torch.cat([sums.flatten() for _, _, sums in self._pending_sums]).tolist())
+        for rows, sites, sums in self._pending_sums:
             ratios, counts = ([list(islice(numbers, len(rows))) for _ in sites] for _ in range(len(sums)))
             for site, *of_site in zip(sites, ratios, counts, strict=True):
                 for row, ratio, count in zip(rows, *of_site, strict=True):
                     if count:
                         before = row.measured.get(site, (0.0, 0.0))
                         row.measured[site] = (before[0] + ratio, before[1] + count)
-        self._aside = []
+        self._pending_sums = []
 
     def _device_of(self, site: Site) -> torch.device:
         """The device of a site's module."""

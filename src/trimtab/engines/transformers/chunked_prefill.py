@@ -16,11 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.resolve import Where, acting, resolve, tokens_of, waits_for_prompt, wanted
+from trimtab.engines.resolve import (
+    PositionsByRequest,
+    active_edits,
+    depends_on_prompt,
+    gate_readings,
+    positions_read,
+    resolve,
+)
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.monitoring import Watch
+from trimtab.engines.transformers.monitoring import MonitorReader
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.scores import (
@@ -63,18 +70,18 @@ class ChunkedPrefill:
         self.ids: list[int] = list(ids)
         self.steering = steering
         self.cache: DynamicCache = DynamicCache()
-        self.watch: Watch | None = None  # reads the last token for monitors
+        self.watch: MonitorReader | None = None  # reads the last token for monitors
         self.edits: tuple[Edit, ...] = ()
         self.names: tuple[str, ...] = ()
         self._device = device
         self._done = 0
-        self.taken_over = 0  # leading tokens that come from a cache
+        self.reused_tokens = 0  # leading tokens that come from a cache
         self._kept: dict[Site, list[Tensor]] = {}
         self._session = Session(model, layout, lambda *_: [activation_edits(self.edits)])
-        self._wanted = sorted(wanted(steering), key=str)
-        self._open = {edit.site for edit in acting(steering) if waits_for_prompt(edit)}
-        self._looking = bool(self._wanted or self._open)
-        if not self._looking:
+        self._wanted = sorted(gate_readings(steering), key=str)
+        self._open = {edit.site for edit in active_edits(steering) if depends_on_prompt(edit)}
+        self._reading_unsteered = bool(self._wanted or self._open)
+        if not self._reading_unsteered:
             self._decide({})
             self._session.expect([len(self.ids)])
 
@@ -87,32 +94,32 @@ class ChunkedPrefill:
         ids = torch.tensor([self.ids[start:stop]], device=self._device)
         mask = torch.ones(1, stop, dtype=torch.long, device=self._device)
         positions = torch.arange(start, stop, device=self._device)[None]
-        with self._looking_at(start) if self._looking else self._steering(stop):
+        with self._recording_from(start) if self._reading_unsteered else self._steering(stop):
             logits = last_logits(self.model, ids, mask, positions, self.cache, self.watch)
         self._done = stop
         if stop < len(self.ids):
             return None
-        if not self._looking:
+        if not self._reading_unsteered:
             self._session.check_reached(stop)
             return logits
-        self._looking = False
+        self._reading_unsteered = False
         self._decide({site: torch.cat(parts) for site, parts in self._kept.items()})
         self._kept = {}
-        first = self._first_touched()
+        first = self._first_edited()
         if first >= stop:
             return logits
         self._go_back(first)
         return None
 
-    def take_over(self, cache: DynamicCache, tokens: int) -> None:
+    def reuse_cache(self, cache: DynamicCache, tokens: int) -> None:
         """Continue from a cache of the first `tokens` tokens, computed under the same edits as would act on them here.
 
         Only before the first `advance`, and if the steering doesn't depend on the prompt's activations.
         """
         assert not self._done
-        assert not self._looking
+        assert not self._reading_unsteered
         assert tokens < len(self.ids)
-        self.cache, self._done, self.taken_over = cache, tokens, tokens
+        self.cache, self._done, self.reused_tokens = cache, tokens, tokens
         self._session.expect([len(self.ids)], resumed=True)
 
     def tally(self) -> Tally:
@@ -125,11 +132,11 @@ class ChunkedPrefill:
     def _places(self) -> dict[Site, list[int]]:
         """The positions whose activations are kept, in order, by site."""
         length = len(self.ids)
-        by_gates = tokens_of(self._wanted, length)
+        by_gates = positions_read(self._wanted, length)
         return {reading.site: by_gates for reading in self._wanted} | {site: list(range(length)) for site in self._open}
 
     @contextmanager
-    def _looking_at(self, start: int) -> Iterator[None]:
+    def _recording_from(self, start: int) -> Iterator[None]:
         owner = get_ident()
 
         def keep(site: Site, where: Sequence[int]) -> Callable[[Tensor], None]:
@@ -153,13 +160,13 @@ class ChunkedPrefill:
     def _decide(self, activations: dict[Site, Tensor]) -> None:
         rows = {site: {p: at for at, p in enumerate(where)} for site, where in self._places.items()}
 
-        def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
+        def read(where: PositionsByRequest, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
             return {0: {site: activations[site][[rows[site][p] for p in where[0]]] for site in sites}}
 
         resolved = resolve([self.steering], [len(self.ids)], read)
         (self.edits,), (self.names,) = resolved.edits, resolved.names
 
-    def _first_touched(self) -> int:
+    def _first_edited(self) -> int:
         """The first position of the prompt at which an edit acts; 0 with edits of attention scores."""
         if any(is_score_edit(edit) for edit in self.edits):
             return 0

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 from trimtab.engines.answer import Applied
 from trimtab.engines.meanings import follower
-from trimtab.engines.resolve import Where, acting, resolve, waits_for_prompt, wanted
+from trimtab.engines.resolve import PositionsByRequest, active_edits, depends_on_prompt, gate_readings, resolve
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.anatomy import positions_of
+from trimtab.engines.transformers.anatomy import position_handling
 from trimtab.engines.transformers.attention import (
-    PLAIN,
+    SUPPORTED_IMPLEMENTATIONS,
     attention_modules,
     check_attention,
     configurations,
-    registered,
+    registered_attention,
 )
 from trimtab.engines.transformers.batch_row import BatchRow, GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.batch_session import BatchSession
@@ -39,11 +39,11 @@ from trimtab.engines.transformers.chunked_prefill import ChunkedPrefill
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.composition import Composition
 from trimtab.engines.transformers.decode import GenerationBatch
-from trimtab.engines.transformers.images import Counted, check_goes_on, counting
-from trimtab.engines.transformers.joining import PromptsRead
+from trimtab.engines.transformers.images import PositionShift, check_decodes_from_cache, recording_positions
+from trimtab.engines.transformers.joining import PrefillResult
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.passes import last_logits
-from trimtab.engines.transformers.positions import Pass
+from trimtab.engines.transformers.positions import ForwardPass
 from trimtab.engines.transformers.read import recording
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import STRIDE
@@ -61,13 +61,13 @@ def check_clean(layout: Layout) -> None:
             f"{name} can't steer over a clean cache: it keeps more than keys and values (such as a recurrent state),"
             " which the steered reading of a token would change; leave clean_cache out"
         )
-    if not positions_of(layout).takes_positions:
+    if not position_handling(layout).takes_positions:
         raise UnsupportedError(
             f"{name} can't steer over a clean cache: it doesn't take position_ids, so the two readings of a token would"
             " get different positions; leave clean_cache out"
         )
     usual = compat.attention_name(decoder.config)
-    if usual not in PLAIN:
+    if usual not in SUPPORTED_IMPLEMENTATIONS:
         raise UnsupportedError(
             f"a clean cache isn't supported with {usual} attention; load the model with sdpa or eager attention"
         )
@@ -117,18 +117,18 @@ class CleanBatch(GenerationBatch):
 
     def check(self, request: GenerationRequest) -> None:
         super().check(request)
-        if steers_clean(request):
+        if uses_clean_cache(request):
             check_clean(self.layout)
-            if self.alone:
+            if self.single_row:
                 raise UnsupportedError(
                     "a clean cache needs continuous batching, and this batch runs one row at a time; leave clean_cache"
                     " out"
                 )
             if request.rejection is not None:
                 raise UnsupportedError("with rejection the cache is clean in any case; leave clean_cache out")
-            check_clean_edits(acting(request.steering), len(request.ids))
+            check_clean_edits(active_edits(request.steering), len(request.ids))
             for monitor in request.monitors:
-                check_clean_edits(acting(monitor.steering), len(request.ids))
+                check_clean_edits(active_edits(monitor.steering), len(request.ids))
 
     def remove(self, key: int, *, ended: bool = False) -> Applied | None:
         applied = super().remove(key, ended=ended)
@@ -145,39 +145,39 @@ class CleanBatch(GenerationBatch):
         responses = super().step()
         return responses + (self._twins.step() if len(self._twins) else [])
 
-    def _read_in(self, rows: list[BatchRow]) -> list[GenerationResponse]:
-        clean = [row for row in rows if steers_clean(row.request)]
-        others = [row for row in rows if not steers_clean(row.request)]
-        responses = super()._read_in(others)
+    def _prefill_rows(self, rows: list[BatchRow]) -> list[GenerationResponse]:
+        clean = [row for row in rows if uses_clean_cache(row.request)]
+        others = [row for row in rows if not uses_clean_cache(row.request)]
+        responses = super()._prefill_rows(others)
         images = list(dict.fromkeys(row.request.images for row in clean))
         if len(images) > 1:  # each prompt with images has a pass of its own
             each = [[row for row in clean if row.request.images is prompt_images] for prompt_images in images]
-            return responses + [response for alike in each for response in self._read_in(alike)]
+            return responses + [response for alike in each for response in self._prefill_rows(alike)]
         try:
             return responses + (self._read_clean(clean) if clean else [])
         except (TrimtabError, RuntimeError) as error:
             if len(clean) == 1:
                 return [*responses, GenerationResponse(clean[0].key, error=error)]
             for row in clean:
-                row.forget()
-            return responses + [response for row in clean for response in self._read_in([row])]
+                row.reset()
+            return responses + [response for row in clean for response in self._prefill_rows([row])]
 
     def _read_clean(self, rows: list[BatchRow]) -> list[GenerationResponse]:
         """Prefill the prompts unsteered, each distinct one once, and evaluate the gates."""
         prompts = list(dict.fromkeys(row.request.ids for row in rows))
         steerings = [row.request.steering for row in rows]
         lengths = [len(row.request.ids) for row in rows]
-        which = [prompts.index(row.request.ids) for row in rows]
+        prompt_indices = [prompts.index(row.request.ids) for row in rows]
         sites = sorted({site for steering in steerings for site in _sites_to_decide(steering)})
         cache = compat.whole_cache(self.model.config)
         ids, mask, positions = self._reader.padded(prompts)
-        images, counted = rows[0].request.images, Counted()
-        self._watch.of(row.request.monitors for row in rows)
+        images, counted = rows[0].request.images, PositionShift()
+        self._watch.set_monitors(row.request.monitors for row in rows)
         activations: dict[Site, Tensor] = {}
         with ExitStack() as stack:
             if images is not None:
-                check_goes_on(self.model, self.layout, prompts[0], images)
-                counted = stack.enter_context(counting(self.layout, len(prompts[0])))
+                check_decodes_from_cache(self.model, self.layout, prompts[0], images)
+                counted = stack.enter_context(recording_positions(self.layout, len(prompts[0])))
             if sites:
                 activations = stack.enter_context(recording(self.layout, sites, lambda x: x, to_the_end=True))
             position_ids = positions if images is None else None  # with images the model computes positions itself
@@ -186,18 +186,18 @@ class CleanBatch(GenerationBatch):
         for row in rows:
             row.shift = counted.shift
 
-        def read(where: Where, wanted: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
+        def read(where: PositionsByRequest, wanted: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
             width = ids.shape[1]
             columns = {i: [width - lengths[i] + p for p in positions] for i, positions in where.items()}
-            return {i: {site: activations[site][which[i], at] for site in wanted} for i, at in columns.items()}
+            return {i: {site: activations[site][prompt_indices[i], at] for site in wanted} for i, at in columns.items()}
 
         resolved = resolve(steerings, lengths, read)
-        return self._seat_clean(rows, which, resolved.edits, resolved.names, logits, cache)
+        return self._add_clean_rows(rows, prompt_indices, resolved.edits, resolved.names, logits, cache)
 
-    def _seat_clean(
+    def _add_clean_rows(
         self,
         rows: list[BatchRow],
-        which: Sequence[int],
+        text_indices: Sequence[int],
         edits: Sequence[tuple[Edit, ...]],
         names: Sequence[tuple[str, ...]],
         logits: Tensor,
@@ -205,28 +205,30 @@ class CleanBatch(GenerationBatch):
     ) -> list[GenerationResponse]:
         """Add rows after their unsteered prefill: to the twins if they may be steered, else to the other rows."""
         responses: list[GenerationResponse] = []
-        for row, text, row_edits, called in zip(rows, which, edits, names, strict=True):
+        for row, text, row_edits, called in zip(rows, text_indices, edits, names, strict=True):
             if not row_edits and not _may_be_steered(row.request):
                 count = len(logits)
                 same = [called] * count
-                read = PromptsRead([()] * count, same, [{}] * count, logits, cache, [0] * count, shift=row.shift)
-                responses += self._seat([row], [text], read)
+                read = PrefillResult([()] * count, same, [{}] * count, logits, cache, [0] * count, shift=row.shift)
+                responses += self._add_rows([row], [text], read)
                 continue
             row.edits, row.names, row.sampler = row_edits, called, self._row_sampler(row.request)
             try:
-                self._twins.seat(row, cache, text)
+                self._twins.add_row(row, cache, text)
             except TrimtabError as error:  # only now is it known which edits act together
                 responses.append(GenerationResponse(row.key, error=error))
         return responses
 
     def _prefill(self, request: GenerationRequest) -> ChunkedPrefill:
-        return _CleanPrefill(self, request) if steers_clean(request) else super()._prefill(request)
+        return _CleanPrefill(self, request) if uses_clean_cache(request) else super()._prefill(request)
 
-    def _seat_read(self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
+    def _add_chunked_rows(
+        self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor
+    ) -> list[GenerationResponse]:
         if not isinstance(prefill, _CleanPrefill):
-            return super()._seat_read(rows, prefill, logits)
+            return super()._add_chunked_rows(rows, prefill, logits)
         count = len(rows)
-        return self._seat_clean(
+        return self._add_clean_rows(
             rows, [0] * count, [prefill.edits] * count, [prefill.names] * count, logits, prefill.cache
         )
 
@@ -237,7 +239,7 @@ class _CleanPrefill(ChunkedPrefill):
     def __init__(self, batch: GenerationBatch, request: GenerationRequest) -> None:
         super().__init__(batch.model, batch.layout, request.ids, request.steering, batch.device)
 
-    def _first_touched(self) -> int:
+    def _first_edited(self) -> int:
         return len(self.ids)
 
     @contextmanager
@@ -252,28 +254,30 @@ class _Twins(GenerationBatch):
         super().__init__(model, tokenizer, layout, **options)
         self._usual = compat.attention_name(layout.decoder.config)
 
-    def _forget(self) -> None:
-        super()._forget()
+    def _reset(self) -> None:
+        super()._reset()
         self._session: BatchSession = _TwinSession(self.model, self.layout)
 
-    def seat(self, row: BatchRow, cache: DynamicCache, place: int) -> None:
-        """Add a row whose prompt is in row `place` of a cache. The prompt's last token is read again, with a twin."""
+    def add_row(self, row: BatchRow, cache: DynamicCache, cache_row: int) -> None:
+        """Add a row whose prompt is in row `cache_row` of a cache. The prompt's last token is read again, with a
+        twin.
+        """
         kept = len(row.request.ids) - 1
         ids = row.request.ids
         self._session.insert(row.edits, len(ids), follower(self.tokenizer, row.edits, ids), position=kept)
-        self._cache.insert(_without_last(cache), [(place, kept)])
+        self._cache.insert(_without_last(cache), [(cache_row, kept)])
         self._rows.append(row)
-        self._run = None
+        self._composition = None
 
     def _decode(self) -> list[GenerationResponse]:
-        if self._run is None:
-            self._run = Composition(
+        if self._composition is None:
+            self._composition = Composition(
                 self.layout, self._masks, self._session, self._rows, self._cache, None, False, self.device
             )
-        run, cache = self._run, self._cache
-        cache.make_room(2)
+        run, cache = self._composition, self._cache
+        cache.reserve(2)
         width = cache.width + 1
-        self._watch.of(row.request.monitors for row in self._rows)
+        self._watch.set_monitors(row.request.monitors for row in self._rows)
         with run.open(), self._twin_masks():
             ids, positions = run.ids[:, None].expand(-1, 2), run.positions[:, None].expand(-1, 2)
             logits = last_logits(self.model, ids, run.mask(width + 1), positions, cache, self._watch)
@@ -281,9 +285,9 @@ class _Twins(GenerationBatch):
         self._session.advance()
         cache.advance(2)
         chosen, tokens = self._choose(self._rows, logits, run.sampler, None, None, drafts=False)
-        self._session.turn([row.newest for row in self._rows])
+        self._session.set_input_tokens([row.newest for row in self._rows])
         run.advance(tokens)
-        return self._without_the_done(self._switch_on(chosen))
+        return self._remove_finished(self._switch_on(chosen))
 
     @contextmanager
     def _twin_masks(self) -> Iterator[None]:
@@ -325,7 +329,10 @@ class _Twins(GenerationBatch):
                 kwargs.pop("softcap", None)
             return compat.attention_function(self._usual, module)(module, query, key, value, mask, **kwargs)
 
-        with registered(attend, mask) as name, compat.attending_with(configurations(self.layout), name):
+        with (
+            registered_attention(attend, mask) as name,
+            compat.with_attention_implementation(configurations(self.layout), name),
+        ):
             yield
         modules = [module for module in attention_modules(self.layout) if module is not None]
         if any(module not in called for module in modules):
@@ -338,12 +345,12 @@ class _Twins(GenerationBatch):
 class _TwinSession(BatchSession):
     """Steers the second of the two readings of each row's token, not the first."""
 
-    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().before(decoder, args, kwargs)
-        if not self._foreign() and self._step is not None:
+    def decoder_pre_hook(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().decoder_pre_hook(decoder, args, kwargs)
+        if not self._in_other_thread() and self._step is not None:
             self._measures = (self._step.passes - 1) % STRIDE == 0
 
-    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
+    def _enter(self, forward_pass: ForwardPass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
         if forward_pass.length != 2:
             raise TrimtabError(f"a pass of {forward_pass.length} tokens per row, but each row's token is read twice")
         return super()._enter(replace(forward_pass, length=1), arguments, begins)
@@ -361,9 +368,9 @@ class _TwinSession(BatchSession):
         return None if new is None else torch.cat([whole[:, :1], new], 1).view(activations.shape)
 
 
-def steers_clean(request: GenerationRequest) -> bool:
+def uses_clean_cache(request: GenerationRequest) -> bool:
     """Whether a request asks for a clean cache and is, or may be, steered."""
-    return request.clean_cache and (bool(acting(request.steering)) or _may_be_steered(request))
+    return request.clean_cache and (bool(active_edits(request.steering)) or _may_be_steered(request))
 
 
 def _may_be_steered(request: GenerationRequest) -> bool:
@@ -373,14 +380,14 @@ def _may_be_steered(request: GenerationRequest) -> bool:
 
 def _sites_to_decide(steering: Steering | None) -> set[Site]:
     """The sites whose activations at the prompt are needed for gates and for operations that depend on the prompt."""
-    return {reading.site for reading in wanted(steering)} | {
-        edit.site for edit in acting(steering) if waits_for_prompt(edit)
+    return {reading.site for reading in gate_readings(steering)} | {
+        edit.site for edit in active_edits(steering) if depends_on_prompt(edit)
     }
 
 
 def _without_last(cache: DynamicCache) -> DynamicCache:
     """The keys and values without those of the last column."""
-    aside = compat.put_aside(cache)
+    aside = compat.snapshot_cache(cache)
     for layer in aside.layers:
         if getattr(layer, "keys", None) is not None:
             layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]

@@ -20,14 +20,14 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache, DynamicLayer
 from trimtab.errors import TrimtabError
 
-ROOM = 128
+MIN_SPARE_COLUMNS = 128
 """The minimum number of columns that are allocated ahead; longer rows get half their length."""
 
-Copies = Callable[[Tensor], Any]
+RowCopier = Callable[[Tensor], Any]
 """Makes an independent cache of the given rows `[rows]` of a batch; rows may be repeated."""
 
 
-class Columns(DynamicCache):
+class BatchCache(DynamicCache):
     """The keys and values `[rows, heads, columns, size]` of each layer, as views of larger buffers.
 
     `lengths[r]` is the number of tokens in row r. Pads are set to zero: a buffer may hold a NaN from an earlier row,
@@ -57,18 +57,18 @@ class Columns(DynamicCache):
         first = len(self.lengths)
         others: list[Any] = list(source.layers)
         if not self._buffers:
-            self._buffers = [_layer_like(theirs, self) for theirs in others]
+            self._buffers = [_layer_like(source_layer, self) for source_layer in others]
             self.layers = list(self._buffers)
         self._allocate(first + len(picks), longest, 1)
-        for mine, theirs in zip(self._buffers, others, strict=True):
-            if mine.state is not None:
-                mine.state.adopt(theirs, [place for place, _ in picks])
+        for own_layer, theirs in zip(self._buffers, others, strict=True):
+            if own_layer.state is not None:
+                own_layer.state.append_rows(theirs, [place for place, _ in picks])
             if getattr(theirs, "keys", None) is None:  # the layer uses another layer's keys, or has only a state
                 continue
-            if mine.keys is None:
-                mine.allocate(theirs.keys, theirs.values, *self._capacity)
+            if own_layer.keys is None:
+                own_layer.allocate(theirs.keys, theirs.values, *self._capacity)
             for row, (place, length) in enumerate(picks, first):
-                for buffer, incoming in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                for buffer, incoming in ((own_layer.keys, theirs.keys), (own_layer.values, theirs.values)):
                     assert buffer is not None
                     buffer[row, :, : self.stop - length] = 0
                     buffer[row, :, self.stop - length : self.stop] = incoming[place, :, incoming.shape[2] - length :]
@@ -89,7 +89,7 @@ class Columns(DynamicCache):
         if not self.lengths:  # an empty batch frees its memory
             self.layers, self._buffers, self.stop, self._capacity = [], [], 0, (0, 0)
 
-    def make_room(self, columns: int = 1) -> None:
+    def reserve(self, columns: int = 1) -> None:
         """Make room for the columns that the next pass writes."""
         self._allocate(len(self.lengths), max(self.lengths), columns)
 
@@ -104,11 +104,11 @@ class Columns(DynamicCache):
         Raises:
             TrimtabError: Some layer didn't receive its keys and values.
         """
-        held = {layer.written for layer in self._buffers if getattr(layer, "keys", None) is not None}
-        if held - {self.stop + written}:
+        written_columns = {layer.written for layer in self._buffers if getattr(layer, "keys", None) is not None}
+        if written_columns - {self.stop + written}:
             raise TrimtabError(
-                f"the cache of the batch holds {min(held) - self.start} tokens, but {self.width + 1} have been read:"
-                " the model didn't update the cache it was given, or a forward pass was skipped"
+                f"the cache of the batch holds {min(written_columns) - self.start} tokens, but {self.width + 1} have"
+                " been read: the model didn't update the cache it was given, or a forward pass was skipped"
             )
         self.stop += 1
         self.lengths = [length + 1 for length in self.lengths]
@@ -119,7 +119,7 @@ class Columns(DynamicCache):
         if rows <= have_rows and longest <= self.stop and self.stop + ahead <= have_columns:
             return
         rows = have_rows if rows <= have_rows else max(rows, min(2 * have_rows, have_rows + 16))
-        columns = longest + max(ROOM, longest // 2)
+        columns = longest + max(MIN_SPARE_COLUMNS, longest // 2)
         count, kept = len(self.lengths), self.width
         for layer in self._buffers:
             if getattr(layer, "keys", None) is not None and layer.values is not None:
@@ -130,7 +130,7 @@ class Columns(DynamicCache):
         self.stop = longest
         self._capacity = (rows, columns)
 
-    def put_aside(self) -> Copies:
+    def row_copier(self) -> RowCopier:
         """Called before a pass. Returns a function that copies rows as they are now.
 
         It stays valid after the pass, until rows join or leave.
@@ -164,7 +164,7 @@ class _Layer(DynamicLayer):
     written = 0  # the column after the last one written
     kind: Any = DynamicLayer  # the class of copies
 
-    def __init__(self, batch: Columns) -> None:
+    def __init__(self, batch: BatchCache) -> None:
         super().__init__()
         self.batch = batch
 
@@ -207,18 +207,18 @@ class _State:
     def __init__(self, kept: Any) -> None:
         self.kept = kept
 
-    def adopt(self, theirs: Any, places: Sequence[int]) -> None:
+    def append_rows(self, source_layer: Any, places: Sequence[int]) -> None:
         """Append rows of another layer's states."""
         for name in compat.STATES:
             mine = getattr(self.kept, name)
-            for number, state in getattr(theirs, name).items():
+            for number, state in getattr(source_layer, name).items():
                 if state is None:
                     continue
                 rows = state[list(places)]
                 mine[number] = rows if mine.get(number) is None else torch.cat([mine[number], rows])
         for name in compat.STATE_FLAGS:
-            getattr(self.kept, name).update(getattr(theirs, name))
-        self.kept.device, self.kept.dtype = theirs.device, theirs.dtype
+            getattr(self.kept, name).update(getattr(source_layer, name))
+        self.kept.device, self.kept.dtype = source_layer.device, source_layer.dtype
 
     def drop(self, row: int) -> None:
         """Remove a row; the last one takes its place."""
@@ -230,16 +230,18 @@ class _State:
                     states[number] = state[:-1]
 
 
-def _layer_like(theirs: Any, batch: Columns) -> Any:
+def _layer_like(source_layer: Any, batch: BatchCache) -> Any:
     """A layer for the batch that holds the same things as a layer of another cache."""
-    if not compat.keeps_state(theirs):
+    if not compat.keeps_state(source_layer):
         mine = _Layer(batch)
-        mine.kind = type(theirs)
+        mine.kind = type(source_layer)
         return mine
-    kind: Any = type("_StateLayer", (_Layer, compat.STATE_LAYER), {}) if hasattr(theirs, "keys") else compat.STATE_LAYER
+    kind: Any = (
+        type("_StateLayer", (_Layer, compat.STATE_LAYER), {}) if hasattr(source_layer, "keys") else compat.STATE_LAYER
+    )
     layer = kind.__new__(kind)
-    compat.STATE_LAYER.__init__(layer, number_of_states=theirs.number_of_states)
-    if hasattr(theirs, "keys"):
+    compat.STATE_LAYER.__init__(layer, number_of_states=source_layer.number_of_states)
+    if hasattr(source_layer, "keys"):
         _Layer.__init__(layer, batch)
     layer.state = _State(layer)
     return layer
@@ -249,7 +251,7 @@ def _copy_of(layer: Any, rows: Sequence[int]) -> Any:
     """An independent layer with the recurrent states of these rows."""
     kind = compat.KEYS_AND_STATE if hasattr(layer, "keys") else compat.STATE_LAYER
     copy = kind(layer.number_of_states)
-    _State(copy).adopt(layer, rows)
+    _State(copy).append_rows(layer, rows)
     return copy
 
 
@@ -263,7 +265,7 @@ def _copy(layer: Any, state: Any, picked: Tensor, columns: slice) -> Any:
     return copy
 
 
-class Alone:
+class SingleRowCache:
     """The cache of a batch that is limited to one row: the model's own cache, of any type."""
 
     def __init__(self) -> None:
@@ -283,17 +285,17 @@ class Alone:
     def remove(self, row: int) -> None:
         self.model_cache, self.lengths = None, []
 
-    def make_room(self) -> None:
+    def reserve(self) -> None:
         """Does nothing: the cache grows by itself."""
 
     def advance(self) -> None:
         """Add one token, after a pass. Raises `TrimtabError` if the cache doesn't hold as many tokens as were read."""
         self.lengths = [length + 1 for length in self.lengths]
-        held = compat.past_length(self.model_cache)
-        if held is not None and held != self.width:
-            raise TrimtabError(f"the cache of the batch holds {held} tokens, but {self.width} have been read")
+        cached_tokens = compat.past_length(self.model_cache)
+        if cached_tokens is not None and cached_tokens != self.width:
+            raise TrimtabError(f"the cache of the batch holds {cached_tokens} tokens, but {self.width} have been read")
 
-    def put_aside(self) -> Copies:
+    def row_copier(self) -> RowCopier:
         """Called before a pass. Returns a function that copies the row as it is now."""
-        aside = compat.put_aside(self.model_cache)
+        aside = compat.snapshot_cache(self.model_cache)
         return lambda picked: compat.fork(aside, picked)

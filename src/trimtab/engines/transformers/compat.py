@@ -104,7 +104,7 @@ def _warn_untested(version: str) -> None:
 # ---- the parameters of a forward pass --------------------------------------------------------------------------
 
 
-def wrapped(model: Any) -> Any:
+def unwrap_model(model: Any) -> Any:
     """The transformers model itself, without a wrapper of PEFT or `torch.compile`."""
     if isinstance(model, PreTrainedModel) or not isinstance(model, nn.Module):
         return model
@@ -113,7 +113,7 @@ def wrapped(model: Any) -> Any:
 
 def parameters(module: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of a module's `forward`, without `self`; for a wrapper, those of the model inside."""
-    kind: Any = type(wrapped(module))
+    kind: Any = type(unwrap_model(module))
     return _parameters(kind)
 
 
@@ -124,7 +124,7 @@ def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
     return signature
 
 
-def bound(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind_arguments(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of the module, by name."""
     return {**dict(zip(parameters(module), args, strict=False)), **kwargs}
 
@@ -145,7 +145,7 @@ def cache_of(arguments: Mapping[str, Any], owner: str) -> Any:
     """The cache among the arguments of a forward pass, under any name; `None` if there is none.
 
     Args:
-        arguments: The arguments by name (see `bound`).
+        arguments: The arguments by name (see `bind_arguments`).
         owner: The name of the module, for the error message.
 
     Raises:
@@ -202,7 +202,7 @@ def cache_name(module: Any) -> str:
     Raises:
         UnsupportedError: It declares no known cache parameter.
     """
-    kind: Any = type(wrapped(module))
+    kind: Any = type(unwrap_model(module))
     name = _cache_name(kind)
     if name is None:
         raise UnsupportedError(
@@ -235,7 +235,7 @@ def new_cache(config: Any) -> Any:
     return DynamicCache(config=config)
 
 
-def put_aside(cache: Any) -> Any:
+def snapshot_cache(cache: Any) -> Any:
     """A snapshot of the cache, which later passes over `cache` don't change.
 
     Layers of plain keys and values grow by replacing their tensors, not by modifying them, so those aren't copied.
@@ -255,7 +255,7 @@ def fork(cache: Any, rows: Tensor) -> Any:
     """
     if not callable(getattr(cache, "reorder_cache", None)):
         raise UnsupportedError(f"{type(cache).__name__} doesn't support reorder_cache, which rejection needs")
-    forked = put_aside(cache)
+    forked = snapshot_cache(cache)
     forked.reorder_cache(rows)
     return forked
 
@@ -421,7 +421,7 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
-def attends_elsewhere(module: nn.Module) -> bool:
+def is_cross_attention(module: nn.Module) -> bool:
     """Whether this is cross-attention to the states of an image or encoder, rather than attention to the text."""
     kind: Any = type(module)
     return any(name.startswith("cross_attention") for name in _parameters(kind))
@@ -449,7 +449,7 @@ def mask_function(name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def registered(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
+def registered_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
     """Register an attention function and its mask function with transformers, while the context is open."""
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
@@ -461,7 +461,7 @@ def registered(name: str, attention: Callable[..., Any], mask: Callable[..., Any
 
 
 @contextmanager
-def attending_with(configs: Sequence[Any], name: str) -> Iterator[None]:
+def with_attention_implementation(configs: Sequence[Any], name: str) -> Iterator[None]:
     """Set the attention implementation of these configurations, while the context is open."""
     before = [config._attn_implementation for config in configs]
     try:
@@ -482,7 +482,7 @@ def generation_option(model: Any, options: Mapping[str, Any], name: str) -> Any:
     return value if value is not None else getattr(model.generation_config, name, None)
 
 
-_ELSEWHERE = (
+_UNSUPPORTED_SETTINGS = (
     "stop_strings",
     "max_time",
     "penalty_alpha",
@@ -503,18 +503,18 @@ def decodes_by_steps(model: Any, options: Mapping[str, Any]) -> bool:
         model: The model; its own generation settings apply unless `options` override them.
         options: Options of `generate` that affect how tokens are chosen.
     """
-    inside = wrapped(model)
+    inside = unwrap_model(model)
     if type(inside).generate is not GenerationMixin.generate or "generate" in vars(model):
         return False
     config, _ = inside._prepare_generation_config(None, **options)
     if str(config.get_generation_mode().value) not in ("greedy_search", "sample") or config.use_cache is False:
         return False
-    if any(getattr(config, name, None) not in (None, 1, False) for name in _ELSEWHERE):
+    if any(getattr(config, name, None) not in (None, 1, False) for name in _UNSUPPORTED_SETTINGS):
         return False
-    return not _may_read_anew(inside)
+    return not _may_recompute_cache(inside)
 
 
-def _may_read_anew(model: Any) -> bool:
+def _may_recompute_cache(model: Any) -> bool:
     """Whether rotary embeddings depend on the text's length, so that the cache of a long text may be recomputed."""
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -526,7 +526,7 @@ def is_generate_option(model: Any, name: str) -> bool:
     """Whether transformers' `generate` accepts this name: a setting, an argument, or an input of the model."""
     if hasattr(model.generation_config, name) or name in ("tokenizer", "assistant_tokenizer", *CACHE_NAMES):
         return True
-    inside = wrapped(model)
+    inside = unwrap_model(model)
     own = inspect.signature(inside.generate).parameters
     return (
         name in own

@@ -13,7 +13,7 @@ from torch import Tensor
 from trimtab.engines.transformers.batch_row import BatchRow
 from trimtab.engines.transformers.batch_session import BatchSession
 from trimtab.engines.transformers.drafts import Drafts
-from trimtab.engines.transformers.joining import compiled, steering
+from trimtab.engines.transformers.joining import compile_row_scores, steered_pass_hooks
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.sampling import BatchSampler
@@ -51,7 +51,7 @@ class Composition:
         scored = [
             ScoredRow(score_edits(row.edits), len(row.request.ids), pad) for row, pad in zip(rows, pads, strict=True)
         ]
-        self._scores = compiled(layout, scored, cache.width)
+        self._scores = compile_row_scores(layout, scored, cache.width)
         self.sampler: BatchSampler = sampler_of(rows, device)
         self.ids = torch.tensor([row.newest for row in rows], device=device)
         self.positions = torch.tensor([row.length - 1 + row.shift for row in rows], device=device)
@@ -76,12 +76,14 @@ class Composition:
     def open(self) -> Iterator[None]:
         """Install the hooks and the steered attention for one step."""
         session, columns, padded = self._session, self._cache.width + 1, self._pads is not None
-        with steering(self._layout, self._masks, session, session.sites, self._scores, lambda: columns, padded):
+        with steered_pass_hooks(
+            self._layout, self._masks, session, session.sites, self._scores, lambda: columns, padded
+        ):
             yield
 
 
 @dataclass(frozen=True)
-class Drafted:
+class DraftResults:
     """Draft tokens that were computed in a pass, their logits, and their indices by row key and token id."""
 
     drafts: Drafts
@@ -89,12 +91,12 @@ class Drafted:
     places: Mapping[tuple[int, int], int]
 
     @classmethod
-    def of(cls, rows: Sequence[BatchRow], drafts: Drafts, logits: Tensor) -> Drafted:
+    def of(cls, rows: Sequence[BatchRow], drafts: Drafts, logits: Tensor) -> DraftResults:
         """The draft tokens of these rows of the batch."""
         pairs = zip(drafts.rows, drafts.ids, strict=True)
         return cls(drafts, logits, {(rows[row].key, token): i for i, (row, token) in enumerate(pairs)})
 
-    def true(self, rows: Sequence[BatchRow]) -> list[int] | None:
+    def accepted_indices(self, rows: Sequence[BatchRow]) -> list[int] | None:
         """The index of each row's accepted draft, the one equal to its newest token; `None` if any row has none."""
         places = [self.places.get((row.key, row.newest)) for row in rows]
         known = [place for place in places if place is not None]

@@ -21,11 +21,11 @@ from trimtab.engines.images import PromptImages
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.batch_row import GenerationRequest
 from trimtab.engines.transformers.clean import CleanBatch
-from trimtab.engines.transformers.decode import check_steps
+from trimtab.engines.transformers.decode import check_continuous_batching
 from trimtab.engines.transformers.generate import _end_ids
 from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.monitoring import Log
+from trimtab.engines.transformers.monitoring import MonitorLog
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -64,7 +64,7 @@ REFILL = 4
 """New prompts are read once a quarter of the batch is free, since reading them one by one would delay other rows."""
 
 
-def check_verified(model: Any, options: Mapping[str, Any]) -> None:
+def check_rejection_options(model: Any, options: Mapping[str, Any]) -> None:
     """Raises `TrimtabError` for options of `generate` that can't be combined with rejection."""
     for name, value in options.items():
         if value is None or name in (*OTHERS[:2], *ROW_BY_ROW) or (name == "use_cache" and value is True):
@@ -74,10 +74,10 @@ def check_verified(model: Any, options: Mapping[str, Any]) -> None:
         if name not in REFUSED and not hasattr(model.generation_config, name):
             raise UnsupportedError(f"rejection can't run with {name}, which its decoding loop doesn't support")
     if not options.get("do_sample"):
-        check_differ(options)
+        check_answer_count(options)
 
 
-def check_differ(options: Mapping[str, Any]) -> None:
+def check_answer_count(options: Mapping[str, Any]) -> None:
     """Raises `TrimtabError` if the options ask for several greedy answers per prompt."""
     if options.get("num_return_sequences") not in (None, 1):
         raise TrimtabError(
@@ -86,25 +86,25 @@ def check_differ(options: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Continuous:
+class BatchingSettings:
     """The settings of a run with continuous batching, derived from options of `generate`.
 
-    `each` is the number of answers per prompt; `streamer` is a transformers streamer, or `None`. `criteria` are
-    stopping criteria, called after each token with the prompt and the answer's tokens; an answer that they end has
-    the finish reason `ended`. With `alone`, rows run one at a time.
+    `answers_per_prompt` is the number of answers per prompt; `streamer` is a transformers streamer, or `None`.
+    `criteria` are stopping criteria, called after each token with the prompt and the answer's tokens; an answer that
+    they end has the finish reason `ended`. With `single_row`, rows run one at a time.
     """
 
     settings: Settings
     ends: frozenset[int]
-    each: int
+    answers_per_prompt: int
     streamer: Any
     criteria: tuple[Any, ...] = ()
-    ended: str = "length"
+    criteria_finish: str = "length"
     options: Mapping[str, Any] = field(default_factory=dict)
-    alone: bool = False
+    single_row: bool = False
 
     @classmethod
-    def of(cls, model: Any, layout: Layout, options: Mapping[str, Any]) -> Continuous | None:
+    def of(cls, model: Any, layout: Layout, options: Mapping[str, Any]) -> BatchingSettings | None:
         """The settings for these options; `None` if an option, a setting or the cache of the model isn't supported."""
         set_options = {name: value for name, value in options.items() if value is not None}
         criteria: tuple[Any, ...] = ()
@@ -123,13 +123,13 @@ class Continuous:
         if not compat.decodes_by_steps(model, chosen):
             return None
         settings = Settings.of(model, chosen, 1, input_device(model))
-        if settings.others:
+        if settings.fallback_processors:
             return None
         return cls(settings, frozenset(_end_ids(model, set_options)), each, set_options.get("streamer"), criteria)
 
     @classmethod
-    def verified(cls, model: Any, tokenizer: Any, layout: Layout, options: Mapping[str, Any]) -> Continuous:
-        """The settings for requests with rejection, for any options that pass `check_verified`."""
+    def for_rejection(cls, model: Any, tokenizer: Any, layout: Layout, options: Mapping[str, Any]) -> BatchingSettings:
+        """The settings for requests with rejection, for any options that pass `check_rejection_options`."""
         set_options = {name: value for name, value in options.items() if value is not None}
         asks = tuple(compat.stopping_criteria(set_options, tokenizer))
         without = {*OTHERS, *ROW_BY_ROW} - {*compat.PROCESSING}
@@ -149,7 +149,7 @@ class Continuous:
         """The sampling settings for this prompt; unknown logits processors may depend on its length."""
         return (
             Settings.of(model, self.options, len(prompt), input_device(model))
-            if self.settings.others
+            if self.settings.fallback_processors
             else self.settings
         )
 
@@ -164,7 +164,7 @@ class Continuous:
 
 def _steps(model: Any, layout: Layout) -> bool:
     try:
-        check_steps(model, layout)
+        check_continuous_batching(model, layout)
     except UnsupportedError:
         return False
     return True
@@ -177,15 +177,15 @@ class _Answer:
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
     applied: Applied | None = None
-    log: Log = field(default_factory=Log)
+    log: MonitorLog = field(default_factory=MonitorLog)
     trace: Trace | None = None
 
 
-def answer(
+def generate_answers(
     model: Any,
     tokenizer: Any,
     layout: Layout,
-    way: Continuous,
+    batching: BatchingSettings,
     prompts: Sequence[Sequence[int]],
     steerings: Sequence[Steering | None],
     rejections: Sequence[Rejection | None],
@@ -207,7 +207,7 @@ def answer(
         model: The model.
         tokenizer: Its tokenizer.
         layout: Its layout.
-        way: The settings of the run.
+        batching: The settings of the run.
         prompts: Token ids. Prompts are started in this order.
         steerings: One for each prompt.
         rejections: One for each prompt; `None` without rejection.
@@ -226,23 +226,25 @@ def answer(
     Raises:
         TrimtabError: The steered logits of a sampled row aren't finite.
     """
-    batch = CleanBatch(model, tokenizer, layout, strict=False, ends=way.ends, alone=way.alone)
-    if way.settings.sampled and seed is None:
+    batch = CleanBatch(model, tokenizer, layout, strict=False, ends=batching.ends, single_row=batching.single_row)
+    if batching.settings.sampled and seed is None:
         seed = int(torch.randint(2**62, ()))
-    waiting = deque(range(len(prompts)))
+    pending = deque(range(len(prompts)))
     answers: list[list[_Answer]] = [[] for _ in prompts]
     running: dict[int, _Answer] = {}
-    left = [way.each] * len(prompts)
-    most = rows * way.each
-    settings = {len(prompt): way.settings_for(model, prompt) for prompt in prompts}
-    if way.streamer is not None:
-        way.streamer.put(torch.tensor([list(prompts[0])]))
-    while waiting or running:
+    left = [batching.answers_per_prompt] * len(prompts)
+    most = rows * batching.answers_per_prompt
+    settings = {len(prompt): batching.settings_for(model, prompt) for prompt in prompts}
+    if batching.streamer is not None:
+        batching.streamer.put(torch.tensor([list(prompts[0])]))
+    while pending or running:
         if not running or most - len(running) >= max(1, most // REFILL):
-            while waiting and len(running) + way.each <= most:
-                prompt = waiting.popleft()
-                for n in range(way.each):
-                    sampling = Sampling(seed=None if seed is None else seed_of(seed, places[prompt] * way.each + n))
+            while pending and len(running) + batching.answers_per_prompt <= most:
+                prompt = pending.popleft()
+                for n in range(batching.answers_per_prompt):
+                    sampling = Sampling(
+                        seed=None if seed is None else seed_of(seed, places[prompt] * batching.answers_per_prompt + n)
+                    )
                     request = GenerationRequest(
                         tuple(prompts[prompt]),
                         steerings[prompt],
@@ -270,11 +272,11 @@ def answer(
                 current.tokens.append(response.token)
             if response.logprob is not None:
                 current.logprobs.append(response.logprob)
-            if way.streamer is not None and response.finish != FILTERED:
-                way.streamer.put(torch.tensor([response.token]))
+            if batching.streamer is not None and response.finish != FILTERED:
+                batching.streamer.put(torch.tensor([response.token]))
             finish, applied, trace = response.finish, response.applied, response.trace
-            if way.ends_at(prompts[current.prompt], current.tokens) and finish is None:
-                finish, trace = way.ended, batch.trace(response.key)
+            if batching.ends_at(prompts[current.prompt], current.tokens) and finish is None:
+                finish, trace = batching.criteria_finish, batch.trace(response.key)
                 applied = batch.remove(response.key)
             if finish is not None:
                 current.finish, current.applied, current.trace = finish, applied, trace
@@ -282,8 +284,8 @@ def answer(
                 del running[response.key]
         if left.count(0) > before:
             progress(left.count(0))
-    if way.streamer is not None:
-        way.streamer.end()
+    if batching.streamer is not None:
+        batching.streamer.end()
     return [
         Generation(
             text=tokenizer.decode(each.tokens, skip_special_tokens=True),

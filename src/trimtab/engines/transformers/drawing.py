@@ -18,7 +18,7 @@ MOST = 1024
 
 
 @dataclass(frozen=True)
-class Kept:
+class SamplingLimits:
     """Each row's limits on which tokens may be sampled: `[rows, 1]` each, on the device.
 
     They are applied as in transformers, and in the same order: the `top_k` likeliest tokens; of these, the likeliest
@@ -31,31 +31,31 @@ class Kept:
     min_p: Tensor  # 0 keeps all
 
     @classmethod
-    def of(cls, rows: list[tuple[int, float, float]], device: torch.device) -> Kept:
+    def of(cls, rows: list[tuple[int, float, float]], device: torch.device) -> SamplingLimits:
         """Make limits from each row's `(top_k, top_p, min_p)`."""
         columns = [torch.tensor(column, device=device)[:, None] for column in zip(*rows, strict=True)]
         return cls(columns[0], columns[1].float(), columns[2].float())
 
-    def select(self, rows: Tensor) -> Kept:
+    def select(self, rows: Tensor) -> SamplingLimits:
         """The limits of these rows, in this order."""
-        return Kept(self.top_k[rows], self.top_p[rows], self.min_p[rows])
+        return SamplingLimits(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
-    def least(self, probabilities: Tensor) -> Tensor:
+    def min_kept_probability(self, probabilities: Tensor) -> Tensor:
         """The lowest probability `[rows, 1]` that is kept, given probabilities `[rows, vocabulary]`."""
         if probabilities.device.type != "cpu":
-            return self._least(probabilities.sort(-1, descending=True).values)[0]
+            return self._min_kept(probabilities.sort(-1, descending=True).values)[0]
         # on a CPU, torch's sort takes ten times as long, because it also sorts indices
         values = probabilities.numpy()
         size = values.shape[-1]
         if size <= MOST:
-            return self._least(_descending(values))[0]
-        least, settled = self._least(_descending(np.partition(values, size - MOST)[:, -MOST:]))
+            return self._min_kept(_descending(values))[0]
+        least, settled = self._min_kept(_descending(np.partition(values, size - MOST)[:, -MOST:]))
         for row in (~settled[:, 0]).nonzero()[:, 0].tolist():
             kept = self.select(torch.tensor([row]))
-            least[row] = kept._least(_descending(values[row : row + 1]))[0][0]
+            least[row] = kept._min_kept(_descending(values[row : row + 1]))[0][0]
         return least
 
-    def _least(self, likeliest: Tensor) -> tuple[Tensor, Tensor]:
+    def _min_kept(self, likeliest: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest kept probability `[rows, 1]`, given those of the likeliest tokens `[rows, some]`, best first.
 
         Also returns whether it is certain, rather than dependent on tokens that aren't given.

@@ -15,32 +15,32 @@ from torch import nn
 
 from trimtab.engines.transformers.evaluating import evaluating
 from trimtab.errors import TrimtabError
-from trimtab.keywords import outside
+from trimtab.keywords import caller_stacklevel
 
 PATIENCE = 30.0
 """Seconds that a thread waits for another one inside `lm.steered(…)` before it warns."""
 
 
 @dataclass
-class _Turn:
+class _DecoderLock:
     """The lock of one decoder, and its state."""
 
     lock: Any = field(default_factory=threading.RLock)
     steered: bool = False
     thread: int | None = None  # the thread that steers
-    lent: bool = False  # whether it is held by lm.steered(…), for an unknown time
+    user_held: bool = False  # whether it is held by lm.steered(…), for an unknown time
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Hold the lock while the context is open. Warns after a long wait for `lm.steered(…)`, a possible deadlock."""
-        taken = self.lock.acquire(timeout=PATIENCE) if self.lent else self.lock.acquire()
-        if not taken:
+        acquired = self.lock.acquire(timeout=PATIENCE) if self.user_held else self.lock.acquire()
+        if not acquired:
             warnings.warn(
                 "waiting for another thread to leave lm.steered(…); if that thread waits for this one, this is a"
                 " deadlock: inside the context, only model.generate may run in another thread; lm.generate(…,"
                 " steering) needs no context",
                 RuntimeWarning,
-                stacklevel=outside(),
+                stacklevel=caller_stacklevel(),
             )
             self.lock.acquire()
         try:
@@ -49,14 +49,14 @@ class _Turn:
             self.lock.release()
 
 
-_turns: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, _DecoderLock] = WeakKeyDictionary()
 _eager_lock = threading.Lock()
 _eager_runs = 0
 _eager_stance: Any = None
 
 
-def _turn(decoder: nn.Module) -> _Turn:
-    return _turns.setdefault(decoder, _Turn())
+def _lock_of(decoder: nn.Module) -> _DecoderLock:
+    return _locks.setdefault(decoder, _DecoderLock())
 
 
 @contextmanager
@@ -65,38 +65,38 @@ def reading(decoder: nn.Module) -> Iterator[None]:
 
     It may be nested in a steered run of the same thread.
     """
-    with _turn(decoder).taken(), _eager(), evaluating(decoder):
+    with _lock_of(decoder).hold(), _eager(), evaluating(decoder):
         yield
 
 
 @contextmanager
-def steering(decoder: nn.Module, *, lent: bool = False) -> Iterator[None]:
+def steering_lock(decoder: nn.Module, *, user_held: bool = False) -> Iterator[None]:
     """While open, no other thread steers or reads this decoder, and it isn't steered a second time.
 
-    `lent`: the user holds the context for an unknown time, and may wait for other threads inside it.
+    `user_held`: the user holds the context for an unknown time, and may wait for other threads inside it.
 
     Raises:
         TrimtabError: This thread is already steering it.
     """
-    turn = _turn(decoder)
-    with turn.taken():
-        if turn.steered:
+    decoder_lock = _lock_of(decoder)
+    with decoder_lock.hold():
+        if decoder_lock.steered:
             raise TrimtabError("this model is being steered already; leave lm.steered(…) first, or add the steerings")
-        turn.steered, turn.thread, turn.lent = True, threading.get_ident(), lent
+        decoder_lock.steered, decoder_lock.thread, decoder_lock.user_held = True, threading.get_ident(), user_held
         try:
             with _eager():
                 yield
         finally:
-            turn.steered, turn.thread, turn.lent = False, None, False
+            decoder_lock.steered, decoder_lock.thread, decoder_lock.user_held = False, None, False
 
 
 def steered_here(decoder: nn.Module) -> bool:
     """Whether this thread is steering the decoder, through any `LM`, so that activations it reads are steered."""
-    turn = _turn(decoder)
-    return turn.steered and turn.thread == threading.get_ident()
+    decoder_lock = _lock_of(decoder)
+    return decoder_lock.steered and decoder_lock.thread == threading.get_ident()
 
 
-class Generating:
+class GenerationGuard:
     """Ensures that one thread at a time generates inside an `lm.steered(…)`, and none when it ends."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class Generating:
                 )
 
     @contextmanager
-    def until_left(self) -> Iterator[None]:
+    def guard_context(self) -> Iterator[None]:
         """The context for generating. Raises `TrimtabError` if it ends while a thread is still generating."""
         try:
             yield
@@ -146,9 +146,9 @@ class Generating:
             )
 
 
-def steers(decoder: nn.Module) -> bool:
+def is_steered(decoder: nn.Module) -> bool:
     """Whether this decoder is being steered, by this thread or another."""
-    return decoder in _turns and _turns[decoder].steered
+    return decoder in _locks and _locks[decoder].steered
 
 
 @contextmanager

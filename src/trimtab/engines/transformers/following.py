@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding, meanings_of
+from trimtab.engines.meanings import NOTHING, ActiveMeanings, Follower, FollowerState, meanings_of
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.plan import Plan
-from trimtab.engines.transformers.positions import Pass, count_steered, state_at, states_of, where_of
+from trimtab.engines.transformers.positions import ForwardPass, count_steered, state_at, states_of, token_positions
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
 from trimtab.steering.meanings import Meaning
@@ -32,18 +32,20 @@ def check_rows_stay(model: Any, options: Mapping[str, Any]) -> None:
 
 
 @dataclass
-class Following:
+class TrackedText:
     """One row's text. `ids` are its known tokens, and `followed` the state after each generated one."""
 
     tokenizer: Any
     meanings: frozenset[Meaning]
     prompt_length: int
     ids: list[int]
-    followed: list[Followed] = field(default_factory=list)
+    followed: list[FollowerState] = field(default_factory=list)
     states: list[int] = field(default_factory=list)  # the session's state of each generated token
     _follower: Follower | None = None
 
-    def read(self, positions: Sequence[int], ids: Sequence[int], state_of: Callable[[int, Holding], int]) -> list[int]:
+    def advance(
+        self, positions: Sequence[int], ids: Sequence[int], state_of: Callable[[int, ActiveMeanings], int]
+    ) -> list[int]:
         """The states of a pass's tokens; negative positions are padding.
 
         A pass may start before the end of the known text; the rest is then discarded. Raises `TrimtabError` if tokens
@@ -77,7 +79,7 @@ class Following:
         return states
 
 
-class Texts:
+class TrackedTexts:
     """The texts of all rows of a session in which some edits have positions by meaning.
 
     Args:
@@ -102,20 +104,20 @@ class Texts:
         self._repeat = rows // len(lengths)
         self._collects = prompts is None and tokenizer is not None
         self._known = tokenizer is not None
-        self._rows: list[Following | None] = []
+        self._rows: list[TrackedText | None] = []
         for request in (row // self._repeat for row in range(rows)):
             meanings = meanings_of(edits[request])
             ids = [] if prompts is None else list(prompts[request])
-            following = Following(tokenizer, meanings, lengths[request], ids) if meanings else None
+            following = TrackedText(tokenizer, meanings, lengths[request], ids) if meanings else None
             self._rows.append(following)
 
-    def states(self, forward_pass: Pass, pads: Sequence[int], ids: Tensor | None) -> tuple[tuple[int, ...], ...]:
+    def states(self, forward_pass: ForwardPass, pads: Sequence[int], ids: Tensor | None) -> tuple[tuple[int, ...], ...]:
         """Each row's states in a pass over these tokens, one per column.
 
         Raises `TrimtabError` if the meaning of generated tokens can't be determined.
         """
         states = states_of(self._plan.segments, forward_pass, pads)
-        where = where_of(forward_pass, pads)
+        where = token_positions(forward_pass, pads)
         generated = any(text and max(row) >= text.prompt_length for text, row in zip(self._rows, where, strict=True))
         if not generated and not self._collects:
             return states
@@ -125,7 +127,7 @@ class Texts:
             raise UnsupportedError("positions by meaning need the tokens, and the model was given embeddings")
         listed = ids.tolist()
         return tuple(
-            states[row] if text is None else tuple(text.read(where[row], listed[row], partial(self._state, row)))
+            states[row] if text is None else tuple(text.advance(where[row], listed[row], partial(self._state, row)))
             for row, text in enumerate(self._rows)
         )
 
@@ -138,5 +140,5 @@ class Texts:
         in_prompt = count_steered(segments, touched, start, min(stop, text.prompt_length))
         return in_prompt + sum(state in touched for state in generated)
 
-    def _state(self, row: int, position: int, holding: Holding) -> int:
+    def _state(self, row: int, position: int, holding: ActiveMeanings) -> int:
         return state_at(self._plan.at(row // self._repeat, holding), position)

@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.engines.contract import TOKENS_PER_BATCH, check_length
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.evaluating import evaluating
-from trimtab.engines.transformers.exclusive import steering
+from trimtab.engines.transformers.exclusive import steering_lock
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.prefix_cache import PrefixCache
@@ -39,7 +39,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Forced:
+class PromptAnswer:
     """The token ids of a prompt and of a teacher-forced answer. Both have at least one token."""
 
     prompt: tuple[int, ...]
@@ -50,13 +50,13 @@ class Forced:
             raise TrimtabError("a prompt and its answer need at least one token each")
 
 
-class _Enough(BaseException):
+class _StopPass(BaseException):
     """Ends a pass early, once all wanted activations have been read. Raised only in the reading thread."""
 
 
 @dataclass
-class Forcing:
-    """Teacher-forced passes of a model with frozen weights and hooks in place; created by `forcing`."""
+class TeacherForcing:
+    """Teacher-forced passes of a model with frozen weights and hooks in place; created by `teacher_forcing`."""
 
     model: Any
     layout: Layout
@@ -71,12 +71,12 @@ class Forcing:
     _wanted: frozenset[Site] = frozenset()
 
     def logits(
-        self, texts: Sequence[Forced], changes: Mapping[Site, Change], factors: Sequence[float] | None = None
+        self, texts: Sequence[PromptAnswer], changes: Mapping[Site, Change], factors: Sequence[float] | None = None
     ) -> list[Tensor]:
         """For each text, the logits `[answer tokens, vocabulary]` that predict its answer, in float32 at least.
 
         Args:
-            texts: Few enough that their graph fits into memory; `passes` splits a longer list.
+            texts: Few enough that their graph fits into memory; `group_by_pass` splits a longer list.
             changes: What is added at each site, from the last prompt token on. Other sites stay unchanged.
             factors: A factor for each text's changes; default: 1.
 
@@ -106,7 +106,7 @@ class Forcing:
 
     @torch.no_grad()
     def states(
-        self, texts: Sequence[Forced], changes: Mapping[Site, Change], sites: Sequence[Site]
+        self, texts: Sequence[PromptAnswer], changes: Mapping[Site, Change], sites: Sequence[Site]
     ) -> dict[Site, list[Tensor]]:
         """The activations `[answer tokens, width]` of each text at `sites`, before the change at the same site.
 
@@ -118,7 +118,7 @@ class Forcing:
         for group in [texts] if self.shares else [[text] for text in texts]:
             self._states, self._wanted = {}, frozenset(sites)
             try:
-                with suppress(_Enough):
+                with suppress(_StopPass):
                     self.logits(group, changes)
                 check_read(sites, self._states)
                 for site, x in self._states.items():
@@ -127,7 +127,7 @@ class Forcing:
                 self._states = None
         return by_site
 
-    def _together(self, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
+    def _together(self, texts: Sequence[PromptAnswer], changes: Mapping[Site, Change]) -> list[Tensor]:
         cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
         device = input_device(self.model)
         before = [text.prompt[:-1] for text in texts]
@@ -153,7 +153,7 @@ class Forcing:
         out = self._pass(inputs_of(self.model, ids, torch.cat([mask, new], 1), cache), changes)
         return [row[: len(text.answer)] for row, text in zip(out, texts, strict=True)]
 
-    def _whole(self, text: Forced, changes: Mapping[Site, Change]) -> Tensor:
+    def _whole(self, text: PromptAnswer, changes: Mapping[Site, Change]) -> Tensor:
         device = input_device(self.model)
         ids, mask = padded([[*text.prompt, *text.answer[:-1]]], left=False, device=device)
         self._answering = torch.arange(len(text.prompt) - 1, ids.shape[1], device=device)
@@ -166,10 +166,10 @@ class Forcing:
             logits: Tensor = self.model(**inputs).logits
         finally:
             self._changes = {}
-        if wrong := [site for site, calls in self._called.items() if calls != 1]:
+        if miscounted := [site for site, calls in self._called.items() if calls != 1]:
             raise TrimtabError(
-                f"the part of the model at {wrong[0]} ran {self._called[wrong[0]]} times in one pass, not once, so"
-                " edits there can't be learned; something bypasses the model's hooks"
+                f"the part of the model at {miscounted[0]} ran {self._called[miscounted[0]]} times in one pass, not"
+                " once, so edits there can't be learned; something bypasses the model's hooks"
             )
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -186,7 +186,7 @@ class Forcing:
         if self._states is not None and site in self._wanted:
             self._states[site] = selected
             if len(self._states) == len(self._wanted):
-                raise _Enough
+                raise _StopPass
         if change is None:
             return None
         added = change(selected)
@@ -196,7 +196,7 @@ class Forcing:
 
 
 @contextmanager
-def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forcing]:
+def teacher_forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[TeacherForcing]:
     """Freeze the model's weights and install hooks at `sites`; both are undone when the context closes.
 
     While it is open, no other thread can steer or read the model, and the model is in evaluation mode.
@@ -205,9 +205,9 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
         TrimtabError: The model doesn't have one of the sites, or is being steered.
     """
     required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout), PrefixCache(model, layout))
+    run = TeacherForcing(model, layout, tuple(sorted(set(sites))), can_share(layout), PrefixCache(model, layout))
     places = [(site, place(layout, site)) for site in run.sites]
-    with steering(layout.decoder), evaluating(model, every_part=True), torch.enable_grad(), ExitStack() as hooks:
+    with steering_lock(layout.decoder), evaluating(model, every_part=True), torch.enable_grad(), ExitStack() as hooks:
         try:
             for parameter in required_grad:
                 parameter.requires_grad_(False)
@@ -219,7 +219,7 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
                 parameter.requires_grad_(before)
 
 
-def passes(model: Any, texts: Sequence[Forced]) -> list[list[int]]:
+def group_by_pass(model: Any, texts: Sequence[PromptAnswer]) -> list[list[int]]:
     """Split texts into groups that fit one pass each, as lists of indices, in order; at least one text per group."""
     tokens = min(TOKENS_PER_PASS, LOGITS_PER_PASS // model.get_input_embeddings().weight.shape[0])
     groups: list[list[int]] = []

@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.engines.meanings import Holding
+from trimtab.engines.meanings import ActiveMeanings
 from trimtab.engines.transformers.attention import steered_scores
-from trimtab.engines.transformers.columns import Copies
+from trimtab.engines.transformers.columns import RowCopier
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.places import attach, place
-from trimtab.engines.transformers.rows import KeptNumbers, Token, Versions, edited, states_at
+from trimtab.engines.transformers.rows import NewestTokens, TensorCache, Versions, apply_edits, states_at
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
@@ -44,7 +44,7 @@ class Forks:
         self._versions: Versions | None = None
         self._states: tuple[int, ...] | None = None
         self._edited: set[Site] = set()
-        self.tensor = KeptNumbers()
+        self.tensor = TensorCache()
 
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
@@ -58,14 +58,14 @@ class Forks:
 
     def run(
         self,
-        token: Token,
-        cache: Copies,
+        token: NewestTokens,
+        cache: RowCopier,
         columns: int,
         versions: Versions,
         chosen: Sequence[int | None],
         requests: Sequence[int],
         *,
-        holding: Sequence[Holding] = (),
+        holding: Sequence[ActiveMeanings] = (),
         **_: Any,
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
@@ -80,7 +80,7 @@ class Forks:
         self._states = states_at(versions, rows, columns, holding)
         mask = None if token.mask is None else token.mask[picked]
         positions = None if token.positions is None else token.positions[picked]
-        scored = steered_scores(self.layout, scores, lambda: columns, own=1) if scores else nullcontext()
+        scored = steered_scores(self.layout, scores, lambda: columns, excluded_columns=1) if scores else nullcontext()
         try:
             with scored:
                 logits = last_logits(self.model, token.ids[picked], mask, positions, cache(picked))
@@ -97,4 +97,4 @@ class Forks:
         if site not in self._versions.plan.stages:
             return None
         self._edited.add(site)
-        return edited(self._versions, site, self._states, activations)
+        return apply_edits(self._versions, site, self._states, activations)

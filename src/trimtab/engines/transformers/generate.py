@@ -15,7 +15,7 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.keywords import MEANT, KeywordError
+from trimtab.keywords import HINTS, KeywordError
 from trimtab.steering import Site
 
 REFUSED = {
@@ -60,7 +60,7 @@ STRAY = {
         "end the messages with an assistant message, which the model continues",
     ),
 }
-"""Hints for options that `generate` doesn't have, in addition to `MEANT`."""
+"""Hints for options that `generate` doesn't have, in addition to `HINTS`."""
 NEITHER = "transformers' generate doesn't have it either"
 
 
@@ -78,7 +78,7 @@ def check_options(model: Any, options: dict[str, Any]) -> None:
         if compat.is_generate_option(model, name) and name != "max_length":
             continue
         near = get_close_matches(name, ("max_new_tokens", *vars(model.generation_config)), 1)
-        instead = STRAY.get(name) or (f"did you mean {near[0]}?" if near else None) or MEANT.get(name, NEITHER)
+        instead = STRAY.get(name) or (f"did you mean {near[0]}?" if near else None) or HINTS.get(name, NEITHER)
         raise KeywordError(f"lm.generate has no option {name!r}: {instead.format(name=name)}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.decoding.grammar import Grammar, limits, load_llguidance
+from trimtab.decoding.grammar import Grammar, load_llguidance, parser_limits
 from trimtab.engines.transformers.compat import LogitsProcessor
 from trimtab.errors import TrimtabError, UnsupportedError
 
@@ -54,7 +54,7 @@ class Matcher:
         """Whether only an end token can follow."""
         return self._over or (self._state.is_stopped() and not self._state.is_error())
 
-    def take(self, token: int) -> None:
+    def consume(self, token: int) -> None:
         """Advance by the answer's next token. Tokens after the end are ignored.
 
         Raises:
@@ -68,7 +68,7 @@ class Matcher:
             raise TrimtabError(f"{STUCK} ({' '.join(self._state.get_error().split())[:200]})")
 
 
-class Grammars:
+class GrammarCompiler:
     """A thread-safe compiler of grammars for one model.
 
     Args:
@@ -104,7 +104,7 @@ class Grammars:
             if (known := self._known.get(grammar.text)) is not None:
                 self._known.move_to_end(grammar.text)
                 return known.copy()
-        state = load_llguidance().LLMatcher(self._tokenizer, grammar.text, log_level=0, limits=limits())
+        state = load_llguidance().LLMatcher(self._tokenizer, grammar.text, log_level=0, limits=parser_limits())
         if state.is_error():
             raise TrimtabError(f"the grammar can't be used: {' '.join(state.get_error().split())[:300]}")
         with self._lock:
@@ -195,7 +195,7 @@ class GrammarProcessor(LogitsProcessor):
     """
 
     def __init__(self, matchers: Sequence[Matcher | None]) -> None:
-        self._prompts = list(matchers)
+        self._prompt_matchers = list(matchers)
         self._rows: list[Matcher | None] = []
         self._masks: Masks | None = None
         self._read = 0
@@ -203,14 +203,14 @@ class GrammarProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The masked scores `[rows, vocabulary]`."""
         if self._masks is None:
-            each = len(input_ids) // len(self._prompts)
-            self._rows = [matcher and matcher.copy() for matcher in self._prompts for _ in range(each)]
+            each = len(input_ids) // len(self._prompt_matchers)
+            self._rows = [matcher and matcher.copy() for matcher in self._prompt_matchers for _ in range(each)]
             self._masks = Masks(self._rows, scores.shape[-1], scores.device)
             self._read = input_ids.shape[1]
         if input_ids.shape[1] > self._read:
             for row, tokens in zip(self._rows, input_ids[:, self._read :].tolist(), strict=True):
                 for token in tokens if row is not None else ():
-                    row.take(token)  # type: ignore[union-attr]
+                    row.consume(token)  # type: ignore[union-attr]
             self._read = input_ids.shape[1]
             self._masks.advance()
         masked = self._masks.apply(scores)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.images import BY_TOKEN, PromptImages
-from trimtab.engines.resolve import Read, Where
+from trimtab.engines.resolve import PositionsByRequest, ReadActivations
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.anatomy import COARSE, OFF
+from trimtab.engines.transformers.anatomy import COARSE, TOLERANCES
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.passes import last_logits
@@ -28,10 +28,10 @@ from trimtab.engines.transformers.read import check_read, recording
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
-from trimtab.text.chat import Template, checked_messages, has_template, rendering, takes_parts
-from trimtab.text.images import BOUNDS, Bounds, with_images
-from trimtab.text.spans import Span, found_in_text
-from trimtab.text.templates import set_keywords
+from trimtab.text.chat import Template, checked_messages, has_template, rendering_keywords, requires_parts
+from trimtab.text.images import IMAGE_LIMITS, ImageLimits, load_images
+from trimtab.text.spans import Span, find_spans_with_images
+from trimtab.text.templates import preset_keywords
 
 AXES = 3
 """The number of axes of multimodal position ids (time, height, width). An additional first axis counts tokens."""
@@ -45,7 +45,7 @@ def encode_with_images(
     *,
     system: str | None,
     template: Template | None,
-    bounds: Bounds = BOUNDS,
+    bounds: ImageLimits = IMAGE_LIMITS,
 ) -> tuple[list[int], PromptImages]:
     """The token ids of messages with images, with placeholder tokens for each image, and the image inputs of the model.
 
@@ -53,9 +53,9 @@ def encode_with_images(
         TrimtabError: Messages or images can't be read, or the processor rejects them.
         UnsupportedError: The processor returns inputs that the model doesn't take.
     """
-    messages = with_images(checked_messages(prompt, system), bounds)
+    messages = load_images(checked_messages(prompt, system), bounds)
     tokenizer = with_template(tokenizer, processor)
-    if takes_parts(tokenizer):
+    if requires_parts(tokenizer):
         messages = [_in_parts(message) for message in messages]
     count = sum(
         part["type"] == "image"
@@ -63,7 +63,7 @@ def encode_with_images(
         if not isinstance(message["content"], str)
         for part in message["content"]
     )
-    keywords = {**set_keywords(tokenizer), **rendering(tokenizer, messages, template)}
+    keywords = {**preset_keywords(tokenizer), **rendering_keywords(tokenizer, messages, template)}
     how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     try:
         encoded = processor.apply_chat_template([dict(message) for message in messages], **how, **keywords)
@@ -118,7 +118,7 @@ def _inputs(model: Any, encoded: Mapping[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-class Counted:
+class PositionShift:
     """The position ids that the decoder got in a prefill.
 
     `shift` is the position id of the next token minus the number of tokens before it: 0 without images.
@@ -128,7 +128,7 @@ class Counted:
 
 
 @contextmanager
-def counting(layout: Layout, tokens: int | None) -> Iterator[Counted]:
+def recording_positions(layout: Layout, tokens: int | None) -> Iterator[PositionShift]:
     """Record the position ids of one forward pass over the first `tokens` tokens of a prompt.
 
     `None` allows several passes and records nothing.
@@ -137,12 +137,12 @@ def counting(layout: Layout, tokens: int | None) -> Iterator[Counted]:
         UnsupportedError: The decoder computes a different number of tokens than the prompt has.
         TrimtabError: The model can't process the images.
     """
-    counted, owner = Counted(), get_ident()
+    counted, owner = PositionShift(), get_ident()
 
     def look(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         if tokens is None or get_ident() != owner:
             return
-        arguments = compat.bound(decoder, args, kwargs)
+        arguments = compat.bind_arguments(decoder, args, kwargs)
         entering = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         if isinstance(entering, Tensor) and entering.shape[1] != tokens:
             raise UnsupportedError(
@@ -164,10 +164,10 @@ def counting(layout: Layout, tokens: int | None) -> Iterator[Counted]:
         raise TrimtabError(f"the model can't read this prompt's images: {reason}") from error
 
 
-def images_reader(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> Read:
+def images_reader(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> ReadActivations:
     """A function that reads the activations of a single request, a prompt with images, in a separate forward pass."""
 
-    def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
+    def read(where: PositionsByRequest, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
         activations = read_with_images(model, layout, ids, images, sites)
         return {i: {site: activations[site][list(positions)] for site in sites} for i, positions in where.items()}
 
@@ -181,7 +181,10 @@ def read_with_images(
     """The activations `[tokens, width]` of a whole prompt with images at each site."""
     row = torch.tensor([list(ids)], device=input_device(model))
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), **images.inputs, "use_cache": False}
-    with recording(layout, sites, lambda x: x[0], to_the_end=True) as activations, counting(layout, len(ids)):
+    with (
+        recording(layout, sites, lambda x: x[0], to_the_end=True) as activations,
+        recording_positions(layout, len(ids)),
+    ):
         model(**inputs)
     check_read(sites, activations)
     return dict(activations)
@@ -221,7 +224,7 @@ def load_processor(source: tuple[str, Mapping[str, Any]] | None) -> Any:
         raise TrimtabError(f"{name!r} has no processor that can be loaded for images: {reason}") from error
 
 
-def spans_beside_images(
+def spans_with_images(
     tokenizer: Any,
     prompt: Sequence[Mapping[str, Any]],
     emphasize: Any,
@@ -240,7 +243,7 @@ def spans_beside_images(
         TrimtabError: As `find_spans` does.
         UnsupportedError: The rendered text and the token ids can't be aligned.
     """
-    short, spans = found_in_text(tokenizer, prompt, emphasize, system=system, template=template)
+    short, spans = find_spans_with_images(tokenizer, prompt, emphasize, system=system, template=template)
     first = int(ids[:1] != short[:1] and ids[1:2] == short[:1])  # a first token that the processor adds
     moved = [_moved(short, ids[first:], start, stop) for start, stop in spans]
     return tuple((first + start, first + stop) for start, stop in moved)
@@ -266,7 +269,7 @@ def _moved(short: Sequence[int], long: Sequence[int], start: int, stop: int) -> 
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def goes_on(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> bool:
+def decodes_from_cache(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> bool:
     """Whether decoding after a prompt with images needs only its KV cache, so that the row can join a batch.
 
     This is tested once per model, on the first such prompt: a pass over the last token with the cache of the tokens
@@ -285,18 +288,18 @@ def _try(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -
     try:
         with reading(layout.decoder):
             whole = compat.whole_cache(model.config)
-            with counting(layout, len(ids)):
+            with recording_positions(layout, len(ids)):
                 expected = last_logits(model, row, mask, None, whole, more=images.inputs)
             if any(_columns(layer) not in (None, len(ids)) for layer in whole.layers):
                 return False  # keys of an image in addition to the text's
             cache = compat.whole_cache(model.config)
-            with counting(layout, last) as counted:
+            with recording_positions(layout, last) as counted:
                 last_logits(model, row[:, :last], mask[:, :last], None, cache, more=images.until(last))
             position = torch.full_like(row[:, :1], last + counted.shift)
             logits = last_logits(model, row[:, last:], mask, position, cache)
     except UnsupportedError:
         return False
-    limit = OFF.get(model.dtype, COARSE) * float(expected.norm())
+    limit = TOLERANCES.get(model.dtype, COARSE) * float(expected.norm())
     return bool((logits - expected).norm() <= limit)
 
 
@@ -305,9 +308,9 @@ def _columns(layer: Any) -> int | None:
     return None if keys is None else int(keys.shape[2])
 
 
-def check_goes_on(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> None:
+def check_decodes_from_cache(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -> None:
     """Raise `UnsupportedError` if a row with images can't join a batch in continuous batching."""
-    if not goes_on(model, layout, ids, images):
+    if not decodes_from_cache(model, layout, ids, images):
         raise UnsupportedError(
             f"{type(model).__name__} needs a prompt's images at every decode step, not only in prefill, so its rows"
             " can't join continuous batching; lm.generate(…) without rejection, monitors or a clean cache answers"

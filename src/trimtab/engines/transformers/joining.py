@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.images import PromptImages
-from trimtab.engines.resolve import Read, resolve
+from trimtab.engines.resolve import ReadActivations, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import head_count, steered_scores
-from trimtab.engines.transformers.columns import Copies
-from trimtab.engines.transformers.images import Counted, check_goes_on, counting, images_reader
+from trimtab.engines.transformers.columns import RowCopier
+from trimtab.engines.transformers.images import (
+    PositionShift,
+    check_decodes_from_cache,
+    images_reader,
+    recording_positions,
+)
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
-from trimtab.engines.transformers.monitoring import Watch
+from trimtab.engines.transformers.monitoring import MonitorReader
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import reader
-from trimtab.engines.transformers.rows import Token
+from trimtab.engines.transformers.rows import NewestTokens
 from trimtab.engines.transformers.scores import (
     LayerScores,
     ScoredRow,
@@ -37,11 +42,11 @@ from trimtab.steering import Edit, Site, Steering
 
 
 @dataclass(frozen=True)
-class PromptsRead:
+class PrefillResult:
     """The result of a prefill: each prompt's edits and measured doses, the next token's logits, and the cache.
 
     `past` is the state that the rows of the last prompt token continue from, if next tokens will be verified. `shift`
-    is the next token's position id minus the number of tokens (see `Counted`).
+    is the next token's position id minus the number of tokens (see `PositionShift`).
     """
 
     edits: Sequence[tuple[Edit, ...]]
@@ -55,7 +60,7 @@ class PromptsRead:
 
 
 @dataclass(frozen=True)
-class Reader:
+class PromptReader:
     """Prefills prompts for one batch.
 
     Args:
@@ -65,7 +70,7 @@ class Reader:
         pad: The padding token.
         device: The input device.
         new_cache: Creates an empty cache.
-        counts: Whether the model computes its position ids itself.
+        model_computes_positions: Whether the model computes its position ids itself.
         watch: Reads the last tokens for monitors.
     """
 
@@ -75,8 +80,8 @@ class Reader:
     pad: int
     device: torch.device
     new_cache: Callable[[], Any]
-    counts: bool = False
-    watch: Watch | None = None
+    model_computes_positions: bool = False
+    watch: MonitorReader | None = None
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and position ids `[prompts, columns]` of left-padded prompts."""
@@ -94,7 +99,7 @@ class Reader:
         verified: bool = False,
         copied: bool = False,
         images: PromptImages | None = None,
-    ) -> PromptsRead:
+    ) -> PrefillResult:
         """Prefill these prompts, each under its own steering.
 
         Args:
@@ -106,16 +111,16 @@ class Reader:
         prompts = [list(ids) for ids, _ in texts]
         width = max(map(len, prompts))
         ids, mask, positions = self.padded(prompts)
-        position_ids = None if self.counts else positions
+        position_ids = None if self.model_computes_positions else positions
         cache = self.new_cache()
-        before: list[Copies] = []
-        counted = Counted()
+        before: list[RowCopier] = []
+        counted = PositionShift()
 
         def run() -> Tensor:
             nonlocal counted
             start = width - 1 if copied else 0
             if images is not None:  # the model computes the position ids of images itself
-                with counting(self.layout, start or width) as counted:
+                with recording_positions(self.layout, start or width) as counted:
                     how = (cache, None if copied else self.watch, images.until(start or width))
                     logits = last_logits(self.model, ids[:, : start or None], mask[:, : start or None], None, *how)
                 if not copied:
@@ -130,20 +135,20 @@ class Reader:
                     cache,
                 )
             if copied:
-                aside = compat.put_aside(cache)
+                aside = compat.snapshot_cache(cache)
                 before.append(lambda picked: compat.fork(aside, picked))
             newest = position_ids[:, start:] + counted.shift if position_ids is not None else None
             return last_logits(self.model, ids[:, start:], mask, newest, cache, self.watch)
 
         steerings, lengths = [steering for _, steering in texts], [len(prompt) for prompt in prompts]
         if images is not None:
-            check_goes_on(self.model, self.layout, prompts[0], images)
+            check_decodes_from_cache(self.model, self.layout, prompts[0], images)
         if images is None and decides_at_prefill(self.layout, steerings, lengths, {}):
             prefill = Prefill(self.model, self.layout, steerings, lengths)
             edits, names = prefill.edits, prefill.names  # filled during the pass
             session = Session(self.model, self.layout, prefill.decide)
             session.expect(lengths, width)
-            with prefill.watching(session), session.hooked(prefill.sites):
+            with prefill.hooked(session), session.hooked(prefill.sites):
                 logits = run()
         else:
             resolved = resolve(steerings, lengths, self.reads(prompts, images))
@@ -153,20 +158,20 @@ class Reader:
             scored = [
                 ScoredRow(score_edits(row_edits), n, width - n) for row_edits, n in zip(edits, lengths, strict=True)
             ]
-            scores = compiled(self.layout, scored, width)
+            scores = compile_row_scores(self.layout, scored, width)
             sites = edited_sites([edit for row_edits in edits for edit in row_edits])
-            with steering(self.layout, self.masks, session, sites, scores, lambda: width):
+            with steered_pass_hooks(self.layout, self.masks, session, sites, scores, lambda: width):
                 logits = run()
         session.check_reached(width)
         past = None
         if verified:
             last = None if position_ids is None else position_ids[:, -1:] + counted.shift
-            token = Token(ids[:, -1:], last, mask if copied or min(lengths) < width else None)
+            token = NewestTokens(ids[:, -1:], last, mask if copied or min(lengths) < width else None)
             past = Past(token, before[0] if copied else cache, width)
         tallies = [session.tally(i) for i in range(len(texts))]
-        return PromptsRead(edits, names, tallies, logits, cache, lengths, past, counted.shift)
+        return PrefillResult(edits, names, tallies, logits, cache, lengths, past, counted.shift)
 
-    def reads(self, prompts: Sequence[Sequence[int]], images: PromptImages | None) -> Read:
+    def reads(self, prompts: Sequence[Sequence[int]], images: PromptImages | None) -> ReadActivations:
         """A function that reads the activations of these prompts, or of the one with images, in separate passes."""
         if images is None:
             return reader(self.layout, prompts)
@@ -174,7 +179,7 @@ class Reader:
         return images_reader(self.model, self.layout, ids, images)
 
 
-def compiled(layout: Layout, scored: Sequence[ScoredRow], width: int) -> dict[int, LayerScores]:
+def compile_row_scores(layout: Layout, scored: Sequence[ScoredRow], width: int) -> dict[int, LayerScores]:
     """The edits of these rows' attention scores by layer; empty if there are none."""
     if not any(row.edits for row in scored):
         return {}
@@ -182,7 +187,7 @@ def compiled(layout: Layout, scored: Sequence[ScoredRow], width: int) -> dict[in
 
 
 @contextmanager
-def steering(
+def steered_pass_hooks(
     layout: Layout,
     masks: PaddedMasks,
     session: Session,
@@ -194,7 +199,7 @@ def steering(
     """Attach the hooks for a pass: the session's at `sites`, and those that apply `scores` to attention scores."""
     with session.hooked(sites):
         if scores:
-            with steered_scores(layout, scores, columns, masks.of(padded)):
+            with steered_scores(layout, scores, columns, masks.function_for(padded)):
                 yield
         else:
             with masks.open(padded):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import ROWS, TOKENS
-from trimtab.engines.transformers.attention import attention_modules, configurations, registered
+from trimtab.engines.transformers.attention import attention_modules, configurations, registered_attention
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading, steered_here
 from trimtab.engines.transformers.layout import Layout
@@ -72,13 +72,13 @@ def attach(keys: Keys, change: Change) -> Any:
     """Attach a hook that applies `change` to the keys, with heads concatenated, before they are stored."""
 
     def before(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        arguments = compat.bound(attention, args, kwargs)
+        arguments = compat.bind_arguments(attention, args, kwargs)
         name = compat.cache_name(attention)
         cache = arguments.get(name)
-        if isinstance(cache, _Storing):  # from another hook, which ran first
+        if isinstance(cache, _EditingCache):  # from another hook, which ran first
             cache.changes.append((keys, change))
             return args, kwargs
-        cache = _Storing(cache, [(keys, change)])
+        cache = _EditingCache(cache, [(keys, change)])
         at = list(compat.parameters(attention)).index(name)
         if at < len(args):
             return (*args[:at], cache, *args[at + 1 :]), kwargs
@@ -87,11 +87,11 @@ def attach(keys: Keys, change: Change) -> Any:
     return keys.attention.register_forward_pre_hook(before, with_kwargs=True)
 
 
-class _Storing:
+class _EditingCache:
     """A wrapper of a block's cache that applies changes to the keys before it stores them."""
 
     def __init__(self, cache: Any, changes: list[tuple[Keys, Change]]) -> None:
-        self.cache = _Nothing() if cache is None else cache
+        self.cache = _NullCache() if cache is None else cache
         self.changes = changes
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class _Storing:
         return getattr(self.cache, name)
 
 
-class _Nothing(DynamicCache):
+class _NullCache(DynamicCache):
     """A cache that stores nothing, for passes without a cache."""
 
     def update(
@@ -148,18 +148,18 @@ def _examine(layout: Layout) -> tuple[Keys | str, ...]:
         return compat.attention_function(usual, module)(module, query, key, *args, **kwargs)
 
     usual = compat.attention_name(layout.decoder.config)
-    cache = _Listening(lambda keys: stored[running[0]].append(keys) if running else None)
+    cache = _RecordingCache(lambda keys: stored[running[0]].append(keys) if running else None)
     ids = torch.arange(1, 1 + ROWS * TOKENS, device=input_device(layout.decoder)).view(ROWS, TOKENS)
     weight = getattr(layout.decoder.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     ids = ids if weight is None else ids % weight.shape[0]
     failed = ""
-    with reading(layout.decoder), registered(attention, compat.mask_function(usual)) as name:
+    with reading(layout.decoder), registered_attention(attention, compat.mask_function(usual)) as name:
         try:
-            with ExitStack() as hooks, compat.attending_with(configurations(layout), name):
+            with ExitStack() as hooks, compat.with_attention_implementation(configurations(layout), name):
                 for i, block in enumerate(layout.blocks):
                     hooks.enter_context(block.register_forward_pre_hook(partial(enter, i)))
                 for module in {m for m in modules if m is not None}:
-                    hooks.enter_context(_listen(module, cache))
+                    hooks.enter_context(_record_keys(module, cache))
                 layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except Exception as error:  # reported, with its reason, when the keys are requested
             failed = f"a pass over a few tokens failed ({type(error).__name__}: {error})"
@@ -168,7 +168,7 @@ def _examine(layout: Layout) -> tuple[Keys | str, ...]:
     return tuple(_keys_stored(*observed) for observed in zip(modules, stored, attended_keys, strict=True))
 
 
-class _Listening(_Nothing):
+class _RecordingCache(_NullCache):
     def __init__(self, listen: Callable[[Tensor], None]) -> None:
         super().__init__()
         self.listen = listen
@@ -180,7 +180,7 @@ class _Listening(_Nothing):
         return key_states, value_states
 
 
-def _listen(attention: nn.Module, cache: Any) -> Any:
+def _record_keys(attention: nn.Module, cache: Any) -> Any:
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         at = list(compat.parameters(attention)).index(compat.cache_name(attention))
         if at < len(args):

@@ -95,8 +95,8 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
     text = config.get_text_config(decoder=True)
     said = model.get_decoder()
     said = said if hasattr(said, "config") else model  # some models return their head as the decoder
-    path, blocks = _named(model, layers) if layers else _declared(model, said, text.num_hidden_layers)
-    decoder = _runner(model, path) if said is model else said
+    path, blocks = _blocks_at(model, layers) if layers else _find_blocks(model, said, text.num_hidden_layers)
+    decoder = _inner_decoder(model, path) if said is model else said
     return Layout(
         decoder=decoder,
         blocks=tuple(blocks),
@@ -112,7 +112,7 @@ def _context(text: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _runner(model: nn.Module, path: str) -> nn.Module:
+def _inner_decoder(model: nn.Module, path: str) -> nn.Module:
     """The innermost module around the blocks that takes token ids or embeddings.
 
     A model that returns itself as its decoder includes the language-model head.
@@ -125,7 +125,7 @@ def _runner(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
-def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
+def _blocks_at(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
     try:
         blocks = model.get_submodule(path)
     except AttributeError:
@@ -135,7 +135,7 @@ def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
     return path, blocks
 
 
-def _declared(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+def _find_blocks(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     block = compat.declared(decoder, "hidden_states")
     if block:

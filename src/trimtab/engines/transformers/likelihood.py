@@ -16,7 +16,7 @@ from trimtab.engines.transformers.weights import input_device, vocabulary_size
 from trimtab.errors import TrimtabError
 from trimtab.steering.tensors import to_float64
 
-LOGITS = 16_000_000
+MAX_LOGITS = 16_000_000
 """The number of logits in memory at a time, for any vocabulary size: 64 MiB in float32."""
 
 
@@ -62,7 +62,7 @@ def mean_nlls(
     columns = torch.tensor([start + i for start, (_, a) in zip(starts, texts, strict=True) for i in range(len(a))])
     tokens = torch.tensor([token for _, answer in texts for token in answer])
     there = hidden[rows.to(hidden.device), columns.to(hidden.device)]
-    with _decoder_gives(model, layout, type(output)) as give:
+    with _logits_function(model, layout, type(output)) as give:
         each = _token_nlls(give, there, tokens, vocabulary_size(model))
     if each.isnan().any():
         raise TrimtabError(f"{name} produces NaN logits; load it in float32 or bfloat16")
@@ -73,7 +73,7 @@ def mean_nlls(
 def _token_nlls(give: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
     """The negative log-probability of each token, `[tokens]` in float64, from the hidden states `[tokens, width]`."""
     parts = []
-    each = max(1, LOGITS // vocabulary)
+    each = max(1, MAX_LOGITS // vocabulary)
     for some, wanted in zip(hidden.split(each), tokens.split(each), strict=True):
         logits = give(some)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -83,7 +83,7 @@ def _token_nlls(give: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor
 
 
 @contextmanager
-def _decoder_gives(model: Any, layout: Layout, output: type) -> Iterator[Callable[[Tensor], Tensor]]:
+def _logits_function(model: Any, layout: Layout, output: type) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yield a function from hidden states `[tokens, width]` to logits `[tokens, vocabulary]`.
 
     It runs the model's own forward with a decoder that is replaced by one that returns these states. So the logit

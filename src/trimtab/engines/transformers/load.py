@@ -14,10 +14,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trimtab.engines.transformers import compat, default_model
 from trimtab.engines.transformers.weights import best_device
 from trimtab.errors import TrimtabError
-from trimtab.keywords import stray, stray_of
+from trimtab.keywords import unknown_keyword_error, unknown_keyword_error_from
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-TAKEN = ("device", "dtype", "revision", "adapter", "layers", "engine", "template", "device_map", "quantization_config")
+COMMON_OPTIONS = (
+    "device",
+    "dtype",
+    "revision",
+    "adapter",
+    "layers",
+    "engine",
+    "template",
+    "device_map",
+    "quantization_config",
+)
 """The most common options of `LM.load`, for error messages; others are those of `from_pretrained`."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """The files of an adapter saved by `peft`."""
@@ -48,7 +58,7 @@ def load(
         TrimtabError: There is no such model, it isn't a language model, or the device can't run its quantization.
     """
     if "torch_dtype" in options:
-        raise stray("LM.load", "torch_dtype", ())
+        raise unknown_keyword_error("LM.load", "torch_dtype", ())
     dtype = _dtype(dtype)
     if device is not None:
         _device(device)
@@ -69,11 +79,11 @@ def load(
     if "device_map" not in options and not getattr(model, "is_quantized", False):
         model.to(_device(device))
     if adapter is not None:
-        _put_on(model, adapter)
+        _load_adapter(model, adapter)
     return model.eval(), tokenizer, label
 
 
-def _put_on(model: Any, adapter: str | Path) -> None:
+def _load_adapter(model: Any, adapter: str | Path) -> None:
     """Load an adapter into a model. Raises `TrimtabError` if it can't be loaded or doesn't fit the model."""
     if find_spec("peft") is None:
         raise TrimtabError(f"the adapter {adapter} needs peft: pip install 'trimtab[finetune]'")
@@ -131,7 +141,7 @@ def _read(
         try:
             model = kind.from_pretrained(source, dtype=dtype, revision=revision, **options)
         except TypeError as error:
-            raise stray_of(error, "LM.load", options, TAKEN) or error from None
+            raise unknown_keyword_error_from(error, "LM.load", options, COMMON_OPTIONS) or error from None
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **known)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
         if placed is not None:
@@ -145,7 +155,7 @@ def _read(
             f"can't load the model {source!r}: {_first_line(error)}."
             " Give a Hub id, a model folder, a .gguf file, or nothing for the default model"
         ) from error
-    if placed is not None and (elsewhere := {p.device for p in model.parameters()} - _same(placed)):
+    if placed is not None and (elsewhere := {p.device for p in model.parameters()} - _device_aliases(placed)):
         raise TrimtabError(
             f"the quantized model {source!r} was requested on {placed}, but parts of it were placed on"
             f" {', '.join(sorted(map(str, elsewhere)))}, where its quantization can't run. Give another device, or a"
@@ -154,7 +164,7 @@ def _read(
     return model, tokenizer
 
 
-def _same(device: torch.device) -> set[torch.device]:
+def _device_aliases(device: torch.device) -> set[torch.device]:
     """The device as given and with its index: a device without an index is the current one of its type."""
     return {device, torch.empty(0, device=device).device}
 

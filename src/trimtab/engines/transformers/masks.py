@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.attention import attention_modules, configurations, registered
+from trimtab.engines.transformers.attention import attention_modules, configurations, registered_attention
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.weights import input_device
 
@@ -27,17 +27,20 @@ class PaddedMasks:
         suits = waits and None not in attention_modules(layout) and compat.attention_name(decoder.config) == "sdpa"
         self._configs: Sequence[Any] = configurations(layout) if suits else ()
 
-    def of(self, padded: bool) -> Callable[..., Tensor | None] | None:
+    def function_for(self, padded: bool) -> Callable[..., Tensor | None] | None:
         """The mask function for a batch, if it is `padded`; `None`: use the model's own."""
         return _mask if padded and self._configs else None
 
     @contextmanager
     def open(self, padded: bool) -> Iterator[None]:
         """Within the context, passes use the mask function for padded batches, if `padded`."""
-        if self.of(padded) is None:
+        if self.function_for(padded) is None:
             yield
             return
-        with registered(compat.sdpa_attention(), _mask) as name, compat.attending_with(self._configs, name):
+        with (
+            registered_attention(compat.sdpa_attention(), _mask) as name,
+            compat.with_attention_implementation(self._configs, name),
+        ):
             yield
 
 

@@ -23,13 +23,13 @@ from trimtab.engines.transformers.plan import check_edits
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site, Steering
 from trimtab.steering.gates import Threshold
-from trimtab.steering.monitors import Monitor, Monitored, measured
+from trimtab.steering.monitors import Monitor, Monitored, measure_conditions
 
 KEPT = 64
 """The number of sets of conditions whose directions are kept on the device."""
 
 
-def check_watched(monitors: Sequence[Monitor], steering: Steering | None, layout: Layout) -> None:
+def check_monitors_fit(monitors: Sequence[Monitor], steering: Steering | None, layout: Layout) -> None:
     """Check that monitors fit the model, and that the steerings they switch on can be combined with `steering`.
 
     Raises:
@@ -46,14 +46,14 @@ def check_watched(monitors: Sequence[Monitor], steering: Steering | None, layout
             check_edits(monitor.steering if steering is None else steering + monitor.steering, layout)
 
 
-def switched_on(monitor: Monitor, prompt_length: int) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
+def monitor_edits(monitor: Monitor, prompt_length: int) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
     """The edits that a monitor switches on, as a batch runs them, and their names in the answer."""
     resolved = resolve([monitor.steering], [prompt_length], lambda *_: {})
     return resolved.edits[0], resolved.names[0]
 
 
 @dataclass
-class Log:
+class MonitorLog:
     """The readings of one row's monitors so far."""
 
     values: list[tuple[float, ...]] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Log:
         }
 
 
-class Watch:
+class MonitorReader:
     """Reads the last token of each row in a pass, for the conditions of these rows' monitors."""
 
     def __init__(self, layout: Layout) -> None:
@@ -88,7 +88,7 @@ class Watch:
         self.conditions: tuple[Threshold, ...] = ()
         self.values: Tensor | None = None  # [rows, conditions], from the last pass
 
-    def of(self, each: Iterable[Sequence[Monitor]]) -> None:
+    def set_monitors(self, each: Iterable[Sequence[Monitor]]) -> None:
         """Set the monitors of each row for the following passes."""
         self.conditions = tuple(dict.fromkeys(monitor.condition for monitors in each for monitor in monitors))
         self.values = None
@@ -109,19 +109,19 @@ class Watch:
             by_site.setdefault(condition.site, []).append(i)
         by_condition: dict[int, Tensor] = {}
 
-        def keep(site: Site, where: Place, output: Any) -> None:
+        def record(site: Site, where: Place, output: Any) -> None:
             if get_ident() != owner:
                 return
             x = where.read(output if isinstance(output, Tensor) else output[0])
             newest = x.reshape(rows, -1, x.shape[-1])[:, -1]
             newest = newest.to(torch.promote_types(newest.dtype, torch.float32))
             here = tuple(self.conditions[i] for i in by_site[site])
-            values = measured(here, newest, self._directions(here, newest))
+            values = measure_conditions(here, newest, self._directions(here, newest))
             by_condition.update(zip(by_site[site], values.unbind(-1), strict=True))
 
         with ExitStack() as stack:
             for site in by_site:
-                stack.callback(_reading(place(self._layout, site), partial(keep, site)).remove)
+                stack.callback(_attach_reader(place(self._layout, site), partial(record, site)).remove)
             yield
         for i, condition in enumerate(self.conditions):
             if i not in by_condition:
@@ -140,7 +140,7 @@ class Watch:
         return self._kept[key]
 
 
-def _reading(where: Place, keep: Callable[[Place, Any], None]) -> Any:
+def _attach_reader(where: Place, keep: Callable[[Place, Any], None]) -> Any:
     """Attach a hook that passes a place's activations to `keep` and changes nothing."""
     if where.side == "output":
         return where.module.register_forward_hook(lambda _m, _args, output: keep(where, output))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.answer import Applied
-from trimtab.engines.contract import TOKENS_PER_BATCH, fitting
+from trimtab.engines.contract import TOKENS_PER_BATCH, count_fitting
 from trimtab.engines.request import Choice, NextToken
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
@@ -51,7 +51,7 @@ def in_batches(choices: Sequence[Choice], edits: Sequence[Sequence[Edit]], batch
         some = order[:batch_size]
         texts = [tuple(choices[i].ids) for i in some]
         anew = [not n or texts[n] != texts[n - 1] for n in range(len(some))]
-        read = fitting([lengths[i] for i, first in zip(some, anew, strict=True) if first], TOKENS_PER_BATCH)
+        read = count_fitting([lengths[i] for i, first in zip(some, anew, strict=True) if first], TOKENS_PER_BATCH)
         tokens = [lengths[i] if first else steered[i] for i, first in zip(some, anew, strict=True)]
         within = [
             total <= TOKENS_PER_BATCH and of <= read

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.monitoring import Watch
+from trimtab.engines.transformers.monitoring import MonitorReader
 
 
 def last_logits(
@@ -19,7 +19,7 @@ def last_logits(
     mask: Tensor | None,
     positions: Tensor | None,
     cache: Any,
-    watch: Watch | None = None,
+    watch: MonitorReader | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The last column's logits `[rows, vocabulary]`, in float32 on the device of `ids`.

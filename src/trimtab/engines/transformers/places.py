@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimtab.engines.transformers import compat, keys
 from trimtab.engines.transformers.anatomy import ROWS, TOKENS, Streams, block_of
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.routers import Listening, Router, router_of
+from trimtab.engines.transformers.routers import LogitsHook, Router, router_of
 from trimtab.engines.transformers.weights import in_memory, is_dense
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
@@ -25,11 +25,11 @@ SELF = ("self_attn", "self_attention", "attention", "attn")
 """Names of self-attention, for blocks that also have cross-attention."""
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp")
 """Names of a block's MLP."""
-BESIDE = (*MLPS, "mlps", "experts", "moe", "router")
+MLP_PARTS = (*MLPS, "mlps", "experts", "moe", "router")
 """Names of modules that are parts of the MLP if a block has several of them."""
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 """Names of the shared expert, which processes every token."""
-DOWNS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "fc_out", "output_linear", "lin2")
+DOWN_PROJECTIONS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "fc_out", "output_linear", "lin2")
 """Names of the MLP's last projection."""
 ACTS = ("act_fn", "act", "activation_fn")
 """Names of the MLP's activation function."""
@@ -87,7 +87,7 @@ def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
     if streams is not None:
         edit = partial(_edited_streams, streams, edit)
     if where.router is not None:
-        return Listening(where.router, edit)
+        return LogitsHook(where.router, edit)
     if where.keys is not None:
         return keys.attach(where.keys, edit)
     if where.side == "output":
@@ -113,7 +113,7 @@ def _edited_streams(streams: Streams, edit: Callable[[Tensor], Tensor | None], s
     before = streams.read(stacked)
     x = before.clone()
     after = edit(x)
-    return streams.moved(stacked, (x if after is None else after) - before)
+    return streams.with_change(stacked, (x if after is None else after) - before)
 
 
 def _streams(layout: Layout, site: Site) -> Streams | None:
@@ -204,7 +204,7 @@ def _heads_place(layout: Layout, block: nn.Module, site: Site) -> Place:
 
 
 def _mlp_place(layout: Layout, block: nn.Module, site: Site) -> Place:
-    beside = [name for name, _ in block.named_children() if name in BESIDE]
+    beside = [name for name, _ in block.named_children() if name in MLP_PARTS]
     if len(beside) > 1:
         raise UnsupportedError(
             f"{site}: {type(layout.decoder).__name__} adds the outputs of {', '.join(beside)} outside of any module;"
@@ -212,12 +212,12 @@ def _mlp_place(layout: Layout, block: nn.Module, site: Site) -> Place:
         )
     part = _mlp(block)
     if part is None or _adds_stream(part):
-        return Place(_down(layout, block, part, site), "output", layout.width)
+        return Place(_down_projection(layout, block, part, site), "output", layout.width)
     return Place(part, "output", layout.width)
 
 
 def _neurons_place(layout: Layout, block: nn.Module, site: Site) -> Place:
-    down = _down(layout, block, _mlp(block), site)
+    down = _down_projection(layout, block, _mlp(block), site)
     return Place(down, "input", _inputs(down))
 
 
@@ -227,13 +227,13 @@ def _act_fn_place(layout: Layout, block: nn.Module, site: Site) -> Place:
     parent = next(part for part in block.modules() if any(child is neurons.module for child in part.children()))
     functions = [child for name, child in parent.named_children() if name in ACTS]
     if len(functions) != 1:
-        raise _missing(parent, layout, site)
+        raise _no_site_error(parent, layout, site)
     return Place(functions[0], "output", neurons.size)
 
 
 def _router_place(layout: Layout, block: nn.Module, site: Site) -> Place:
     router = router_of(layout, site.layer)
-    if router.inside:
+    if router.outputs_logits:
         return Place(router.source, "output", router.experts)
     return Place(router.module, "logits", router.experts, router=router)
 
@@ -265,22 +265,24 @@ def _attention(layout: Layout, block: nn.Module, site: Site) -> nn.Module:
         called = compat.declared_name(layout.decoder, "attentions")
         modules = {n: p for n, p in modules.items() if n.split(".")[-1] in ((called,) if called in modules else SELF)}
     if len(modules) != 1:
-        raise _missing(block, layout, site)
+        raise _no_site_error(block, layout, site)
     return next(iter(modules.values()))
 
 
 def _mixer(layout: Layout, block: nn.Module, attention: nn.Module, site: Site) -> nn.Module:
     """The projection of the heads' outputs, in the attention module or in its sibling `output` (BERT)."""
-    projections = _named(attention, MIXERS, layout.width)
+    projections = _find_projections(attention, MIXERS, layout.width)
     if not projections:
         path = next(name for name, part in block.named_modules() if part is attention)
         around = block.get_submodule(path.rpartition(".")[0])
         output = getattr(around, "output", None)
         projections = (
-            _named(output, MIXERS, layout.width) if around is not block and isinstance(output, nn.Module) else []
+            _find_projections(output, MIXERS, layout.width)
+            if around is not block and isinstance(output, nn.Module)
+            else []
         )
     if len(projections) != 1:
-        raise _missing(attention, layout, site)
+        raise _no_site_error(attention, layout, site)
     return projections[0]
 
 
@@ -293,27 +295,27 @@ def _mlp(block: nn.Module) -> nn.Module | None:
     return parts[0] if len(parts) == 1 else None
 
 
-def _down(layout: Layout, block: nn.Module, part: nn.Module | None, site: Site) -> nn.Module:
+def _down_projection(layout: Layout, block: nn.Module, part: nn.Module | None, site: Site) -> nn.Module:
     """The MLP's last projection; in a mixture of experts, that of the shared expert."""
     children = dict(block.named_children())
     if part is None and "intermediate" in children and "output" in children:
-        projections = _named(children["output"], MIXERS, layout.width)  # BERT's
+        projections = _find_projections(children["output"], MIXERS, layout.width)  # BERT's
     elif isinstance(part, nn.Sequential):
         projections = [part[-1]] if len(part) and _outputs(part[-1]) == layout.width else []
     else:
         inside = part if part is not None else block
-        projections = _named(inside, DOWNS, layout.width, deep=False)
+        projections = _find_projections(inside, DOWN_PROJECTIONS, layout.width, deep=False)
         experts = {**dict(inside.named_children()), **children}
         shared = [expert for name, expert in experts.items() if name in SHARED]
         projections = projections or [
-            down for expert in shared for down in _named(expert, DOWNS, layout.width, deep=False)
+            down for expert in shared for down in _find_projections(expert, DOWN_PROJECTIONS, layout.width, deep=False)
         ]
     if len(projections) != 1:
-        raise _missing(block if part is None else part, layout, site)
+        raise _no_site_error(block if part is None else part, layout, site)
     return projections[0]
 
 
-def _named(parent: nn.Module, names: tuple[str, ...], width: int, *, deep: bool = True) -> list[nn.Module]:
+def _find_projections(parent: nn.Module, names: tuple[str, ...], width: int, *, deep: bool = True) -> list[nn.Module]:
     """The projections to this width with one of these names: direct children, or else any submodules if `deep`."""
     own = [part for name, part in parent.named_children() if name in names and _outputs(part) == width]
     if own or not deep:
@@ -338,7 +340,7 @@ def _outputs(projection: nn.Module) -> int | None:
     return next((count for count in counts if isinstance(count, int)), None)
 
 
-def _missing(parent: nn.Module, layout: Layout, site: Site) -> UnsupportedError:
+def _no_site_error(parent: nn.Module, layout: Layout, site: Site) -> UnsupportedError:
     parts = ", ".join(name for name, _ in parent.named_children()) or "no parts"
     return UnsupportedError(
         f"{type(layout.decoder).__name__} has no site {site} that trimtab can find: its {type(parent).__name__} has"

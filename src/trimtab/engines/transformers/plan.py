@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import Stage, check_together, slots_at, stages_of, sweep
-from trimtab.engines.meanings import NOTHING, Holding, meanings_of, possible
+from trimtab.engines.folding import Stage, active_ranges, check_joint_edits, slots_at, stages_of
+from trimtab.engines.meanings import NOTHING, ActiveMeanings, meanings_of, possible_subsets
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import place
 from trimtab.engines.transformers.positions import Segments
@@ -40,23 +40,26 @@ class Plan:
 
     segments: tuple[Segments, ...]
     stages: dict[Site, tuple[Stage, ...]]
-    touches: dict[Site, frozenset[int]]  # site -> the states in which it has an effect
-    turning: tuple[Mapping[Holding, Segments] | None, ...] = ()
+    effective_states: dict[Site, frozenset[int]]  # site -> the states in which it has an effect
+    segments_by_meanings: tuple[Mapping[ActiveMeanings, Segments] | None, ...] = ()
 
     @property
-    def turns(self) -> bool:
+    def uses_meanings(self) -> bool:
         """Whether a request has positions by meaning, so that its generated tokens must be known."""
-        return any(self.turning)
+        return any(self.segments_by_meanings)
 
     @property
     def count(self) -> int:
         """The number of states, including state 0."""
-        every = [*self.segments, *(segments for turns in self.turning if turns for segments in turns.values())]
+        every = [
+            *self.segments,
+            *(segments for turns in self.segments_by_meanings if turns for segments in turns.values()),
+        ]
         return 1 + max((state for segments in every for _, _, state in segments), default=0)
 
-    def at(self, request: int, holding: Holding) -> Segments:
+    def at(self, request: int, holding: ActiveMeanings) -> Segments:
         """A request's segments for a generated token for which these meanings hold."""
-        turning = self.turning[request] if self.turning else None
+        turning = self.segments_by_meanings[request] if self.segments_by_meanings else None
         return self.segments[request] if turning is None else turning[holding]
 
 
@@ -77,7 +80,7 @@ def check_edits(steering: Steering, layout: Layout) -> None:
             if site == edit.site and not scores and edit.operation.width not in (0, size):
                 where = "" if site.kind == "residual" else f" at {site}"
                 raise TrimtabError(f"the steering's width{where} is {edit.operation.width}, this model's is {size}")
-    check_together(steering)
+    check_joint_edits(steering)
 
 
 def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[int], dtype: torch.dtype) -> Plan:
@@ -89,17 +92,17 @@ def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[
     states: dict[tuple[int, frozenset[Positions]], int] = {}
     programs: dict[tuple[Edit, ...], int] = {}
 
-    def segments_of(edits: tuple[Edit, ...], length: int, holding: Holding) -> Segments:
+    def segments_of(edits: tuple[Edit, ...], length: int, holding: ActiveMeanings) -> Segments:
         program = programs.setdefault(edits, len(programs))
-        swept = sweep(edits, length, holding)
+        swept = active_ranges(edits, length, holding)
         return tuple((a, b, states.setdefault((program, active), len(states) + 1)) for a, b, active in swept)
 
     segments: list[Segments] = []
-    turning: list[Mapping[Holding, Segments] | None] = []
+    turning: list[Mapping[ActiveMeanings, Segments] | None] = []
     for edits, length in zip(requests, prompt_lengths, strict=True):
         meanings = meanings_of(edits)
         segments.append(segments_of(edits, length, NOTHING))
-        turning.append({h: segments_of(edits, length, h) for h in possible(meanings)} if meanings else None)
+        turning.append({h: segments_of(edits, length, h) for h in possible_subsets(meanings)} if meanings else None)
     stages: dict[Site, tuple[Stage, ...]] = {}
     touches: dict[Site, frozenset[int]] = {}
     programs_in_order = list(programs)
@@ -122,5 +125,5 @@ def activity(plan: Plan) -> Tensor:
     """`[sites, states]`: whether a site has an effect in a state."""
     table = torch.zeros(len(plan.stages), plan.count, dtype=torch.bool)
     for row, site in enumerate(sorted(plan.stages)):
-        table[row, list(plan.touches[site])] = True
+        table[row, list(plan.effective_states[site])] = True
     return table

@@ -21,7 +21,7 @@ Segments = tuple[tuple[int, int | None, int], ...]
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """One forward pass of the decoder: `rows` by `length` tokens after `past` columns.
 
     `mask` is the padding mask `[rows, past + length]`, 1 at text; `None` without a mask of that shape.
@@ -40,8 +40,8 @@ class Pass:
         return self.past + self.length
 
 
-def read_pass(decoder: nn.Module, arguments: dict[str, Any], outer_mask: Any, reached: int | None) -> Pass:
-    """Derive the `Pass` from the decoder's arguments.
+def read_pass(decoder: nn.Module, arguments: dict[str, Any], outer_mask: Any, reached: int | None) -> ForwardPass:
+    """Derive the `ForwardPass` from the decoder's arguments.
 
     Args:
         decoder: The module that is called.
@@ -58,8 +58,8 @@ def read_pass(decoder: nn.Module, arguments: dict[str, Any], outer_mask: Any, re
     if tokens is None:
         raise UnsupportedError(f"{name} was called with neither input_ids nor inputs_embeds")
     rows, length = tokens.shape[:2]
-    mask = flat(arguments.get("attention_mask"))
-    mask = flat(outer_mask) if mask is None else mask
+    mask = as_padding_mask(arguments.get("attention_mask"))
+    mask = as_padding_mask(outer_mask) if mask is None else mask
     cache = compat.cache_of(arguments, name)
     past = 0 if cache is None else compat.past_length(cache)
     if past is None:  # a recurrent state doesn't know its length, but all passes since the start of the text were seen
@@ -81,7 +81,7 @@ def read_pass(decoder: nn.Module, arguments: dict[str, Any], outer_mask: Any, re
         )
     if cache is None and mask is None:
         _check_first(name, arguments, length, reached)
-    return Pass(rows, length, past, mask, tokens.device, ids if ids is not None and ids.dim() == 2 else None)
+    return ForwardPass(rows, length, past, mask, tokens.device, ids if ids is not None and ids.dim() == 2 else None)
 
 
 def _check_first(name: str, arguments: dict[str, Any], length: int, reached: int | None) -> None:
@@ -102,7 +102,7 @@ def _check_first(name: str, arguments: dict[str, Any], length: int, reached: int
         )
 
 
-def check_not_packed(forward_pass: Pass, position_ids: Any) -> None:
+def check_not_packed(forward_pass: ForwardPass, position_ids: Any) -> None:
     """Raise `UnsupportedError` if position ids restart inside a row: several texts are packed into it."""
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or forward_pass.length < 2:
         return
@@ -117,7 +117,7 @@ def check_not_packed(forward_pass: Pass, position_ids: Any) -> None:
         )
 
 
-def flat(mask: Any) -> Tensor | None:
+def as_padding_mask(mask: Any) -> Tensor | None:
     """The mask, if it is a padding mask `[rows, columns so far]`, else `None`."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
@@ -129,7 +129,7 @@ def left_padded(mask: Tensor) -> bool:
     return bool((mask[:, 1:] >= mask[:, :-1]).all())
 
 
-def count_pads(forward_pass: Pass, unseen: Any, lengths: Sequence[int] | None, columns: int | None) -> list[int]:
+def count_pads(forward_pass: ForwardPass, unseen: Any, lengths: Sequence[int] | None, columns: int | None) -> list[int]:
     """The number of padding columns in each row so far.
 
     Args:
@@ -172,7 +172,9 @@ def state_at(segments: Segments, position: int) -> int:
     return states_from(segments, position, 1)[0] if position >= 0 else 0
 
 
-def states_of(segments: Sequence[Segments], forward_pass: Pass, pads: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def states_of(
+    segments: Sequence[Segments], forward_pass: ForwardPass, pads: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
     """Each row's states in a pass, one per column. Several adjacent rows may belong to one request (beams, samples)."""
     repeat = forward_pass.rows // len(segments)
     if in_order(forward_pass):
@@ -181,16 +183,17 @@ def states_of(segments: Sequence[Segments], forward_pass: Pass, pads: Sequence[i
             for r in range(forward_pass.rows)
         )
     return tuple(
-        tuple(state_at(segments[r // repeat], p) for p in row) for r, row in enumerate(where_of(forward_pass, pads))
+        tuple(state_at(segments[r // repeat], p) for p in row)
+        for r, row in enumerate(token_positions(forward_pass, pads))
     )
 
 
-def in_order(forward_pass: Pass) -> bool:
+def in_order(forward_pass: ForwardPass) -> bool:
     """Whether the positions of a pass increase by one from column to column."""
     return forward_pass.length == 1 or forward_pass.mask is None or left_padded(forward_pass.mask)
 
 
-def where_of(forward_pass: Pass, pads: Sequence[int]) -> list[list[int]]:
+def token_positions(forward_pass: ForwardPass, pads: Sequence[int]) -> list[list[int]]:
     """Each row's positions in a pass, one per column; negative ones are padding."""
     if forward_pass.mask is None or in_order(forward_pass):
         return [

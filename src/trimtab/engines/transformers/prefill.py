@@ -22,12 +22,12 @@ from torch import Tensor
 from trimtab.engines.contract import TOKENS_PER_BATCH
 from trimtab.engines.resolve import (
     TOKENS_TO_DECIDE,
-    Where,
-    acting,
+    PositionsByRequest,
+    active_edits,
+    depends_on_prompt,
+    gate_readings,
+    positions_read,
     resolve,
-    tokens_of,
-    waits_for_prompt,
-    wanted,
 )
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
@@ -38,9 +38,9 @@ from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
-CUT = ("input_ids", "position_ids", "cache_position", "token_type_ids")
+TOKEN_INPUTS = ("input_ids", "position_ids", "cache_position", "token_type_ids")
 """The inputs of a pass with one column per token, of which the last column is computed again."""
-OTHERS = (
+UNSUPPORTED_OPTIONS = (
     "cache_implementation",
     "cache_config",
     *compat.CACHE_NAMES,
@@ -56,20 +56,24 @@ def decides_at_prefill(
     """Whether this batch has gates or prompt-dependent operations, and its prefill can decide them.
 
     `options` are the effective options of `generate`, including those of the model's generation configuration (see
-    `OTHERS`).
+    `UNSUPPORTED_OPTIONS`).
     """
-    edits = [acting(steering) for steering in steerings]
+    edits = [active_edits(steering) for steering in steerings]
     deciding = [
-        bool(wanted(steering)) or any(map(waits_for_prompt, own))
+        bool(gate_readings(steering)) or any(map(depends_on_prompt, own))
         for steering, own in zip(steerings, edits, strict=True)
     ]
-    if not any(deciding) or options.get("use_cache") is False or any(options.get(name) is not None for name in OTHERS):
+    if (
+        not any(deciding)
+        or options.get("use_cache") is False
+        or any(options.get(name) is not None for name in UNSUPPORTED_OPTIONS)
+    ):
         return False
     if any(is_score_edit(edit) for own in edits for edit in own) or not can_share(layout):
         return False
-    if sum(n for steering, n in zip(steerings, lengths, strict=True) if wanted(steering)) > TOKENS_PER_BATCH:
+    if sum(n for steering, n in zip(steerings, lengths, strict=True) if gate_readings(steering)) > TOKENS_PER_BATCH:
         return False
-    if _on_the_way(steerings) is not None:
+    if _deepest_gate_layer(steerings) is not None:
         return True
     starts = [
         (start, length)
@@ -77,8 +81,8 @@ def decides_at_prefill(
         for edit in own
         for start, _ in edit.positions.reach(length)
     ]
-    waiting = sum(n for own, n in zip(edits, lengths, strict=True) if any(map(waits_for_prompt, own)))
-    return _plain(layout) and all(start >= n - 1 for start, n in starts) and waiting <= TOKENS_TO_DECIDE
+    waiting = sum(n for own, n in zip(edits, lengths, strict=True) if any(map(depends_on_prompt, own)))
+    return _cache_can_be_cropped(layout) and all(start >= n - 1 for start, n in starts) and waiting <= TOKENS_TO_DECIDE
 
 
 class Prefill:
@@ -96,15 +100,15 @@ class Prefill:
         self.lengths: list[int] = list(lengths)
         self.edits: list[tuple[Edit, ...]] = [() for _ in lengths]
         self.names: list[tuple[str, ...]] = [() for _ in lengths]
-        possible = [edit for steering in steerings for edit in acting(steering)]
+        possible = [edit for steering in steerings for edit in active_edits(steering)]
         self.sites: list[Site] = sorted({edit.site for edit in possible})
-        self._readings = [sorted(wanted(steering), key=str) for steering in steerings]
-        self._waits = [any(map(waits_for_prompt, acting(steering))) for steering in steerings]
+        self._readings = [sorted(gate_readings(steering), key=str) for steering in steerings]
+        self._depends_on_prompt = [any(map(depends_on_prompt, active_edits(steering))) for steering in steerings]
         gates = {reading.site for readings in self._readings for reading in readings}
-        self._read: list[Site] = sorted(gates | {edit.site for edit in possible if waits_for_prompt(edit)})
+        self._read: list[Site] = sorted(gates | {edit.site for edit in possible if depends_on_prompt(edit)})
         self._where = [self._tokens(i) for i in range(len(self.lengths))]
-        self._deepest = _on_the_way(steerings)
-        self._kept: Mapping[Site, Tensor] | None = None
+        self._deepest = _deepest_gate_layer(steerings)
+        self._activations: Mapping[Site, Tensor] | None = None
         self._decided = False
 
     def decide(self, _requests: int, _first: Any) -> Sequence[tuple[Edit, ...]]:
@@ -112,30 +116,30 @@ class Prefill:
         return self.edits
 
     @contextmanager
-    def watching(self, session: Session) -> Iterator[None]:
+    def hooked(self, session: Session) -> Iterator[None]:
         """Within the context, the first pass of the whole model decides the edits; the session continues from it."""
         decoder = self.layout.decoder
         owner = get_ident()
 
         def before(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-            if self._kept is not None or get_ident() != owner:
+            if self._activations is not None or get_ident() != owner:
                 return
-            places = self._places(kwargs["input_ids"])
-            self._kept = first.enter_context(recording(self.layout, self._read, places, to_the_end=True))
+            places = self._token_selector(kwargs["input_ids"])
+            self._activations = first.enter_context(recording(self.layout, self._read, places, to_the_end=True))
             session.pause(True)
             first.callback(session.pause, False)
             if self._deepest is not None:
                 first.callback(decoder.register_forward_pre_hook(note, with_kwargs=True).remove)
                 # after the recorder's own hook on this block
-                first.callback(self.layout.blocks[self._deepest].register_forward_hook(on_the_way).remove)
+                first.callback(self.layout.blocks[self._deepest].register_forward_hook(decide_midway).remove)
 
         def note(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             call[:] = args, compat.without_cache(kwargs)  # the cache is empty now, but no longer in `on_the_way`
 
-        def on_the_way(*_: Any) -> None:
+        def decide_midway(*_: Any) -> None:
             self._decide()
             session.pause(False)
-            session.before(decoder, *call)
+            session.decoder_pre_hook(decoder, *call)
 
         def after(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if self._decided or get_ident() != owner:
@@ -147,9 +151,11 @@ class Prefill:
             self._decide()
             session.resume()
             repeat = kwargs["input_ids"].shape[0] // len(self.lengths)
-            begun = [i * repeat + n for i in range(len(self.lengths)) if self._begins(i) for n in range(repeat)]
+            begun = [
+                i * repeat + n for i in range(len(self.lengths)) if self._acts_on_last_token(i) for n in range(repeat)
+            ]
             if begun:
-                self._again(kwargs, output, begun)
+                self._recompute_last_column(kwargs, output, begun)
 
         call: list[Any] = []
         with ExitStack() as stack, ExitStack() as first:
@@ -160,9 +166,11 @@ class Prefill:
     def _tokens(self, request: int) -> list[int]:
         """The positions of the prompt whose activations are read, in order."""
         length = self.lengths[request]
-        return list(range(length)) if self._waits[request] else tokens_of(self._readings[request], length)
+        return (
+            list(range(length)) if self._depends_on_prompt[request] else positions_read(self._readings[request], length)
+        )
 
-    def _places(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    def _token_selector(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
         """A function that picks the read tokens from activations `[rows, columns, width]`.
 
         It returns `[tokens, width]`, ordered by request.
@@ -175,27 +183,27 @@ class Prefill:
         return lambda x: x[at[0].to(x.device), at[1].to(x.device)]
 
     def _decide(self) -> None:
-        assert self._kept is not None
-        check_read(self._read, self._kept)
+        assert self._activations is not None
+        check_read(self._read, self._activations)
         sizes = [len(tokens) for tokens in self._where]
-        activations = {site: x.split(sizes) for site, x in self._kept.items()}
+        activations = {site: x.split(sizes) for site, x in self._activations.items()}
 
-        def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
+        def read(where: PositionsByRequest, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
             row = {i: {p: at for at, p in enumerate(self._where[i])} for i in where}
             rows = {i: [row[i][p] for p in positions] for i, positions in where.items()}
             return {i: {site: activations[site][i][at] for site in sites} for i, at in rows.items()}
 
         resolved = resolve(self.steerings, self.lengths, read)
         self.names[:], self.edits[:] = resolved.names, resolved.edits
-        self._kept, self._decided = {}, True
+        self._activations, self._decided = {}, True
 
-    def _begins(self, request: int) -> bool:
+    def _acts_on_last_token(self, request: int) -> bool:
         """Whether an edit acts at the last prompt token. Edits of later tokens don't change the prefill."""
         last = self.lengths[request] - 1
         spans = [span for edit in self.edits[request] for span in edit.positions.resolve(last + 1, ())]
         return any(start <= last and (stop is None or last < stop) for start, stop in spans)
 
-    def _again(self, kwargs: dict[str, Any], output: Any, rows: list[int]) -> None:
+    def _recompute_last_column(self, kwargs: dict[str, Any], output: Any, rows: list[int]) -> None:
         """Compute the last column again, steered, and replace the cache entries and logits of these rows."""
         cache = compat.cache_of(kwargs, type(self.model).__name__)
         if not compat.grows_plainly(cache):
@@ -204,7 +212,11 @@ class Prefill:
         layers = [layer for layer in cache.layers if layer.is_initialized]
         for layer in layers:
             layer.keys, layer.values = layer.keys[..., :-1, :], layer.values[..., :-1, :]
-        cut = {name: value[..., -1:] for name, value in kwargs.items() if name in CUT and isinstance(value, Tensor)}
+        cut = {
+            name: value[..., -1:]
+            for name, value in kwargs.items()
+            if name in TOKEN_INPUTS and isinstance(value, Tensor)
+        }
         steered = self.model(**{**kwargs, **cut})
         again = torch.zeros(len(output.logits), dtype=torch.bool)
         again[rows] = True
@@ -216,15 +228,15 @@ class Prefill:
         output.logits[at, -1] = steered.logits[at, -1]
 
 
-def _on_the_way(steerings: Sequence[Steering | None]) -> int | None:
+def _deepest_gate_layer(steerings: Sequence[Steering | None]) -> int | None:
     """The deepest layer that gates read, if all edits are at deeper layers and none waits for the prompt."""
-    edits = [edit for steering in steerings for edit in acting(steering)]
-    read = max((reading.site.layer for steering in steerings for reading in wanted(steering)), default=None)
-    if read is None or any(map(waits_for_prompt, edits)) or min(edit.site.layer for edit in edits) <= read:
+    edits = [edit for steering in steerings for edit in active_edits(steering)]
+    read = max((reading.site.layer for steering in steerings for reading in gate_readings(steering)), default=None)
+    if read is None or any(map(depends_on_prompt, edits)) or min(edit.site.layer for edit in edits) <= read:
         return None
     return read
 
 
-def _plain(layout: Layout) -> bool:
+def _cache_can_be_cropped(layout: Layout) -> bool:
     """Whether the cache has plain keys and values without windows, so that its last column can be cropped."""
     return compat.grows_plainly(DynamicCache(config=layout.decoder.config))  # type: ignore[arg-type]

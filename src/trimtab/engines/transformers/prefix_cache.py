@@ -18,7 +18,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.contract import TOKENS_PER_BATCH, fitting
+from trimtab.engines.contract import TOKENS_PER_BATCH, count_fitting
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.layout import Layout
@@ -49,8 +49,8 @@ class PrefixCache:
     model: nn.Module
     layout: Layout
     limit: int = 0
-    held: int = field(default=0, init=False)
-    _kept: OrderedDict[Ids, Layers] = field(default_factory=OrderedDict, init=False)
+    cached_bytes: int = field(default=0, init=False)
+    _entries: OrderedDict[Ids, Layers] = field(default_factory=OrderedDict, init=False)
     _weights: Versions = field(default=(), init=False)
 
     def __post_init__(self) -> None:
@@ -77,20 +77,23 @@ class PrefixCache:
         Prefixes that aren't cached yet are computed first. Requires that `usable_for` is true for them.
         """
         if _changed(self.model, self._weights):
-            self._kept.clear()
-            self.held, self._weights = 0, tuple((ref(weight), weight._version) for weight in _weights(self.model))
+            self._entries.clear()
+            self.cached_bytes, self._weights = (
+                0,
+                tuple((ref(weight), weight._version) for weight in _weights(self.model)),
+            )
         distinct = list(dict.fromkeys(prefixes))
-        rows = {ids: self._kept[ids] for ids in distinct if ids in self._kept}
+        rows = {ids: self._entries[ids] for ids in distinct if ids in self._entries}
         for ids in rows:
-            self._kept.move_to_end(ids)
+            self._entries.move_to_end(ids)
         unread = sorted((ids for ids in distinct if ids not in rows), key=lambda ids: (len(ids), ids))
         while unread:
-            count = fitting([len(ids) for ids in unread], TOKENS_PER_BATCH)
+            count = count_fitting([len(ids) for ids in unread], TOKENS_PER_BATCH)
             some, unread = unread[:count], unread[count:]
             for ids, layers in zip(some, self._read(some), strict=True):
                 rows[ids] = layers
                 self._keep(ids, layers)
-        return self._side_by_side([rows[ids] for ids in prefixes], [len(ids) for ids in prefixes])
+        return self._stack([rows[ids] for ids in prefixes], [len(ids) for ids in prefixes])
 
     def _tracked(self) -> bool:
         """Whether in-place changes of the weights can be detected: torch doesn't count those of inference tensors."""
@@ -117,12 +120,12 @@ class PrefixCache:
         size = _bytes(layers)
         if size > self.limit:
             return
-        while self.held + size > self.limit:
-            self.held -= _bytes(self._kept.popitem(last=False)[1])
-        self._kept[ids] = layers
-        self.held += size
+        while self.cached_bytes + size > self.limit:
+            self.cached_bytes -= _bytes(self._entries.popitem(last=False)[1])
+        self._entries[ids] = layers
+        self.cached_bytes += size
 
-    def _side_by_side(self, rows: Sequence[Layers], lengths: Sequence[int]) -> tuple[DynamicCache, Tensor]:
+    def _stack(self, rows: Sequence[Layers], lengths: Sequence[int]) -> tuple[DynamicCache, Tensor]:
         cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
         longest = max(lengths)
         for layer, entries in enumerate(zip(*rows, strict=True)):
@@ -138,24 +141,24 @@ class PrefixCache:
 
 def prefix_cache_of(model: nn.Module) -> PrefixCache | None:
     """The cache that is open for this model in this thread, if there is one."""
-    cache = _open.get()
+    cache = _current_cache.get()
     return cache if cache is not None and cache.model is model else None
 
 
 @contextmanager
-def prefixes_cached(cache: PrefixCache | None) -> Iterator[None]:
+def use_prefix_cache(cache: PrefixCache | None) -> Iterator[None]:
     """While open, this thread computes probabilities with this cache; `None`: with none.
 
     Changes through `Tensor.data` go unnoticed, so code that may change weights must run with none.
     """
-    token = _open.set(cache)
+    token = _current_cache.set(cache)
     try:
         yield
     finally:
-        _open.reset(token)
+        _current_cache.reset(token)
 
 
-_open: ContextVar[PrefixCache | None] = ContextVar("_open", default=None)
+_current_cache: ContextVar[PrefixCache | None] = ContextVar("_open", default=None)
 
 
 def _padded(rows: Sequence[Tensor], longest: int) -> Tensor:

@@ -16,24 +16,24 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.engines.folding import sweep
+from trimtab.engines.folding import active_ranges
 from trimtab.engines.meanings import NOTHING
-from trimtab.engines.resolve import acting, waits_for_prompt, wanted
+from trimtab.engines.resolve import active_edits, depends_on_prompt, gate_readings
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.batch_row import BatchRow, GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.chunked_prefill import ChunkedPrefill
-from trimtab.engines.transformers.clean import CleanBatch, _CleanPrefill, steers_clean
+from trimtab.engines.transformers.clean import CleanBatch, _CleanPrefill, uses_clean_cache
 from trimtab.engines.transformers.decode import GenerationBatch
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit
-from trimtab.steering.conditional import conditional
+from trimtab.steering.conditional import with_conditional_operation
 
 LEAST = 16
 """The minimum number of tokens to reuse: fewer are computed as quickly."""
 
-Acted = tuple[tuple[int, int | None, tuple[Any, ...]], ...]
+EditSpans = tuple[tuple[int, int | None, tuple[Any, ...]], ...]
 """`(start, stop, edits)` spans of a text in which edits act; a `stop` of `None` is the end of the text."""
 
 
@@ -46,12 +46,12 @@ class Prefix:
 
     scope: str
     ids: tuple[int, ...]
-    acted: Acted
+    edit_spans: EditSpans
     layers: tuple[tuple[Tensor, Tensor] | None, ...]
 
 
 @dataclass
-class Prefixes:
+class RequestPrefixCache:
     """The cached texts, with at most `tokens` tokens together; the least recently used are dropped first.
 
     A text can be reused in its own `scope` only. With `shared`, its unsteered part can be reused in all scopes.
@@ -59,11 +59,11 @@ class Prefixes:
 
     tokens: int
     shared: bool = False
-    held: int = field(default=0, init=False)
+    cached_tokens: int = field(default=0, init=False)
     _kept: OrderedDict[int, Prefix] = field(default_factory=OrderedDict, init=False)
     _numbers: Any = field(default_factory=count, init=False)
 
-    def find(self, scope: str, ids: Sequence[int], acts: Acted) -> tuple[Prefix, int] | None:
+    def find(self, scope: str, ids: Sequence[int], acts: EditSpans) -> tuple[Prefix, int] | None:
         """The cached text that shares the longest reusable prefix with `ids`, and the prefix's number of tokens.
 
         The last token of `ids` is never reused, as its logits are needed.
@@ -71,9 +71,9 @@ class Prefixes:
         best: tuple[int, int] | None = None
         whole = tuple(ids)[:-1]
         for number, kept in self._kept.items():
-            length = _agreeing(kept.acted, acts, _common(kept.ids, whole))
+            length = _agreeing_length(kept.edit_spans, acts, _common_length(kept.ids, whole))
             if kept.scope != scope:
-                length = _untouched(kept.acted, length) if self.shared else 0
+                length = _unsteered_length(kept.edit_spans, length) if self.shared else 0
             if length >= LEAST and (best is None or length > best[1]):
                 best = number, length
         if best is None:
@@ -90,26 +90,29 @@ class Prefixes:
             if kept.scope != prefix.scope:
                 continue
             shorter = min(len(kept.ids), size)
-            if _common(kept.ids, prefix.ids) < shorter or _agreeing(kept.acted, prefix.acted, shorter) < shorter:
+            if (
+                _common_length(kept.ids, prefix.ids) < shorter
+                or _agreeing_length(kept.edit_spans, prefix.edit_spans, shorter) < shorter
+            ):
                 continue
             if len(kept.ids) >= size:  # it is cached already
                 self._kept.move_to_end(number)
                 return
             self._drop(number)
-        while self.held + size > self.tokens:
+        while self.cached_tokens + size > self.tokens:
             self._drop(next(iter(self._kept)))
         self._kept[next(self._numbers)] = prefix
-        self.held += size
+        self.cached_tokens += size
 
     def clear(self) -> None:
         self._kept.clear()
-        self.held = 0
+        self.cached_tokens = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def _drop(self, number: int) -> None:
-        self.held -= len(self._kept.pop(number).ids)
+        self.cached_tokens -= len(self._kept.pop(number).ids)
 
 
 class PrefixBatch(CleanBatch):
@@ -124,23 +127,23 @@ class PrefixBatch(CleanBatch):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, layout: Layout, *, prefixes: Prefixes | None = None, **options: Any
+        self, model: Any, tokenizer: Any, layout: Layout, *, prefixes: RequestPrefixCache | None = None, **options: Any
     ) -> None:
         super().__init__(model, tokenizer, layout, **options)
-        self.prefixes: Prefixes | None = (
+        self.prefixes: RequestPrefixCache | None = (
             prefixes if prefixes is not None and compat.keeps_plain_cache(layout.decoder) else None
         )
         if self.prefixes is not None:
-            self.on_end = self._twins.on_end = self._keep
+            self.on_end = self._twins.on_end = self._cache_row
 
     def clear(self) -> list[int]:
         if self.prefixes is not None:
             self.prefixes.clear()
         return super().clear()
 
-    def _read_in(self, rows: list[BatchRow]) -> list[GenerationResponse]:
+    def _prefill_rows(self, rows: list[BatchRow]) -> list[GenerationResponse]:
         if self.prefixes is None:
-            return super()._read_in(rows)
+            return super()._prefill_rows(rows)
         responses: list[GenerationResponse] = []
         others = []
         for alike in _by_text(rows):
@@ -149,25 +152,27 @@ class PrefixBatch(CleanBatch):
             if match is None:
                 others += alike
                 continue
-            self._watch.of(row.request.monitors for row in alike)
+            self._watch.set_monitors(row.request.monitors for row in alike)
             try:
-                prefill = self._going_on(request, *match)
+                prefill = self._resume_prefill(request, *match)
                 prefill.watch = self._watch
                 logits = prefill.advance()
                 assert logits is not None  # prompts that are read here fit one chunk
-                responses += self._seat_read(alike, prefill, logits)
+                responses += self._add_chunked_rows(alike, prefill, logits)
             except (TrimtabError, RuntimeError) as error:
                 responses += [GenerationResponse(row.key, error=error) for row in alike]
-        return responses + super()._read_in(others)
+        return responses + super()._prefill_rows(others)
 
     def _prefill(self, request: GenerationRequest) -> ChunkedPrefill:
         match = self._match(request)
-        return super()._prefill(request) if match is None else self._going_on(request, *match)
+        return super()._prefill(request) if match is None else self._resume_prefill(request, *match)
 
-    def _seat_read(self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
+    def _add_chunked_rows(
+        self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor
+    ) -> list[GenerationResponse]:
         for row in rows:
-            row.cached = prefill.taken_over
-        return super()._seat_read(rows, prefill, logits)
+            row.cached = prefill.reused_tokens
+        return super()._add_chunked_rows(rows, prefill, logits)
 
     def _match(self, request: GenerationRequest) -> tuple[Prefix, int] | None:
         """The cached text that this request can reuse, and how many tokens of it; `None` if there is none.
@@ -175,27 +180,29 @@ class PrefixBatch(CleanBatch):
         Requests whose gates or operations depend on the prompt need activations of the whole prompt, and reuse nothing.
         """
         scope, prefixes = request.scope, self.prefixes
-        if prefixes is None or scope is None or request.rejection is not None or wanted(request.steering):
+        if prefixes is None or scope is None or request.rejection is not None or gate_readings(request.steering):
             return None
         if request.images is not None:  # the token ids don't identify the images
             return None
-        edits = acting(request.steering)
-        if any(waits_for_prompt(edit) or is_score_edit(edit) for edit in edits):
+        edits = active_edits(request.steering)
+        if any(depends_on_prompt(edit) or is_score_edit(edit) for edit in edits):
             return None
         length = len(request.ids)
-        clean = steers_clean(request)
-        return prefixes.find(scope, request.ids, () if clean else _acted(tuple(map(conditional, edits)), length))
+        clean = uses_clean_cache(request)
+        return prefixes.find(
+            scope, request.ids, () if clean else _edit_spans(tuple(map(with_conditional_operation, edits)), length)
+        )
 
-    def _going_on(self, request: GenerationRequest, prefix: Prefix, length: int) -> ChunkedPrefill:
-        prefill = _CleanPrefill(self, request) if steers_clean(request) else super()._prefill(request)
+    def _resume_prefill(self, request: GenerationRequest, prefix: Prefix, length: int) -> ChunkedPrefill:
+        prefill = _CleanPrefill(self, request) if uses_clean_cache(request) else super()._prefill(request)
         cache = compat.whole_cache(self.model.config)
         for number, layer in enumerate(prefix.layers):
             if layer is not None:
                 cache.update(layer[0][:, :, :length], layer[1][:, :, :length], number)
-        prefill.take_over(cache, length)
+        prefill.reuse_cache(cache, length)
         return prefill
 
-    def _keep(self, batch: GenerationBatch, place: int) -> None:
+    def _cache_row(self, batch: GenerationBatch, place: int) -> None:
         """Cache the keys and values of a row that has ended."""
         row, cache = batch._rows[place], batch._cache
         if self.prefixes is None or row.request.scope is None or any(map(is_score_edit, row.edits)):
@@ -205,10 +212,10 @@ class PrefixBatch(CleanBatch):
         length = cache.lengths[place]
         if not LEAST <= length <= self.prefixes.tokens:
             return
-        acted: Acted = ()
+        acted: EditSpans = ()
         if batch is not self._twins:
             segments = batch._session.rows[place].segments
-            acted = tuple((start, stop, _what(edits)) for start, stop, edits, _ in segments)
+            acted = tuple((start, stop, _effect_key(edits)) for start, stop, edits, _ in segments)
         here = slice(place, place + 1), slice(None), slice(cache.stop - length, cache.stop)
         layers = tuple(
             None if getattr(layer, "keys", None) is None else (layer.keys[here].clone(), layer.values[here].clone())
@@ -226,18 +233,18 @@ def _by_text(rows: Sequence[BatchRow]) -> list[list[BatchRow]]:
     return list(groups.values())
 
 
-def _acted(edits: tuple[Edit, ...], prompt_length: int) -> Acted:
+def _edit_spans(edits: tuple[Edit, ...], prompt_length: int) -> EditSpans:
     """The edits by span in a prompt of this length, without positions by meaning."""
-    spans = sweep(edits, prompt_length, NOTHING)
-    return tuple((a, b, _what([edit for edit in edits if edit.positions in rules])) for a, b, rules in spans)
+    spans = active_ranges(edits, prompt_length, NOTHING)
+    return tuple((a, b, _effect_key([edit for edit in edits if edit.positions in rules])) for a, b, rules in spans)
 
 
-def _what(edits: Sequence[Edit]) -> tuple[Any, ...]:
+def _effect_key(edits: Sequence[Edit]) -> tuple[Any, ...]:
     """What identifies the effect of these edits on a token, in order. Gates are left out, as they are decided."""
     return tuple((edit.site, edit.operation, edit.strength) for edit in edits)
 
 
-def _common(ids: tuple[int, ...], other: tuple[int, ...]) -> int:
+def _common_length(ids: tuple[int, ...], other: tuple[int, ...]) -> int:
     """The length of the common prefix."""
     low, high = 0, min(len(ids), len(other))
     while low < high:
@@ -249,16 +256,16 @@ def _common(ids: tuple[int, ...], other: tuple[int, ...]) -> int:
     return low
 
 
-def _agreeing(acts: Acted, other: Acted, length: int) -> int:
+def _agreeing_length(acts: EditSpans, other: EditSpans, length: int) -> int:
     """The length of the prefix, at most `length`, on which the same edits act in both."""
     marks = {0} | {mark for part in (*acts, *other) for mark in part[:2] if mark is not None and mark < length}
     return next((mark for mark in sorted(marks) if _at(acts, mark) != _at(other, mark)), length)
 
 
-def _at(acted: Acted, position: int) -> tuple[Any, ...]:
+def _at(acted: EditSpans, position: int) -> tuple[Any, ...]:
     return next((w for start, stop, w in acted if start <= position and (stop is None or position < stop)), ())
 
 
-def _untouched(acted: Acted, length: int) -> int:
+def _unsteered_length(acted: EditSpans, length: int) -> int:
     """The length of the unsteered prefix, at most `length`."""
-    return _agreeing(acted, (), length)
+    return _agreeing_length(acted, (), length)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.decoding.ranking import disturbance, order_of, sensitivity
+from trimtab.decoding.ranking import disturbance, order_layers, sensitivity
 from trimtab.engines.transformers.attention import attention_modules
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.rows import Versions, compile_versions
@@ -68,24 +68,24 @@ def rank_layers(
         arguments = rows, list(observed.values()), token, cache, columns, steer, request, lot, layers
         try:
             observations = _observe(*arguments)
-        except _Uneven:
+        except _WidthMismatch:
             observed = {i: layout.blocks[i] for i in observed}
             observations = _observe(rows, list(observed.values()), *arguments[2:])
-        tables.append([_whole(column, raw, len(lot)) for column, raw in observations])
+        tables.append([_all_distances(column, raw, len(lot)) for column, raw in observations])
         raws = [raw.cpu() for _, raw in observations]
     crossed = torch.stack([torch.cat(columns_of) for columns_of in zip(*tables, strict=True)], dim=1)
     if ranking == "repo":
         scores = sensitivity(crossed, torch.empty(0), ranking)[[list(observed).index(layer) for layer in layers]]
     else:
         scores = sensitivity(crossed, torch.stack(raws), ranking)
-    return order_of(scores, layers)
+    return order_layers(scores, layers)
 
 
-class _Uneven(Exception):
+class _WidthMismatch(Exception):
     """The input and output of an attention module have different widths, so their cosine distance is undefined."""
 
 
-def _whole(column: Tensor, raw: Tensor, rows: int) -> Tensor:
+def _all_distances(column: Tensor, raw: Tensor, rows: int) -> Tensor:
     """The distances of all rows at an observed layer; rows that join later are still identical to row 0 there."""
     return torch.cat([column, 2 * raw.expand(rows - len(column))]).cpu()
 
@@ -112,7 +112,7 @@ def _observe(
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         after = output if isinstance(output, Tensor) else output[0]
         if after.shape[-1] != before[-1].shape[-1]:
-            raise _Uneven
+            raise _WidthMismatch
         observations.append(disturbance(before.pop(), after.reshape(-1, after.shape[-1])))
 
     with ExitStack() as hooks:

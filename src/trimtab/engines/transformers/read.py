@@ -21,9 +21,9 @@ from torch import Tensor
 
 from trimtab.engines.contract import TOKENS_PER_BATCH, check_texts
 from trimtab.engines.request import Batch, Text
-from trimtab.engines.resolve import Read, Where
+from trimtab.engines.resolve import PositionsByRequest, ReadActivations
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.anatomy import positions_of
+from trimtab.engines.transformers.anatomy import position_handling
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.layout import Layout
@@ -39,14 +39,14 @@ SHARE_FROM = 8  # a shared prefix shorter than this isn't worth a separate pass
 
 
 @dataclass(frozen=True)
-class _Opening:
+class _SharedPrefix:
     """The prefix that all texts share, already computed: the number of tokens, and a one-row KV cache."""
 
     length: int
     cache: DynamicCache
 
 
-class _Enough(BaseException):
+class _PassComplete(BaseException):
     """Raised by the last hook to end the pass, in the reading thread only: all requested activations are computed."""
 
 
@@ -70,7 +70,7 @@ def read_groups(
     cut = [[Text(t.ids[: max(t.positions) + 1], t.positions) for t in group] for group in groups]
     share = can_share(layout)
     shared = [_shared_length(group) if share else 0 for group in cut]
-    opening = _run_opening(layout, [group for group, n in zip(cut, shared, strict=True) if n], sites)
+    opening = _compute_shared_prefix(layout, [group for group, n in zip(cut, shared, strict=True) if n], sites)
     # batches are consecutive groups in this order: alike, and of similar length
     order = sorted(range(len(cut)), key=lambda g: (len(cut[g]), shared[g] > 0, max(len(t.ids) for t in cut[g]), g))
     for chosen in _batches(order, cut, shared, tokens_per_batch):
@@ -89,10 +89,10 @@ def check_sites(layout: Layout, sites: Sequence[Site]) -> None:
         place(layout, site)
 
 
-def reader(layout: Layout, prompts: Sequence[Sequence[int]]) -> Read:
+def reader(layout: Layout, prompts: Sequence[Sequence[int]]) -> ReadActivations:
     """A function that reads the activations of prompts, given as token ids, in separate passes."""
 
-    def read(where: Where, sites: Sequence[Site], tokens: int) -> dict[int, dict[Site, Tensor]]:
+    def read(where: PositionsByRequest, sites: Sequence[Site], tokens: int) -> dict[int, dict[Site, Tensor]]:
         numbers = list(where)
         groups = [[Text(prompts[i], where[i])] for i in numbers]
         activations: dict[int, dict[Site, Tensor]] = {}
@@ -104,7 +104,7 @@ def reader(layout: Layout, prompts: Sequence[Sequence[int]]) -> Read:
     return read
 
 
-def reader_of_pass(layout: Layout, count: int, lengths: Sequence[int] | None, first: FirstPass) -> Read:
+def reader_of_pass(layout: Layout, count: int, lengths: Sequence[int] | None, first: FirstPass) -> ReadActivations:
     """A function that reads the activations of prompts in a pass with the same inputs as the first pass over them.
 
     Args:
@@ -114,7 +114,7 @@ def reader_of_pass(layout: Layout, count: int, lengths: Sequence[int] | None, fi
         first: The first pass.
     """
 
-    def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
+    def read(where: PositionsByRequest, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
         activations = run_decoder(layout, {**compat.without_cache(first.inputs), "use_cache": False}, sites)
         repeat = len(first.lengths) // count
         by_request = {}
@@ -148,11 +148,11 @@ def _batches(order: list[int], cut: list, shared: list[int], budget: int) -> Ite
 
 def _shared_length(group: Sequence[Text]) -> int:
     """The length of the prefix that all texts share, leaving at least one token of each; 0 if not worth a pass."""
-    same = _common(group) if len(group) > 1 else 0
+    same = _common_length(group) if len(group) > 1 else 0
     return same if same >= SHARE_FROM else 0
 
 
-def _common(texts: Sequence[Text]) -> int:
+def _common_length(texts: Sequence[Text]) -> int:
     """The length of the prefix that all texts share, leaving at least one token of each."""
     longest = min(len(text.ids) for text in texts) - 1
     first = texts[0].ids
@@ -164,7 +164,7 @@ def can_share(layout: Layout) -> bool:
 
     It requires a cache of plain keys and values, and a model that uses the position ids that it is given.
     """
-    if not positions_of(layout).takes_positions:
+    if not position_handling(layout).takes_positions:
         return False
     try:
         return compat.keeps_plain_cache(layout.decoder)
@@ -182,24 +182,24 @@ def inputs_of(module: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None
     return inputs
 
 
-def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> _Opening:
+def _compute_shared_prefix(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> _SharedPrefix:
     """Compute the prefix that all texts of these groups share, up to the first position that is read.
 
     Padding may follow it, so the model must use the given position ids, and its cache must have no sliding windows.
     """
     cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
     texts = [text for group in groups for text in group]
-    plain = compat.grows_plainly(cache) and positions_of(layout).takes_positions
+    plain = compat.grows_plainly(cache) and position_handling(layout).takes_positions
     if len(groups) < 2 or not plain:
-        return _Opening(0, cache)
+        return _SharedPrefix(0, cache)
     read_from = min(min(text.positions) for text in texts)
     # leaves at least one token between this prefix and the end of each group's shared prefix
-    length = min(_common(texts), read_from, *(_common(group) - 1 for group in groups))
+    length = min(_common_length(texts), read_from, *(_common_length(group) - 1 for group in groups))
     if length < SHARE_FROM:
-        return _Opening(0, cache)
+        return _SharedPrefix(0, cache)
     ids, mask = padded([texts[0].ids[:length]], left=False, device=_device(layout))
     _run(layout, ids, mask, sites, ([], []), cache)
-    return _Opening(length, cache)
+    return _SharedPrefix(length, cache)
 
 
 def _read_plain(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> dict[Site, list[list[Tensor]]]:
@@ -212,7 +212,7 @@ def _read_plain(layout: Layout, groups: list[list[Text]], sites: Sequence[Site])
 
 
 def _read_shared(
-    layout: Layout, groups: list[list[Text]], prefix: list[int], opening: _Opening, sites: Sequence[Site]
+    layout: Layout, groups: list[list[Text]], prefix: list[int], opening: _SharedPrefix, sites: Sequence[Site]
 ) -> dict[Site, list[list[Tensor]]]:
     """Read groups with a shared prefix. Columns: the opening, padding and the group's prefix; then each text's tail."""
     members = len(groups[0])
@@ -271,7 +271,7 @@ def _run(
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
         inputs = compat.with_cache(layout.decoder, inputs, cache)
-    if positions_of(layout).takes_positions:
+    if position_handling(layout).takes_positions:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     rows, columns = (torch.tensor(indices, dtype=torch.long, device=ids.device) for indices in at)
     return run_decoder(layout, inputs, sites, lambda x: x[rows.to(x.device), columns.to(x.device)])
@@ -282,7 +282,7 @@ def run_decoder(
 ) -> dict[Site, Tensor]:
     """Run the decoder and return the result of `keep` on the activations `[rows, tokens, width]` at each site."""
     with recording(layout, sites, keep) as activations:
-        with suppress(_Enough):
+        with suppress(_PassComplete):
             layout.decoder(**inputs)
     check_read(sites, activations)
     return activations
@@ -331,7 +331,7 @@ def recording(
             )
         activations[site] = keep(whole)
         if len(activations) == len(wanted) and not to_the_end:
-            raise _Enough
+            raise _PassComplete
 
     with reading(layout.decoder), ExitStack() as hooks:
         hooks.enter_context(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))

@@ -26,11 +26,11 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.weights import device_of
 from trimtab.errors import TrimtabError, UnsupportedError
 
-Edit = Callable[[Tensor], Tensor | None]
+LogitsEdit = Callable[[Tensor], Tensor | None]
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """Names of the number of routed experts in configurations."""
-CALLED = re.compile(r"(Router|Gate|Gating)$")
+ROUTER_CLASS_NAME = re.compile(r"(Router|Gate|Gating)$")
 """Class names of routers, for models that don't declare their class."""
 PRODUCTS: set[Any] = {torch.nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
@@ -40,7 +40,7 @@ class Router:
     """A block's router.
 
     `source` is the module whose linear map computes the logits: the router itself, or a linear layer whose output the
-    logits are (`inside`). `experts` is the number of experts, `width` the width of the router's input.
+    logits are (`outputs_logits`). `experts` is the number of experts, `width` the width of the router's input.
     """
 
     module: nn.Module
@@ -49,7 +49,7 @@ class Router:
     width: int
 
     @property
-    def inside(self) -> bool:
+    def outputs_logits(self) -> bool:
         return self.source is not self.module or type(self.source) is nn.Linear
 
 
@@ -98,7 +98,10 @@ def _routers(layout: Layout, block: nn.Module) -> dict[str, nn.Module]:
             path: part
             for path, part in parts.items()
             if path.split(".")[-1] in ("router", "gate")
-            and (CALLED.search(type(part).__name__) or (type(part) is nn.Linear and part.out_features in counts))
+            and (
+                ROUTER_CLASS_NAME.search(type(part).__name__)
+                or (type(part) is nn.Linear and part.out_features in counts)
+            )
         }
     return routers
 
@@ -111,11 +114,11 @@ def _counts(layout: Layout) -> set[int]:
     return {count for count in counts if isinstance(count, int) and count > 1}
 
 
-class _Chosen(BaseException):
+class _RouterDone(BaseException):
     """Raised after a router has run, to skip its experts. Raised in the calling thread only."""
 
 
-def _output(block: nn.Module, router: Router, x: Tensor) -> Any:
+def _router_output(block: nn.Module, router: Router, x: Tensor) -> Any:
     """The output of a router for `x` `[tokens, width]`, called by its parent module as usual.
 
     If the router returns only logits, the parent's `route_tokens_to_experts` selects the experts.
@@ -125,9 +128,9 @@ def _output(block: nn.Module, router: Router, x: Tensor) -> Any:
 
     def end(_module: Any, _args: Any, output: Any) -> None:
         outputs.append(output)
-        raise _Chosen
+        raise _RouterDone
 
-    with suppress(_Chosen), router.module.register_forward_hook(end):
+    with suppress(_RouterDone), router.module.register_forward_hook(end):
         parent(x[None])
     outside = getattr(parent, "route_tokens_to_experts", None)
     return outside(outputs[0]) if isinstance(outputs[0], Tensor) and outside is not None else outputs[0]
@@ -135,18 +138,18 @@ def _output(block: nn.Module, router: Router, x: Tensor) -> Any:
 
 # ---- intercepting the linear map -----------------------------------------------------------------------------------
 
-_edits: WeakKeyDictionary[nn.Module, list[Edit]] = WeakKeyDictionary()
+_edits: WeakKeyDictionary[nn.Module, list[LogitsEdit]] = WeakKeyDictionary()
 """The edits of each router's logits, in order."""
 
 
-class Listening:
+class LogitsHook:
     """Applies an edit to a router's logits until it is removed."""
 
-    def __init__(self, router: Router, edit: Edit) -> None:
+    def __init__(self, router: Router, edit: LogitsEdit) -> None:
         self._module, self._edit = router.module, edit
         if router.module not in _edits:
             _edits[router.module] = []
-            self._replace(router)
+            self._wrap_forward(router)
         _edits[router.module].append(edit)
 
     def remove(self) -> None:
@@ -162,31 +165,31 @@ class Listening:
                 self._module.forward = forward.before
 
     @staticmethod
-    def _replace(router: Router) -> None:
+    def _wrap_forward(router: Router) -> None:
         module = router.module
         forward, edits = module.forward, _edits[module]
 
-        def heard(*args: Any, **kwargs: Any) -> Any:
-            listener = _Listener(router, edits)
+        def edited_forward(*args: Any, **kwargs: Any) -> Any:
+            listener = _LogitsEditor(router, edits)
             with listener:
                 output = forward(*args, **kwargs)
-            if listener.heard != 1:
+            if listener.map_count != 1:
                 raise UnsupportedError(
-                    f"{type(module).__name__} computes its logits in {listener.heard} linear maps instead of one, so"
-                    " they can't be steered or read; steer the residual stream, or the block's mlp"
+                    f"{type(module).__name__} computes its logits in {listener.map_count} linear maps instead of one,"
+                    " so they can't be steered or read; steer the residual stream, or the block's mlp"
                 )
             return output
 
-        heard.before = vars(module).get("forward")  # type: ignore[attr-defined]
-        module.forward = heard
+        edited_forward.before = vars(module).get("forward")  # type: ignore[attr-defined]
+        module.forward = edited_forward
 
 
-class _Listener(TorchFunctionMode):
+class _LogitsEditor(TorchFunctionMode):
     """Within the context, applies the edits to the output of the router's linear map."""
 
-    def __init__(self, router: Router, edits: list[Edit]) -> None:
+    def __init__(self, router: Router, edits: list[LogitsEdit]) -> None:
         super().__init__()
-        self.router, self.edits, self.heard = router, edits, 0
+        self.router, self.edits, self.map_count = router, edits, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -194,7 +197,7 @@ class _Listener(TorchFunctionMode):
             return result
         if len(args) < 2 or args[0].shape[-1] != self.router.width:
             return result
-        self.heard += 1
+        self.map_count += 1
         for edit in self.edits:
             new = edit(result)
             result = result if new is None else new
@@ -219,13 +222,15 @@ def chosen_experts(layout: Layout, layer: int, logits: Tensor) -> Tensor:
     moved = logits.to(device)
     x = torch.zeros(len(logits), router.width, dtype=parameter.dtype, device=device)
 
-    def own(made: Tensor) -> Tensor:
+    def given_logits(made: Tensor) -> Tensor:
         return moved.to(made.dtype).view(made.shape)
 
-    handle: Any = router.source.register_forward_hook(lambda *call: own(call[2])) if router.inside else None
-    handle = handle or Listening(router, own)
+    handle: Any = (
+        router.source.register_forward_hook(lambda *call: given_logits(call[2])) if router.outputs_logits else None
+    )
+    handle = handle or LogitsHook(router, given_logits)
     try:
-        output = _output(layout.blocks[layer], router, x)
+        output = _router_output(layout.blocks[layer], router, x)
     except TrimtabError:
         raise
     except Exception as error:

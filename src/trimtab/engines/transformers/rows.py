@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.folding import Active, Stage, States, apply
-from trimtab.engines.meanings import NOTHING, Holding
+from trimtab.engines.meanings import NOTHING, ActiveMeanings
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import (
     capped,
@@ -29,7 +29,7 @@ from trimtab.engines.transformers.attention import (
     configurations,
     head_count,
     refuse_unknown,
-    registered,
+    registered_attention,
     with_sinks,
 )
 from trimtab.engines.transformers.compat import DynamicCache, sdpa_mask
@@ -65,7 +65,7 @@ class _RowCache(DynamicCache):
             raw = run.tensor(run.raw_rows, key_states.device)
             run.past = run.cache.update(*entries(key_states, value_states, raw), layer_idx)
         else:
-            run.past = seen(run.cache, layer_idx, run.columns)
+            run.past = cached_keys_values(run.cache, layer_idx, run.columns)
         if run.drafts is not None:
             first = run.rows - len(run.drafts.ids)
             run.drafts.states[layer_idx] = key_states[:, :, first:], value_states[:, :, first:]
@@ -110,7 +110,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class Token:
+class NewestTokens:
     """The newest token of each request of a batch: its id and position id, both `[requests, 1]`.
 
     Without position ids the model computes them itself; this doesn't work for rows over one shared cache.
@@ -154,7 +154,7 @@ class Versions:
     def select(self, chosen: tuple[int | None, ...]) -> dict[int, LayerScores]:
         """Each layer's score edits for rows of these versions (`None`: unsteered), on the CPU."""
         if chosen not in self._selected:
-            bound(self._selected)
+            clear_if_full(self._selected)
             self._selected[chosen] = _select(self.scores, chosen)
         return self._selected[chosen]
 
@@ -162,7 +162,7 @@ class Versions:
         """The prepared edits at a site for rows in these states, on the device and in the dtype of `x`."""
         key = site, states, x.device, x.dtype
         if key not in self._prepared:
-            bound(self._prepared, len(self.plan.stages))
+            clear_if_full(self._prepared, len(self.plan.stages))
             tokens = States.of(torch.tensor(states), x.device)
             self._prepared[key] = [(stage, *stage.prepare(tokens, x.dtype)) for stage in self.plan.stages[site]]
         return self._prepared[key]
@@ -185,7 +185,7 @@ def compile_versions(
     )
 
 
-class KeptNumbers:
+class TensorCache:
     """A cache of small integer tensors on devices. Passes reuse the same ones, and copying each time would be slow."""
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ class KeptNumbers:
 
     def __call__(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         if (numbers, device) not in self._kept:
-            bound(self._kept)
+            clear_if_full(self._kept)
             self._kept[numbers, device] = torch.tensor(numbers, device=device)
         return self._kept[numbers, device]
 
@@ -211,12 +211,12 @@ class Rows:
         self._configs = configurations(layout)
         self._run: _Run | None = None
         self._name = ""
-        self._own = compat.attention_name(layout.decoder.config)
+        self._attention_name = compat.attention_name(layout.decoder.config)
         self._owner: int | None = None
         self._versions: Versions | None = None
         self._hooked: tuple[Site, ...] = ()
         self._hooks: Hooks | None = None  # at these sites
-        self.tensor = KeptNumbers()
+        self.tensor = TensorCache()
 
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
@@ -227,7 +227,7 @@ class Rows:
             self._hooks = Hooks(
                 [partial(attach, place(self.layout, site), partial(self._edit, site)) for site in sites]
             )
-        with registered(self._attend, self._mask) as self._name, self._hooks.open():
+        with registered_attention(self._attend, self._mask) as self._name, self._hooks.open():
             try:
                 yield
             finally:
@@ -235,7 +235,7 @@ class Rows:
 
     def run(
         self,
-        token: Token,
+        token: NewestTokens,
         cache: Any,
         columns: int,
         versions: Versions,
@@ -245,7 +245,7 @@ class Rows:
         raw_enters_cache: bool = False,
         joining: Sequence[int] = (),
         drafts: Drafts | None = None,
-        holding: Sequence[Holding] = (),
+        holding: Sequence[ActiveMeanings] = (),
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
@@ -274,7 +274,7 @@ class Rows:
             cache,
             len(rows),
             columns,
-            _neighbours(of),
+            _row_spans(of),
             self.tensor,
             of,
             token.mask.bool() if token.mask is not None and versions.padded else None,
@@ -284,7 +284,7 @@ class Rows:
             drafts,
         )
         try:
-            with compat.attending_with(self._configs, self._name), self._joined(joining):
+            with compat.with_attention_implementation(self._configs, self._name), self._joined(joining):
                 picked = self.tensor(of[:1] if joining else of, token.ids.device)
                 inputs: dict[str, Any] = token.rows(picked, drafts)
                 if joining and "logits_to_keep" in compat.parameters(self.model):
@@ -316,8 +316,8 @@ class Rows:
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if "hidden_states" in kwargs:
-                return args, {**kwargs, "hidden_states": _with_another(kwargs["hidden_states"])}
-            return (_with_another(args[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": _append_first_row(kwargs["hidden_states"])}
+            return (_append_first_row(args[0]), *args[1:]), kwargs
 
         with ExitStack() as hooks:
             for layer in joining:
@@ -332,7 +332,7 @@ class Rows:
         if get_ident() != self._owner:
             return None
         run.edited.add(site)
-        return edited(versions, site, run.states, activations)
+        return apply_edits(versions, site, run.states, activations)
 
     def _mask(self, *_: Any, **kwargs: Any) -> Tensor | None:
         """The columns that each row doesn't attend to, `[1, 1, rows, columns]`; `None`: it attends to all.
@@ -342,7 +342,7 @@ class Rows:
         """
         run = self._run
         if run is None or get_ident() != self._owner:
-            return compat.mask_function(self._own)(*_, **kwargs)
+            return compat.mask_function(self._attention_name)(*_, **kwargs)
         kept = {name: kwargs[name] for name in ("mask_function", "local_size", "use_vmap", "device") if name in kwargs}
         padding, queries = run.padding, 1 if run.drafts is None else 2
         if padding is not None and queries == 2:
@@ -375,7 +375,9 @@ class Rows:
         """The attention output `[1, rows, heads, size]` for queries `[1, heads, rows, size]`, keys and values."""
         run = self._run
         if get_ident() != self._owner:
-            return compat.attention_function(self._own, module)(module, query, key, value, attention_mask, **kwargs)
+            return compat.attention_function(self._attention_name, module)(
+                module, query, key, value, attention_mask, **kwargs
+            )
         mask = attention_mask
         refuse_unknown(module, kwargs)
         if run is None or run.layer is None or run.past is None:
@@ -421,7 +423,7 @@ class Rows:
         return output.transpose(0, 1)[None].contiguous(), None
 
 
-def seen(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor]:
+def cached_keys_values(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor]:
     """A layer's keys and values `[requests, groups, columns, size]` in the unsteered cache.
 
     Raises:
@@ -439,7 +441,7 @@ def seen(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def edited(versions: Versions, site: Site, states: tuple[int, ...], activations: Tensor) -> Tensor:
+def apply_edits(versions: Versions, site: Site, states: tuple[int, ...], activations: Tensor) -> Tensor:
     """Apply the edits to a site's activations, one per row, for rows in these states."""
     x = activations.reshape(1, -1, activations.shape[-1])
     for stage, rows, active in versions.prepare(site, states[: x.shape[1]], x):
@@ -447,13 +449,13 @@ def edited(versions: Versions, site: Site, states: tuple[int, ...], activations:
     return x.view(activations.shape)
 
 
-def _with_another(x: Tensor) -> Tensor:
+def _append_first_row(x: Tensor) -> Tensor:
     """Append a copy of the first row to rows `[1, rows, width]`."""
     return torch.cat([x, x[:, :1]], 1)
 
 
 def states_at(
-    versions: Versions, chosen: Sequence[int | None], columns: int, holding: Sequence[Holding] = ()
+    versions: Versions, chosen: Sequence[int | None], columns: int, holding: Sequence[ActiveMeanings] = ()
 ) -> tuple[int, ...] | None:
     """Each row's state; `None` if no row is edited. `holding` are the meanings of each request's newest token."""
     if not versions.plan.stages:
@@ -478,17 +480,17 @@ def _select(layers: dict[int, LayerScores], chosen: Sequence[int | None]) -> dic
     for scores in layers.values():
         if id(scores) not in made:
             selected = scores.select(picked)
-            made[id(scores)] = selected.without(raw) if None in chosen else selected
+            made[id(scores)] = selected.without_rows(raw) if None in chosen else selected
     return {layer: made[id(scores)] for layer, scores in layers.items()}
 
 
-def bound(kept: dict[Any, Any], each: int = 1) -> None:
+def clear_if_full(kept: dict[Any, Any], each: int = 1) -> None:
     """Clear the cache if it is full."""
     if len(kept) >= KEPT_PATTERNS * each:
         kept.clear()
 
 
-def _neighbours(requests: Sequence[int]) -> list[tuple[int, slice]]:
+def _row_spans(requests: Sequence[int]) -> list[tuple[int, slice]]:
     """The adjacent rows of each request, as slices."""
     spans: list[tuple[int, slice]] = []
     for row, request in enumerate(requests):

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.drawing import Kept, draw
+from trimtab.engines.transformers.drawing import SamplingLimits, draw
 from trimtab.engines.transformers.grammar import Masks, Matcher
 from trimtab.errors import TrimtabError
 
-AHEAD = 64
+NUMBERS_ON_DEVICE = 64
 """The number of each row's random numbers that are on the device at a time."""
 KEPT_PATTERNS = 64
 """The number of row selections of a batch whose prepared tensors are cached."""
@@ -118,7 +118,9 @@ def seed_of(seed: int, answer: int) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """The processing of one row's logits, in the order of the fields. If `others` is set, it does all of it."""
+    """The processing of one row's logits, in the order of the fields. If `fallback_processors` is set, it does all of
+    it.
+    """
 
     sampled: bool
     repetition_penalty: float = 1.0
@@ -128,7 +130,7 @@ class Settings:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
-    others: Any = None
+    fallback_processors: Any = None
 
     @classmethod
     def of(cls, model: Any, options: Mapping[str, Any], prompt_length: int, device: torch.device) -> Settings:
@@ -136,7 +138,7 @@ class Settings:
         processors = compat.logits_processors(model, options, prompt_length, device)
         settings = compat.processor_settings(processors)
         sampled = bool(options["do_sample"])
-        return cls(sampled, others=processors) if settings is None else cls(sampled, **settings)
+        return cls(sampled, fallback_processors=processors) if settings is None else cls(sampled, **settings)
 
     @property
     def filters(self) -> bool:
@@ -162,11 +164,11 @@ class RowSampler:
                 generator.manual_seed(seed)
             self.numbers = torch.rand(tokens, generator=generator)
 
-    def ahead(self, token: int) -> Tensor:
+    def next_numbers(self, token: int) -> Tensor:
         """The random numbers `[AHEAD]` from this token of the answer on; zeros after its end or for greedy rows."""
-        padded = torch.zeros(AHEAD)
+        padded = torch.zeros(NUMBERS_ON_DEVICE)
         if self.numbers is not None:
-            numbers = self.numbers[token : token + AHEAD]
+            numbers = self.numbers[token : token + NUMBERS_ON_DEVICE]
             padded[: len(numbers)] = numbers
         return padded
 
@@ -195,17 +197,17 @@ class BatchSampler:
         self.rows, self.prompts, self.answers, self.device = list(rows), prompts, answers, device
         every = [row.settings for row in rows]
         self._every = tuple(range(len(self.rows)))
-        self._picked: dict[tuple[int, ...] | None, _Picked] = {}
-        self._batch = self._pick(None)
+        self._selections: dict[tuple[int, ...] | None, _RowSelection] = {}
+        self._batch = self._selection(None)
         self._temperatures = self._column([row_settings.temperature for row_settings in every], 1)
-        self._kept: Kept | None = None
+        self._token_limits: SamplingLimits | None = None
         self._penalties = self._column([row_settings.repetition_penalty for row_settings in every], 1)
         self._seen: Tensor | None = None
         self._constrained = any(row.matcher is not None for row in rows)
         self._masks: Masks | None = None
         self._steps = 0  # since the random numbers on the device were copied
         self._numbers = self._numbers_ahead() if any(row_settings.sampled for row_settings in every) else None
-        self._ends = self._missing = None
+        self._ends = self._forbidden_steps = None
         if any(len(tokens) < row_settings.min_new_tokens for row_settings, tokens in zip(every, answers, strict=True)):
             ends = sorted({end for row_settings in every for end in row_settings.ends})
             self._ends = torch.tensor(ends, device=device)
@@ -216,36 +218,38 @@ class BatchSampler:
                 [n if end in row_settings.ends else 0 for end in ends]
                 for row_settings, n in zip(every, missing, strict=True)
             ]
-            self._missing = torch.tensor(of, device=device)  # [rows, ends]: tokens for which an end stays forbidden
+            self._forbidden_steps = torch.tensor(
+                of, device=device
+            )  # [rows, ends]: tokens for which an end stays forbidden
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next tokens `[rows]` for logits `[rows, vocabulary]`, which aren't modified."""
-        tokens = self.pick(self.processed(logits))
+        tokens = self.select_tokens(self.processed(logits))
         self.advance(tokens)
         return tokens
 
     def processed(self, logits: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """The logits with penalties applied, and `-inf` for forbidden tokens. `logits` itself isn't modified."""
-        picked, scores = self._pick(rows), logits
+        picked, scores = self._selection(rows), logits
         if self._penalties is not None:
-            seen, penalties = picked.of(self._seen_in(logits.shape[-1])), picked.of(self._penalties)
+            seen, penalties = picked.select(self._occurred_tokens(logits.shape[-1])), picked.select(self._penalties)
             scores = torch.where(seen, torch.where(logits < 0, logits * penalties, logits / penalties), logits)
-        if self._ends is not None and self._missing is not None:
+        if self._ends is not None and self._forbidden_steps is not None:
             scores = scores.clone() if scores is logits else scores
-            missing = picked.of(self._missing)
+            missing = picked.select(self._forbidden_steps)
             scores[:, self._ends] = scores[:, self._ends].masked_fill(missing > 0, -torch.inf)
-        if picked.apart:
+        if picked.fallback_rows:
             scores = scores.clone() if scores is logits else scores
-            for i, row in picked.apart:
+            for i, row in picked.fallback_rows:
                 ids = torch.tensor([[*self.prompts[row], *self.answers[row]]], device=self.device)
-                scores[i : i + 1] = self.rows[row].settings.others(ids, logits[i : i + 1].clone())
+                scores[i : i + 1] = self.rows[row].settings.fallback_processors(ids, logits[i : i + 1].clone())
         if self._constrained:  # last, so that no processor re-allows forbidden tokens
             if self._masks is None:
                 self._masks = Masks([row.matcher for row in self.rows], logits.shape[-1], self.device)
             scores = self._masks.apply(scores, rows)
         return scores
 
-    def pick(self, scores: Tensor) -> Tensor:
+    def select_tokens(self, scores: Tensor) -> Tensor:
         """The next tokens `[rows]` for processed scores: the most likely ones, or samples."""
         best = scores.argmax(-1)
         sampled = self._batch.sampled
@@ -256,48 +260,48 @@ class BatchSampler:
 
     def warped(self, scores: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """The scores to choose tokens by: for sampled rows log-weights after filtering, for others unchanged."""
-        picked = self._pick(rows)
+        picked = self._selection(rows)
         if not picked.sampled:
             return scores
         return picked.sampled.put(scores, self._weights(picked.sampled.take(scores), picked).log())
 
-    def draws(self, rows: tuple[int, ...] | None = None) -> bool:
+    def any_sampled(self, rows: tuple[int, ...] | None = None) -> bool:
         """Whether any of these rows is sampled."""
-        return bool(self._pick(rows).sampled)
+        return bool(self._selection(rows).sampled)
 
     def draw(self, warped: Tensor, best: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """Tokens `[rows]` for warped scores: `best` for greedy rows, samples for the others."""
-        picked = self._pick(rows)
+        picked = self._selection(rows)
         sampled = picked.sampled
         if not sampled:
             return best
-        weights, numbers = sampled.take(warped).softmax(-1), sampled.take(picked.of(self._number()))
+        weights, numbers = sampled.take(warped).softmax(-1), sampled.take(picked.select(self._number()))
         return sampled.put(best, draw(weights, numbers, sampled.take(best)[:, None])[:, 0])
 
     def advance(self, tokens: Tensor) -> None:
         """Update the state of all rows with their chosen tokens `[rows]`."""
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
-        if self._missing is not None:
-            self._missing = self._missing - 1
+        if self._forbidden_steps is not None:
+            self._forbidden_steps = self._forbidden_steps - 1
         if self._masks is not None:
             self._masks.advance()
         self._steps += 1
 
-    def _weights(self, scores: Tensor, picked: _Picked) -> Tensor:
+    def _weights(self, scores: Tensor, picked: _RowSelection) -> Tensor:
         """The sampling weights `[sampled rows, vocabulary]`, not normalized; 0 for excluded tokens."""
         if self._temperatures is not None:
-            scores = scores / picked.sampled.take(picked.of(self._temperatures))
+            scores = scores / picked.sampled.take(picked.select(self._temperatures))
         weights = scores.softmax(-1)
         if picked.filtered:
             some = picked.filtered.take(weights)
             kept = self._limits(weights.shape[-1])
-            least = kept.select(picked.filters).least(some)
+            least = kept.select(picked.filters).min_kept_probability(some)
             weights = picked.filtered.put(weights, some * (some >= least))
         return weights
 
-    def _limits(self, size: int) -> Kept:
-        if self._kept is None:
+    def _limits(self, size: int) -> SamplingLimits:
+        if self._token_limits is None:
             every = [row.settings for row in self.rows]
             limits = [
                 (
@@ -307,8 +311,8 @@ class BatchSampler:
                 )
                 for row_settings in every
             ]
-            self._kept = Kept.of(limits, self.device)
-        return self._kept
+            self._token_limits = SamplingLimits.of(limits, self.device)
+        return self._token_limits
 
     def _column(self, values: Sequence[float], nothing: float) -> Tensor | None:
         """The values `[rows, 1]` on the device; `None` if all of them equal `nothing`."""
@@ -316,16 +320,16 @@ class BatchSampler:
 
     def _number(self) -> Tensor:
         """Each row's random number `[rows, 1]` for the current token."""
-        if self._steps == AHEAD:
+        if self._steps == NUMBERS_ON_DEVICE:
             self._numbers, self._steps = self._numbers_ahead(), 0
         assert self._numbers is not None
         return self._numbers[:, self._steps, None]
 
     def _numbers_ahead(self) -> Tensor:
         pairs = zip(self.rows, self.answers, strict=True)
-        return torch.stack([row.ahead(len(tokens)) for row, tokens in pairs]).to(self.device)
+        return torch.stack([row.next_numbers(len(tokens)) for row, tokens in pairs]).to(self.device)
 
-    def _seen_in(self, size: int) -> Tensor:
+    def _occurred_tokens(self, size: int) -> Tensor:
         """`[rows, vocabulary]`: which tokens have occurred, for rows with a repetition penalty."""
         if self._seen is None:
             seen = self._seen = torch.zeros(len(self.rows), size, dtype=torch.bool, device=self.device)
@@ -335,35 +339,35 @@ class BatchSampler:
                     seen[i, torch.tensor(ids, dtype=torch.long, device=self.device)] = True
         return self._seen
 
-    def _pick(self, rows: tuple[int, ...] | None) -> _Picked:
+    def _selection(self, rows: tuple[int, ...] | None) -> _RowSelection:
         """The cached tensors for a selection of the batch's rows; the same selections recur."""
         rows = None if rows == self._every else rows
-        if rows not in self._picked:
-            if len(self._picked) >= KEPT_PATTERNS:
-                self._picked.clear()
-            self._picked[rows] = _Picked([row.settings for row in self.rows], rows, self.device)
-        return self._picked[rows]
+        if rows not in self._selections:
+            if len(self._selections) >= KEPT_PATTERNS:
+                self._selections.clear()
+            self._selections[rows] = _RowSelection([row.settings for row in self.rows], rows, self.device)
+        return self._selections[rows]
 
 
-class _Picked:
+class _RowSelection:
     """A selection of a batch's rows, in this order and possibly with repetitions; `None`: all rows."""
 
     def __init__(self, every: Sequence[Settings], rows: tuple[int, ...] | None, device: torch.device) -> None:
         numbers = range(len(every)) if rows is None else rows
         settings = [every[row] for row in numbers]
         self.index = None if rows is None else torch.tensor(rows, dtype=torch.long, device=device)
-        self.apart = [(i, row) for i, row in enumerate(numbers) if every[row].others]
-        self.sampled = _Some([row_settings.sampled for row_settings in settings], device)
-        self.filtered = _Some([row_settings.filters for row_settings in settings if row_settings.sampled], device)
+        self.fallback_rows = [(i, row) for i, row in enumerate(numbers) if every[row].fallback_processors]
+        self.sampled = _RowSubset([row_settings.sampled for row_settings in settings], device)
+        self.filtered = _RowSubset([row_settings.filters for row_settings in settings if row_settings.sampled], device)
         filters = [row for row in numbers if every[row].sampled and every[row].filters]
         self.filters = torch.tensor(filters, dtype=torch.long, device=device)  # indices in the batch
 
-    def of(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor) -> Tensor:
         """Select these rows of a tensor with one entry per row of the batch."""
         return x if self.index is None else x.index_select(0, self.index)
 
 
-class _Some:
+class _RowSubset:
     """A subset of rows, true if it isn't empty. A subset of all rows is taken without a copy."""
 
     def __init__(self, chosen: Sequence[bool], device: torch.device) -> None:

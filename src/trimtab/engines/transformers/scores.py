@@ -38,13 +38,13 @@ class _Bias:
         return _Bias(self.values[rows])
 
     def to(self, device: torch.device) -> _Bias:
-        return _Bias(self.values.to(_precise(device)).to(device))
+        return _Bias(self.values.to(_parameter_dtype(device)).to(device))
 
-    def without(self, rows: Tensor) -> _Bias:
+    def without_rows(self, rows: Tensor) -> _Bias:
         return _Bias(self.values.masked_fill(rows[:, None, None], 0))
 
     @property
-    def touched(self) -> Tensor:
+    def edited_rows(self) -> Tensor:
         return self.values.flatten(1).ne(0).any(-1)
 
     def apply(self, scores: Tensor, missing: int, own: int) -> None:
@@ -63,13 +63,15 @@ class _Mass:
         return _Mass(self.columns[rows], self.target[rows], self.pool, self.exact)
 
     def to(self, device: torch.device) -> _Mass:
-        return _Mass(self.columns.to(device), self.target.to(_precise(device)).to(device), self.pool, self.exact)
+        return _Mass(
+            self.columns.to(device), self.target.to(_parameter_dtype(device)).to(device), self.pool, self.exact
+        )
 
-    def without(self, rows: Tensor) -> _Mass:
+    def without_rows(self, rows: Tensor) -> _Mass:
         return _Mass(self.columns, self.target.masked_fill(rows, 0), self.pool, self.exact)
 
     @property
-    def touched(self) -> Tensor:
+    def edited_rows(self) -> Tensor:
         return self.target > 0
 
     def apply(self, scores: Tensor, missing: int, own: int) -> None:
@@ -115,21 +117,21 @@ class LayerScores:
         synchronization.
         """
         if (count, device) not in self._chosen:
-            touched = self.touched
+            touched = self.edited_rows
             repeat = count // len(touched)
             rows = touched.repeat_interleave(repeat).nonzero().flatten()
             self._chosen[count, device] = rows.to(device), self.select(rows // repeat).to(device)
         return self._chosen[count, device]
 
-    def without(self, rows: Tensor) -> LayerScores:
+    def without_rows(self, rows: Tensor) -> LayerScores:
         """The edits without those of rows where `rows` (`[rows]`) is true."""
         factor = None if self.factor is None else self.factor.masked_fill(rows[:, None], 1)
-        return LayerScores(factor, tuple(stage.without(rows) for stage in self.stages))
+        return LayerScores(factor, tuple(stage.without_rows(rows) for stage in self.stages))
 
     @property
-    def touched(self) -> Tensor:
+    def edited_rows(self) -> Tensor:
         """`[rows]`: whether a row is edited."""
-        parts = [stage.touched for stage in self.stages]
+        parts = [stage.edited_rows for stage in self.stages]
         return torch.stack(parts if self.factor is None else [*parts, self.factor.ne(1).any(-1)]).any(0)
 
     def scale(self, scores: Tensor, missing: int, own: int = 0) -> None:
@@ -244,7 +246,7 @@ def _stage(
     return _Mass(inside, target, *kind[1:]).to(device)
 
 
-def _precise(device: torch.device) -> torch.dtype:
+def _parameter_dtype(device: torch.device) -> torch.dtype:
     """The dtype of the parameters of score edits."""
     return torch.float64 if device.type == "cpu" else torch.float32
 

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.answer import Dose
-from trimtab.engines.folding import Prepared, States, apply_all, apply_to
+from trimtab.engines.folding import Prepared, States, apply_all, apply_in_place
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.following import Texts
+from trimtab.engines.transformers.following import TrackedTexts
 from trimtab.engines.transformers.hooks import Attach, Hooks
 from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, activity, compile_plan
 from trimtab.engines.transformers.positions import (
-    Pass,
+    ForwardPass,
     check_not_packed,
     count_pads,
     count_steered,
@@ -61,7 +61,7 @@ Tally = dict[Site, tuple[float, float, int]]
 Decide = Callable[[int, FirstPass], Sequence[tuple[Edit, ...]]]
 
 
-def always(edits: list[tuple[Edit, ...]]) -> Decide:
+def fixed_edits(edits: list[tuple[Edit, ...]]) -> Decide:
     """A `decide` function that returns these edits."""
     return lambda _requests, _first: edits
 
@@ -105,10 +105,10 @@ class Session:
         self._nothing: list[Steady | None] = []  # a `None` for each hook
         self._steady_edits: list[Steady | None] = []  # each hook's edits in this pass, if it needs nothing else
         self._called: list[int] = []  # how often each hook was called in this pass
-        self._deciding = False
-        self._kept = 0  # the number of last columns for which logits are computed
+        self._paused = False
+        self._logit_columns = 0  # the number of last columns for which logits are computed
         self._step: SteeredPass | None = None
-        self._pass: Pass | None = None
+        self._pass: ForwardPass | None = None
         self._measures = True
         self._steady: int | None = None  # from this column on the rows' states don't change
         self._live: Tensor | None = None
@@ -116,7 +116,7 @@ class Session:
         self._outer_mask: Any = None
         self._outer_seen = False
         self._pads: list[int] = []  # the padding columns of each row so far
-        self._texts: Texts | None = None  # the rows' texts, if edits have positions by meaning
+        self._texts: TrackedTexts | None = None  # the rows' texts, if edits have positions by meaning
         self._first: list[int] = []  # the first position of each row that this session saw
         self.expect(prompt_lengths)
 
@@ -144,11 +144,11 @@ class Session:
         self.prompt_lengths = prompt_lengths
         self._columns = columns
         self._fresh = True
-        self._reached: int | None = None  # the number of columns computed by passes that were seen
+        self._computed_columns: int | None = None  # the number of columns computed by passes that were seen
 
     def pause(self, still: bool) -> None:
         """Leave passes unsteered until this is called with `False`."""
-        self._deciding = still
+        self._paused = still
 
     def resume(self) -> None:
         """The next pass continues from a cache of tokens that no edit affects; all else is as set by `expect`."""
@@ -156,20 +156,20 @@ class Session:
 
     def check_reached(self, columns: int) -> None:
         """Raise `TrimtabError` unless the hooks saw all passes up to this column."""
-        if self._hooked and (self._reached or 0) < columns:
+        if self._hooked and (self._computed_columns or 0) < columns:
             raise TrimtabError(
-                f"{columns} columns of tokens were computed, but only {self._reached or 0} of them in passes that"
-                " trimtab saw: the others weren't steered, so the text is discarded. Something bypasses the model's"
-                " hooks (a captured graph, a replaced forward)"
+                f"{columns} columns of tokens were computed, but only {self._computed_columns or 0} of them in passes"
+                " that trimtab saw: the others weren't steered, so the text is discarded. Something bypasses the"
+                " model's hooks (a captured graph, a replaced forward)"
             )
 
     def check_prompts_reached(self) -> None:
         """Raise `TrimtabError` if the current text is shorter than one of the given prompt lengths."""
-        if self._fresh or self.prompt_lengths is None or self._reached is None:
+        if self._fresh or self.prompt_lengths is None or self._computed_columns is None:
             return
         repeat = len(self._pads) // len(self.prompt_lengths)
         for request, length in enumerate(self.prompt_lengths):
-            computed = self._reached - self._pads[request * repeat]
+            computed = self._computed_columns - self._pads[request * repeat]
             if computed < length:
                 raise TrimtabError(
                     f"prompt_lengths says that the prompt of row {request + 1} has {length} tokens, but {computed}"
@@ -178,53 +178,53 @@ class Session:
 
     # ---- before the decoder's forward --------------------------------------------------------------------
 
-    def _foreign(self) -> bool:
+    def _in_other_thread(self) -> bool:
         """Whether the current forward pass belongs to another thread that runs the same model."""
         return self._owner is not None and get_ident() != self._owner
 
-    def outside(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def model_pre_hook(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-hook of the whole model. It notes the padding mask, which some models convert for their decoder."""
-        if self._foreign():
+        if self._in_other_thread():
             return
-        arguments = compat.bound(model, args, kwargs)
+        arguments = compat.bind_arguments(model, args, kwargs)
         self._outer_mask = arguments.get("attention_mask")
         self._outer_ids = arguments.get("input_ids")
         self._outer_seen = True
 
-    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def decoder_pre_hook(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder's pre-hook: determines the states of the pass from its inputs."""
-        if self._foreign():
+        if self._in_other_thread():
             return
         if torch.compiler.is_compiling():
             raise UnsupportedError("a forward that is being compiled or exported can't be steered")
         self.ran = True
         self._steady_edits = self._nothing
-        arguments = compat.bound(decoder, args, kwargs)
+        arguments = compat.bind_arguments(decoder, args, kwargs)
         resumed = self._fresh and self._resumed
-        forward_pass = read_pass(decoder, arguments, self._outer_mask, self._reached)
-        if self._deciding:
+        forward_pass = read_pass(decoder, arguments, self._outer_mask, self._computed_columns)
+        if self._paused:
             self._pass = forward_pass
             return
         step = self._enter(forward_pass, arguments, forward_pass.past == 0 or resumed)
         self._pass = forward_pass
         kept = arguments.get("logits_to_keep")
-        self._kept = kept if isinstance(kept, int) and 0 < kept < forward_pass.length else forward_pass.length
+        self._logit_columns = kept if isinstance(kept, int) and 0 < kept < forward_pass.length else forward_pass.length
         self._called = [0] * len(self._hooked)
         self._measures = forward_pass.length > 1 or step.passes % STRIDE == 0
         step.passes += 1
         if step.steady and not self._measures and not torch.is_grad_enabled():
             self._steady_edits = step.steady
         if self._measures:
-            self._live = self._still_live(
+            self._live = self._live_rows(
                 forward_pass.ids if forward_pass.ids is not None else self._outer_ids, forward_pass.past
             )
 
-    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
+    def _enter(self, forward_pass: ForwardPass, arguments: dict[str, Any], begins: bool) -> SteeredPass:
         """The `SteeredPass` of this pass. `begins`: it is the first pass over a text that this session steers."""
-        if not begins and self._reached is not None and forward_pass.past > self._reached:
+        if not begins and self._computed_columns is not None and forward_pass.past > self._computed_columns:
             raise TrimtabError(
-                f"columns {self._reached} to {forward_pass.past - 1} were computed by passes that trimtab didn't see,"
-                " so they weren't steered; something bypasses the model's hooks"
+                f"columns {self._computed_columns} to {forward_pass.past - 1} were computed by passes that trimtab"
+                " didn't see, so they weren't steered; something bypasses the model's hooks"
             )
         if forward_pass.length > 1 or begins:
             unseen = self._outer_mask if self._outer_seen else arguments.get("attention_mask")
@@ -244,11 +244,11 @@ class Session:
             or forward_pass.past < self._steady
             or forward_pass.rows != len(self._pads)
         ):
-            self._move(forward_pass)
+            self._update_states(forward_pass)
         assert self._step is not None
         return self._step
 
-    def _still_live(self, ids: Tensor | None, past: int) -> Tensor | None:
+    def _live_rows(self, ids: Tensor | None, past: int) -> Tensor | None:
         """`[rows]`: whether a row hasn't ended yet; `None` if unknown or irrelevant."""
         if past == 0 or not len(self._ends) or ids is None:
             return None
@@ -256,7 +256,7 @@ class Session:
         live = ~torch.isin(ids[:, -1], self._ends)
         return live if self._live is None else live & self._live
 
-    def _begin(self, forward_pass: Pass, arguments: dict[str, Any]) -> None:
+    def _begin(self, forward_pass: ForwardPass, arguments: dict[str, Any]) -> None:
         if self._fresh or self.prompt_lengths is None:
             counts = [forward_pass.length - pads for pads in self._pads]
             lengths = counts if self.prompt_lengths is None else self.prompt_lengths
@@ -267,11 +267,11 @@ class Session:
             ends = [forward_pass.length - 1] * len(counts)
             if forward_pass.mask is not None:
                 ends = [last_column(row) for row in forward_pass.mask.tolist()]
-            self._deciding = True
+            self._paused = True
             try:
                 edits = self.decide(len(lengths), FirstPass(arguments, counts, ends))
             finally:
-                self._deciding = False
+                self._paused = False
             if self.prompt_lengths is None and any(edit.positions != Positions.all() for row in edits for edit in row):
                 check_not_packed(forward_pass, arguments.get("position_ids"))
             self.plan = compile_plan(edits, lengths, self._dtype)
@@ -286,11 +286,11 @@ class Session:
             self._fresh = False
             self._first = [forward_pass.past - pads for pads in self._pads]
             self._texts = None
-            if self.plan.turns:
+            if self.plan.uses_meanings:
                 rows = len(self._pads)
-                self._texts = Texts(self.plan, edits, lengths, rows, self.tokenizer, self._prompts)
+                self._texts = TrackedTexts(self.plan, edits, lengths, rows, self.tokenizer, self._prompts)
 
-    def _move(self, forward_pass: Pass) -> None:
+    def _update_states(self, forward_pass: ForwardPass) -> None:
         assert self.plan is not None
         segments = self.plan.segments
         if forward_pass.rows % len(segments) or forward_pass.rows != len(self._pads):
@@ -325,10 +325,10 @@ class Session:
             The tensor that replaces the activations; `None` if there is nothing to edit or it was done in place.
         """
         step, plan = self._step, self.plan
-        if self._deciding or step is None or plan is None or site not in plan.stages:
+        if self._paused or step is None or plan is None or site not in plan.stages:
             return None
-        absent = len(step.states[0]) - self._kept
-        if absent > 0 and activations.dim() == 3 and activations.shape[:2] == (len(step.states), self._kept):
+        absent = len(step.states[0]) - self._logit_columns
+        if absent > 0 and activations.dim() == 3 and activations.shape[:2] == (len(step.states), self._logit_columns):
             whole = torch.cat(
                 [activations[:, :1].expand(-1, absent, -1), activations], 1
             )  # the layer only computes the last columns
@@ -339,14 +339,14 @@ class Session:
                 f"at {site} the model computes {tuple(activations.shape[:-1])} activations in a pass of"
                 f" {len(step.states)} rows and {len(step.states[0])} tokens; which belongs to which can't be determined"
             )
-        if step.present.isdisjoint(plan.touches[site]):
+        if step.present.isdisjoint(plan.effective_states[site]):
             return None
         own = site.kind == "block_input"  # the previous block's output or the caller's embeddings
         if own and not activations.requires_grad:
             activations = activations.clone()
         # some blocks run their MLP over the tokens of all rows as one list
         whole = activations if activations.dim() == 3 else activations.view(len(step.states), -1, activations.shape[-1])
-        if not whole.requires_grad and self._steadily(site, step, whole):
+        if not whole.requires_grad and self._apply_steady(site, step, whole):
             return activations if own else None
         x = whole[:, step.first :] if step.first else whole
         lengths, edits = self._norms[:, self._row[site]]
@@ -387,7 +387,7 @@ class Session:
             x.copy_(new)
         else:
             for stage, rows, active in prepared:
-                apply_to(stage, rows, active, x)
+                apply_in_place(stage, rows, active, x)
         return activations if own else None
 
     def _prepare(self, site: Site, step: SteeredPass, x: Tensor) -> Prepared:
@@ -399,7 +399,7 @@ class Session:
             self._norms[1, self._row[site]].copy_(norm(prepared[0][1]["vector"]))
         return prepared
 
-    def _steadily(self, site: Site, step: SteeredPass, x: Tensor) -> bool:
+    def _apply_steady(self, site: Site, step: SteeredPass, x: Tensor) -> bool:
         """Apply the site's addition or multiplication if it is prepared. Returns whether it was."""
         ready = step.adds.get(site)
         if ready is not None:
@@ -417,18 +417,18 @@ class Session:
         x *= factor
         return True
 
-    def finish(self, *_: Any) -> None:
+    def decoder_hook(self, *_: Any) -> None:
         """The decoder's forward hook: checks that every site was edited, and adds this pass's doses to the sums."""
         step, forward_pass = self._step, self._pass
-        if self._foreign() or forward_pass is None:
+        if self._in_other_thread() or forward_pass is None:
             return
         self._outer_mask, self._outer_seen, self._pass = None, False, None
         self._steady_edits = self._nothing
-        self._reached = forward_pass.stop
-        if self._deciding or step is None:
+        self._computed_columns = forward_pass.stop
+        if self._paused or step is None:
             return
         if self._called.count(1) != len(self._called):
-            self._complain()
+            self._raise_for_hook_calls()
         if not self._measures or step.present == {0}:
             return
         if step.steered is None:
@@ -446,12 +446,12 @@ class Session:
         """The number of tokens that each token of this pass counts for in the doses: one number, or one per row."""
         return STRIDE if step.passes > STRIDE and len(step.states[0]) == 1 else 1
 
-    def _complain(self) -> None:
+    def _raise_for_hook_calls(self) -> None:
         """Raise if a site with edits in this pass ran more or less than once. Called at the end of the pass."""
         assert self.plan is not None
         assert self._step is not None
         for site, calls in zip(self._hooked, self._called, strict=True):
-            if calls != 1 and not self._step.present.isdisjoint(self.plan.touches.get(site, frozenset())):
+            if calls != 1 and not self._step.present.isdisjoint(self.plan.effective_states.get(site, frozenset())):
                 what = "didn't run" if not calls else f"ran {calls} times"
                 raise TrimtabError(
                     f"the part of the model at {site} {what} in a pass that steers there (or its hook was taken away):"
@@ -472,12 +472,12 @@ class Session:
         if self.plan is None:
             return {}
         row = request * (len(self._pads) // len(self.plan.segments))
-        stop = (self._reached or 0) - self._pads[row]
+        stop = (self._computed_columns or 0) - self._pads[row]
         stop = stop if tokens is None else min(stop, tokens)
         sums, counts = self._sums[:, :, request].tolist()
         tally: Tally = {}
         for site, total, measured in zip(self.sites, sums, counts, strict=True):
-            of_site = self.plan.touches[site], self._first[row], stop
+            of_site = self.plan.effective_states[site], self._first[row], stop
             steered = (
                 count_steered(self.plan.segments[request], *of_site)
                 if self._texts is None
@@ -512,9 +512,9 @@ class Session:
         around: list[Attach] = []
         if places:
             if self.model is not decoder:
-                around.append(lambda: self.model.register_forward_pre_hook(self.outside, with_kwargs=True))
-            around.append(lambda: decoder.register_forward_pre_hook(self.before, with_kwargs=True))
-            around.append(lambda: decoder.register_forward_hook(self.finish))
+                around.append(lambda: self.model.register_forward_pre_hook(self.model_pre_hook, with_kwargs=True))
+            around.append(lambda: decoder.register_forward_pre_hook(self.decoder_pre_hook, with_kwargs=True))
+            around.append(lambda: decoder.register_forward_hook(self.decoder_hook))
         here = [partial(attach, where, self._hook(i, site)) for i, (site, where) in enumerate(places)]
         return Hooks([*around, *here])
 
@@ -537,16 +537,16 @@ class Session:
                 elif stage.in_place:
                     activations *= rows["factor"]
                 else:
-                    apply_to(stage, rows, active, activations)
+                    apply_in_place(stage, rows, active, activations)
             return None
 
         return hook
 
     def _at_site(self, number: int, site: Site, activations: Tensor) -> Tensor | None:
         """Count the call of a site's hook, and edit."""
-        if self._foreign():
+        if self._in_other_thread():
             return None
-        if self._pass is not None and not self._deciding:
+        if self._pass is not None and not self._paused:
             self._called[number] += 1
         elif self._pass is None and not torch.is_grad_enabled():  # with gradients: a checkpointed block may run again
             raise TrimtabError(

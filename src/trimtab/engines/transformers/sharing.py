@@ -17,7 +17,7 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attention_modules, check_attention
 from trimtab.engines.transformers.forks import Forks
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.rows import Rows, Token, compile_versions
+from trimtab.engines.transformers.rows import NewestTokens, Rows, compile_versions
 from trimtab.engines.transformers.weights import input_device, quantization
 from trimtab.errors import TrimtabError
 
@@ -38,11 +38,11 @@ def rows_for(model: Any, layout: Layout) -> Rows | Forks:
 def shares_cache(model: Any, layout: Layout) -> bool:
     """Whether rows of this model can share one cache; tested at the first call."""
     if layout.decoder not in _shares:
-        _shares[layout.decoder] = _can_be_tried(model, layout) and _gives_the_same(model, layout)
+        _shares[layout.decoder] = _may_share(model, layout) and _same_logits(model, layout)
     return _shares[layout.decoder]
 
 
-def _can_be_tried(model: Any, layout: Layout) -> bool:
+def _may_share(model: Any, layout: Layout) -> bool:
     try:
         check_attention(layout)
         modules = attention_modules(layout)
@@ -57,7 +57,7 @@ def _can_be_tried(model: Any, layout: Layout) -> bool:
 
 
 @torch.no_grad()
-def _gives_the_same(model: Any, layout: Layout) -> bool:
+def _same_logits(model: Any, layout: Layout) -> bool:
     """Whether rows over a shared cache give the same logits as the model's own pass."""
     width, device = max(map(len, PROMPTS)), input_device(model)
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in PROMPTS], device=device)
@@ -74,17 +74,17 @@ def _gives_the_same(model: Any, layout: Layout) -> bool:
         expected = model(**kwargs, use_cache=True, return_dict=True).logits[:, -1]
         if len(cache.layers) != layout.layers:
             return False  # some blocks run several times, or attend to another block's cache
-        token = Token(ids[:, -1:], positions[:, -1:], mask)
+        token = NewestTokens(ids[:, -1:], positions[:, -1:], mask)
         with rows.open([]):
             logits = rows.run(token, cache, width, versions, [None] * 3, [0, 0, 1])
             joined = rows.run(token, cache, width, versions, [None] * 2, [0, 0], joining=[layout.layers - 1])
     except (TrimtabError, RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError):
         return False  # the model can't run several rows in one batch entry
     coarse = quantization(model) is not None
-    return _near(logits, expected[[0, 0, 1]], coarse) and _near(joined[:1], expected[:1], coarse)
+    return _nearly_equal(logits, expected[[0, 0, 1]], coarse) and _nearly_equal(joined[:1], expected[:1], coarse)
 
 
-def _near(logits: Tensor, other: Tensor, coarse: bool) -> bool:
+def _nearly_equal(logits: Tensor, other: Tensor, coarse: bool) -> bool:
     """Whether two results of the same computation differ only by rounding: half of the dtype's digits agree.
 
     Rounding errors accumulate over the layers: to three of seven digits in a model with thirty layers. Results of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.engines.contract import check_length
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.attention import attending
+from trimtab.engines.transformers.attention import steered_request_scores
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.next_token import first_steered
 from trimtab.engines.transformers.prefix_cache import PrefixCache
@@ -24,14 +24,14 @@ from trimtab.steering import Edit
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredPrompt:
     """A prompt and its answer, as token ids."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
-def check_answered(layout: Layout, texts: Sequence[Answered]) -> None:
+def check_answered_prompts(layout: Layout, texts: Sequence[AnsweredPrompt]) -> None:
     """Raise `TrimtabError`, naming the text, if one has no prompt or answer or is too long."""
     for i, text in enumerate(texts):
         if not text.prompt or not text.answer:
@@ -43,7 +43,7 @@ def check_answered(layout: Layout, texts: Sequence[Answered]) -> None:
 def teacher_forced(
     model: Any,
     layout: Layout,
-    texts: Sequence[Answered],
+    texts: Sequence[AnsweredPrompt],
     session: Session,
     edits: Sequence[tuple[Edit, ...]],
     prefix_cache: PrefixCache | None = None,
@@ -85,7 +85,7 @@ def teacher_forced(
     if "logits_to_keep" in compat.parameters(model):
         inputs["logits_to_keep"] = longest + 1
     session.expect(lengths, resumed=going_on, prompts=[text.prompt for text in texts])
-    with attending(layout, scores, lengths), session.hooked(sites):
+    with steered_request_scores(layout, scores, lengths), session.hooked(sites):
         logits = model(**inputs).logits
         session.check_reached(mask.shape[1])
     return [logits[row, -len(text.answer) - 1 : -1] for row, text in enumerate(texts)]

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from trimtab.decoding.rejection import Rejection, gate_open, ladder, plausible, threshold
 from trimtab.decoding.trace import Step
-from trimtab.engines.meanings import Holding
+from trimtab.engines.meanings import ActiveMeanings
 from trimtab.engines.transformers.drafts import Drafts
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.ranked import rank_layers
-from trimtab.engines.transformers.rows import Token, compile_versions
+from trimtab.engines.transformers.rows import NewestTokens, compile_versions
 from trimtab.engines.transformers.sampling import BatchSampler
 from trimtab.engines.transformers.scores import activation_edits, edited_sites
 from trimtab.engines.transformers.weights import input_device
@@ -43,7 +43,7 @@ DRAFTS = 2
 
 Facts = Callable[[Tensor, Tensor], Tensor]
 """Computes the facts `[rows, facts]` of tokens `[rows]` and their logits `[rows, vocabulary]`."""
-Places = Sequence[tuple[int, int]]
+RowRungs = Sequence[tuple[int, int]]
 """Candidates as `(row of the batch, candidate index)`; those of a row are adjacent, the strongest first."""
 
 
@@ -74,10 +74,10 @@ class Past:
     are the meanings of the newest tokens; empty for prompt tokens.
     """
 
-    token: Token
+    token: NewestTokens
     cache: Any
     columns: int
-    holding: Sequence[Holding] = ()
+    holding: Sequence[ActiveMeanings] = ()
 
 
 def schedule_for(layout: Layout) -> str:
@@ -204,7 +204,7 @@ class Verifier:
         self._versions = compile_versions(layout, versions, lengths, pads)
         self._betas = torch.tensor([row_ladder.rejection.beta for row_ladder in by_row.values()], device=device)
         self._index = self._tensor(self.rows)
-        self._place = {row: i for i, row in enumerate(self.rows)}
+        self._verified_index = {row: i for i, row in enumerate(self.rows)}
         self.fused = (
             bool(by_row) and {row_ladder.schedule for row_ladder in by_row.values()} == {"fused"} and passes.shares
         )
@@ -260,16 +260,16 @@ class Verifier:
         """
         scores = sampler.processed(logits)
         gates, own = self._gates(sampler, scores)
-        tokens = self._put(sampler.pick(scores), own)
+        tokens = self._put(sampler.select_tokens(scores), own)
         row_facts = torch.cat([facts(tokens, logits), self._gate_facts(gates, bool(drafting))], -1)
         if fused is not None:
-            tokens, judged = self._judged(sampler, gates, fused, self._all, tokens, facts, row_facts.shape[-1])
+            tokens, judged = self._judge(sampler, gates, fused, self._all, tokens, facts, row_facts.shape[-1])
             lines = torch.cat([row_facts, judged]).tolist()
-            return self._decided(tokens, lines[: self.count], self._all, lines[self.count :])
+            return self._outcome(tokens, lines[: self.count], self._all, lines[self.count :])
         lines = row_facts.tolist()
-        opened = [row for row in self.rows if lines[row][-WIDTH]]
+        opened = [row for row in self.rows if lines[row][-GATE_FACTS]]
         if not opened:
-            return self._decided(tokens, lines, [], [])
+            return self._outcome(tokens, lines, [], [])
         places = [(row, rung) for row in opened for rung in range(self._rungs[row])]
         drafts = self._drafts(lines, set(opened), drafting, ends)
         rung_logits = self.passes.run(
@@ -282,11 +282,11 @@ class Verifier:
             drafts=drafts,
             holding=past.holding,
         ).to(dtype=torch.float32, device=self.device)
-        tokens, judged = self._judged(
+        tokens, judged = self._judge(
             sampler, gates, rung_logits[: len(places)], places, tokens, facts, row_facts.shape[-1]
         )
         kept = None if drafts is None else (drafts, rung_logits[len(places) :])
-        return replace(self._decided(tokens, lines, places, judged.tolist()), ran=True, drafts=kept)
+        return replace(self._outcome(tokens, lines, places, judged.tolist()), ran=True, drafts=kept)
 
     # ---- on the device -----------------------------------------------------------------------------------
 
@@ -308,25 +308,25 @@ class Verifier:
         parts = [gates.opened[:, None].float(), gates.best[:, None].float()]
         likeliest = gates.scores.topk(DRAFTS, dim=-1).indices if drafting else gates.best[:, None].expand(-1, DRAFTS)
         values = torch.cat([*parts, likeliest.float()], -1)
-        return self._put(values.new_zeros(self.count, WIDTH), values)
+        return self._put(values.new_zeros(self.count, GATE_FACTS), values)
 
-    def _judged(
+    def _judge(
         self,
         sampler: BatchSampler,
         gates: _Gates,
         logits: Tensor,
-        places: Places,
+        places: RowRungs,
         tokens: Tensor,
         facts: Facts,
         width: int,
     ) -> tuple[Tensor, Tensor]:
         """The batch's tokens `[rows]` after verification, and the facts of the candidates `[candidates, width]`.
 
-        A row with a plausible candidate gets the token of the first one. The last `WIDTH` facts begin with whether the
-        candidate's best token is plausible, and that token.
+        A row with a plausible candidate gets the token of the first one. The last `GATE_FACTS` facts begin with whether
+        the candidate's best token is plausible, and that token.
         """
         of = tuple(row for row, _ in places)
-        place = self._tensor([self._place[row] for row in of])
+        place = self._tensor([self._verified_index[row] for row in of])
         scores = sampler.warped(sampler.processed(logits, of), of)
         candidates, tau = scores.argmax(-1), gates.tau[place]
         # `amax` propagates NaN
@@ -356,21 +356,21 @@ class Verifier:
             ids += mine
         return Drafts(tuple(self.requests[row] for row in rows), tuple(ids), tuple(rows)) if ids else None
 
-    def _decided(
+    def _outcome(
         self,
         tokens: Tensor,
         lines: list[list[float]],
-        places: Places,
+        places: RowRungs,
         judged: list[list[float]],
     ) -> Verified:
         """The outcome of each row: its token is from its first plausible candidate, or from the unsteered model."""
         accepted: dict[int, tuple[int, list[float]]] = {}
         for (row, rung), line in zip(places, judged, strict=True):
-            if line[-WIDTH] and row not in accepted:
+            if line[-GATE_FACTS] and row not in accepted:
                 accepted[row] = rung, line
         steps: dict[int, Step] = {}
         for row in self.rows:
-            opened, best = bool(lines[row][-WIDTH]), int(lines[row][1 - WIDTH])
+            opened, best = bool(lines[row][-GATE_FACTS]), int(lines[row][1 - GATE_FACTS])
             choice = accepted.get(row)
             token = int((choice[1] if choice else lines[row])[0])
             steps[row] = Step(opened, choice[0] if choice else None, best if token != best else None)
@@ -388,13 +388,13 @@ def _draw(
     place: Tensor | None = None,
 ) -> Tensor:
     """The best tokens `[rows]` by warped scores, or samples restricted to what the unsteered model finds plausible."""
-    if not sampler.draws(rows):
+    if not sampler.any_sampled(rows):
         return best
     unsteered = unsteered if place is None else unsteered[place]
     return sampler.draw(scores.masked_fill(unsteered < tau[:, None], -torch.inf), best, rows)
 
 
-WIDTH = 2 + DRAFTS
+GATE_FACTS = 2 + DRAFTS
 """The number of additional facts of a verified row: whether its gate is open, its best token, its likeliest tokens."""
 
 

@@ -33,7 +33,7 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def sampled(tensors: Sequence[Tensor]) -> Tensor:
+def sample_values(tensors: Sequence[Tensor]) -> Tensor:
     """A few values of each tensor, on the CPU, in bfloat16 so that the dtype of the weights matters less."""
     by_device: dict[torch.device, list[Tensor]] = {}
     order: list[tuple[torch.device, int]] = []
@@ -83,7 +83,7 @@ def blocks_digest(blocks: Sequence[nn.Module]) -> str | None:
                 return None
             shapes.append([number, path, list(parameter.shape)])
             tensors.append(parameter)
-    values = sampled(tensors)
+    values = sample_values(tensors)
     return hashlib.sha256(json.dumps(shapes).encode() + values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
@@ -135,7 +135,7 @@ def _package(thing: Any) -> str:
 # ---- weights offloaded by accelerate ------------------------------------------------------------------------------
 
 
-def _fetching(module: nn.Module) -> Any:
+def _offload_hook(module: nn.Module) -> Any:
     """accelerate's hook that loads a module's weights while it runs; `None` if there is none."""
     hook = getattr(module, "_hf_hook", None)
     for candidate in (hook, *getattr(hook, "hooks", ())):
@@ -146,13 +146,13 @@ def _fetching(module: nn.Module) -> Any:
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether some weights are offloaded, and loaded only while their module runs."""
-    return any(_fetching(module) is not None for module in model.modules())
+    return any(_offload_hook(module) is not None for module in model.modules())
 
 
 @contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
     """Load the module's own weights within the context, if they are offloaded."""
-    hook = _fetching(module)
+    hook = _offload_hook(module)
     if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         yield
         return
@@ -184,7 +184,7 @@ def device_of(module: nn.Module) -> torch.device:
         if not parameter.is_meta:
             return parameter.device
     for part in module.modules():
-        hook = _fetching(part)
+        hook = _offload_hook(part)
         if hook is not None:
             return torch.device(hook.execution_device)
     return torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from trimtab.engines.folding import check_together
+from trimtab.engines.folding import check_joint_edits
 from trimtab.engines.vllm.attach import INSIDE
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.forms import check_edit
@@ -14,7 +14,7 @@ from trimtab.steering import Edit, MaskNeurons, Operation, ScoreOperation, Site,
 from trimtab.steering.attention import SCORE_NAMES
 from trimtab.steering.gates import thresholds
 
-INSTEAD = "the transformers engine can (leave out engine=)"
+USE_TRANSFORMERS = "the transformers engine can (leave out engine=)"
 SITES = "start the engine with TRIMTAB_SITES={} in its environment, or leave out engine="
 BLOCK = (*INSIDE, "act_fn", "router")
 """Sites inside a block."""
@@ -43,13 +43,13 @@ def check_supported(
         if isinstance(operation, ScoreOperation):
             raise UnsupportedError(
                 f"the vllm engine can't run {SCORE_NAMES[type(operation)]}: its attention kernels don't expose scores."
-                f" It can run only ScaleScores, by scaling keys; {INSTEAD}"
+                f" It can run only ScaleScores, by scaling keys; {USE_TRANSFORMERS}"
             )
         if isinstance(operation, MaskNeurons):
-            raise UnsupportedError(f"the vllm engine can't run {edit}; {INSTEAD}")
+            raise UnsupportedError(f"the vllm engine can't run {edit}; {USE_TRANSFORMERS}")
         _check_site(edit.site, widths, "steers")
         if not isinstance(operation, Operation) or hasattr(operation, "settled"):
-            raise UnsupportedError(f"the vllm engine can't run {type(operation).__name__}; {INSTEAD}")
+            raise UnsupportedError(f"the vllm engine can't run {type(operation).__name__}; {USE_TRANSFORMERS}")
         if edit.site.kind in split and not splits(edit):
             raise UnsupportedError(
                 f"{edit}: {edit.site.kind} are split over tensor-parallel workers, which support additions and scales"
@@ -64,7 +64,7 @@ def check_supported(
         _check_gate(edit, layers, widths)
         if capacity is not None and edit.strength != 0:
             _check_graphs(edit, capacity)
-    check_together(steering)
+    check_joint_edits(steering)
 
 
 def _check_graphs(edit: Edit, capacity: Capacity) -> None:
@@ -81,7 +81,7 @@ def _check_site(site: Site, widths: Mapping[str, int], does: str) -> None:
     if site.kind in widths:
         return
     if site.kind in BLOCK:
-        fix = SITES.format(site.kind) if site.kind in INSIDE else INSTEAD
+        fix = SITES.format(site.kind) if site.kind in INSIDE else USE_TRANSFORMERS
         raise UnsupportedError(f"the vllm engine {does} the residual stream, and {site} is inside a block; {fix}")
     raise UnsupportedError(
         f"the vllm engine {does} the outputs of blocks, not {site.kind}: use the output of the previous block"

@@ -48,7 +48,7 @@ def _is_block(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A module with a site at its input (`before`) or its output, and the width of the activations there.
+    """A module with a site at its input (`at_input`) or its output, and the width of the activations there.
 
     At an attention module, the site is the second input, the keys. If activations are split over tensor-parallel
     workers, this worker has `width` of `whole`.
@@ -56,7 +56,7 @@ class Place:
 
     module: nn.Module
     width: int
-    before: bool = False
+    at_input: bool = False
     whole: int = 0
 
 
@@ -127,7 +127,7 @@ def _keys(layer: int, block: nn.Module, key_heads: int) -> Place:
     return Place(attentions[0], heads * size, True, max(heads, key_heads) * size)
 
 
-def attach(places: Mapping[Site, Place], rig: int, *, adds_only: Collection[Site] = ()) -> None:
+def attach(places: Mapping[Site, Place], manager: int, *, adds_only: Collection[Site] = ()) -> None:
     """Register the operator at each site.
 
     It takes the tensor at the site, or after a block the pair whose sum is the residual stream. Additions only need the
@@ -136,18 +136,18 @@ def attach(places: Mapping[Site, Place], rig: int, *, adds_only: Collection[Site
     """
     define()
     for number, (site, place) in enumerate(places.items()):
-        place.module.register_buffer(PLACE, place_of(rig, number), persistent=False)
+        place.module.register_buffer(PLACE, place_of(manager, number), persistent=False)
         if site.kind == "keys":
-            place.module.register_forward_pre_hook(_storing)
-        elif place.before:
-            place.module.register_forward_pre_hook(_before)
+            place.module.register_forward_pre_hook(_steer_keys)
+        elif place.at_input:
+            place.module.register_forward_pre_hook(_steer_input)
         elif site.kind != "residual":
-            place.module.register_forward_hook(_behind)
+            place.module.register_forward_hook(_steer_part_output)
         else:
-            place.module.register_forward_hook(_adding if site in adds_only else _steering)
+            place.module.register_forward_hook(_add_to_output if site in adds_only else _steer_output)
 
 
-def _steering(block: nn.Module, _args: Any, output: Any) -> None:
+def _steer_output(block: nn.Module, _args: Any, output: Any) -> None:
     if isinstance(output, Tensor):
         torch.ops.trimtab.steer(output, None, getattr(block, PLACE))
     elif isinstance(output, tuple) and len(output) == 2:
@@ -156,11 +156,11 @@ def _steering(block: nn.Module, _args: Any, output: Any) -> None:
         raise UnsupportedError("this model's blocks return neither a tensor nor a pair; trimtab can't steer it")
 
 
-def _adding(block: nn.Module, args: Any, output: Any) -> None:
-    _steering(block, args, output[0] if isinstance(output, tuple) and len(output) == 2 else output)
+def _add_to_output(block: nn.Module, args: Any, output: Any) -> None:
+    _steer_output(block, args, output[0] if isinstance(output, tuple) and len(output) == 2 else output)
 
 
-def _before(linear: nn.Module, args: Any) -> None:
+def _steer_input(linear: nn.Module, args: Any) -> None:
     if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
         raise UnsupportedError(
             "this model's projections don't take plain activation tensors; trimtab can't steer there"
@@ -168,7 +168,7 @@ def _before(linear: nn.Module, args: Any) -> None:
     torch.ops.trimtab.steer(args[0], None, getattr(linear, PLACE))
 
 
-def _storing(attention: nn.Module, args: Any) -> None:
+def _steer_keys(attention: nn.Module, args: Any) -> None:
     """Attention receives queries, keys and values as `[tokens, heads * size]`, or `[tokens, heads, size]`."""
     if len(args) < 3 or not isinstance(args[1], Tensor) or not args[1].is_floating_point():
         raise UnsupportedError(
@@ -178,7 +178,7 @@ def _storing(attention: nn.Module, args: Any) -> None:
     torch.ops.trimtab.steer(keys if keys.dim() == 2 else keys.flatten(1), None, getattr(attention, PLACE))
 
 
-def _behind(part: nn.Module, _args: Any, output: Any) -> None:
+def _steer_part_output(part: nn.Module, _args: Any, output: Any) -> None:
     first = output[0] if isinstance(output, tuple) else output
     if not isinstance(first, Tensor):
         raise UnsupportedError("a part of this model's blocks doesn't return a tensor; trimtab can't steer there")

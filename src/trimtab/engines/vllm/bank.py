@@ -12,7 +12,7 @@ from trimtab.engines.vllm.program import State
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
-NOTHING = 0
+EMPTY_SLOT = 0
 """The slot of tokens to which nothing is added: its rows are negative zeros, and `x + -0.0` is `x` bit for bit."""
 
 
@@ -21,7 +21,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return _pinned(x, device).to(device, non_blocking=True)
 
 
-def send(x: Tensor, to: Tensor) -> None:
+def copy_to(x: Tensor, to: Tensor) -> None:
     """Copy a tensor from the host into an existing tensor in the same way."""
     to.copy_(_pinned(x, to.device), non_blocking=True)
 
@@ -35,12 +35,12 @@ class Slots:
 
     def __init__(self, capacity: int, setting: str = "TRIMTAB_SLOTS") -> None:
         self.capacity, self._setting = capacity, setting
-        self._free = list(range(capacity - 1, NOTHING, -1))
+        self._free = list(range(capacity - 1, EMPTY_SLOT, -1))
         self._slot: dict[str, int] = {}
         self._users: dict[str, int] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
 
-    def take(self, key: str) -> tuple[int, bool]:
+    def acquire(self, key: str) -> tuple[int, bool]:
         """Add a user to a state. Returns the state's slot, and whether it is new and must be written.
 
         Raises `TrimtabError` if no slot is free.
@@ -87,31 +87,33 @@ class Bank:
         self.rows: dict[Site, Tensor] = dict(zip(map(Site, layers), self._all.unbind(), strict=True))  # views
         self.index: Tensor = torch.zeros(tokens, dtype=torch.long, device=device)
 
-    def take(self, state: State) -> None:
+    def acquire(self, state: State) -> None:
         """Add a user to a state. If its rows aren't in the bank yet, they are written in one copy."""
-        slot, new = self.slots.take(state.key)
+        slot, new = self.slots.acquire(state.key)
         if not new:
             return
         rows = torch.full((len(self.rows), self._all.shape[-1]), -0.0, dtype=self._all.dtype)
         for i, site in enumerate(self.rows):
             if site in state.added:
                 rows[i] = state.row(site, rows.dtype)
-        send(rows, self._all[:, slot])
+        copy_to(rows, self._all[:, slot])
 
     def release(self, state: State) -> None:
         self.slots.release(state.key)
 
 
-class Filled:
-    """The contents of a captured graph's index, `[tokens]`: a step's slots at the start, and `NOTHING` after them."""
+class IndexBuffer:
+    """The contents of a captured graph's index, `[tokens]`: a step's slots at the start, and `EMPTY_SLOT` after
+    them.
+    """
 
     def __init__(self, index: Tensor) -> None:
         self.index = index
         self._length = 0
 
     def fill(self, slots: Tensor) -> None:
-        """Write the slots of a step's first tokens, given on the host; all other tokens get `NOTHING`."""
+        """Write the slots of a step's first tokens, given on the host; all other tokens get `EMPTY_SLOT`."""
         length = max(self._length, len(slots))
         if length:
-            send(torch.nn.functional.pad(slots, (0, length - len(slots)), value=NOTHING), self.index[:length])
+            copy_to(torch.nn.functional.pad(slots, (0, length - len(slots)), value=EMPTY_SLOT), self.index[:length])
         self._length = len(slots)

@@ -11,10 +11,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from trimtab.engines.vllm.counting import DOSES, MARK, RECEIPT, Measured
+from trimtab.engines.vllm.counting import DOSES, FAILURE_PREFIX, RECEIPT, Measured
 from trimtab.engines.vllm.emphasized import EMPHASIZED
 from trimtab.engines.vllm.settings import settings_of
-from trimtab.engines.vllm.wire import ASKED, Wire, wire_of
+from trimtab.engines.vllm.wire import STEERING_KEY, Wire, wire_of
 from trimtab.errors import TrimtabError
 
 Key = tuple[str, str]
@@ -51,7 +51,7 @@ def _wire(request: Any) -> Wire | None:
         return request._trimtab_wire
 
 
-class Room:
+class SlotQueue:
     """The slots that a scheduler's requests occupy, and the requests that wait for one, in order of arrival.
 
     There are `slots` slots for additions, and `maps` for the other operations of captured graphs; one of each is the
@@ -68,7 +68,7 @@ class Room:
         self.steered: set[str] = set()
         """The requests in the scheduler that have a wire."""
 
-    def enter(self, request: Any) -> bool:
+    def reserve(self, request: Any) -> bool:
         """Reserve slots for a request. Returns whether there was room."""
         wire = _wire(request)
         if wire is None:
@@ -83,7 +83,7 @@ class Room:
         self.steered.add(request.request_id)
         return True
 
-    def leave(self, request: str) -> None:
+    def release(self, request: str) -> None:
         """Release the slots of a finished request."""
         self.steered.discard(request)
         self.doses.pop(request, None)
@@ -93,7 +93,7 @@ class Room:
                 if not users[key]:
                     del users[key]
 
-    def needed(self) -> set[str]:
+    def needed_digests(self) -> set[str]:
         """The digests that waiting requests need."""
         return {part.digest for request in self.waiting for part in _parts(request)}
 
@@ -103,24 +103,24 @@ def _parts(request: Any) -> tuple[Any, ...]:
     return wire.parts if wire else ()
 
 
-def _room(scheduler: Any) -> Room:
+def _slot_queue_of(scheduler: Any) -> SlotQueue:
     try:
         return scheduler._trimtab_room
     except AttributeError:
         settings = settings_of(scheduler.vllm_config)
-        scheduler._trimtab_room = Room(settings.slots, settings.maps)
+        scheduler._trimtab_room = SlotQueue(settings.slots, settings.maps)
         return scheduler._trimtab_room
 
 
-def unsteered(room: Room, scheduled: Any, output: Any) -> dict[str, str]:
+def unsteered_requests(slot_queue: SlotQueue, scheduled: Any, output: Any) -> dict[str, str]:
     """The requests of a step that weren't steered as planned, with reasons, according to the receipt in its output."""
-    here = room.steered & scheduled.num_scheduled_tokens.keys()
+    here = slot_queue.steered & scheduled.num_scheduled_tokens.keys()
     if not here:
         return {}
     held, faults, _ = getattr(output, RECEIPT, NO_RECEIPT)
     if held < len(here):
-        wrong = f"{MARK}a worker computed {len(here)} steered requests, but accounted for {held} of them"
-        return dict.fromkeys(here, wrong)
+        message = f"{FAILURE_PREFIX}a worker computed {len(here)} steered requests, but accounted for {held} of them"
+        return dict.fromkeys(here, message)
     return {request: reason for request, reason in faults.items() if request in here}
 
 
@@ -142,52 +142,54 @@ def patch_scheduler(scheduler: Any, failure: Failure) -> None:
     update = scheduler.update_from_output
 
     def update_from_output(self: Any, scheduled: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
-        room = _room(self)
-        wrong = unsteered(room, scheduled, output)
+        slot_queue = _slot_queue_of(self)
+        reasons = unsteered_requests(slot_queue, scheduled, output)
         measured = getattr(output, RECEIPT, NO_RECEIPT)[2]
-        room.doses |= {request: doses for request, doses in measured.items() if request in self.requests}
-        doses = dict(room.doses)  # a copy: `update` drops the doses of requests that end
-        failed = [self.requests[request] for request in wrong if request in self.requests]
+        slot_queue.doses |= {request: doses for request, doses in measured.items() if request in self.requests}
+        doses = dict(slot_queue.doses)  # a copy: `update` drops the doses of requests that end
+        failed = [self.requests[request] for request in reasons if request in self.requests]
         if failed:
             self.finish_requests([request.request_id for request in failed], failure.status)
         sent = update(self, scheduled, output, *args, **kwargs)
         for request in failed:
             name = request.request_id
             last = failure.output(
-                request_id=name, new_token_ids=[], finish_reason=failure.reason, stop_reason=wrong[name]
+                request_id=name, new_token_ids=[], finish_reason=failure.reason, stop_reason=reasons[name]
             )
             sent.setdefault(request.client_index, failure.outputs()).outputs.append(last)
         for item in (item for several in sent.values() for item in several.outputs if doses):
             if item.request_id in doses:
                 item.kv_transfer_params = {DOSES: doses[item.request_id]}  # free: no KV connector uses it
-                room.doses.pop(item.request_id, None)
+                slot_queue.doses.pop(item.request_id, None)
         return sent
 
     def add_request(self: Any, request: Any) -> None:
-        room = _room(self)
+        slot_queue = _slot_queue_of(self)
         if request.request_id in self.requests:  # a session continues
             add(self, request)
-        elif (room.waiting and _parts(request)) or not room.enter(request):
-            room.waiting.append(request)
+        elif (slot_queue.waiting and _parts(request)) or not slot_queue.reserve(request):
+            slot_queue.waiting.append(request)
         else:
             add(self, request)
 
     def _free_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         done = free(self, request, *args, **kwargs)
-        room = _room(self)
-        room.leave(request.request_id)
-        while room.waiting and room.enter(room.waiting[0]):
-            add(self, room.waiting.popleft())
+        slot_queue = _slot_queue_of(self)
+        slot_queue.release(request.request_id)
+        while slot_queue.waiting and slot_queue.reserve(slot_queue.waiting[0]):
+            add(self, slot_queue.waiting.popleft())
         return done
 
     def finish_requests(self: Any, request_ids: str | Iterable[str] | None, finished_status: Any) -> Any:
-        room = _room(self)
+        slot_queue = _slot_queue_of(self)
         if request_ids is None:
-            room.waiting.clear()
+            slot_queue.waiting.clear()
         else:
-            gone = {request_ids} if isinstance(request_ids, str) else set(request_ids)
-            room.waiting = deque(request for request in room.waiting if request.request_id not in gone)
-            request_ids = gone
+            removed_ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+            slot_queue.waiting = deque(
+                request for request in slot_queue.waiting if request.request_id not in removed_ids
+            )
+            request_ids = removed_ids
         return finish(self, request_ids, finished_status)
 
     scheduler.add_request = add_request
@@ -204,14 +206,14 @@ def patch_core(core: Any) -> None:
         if method == "trimtab_drop":
             scheduler = self.scheduler
             alive = {part.digest for request in scheduler.requests.values() for part in _parts(request)}
-            kept = [digest for digest in args[0] if digest in alive | _room(scheduler).needed()]
+            kept = [digest for digest in args[0] if digest in alive | _slot_queue_of(scheduler).needed_digests()]
             call(self, method, timeout, ([digest for digest in args[0] if digest not in kept],), kwargs)
             return [kept]
         return call(self, method, timeout, args, kwargs)
 
     def preprocess_add_request(self: Any, request: Any) -> Any:
         extra = getattr(request.sampling_params, "extra_args", None) or {}
-        if extra.get(ASKED) or extra.get(EMPHASIZED):
+        if extra.get(STEERING_KEY) or extra.get(EMPHASIZED):
             raise TrimtabError("a request for steering came through a front end without trimtab's plugin")
         return preprocess(self, request)
 

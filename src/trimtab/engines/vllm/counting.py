@@ -19,10 +19,10 @@ from trimtab.steering import Site
 RECEIPT = "_trimtab_receipt"
 """The attribute of a worker's output that carries its receipt to the scheduler."""
 
-MARK = "trimtab: "
+FAILURE_PREFIX = "trimtab: "
 """The prefix of the reasons with which trimtab fails requests."""
 
-DOSE = f"{MARK}the doses "
+DOSE = f"{FAILURE_PREFIX}the doses "
 """The prefix of the reason if a request's dose exceeded its cap."""
 
 DOSES = "trimtab_doses"
@@ -35,46 +35,46 @@ CALL = 1 << 32
 """What a call of the operator adds to a site's count, besides its tokens: high bits count calls, low bits tokens."""
 
 
-def fault(site: Site, count: int, tokens: int) -> str | None:
+def count_fault(site: Site, count: int, tokens: int) -> str | None:
     """What went wrong at a site where the operator should have run once, on at least `tokens` tokens, or `None`."""
     if CALL + tokens <= count < 2 * CALL:
         return None
     calls, seen = divmod(count, CALL)
     happened = "didn't run" if not calls else f"ran {calls} times, on {seen} tokens"
     where = f"behind block {site.layer}" if site.kind == "residual" else f"at {site}"
-    return f"{MARK}{where} the steering should have run once, on {tokens} tokens, but {happened}"
+    return f"{FAILURE_PREFIX}{where} the steering should have run once, on {tokens} tokens, but {happened}"
 
 
 @dataclass
 class Receipt:
     """A worker's report on a pass: how many steered requests it had, and why some of them weren't steered.
 
-    It also has the `doses` so far of requests with a cap. `late` finds further faults after the pass has ended on the
-    device; it is called once, as is `weighed`, which returns the doses.
+    It also has the `doses` so far of requests with a cap. `deferred_faults` finds further faults after the pass has
+    ended on the device; it is called once, as is `deferred_doses`, which returns the doses.
     """
 
     requests: int
     faults: dict[str, str] = field(default_factory=dict)
     doses: dict[str, Measured] = field(default_factory=dict)
-    weighed: Callable[[], tuple[Mapping[str, Measured], Mapping[str, str]]] | None = None
-    late: Callable[[], Mapping[str, str]] | None = None
+    deferred_doses: Callable[[], tuple[Mapping[str, Measured], Mapping[str, str]]] | None = None
+    deferred_faults: Callable[[], Mapping[str, str]] | None = None
     ready: Callable[[], bool] = lambda: True  # whether `late` returns without waiting
 
-    def settle(self) -> dict[str, str]:
+    def resolve_faults(self) -> dict[str, str]:
         """All faults, by request."""
-        if self.weighed is not None:
-            weighed, self.weighed = self.weighed, None
-            doses, above = weighed()
+        if self.deferred_doses is not None:
+            compute_doses, self.deferred_doses = self.deferred_doses, None
+            doses, above = compute_doses()
             self.doses.update(doses)
             self.faults.update(above)
-        if self.late is not None:
-            late, self.late = self.late, None
-            self.faults.update(late())
+        if self.deferred_faults is not None:
+            compute_faults, self.deferred_faults = self.deferred_faults, None
+            self.faults.update(compute_faults())
         return self.faults
 
     def plain(self) -> tuple[int, dict[str, str], dict[str, Measured]]:
         """The receipt as plain data for the scheduler."""
-        faults = self.settle()
+        faults = self.resolve_faults()
         return self.requests, faults, self.doses
 
 

@@ -17,17 +17,19 @@ from torch import Tensor
 
 from trimtab.engines.vllm.bank import Bank, to_device
 from trimtab.engines.vllm.counting import DOSE, Measured
-from trimtab.engines.vllm.program import Segment, State, runs
+from trimtab.engines.vllm.program import Segment, State, state_runs
 from trimtab.steering import Edit, Site
 
 
 @dataclass(frozen=True, eq=False)
-class Weighed:
-    """The rows of a pass (`rows` of them, at the indices `at`) that belong to a request and are steered at one site."""
+class SteeredRows:
+    """The rows of a pass (`rows` of them, at the indices `indices`) that belong to a request and are steered at one
+    site.
+    """
 
     request: str
     rows: int
-    at: Tensor
+    indices: Tensor
 
 
 @dataclass
@@ -35,18 +37,18 @@ class Doses:
     """The doses of requests that have a cap.
 
     Args:
-        heard: Whether the scheduler receives this worker's results; otherwise another worker measures the same.
+        reported: Whether the scheduler receives this worker's results; otherwise another worker measures the same.
         caps: By request, the maximum for the sum of its doses.
-        here: The rows of these requests that the current pass steers.
+        steered_rows: The rows of these requests that the current pass steers.
     """
 
-    heard: bool = True
+    reported: bool = True
     caps: dict[str, float] = field(default_factory=dict)
-    here: Mapping[Site, Sequence[Weighed]] = field(default_factory=dict)
+    steered_rows: Mapping[Site, Sequence[SteeredRows]] = field(default_factory=dict)
     _sums: dict[str, dict[Site, tuple[Tensor, int]]] = field(default_factory=dict)  # sums of ratios, and token counts
 
     def start(self, request: str, cap: float | None) -> None:
-        if cap is not None and self.heard:
+        if cap is not None and self.reported:
             self.caps[request] = cap
             self._sums[request] = {}
 
@@ -64,54 +66,54 @@ class Doses:
 
         `chunks` are the pass's requests, the first position of each, and the number of tokens.
         """
-        self.here = {}
+        self.steered_rows = {}
         if not self.caps:
             return
-        by_site: dict[Site, list[Weighed]] = {}
+        by_site: dict[Site, list[SteeredRows]] = {}
         offset = 0
         for request, first, count in zip(*chunks, strict=True):
             if request in self.caps:
                 rows: dict[Site, list[int]] = {}
                 at = offset
-                for length, state in runs(segments(request), first, count):
+                for length, state in state_runs(segments(request), first, count):
                     for site in state.pushed if state is not None else ():
                         rows.setdefault(site, []).extend(range(at, at + length))
                     at += length
                 for site, these in rows.items():
-                    weighed = Weighed(request, len(these), to_device(torch.tensor(these), device))
-                    by_site.setdefault(site, []).append(weighed)
+                    steered = SteeredRows(request, len(these), to_device(torch.tensor(these), device))
+                    by_site.setdefault(site, []).append(steered)
             offset += count
-        self.here = by_site
+        self.steered_rows = by_site
 
-    def before(self, site: Site, hidden: Tensor, residual: Tensor | None) -> list[Tensor]:
+    def activations_before(self, site: Site, hidden: Tensor, residual: Tensor | None) -> list[Tensor]:
         """The activations at a site before they are edited."""
-        return [_stream(hidden, residual, weighed.at) for weighed in self.here.get(site, ())]
+        return [_stream(hidden, residual, steered.indices) for steered in self.steered_rows.get(site, ())]
 
-    def after(self, site: Site, hidden: Tensor, residual: Tensor | None, old: Sequence[Tensor]) -> None:
+    def add_doses(self, site: Site, hidden: Tensor, residual: Tensor | None, old: Sequence[Tensor]) -> None:
         """Add the doses, from the activations at a site after they are edited."""
-        for weighed, x in zip(self.here.get(site, ()), old, strict=True):
-            self._add(site, weighed, _stream(hidden, residual, weighed.at) - x, x)
+        for steered, x in zip(self.steered_rows.get(site, ()), old, strict=True):
+            self._add(site, steered, _stream(hidden, residual, steered.indices) - x, x)
 
-    def replayed(self, kept: Mapping[Site, Tensor], bank: Bank) -> None:
+    def add_replayed_doses(self, kept: Mapping[Site, Tensor], bank: Bank) -> None:
         """Add the doses of a replayed pass, from the edited activations that the captured graphs have kept."""
-        for site, several in self.here.items():
+        for site, several in self.steered_rows.items():
             if site not in kept or site not in bank.rows:
                 continue
-            for weighed in several:
-                pushed = bank.rows[site].index_select(0, bank.index.index_select(0, weighed.at)).float()
-                self._add(site, weighed, pushed, kept[site].index_select(0, weighed.at).float() - pushed)
+            for steered in several:
+                pushed = bank.rows[site].index_select(0, bank.index.index_select(0, steered.indices)).float()
+                self._add(site, steered, pushed, kept[site].index_select(0, steered.indices).float() - pushed)
 
-    def _add(self, site: Site, weighed: Weighed, pushed: Tensor, x: Tensor) -> None:
+    def _add(self, site: Site, steered: SteeredRows, pushed: Tensor, x: Tensor) -> None:
         ratios = torch.linalg.vector_norm(pushed, dim=-1) / torch.linalg.vector_norm(x, dim=-1)
-        total, count = self._sums[weighed.request].get(site, (torch.zeros((), device=ratios.device), 0))
-        self._sums[weighed.request][site] = (total + ratios.sum(), count + weighed.rows)
+        total, count = self._sums[steered.request].get(site, (torch.zeros((), device=ratios.device), 0))
+        self._sums[steered.request][site] = (total + ratios.sum(), count + steered.rows)
 
-    def weighed(self) -> Callable[[], tuple[dict[str, Measured], dict[str, str]]]:
+    def deferred_doses(self) -> Callable[[], tuple[dict[str, Measured], dict[str, str]]]:
         """Returns a function for the doses of this pass's requests so far, and why requests exceed their caps.
 
         Calling the function waits for the device once.
         """
-        present = {weighed.request for several in self.here.values() for weighed in several}
+        present = {steered.request for several in self.steered_rows.values() for steered in several}
         sums = {r: sorted(self._sums[r].items()) for r in present if self._sums.get(r)}
         caps = {request: self.caps[request] for request in sums}
         every = [total / count for each in sums.values() for _, (total, count) in each]

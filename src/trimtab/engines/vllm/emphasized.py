@@ -17,10 +17,10 @@ from typing import Any
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Positions, ScaleScores, Steering, emphasis
 from trimtab.text.chat import Message, Template
-from trimtab.text.spans import Emphasis, Part, Phrase, Span, spans_in
+from trimtab.text.spans import Emphasis, Part, Phrase, Span, find_spans_in_rendered
 
 EMPHASIZED = "emphasize"
-MOST = 16
+MAX_PHRASES = 16
 """The maximum number of phrases per request."""
 PHRASE, PART = {"text", "occurrence"}, {"role", "index"}
 METHOD = "directer"
@@ -29,7 +29,7 @@ _tokenizing = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Marked:
+class EmphasisRequest:
     """Phrases and whole messages of a prompt; messages can only be named if `messages` is known."""
 
     marks: tuple[Emphasis, ...]
@@ -37,18 +37,18 @@ class Marked:
     template: Template | None = None
 
 
-def marked(wanted: Any, messages: Any = None, template: Template | None = None) -> Marked:
+def parse_emphasis(wanted: Any, messages: Any = None, template: Template | None = None) -> EmphasisRequest:
     """The emphasis that a request asks for. Raises `TrimtabError` if it can't be parsed."""
-    if isinstance(wanted, Marked):
+    if isinstance(wanted, EmphasisRequest):
         return wanted
     items = [wanted] if isinstance(wanted, (str, Mapping)) else wanted
-    if not isinstance(items, Sequence) or not 0 < len(items) <= MOST:
-        raise TrimtabError(f"{EMPHASIZED} takes a list of 1 to {MOST} phrases, got {str(wanted)[:80]!r}")
+    if not isinstance(items, Sequence) or not 0 < len(items) <= MAX_PHRASES:
+        raise TrimtabError(f"{EMPHASIZED} takes a list of 1 to {MAX_PHRASES} phrases, got {str(wanted)[:80]!r}")
     known = list(messages) if isinstance(messages, (list, tuple)) else None
-    return Marked(tuple(_mark(item) for item in items), known, template)
+    return EmphasisRequest(tuple(_parse_target(item) for item in items), known, template)
 
 
-def _mark(item: Any) -> Emphasis:
+def _parse_target(item: Any) -> Emphasis:
     if isinstance(item, str):
         return Phrase(item)
     if isinstance(item, Mapping) and isinstance(item.get("text"), str) and set(item) <= PHRASE:
@@ -74,12 +74,12 @@ def content(layers: int) -> Steering:
     return emphasis(ScaleScores(), [(0, 1)], range(layers), METHOD).at(Positions.all())
 
 
-def towards(spans: Sequence[Span], layers: int) -> Steering:
+def emphasis_of_spans(spans: Sequence[Span], layers: int) -> Steering:
     """The emphasis of these spans."""
     return emphasis(ScaleScores(), spans, range(layers), METHOD)
 
 
-def find(engine: Any, prompt: Any, wanted: Marked) -> tuple[Span, ...]:
+def find(engine: Any, prompt: Any, wanted: EmphasisRequest) -> tuple[Span, ...]:
     """The token spans of the marks in a prompt, as rendered by vLLM's front end.
 
     Takes as long as tokenizing the prompt. Raises `TrimtabError` if a mark can't be located.
@@ -89,7 +89,9 @@ def find(engine: Any, prompt: Any, wanted: Marked) -> tuple[Span, ...]:
     if not isinstance(text, str) or ids is None or fields.get("type", "token") != "token":
         raise UnsupportedError(f"{EMPHASIZED}: phrases can only be found in text prompts, not in token ids or images")
     with _tokenizing:
-        return spans_in(_tokenizer(engine), text, ids, wanted.marks, messages=wanted.messages, template=wanted.template)
+        return find_spans_in_rendered(
+            _tokenizer(engine), text, ids, wanted.marks, messages=wanted.messages, template=wanted.template
+        )
 
 
 def _tokenizer(engine: Any) -> Any:

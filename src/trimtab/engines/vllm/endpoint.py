@@ -11,7 +11,7 @@ import hmac
 import os
 from typing import Any
 
-from trimtab.engines.vllm.frontend import NAMES, Names, check, connect, send, tidy
+from trimtab.engines.vllm.frontend import NAMES, Names, check, connect, drop_unused, send
 from trimtab.engines.vllm.rpc import run_async
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
@@ -64,7 +64,7 @@ class Endpoint:
                     await run_async(check(link, engine, steering), engine)
                     await run_async(send(link, steering), engine)
                     self.names.register(name, steering)
-                await run_async(tidy(link, self.names), engine)
+                await run_async(drop_unused(link, self.names), engine)
             except TrimtabError as error:
                 return JSONResponse({"error": str(error)}, 400)
             return JSONResponse({"steerings": list(self.names)})

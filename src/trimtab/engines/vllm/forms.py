@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import Slot, call_of
+from trimtab.engines.folding import Slot, kernel_call
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
 from trimtab.engines.vllm.program import State
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -24,7 +24,7 @@ from trimtab.steering import Edit, Operation, Site, Steering
 from trimtab.steering.conditional import Conditional
 from trimtab.steering.elements import scale
 from trimtab.steering.gates import ALWAYS, AllOf, AnyOf, Gate, Not, Threshold
-from trimtab.steering.keys import scale_all
+from trimtab.steering.keys import scale_by_scalar
 from trimtab.steering.operations import Kernel, add
 from trimtab.steering.projections import Rows, set_projections
 from trimtab.steering.read_write import read_write
@@ -38,14 +38,14 @@ BLIND = 1e-7
 class Condition:
     """Holds where `x . direction > threshold`.
 
-    With `by_norm`, the threshold is in norms of x; with `either_way`, the absolute value of the projection counts;
+    With `by_norm`, the threshold is in norms of x; with `absolute`, the absolute value of the projection counts;
     `negated` inverts the condition.
     """
 
     direction: Tensor
     threshold: float
     by_norm: bool = False
-    either_way: bool = False
+    absolute: bool = False
     negated: bool = False
 
 
@@ -173,21 +173,21 @@ _LACKING = {"scales": "scaled elements", "norms": "norms", "gates": "conditions 
 def _form_of(slot: Slot) -> Form:
     operation = slot[0].operation
     if not isinstance(operation, Conditional):
-        kernel, rows = call_of(slot)
-        return replace(_made(kernel, rows, slot), keep_norm=float(operation.keep_norm))
+        kernel, rows = kernel_call(slot)
+        return replace(_make_form(kernel, rows, slot), keep_norm=float(operation.keep_norm))
     inner = (replace(slot[0], operation=operation.operation, gate=ALWAYS),)
     return replace(_form_of(inner), gate=condition_of(operation.gate))
 
 
-def _made(kernel: Kernel, rows: Rows, slot: Slot) -> Form:
-    form = MAKERS.get(kernel)
-    if form is None:
+def _make_form(kernel: Kernel, rows: Rows, slot: Slot) -> Form:
+    maker = MAKERS.get(kernel)
+    if maker is None:
         raise UnsupportedError(
             f"{slot[0]}: this engine replays captured graphs, which support only additions, projections, ablations,"
             " scales, maps of low rank and additions in norms; start it with enforce_eager=True, or with"
             " compilation_config={'cudagraph_mode': 'NONE'}"
         )
-    made = form({name: value.double() if isinstance(value, Tensor) else value for name, value in rows.items()})
+    made = maker({name: value.double() if isinstance(value, Tensor) else value for name, value in rows.items()})
     for value in (made.read, made.write, made.bias, made.factor, made.vector):
         if value is not None and not bool(value.float().isfinite().all()):
             raise TrimtabError(f"{slot[0]}: it has numbers that float32 can't hold; lower the strength")
@@ -258,7 +258,7 @@ def _against(rows: Rows) -> Form:
 MAKERS: dict[Kernel, Callable[[Rows], Form]] = {
     add: _added,
     scale: _scaled,
-    scale_all: _scaled,
+    scale_by_scalar: _scaled,
     set_projections: _projected,
     read_write: _mapped,
     by_norm: _in_norms,

@@ -22,31 +22,31 @@ import torch
 from trimtab.engines.meanings import check_meanings, meanings_of
 from trimtab.engines.vllm import emphasized
 from trimtab.engines.vllm.admission import check_supported
-from trimtab.engines.vllm.admitted import Ticket
 from trimtab.engines.vllm.attach import INSIDE
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
 from trimtab.engines.vllm.doses import adds_only
 from trimtab.engines.vllm.forms import capacity_for, check_fits
 from trimtab.engines.vllm.identity import identify
-from trimtab.engines.vllm.program import Identified, check_range
+from trimtab.engines.vllm.program import IdentifiedEdit, check_range
+from trimtab.engines.vllm.request_context import RequestContext
 from trimtab.engines.vllm.rpc import Rpc
+from trimtab.engines.vllm.segment_tracker import reserved_segments
 from trimtab.engines.vllm.settings import STEERINGS, settings_of
-from trimtab.engines.vllm.turning import reserved
-from trimtab.engines.vllm.wire import ASKED, RESOLVED, Part, Wire, content_of, identified
+from trimtab.engines.vllm.wire import RESOLVED_KEY, STEERING_KEY, Part, Wire, content_of, identified_edits
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.steering_file import load_steering, steering_to_bytes
 from trimtab.steering import ModelId, Positions, ScaleKeys, ScaleScores, Steering, by_keys
 from trimtab.steering.identity import check_learned_on
 from trimtab.text.spans import Span
 
-UNNAMED = 256
+MAX_UNNAMED = 256
 """The number of most recently used contents without a registered name that the workers keep."""
 
 REMEMBERED = 1024
 LONGEST = 4096
 """Requests for steering that are at most this long, in characters, are cached (the last `REMEMBERED` of them)."""
 
-GRACE = 60.0
+GRACE_SECONDS = 60.0
 """Seconds that a content is kept after that: a request that was just resolved may not have reached the core yet."""
 
 FIELDS = {"name", "strength", "positions"}
@@ -163,7 +163,9 @@ class Link:
     unmeasured: str = "this worker gives no reason"  # why doses can't be measured, or empty
     tokens_unknown: str = ""  # why workers don't know each token before the next pass, or empty
     identity: ModelId | None = None  # once it has been requested
-    known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by names' version and request text
+    part_cache: OrderedDict[tuple[int, str], Part] = field(
+        default_factory=OrderedDict
+    )  # by names' version and request text
 
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""
@@ -179,63 +181,66 @@ class Link:
     def _capacity(self) -> Capacity | None:
         return self.capacity if self.static else None
 
-    def place(self, wire: Wire, prompt_length: int) -> Wire:
+    def wire_for_prompt(self, wire: Wire, prompt_length: int) -> Wire:
         """The wire for a prompt of this length.
 
         Raises `TrimtabError` if a span reaches past the prompt, if more slots are needed than exist, or for additions
         that overflow the model's dtype.
         """
-        edits: list[Identified] = []
+        edits: list[IdentifiedEdit] = []
         for part in wire.parts:
-            edits += identified(part, self.sent[part.digest])
-        segments = reserved(edits, prompt_length)
+            edits += identified_edits(part, self.sent[part.digest])
+        segments = reserved_segments(edits, prompt_length)
         for segment in segments:
             check_range(segment.state, self.dtype)
             if self.static:
                 check_fits(segment.state, self.capacity)
-        placed = wire.placed(segments, prompt_length, static=self.static)
-        if len(placed.maps) > self.maps - 1:
+        final_wire = wire.with_spans(segments, prompt_length, static=self.static)
+        if len(final_wire.maps) > self.maps - 1:
             raise TrimtabError(
-                f"this request needs {len(placed.maps)} slots of maps, the engine has {self.maps - 1}; raise"
+                f"this request needs {len(final_wire.maps)} slots of maps, the engine has {self.maps - 1}; raise"
                 " TRIMTAB_MAPS"
             )
-        if len(placed.slots) > self.slots - 1:
+        if len(final_wire.slots) > self.slots - 1:
             raise TrimtabError(
-                f"this request needs {len(placed.slots)} slots, the engine has {self.slots - 1}; raise TRIMTAB_SLOTS"
+                f"this request needs {len(final_wire.slots)} slots, the engine has {self.slots - 1}; raise"
+                " TRIMTAB_SLOTS"
             )
-        return placed
+        return final_wire
 
 
-def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
+def link_from(handshakes: Sequence[Mapping[str, Any]], config: Any) -> Link:
     """The link to an engine, from its workers' replies. Raises `UnsupportedError` unless all of them can steer."""
     workers = config.parallel_config.world_size
-    if len(hellos) < workers:
-        raise UnsupportedError(f"{len(hellos)} of {workers} workers answered trimtab; its plugin isn't in all of them")
-    for hello in hellos:
-        if hello["reasons"]:
-            raise UnsupportedError(f"this engine can't be steered: {'; '.join(hello['reasons'])}")
-        if hello["unfired"]:
+    if len(handshakes) < workers:
+        raise UnsupportedError(
+            f"{len(handshakes)} of {workers} workers answered trimtab; its plugin isn't in all of them"
+        )
+    for handshake in handshakes:
+        if handshake["reasons"]:
+            raise UnsupportedError(f"this engine can't be steered: {'; '.join(handshake['reasons'])}")
+        if handshake["unfired"]:
             raise UnsupportedError(
-                f"worker {hello['rank']}'s compiled graph lacks trimtab's operator at {hello['unfired'][0]};"
+                f"worker {handshake['rank']}'s compiled graph lacks trimtab's operator at {handshake['unfired'][0]};"
                 " delete vLLM's compile cache and start again"
             )
-    layers = hellos[0]["layers"]
-    if missing := sorted(set(range(layers)) - {layer for hello in hellos for layer in hello["here"]}):
+    layers = handshakes[0]["layers"]
+    if missing := sorted(set(range(layers)) - {layer for hello in handshakes for layer in hello["here"]}):
         raise UnsupportedError(f"no worker steers after block {missing[0]}")
-    static = any(hello["static"] for hello in hellos)
+    static = any(hello["static"] for hello in handshakes)
     settings = settings_of(config)
     return Link(
         settings.slots,
         layers,
-        hellos[0]["width"],
+        handshakes[0]["width"],
         static,
-        dtype=getattr(torch, hellos[0]["dtype"]),
+        dtype=getattr(torch, handshakes[0]["dtype"]),
         capacity=Capacity.from_plain(settings.capacity),
         maps=settings.maps,
-        unmeasured=next((hello["unmeasured"] for hello in hellos if hello.get("unmeasured")), ""),
-        tokens_unknown=next((hello["untold"] for hello in hellos if hello.get("untold")), ""),
-        inside=hellos[0].get("inside", {}),
-        split=frozenset(hellos[0].get("split", ())),
+        unmeasured=next((hello["unmeasured"] for hello in handshakes if hello.get("unmeasured")), ""),
+        tokens_unknown=next((hello["untold"] for hello in handshakes if hello.get("untold")), ""),
+        inside=handshakes[0].get("inside", {}),
+        split=frozenset(handshakes[0].get("split", ())),
     )
 
 
@@ -247,13 +252,13 @@ def connect(engine: Any) -> Rpc:
     link = getattr(engine, LINK, None)
     if link is None:
         try:
-            hellos = yield "trimtab_hello", ()
+            handshakes = yield "trimtab_hello", ()
         except Exception as error:
             raise UnsupportedError(
                 "this engine's workers don't know trimtab: its plugin failed to load there (see the log for 'Failed to"
                 f" load plugin'), or VLLM_PLUGINS leaves it out ({type(error).__name__}: {str(error)[:200]})"
             ) from error
-        link = link_from(hellos, engine.vllm_config)
+        link = link_from(handshakes, engine.vllm_config)
         setattr(engine, LINK, link)
         setattr(engine.input_processor, LINK, link)
     return link
@@ -285,47 +290,50 @@ def send(link: Link, steering: Steering) -> Rpc:
     return Part(digest, strengths)
 
 
-def tidy(link: Link, names: Names) -> Rpc:
-    """Make the workers drop contents without a registered name, except the `UNNAMED` most recently used ones."""
-    if len(link.sent) <= UNNAMED and not link.retired:
+def drop_unused(link: Link, names: Names) -> Rpc:
+    """Make the workers drop contents without a registered name, except the `MAX_UNNAMED` most recently used ones."""
+    if len(link.sent) <= MAX_UNNAMED and not link.retired:
         return
     named = {content_of(by_keys(names[name]))[0] for name in names}
     unnamed = [digest for digest in link.sent if digest not in named]
     now = time.monotonic()
-    for digest in unnamed[: max(0, len(unnamed) - UNNAMED)]:
+    for digest in unnamed[: max(0, len(unnamed) - MAX_UNNAMED)]:
         link.retired.setdefault(digest, now)
-    gone = [digest for digest, since in link.retired.items() if now - since >= GRACE]
-    if not gone:
+    expired = [digest for digest, since in link.retired.items() if now - since >= GRACE_SECONDS]
+    if not expired:
         return
-    for digest in gone:
+    for digest in expired:
         link.sent.pop(digest, None)  # it is sent again if it is needed again
-    kept = yield "trimtab_drop", (gone,)
-    link.retired = {d: t for d, t in link.retired.items() if d not in gone or any(d in digests for digests in kept)}
+    kept = yield "trimtab_drop", (expired,)
+    link.retired = {d: t for d, t in link.retired.items() if d not in expired or any(d in digests for digests in kept)}
 
 
-def resolve(engine: Any, params: Any, names: Names, ticket: Ticket | None = None, spans: Sequence[Span] = ()) -> Rpc:
-    """The sampling parameters with their steering, or the ticket's, resolved; unchanged if they have none.
+def resolve(
+    engine: Any, params: Any, names: Names, request_context: RequestContext | None = None, spans: Sequence[Span] = ()
+) -> Rpc:
+    """The sampling parameters with their steering, or that of the request context, resolved; unchanged if they have
+    none.
 
     `spans` of the prompt are emphasized.
     """
     extra = getattr(params, "extra_args", None) or {}
-    decided = None if ticket is None else ticket.steering
-    steers = bool(extra.get(ASKED)) or (decided is not None and bool(decided.edits))
+    decided = None if request_context is None else request_context.steering
+    steers = bool(extra.get(STEERING_KEY)) or (decided is not None and bool(decided.edits))
     if not steers and not spans:
         return params
     link = yield from connect(engine)
-    cap = None if ticket is None else ticket.cap
+    cap = None if request_context is None else request_context.cap
     if cap is not None and decided is not None:
         check_measured(link, decided)
     parts = []
     if steers:
-        parts.append((yield from _part_of(link, engine, extra.get(ASKED), names, ticket)))
+        parts.append((yield from _part_of(link, engine, extra.get(STEERING_KEY), names, request_context)))
     if spans:
-        heeded = yield from send(link, emphasized.content(link.layers))
-        parts.append(replace(heeded, spans=tuple(spans)))
+        emphasis_part = yield from send(link, emphasized.content(link.layers))
+        parts.append(replace(emphasis_part, spans=tuple(spans)))
     params = copy.copy(params)
-    params.extra_args = {k: v for k, v in extra.items() if k not in (ASKED, emphasized.EMPHASIZED)}
-    params.extra_args[RESOLVED] = Wire(tuple(parts), cap=cap).to_plain()
+    params.extra_args = {k: v for k, v in extra.items() if k not in (STEERING_KEY, emphasized.EMPHASIZED)}
+    params.extra_args[RESOLVED_KEY] = Wire(tuple(parts), cap=cap).to_plain()
     return params
 
 
@@ -347,24 +355,28 @@ def check_measured(link: Link, steering: Steering) -> None:
             )
 
 
-def _part_of(link: Link, engine: Any, requested: Any, names: Names, ticket: Ticket | None) -> Rpc:
+def _part_of(link: Link, engine: Any, requested: Any, names: Names, request_context: RequestContext | None) -> Rpc:
     """The part that refers to a request's steering; repeated requests aren't checked and hashed again."""
-    text = _as_text(requested) if ticket is None else f"ticket {ticket.name}"
+    text = _as_text(requested) if request_context is None else f"request {request_context.name}"
     key = None if text is None or len(text) > LONGEST else (names.version, text)
-    part = None if key is None else link.known.get(key)
+    part = None if key is None else link.part_cache.get(key)
     if key is not None and part is not None and part.digest in link.sent:
-        link.known.move_to_end(key)
+        link.part_cache.move_to_end(key)
         link.sent.move_to_end(part.digest)
         link.retired.pop(part.digest, None)
         return part
-    steering = parse(requested, names) if ticket is None or ticket.steering is None else ticket.steering
+    steering = (
+        parse(requested, names)
+        if request_context is None or request_context.steering is None
+        else request_context.steering
+    )
     yield from check(link, engine, steering)
     part = yield from send(link, steering)
-    yield from tidy(link, names)
+    yield from drop_unused(link, names)
     if key is not None:
-        link.known[key] = part
-    if len(link.known) > REMEMBERED:
-        link.known.popitem(last=False)
+        link.part_cache[key] = part
+    if len(link.part_cache) > REMEMBERED:
+        link.part_cache.popitem(last=False)
     return part
 
 

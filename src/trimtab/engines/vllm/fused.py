@@ -1,7 +1,7 @@
 """The operators of a captured graph at a site as one Triton kernel, with one program per token.
 
 If a token's slots are the empty ones, its program ends after reading them, so unsteered tokens cost next to nothing.
-The kernel does the same as `Rig` and `Maps` do with torch's operators, in one pass over the activation.
+The kernel does the same as `SteeringManager` and `Maps` do with torch's operators, in one pass over the activation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.engines.vllm.bank import Bank
 from trimtab.engines.vllm.counting import CALL, GraphCounts
 from trimtab.engines.vllm.maps import TAIL, Maps
-from trimtab.engines.vllm.rig import Rig
+from trimtab.engines.vllm.steering_manager import SteeringManager
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 from trimtab.steering.operations import SHORTEST
@@ -133,7 +133,9 @@ def steer_token(  # type: ignore[no-untyped-def]  # Triton's types are those of 
 
 
 class Fused:
-    """The kernel at each site of a rig: additions, maps, the count, and the activations that are kept for reading."""
+    """The kernel at each site of a manager: additions, maps, the count, and the activations that are kept for
+    reading.
+    """
 
     def __init__(self, bank: Bank, maps: Maps | None, counts: GraphCounts, kept: dict[Site, Tensor]) -> None:
         self._bank, self._maps, self._counts, self._kept = bank, maps, counts, kept
@@ -206,66 +208,68 @@ NEAR = 1e-2
 """The tolerance, relative to how far torch's operators move an activation: more than the rounding of tensor cores."""
 
 
-def check_fused(rig: Rig) -> None:
-    """Run the kernel and torch's operators on random banks of the rig's shapes, on its device.
+def check_fused(manager: SteeringManager) -> None:
+    """Run the kernel and torch's operators on random banks of the manager's shapes, on its device.
 
     This also compiles the kernel, before a graph is captured.
 
     Raises:
         TrimtabError: They differ, or an activation that isn't steered changes.
     """
-    kinds = {(site.kind, width, _has(rig, site)): site for site, width in rig.sites.items()}
+    kinds = {(site.kind, width, _operators_at(manager, site)): site for site, width in manager.sites.items()}
     for site in kinds.values():
-        made = [_random(rig, site) for _ in range(2)]
-        fused = Fused(made[0].bank, made[0].maps, made[0].counts, made[0].kept)  # type: ignore[arg-type]
+        managers = [_random_manager(manager, site) for _ in range(2)]
+        fused = Fused(managers[0].bank, managers[0].maps, managers[0].counts, managers[0].kept)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(1)
         pair = site.kind == "residual"
-        hidden, residual = torch.randn(2, 12, rig.sites[site], generator=generator).to(rig.device, rig.dtype)
+        hidden, residual = torch.randn(2, 12, manager.sites[site], generator=generator).to(
+            manager.device, manager.dtype
+        )
         actual, wanted = hidden.clone(), hidden.clone()
         if not fused.takes(actual, residual):
-            raise TrimtabError(f"it doesn't support {rig.dtype} of width {rig.sites[site]}")
+            raise TrimtabError(f"it doesn't support {manager.dtype} of width {manager.sites[site]}")
         fused.act(site, actual, residual if pair else None)
-        made[1].apply(site, wanted, residual if pair else None)
+        managers[1].apply(site, wanted, residual if pair else None)
         moved = (wanted - hidden).float().norm(dim=-1)
         apart = (actual - wanted).float().norm(dim=-1)
-        rounded = torch.finfo(rig.dtype).eps * wanted.float().norm(dim=-1)
+        rounded = torch.finfo(manager.dtype).eps * wanted.float().norm(dim=-1)
         idle = moved == 0
         near = bool((apart <= NEAR * moved + rounded).all())  # false for NaN
         if not near or not torch.equal(actual[idle], hidden[idle]):
             raise TrimtabError(
                 f"at {site} it differs from torch's operators by {float((apart / rounded).max()):.3g} eps"
             )
-        if not torch.equal(made[0].counts.number_at(site), made[1].counts.number_at(site)):  # type: ignore[union-attr]
+        if not torch.equal(managers[0].counts.number_at(site), managers[1].counts.number_at(site)):  # type: ignore[union-attr]
             raise TrimtabError(f"at {site} its counts differ from those of torch's operators")
 
 
-def _has(rig: Rig, site: Site) -> tuple[bool, bool]:
-    return site in rig.bank.rows, rig.maps is not None and site in rig.maps.sites
+def _operators_at(manager: SteeringManager, site: Site) -> tuple[bool, bool]:
+    return site in manager.bank.rows, manager.maps is not None and site in manager.maps.sites
 
 
-def _random(rig: Rig, site: Site) -> Rig:
-    """A rig like this one with a single site and random banks, the same in each call."""
+def _random_manager(manager: SteeringManager, site: Site) -> SteeringManager:
+    """A manager like this one with a single site and random banks, the same in each call."""
     generator = torch.Generator().manual_seed(0)
-    rows, mapped = _has(rig, site)
-    width, tokens = rig.sites[site], 16
-    bank = Bank([site.layer] if rows else [], width, rig.bank.slots.capacity, tokens, rig.dtype, rig.device)
+    rows, mapped = _operators_at(manager, site)
+    width, tokens = manager.sites[site], 16
+    bank = Bank([site.layer] if rows else [], width, manager.bank.slots.capacity, tokens, manager.dtype, manager.device)
     maps = None
-    if mapped and rig.maps is not None:
-        slots = rig.maps.slots.capacity
-        maps = Maps(rig.capacity, {site: width}, slots, tokens, rig.dtype, rig.device)
+    if mapped and manager.maps is not None:
+        slots = manager.maps.slots.capacity
+        maps = Maps(manager.capacity, {site: width}, slots, tokens, manager.dtype, manager.device)
         vectors, numbers = maps.banks(site)
-        vectors[:, :, 1:] = (torch.randn(vectors[:, :, 1:].shape, generator=generator) / width**0.5).to(rig.device)
+        vectors[:, :, 1:] = (torch.randn(vectors[:, :, 1:].shape, generator=generator) / width**0.5).to(manager.device)
         drawn = torch.rand(numbers[:, 1:].shape, generator=generator)
-        reads, rows_of = numbers.shape[-1] - TAIL - 3 * (rig.capacity.rank + 1), rig.capacity.rank + 1
+        reads, rows_of = numbers.shape[-1] - TAIL - 3 * (manager.capacity.rank + 1), manager.capacity.rank + 1
         drawn[..., reads + rows_of : reads + 2 * rows_of] -= 1  # makes `low` smaller than `high`
         tail = drawn[..., -TAIL:]
         tail[..., 0] = torch.where(tail[..., 0] < 0.5, -torch.inf, tail[..., 0] - 0.5)
         tail[..., 2:] = torch.where(tail[..., 2:] < 0.5, 0.0, 1.0)
         tail[..., 3] = 1 - 2 * tail[..., 3]
-        numbers[:, 1:] = drawn.to(rig.device)
+        numbers[:, 1:] = drawn.to(manager.device)
         maps.index[:12] = torch.tensor([0, 1, 0, 1] * 3) % slots
     for row in bank.rows.values():
-        row[1:] = torch.randn(row[1:].shape, generator=generator).to(rig.device, rig.dtype)
+        row[1:] = torch.randn(row[1:].shape, generator=generator).to(manager.device, manager.dtype)
     bank.index[:12] = torch.tensor([0, 0, 1, 1] * 3)
-    capacity = replace(rig.capacity, layers=None)
-    return Rig({site: width}, rig.dtype, rig.device, bank, True, capacity, maps, tokens)
+    capacity = replace(manager.capacity, layers=None)
+    return SteeringManager({site: width}, manager.dtype, manager.device, bank, True, capacity, maps, tokens)

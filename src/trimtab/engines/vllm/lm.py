@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trimtab.engines.answer import Applied, Generation
-from trimtab.engines.arguments import one_each
+from trimtab.engines.arguments import steerings_for
 from trimtab.engines.contract import Sizes
 from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.meanings import check_meanings
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
-from trimtab.engines.resolve import Resolved, Where, resolve
+from trimtab.engines.resolve import PositionsByRequest, Resolved, resolve
 from trimtab.engines.transformers.default_model import NAME, default_folder
-from trimtab.engines.vllm.counting import MARK
-from trimtab.engines.vllm.frontend import NAMES, Link, connect, send, tidy
+from trimtab.engines.vllm.counting import FAILURE_PREFIX
+from trimtab.engines.vllm.frontend import NAMES, Link, connect, drop_unused, send
 from trimtab.engines.vllm.identity import identify
 from trimtab.engines.vllm.memory import cpu_options
-from trimtab.engines.vllm.reading import batches, check_readable, params_of, taken
+from trimtab.engines.vllm.reading import batches, check_readable, collect_readings, params_of
 from trimtab.engines.vllm.rpc import run
 from trimtab.engines.vllm.sampling import check_candidates, sampling_of, seed_at
 from trimtab.engines.vllm.versions import check_version
-from trimtab.engines.vllm.wire import RESOLVED, Part, Wire
+from trimtab.engines.vllm.wire import RESOLVED_KEY, Part, Wire
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, ModelId, Site, Steering
-from trimtab.steering.conditional import unconditional
+from trimtab.steering.conditional import without_conditional_operation
 from trimtab.steering.gates import ALWAYS
 from trimtab.steering.identity import check_learned_on
 from trimtab.text.chat import Template
@@ -145,7 +145,7 @@ class VllmLM(LanguageModel):
     @cached_property
     def identity(self) -> ModelId:
         """Equal to `LM.identity`; the fingerprint is computed from the weights in the workers."""
-        with self._alive():
+        with self._translate_errors():
             return run(identify(self._engine, self.name), self._engine)
 
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
@@ -161,17 +161,17 @@ class VllmLM(LanguageModel):
         self.check(steering, transfer=transfer)
         NAMES.register(name, steering)
         self._send(steering)
-        self._tidy()
+        self._drop_unused()
 
     def unregister(self, name: str) -> None:
         """Remove a name; running requests keep their steering. Raises `TrimtabError` if it isn't registered."""
         NAMES.unregister(name)
-        self._tidy()
+        self._drop_unused()
 
     # ---- requests ----------------------------------------------------------------------------------------
 
-    def _named(self, steering: Any, count: int) -> list[Any]:
-        return [NAMES[item] if isinstance(item, str) else item for item in one_each(steering, count, named=True)]
+    def _steerings_for(self, steering: Any, count: int) -> list[Any]:
+        return [NAMES[item] if isinstance(item, str) else item for item in steerings_for(steering, count, named=True)]
 
     def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
         """Raises `TrimtabError` for options that vLLM doesn't have. Options have transformers' names."""
@@ -179,20 +179,20 @@ class VllmLM(LanguageModel):
         return decoding
 
     def run(
-        self, requests: Sequence[Request], decoding: Decoding, places: Sequence[int] | None = None
+        self, requests: Sequence[Request], decoding: Decoding, indices: Sequence[int] | None = None
     ) -> list[list[Generation]]:
         """Answer checked requests, in order. Doses aren't measured.
 
         Each request is sampled with its own seed, which is derived from `decoding.seed` and its index: in this list, or
-        in a longer one if `places` has the indices.
+        in a longer one if `indices` has the indices.
         """
         resolved = self._resolved([request.steering for request in requests], [request.ids for request in requests])
         params = []
-        for place, part in zip(places or range(len(requests)), self._parts(resolved.edits), strict=True):
-            seed = None if decoding.seed is None else seed_at(decoding.seed, place)
+        for index, part in zip(indices or range(len(requests)), self._parts(resolved.edits), strict=True):
+            seed = None if decoding.seed is None else seed_at(decoding.seed, index)
             sampling = sampling_of(decoding.max_new_tokens, decoding.logprobs, seed, decoding.options)
             if part is not None:
-                sampling.extra_args = {RESOLVED: Wire((part,)).to_plain()}
+                sampling.extra_args = {RESOLVED_KEY: Wire((part,)).to_plain()}
             params.append(sampling)
         outputs = self._run([request.ids for request in requests], params, decoding.progress)
         return [
@@ -210,7 +210,7 @@ class VllmLM(LanguageModel):
             sampling = sampling_of(1, False, None, {})
             sampling.logprob_token_ids = list(dict.fromkeys(int(token) for token in choice.candidates))
             if part is not None:
-                sampling.extra_args = {RESOLVED: Wire((part,), prompt_length=choice.prompt_length).to_plain()}
+                sampling.extra_args = {RESOLVED_KEY: Wire((part,), prompt_length=choice.prompt_length).to_plain()}
             params.append(sampling)
         outputs = self._run([choice.ids for choice in choices], params, progress)
         next_tokens = []
@@ -241,7 +241,7 @@ class VllmLM(LanguageModel):
     def _resolved(self, steerings: Sequence[Steering | None], prompts: Sequence[Sequence[int]]) -> Resolved:
         """What acts on each request; gates read the unsteered prompts."""
 
-        def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, Mapping[Site, Any]]:
+        def read(where: PositionsByRequest, sites: Sequence[Site], _tokens: int) -> dict[int, Mapping[Site, Any]]:
             check_readable(self._link, sites)
             activations = self._capture([Text(prompts[i], where[i]) for i in where], sites)
             return dict(zip(where, activations, strict=True))
@@ -250,8 +250,8 @@ class VllmLM(LanguageModel):
 
     def _parts(self, requests: Sequence[tuple[Edit, ...]]) -> list[Part | None]:
         """The parts that refer to each request's edits; their contents are sent to the workers."""
-        parts = [self._send(Steering(_open(edits))) if edits else None for edits in requests]
-        self._tidy()
+        parts = [self._send(Steering(_without_open_gates(edits))) if edits else None for edits in requests]
+        self._drop_unused()
         return parts
 
     def _run(self, ids: Sequence[Sequence[int]], params: Sequence[Any], progress: Any = None) -> list[Any]:
@@ -263,23 +263,23 @@ class VllmLM(LanguageModel):
                 )
         prompts = [{"prompt_token_ids": list(tokens)} for tokens in ids]
         bar = False if progress is None else _bar(progress)
-        with self._alive():
+        with self._translate_errors():
             return self.llm.generate(prompts, list(params), use_tqdm=bar)
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
-        with self._alive():
+        with self._translate_errors():
             return self._engine.collective_rpc(method, args=args)
 
     def _send(self, steering: Steering) -> Part:
-        with self._alive():
+        with self._translate_errors():
             return run(send(self._link, steering), self._engine)
 
-    def _tidy(self) -> None:
-        with self._alive():
-            run(tidy(self._link, NAMES), self._engine)
+    def _drop_unused(self) -> None:
+        with self._translate_errors():
+            run(drop_unused(self._link, NAMES), self._engine)
 
     @contextmanager
-    def _alive(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -287,7 +287,7 @@ class VllmLM(LanguageModel):
         except EngineDeadError as error:
             raise EngineDied(f"the vLLM engine of {self.name} has died: {error}; load it again") from error
         except RuntimeError as error:
-            if MARK not in str(error):
+            if FAILURE_PREFIX not in str(error):
                 raise
             raise TrimtabError(str(error)) from error  # from a worker whose receipts the scheduler doesn't receive
 
@@ -321,19 +321,21 @@ class VllmLM(LanguageModel):
             parts = [None] * len(texts)
         names, params = params_of(texts, sites, parts)
         self._run([text.ids for text in texts], params)
-        return taken(self._rpc("trimtab_take", names), sites)
+        return collect_readings(self._rpc("trimtab_take", names), sites)
 
     def steered(self, *_: Any, **__: Any) -> Any:
         """Not supported: the model runs in separate processes."""
         self.require("steered")
 
 
-def _open(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+def _without_open_gates(edits: Sequence[Edit]) -> tuple[Edit, ...]:
     """Edits that act, without their open gates, so that edits with the same effect are equal.
 
     A condition on each token is kept, in the gate as in a file.
     """
-    return tuple(unconditional(edit) if edit.gate.token_sites else replace(edit, gate=ALWAYS) for edit in edits)
+    return tuple(
+        without_conditional_operation(edit) if edit.gate.token_sites else replace(edit, gate=ALWAYS) for edit in edits
+    )
 
 
 def _answer(output: Any, choice: Any, edits: tuple[str, ...], prompt_tokens: int) -> Generation:

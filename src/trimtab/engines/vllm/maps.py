@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.vllm.bank import Slots, send
+from trimtab.engines.vllm.bank import Slots, copy_to
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.forms import Form
 from trimtab.steering import Site
@@ -79,9 +79,9 @@ class Maps:
 
     # ---- the contents of a slot --------------------------------------------------------------------------
 
-    def take(self, key: str, forms: Mapping[Site, Sequence[Form]]) -> None:
+    def acquire(self, key: str, forms: Mapping[Site, Sequence[Form]]) -> None:
         """Add a user to a state. Its forms are written if they aren't in the banks yet."""
-        slot, new = self.slots.take(key)
+        slot, new = self.slots.acquire(key)
         if not new:
             return
         numbers = torch.zeros(len(self.sites), self.capacity.steps, self._size, dtype=self.dtype)
@@ -93,7 +93,7 @@ class Maps:
             for step, form in enumerate(several):
                 self._put(at, step, slot, form)
                 numbers[at, step] = self._numbers_of(form)
-        send(numbers, self._numbers[:, :, slot])
+        copy_to(numbers, self._numbers[:, :, slot])
 
     def release(self, key: str) -> None:
         self.slots.release(key)
@@ -110,7 +110,7 @@ class Maps:
             read[-1] = form.gate.direction
         if form.factor is not None:
             excess[0] = form.factor - 1
-        send(every, vectors)
+        copy_to(every, vectors)
 
     def _numbers_of(self, form: Form) -> Tensor:
         rank, rows = len(form.read), self._rows
@@ -122,7 +122,7 @@ class Maps:
         tail[:] = torch.tensor([-torch.inf, form.keep_norm, 0, 1, 0])
         if gate is not None:
             tail[0], tail[2] = gate.threshold, gate.by_norm
-            tail[3], tail[4] = -1 if gate.either_way else 1, gate.negated
+            tail[3], tail[4] = -1 if gate.absolute else 1, gate.negated
         return numbers
 
     def banks(self, site: Site) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ class Maps:
             vectors = vectors.index_select(1, index)
             z = torch.baddbmm(bias[..., None], vectors[:reads].transpose(0, 1), x[..., None])[..., 0]
         else:
-            z = _own(x @ vectors[:reads].flatten(0, 1).T, reads, index) + bias
+            z = _select_own(x @ vectors[:reads].flatten(0, 1).T, reads, index) + bias
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) if capacity.norms else None
         threshold, share, by_norm, mirror, negated = tail.split(1, dim=-1)
         if capacity.gates:  # compare x.v or |x.v| with a threshold, which may be in norms of x
@@ -180,11 +180,11 @@ class Maps:
             excess = vectors[-1] if few else vectors[-1].index_select(0, index)
             delta = torch.addcmul(delta, x, excess)
         if length is not None:
-            delta = _kept(x, delta, length, share)
+            delta = _keep_norm(x, delta, length, share)
         return torch.where(acts, delta, self._nothing)
 
 
-def _own(every: Tensor, rows: int, index: Tensor) -> Tensor:
+def _select_own(every: Tensor, rows: int, index: Tensor) -> Tensor:
     """Of the readings of all maps, `[tokens, rows * slots]`, those of each token's own map, `[tokens, rows]`."""
     each = every.view(len(index), rows, -1)
     return each.gather(2, index[:, None, None].expand(-1, rows, 1))[..., 0]
@@ -196,7 +196,7 @@ def _placed(z: Tensor, slots: int, index: Tensor) -> Tensor:
     return each.scatter_(2, index[:, None, None].expand(-1, z.shape[1], 1), z[..., None]).flatten(1)
 
 
-def _kept(x: Tensor, delta: Tensor, length: Tensor, share: Tensor) -> Tensor:
+def _keep_norm(x: Tensor, delta: Tensor, length: Tensor, share: Tensor) -> Tensor:
     """`delta`, adjusted so that x's norm, `length`, is kept by this share. At 0 it is `delta` bit for bit."""
     norm = torch.linalg.vector_norm(x + delta, dim=-1, keepdim=True)
     factor = torch.lerp(norm, length, share) / norm.clamp_min(SHORTEST)

@@ -23,17 +23,17 @@ from trimtab.engines.vllm.versions import check_version
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import ModelId, Site, Steering
 
-PASSED_ON = ("TRIMTAB_", "VLLM_")
+FORWARDED_PREFIXES = ("TRIMTAB_", "VLLM_")
 """Environment variables with these prefixes are passed on to every engine, including those on other machines."""
 SPREAD = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 STARTS = 3
 """How often starting a cluster on this machine is tried: Ray allows 30 seconds, which a busy machine can exceed."""
-PATIENCE = 60.0
+CHECK_INTERVAL = 60.0
 """While no call returns, the cluster is checked at this interval, in seconds, for room for at least one engine."""
 
 
 @dataclass(frozen=True)
-class Hello:
+class EngineInfo:
     """The description of an engine for its callers; the same for all engines of a model, except for `process`."""
 
     name: str
@@ -44,7 +44,7 @@ class Hello:
     link: Any
     process: str
 
-    def check_same(self, other: Hello) -> None:
+    def check_same(self, other: EngineInfo) -> None:
         """Raises `TrimtabError` if another engine has a different model."""
         for what in ("identity", "runs_in", "layout"):
             here, there = getattr(self, what), getattr(other, what)
@@ -56,7 +56,7 @@ class Hello:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RemoteError:
     """Returned instead of a result: the `TrimtabError` that an engine raised, which Ray would wrap in its own text."""
 
     error: TrimtabError
@@ -71,22 +71,22 @@ class Replica:
         self.lm: Any = None
 
     def ask(self, method: str, arguments: Sequence[Any]) -> Any:
-        """The result of a method; `Refused` if it raises a `TrimtabError`."""
+        """The result of a method; `RemoteError` if it raises a `TrimtabError`."""
         try:
             return getattr(self, method)(*arguments)
         except TrimtabError as error:
-            return Refused(error)
+            return RemoteError(error)
 
-    def hello(self) -> Hello:
+    def hello(self) -> EngineInfo:
         from trimtab.engines.vllm.lm import VllmLM
 
         self.lm = lm = VllmLM.load(self.model, **self.options)
         process = f"process {os.getpid()} on {socket.gethostname()}"
         tokenizer = lm.llm.get_tokenizer()
-        return Hello(lm.name, lm.identity, lm.runs_in, lm.layout, tokenizer, lm._link, process)
+        return EngineInfo(lm.name, lm.identity, lm.runs_in, lm.layout, tokenizer, lm._link, process)
 
-    def run(self, requests: Sequence[Request], decoding: Decoding, places: Sequence[int]) -> Any:
-        return self.lm.run(requests, decoding, places)
+    def run(self, requests: Sequence[Request], decoding: Decoding, indices: Sequence[int]) -> Any:
+        return self.lm.run(requests, decoding, indices)
 
     def read(self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], steering: Steering | None) -> list[Batch]:
         return list(self.lm._read(groups, sites, TOKENS_PER_BATCH, steering))
@@ -148,7 +148,7 @@ class RayCluster:
                 ray.shutdown()
                 if not left or isinstance(error, ConnectionError):
                     raise TrimtabError(f"can't connect to Ray: {_line(error)}") from error
-        self.gpus = check_room(ray.cluster_resources(), self.count)
+        self.gpus = gpus_per_engine(ray.cluster_resources(), self.count)
 
     def options_of(self, number: int) -> dict[str, Any]:
         """An engine's options. Seeds differ, or all engines would draw the same samples for unseeded requests."""
@@ -163,7 +163,7 @@ class RayCluster:
             self.connect()
         options = self.options_of(self.started)
         self.started += 1
-        environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        environment = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)}
         actor = ray.remote(Replica).options(num_cpus=1, num_gpus=self.gpus, scheduling_strategy="SPREAD")
         return actor.remote(self.model, options, environment)
 
@@ -174,10 +174,10 @@ class RayCluster:
         import ray
 
         while True:
-            came, _ = ray.wait(list(answers), num_returns=1, timeout=PATIENCE)
-            if came:
-                return came[0]
-            check_room(ray.cluster_resources(), 1)
+            ready, _ = ray.wait(list(answers), num_returns=1, timeout=CHECK_INTERVAL)
+            if ready:
+                return ready[0]
+            gpus_per_engine(ray.cluster_resources(), 1)
 
     def take(self, answer: Any) -> Any:
         """Raises `LostEngine` if the engine is gone, and `TrimtabError` if it refused the call or failed."""
@@ -191,8 +191,8 @@ class RayCluster:
             cause = error.cause
             raise TrimtabError(f"an engine failed: {type(cause).__name__}: {_line(cause)}") from error
         except ray.exceptions.RayError as error:
-            raise LostEngine(lost(error)) from error
-        if isinstance(value, Refused):
+            raise LostEngine(loss_reason(error)) from error
+        if isinstance(value, RemoteError):
             if isinstance(value.error, EngineDied):
                 raise LostEngine(str(value.error))
             raise value.error
@@ -212,7 +212,7 @@ def silence() -> None:
     worker._worker_logs_enabled = False
 
 
-def check_room(resources: Mapping[str, float], count: int) -> int:
+def gpus_per_engine(resources: Mapping[str, float], count: int) -> int:
     """The number of GPUs per engine, for a cluster with these total resources.
 
     Raises `TrimtabError` if there isn't room for `count` engines; Ray would wait forever for it.
@@ -225,7 +225,7 @@ def check_room(resources: Mapping[str, float], count: int) -> int:
     return 1 if what == "GPU" else 0
 
 
-def lost(error: Exception) -> str:
+def loss_reason(error: Exception) -> str:
     """Why an engine is gone, by the class of Ray's exception, since its messages are pages long."""
     words = {
         "OutOfMemoryError": "its machine ran out of memory, and Ray ended it",

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from trimtab.engines.vllm.rig import Rig
+    from trimtab.engines.vllm.steering_manager import SteeringManager
 
-RIGS: list[Rig] = []
-"""The rigs of the engines in this process; the operator receives a rig's index."""
+MANAGERS: list[SteeringManager] = []
+"""The managers of the engines in this process; the operator receives a manager's index."""
 
 _library = torch.library.Library("trimtab", "FRAGMENT")
 
 
 def _steer(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
     index, number = divmod(int(place), SITES)
-    rig = RIGS[index]
-    rig.apply(rig.numbered[number], hidden, residual)
+    manager = MANAGERS[index]
+    manager.apply(manager.numbered[number], hidden, residual)
 
 
 def _steer_fake(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
@@ -33,12 +33,12 @@ SITES = 1 << 16
 """More sites than any model has."""
 
 
-def place_of(rig: int, number: int) -> Tensor:
-    """The location of an operator, that is, its rig and site, as a tensor on the CPU.
+def place_of(manager: int, number: int) -> Tensor:
+    """The location of an operator, that is, its manager and site, as a tensor on the CPU.
 
     Since it is a tensor, it is an input of the graph and not a constant, so identical blocks are compiled once.
     """
-    return torch.tensor(rig * SITES + number)
+    return torch.tensor(manager * SITES + number)
 
 
 def define() -> None:

@@ -11,21 +11,21 @@ from collections.abc import Callable
 from typing import Any
 
 from trimtab.engines.vllm import emphasized
-from trimtab.engines.vllm.admitted import TICKET, Ticket, ticket_for
-from trimtab.engines.vllm.counting import DOSES, MARK
+from trimtab.engines.vllm.counting import DOSES, FAILURE_PREFIX
 from trimtab.engines.vllm.frontend import LINK, NAMES, Link, Names, resolve
+from trimtab.engines.vllm.request_context import REQUEST_CONTEXT, RequestContext, request_context_for
 from trimtab.engines.vllm.rpc import run, run_async
-from trimtab.engines.vllm.wire import RESOLVED, wire_of
+from trimtab.engines.vllm.wire import RESOLVED_KEY, wire_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.text.spans import Span
 
 FAILURES = "_trimtab_failures"  # attribute of an engine: reasons of failed requests, until one is raised
 
 
-def failed_because(output: Any) -> str | None:
+def failure_reason(output: Any) -> str | None:
     """Why a request that should have been steered and wasn't was ended, or `None`."""
     for choice in output.outputs if output.finished and hasattr(output.outputs, "__iter__") else ():
-        if choice.finish_reason == "error" and str(choice.stop_reason).startswith(MARK):
+        if choice.finish_reason == "error" and str(choice.stop_reason).startswith(FAILURE_PREFIX):
             return str(choice.stop_reason)
     return None
 
@@ -58,69 +58,69 @@ def patch_engines(
 
     async def add_request_async(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            ticket = ticket_for(prompt, params)
+            request_context = request_context_for(prompt, params)
             spans: tuple[Span, ...] = ()
-            if _marked(params, ticket) is not None:
-                spans = await asyncio.to_thread(_spans, self, prompt, params, ticket)
-            params = await run_async(resolve(self, params, names, ticket, spans), self)
-            if ticket is not None:
+            if _emphasis_request(params, request_context) is not None:
+                spans = await asyncio.to_thread(_spans, self, prompt, params, request_context)
+            params = await run_async(resolve(self, params, names, request_context, spans), self)
+            if request_context is not None:
                 if spans:
-                    ticket.heed(str(request_id), spans, getattr(self, LINK).layers)
-                await ticket.start()
+                    request_context.record_emphasis(str(request_id), spans, getattr(self, LINK).layers)
+                await request_context.start()
             return await add_async(self, request_id, prompt, params, *args, **kwargs)
         except TrimtabError as error:
             raise refusal(str(error)) from error
 
-    def step_and_tell(self: Any) -> Any:
+    def step_and_raise(self: Any) -> Any:
         """Run all requests to their end; then raise for the first one that wasn't steered."""
         outputs = step(self)
         failures = self.__dict__.setdefault(FAILURES, [])
-        failures += filter(None, map(failed_because, outputs))
+        failures += filter(None, map(failure_reason, outputs))
         if failures and not self.has_unfinished_requests():
             setattr(self, FAILURES, [])
             raise TrimtabError(failures[0])
         return outputs
 
-    async def generate_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
-        ticket = TICKET.get()
+    async def generate_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request_context = REQUEST_CONTEXT.get()
         async for output in generate(self, *args, **kwargs):
-            if ticket is not None:
-                ticket.hear(output, delta=_is_delta(args, kwargs))
-            if reason := failed_because(output):
-                if ticket is not None:
-                    ticket.fail(reason)
+            if request_context is not None:
+                request_context.record_output(output, delta=_is_delta(args, kwargs))
+            if reason := failure_reason(output):
+                if request_context is not None:
+                    request_context.fail(reason)
                 raise failure(reason)
             yield output
 
     sync.add_request = add_request
-    sync.step = step_and_tell
+    sync.step = step_and_raise
     asynchronous.add_request = add_request_async
-    asynchronous.generate = generate_and_tell
+    asynchronous.generate = generate_and_report
 
 
-def _marked(params: Any, ticket: Ticket | None) -> emphasized.Marked | None:
+def _emphasis_request(params: Any, request_context: RequestContext | None) -> emphasized.EmphasisRequest | None:
     """What to emphasize, or `None`. Raises `TrimtabError` if it can't be parsed."""
-    if ticket is not None and ticket.marked is not None:
-        return ticket.marked
+    if request_context is not None and request_context.emphasis is not None:
+        return request_context.emphasis
     wanted = (getattr(params, "extra_args", None) or {}).get(emphasized.EMPHASIZED)
-    return emphasized.marked(wanted) if wanted else None
+    return emphasized.parse_emphasis(wanted) if wanted else None
 
 
-def _spans(engine: Any, prompt: Any, params: Any, ticket: Ticket | None = None) -> tuple[Span, ...]:
+def _spans(engine: Any, prompt: Any, params: Any, request_context: RequestContext | None = None) -> tuple[Span, ...]:
     """The spans to emphasize in the prompt. Raises `TrimtabError` if a phrase isn't in it."""
-    wanted = _marked(params, ticket)
+    wanted = _emphasis_request(params, request_context)
     return () if wanted is None else emphasized.find(engine, prompt, wanted)
 
 
 def patch_outputs(processor: Any) -> None:
-    """Make vLLM's `OutputProcessor` pass the doses in the core's outputs to the tickets."""
+    """Make vLLM's `OutputProcessor` pass the doses in the core's outputs to the request contexts."""
     add, process = processor.add_request, processor.process_outputs
 
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         done = add(self, request, *args, **kwargs)
-        state, ticket = self.request_states.get(request.request_id), TICKET.get()
-        if state is not None and ticket is not None:
-            state._trimtab_ticket = ticket
+        state, request_context = self.request_states.get(request.request_id), REQUEST_CONTEXT.get()
+        if state is not None and request_context is not None:
+            state._trimtab_context = request_context
         return done
 
     def process_outputs(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,10 +128,10 @@ def patch_outputs(processor: Any) -> None:
             if isinstance(output.kv_transfer_params, dict) and DOSES in output.kv_transfer_params:
                 doses, output.kv_transfer_params = output.kv_transfer_params[DOSES], None
                 state = self.request_states.get(output.request_id)
-                ticket: Ticket | None = getattr(state, "_trimtab_ticket", None)
-                if state is not None and ticket is not None:
+                request_context: RequestContext | None = getattr(state, "_trimtab_context", None)
+                if state is not None and request_context is not None:
                     parent = state if state.parent_req is None else state.parent_req
-                    ticket.weigh((parent.external_req_id, state.request_index), doses)
+                    request_context.record_doses((parent.external_req_id, state.request_index), doses)
         return process(self, outputs, *args, **kwargs)
 
     processor.add_request = add_request
@@ -150,8 +150,8 @@ def patch_inputs(processor: Any) -> None:
                 raise UnsupportedError("a prompt of embeddings has no tokens to steer at; give text or token ids")
             extra = request.sampling_params.extra_args
             link: Link = getattr(self, LINK)
-            placed = link.place(wire, wire.prompt_length or len(request.prompt_token_ids))
-            request.sampling_params.extra_args = {**extra, RESOLVED: placed.to_plain()}
+            final_wire = link.wire_for_prompt(wire, wire.prompt_length or len(request.prompt_token_ids))
+            request.sampling_params.extra_args = {**extra, RESOLVED_KEY: final_wire.to_plain()}
         return request
 
     processor.process_inputs = process_inputs

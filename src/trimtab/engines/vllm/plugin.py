@@ -42,13 +42,13 @@ def register() -> None:
     from trimtab.engines.vllm.settings import patch_arguments
     from trimtab.engines.vllm.worker import patch_worker
 
-    def started(arguments: EngineArgs) -> tuple[Capacity, frozenset[str]]:
+    def load_requirements(arguments: EngineArgs) -> tuple[Capacity, frozenset[str]]:
         NAMES.load_environment()
         if isinstance(arguments, AsyncEngineArgs):  # a server, or another user of the asynchronous engine
             patch_server()
         return NAMES.capacity(), NAMES.sites()
 
-    patch_arguments(EngineArgs, started)
+    patch_arguments(EngineArgs, load_requirements)
     patch_engines(LLMEngine, AsyncLLM, NAMES, VLLMValidationError, GenerationError)
     patch_inputs(InputProcessor)
     patch_outputs(OutputProcessor)

@@ -14,15 +14,15 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import Slot, as_rows, call_of, slots_at, sweep
+from trimtab.engines.folding import Slot, active_ranges, as_rows, kernel_call, slots_at
 from trimtab.steering import Edit, ScaleKeys, Site
-from trimtab.steering.conditional import conditional
+from trimtab.steering.conditional import with_conditional_operation
 from trimtab.steering.meanings import Meaning
 from trimtab.steering.operations import add
 
 
 @dataclass(frozen=True)
-class Identified:
+class IdentifiedEdit:
     """An edit, with a name that is equal exactly for edits of equal content and strength."""
 
     name: str
@@ -39,7 +39,7 @@ class State:
     @cached_property
     def slots(self) -> dict[Site, list[Slot]]:
         """The slots by site."""
-        edits = tuple(conditional(edit) for edit in self.edits)
+        edits = tuple(with_conditional_operation(edit) for edit in self.edits)
         return {site: slots_at(edits, site) for site in sorted({edit.site for edit in edits})}
 
     @cached_property
@@ -74,7 +74,7 @@ class State:
     def row(self, site: Site, dtype: torch.dtype) -> Tensor:
         """The vector that the state adds after a block, `[width]`. Raises `TrimtabError` if it overflows the dtype."""
         slot = self.added[site]
-        return as_rows(call_of(slot)[1], dtype, slot)["vector"]
+        return as_rows(kernel_call(slot)[1], dtype, slot)["vector"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Segment:
 
 
 def compile_program(
-    edits: Sequence[Identified], prompt_length: int, holding: Collection[Meaning] | None = None
+    edits: Sequence[IdentifiedEdit], prompt_length: int, holding: Collection[Meaning] | None = None
 ) -> tuple[Segment, ...]:
     """The segments, in order; between them nothing acts.
 
@@ -97,7 +97,7 @@ def compile_program(
     """
     plain = tuple(identified.edit for identified in edits)
     segments: list[Segment] = []
-    for start, stop, rules in sweep(plain, prompt_length, holding):
+    for start, stop, rules in active_ranges(plain, prompt_length, holding):
         acting = [identified for identified in edits if identified.edit.positions in rules]
         key = hashlib.sha256("\n".join(identified.name for identified in acting).encode()).hexdigest()[:32]
         state = _kept(State(key, tuple(identified.edit for identified in acting)))
@@ -122,10 +122,10 @@ def check_range(state: State, dtype: torch.dtype) -> None:
     for slots in state.staged.values():
         for slot in slots:
             if len(slot) > 1:
-                call_of(slot)
+                kernel_call(slot)
 
 
-def runs(segments: Sequence[Segment], first: int, count: int) -> Iterator[tuple[int, State | None]]:
+def state_runs(segments: Sequence[Segment], first: int, count: int) -> Iterator[tuple[int, State | None]]:
     """Tokens `first` to `first + count` as ranges `(length, state)`; the state is `None` where nothing acts."""
     at, end = first, first + count
     for segment in segments:

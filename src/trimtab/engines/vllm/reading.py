@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.request import Text
-from trimtab.engines.vllm.admission import INSTEAD
+from trimtab.engines.vllm.admission import USE_TRANSFORMERS
 from trimtab.engines.vllm.frontend import Link
 from trimtab.engines.vllm.sampling import sampling_of
-from trimtab.engines.vllm.wire import RESOLVED, Part, Reading, Wire
+from trimtab.engines.vllm.wire import RESOLVED_KEY, Part, Reading, Wire
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Site
 
@@ -32,9 +32,9 @@ def check_readable(link: Link, sites: Sequence[Site]) -> None:
         known = site.kind == "residual" or (site.kind in link.inside and site.kind not in link.split)
         if not known or not 0 <= site.layer < link.layers:
             raise UnsupportedError(
-                f"the vllm engine reads the residual stream after layers 0 to {link.layers - 1}, not {site}; {INSTEAD},"
-                " and so can this one, for heads, neurons, attention and mlp, with TRIMTAB_SITES in its environment and"
-                " tensor_parallel_size=1"
+                f"the vllm engine reads the residual stream after layers 0 to {link.layers - 1}, not {site};"
+                f" {USE_TRANSFORMERS}, and so can this one, for heads, neurons, attention and mlp, with TRIMTAB_SITES"
+                " in its environment and tensor_parallel_size=1"
             )
 
 
@@ -61,13 +61,15 @@ def params_of(
         reading = Reading(uuid.uuid4().hex, kept, tuple(text.positions))
         plain = sampling_of(1, False, None, {})
         plain.skip_reading_prefix_cache = True  # tokens in cached blocks wouldn't be computed
-        plain.extra_args = {RESOLVED: Wire(() if part is None else (part,), reading).to_plain()}
+        plain.extra_args = {RESOLVED_KEY: Wire(() if part is None else (part,), reading).to_plain()}
         names.append(reading.id)
         params.append(plain)
     return names, params
 
 
-def taken(workers: Sequence[Sequence[Mapping[Any, Any]]], sites: Sequence[Site]) -> list[Mapping[Site, Tensor]]:
+def collect_readings(
+    workers: Sequence[Sequence[Mapping[Any, Any]]], sites: Sequence[Site]
+) -> list[Mapping[Site, Tensor]]:
     """For each reading `{site: [positions, width]}` in float32, from the parts that each worker has kept."""
     readings: list[Mapping[Site, Tensor]] = []
     for each in zip(*workers, strict=True):

@@ -53,31 +53,31 @@ class Cluster(Protocol):
 
 
 @dataclass(eq=False)
-class Deal:
+class Job:
     """The portions of one piece of work: those that wait for an engine, and the results of those that are done."""
 
     method: str
     portions: Sequence[Sequence[Any]]
-    came: Callable[[int], None] | None = None
-    following: int = 0  # the next portion to be returned
-    over: bool = False  # no more results are needed
-    refused: TrimtabError | None = None
+    on_result: Callable[[int], None] | None = None
+    next_portion: int = 0  # the next portion to be returned
+    abandoned: bool = False  # no more results are needed
+    error: TrimtabError | None = None
 
     def __post_init__(self) -> None:
         self.waiting: deque[int] = deque(range(len(self.portions)))
         self.answers: dict[int, Any] = {}
         self.losses: Counter[int] = Counter()
 
-    def answer(self, number: int, value: Any) -> None:
+    def add_result(self, number: int, value: Any) -> None:
         self.answers[number] = value
-        if self.came is not None and not self.over:
-            self.came(number)
+        if self.on_result is not None and not self.abandoned:
+            self.on_result(number)
 
-    def lose(self, number: int, reason: str) -> None:
+    def record_loss(self, number: int, reason: str) -> None:
         """A portion's engine was lost: retry the portion, unless that has happened too often."""
         self.losses[number] += 1
         if self.losses[number] > RETRIES:
-            self.refused = TrimtabError(
+            self.error = TrimtabError(
                 f"part {number + 1} of {len(self.portions)} was lost with its engine {self.losses[number]} times; the"
                 f" last time {reason}"
             )
@@ -101,7 +101,7 @@ class Replicas:
     lost: int = 0  # engines, so far
     _idle: list[Any] = field(default_factory=list)
     _starting: dict[Answer, Any] = field(default_factory=dict)
-    _busy: dict[Answer, tuple[Any, Deal, int]] = field(default_factory=dict)
+    _busy: dict[Answer, tuple[Any, Job, int]] = field(default_factory=dict)
     _failed: int = 0  # engines lost while starting, since the last successful start
     _reason: str = ""
 
@@ -110,7 +110,7 @@ class Replicas:
         try:
             while not self._idle and not self._busy:
                 self._fill()
-                self._hear()
+                self._receive_result()
         except BaseException:
             self.close()
             raise
@@ -122,8 +122,8 @@ class Replicas:
         for engine in engines:
             self.cluster.stop(engine)
 
-    def deal(
-        self, method: str, portions: Sequence[Sequence[Any]], came: Callable[[int], None] | None = None
+    def run_portions(
+        self, method: str, portions: Sequence[Sequence[Any]], on_result: Callable[[int], None] | None = None
     ) -> Iterator[Any]:
         """Run all portions on the engines, and yield each result in the portions' order.
 
@@ -132,27 +132,27 @@ class Replicas:
         Args:
             method: The method that engines run.
             portions: The arguments of each call.
-            came: Called with the index of each portion when its result arrives, in any order.
+            on_result: Called with the index of each portion when its result arrives, in any order.
 
         Raises:
             TrimtabError: An engine refused a call; a portion lost its engine `RETRIES` + 1 times; or no engine is left.
         """
-        deal = Deal(method, portions, came)
+        job = Job(method, portions, on_result)
         try:
             with self._stopping():
-                while deal.following < len(portions):
-                    if deal.refused is not None:
-                        raise deal.refused
-                    if deal.following in deal.answers:
-                        value = deal.answers.pop(deal.following)
-                        deal.following += 1
+                while job.next_portion < len(portions):
+                    if job.error is not None:
+                        raise job.error
+                    if job.next_portion in job.answers:
+                        value = job.answers.pop(job.next_portion)
+                        job.next_portion += 1
                         yield value
                         continue
                     self._fill()
-                    self._hand_out(deal)
-                    self._hear()
+                    self._dispatch(job)
+                    self._receive_result()
         finally:
-            deal.over = True
+            job.abandoned = True
 
     def _fill(self) -> None:
         """Start the missing engines. Raises `TrimtabError` if there are none and none will start."""
@@ -168,40 +168,40 @@ class Replicas:
 
     # An interrupt may occur between any two lines below, so an engine is on its new list before it leaves the old one.
 
-    def _hand_out(self, deal: Deal) -> None:
-        while self._idle and deal.waiting and deal.waiting[0] < deal.following + AHEAD * self.count:
-            engine, number = self._idle[0], deal.waiting.popleft()
-            self._busy[self.cluster.ask(engine, deal.method, deal.portions[number])] = engine, deal, number
+    def _dispatch(self, job: Job) -> None:
+        while self._idle and job.waiting and job.waiting[0] < job.next_portion + AHEAD * self.count:
+            engine, number = self._idle[0], job.waiting.popleft()
+            self._busy[self.cluster.ask(engine, job.method, job.portions[number])] = engine, job, number
             del self._idle[0]
 
-    def _hear(self) -> None:
+    def _receive_result(self) -> None:
         """Wait for a result and store it in its deal. The engine is then idle, or gone."""
         answer = self.cluster.wait([*self._busy, *self._starting])
         if answer in self._starting:
-            self._hear_hello(answer)
+            self._finish_start(answer)
             return
-        engine, deal, number = self._busy[answer]
+        engine, job, number = self._busy[answer]
         try:
             value = self.cluster.take(answer)
         except LostEngine as error:
-            self._gone(engine, error)
+            self._discard_engine(engine, error)
             del self._busy[answer]
-            deal.lose(number, str(error))
+            job.record_loss(number, str(error))
             return
         except TrimtabError as error:
-            deal.refused = error
+            job.error = error
         self._idle.append(engine)
         del self._busy[answer]
-        if deal.refused is None:
-            deal.answer(number, value)
+        if job.error is None:
+            job.add_result(number, value)
 
-    def _hear_hello(self, answer: Answer) -> None:
+    def _finish_start(self, answer: Answer) -> None:
         engine = self._starting[answer]
         try:
             self.check(self.cluster.take(answer))
         except LostEngine as error:
             self._failed += 1
-            self._gone(engine, error)
+            self._discard_engine(engine, error)
         except TrimtabError:
             self.cluster.stop(engine)
             del self._starting[answer]
@@ -211,7 +211,7 @@ class Replicas:
             self._idle.append(engine)
         del self._starting[answer]
 
-    def _gone(self, engine: Any, error: LostEngine) -> None:
+    def _discard_engine(self, engine: Any, error: LostEngine) -> None:
         self.lost += 1
         self._reason = str(error)
         self.cluster.stop(engine)
@@ -227,7 +227,7 @@ class Replicas:
             raise
 
 
-def parted(count: int, replicas: int) -> list[range]:
+def split_indices(count: int, replicas: int) -> list[range]:
     """Split the indices of `count` requests into portions: at least one per engine, if there are enough requests.
 
     Neighboring indices go to different portions, so that a list sorted by length is spread evenly.

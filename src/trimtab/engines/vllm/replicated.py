@@ -11,9 +11,9 @@ from trimtab.engines.answer import Generation
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.vllm.frontend import NAMES
 from trimtab.engines.vllm.lm import VllmLM
-from trimtab.engines.vllm.on_ray import Hello, RayCluster
+from trimtab.engines.vllm.on_ray import EngineInfo, RayCluster
 from trimtab.engines.vllm.reading import batches
-from trimtab.engines.vllm.replicas import Cluster, Replicas, parted
+from trimtab.engines.vllm.replicas import Cluster, Replicas, split_indices
 from trimtab.errors import TrimtabError
 from trimtab.steering import ModelId, Site, Steering
 from trimtab.text.chat import Template
@@ -28,8 +28,8 @@ class ReplicatedLM(VllmLM):
     """
 
     def __init__(self, cluster: Cluster, count: int, *, template: Template | None = None) -> None:
-        self._first: Hello | None = None
-        self._replicas = Replicas(cluster, count, self._greeted)
+        self._first: EngineInfo | None = None
+        self._replicas = Replicas(cluster, count, self._check_engine)
         self._replicas.open()
         assert self._first is not None
         self.name = self._first.name
@@ -41,10 +41,10 @@ class ReplicatedLM(VllmLM):
         self.layout = self._first.layout
         self._link = self._first.link
 
-    def _greeted(self, hello: Hello) -> None:
+    def _check_engine(self, engine_info: EngineInfo) -> None:
         if self._first is None:
-            self._first = hello
-        self._first.check_same(hello)
+            self._first = engine_info
+        self._first.check_same(engine_info)
 
     @classmethod
     def start(
@@ -63,19 +63,19 @@ class ReplicatedLM(VllmLM):
         self._replicas.close()
 
     @property
-    def _hello(self) -> Hello:
+    def _engine_info(self) -> EngineInfo:
         assert self._first is not None
         return self._first
 
     @property
     def runs_in(self) -> dict[str, str]:
         """The `dtype` that the model computes in, and the kind of `device`."""
-        return self._hello.runs_in
+        return self._engine_info.runs_in
 
     @property
     def identity(self) -> ModelId:
         """Equal to `LM.identity`; each engine has computed it from its weights, and all have the same."""
-        return self._hello.identity
+        return self._engine_info.identity
 
     def register(self, name: str, steering: Steering, *, transfer: bool = False) -> None:
         """Like `VllmLM.register`; the engines receive a steering with the requests that name it."""
@@ -88,11 +88,11 @@ class ReplicatedLM(VllmLM):
     # ---- requests ----------------------------------------------------------------------------------------
 
     def run(
-        self, requests: Sequence[Request], decoding: Decoding, places: Sequence[int] | None = None
+        self, requests: Sequence[Request], decoding: Decoding, indices: Sequence[int] | None = None
     ) -> list[list[Generation]]:
         """Like `VllmLM.run`. `decoding.progress` is called as portions of the requests are completed."""
         quiet = replace(decoding, progress=None)
-        numbers = range(len(requests)) if places is None else places
+        numbers = range(len(requests)) if indices is None else indices
         return self._spread(
             "run",
             len(requests),
@@ -117,17 +117,17 @@ class ReplicatedLM(VllmLM):
         self, method: str, count: int, portion: Callable[[range], tuple[Any, ...]], progress: Any = None
     ) -> list[Any]:
         """The results of `count` requests, in order; `portion` returns a call's arguments for some of the requests."""
-        parts = parted(count, self._replicas.count)
+        parts = split_indices(count, self._replicas.count)
         done = 0
 
-        def came(number: int) -> None:
+        def on_result(number: int) -> None:
             nonlocal done
             done += len(parts[number])
             if progress is not None:
                 progress(done, count)
 
         values: dict[int, Any] = {}
-        answers = self._replicas.deal(method, [portion(part) for part in parts], came)
+        answers = self._replicas.run_portions(method, [portion(part) for part in parts], on_result)
         for part, answer in zip(parts, answers, strict=True):
             values.update(zip(part, answer, strict=True))
         return [values[i] for i in range(count)]
@@ -138,6 +138,6 @@ class ReplicatedLM(VllmLM):
         """Read in batches that depend only on the texts, in a fixed order, so that sums are equal bit for bit."""
         chosen = list(batches(groups, tokens, 1))
         portions = [([groups[g] for g in part], sites, steering) for part in chosen]
-        for part, answer in zip(chosen, self._replicas.deal("read", portions), strict=True):
+        for part, answer in zip(chosen, self._replicas.run_portions("read", portions), strict=True):
             for batch in answer:
                 yield Batch([part[g] for g in batch.groups], batch.values)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from trimtab.engines.vllm.emphasized import EMPHASIZED, Marked, marked
-from trimtab.engines.vllm.wire import ASKED
+from trimtab.engines.vllm.emphasized import EMPHASIZED, EmphasisRequest, parse_emphasis
+from trimtab.engines.vllm.wire import STEERING_KEY
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.text.chat import CONTINUE
 
@@ -43,12 +43,12 @@ def patch_request(request: Any) -> None:
     sampling = request.to_sampling_params
 
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        steering, heeded = _requested(self), _heeded(self)
+        steering, emphasis_request = _requested_steering(self), _emphasis_request(self)
         params = sampling(self, *args, **kwargs)
         if steering:
-            params.extra_args = {**(params.extra_args or {}), ASKED: steering}
-        if heeded:
-            params.extra_args = {**(params.extra_args or {}), EMPHASIZED: heeded}
+            params.extra_args = {**(params.extra_args or {}), STEERING_KEY: steering}
+        if emphasis_request:
+            params.extra_args = {**(params.extra_args or {}), EMPHASIZED: emphasis_request}
         return params
 
     request.to_sampling_params = to_sampling_params
@@ -56,23 +56,23 @@ def patch_request(request: Any) -> None:
         beams = request.to_beam_search_params
 
         def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if _requested(self) or _heeded(self):
+            if _requested_steering(self) or _emphasis_request(self):
                 raise UnsupportedError("vLLM's beam search drops a request's extra arguments; leave out steering")
             return beams(self, *args, **kwargs)
 
         request.to_beam_search_params = to_beam_search_params
 
 
-def _requested(request: Any) -> Any:
+def _requested_steering(request: Any) -> Any:
     """The steering that a request specifies, in either place. Raises `TrimtabError` for unsupported fields."""
     fields = request.model_extra or {}
     for name, why in REFUSED.items():
         if fields.get(name):
             raise UnsupportedError(f"{name} needs {why}; the transformers engine can (trimtab serve)")
-    return _in_either(request, ASKED)
+    return _in_either(request, STEERING_KEY)
 
 
-def _heeded(request: Any) -> Marked | None:
+def _emphasis_request(request: Any) -> EmphasisRequest | None:
     """What a request emphasizes, in either place. Raises `TrimtabError` if it can't be parsed or isn't supported."""
     wanted = _in_either(request, EMPHASIZED)
     if not wanted:
@@ -81,12 +81,12 @@ def _heeded(request: Any) -> Marked | None:
         raise UnsupportedError(WITH_REJECTION)
     keywords = {CONTINUE: bool(getattr(request, "continue_final_message", False))}
     keywords |= getattr(request, "chat_template_kwargs", None) or {}
-    return marked(wanted, getattr(request, "messages", None), keywords)
+    return parse_emphasis(wanted, getattr(request, "messages", None), keywords)
 
 
 def _in_either(request: Any, name: str) -> Any:
     """The value of a field of the request, or of the same key in its `vllm_xargs`."""
-    fields, beside = request.model_extra or {}, (request.vllm_xargs or {}).get(name)
-    if beside and fields.get(name):
+    fields, in_xargs = request.model_extra or {}, (request.vllm_xargs or {}).get(name)
+    if in_xargs and fields.get(name):
         raise TrimtabError(f"{name} is in the request and in its vllm_xargs; give it once")
-    return fields.get(name) or beside
+    return fields.get(name) or in_xargs

@@ -10,14 +10,14 @@ from trimtab.engines.transformers.sampling import seed_of
 from trimtab.errors import TrimtabError, UnsupportedError
 
 SAME = ("temperature", "top_p", "min_p", "repetition_penalty")
-Made = Callable[[Any], dict[str, Any]]
+Translator = Callable[[Any], dict[str, Any]]
 
 
-def _same(name: str) -> Made:
+def _same(name: str) -> Translator:
     return lambda value: {name: float(value)}
 
 
-TAKEN: dict[str, Made] = {
+TRANSLATIONS: dict[str, Translator] = {
     **{name: _same(name) for name in SAME},
     "top_k": lambda value: {"top_k": int(value)},
     "min_new_tokens": lambda value: {"min_tokens": int(value)},
@@ -38,11 +38,11 @@ def sampling_of(max_new_tokens: int, logprobs: bool, seed: int | None, options: 
     from vllm import SamplingParams
 
     rest = {name: value for name, value in options.items() if value is not None and name != "do_sample"}
-    if unknown := sorted(set(rest) - set(TAKEN)):
-        raise TrimtabError(f"the vllm engine can't take {unknown[0]}; it takes do_sample, {', '.join(TAKEN)}")
+    if unknown := sorted(set(rest) - set(TRANSLATIONS)):
+        raise TrimtabError(f"the vllm engine can't take {unknown[0]}; it takes do_sample, {', '.join(TRANSLATIONS)}")
     arguments: dict[str, Any] = {}
     for name, value in rest.items():
-        arguments |= TAKEN[name](value)
+        arguments |= TRANSLATIONS[name](value)
     if not options.get("do_sample"):
         arguments = {name: value for name, value in arguments.items() if name not in SAMPLES} | {"temperature": 0.0}
     try:
@@ -57,12 +57,12 @@ def sampling_of(max_new_tokens: int, logprobs: bool, seed: int | None, options: 
         raise TrimtabError(f"vLLM refuses these options: {error}") from error
 
 
-def seed_at(seed: int, place: int) -> int:
+def seed_at(seed: int, index: int) -> int:
     """The seed for the request at an index of a list that is sampled with one seed; the first one's is the seed itself.
 
     vLLM's samplers store seeds as signed 64-bit numbers.
     """
-    return seed if place == 0 else seed_of(seed, place) >> 1
+    return seed if index == 0 else seed_of(seed, index) >> 1
 
 
 def check_candidates(choices: Sequence[Choice]) -> None:

@@ -82,10 +82,10 @@ def _number(name: str, otherwise: int, least: int) -> int:
     return int(text)
 
 
-def patch_arguments(arguments: type, started: Callable[[Any], tuple[Capacity, Collection[str]]]) -> None:
+def patch_arguments(arguments: type, requirements: Callable[[Any], tuple[Capacity, Collection[str]]]) -> None:
     """Make vLLM's `EngineArgs`, from which a front end starts its engine, add the settings to the configuration.
 
-    `started` is then called with the arguments; it returns what the steerings known at this point need.
+    `requirements` is then called with the arguments; it returns what the steerings known at this point need.
     """
     original = arguments.create_engine_config  # type: ignore[attr-defined]
 
@@ -93,7 +93,7 @@ def patch_arguments(arguments: type, started: Callable[[Any], tuple[Capacity, Co
         config = original(self, *args, **kwargs)
         if not isinstance(config.additional_config, dict):
             raise TrimtabError("trimtab needs an additional_config that is a dictionary, or none")
-        settings = settings_from_environment(*started(self))
+        settings = settings_from_environment(*requirements(self))
         config.additional_config = {**config.additional_config, KEY: asdict(settings)}
         return config
 

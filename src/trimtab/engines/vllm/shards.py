@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trimtab.engines.vllm.program import Identified
+from trimtab.engines.vllm.program import IdentifiedEdit
 from trimtab.steering import Add, Edit, ScaleElements, ScaleKeys, Site
 
 BY_ELEMENT = (Add, ScaleElements, ScaleKeys)
@@ -41,7 +41,7 @@ class Shard:
         """The width of the whole activation at a site where this worker has `width`."""
         return self.split.get(site.kind, width)
 
-    def of(self, identified: Identified) -> Identified:
+    def of(self, identified: IdentifiedEdit) -> IdentifiedEdit:
         """This worker's part of an edit. Raises `ValueError` for an edit that can't be split."""
         whole = self.split.get(identified.edit.site.kind)
         if whole is None:
@@ -54,7 +54,7 @@ class Shard:
         first = self.rank * (whole // size) // self.workers * size
         own = identified.edit.operation.direction[first : first + size]
         part = replace(identified.edit, operation=replace(identified.edit.operation, direction=own))
-        return Identified(f"{identified.name}/{self.rank}", part)
+        return IdentifiedEdit(f"{identified.name}/{self.rank}", part)
 
 
 WHOLE = Shard()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Active, Stage, States, apply
-from trimtab.engines.vllm.bank import NOTHING, Bank, Slots, to_device
+from trimtab.engines.vllm.bank import EMPTY_SLOT, Bank, Slots, to_device
 from trimtab.engines.vllm.program import State
 from trimtab.steering import Site
 from trimtab.steering.operations import Rows
 
-KEPT = 512
+MAX_CACHED_TOKENS = 512
 """Passes with at most this many tokens keep their gathered rows, for following passes that are alike."""
 
 Runs = Sequence[tuple[int, State | None]]
@@ -63,7 +63,7 @@ class Step:
         ready = self._sorted.get((site, number))
         if ready is None:
             ready = stage.gather(self.numbers), None if stage.in_place else stage.active[self.numbers.index]
-            if stage.sorts and len(self.numbers.index) <= KEPT:
+            if stage.sorts and len(self.numbers.index) <= MAX_CACHED_TOKENS:
                 self._sorted[site, number] = ready
         return ready
 
@@ -71,15 +71,15 @@ class Step:
         rows = self._rows.get(site)
         if rows is None:
             rows = bank.rows[site].index_select(0, self.index)
-            if len(self.index) <= KEPT:
+            if len(self.index) <= MAX_CACHED_TOKENS:
                 self._rows[site] = rows
         return rows
 
 
 def slots_of(runs: Runs, slots: Slots, acts: Callable[[State], bool]) -> Tensor:
     """The slots of the tokens up to the last one whose state `acts`, on the host."""
-    numbers = [slots[state.key] if state is not None and acts(state) else NOTHING for _, state in runs]
-    while numbers and numbers[-1] == NOTHING:
+    numbers = [slots[state.key] if state is not None and acts(state) else EMPTY_SLOT for _, state in runs]
+    while numbers and numbers[-1] == EMPTY_SLOT:
         numbers.pop()
     lengths = torch.tensor([length for length, _ in runs[: len(numbers)]], dtype=torch.long)
     return torch.tensor(numbers, dtype=torch.long).repeat_interleave(lengths)
@@ -96,7 +96,7 @@ def make_step(runs: Runs, bank: Bank, staged: Staged) -> Step | None:
     if not runs:
         return None
     lengths = torch.tensor([length for length, _ in runs])
-    slots = [bank.slots[state.key] if state is not None and state.banked else NOTHING for _, state in runs]
+    slots = [bank.slots[state.key] if state is not None and state.banked else EMPTY_SLOT for _, state in runs]
     numbers = [staged.numbers.get(state.key, 0) if state is not None else 0 for _, state in runs]
     device = bank.index.device
     present = {state.key: state for _, state in runs if state is not None}.values()

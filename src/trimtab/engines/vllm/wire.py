@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from trimtab.engines.vllm.program import Identified, Segment
+from trimtab.engines.vllm.program import IdentifiedEdit, Segment
 from trimtab.files.steering_file import steering_digest
 from trimtab.steering import Site, Steering
 from trimtab.steering.emphasis import at_spans
 
-ASKED = "steering"
-RESOLVED = "trimtab"
+STEERING_KEY = "steering"
+RESOLVED_KEY = "trimtab"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Span:
+class StateSpan:
     """Tokens `start` to `stop` (`None`: the end), and the `key` of what acts on them.
 
     `banked`: it needs a slot for additions; `mapped`: it needs a slot of the maps of captured graphs.
@@ -67,7 +67,7 @@ class Wire:
     parts: tuple[Part, ...] = ()
     reading: Reading | None = None
     prompt_length: int = 0
-    spans: tuple[Span, ...] = ()
+    spans: tuple[StateSpan, ...] = ()
     cap: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
@@ -87,13 +87,15 @@ class Wire:
             tuple(_part_from(*part) for part in data["parts"]),
             None if reading is None else _reading_from(*reading),
             data["prompt_length"],
-            tuple(Span(*span) for span in data["spans"]),
+            tuple(StateSpan(*span) for span in data["spans"]),
             data.get("cap"),
         )
 
-    def placed(self, segments: Sequence[Segment], prompt_length: int, *, static: bool = False) -> Wire:
+    def with_spans(self, segments: Sequence[Segment], prompt_length: int, *, static: bool = False) -> Wire:
         """The wire for a prompt of this length, with its spans; `static` if captured graphs are replayed."""
-        spans = tuple(Span(s.start, s.stop, s.state.key, s.state.banked, static and s.state.mapped) for s in segments)
+        spans = tuple(
+            StateSpan(s.start, s.stop, s.state.key, s.state.banked, static and s.state.mapped) for s in segments
+        )
         return replace(self, prompt_length=prompt_length, spans=spans)
 
     @property
@@ -126,7 +128,7 @@ def _reading_from(name: str, sites: Sequence[Sequence[Any]], positions: Sequence
 def wire_of(params: Any) -> Wire | None:
     """The wire in sampling parameters, or `None`."""
     extra = getattr(params, "extra_args", None)
-    return Wire.from_plain(extra[RESOLVED]) if extra and RESOLVED in extra else None
+    return Wire.from_plain(extra[RESOLVED_KEY]) if extra and RESOLVED_KEY in extra else None
 
 
 def content_of(steering: Steering) -> tuple[str, Steering, tuple[float, ...]]:
@@ -140,7 +142,7 @@ def _digest(content: Steering) -> str:
     return steering_digest(content)
 
 
-def identified(part: Part, content: Steering) -> tuple[Identified, ...]:
+def identified_edits(part: Part, content: Steering) -> tuple[IdentifiedEdit, ...]:
     """The part's edits that act, with names that identify their content."""
     return _identified(_Known(part, content))
 
@@ -154,12 +156,12 @@ class _Known:
 
 
 @lru_cache(maxsize=512)
-def _identified(known: _Known) -> tuple[Identified, ...]:
+def _identified(known: _Known) -> tuple[IdentifiedEdit, ...]:
     part, content = known.part, known.content
     if part.spans:
         content = content.at(at_spans(part.spans))
     return tuple(
-        Identified(f"{part.digest}.{i}*{strength!r}", replace(edit, strength=strength))
+        IdentifiedEdit(f"{part.digest}.{i}*{strength!r}", replace(edit, strength=strength))
         for i, (edit, strength) in enumerate(zip(content.edits, part.strengths, strict=True))
         if strength != 0
     )

@@ -1,4 +1,5 @@
-"""The plugin in vLLM's workers: each has a rig, which is filled before each step, and answers the front end's calls.
+"""The plugin in vLLM's workers: each has a steering manager, which is filled before each step, and answers the front
+end's calls.
 
 The classes of the worker and its model runner aren't changed on disk. The methods of the runner instance that a worker
 has created are wrapped, for V1 (`GPUModelRunner`, `CPUModelRunner`) as well as V2.
@@ -22,37 +23,37 @@ from trimtab.engines.vllm.bank import Bank
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.counting import RECEIPT, Receipt
 from trimtab.engines.vllm.maps import Maps
-from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.settings import settings_of
 from trimtab.engines.vllm.shards import Shard
+from trimtab.engines.vllm.steering_manager import Chunks, SteeringManager
 from trimtab.engines.vllm.versions import SUPPORTED, vllm_version
 from trimtab.engines.vllm.wire import wire_of
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
 from trimtab.steering import Site
 
-RIG = "_trimtab_rig"
+MANAGER_ATTRIBUTE = "_trimtab_rig"
 
 log: logging.Logger = logging.getLogger("vllm.trimtab")
 
 
 def patch_worker(wrapper: type) -> None:
-    """Make vLLM's `WorkerWrapperBase` give each worker a rig once its model is loaded, and answer these calls."""
+    """Make vLLM's `WorkerWrapperBase` give each worker a manager once its model is loaded, and answer these calls."""
     inherited = wrapper.__dict__.get("load_model")
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         done = inherited(self, *args, **kwargs) if inherited else self.worker.load_model(*args, **kwargs)
-        _fit(self.worker)
+        _set_up_steering(self.worker)
         return done
 
     for function in (load_model, trimtab_hello, trimtab_put, trimtab_drop, trimtab_take, trimtab_rows):
         setattr(wrapper, function.__name__, function)
 
 
-def _fit(worker: Any) -> None:
-    """Create a rig for this worker's model, unless it can't be steered; `trimtab_hello` then reports why."""
+def _set_up_steering(worker: Any) -> None:
+    """Create a manager for this worker's model, unless it can't be steered; `trimtab_hello` then reports why."""
     runner, config = worker.model_runner, worker.vllm_config
-    reasons = unsupported(config) + unlike(runner)
+    reasons = config_problems(config) + runner_problems(runner)
     worker._trimtab_reasons = reasons
     if reasons:
         return
@@ -67,18 +68,20 @@ def _fit(worker: Any) -> None:
         return
     first = next(iter(blocks.values()))
     device = next(first.parameters()).device
-    rig = _rig_for(config, places, device)
-    rig.tokenizer = partial(_tokenizer, config.model_config)
-    operator.RIGS.append(rig)
-    setattr(runner, RIG, rig)
-    plain = [site for site in places if rig.static and not rig.capacity.reads and not rig.capacity.at(site.layer)]
-    attach(places, len(operator.RIGS) - 1, adds_only=plain)
-    rig.doses.heard = _is_heard(worker)
-    _wrap_runner(runner, rig, rig.doses.heard)
+    manager = _make_manager(config, places, device)
+    manager.tokenizer = partial(_tokenizer, config.model_config)
+    operator.MANAGERS.append(manager)
+    setattr(runner, MANAGER_ATTRIBUTE, manager)
+    plain = [
+        site for site in places if manager.static and not manager.capacity.reads and not manager.capacity.at(site.layer)
+    ]
+    attach(places, len(operator.MANAGERS) - 1, adds_only=plain)
+    manager.doses.reported = _reports_to_scheduler(worker)
+    _wrap_runner(runner, manager, manager.doses.reported)
 
 
-def _rig_for(config: Any, places: Mapping[Site, Place], device: torch.device) -> Rig:
-    """A rig with banks for these sites, and with the captured graphs' capacity that the settings ask for."""
+def _make_manager(config: Any, places: Mapping[Site, Place], device: torch.device) -> SteeringManager:
+    """A manager with banks for these sites, and with the captured graphs' capacity that the settings ask for."""
     settings, dtype = settings_of(config), config.model_config.dtype
     width = config.model_config.hf_text_config.hidden_size
     graphs = config.compilation_config.cudagraph_mode
@@ -92,27 +95,27 @@ def _rig_for(config: Any, places: Mapping[Site, Place], device: torch.device) ->
     own = {site.kind: place.width for site, place in places.items() if site.kind in split}
     shard = Shard(split, config.parallel_config.tensor_parallel_size, _tensor_parallel_rank() if split else 0, own)
     if not captured:
-        return Rig(sites, dtype, device, bank, shard=shard)
+        return SteeringManager(sites, dtype, device, bank, shard=shard)
     capacity = Capacity.from_plain(settings.capacity)
     mapped = {site: width for site, width in sites.items() if capacity.at(site.layer)}
     maps = Maps(capacity, mapped, settings.maps, tokens, dtype, device) if mapped else None
-    rig = Rig(sites, dtype, device, bank, True, capacity, maps, captured, shard)
+    manager = SteeringManager(sites, dtype, device, bank, True, capacity, maps, captured, shard)
     if device.type == "cuda" and settings.fused:
-        _fuse(rig)
-    return rig
+        _fuse(manager)
+    return manager
 
 
-def _fuse(rig: Rig) -> None:
+def _fuse(manager: SteeringManager) -> None:
     """Replace the operators by one kernel, if it gives the same results on this device; otherwise log why not."""
     try:
         from trimtab.engines.vllm.fused import Fused, check_fused
 
-        check_fused(rig)
+        check_fused(manager)
     except Exception as error:  # Triton's compiler can raise anything
         log.warning("trimtab runs its operators one by one: its kernel can't be used here (%s)", error)
         return
-    assert rig.counts is not None
-    rig.fused = Fused(rig.bank, rig.maps, rig.counts, rig.kept)
+    assert manager.counts is not None
+    manager.fused = Fused(manager.bank, manager.maps, manager.counts, manager.kept)
 
 
 def _tensor_parallel_rank() -> int:
@@ -121,14 +124,14 @@ def _tensor_parallel_rank() -> int:
     return int(get_tensor_model_parallel_rank())
 
 
-def _is_heard(worker: Any) -> bool:
+def _reports_to_scheduler(worker: Any) -> bool:
     """Whether the scheduler receives this worker's output: that is the first worker of the last pipeline stage."""
     parallel = worker.vllm_config.parallel_config
     side = parallel.tensor_parallel_size * getattr(parallel, "prefill_context_parallel_size", 1)
     return bool(worker.rank == parallel.world_size - side)
 
 
-def unsupported(config: Any) -> list[str]:
+def config_problems(config: Any) -> list[str]:
     """Why an engine with this configuration can't be steered; empty if it can."""
     compilation, parallel = config.compilation_config, config.parallel_config
     reasons = {
@@ -152,7 +155,7 @@ def unsupported(config: Any) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
 
 
-def unlike(runner: Any) -> list[str]:
+def runner_problems(runner: Any) -> list[str]:
     """Why a model runner can't be wrapped; empty if it is one of the two that the plugin knows."""
     first, second = ("_model_forward",), ("prepare_inputs",)
     common = ("execute_model", "sample_tokens", "get_model")
@@ -165,10 +168,10 @@ def unlike(runner: Any) -> list[str]:
     ]
 
 
-def _wrap_runner(runner: Any, rig: Rig, heard: bool = True) -> None:
-    """Call the rig before and after each forward pass, and send its receipt with the sampled tokens.
+def _wrap_runner(runner: Any, manager: SteeringManager, reports: bool = True) -> None:
+    """Call the manager before and after each forward pass, and send its receipt with the sampled tokens.
 
-    A worker that isn't `heard` has no one to send it to. It raises `RuntimeError` instead, which ends the engine.
+    A worker that isn't `reports` has no one to send it to. It raises `RuntimeError` instead, which ends the engine.
     """
     firsts: dict[str, int] = {}
     planned: list[Any] = []
@@ -177,21 +180,21 @@ def _wrap_runner(runner: Any, rig: Rig, heard: bool = True) -> None:
 
     def begin(requests: Sequence[str]) -> None:
         counts = planned[-1].num_scheduled_tokens
-        rig.begin(Chunks(list(requests), [firsts[r] for r in requests], [counts[r] for r in requests]))
+        manager.begin(Chunks(list(requests), [firsts[r] for r in requests], [counts[r] for r in requests]))
 
     def execute(original: Callable, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("dummy_run"):
             return original(scheduled, *args, **kwargs)
         while unheard and unheard[0].ready():
             _raise_faults(unheard.popleft())
-        _follow(rig, firsts, scheduled)
+        _follow(manager, firsts, scheduled)
         planned[:] = [scheduled]
-        rig.expect(scheduled.num_scheduled_tokens)
+        manager.expect(scheduled.num_scheduled_tokens)
         done = original(scheduled, *args, **kwargs)
         receipts.clear()
         if scheduled.total_num_scheduled_tokens:
-            receipt = rig.end()
-            if receipt is not None and heard:
+            receipt = manager.end()
+            if receipt is not None and reports:
                 receipts.append(receipt)
             elif receipt is not None and receipt.ready():
                 _raise_faults(receipt)
@@ -202,7 +205,7 @@ def _wrap_runner(runner: Any, rig: Rig, heard: bool = True) -> None:
     def sample(original: Callable, *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         if not hasattr(output, "get_output") and getattr(output, "sampled_token_ids", None):
-            rig.sampled(output.req_ids, output.sampled_token_ids)
+            manager.add_sampled_tokens(output.req_ids, output.sampled_token_ids)
         return send_with(receipts.popleft(), output) if receipts else output
 
     def forward(original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -234,7 +237,7 @@ def send_with(receipt: Receipt, output: Any) -> Any:
 
 
 def _raise_faults(receipt: Receipt) -> None:
-    for reason in receipt.settle().values():
+    for reason in receipt.resolve_faults().values():
         raise RuntimeError(reason)
 
 
@@ -248,36 +251,36 @@ def _wrap(thing: Any, name: str, around: Callable) -> None:
     setattr(thing, name, wrapped)
 
 
-def _follow(rig: Rig, firsts: dict[str, int], scheduled: Any) -> None:
-    """Update the rig with finished, new and continued requests, and the position of each one's next tokens."""
+def _follow(manager: SteeringManager, firsts: dict[str, int], scheduled: Any) -> None:
+    """Update the manager with finished, new and continued requests, and the position of each one's next tokens."""
     for request in scheduled.finished_req_ids:
         firsts.pop(request, None)
-    rig.finish(scheduled.finished_req_ids)
+    manager.finish(scheduled.finished_req_ids)
     for new in scheduled.scheduled_new_reqs:
         firsts[new.req_id] = new.num_computed_tokens
         wire = wire_of(new.sampling_params)
         if wire is not None:
-            rig.start(new.req_id, wire, getattr(new, "prompt_token_ids", None))
+            manager.start(new.req_id, wire, getattr(new, "prompt_token_ids", None))
     cached = scheduled.scheduled_cached_reqs
-    rig.resume(cached.resumed_req_ids)
+    manager.resume(cached.resumed_req_ids)
     firsts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
 
 
 # ---- calls that every worker answers, through `collective_rpc` -------------------------------------------------
 
 
-def _rig(wrapper: Any) -> Rig:
-    rig = getattr(wrapper.worker.model_runner, RIG, None)
-    if rig is None:
+def _manager_of(wrapper: Any) -> SteeringManager:
+    manager = getattr(wrapper.worker.model_runner, MANAGER_ATTRIBUTE, None)
+    if manager is None:
         raise RuntimeError(f"this worker can't steer: {'; '.join(wrapper.worker._trimtab_reasons)}")
-    return rig
+    return manager
 
 
 def trimtab_hello(self: Any) -> dict[str, Any]:
     """Report that the plugin is loaded, and what it supports; `"reasons"` says why the worker can't steer."""
-    rig: Rig | None = getattr(self.worker.model_runner, RIG, None)
+    manager: SteeringManager | None = getattr(self.worker.model_runner, MANAGER_ATTRIBUTE, None)
     text = self.worker.model_config.hf_text_config
-    hello = {
+    handshake = {
         "trimtab": __version__,
         "vllm": vllm_version(),
         "rank": self.worker.rank,
@@ -285,20 +288,20 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
         "layers": text.num_hidden_layers,
         "width": text.hidden_size,
     }
-    if rig is not None:
-        hello |= {
-            "here": [site.layer for site in rig.sites if site.kind == "residual"],
-            "inside": {site.kind: rig.shard.whole(site, width) for site, width in rig.sites.items()},
-            "split": sorted(rig.shard.split),
-            "unfired": [str(site) for site in rig.unfired] if _runs_before_use(self.worker) else [],
-            "static": rig.static,
-            "fused": rig.fused is not None,
+    if manager is not None:
+        handshake |= {
+            "here": [site.layer for site in manager.sites if site.kind == "residual"],
+            "inside": {site.kind: manager.shard.whole(site, width) for site, width in manager.sites.items()},
+            "split": sorted(manager.shard.split),
+            "unfired": [str(site) for site in manager.unfired] if _runs_before_use(self.worker) else [],
+            "static": manager.static,
+            "fused": manager.fused is not None,
             "untold": _tokens_unknown(self.worker),
-            "unmeasured": _unmeasured(self.worker, rig),
-            "dtype": str(rig.dtype).removeprefix("torch."),
-            **rig.describe(),
+            "unmeasured": _unmeasured(self.worker, manager),
+            "dtype": str(manager.dtype).removeprefix("torch."),
+            **manager.describe(),
         }
-    return hello
+    return handshake
 
 
 def _tokens_unknown(worker: Any) -> str:
@@ -313,11 +316,11 @@ def _tokens_unknown(worker: Any) -> str:
     return ""
 
 
-def _unmeasured(worker: Any, rig: Rig) -> str:
+def _unmeasured(worker: Any, manager: SteeringManager) -> str:
     """Why this engine can't measure doses, and what helps; empty if it can."""
     if worker.vllm_config.parallel_config.pipeline_parallel_size > 1:
         return "each stage of a pipeline knows only those of its own blocks; start it with pipeline_parallel_size=1"
-    if rig.static and not rig.capacity.reads:
+    if manager.static and not manager.capacity.reads:
         return "captured graphs keep no activations; start it with TRIMTAB_KERNEL=all, or with enforce_eager"
     return ""
 
@@ -336,19 +339,19 @@ def _runs_before_use(worker: Any) -> bool:
 
 def trimtab_put(self: Any, digest: str, content: bytes) -> None:
     """Store a steering's content."""
-    _rig(self).steerings[digest] = steering_from_bytes(content, digest[:12])
+    _manager_of(self).steerings[digest] = steering_from_bytes(content, digest[:12])
 
 
 def trimtab_drop(self: Any, digests: list[str]) -> None:
     """Remove steerings that no request needs any more."""
     for digest in digests:
-        _rig(self).steerings.pop(digest, None)
+        _manager_of(self).steerings.pop(digest, None)
 
 
 def trimtab_take(self: Any, readings: list[str]) -> list[dict[str, tuple[list[int], bytes]]]:
     """The activations of readings: shape and bytes, in float32, for each reading and each site of this worker."""
-    rig = _rig(self)
-    taken = [rig.take(reading) for reading in readings]
+    manager = _manager_of(self)
+    taken = [manager.pop_reading(reading) for reading in readings]
     return [{str(site): (list(x.shape), _bytes(x)) for site, x in activations.items()} for activations in taken]
 
 

@@ -23,7 +23,7 @@ from trimtab.steering import Ablate, Add, ReadWrite, SetProjection, Site, Steeri
 from trimtab.steering.operations import Directed
 from trimtab.steering.scaled import AddScaled
 from trimtab.steering.tensors import to_float64
-from trimtab.text.letters import ask_prompt, question_prompt
+from trimtab.text.letters import letter_question_from_prompt, question_prompt
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -48,21 +48,21 @@ STREAM = ("residual", "block_input", "attention", "mlp")
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RefusalDirections:
     """Unit directions `[layers, width]` in float64 towards refusal, and what they tell apart.
 
     Args:
         directions: One a layer, of the stream after its block, from harmless towards harmful requests.
         answers: Likewise, from complying towards refusing answers.
         gaps: How far apart the means of both kinds lie along each, in units of the stream.
-        told: At each layer, the share of pairs of requests that nothing was learned from, of which the harmful one lies
-            further along the direction.
+        pair_accuracy: At each layer, the share of pairs of requests that nothing was learned from, of which the harmful
+            one lies further along the direction.
     """
 
     directions: Tensor
     answers: Tensor
     gaps: Tensor
-    told: tuple[float, ...]
+    pair_accuracy: tuple[float, ...]
 
     def at(self, site: Site) -> dict[str, Tensor]:
         """The directions `[width]` that what is written at a site meets: a block's input is the output of the last."""
@@ -83,20 +83,22 @@ class Overlap:
     signed: bool
 
 
-def stream(lm: LM, prompts: Sequence[str], steering: Steering | None = None, transfer: bool = False) -> Tensor:
+def capture_stream(lm: LM, prompts: Sequence[str], steering: Steering | None = None, transfer: bool = False) -> Tensor:
     """The residual stream at the last prompt token after every block, `[prompts, layers, width]` in float64."""
     sites = [Site(layer) for layer in range(lm.layout.layers)]
-    read = lm.capture(list(prompts), sites, steering=steering, transfer=transfer)
-    return torch.stack([torch.stack([to_float64(captured[site][-1]) for site in sites]) for captured in read])
+    activations = lm.capture(list(prompts), sites, steering=steering, transfer=transfer)
+    return torch.stack([torch.stack([to_float64(captured[site][-1]) for site in sites]) for captured in activations])
 
 
-def refusal_direction(lm: LM, learn: tuple[Sequence[str], Sequence[str]], test: tuple[Tensor, Tensor]) -> Refusal:
+def refusal_direction(
+    lm: LM, learn: tuple[Sequence[str], Sequence[str]], test: tuple[Tensor, Tensor]
+) -> RefusalDirections:
     """The direction, learned from harmful and harmless requests, and looked at on the streams of others.
 
     Raises:
         TrimtabError: At a layer both kinds read alike.
     """
-    harmful, harmless = (stream(lm, prompts).mean(0) for prompts in learn)
+    harmful, harmless = (capture_stream(lm, prompts).mean(0) for prompts in learn)
     difference = harmful - harmless
     gaps = difference.norm(dim=-1)
     if not bool((gaps > 0).all()):
@@ -106,10 +108,10 @@ def refusal_direction(lm: LM, learn: tuple[Sequence[str], Sequence[str]], test: 
         )
     directions = difference / gaps[:, None]
     answers = _answers_direction(lm, learn[0])
-    on, off = ((values * directions).sum(-1) for values in test)
-    pairs = min(len(on), len(off))
-    shares = (on[:pairs] > off[:pairs]).double().mean(0)
-    return Refusal(directions, answers, gaps, tuple(shares.tolist()))
+    harmful_projections, harmless_projections = ((values * directions).sum(-1) for values in test)
+    pairs = min(len(harmful_projections), len(harmless_projections))
+    shares = (harmful_projections[:pairs] > harmless_projections[:pairs]).double().mean(0)
+    return RefusalDirections(directions, answers, gaps, tuple(shares.tolist()))
 
 
 def _answers_direction(lm: LM, requests: Sequence[str]) -> Tensor:
@@ -133,7 +135,7 @@ def behaviour_directions(lm: LM, items: Sequence[ABItem]) -> Tensor:
     groups = []
     for item in items:
         prompt = question_prompt(lm.tokenizer, item.question)
-        question = ask_prompt(lm.tokenizer, prompt, (item.matching, item.other))
+        question = letter_question_from_prompt(lm.tokenizer, prompt, (item.matching, item.other))
         sides = ([*question.ids, question.letters[letter]] for letter in (item.matching, item.other))
         groups.append([Text(ids, (len(ids) - 1,)) for ids in sides])
     return _difference(lm, groups, "matching and other answers")
@@ -155,25 +157,25 @@ def _difference(lm: LM, groups: Sequence[Sequence[Text]], what: str) -> Tensor:
     return total / norms
 
 
-def overlaps(steering: Steering, refusal: Refusal) -> list[Overlap]:
+def overlaps(steering: Steering, refusal: RefusalDirections) -> list[Overlap]:
     """The overlaps of each edit that writes into the residual stream, in the order of the edits."""
     results = []
     for edit in steering.edits:
         written = written_by(edit.operation) if edit.site.kind in STREAM else None
         if written is None or edit.strength == 0 or not bool(written.any()):
             continue
-        for of, r in refusal.at(edit.site).items():
+        for kind, r in refusal.at(edit.site).items():
             if len(written) == 1:
                 signed = isinstance(edit.operation, (Add, AddScaled))
                 turned = -1.0 if signed and edit.strength < 0 else 1.0
                 cosine = turned * float(written[0] @ r / written[0].norm())
             else:
-                signed, cosine = False, float((span(written).T @ r).norm())
-            results.append(Overlap(of, edit.site.layer, str(edit.site), cosine, signed))
+                signed, cosine = False, float((orthonormal_basis(written).T @ r).norm())
+            results.append(Overlap(kind, edit.site.layer, str(edit.site), cosine, signed))
     return results
 
 
-def span(rows: Tensor) -> Tensor:
+def orthonormal_basis(rows: Tensor) -> Tensor:
     """An orthonormal basis `[width, rank]` of what these rows span."""
     _, sizes, basis = torch.linalg.svd(rows.double(), full_matrices=False)
     return basis[sizes > 1e-10 * sizes.max()].T
@@ -188,7 +190,7 @@ def written_by(operation: Any) -> Tensor | None:
     return None
 
 
-def shifts(refusal: Refusal, before: Tensor, after: Mapping[str, Tensor]) -> dict[str, list[float]]:
+def shifts(refusal: RefusalDirections, before: Tensor, after: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """How far each arm moves requests along the direction at each layer, as a share of the gap between both kinds:
     1 makes harmless requests look as harmful ones do, -1 the reverse.
 

@@ -128,7 +128,7 @@ def _words(measure: Measure, means: tuple[float, float], change: Interval, p: fl
     sure = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
     if kind == "nothing":
         return f"{measure.name}: nothing found, {numbers} ({sure})"
-    said = f"{measure.does[0 if change.estimate > 0 else 1]} {numbers} ({sure})"
+    said = f"{measure.change_phrases[0 if change.estimate > 0 else 1]} {numbers} ({sure})"
     return said if kind != "hint" else f"perhaps {said}, not beyond chance among all comparisons"
 
 

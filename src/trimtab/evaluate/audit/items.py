@@ -11,11 +11,11 @@ from typing import Any
 
 from trimtab.data.read import read_json
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.ab import ABItem, in_both_orders, read_ab, spread
+from trimtab.evaluate.ab import ABItem, evenly_spaced, in_both_orders, read_ab
 from trimtab.evaluate.refusal import read_refusal
 from trimtab.text.letters import letter_of
 
-OWN = "trimtab"
+PACKAGED = "trimtab"
 
 
 @dataclass(frozen=True)
@@ -87,54 +87,61 @@ def read_items(folder: str | Path | None = None, behaviours: Sequence[str | Path
     chosen = Items(
         learn_harmful=tuple(stored["learn"]["harmful"]),
         learn_harmless=tuple(stored["learn"]["harmless"]),
-        harmful=tuple(spread(stored["harmful"], n)),
-        harmless=tuple(spread(stored["harmless"], n)),
-        borderline=tuple(spread(stored["borderline"], n)),
-        facts=_own(stored["facts"], "facts", n),
-        behaviours={name: _own(rows, name, n) for name, rows in stored["behaviours"].items()},
-        texts=tuple(spread(stored["texts"], max(1, size.conversations))),
+        harmful=tuple(evenly_spaced(stored["harmful"], n)),
+        harmless=tuple(evenly_spaced(stored["harmless"], n)),
+        borderline=tuple(evenly_spaced(stored["borderline"], n)),
+        facts=_packaged_items(stored["facts"], "facts", n),
+        behaviours={name: _packaged_items(rows, name, n) for name, rows in stored["behaviours"].items()},
+        texts=tuple(evenly_spaced(stored["texts"], max(1, size.conversations))),
         conversations=tuple(
-            tuple(conversation[: size.turns]) for conversation in spread(stored["conversations"], size.conversations)
+            tuple(conversation[: size.turns])
+            for conversation in evenly_spaced(stored["conversations"], size.conversations)
         ),
         sources={},
     )
-    whose = dict.fromkeys(("harmful", "borderline", "facts", *(f"A/B: {name}" for name in chosen.behaviours)), OWN)
+    source_by_kind = dict.fromkeys(
+        ("harmful", "borderline", "facts", *(f"A/B: {name}" for name in chosen.behaviours)), PACKAGED
+    )
     if folder is not None:
-        chosen, theirs = _from_folder(Path(folder), chosen, n)
-        whose = {kind: name for kind, name in whose.items() if "A/B: " not in kind or kind[5:] in chosen.behaviours}
-        whose |= theirs
+        chosen, folder_sources = _from_folder(Path(folder), chosen, n)
+        source_by_kind = {
+            kind: name for kind, name in source_by_kind.items() if "A/B: " not in kind or kind[5:] in chosen.behaviours
+        }
+        source_by_kind |= folder_sources
     for file in map(Path, behaviours):
         name = file.parent.name if file.stem.startswith("test_dataset") else file.stem
         items, _ = read_ab(file, exclude=True, limit=n)
         chosen = replace(chosen, behaviours={**chosen.behaviours, name: tuple(in_both_orders(items))})
-        whose[f"A/B: {name}"] = file.name
+        source_by_kind[f"A/B: {name}"] = file.name
     kinds = {
         "harmful": chosen.harmful,
         "borderline": chosen.borderline,
         "facts": [item.question for item in chosen.facts],
         **{f"A/B: {name}": [item.question for item in items] for name, items in chosen.behaviours.items()},
     }
-    return replace(chosen, sources={kind: f"{whose[kind]} {_digest(prompts)}" for kind, prompts in kinds.items()})
+    return replace(
+        chosen, sources={kind: f"{source_by_kind[kind]} {_digest(prompts)}" for kind, prompts in kinds.items()}
+    )
 
 
 def _from_folder(folder: Path, items: Items, n: int) -> tuple[Items, dict[str, str]]:
     if not folder.is_dir():
         raise TrimtabError(f"there is no folder {folder}; leave out --data to use the included items")
     new: dict[str, Any] = {}
-    whose = {}
+    source_by_kind = {}
     if (file := folder / "advbench" / "harmful_behaviors.csv").is_file():
         new["harmful"] = tuple(item.prompt for item in read_refusal(file, n))
-        whose["harmful"] = "AdvBench"
+        source_by_kind["harmful"] = "AdvBench"
     if (file := folder / "xstest" / "xstest_prompts.csv").is_file():
         new["borderline"] = tuple(item.prompt for item in read_refusal(file, n) if not item.harmful)
-        whose["borderline"] = "XSTest"
+        source_by_kind["borderline"] = "XSTest"
     if (file := folder / "mmlu" / "mmlu.json").is_file():
         new["facts"] = tuple(in_both_orders(read_ab(file, exclude=True, limit=n)[0]))
-        whose["facts"] = "MMLU"
+        source_by_kind["facts"] = "MMLU"
     sets = {}
     for file in sorted((folder / "caa").glob("*/test_dataset_ab.json")):
         sets[file.parent.name] = tuple(in_both_orders(read_ab(file, exclude=True, limit=n)[0]))
-        whose[f"A/B: {file.parent.name}"] = f"CAA {file.parent.name}"
+        source_by_kind[f"A/B: {file.parent.name}"] = f"CAA {file.parent.name}"
     if sets:
         new["behaviours"] = sets
     if not new:
@@ -142,10 +149,10 @@ def _from_folder(folder: Path, items: Items, n: int) -> tuple[Items, dict[str, s
             f"{folder} has none of advbench/harmful_behaviors.csv, xstest/xstest_prompts.csv, mmlu/mmlu.json,"
             " caa/*/test_dataset_ab.json; leave out --data to use the included items"
         )
-    return replace(items, **new), whose
+    return replace(items, **new), source_by_kind
 
 
-def _own(rows: Sequence[Mapping[str, str]], name: str, limit: int) -> tuple[ABItem, ...]:
+def _packaged_items(rows: Sequence[Mapping[str, str]], name: str, limit: int) -> tuple[ABItem, ...]:
     items = [
         ABItem(
             f"{name}/{number}",
@@ -155,7 +162,7 @@ def _own(rows: Sequence[Mapping[str, str]], name: str, limit: int) -> tuple[ABIt
         )
         for number, row in enumerate(rows, 1)
     ]
-    return tuple(in_both_orders(spread(items, limit)))
+    return tuple(in_both_orders(evenly_spaced(items, limit)))
 
 
 def _digest(texts: Sequence[str]) -> str:

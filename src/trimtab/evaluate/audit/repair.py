@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.evaluate.audit.direction import STREAM, span, written_by
+from trimtab.evaluate.audit.direction import STREAM, orthonormal_basis, written_by
 from trimtab.steering import Add, Edit, ReadWrite, SetProjection, Site, Steering
 from trimtab.steering.scaled import AddScaled
 
@@ -24,14 +24,16 @@ LEAST = 0.05
 
 @dataclass(frozen=True)
 class Repaired:
-    """`steering` is orthogonal to what was protected; `left` is the share of its length that is left of each edit of
-    the original, 0 for those that were left out."""
+    """`steering` is orthogonal to what was protected; `remaining_shares` is the share of its length that is left of
+    each edit of the original, 0 for those that were left out."""
 
     steering: Steering
-    left: tuple[float, ...]
+    remaining_shares: tuple[float, ...]
 
 
-def repaired(steering: Steering, protected: Callable[[Site], Sequence[Tensor]], what: Sequence[str] = ()) -> Repaired:
+def repair_steering(
+    steering: Steering, protected: Callable[[Site], Sequence[Tensor]], what: Sequence[str] = ()
+) -> Repaired:
     """The steering without its part along protected directions.
 
     Args:
@@ -44,12 +46,12 @@ def repaired(steering: Steering, protected: Callable[[Site], Sequence[Tensor]], 
         UnsupportedError: An edit of another kind, at another site, or that keeps the norm: it names the edit.
         TrimtabError: Nothing is left of the steering.
     """
-    edits, left = [], []
+    edits, remaining_shares = [], []
     for edit in steering.edits:
-        basis = span(torch.stack([direction.double() for direction in protected(edit.site)]))
+        basis = orthonormal_basis(torch.stack([direction.double() for direction in protected(edit.site)]))
         new, share = _orthogonal(edit, basis)
         kept = new if share >= LEAST else None
-        left.append(share if kept is not None else 0.0)
+        remaining_shares.append(share if kept is not None else 0.0)
         edits += [kept] if kept is not None else []
     if not edits:
         raise TrimtabError(
@@ -59,7 +61,7 @@ def repaired(steering: Steering, protected: Callable[[Site], Sequence[Tensor]], 
     card = steering.card
     options = {**card.options, "orthogonal_to": list(what)}
     cleaned = replace(card, options=options, audit=None, divergence=None)
-    return Repaired(replace(steering, edits=tuple(edits), card=cleaned), tuple(left))
+    return Repaired(replace(steering, edits=tuple(edits), card=cleaned), tuple(remaining_shares))
 
 
 def _orthogonal(edit: Edit, basis: Tensor) -> tuple[Edit, float]:

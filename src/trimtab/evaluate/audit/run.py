@@ -12,22 +12,22 @@ import numpy as np
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.evaluate.audit.checks import ASKED, CHECKS, UNSTEERED, Bench, Measure
+from trimtab.evaluate.audit.checks import CHECKS, DEFAULT_SYSTEM_MESSAGE, UNSTEERED, AuditRun, Measure
 from trimtab.evaluate.audit.direction import (
     ANSWERS,
     REQUESTS,
     Overlap,
-    Refusal,
+    RefusalDirections,
     behaviour_directions,
+    capture_stream,
     overlaps,
     refusal_direction,
     shifts,
-    stream,
 )
 from trimtab.evaluate.audit.findings import Comparison, compare, verdict
 from trimtab.evaluate.audit.items import FULL, Items, Size, check_protected, read_items
-from trimtab.evaluate.audit.repair import repaired
-from trimtab.evaluate.divergence import Reference, divergence, read_answered, reference
+from trimtab.evaluate.audit.repair import repair_steering
+from trimtab.evaluate.divergence import Reference, divergence, read_answer_logits, reference
 from trimtab.files.steering_file import edits_digest
 from trimtab.keywords import keywords
 from trimtab.steering import ScoreOperation, Site, Steering
@@ -126,7 +126,7 @@ def audit(
     *,
     items: Items | None = None,
     size: Size = FULL,
-    system: str = ASKED,
+    system: str = DEFAULT_SYSTEM_MESSAGE,
     repair: bool = False,
     protect: Sequence[str] = (),
     seed: int = 0,
@@ -172,61 +172,67 @@ def audit(
     check_protected(protect, items)
     if protect and not repair:
         raise TrimtabError("--protect needs a repair; request one")
-    tell = _Progress(progress, 2 + repair, items, size)
+    tracker = _Progress(progress, 2 + repair, items, size)
 
-    before = stream(lm, items.harmful)
+    before = capture_stream(lm, items.harmful)
     started = time.monotonic()
-    tell.label("reading the refusal direction")
+    tracker.label("reading the refusal direction")
     refusal = refusal_direction(
-        lm, (items.learn_harmful, items.learn_harmless), (before, stream(lm, items.harmless[: len(items.harmful)]))
+        lm,
+        (items.learn_harmful, items.learn_harmless),
+        (before, capture_stream(lm, items.harmless[: len(items.harmful)])),
     )
     if estimate is not None:
         # the learned requests are read alone, and again before either answer
-        read = sum(len(lm.encode(text)) for text in (*items.learn_harmful * 4, *items.learn_harmless, *items.harmless))
-        estimate(Estimate(tell.total * DECODED * (time.monotonic() - started) / max(1, read)))
+        read_tokens = sum(
+            len(lm.encode(text)) for text in (*items.learn_harmful * 4, *items.learn_harmless, *items.harmless)
+        )
+        estimate(Estimate(tracker.total * DECODED * (time.monotonic() - started) / max(1, read_tokens)))
     arms: dict[str, Steering | None] = {UNSTEERED: None, STEERED: steering}
     left = None
     if repair:
         directions = {name: behaviour_directions(lm, items.behaviours[name]) for name in protect}
-        mended = repaired(steering, _protected(refusal, directions), ["the refusal directions", *protect])
-        arms[REPAIRED], left = mended.steering, mended.left
-    bench = Bench(lm, arms, items, size, system, transfer, tell.tick)
+        repair_result = repair_steering(steering, _protected(refusal, directions), ["the refusal directions", *protect])
+        arms[REPAIRED], left = repair_result.steering, repair_result.remaining_shares
+    run = AuditRun(lm, arms, items, size, system, transfer, tracker.tick)
     after = {
-        arm: stream(lm, items.harmful, arm_steering, transfer)
+        arm: capture_stream(lm, items.harmful, arm_steering, transfer)
         for arm, arm_steering in arms.items()
         if arm_steering is not None
     }
-    moved = shifts(refusal, before, after)
+    shift_by_arm = shifts(refusal, before, after)
     base = reference(lm, list(items.harmless[:PROMPTS]), tokens=TOKENS)
     nats = {
         arm: _nats(lm, arm_steering, base, transfer) for arm, arm_steering in arms.items() if arm_steering is not None
     }
     measures: list[Measure] = []
     for check in CHECKS:
-        tell.label(check.__name__)
-        for measure in check(bench):
+        tracker.label(check.__name__)
+        for measure in check(run):
             measures.append(measure)
             if on_measure is not None:
                 on_measure(measure)
     about = _about(lm, items, size, system, seed)
-    kept = _kept(lm, steering, arms.get(REPAIRED), base)
+    kept = _kept_share(lm, steering, arms.get(REPAIRED), base)
     results: dict[str, Audit] = {}
     for arm in (REPAIRED, STEERED):
         if (one_arm := arms.get(arm)) is None:
             continue
         comparisons = compare(measures, arm, seed)
-        lying = overlaps(one_arm, refusal)
+        arm_overlaps = overlaps(one_arm, refusal)
         result = Audit(
             steering=one_arm,
             comparisons=tuple(comparisons),
-            overlaps=tuple(lying),
-            shift=tuple(moved[arm]),
-            told=refusal.told,
+            overlaps=tuple(arm_overlaps),
+            shift=tuple(shift_by_arm[arm]),
+            told=refusal.pair_accuracy,
             nats=nats[arm],
-            dose=float(np.mean(bench.doses.get(arm, [0.0]))),
-            series={name: {UNSTEERED: of[UNSTEERED], arm: of[arm]} for name, of in _rounded(bench.series).items()},
-            notes=tuple(bench.notes),
-            verdict=(*verdict(comparisons), *_along(lying, moved[arm], refusal)),
+            dose=float(np.mean(run.doses.get(arm, [0.0]))),
+            series={
+                name: {UNSTEERED: by_arm[UNSTEERED], arm: by_arm[arm]} for name, by_arm in _rounded(run.series).items()
+            },
+            notes=tuple(run.notes),
+            verdict=(*verdict(comparisons), *_describe_directions(arm_overlaps, shift_by_arm[arm], refusal)),
             about=about,
             repaired=results.get(REPAIRED) if arm == STEERED else None,
             left=left if arm == REPAIRED else None,
@@ -236,7 +242,7 @@ def audit(
     return results[STEERED]
 
 
-def _protected(refusal: Refusal, behaviours: Mapping[str, Tensor]) -> Callable[[Site], list[Tensor]]:
+def _protected(refusal: RefusalDirections, behaviours: Mapping[str, Tensor]) -> Callable[[Site], list[Tensor]]:
     def at(site: Site) -> list[Tensor]:
         layer = max(0, site.layer - (site.kind == "block_input"))
         return [*refusal.at(site).values(), *(directions[layer] for directions in behaviours.values())]
@@ -264,33 +270,37 @@ def _nats(lm: LM, steering: Steering, base: Reference, transfer: bool) -> dict[s
     return {"mean": result.mean, "p95": result.p95, "tokens": result.tokens}
 
 
-def _kept(lm: LM, steering: Steering, mended: Steering | None, base: Reference) -> float | None:
+def _kept_share(lm: LM, steering: Steering, repaired_steering: Steering | None, base: Reference) -> float | None:
     """The share of a steering's divergence that the repaired one has: 1 - that between both / that from nothing."""
-    if mended is None:
+    if repaired_steering is None:
         return None
-    steered = Reference(base.texts, tuple(read_answered(lm, base.texts, steering)))
-    apart, whole = (divergence(lm, each_steering, steered, transfer=True).mean for each_steering in (mended, None))
+    steered = Reference(base.texts, tuple(read_answer_logits(lm, base.texts, steering)))
+    apart, whole = (
+        divergence(lm, each_steering, steered, transfer=True).mean for each_steering in (repaired_steering, None)
+    )
     return 1 - apart / whole if whole > 0 and math.isfinite(apart) else None
 
 
-def _along(lying: Sequence[Overlap], moved: Sequence[float], refusal: Refusal) -> list[str]:
+def _describe_directions(
+    arm_overlaps: Sequence[Overlap], arm_shift: Sequence[float], refusal: RefusalDirections
+) -> list[str]:
     """What a steering has of the refusal direction, in words."""
     width = refusal.directions.shape[-1]
     lines = []
     for of in (REQUESTS, ANSWERS):
-        if mine := [overlap for overlap in lying if overlap.of == of]:
+        if mine := [overlap for overlap in arm_overlaps if overlap.of == of]:
             most = max(mine, key=lambda overlap: abs(overlap.cosine))
             what = "cosine" if most.signed else "overlap"
             lines.append(
                 f"{what} with the refusal direction of {of}: {most.cosine:+.2f} at {most.site}, the largest of"
                 f" {len(mine)} edits (three quarters of random directions stay within {1.15 / math.sqrt(width):.2f})"
             )
-    layer = max(range(len(moved)), key=lambda i: abs(moved[i]))
-    to = "harmless" if moved[layer] < 0 else "even more harmful"
-    said = "moves" if abs(moved[layer]) >= PUSHED else "hardly moves"
+    layer = max(range(len(arm_shift)), key=lambda i: abs(arm_shift[i]))
+    to = "harmless" if arm_shift[layer] < 0 else "even more harmful"
+    said = "moves" if abs(arm_shift[layer]) >= PUSHED else "hardly moves"
     lines.append(
-        f"along the direction of requests it {said} harmful requests: {abs(moved[layer]):.0%} of the gap towards {to}"
-        f" ones, at layer {layer}"
+        f"along the direction of requests it {said} harmful requests: {abs(arm_shift[layer]):.0%} of the gap towards"
+        f" {to} ones, at layer {layer}"
     )
     return lines
 
@@ -328,12 +338,12 @@ class _Progress:
 
     def label(self, text: str) -> None:
         self.now = text
-        self._tell()
+        self._report()
 
     def tick(self, tokens: int) -> None:
         self.done = min(self.total, self.done + tokens)
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self.progress is not None:
             self.progress(self.done, self.total, label=self.now)

@@ -11,7 +11,7 @@ from trimtab.serve import wording
 from trimtab.serve.guard import new_request_id
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.scheduler import Draining, Full
+from trimtab.serve.scheduler import Draining, QueueFull
 from trimtab.serve.service import Service
 
 ROUTE = "/"
@@ -29,7 +29,7 @@ def caller(service: Service, secret: str | None) -> Key:
     return key
 
 
-def new_request(key: Key) -> dict[str, str]:
+def new_request_identity(key: Key) -> dict[str, str]:
     """The identity of a request, for the audit log."""
     return {"request": new_request_id(), "key": key.name, "route": ROUTE}
 
@@ -38,9 +38,9 @@ def in_words(error: Exception) -> str:
     """The error message for a user. Unexpected errors go to the server's log, not to the page."""
     if isinstance(error, Refusal):
         return error.message
-    if isinstance(error, (TrimtabError, Full, Draining)):
+    if isinstance(error, (TrimtabError, QueueFull, Draining)):
         return str(error)
     if isinstance(error, ValidationError):
-        return wording.in_words(error.errors(include_input=False, include_url=False), None).message
+        return wording.validation_refusal(error.errors(include_input=False, include_url=False), None).message
     log.error("the playground failed", exc_info=error)
     return "something went wrong inside the server; see its log"

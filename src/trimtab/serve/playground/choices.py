@@ -24,7 +24,7 @@ Request = ChatRequest | CompletionRequest
 
 
 @dataclass(frozen=True)
-class Chosen:
+class PanelState:
     """The state of the panel. `steering` is (name, strength, layer); a layer may be `AS_LEARNED`."""
 
     steering: tuple[tuple[str, float, int], ...] = ()
@@ -53,7 +53,7 @@ class Chosen:
         return body
 
 
-def chosen(values: Sequence[Any]) -> Chosen:
+def panel_state(values: Sequence[Any]) -> PanelState:
     """The state for the panel's values, given in the panel's order."""
     names, values = list(values[0] or []), values[1:]
     strengths, layers, rest = values[:SLOTS], values[SLOTS : 2 * SLOTS], values[2 * SLOTS :]
@@ -62,7 +62,7 @@ def chosen(values: Sequence[Any]) -> Chosen:
         (str(name), float(strength or 0), AS_LEARNED if layer is None else int(layer))
         for name, strength, layer in zip(names, strengths, layers, strict=False)
     )
-    return Chosen(
+    return PanelState(
         steering,
         phrases(emphasis),
         str(rejection),
@@ -79,12 +79,12 @@ def phrases(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line.strip() for line in (text or "").split("\n") if line.strip()))
 
 
-def talks(service: Service) -> bool:
+def is_chat_model(service: Service) -> bool:
     """Whether the model has a chat template; without one it continues texts."""
     return has_template(service.lm.tokenizer)
 
 
-def prompt_of(service: Service, choice: Chosen, said: Sequence[Message], text: str) -> Any:
+def prompt_of(service: Service, choice: PanelState, history: Sequence[Message], text: str) -> Any:
     """The prompt: the conversation so far and the new message; or the text, if the model only continues texts.
 
     Raises `TrimtabError` for a text that is too long to be sent back and forth while a user types.
@@ -93,21 +93,21 @@ def prompt_of(service: Service, choice: Chosen, said: Sequence[Message], text: s
         raise TrimtabError(
             f"on this page a message can have at most {LONGEST:,} characters; the API accepts longer ones"
         )
-    if not talks(service):
+    if not is_chat_model(service):
         return text
     opening = [{"role": "system", "content": choice.system}] if choice.system else []
-    return [*opening, *said, {"role": "user", "content": text}]
+    return [*opening, *history, {"role": "user", "content": text}]
 
 
-def request(service: Service, choice: Chosen, prompt: Any, *, steered: bool = True) -> Request:
+def request(service: Service, choice: PanelState, prompt: Any, *, steered: bool = True) -> Request:
     """The API request. Raises pydantic's `ValidationError` for values that aren't valid in a request."""
-    body: dict[str, Any] = {"model": ALIAS, "messages" if talks(service) else "prompt": prompt}
+    body: dict[str, Any] = {"model": ALIAS, "messages" if is_chat_model(service) else "prompt": prompt}
     body |= {"max_tokens": choice.max_tokens, "temperature": choice.temperature}
     if choice.temperature > 0:
         body["seed"] = choice.seed
     if steered:
         body |= choice.fields
-    return (ChatRequest if talks(service) else CompletionRequest).model_validate(body)
+    return (ChatRequest if is_chat_model(service) else CompletionRequest).model_validate(body)
 
 
 def span_of(low: float, high: float) -> tuple[float, float]:
@@ -116,7 +116,7 @@ def span_of(low: float, high: float) -> tuple[float, float]:
     return ends if ends[0] < ends[1] else (low, high)
 
 
-def carried(old: Sequence[str], new: Sequence[str], values: Sequence[Any], default: Any) -> list[Any]:
+def reorder_slot_values(old: Sequence[str], new: Sequence[str], values: Sequence[Any], default: Any) -> list[Any]:
     """Move the values of the slots from the order of the `old` names to that of the `new` names."""
     known = dict(zip(old, values, strict=False))
     new_values = [known.get(name, default) for name in new]

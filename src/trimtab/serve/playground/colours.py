@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.ab import spread
+from trimtab.evaluate.ab import evenly_spaced
 from trimtab.report.sweep import directions
-from trimtab.report.tokens import answer_cosines, cosine_key, cosine_spans, reach
+from trimtab.report.tokens import answer_cosines, color_limit, cosine_legend, cosine_spans
 from trimtab.report.traces import trace_spans
-from trimtab.serve.playground.asking import Side
 from trimtab.serve.playground.formatted import formatted
+from trimtab.serve.playground.request_group import Side
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.service import Service
@@ -37,21 +37,21 @@ PLAIN = [("formatted", FORMATTED), ("as plain text", NOTHING), ("colored by wher
 """Ways to show answers that need no steering."""
 
 
-def offered(service: Service, key: Key) -> list[tuple[str, str]]:
+def display_modes(service: Service, key: Key) -> list[tuple[str, str]]:
     """The ways to show answers, as (label, value); the value for colors by a vector is `name@layer`."""
-    ways = list(PLAIN)
+    modes = list(PLAIN)
     for loaded in service.visible(key):
         try:
             layers = sorted(directions(loaded.steering))
         except TrimtabError:
             continue
         sites = {edit.site.layer for edit in loaded.steering.edits if edit.site.kind == "residual"}
-        shown = spread([layer for layer in layers if layer in sites], MOST_LAYERS)
-        ways += [(f"colored by {loaded.name}, layer {layer}", f"{loaded.name}@{layer}") for layer in shown]
-    return ways
+        shown = evenly_spaced([layer for layer in layers if layer in sites], MOST_LAYERS)
+        modes += [(f"colored by {loaded.name}, layer {layer}", f"{loaded.name}@{layer}") for layer in shown]
+    return modes
 
 
-async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -> None:
+async def compute_cosines(service: Service, key: Key, sides: Sequence[Side], colour: str) -> None:
     """Compute the missing cosines, between two steps of the batch.
 
     Raises `Refusal` for a vector that doesn't exist, or isn't available to this key.
@@ -70,10 +70,10 @@ async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -
             side.cosines[colour] = await asyncio.wrap_future(service.scheduler.run(job))
 
 
-def full_of(sides: Sequence[Side], colour: str) -> float:
+def shared_color_limit(sides: Sequence[Side], colour: str) -> float:
     """The cosine that gets the full color in all these answers."""
     cosines = [side.cosines[colour] for side in sides if colour in side.cosines]
-    return reach(cosines) if cosines else 1.0
+    return color_limit(cosines) if cosines else 1.0
 
 
 def coloured(service: Service, side: Side, colour: str, full: float) -> str:
@@ -87,10 +87,10 @@ def coloured(service: Service, side: Side, colour: str, full: float) -> str:
     return html.escape(side.text)
 
 
-def key_of(sides: Sequence[Side], colour: str, full: float) -> str:
+def legend_html(sides: Sequence[Side], colour: str, full: float) -> str:
     """The legend of the colors, as HTML."""
     if colour == REJECTION:
         return TRACE_KEY if any(side.done and side.done.trace for side in sides) else NO_TRACE
     if any(colour in side.cosines for side in sides):
-        return f"<span>{COSINES}</span> {cosine_key(full)}"
+        return f"<span>{COSINES}</span> {cosine_legend(full)}"
     return ""

@@ -36,7 +36,7 @@ def examples(names: Sequence[str]) -> list[Example]:
     return [Example(names[0], message) for message in ORDINARY] if names else []
 
 
-def first(names: Sequence[str]) -> str | None:
+def default_steering(names: Sequence[str]) -> str | None:
     """The steering that is chosen on a first visit."""
     offered = examples(names)
     return offered[0].steering if offered else None

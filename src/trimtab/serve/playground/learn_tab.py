@@ -10,7 +10,15 @@ import gradio as gr
 
 from trimtab.serve.playground import show
 from trimtab.serve.playground.callers import caller, in_words
-from trimtab.serve.playground.lessons import METHODS, OFF, Lesson, as_row, learn, lesson_html, lesson_of
+from trimtab.serve.playground.learn_requests import (
+    METHODS,
+    OFF,
+    LearnResult,
+    as_row,
+    build_learn_request,
+    learn,
+    learn_result_html,
+)
 from trimtab.serve.playground.make_part import make_from_sentence
 from trimtab.serve.service import Service
 
@@ -80,9 +88,9 @@ def make_learn(service: Service, key: Any) -> LearnTab:
     async def study(secret: str, text: str, called: str, how: str, at: str) -> AsyncIterator[list[Any]]:
         try:
             mine = caller(service, secret)
-            async for step in learn(service, mine, lesson_of(called or "", how, text or "", at or "")):
-                if isinstance(step, Lesson):
-                    yield [lesson_html(step), "", step.loaded.name]
+            async for step in learn(service, mine, build_learn_request(called or "", how, text or "", at or "")):
+                if isinstance(step, LearnResult):
+                    yield [learn_result_html(step), "", step.loaded.name]
                 else:
                     done, total = step
                     yield [show.progress(done / max(1, total), f"{done} of {total} pairs read"), "", gr.skip()]

@@ -11,7 +11,7 @@ import gradio as gr
 from trimtab.serve.making import Finished
 from trimtab.serve.playground import show
 from trimtab.serve.playground.callers import caller, in_words
-from trimtab.serve.playground.makings import coming, made, make, making_of
+from trimtab.serve.playground.make_requests import build_make_request, make, make_result_html, progress_html
 from trimtab.serve.service import Service
 
 ABOUT = (
@@ -61,14 +61,14 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
     ) -> AsyncIterator[list[Any]]:
         try:
             mine = caller(service, secret)
-            request = making_of(called or "", wanted or "", who or "", other or "", keep=bool(anyway))
+            request = build_make_request(called or "", wanted or "", who or "", other or "", keep=bool(anyway))
             async with aclosing(make(service, mine, request)) as steps:
                 async for step in steps:
                     if isinstance(step, Finished):
                         added = gr.skip() if step.loaded is None else step.loaded.name
-                        yield [made(request.name, step), "", added]
+                        yield [make_result_html(request.name, step), "", added]
                     else:
-                        yield [coming(step), "", gr.skip()]
+                        yield [progress_html(step), "", gr.skip()]
         except Exception as error:
             yield ["", show.error(in_words(error)), gr.skip()]
 

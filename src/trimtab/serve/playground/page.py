@@ -13,14 +13,14 @@ from trimtab.serve.playground import show
 from trimtab.serve.playground.callers import caller, in_words
 from trimtab.serve.playground.chat_tab import make_chat
 from trimtab.serve.playground.choices import SLOTS
-from trimtab.serve.playground.colours import offered
-from trimtab.serve.playground.door import STATES, Door
-from trimtab.serve.playground.examples import SHOWN, Example, examples, first
+from trimtab.serve.playground.colours import display_modes
+from trimtab.serve.playground.conversation import Conversation
+from trimtab.serve.playground.examples import SHOWN, Example, default_steering, examples
 from trimtab.serve.playground.learn_tab import make_learn
 from trimtab.serve.playground.looks import options
-from trimtab.serve.playground.panel import arrange, make_panel, nameable
+from trimtab.serve.playground.page_app import STATE_CAPACITY, PageApp
+from trimtab.serve.playground.panel import make_panel, nameable, slot_updates
 from trimtab.serve.playground.sweep_tab import make_sweep
-from trimtab.serve.playground.talk import Talk
 from trimtab.serve.reference import reference
 from trimtab.serve.service import Service
 
@@ -30,15 +30,15 @@ LEARN = "learn one, or "
 NO_ROUTES = "The routes are listed once you have entered your API key above."
 
 
-def make_page(service: Service) -> Door:
+def make_page(service: Service) -> PageApp:
     """The application that serves the page; its lifespan runs with the server's."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     page = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     settings = {"footer_links": [], "run_history": False, "show_error": False, "ssr_mode": False, "mcp_server": False}
     blocks = make_blocks(service)
-    blocks.state_session_capacity = STATES
+    blocks.state_session_capacity = STATE_CAPACITY
     gr.mount_gradio_app(page, blocks, path="/", **settings, **options())
-    return Door(page, blocks)
+    return PageApp(page, blocks)
 
 
 def make_blocks(service: Service) -> gr.Blocks:
@@ -74,7 +74,9 @@ def make_blocks(service: Service) -> gr.Blocks:
             """The error message; empty before a key is typed, since nothing has been requested then."""
             return "" if keys and not (secret or "").strip() else show.error(in_words(error))
 
-        def arrive(secret: str, talk: Talk, names: list[str], was: list[str], *values: Any) -> list[Any]:
+        def arrive(
+            secret: str, talk: Conversation, names: list[str], previous_names: list[str], *values: Any
+        ) -> list[Any]:
             """Update the page for this key. `names` are the steerings chosen before."""
             try:
                 mine = caller(service, secret)
@@ -92,8 +94,8 @@ def make_blocks(service: Service) -> gr.Blocks:
             known = nameable(service, mine)
             talk.names = tuple(known)
             chosen = [name for name in names or [] if name in known]
-            kept = chosen or [name for name in [first(known)] if name is not None]
-            none = f"There are no steerings yet: {LEARN * service.learn}start the server with --steerings DIR."
+            kept = chosen or [name for name in [default_steering(known)] if name is not None]
+            empty_text = f"There are no steerings yet: {LEARN * service.learn}start the server with --steerings DIR."
             proposed = examples(known)
             buttons = [_button(proposed[number] if number < len(proposed) else None) for number in range(SHOWN)]
             return [
@@ -101,53 +103,65 @@ def make_blocks(service: Service) -> gr.Blocks:
                 "",
                 _empty(service, talk),
                 gr.update(choices=known, value=kept),
-                show.note("" if known else none),
-                gr.update(choices=offered(service, mine)),
+                show.note("" if known else empty_text),
+                gr.update(choices=display_modes(service, mine)),
                 gr.update(choices=known, value=kept[0] if kept else known[0] if known else None),
                 reference(),
                 *buttons,
-                *arrange(service, mine, kept, was, values),
+                *slot_updates(service, mine, kept, previous_names, values),
             ]
 
-        slots = panel.arranged
+        slots = panel.slot_outputs
         known_parts = [
-            *(head, trouble, chat.said, panel.names, panel.none, chat.colour, sweep.name, routes, *chat.proposed),
+            *(
+                head,
+                trouble,
+                chat.transcript,
+                panel.names,
+                panel.empty_note,
+                chat.colour,
+                sweep.name,
+                routes,
+                *chat.proposed,
+            ),
             *slots,
         ]
-        values = [panel.names, panel.was, *panel.values]
+        values = [panel.names, panel.previous_names, *panel.values]
         inputs = [key, *values]
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         # one at a time, and always the last: an earlier key's choices never replace those of the current one
         gr.on(
             [blocks.load, use.click, key.submit],
             arrive,
-            [key, chat.talk, *values],
+            [key, chat.conversation_state, *values],
             known_parts,
             trigger_mode="always_last",
             **quick,
         )
 
-        def choose(secret: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
+        def choose(secret: str, names: list[str], previous_names: list[str], *values: Any) -> list[Any]:
             try:
-                return ["", *arrange(service, caller(service, secret), names or [], was, values)]
+                return ["", *slot_updates(service, caller(service, secret), names or [], previous_names, values)]
             except Exception as error:
                 return [refused(secret, error), *(gr.update(),) * len(slots)]
 
         panel.names.change(choose, inputs, [trouble, *slots], **quick)
 
-        def admit(secret: str, talk: Talk, learned: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
+        def admit(
+            secret: str, talk: Conversation, learned: str, names: list[str], previous_names: list[str], *values: Any
+        ) -> list[Any]:
             """Also choose what was just learned, instead of the last one if all slots are taken."""
-            room = [name for name in names or [] if name != learned][: SLOTS - 1]
-            return arrive(secret, talk, [*room, learned] if learned else room, was, *values)
+            other_names = [name for name in names or [] if name != learned][: SLOTS - 1]
+            return arrive(secret, talk, [*other_names, learned] if learned else other_names, previous_names, *values)
 
-        lesson.learned.change(admit, [key, chat.talk, lesson.learned, *values], known_parts, **quick)
+        lesson.learned.change(admit, [key, chat.conversation_state, lesson.learned, *values], known_parts, **quick)
     blocks.queue(max_size=WAITING, default_concurrency_limit=None, api_open=False)
     return blocks
 
 
-def _empty(service: Service, talk: Talk) -> Any:
+def _empty(service: Service, talk: Conversation) -> Any:
     """The text of an empty chat; a chat with turns isn't changed."""
-    return gr.skip() if talk.turns else show.talk(service, talk)
+    return gr.skip() if talk.turns else show.conversation_html(service, talk)
 
 
 def _button(example: Example | None) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from trimtab.serve.library import Loaded
-from trimtab.serve.playground.choices import AS_LEARNED, REJECTIONS, SLOTS, carried, span_of
+from trimtab.serve.library import LoadedSteering
+from trimtab.serve.playground.choices import AS_LEARNED, REJECTIONS, SLOTS, reorder_slot_values, span_of
 from trimtab.serve.policy import Key
 from trimtab.serve.service import Service
 
@@ -32,12 +32,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Panel:
-    """The panel's components. `was` holds the names of the steerings that the slots show."""
+    """The panel's components. `previous_names` holds the names of the steerings that the slots show."""
 
     names: Any
-    was: Any
+    previous_names: Any
     slots: tuple[Slot, ...]
-    none: Any
+    empty_note: Any
     emphasis: Any
     marks: Any
     rejection: Any
@@ -55,13 +55,13 @@ class Panel:
         return [self.names, *strengths, *layers, *rest]
 
     @property
-    def arranged(self) -> list[Any]:
-        """The components that `arrange` updates."""
-        return [self.was, *(part for slot in self.slots for part in (slot.row, slot.strength, slot.layer))]
+    def slot_outputs(self) -> list[Any]:
+        """The components that `slot_updates` updates."""
+        return [self.previous_names, *(part for slot in self.slots for part in (slot.row, slot.strength, slot.layer))]
 
     @property
     def values(self) -> list[Any]:
-        """The components of the slots' values, for `arrange`."""
+        """The components of the slots' values, for `slot_updates`."""
         return [slot.strength for slot in self.slots] + [slot.layer for slot in self.slots]
 
 
@@ -75,7 +75,7 @@ def make_panel(service: Service) -> Panel:
         info="What the model is pushed towards. The effects of several add up.",
         elem_id="tt-names",
     )
-    none = gr.HTML(elem_classes="tt-say")
+    empty_note = gr.HTML(elem_classes="tt-say")
     slots = tuple(_slot(service, number) for number in range(SLOTS))
     with gr.Accordion("Emphasize a part of your message", open=False):
         emphasis = gr.Textbox(
@@ -121,7 +121,7 @@ def make_panel(service: Service) -> Panel:
             max_lines=6,
         )
     return Panel(
-        names, gr.State([]), slots, none, emphasis, marks, rejection, beta, system, max_tokens, temperature, seed
+        names, gr.State([]), slots, empty_note, emphasis, marks, rejection, beta, system, max_tokens, temperature, seed
     )
 
 
@@ -153,12 +153,14 @@ def _begin(low: float, high: float) -> float:
     return min(max(1.0, low), high)
 
 
-def arrange(service: Service, key: Key, names: Sequence[str], was: Sequence[str], values: Sequence[Any]) -> list[Any]:
+def slot_updates(
+    service: Service, key: Key, names: Sequence[str], previous_names: Sequence[str], values: Sequence[Any]
+) -> list[Any]:
     """Updates of `Panel.arranged` for these names; steerings that were chosen before keep their values."""
     low, high = span_of(*service.policy.range_of(key))
     known = {entry.name: entry for entry in service.visible(key)}
-    strengths = carried(was, names, values[:SLOTS], _begin(low, high))
-    layers = carried(was, names, values[SLOTS:], AS_LEARNED)
+    strengths = reorder_slot_values(previous_names, names, values[:SLOTS], _begin(low, high))
+    layers = reorder_slot_values(previous_names, names, values[SLOTS:], AS_LEARNED)
     updates: list[Any] = [list(names)]
     for number in range(SLOTS):
         loaded = known.get(names[number]) if number < len(names) else None
@@ -173,7 +175,7 @@ def arrange(service: Service, key: Key, names: Sequence[str], was: Sequence[str]
     return updates
 
 
-def _layers(service: Service, loaded: Loaded, value: int) -> dict[str, Any]:
+def _layers(service: Service, loaded: LoadedSteering, value: int) -> dict[str, Any]:
     """The layers to choose from: a steering that acts at several stays where it is."""
     own = loaded.steering.layers
     if len(own) != 1:

@@ -9,12 +9,12 @@ import html
 from collections.abc import Sequence
 
 from trimtab.report.traces import kind_of
-from trimtab.serve.playground.asking import Side
-from trimtab.serve.playground.colours import FORMATTED, coloured, full_of, key_of
+from trimtab.serve.playground.colours import FORMATTED, coloured, legend_html, shared_color_limit
+from trimtab.serve.playground.conversation import Conversation, Turn
 from trimtab.serve.playground.formatted import formatted
 from trimtab.serve.playground.marks import Mark
-from trimtab.serve.playground.talk import Talk, Turn
-from trimtab.serve.schema_told import AppliedSteering
+from trimtab.serve.playground.request_group import Side
+from trimtab.serve.schema_output import AppliedSteering
 from trimtab.serve.service import Service
 
 WELCOME = """<div class="tt-welcome"><h2>The same model answers twice</h2>
@@ -56,14 +56,14 @@ def welcome(service: Service, names: Sequence[str] | None) -> str:
     return WELCOME.format(next=follows)
 
 
-def talk(service: Service, conversation: Talk, colour: str = FORMATTED) -> str:
+def conversation_html(service: Service, conversation: Conversation, colour: str = FORMATTED) -> str:
     """The conversation."""
     if not conversation.turns:
         return welcome(service, conversation.names)
     sides = [side for turn in conversation.turns for side in (turn.plain, turn.steered)]
-    full = full_of(sides, colour)
+    full = shared_color_limit(sides, colour)
     turns = "".join(_turn(service, turn, colour, full) for turn in conversation.turns)
-    key = key_of(sides, colour, full)
+    key = legend_html(sides, colour, full)
     return turns + (f'<p class="tt-key">{key}</p>' if key else "")
 
 
@@ -115,17 +115,17 @@ def _ending(side: Side) -> str:
     if side.done is None:
         return '<p class="tt-end">stopped</p>'
     done = side.done
-    said = [f"{done.tokens} token{'s' * (done.tokens != 1)}"]
+    facts = [f"{done.tokens} token{'s' * (done.tokens != 1)}"]
     if done.finish == "length":
-        said.append("cut at the limit")
+        facts.append("cut at the limit")
     if done.trace is not None:
         kinds = [kind_of(step) for step in done.trace.steps]
-        said += [f"{kinds.count(kind)} {words}" for kind, words in HELD_BACK.items() if kinds.count(kind)]
-        said.append(f"{sum(step.replaced is not None for step in done.trace.steps)} changed")
+        facts += [f"{kinds.count(kind)} {words}" for kind, words in HELD_BACK.items() if kinds.count(kind)]
+        facts.append(f"{sum(step.replaced is not None for step in done.trace.steps)} changed")
     elif done.applied.doses:
         hardest = max(done.applied.doses, key=lambda dose: dose.ratio)
-        said.append(f"pushed by {hardest.ratio:.0%} of the activation's length at layer {hardest.layer}")
-    return f'<p class="tt-end">{" · ".join(said)}</p>'
+        facts.append(f"pushed by {hardest.ratio:.0%} of the activation's length at layer {hardest.layer}")
+    return f'<p class="tt-end">{" · ".join(facts)}</p>'
 
 
 def _marked(text: str, phrases: Sequence[str]) -> str:

@@ -52,12 +52,12 @@ def as_python(request: Request, address: str, *, keys: bool) -> str:
     keywords = {**body, **({"extra_body": extra} if extra else {})}
     arguments = "".join(f"    {name}={_literal(value, len(name))},\n" for name, value in keywords.items())
     secret = 'os.environ["TRIMTAB_API_KEY"]' if keys else '"none"'
-    said = "answer.choices[0].message.content" if chat else "answer.choices[0].text"
+    answer_expression = "answer.choices[0].message.content" if chat else "answer.choices[0].text"
     return (
         f"{'import os' + chr(10) * 2 if keys else ''}from openai import OpenAI\n\n"
         f"client = OpenAI(base_url={f'{address}/v1'!r}, api_key={secret})\n"
         f"answer = client.{'chat.completions' if chat else 'completions'}.create(\n{arguments})\n"
-        f"print({said})\nprint(answer.model_extra['trimtab'])\n"
+        f"print({answer_expression})\nprint(answer.model_extra['trimtab'])\n"
     )
 
 

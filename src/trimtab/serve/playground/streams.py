@@ -11,11 +11,11 @@ LOOK = 0.25
 """Seconds between checks of the scheduler."""
 
 
-async def until_drained(app: ASGIApp, scheduler: Scheduler, scope: Scope, receive: Receive, send: Send) -> None:
+async def run_until_drained(app: ASGIApp, scheduler: Scheduler, scope: Scope, receive: Receive, send: Send) -> None:
     """Run `app`, and end its response when the scheduler accepts nothing more and has answered everything."""
     begun, over = False, False
 
-    async def out(message: Message) -> None:
+    async def tracking_send(message: Message) -> None:
         nonlocal begun, over
         begun = True
         over = message["type"] == "http.response.body" and not message.get("more_body")
@@ -30,7 +30,7 @@ async def until_drained(app: ASGIApp, scheduler: Scheduler, scope: Scope, receiv
 
     async with anyio.create_task_group() as group:
         group.start_soon(watch, group.cancel_scope)
-        await app(scope, receive, out)
+        await app(scope, receive, tracking_send)
         group.cancel_scope.cancel()
     if begun and not over:
         await send({"type": "http.response.body", "body": b"", "more_body": False})

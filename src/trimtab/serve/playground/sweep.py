@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trimtab.errors import TrimtabError
-from trimtab.serve.playground.choices import AS_LEARNED, Chosen, Request, prompt_of, request
+from trimtab.serve.playground.choices import AS_LEARNED, PanelState, Request, prompt_of, request
 from trimtab.serve.service import Service
 
 
@@ -20,7 +20,7 @@ class Sweep:
     strengths: tuple[float, ...]
     layers: tuple[int, ...] = (AS_LEARNED,)
 
-    def requests(self, service: Service, choice: Chosen, text: str) -> list[Request]:
+    def requests(self, service: Service, choice: PanelState, text: str) -> list[Request]:
         """One request per cell, row by row. Raises `TrimtabError` for more answers than a request may have."""
         count = len(self.strengths) * len(self.layers)
         if count > service.limits.answers:

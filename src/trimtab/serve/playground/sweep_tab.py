@@ -11,12 +11,12 @@ import gradio as gr
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.playground import show
-from trimtab.serve.playground.asking import Asking, Side
 from trimtab.serve.playground.callers import caller, in_words
-from trimtab.serve.playground.choices import chosen, span_of
+from trimtab.serve.playground.choices import panel_state, span_of
+from trimtab.serve.playground.conversation import Conversation
 from trimtab.serve.playground.panel import Panel
+from trimtab.serve.playground.request_group import RequestGroup, Side
 from trimtab.serve.playground.sweep import Sweep, sweep_of
-from trimtab.serve.playground.talk import Talk
 from trimtab.serve.service import Service
 
 EXAMPLE = "What makes a good friend?"
@@ -35,7 +35,7 @@ class SweepTab:
 
 def make_sweep(service: Service, key: Any, panel: Panel) -> SweepTab:
     """The components and their event handlers."""
-    running = gr.State(Talk())
+    running = gr.State(Conversation())
     low, high = span_of(*service.policy.strength)
     with gr.Row():
         name = gr.Dropdown([], label="Steering", min_width=160, elem_id="tt-sweep-name")
@@ -60,20 +60,20 @@ def make_sweep(service: Service, key: Any, panel: Panel) -> SweepTab:
     grid = gr.HTML(show.note(ABOUT), elem_id="tt-grid")
 
     async def run(
-        secret: str, steering: str, pushed: str, at: str, text: str, talk: Talk, *values: Any
+        secret: str, steering: str, pushed: str, at: str, text: str, talk: Conversation, *values: Any
     ) -> AsyncIterator[list[Any]]:
         try:
             if not (text or "").strip():
                 raise TrimtabError("type a message first")
             mine, sweep = caller(service, secret), sweep_of(steering, pushed or "", at or "")
-            asking = Asking(service, mine, sweep.requests(service, chosen(values), text.strip()))
-            number = talk.begin(asking)
-            async with aclosing(asking.run()) as coming:
+            group = RequestGroup(service, mine, sweep.requests(service, panel_state(values), text.strip()))
+            number = talk.begin(group)
+            async with aclosing(group.run()) as coming:
                 async for sides in coming:
                     if talk.number != number:
                         return
                     yield [show.grid(_rows(sweep, sides)), ""]
-            yield [show.grid(_rows(sweep, asking.sides)), ""]
+            yield [show.grid(_rows(sweep, group.sides)), ""]
         except Exception as error:
             yield [gr.skip(), show.error(in_words(error))]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from trimtab.engines.vllm.admitted import Ticket
-from trimtab.engines.vllm.counting import MARK
+from trimtab.engines.vllm.counting import FAILURE_PREFIX
+from trimtab.engines.vllm.request_context import RequestContext
 from trimtab.serve.refusals import Json, Refusal
-from trimtab.serve.schema_told import AppliedSteering, AppliedTold, DoseTold, Told
+from trimtab.serve.schema_output import AnswerReport, AppliedSteering, DoseReport, SteeringReport
 from trimtab.serve.tasks import total_dose
 from trimtab.serve.vllm.record import Record
 
@@ -29,22 +29,26 @@ class Outgoing:
 
     Args:
         asgi: The scope, `receive` and `send` of the request.
-        ticket: The request's ticket.
+        request_context: The request's context in the engine.
         record: The request's entries in the audit log.
         steerings: The steerings that act on it.
     """
 
     def __init__(
-        self, asgi: tuple[Scope, Receive, Send], ticket: Ticket, record: Record, steerings: list[AppliedSteering]
+        self,
+        asgi: tuple[Scope, Receive, Send],
+        request_context: RequestContext,
+        record: Record,
+        steerings: list[AppliedSteering],
     ) -> None:
         self.refusal: Refusal | None = None
         """The response to send instead, if the engine was told not to accept the request."""
         self._asgi, self._send = asgi, asgi[2]
-        self._ticket, self._record, self._steerings = ticket, record, steerings
+        self._request_context, self._record, self._steerings = request_context, record, steerings
         self._start: Message = {}
-        self._held: list[bytes] = []
+        self._buffered: list[bytes] = []
         self._rest = b""  # of a stream: an incomplete event
-        self._sent = self._over = self._erred = self._gone = False
+        self._sent = self._over = self._failed = self._disconnected = False
         self._head: dict[str, Any] = {}
 
     def watching(self, receive: Receive) -> Receive:
@@ -52,13 +56,13 @@ class Outgoing:
 
         async def watched() -> Message:
             message = await receive()
-            self._gone = self._gone or message["type"] == "http.disconnect"
+            self._disconnected = self._disconnected or message["type"] == "http.disconnect"
             return message
 
         return watched
 
     async def __call__(self, message: Message) -> None:
-        if self._over or self._gone:  # the guard logs that it was cancelled
+        if self._over or self._disconnected:  # the guard logs that it was cancelled
             return
         if message["type"] == "http.response.start":
             self._start = message
@@ -71,15 +75,15 @@ class Outgoing:
         if kind.startswith(b"text/event-stream"):
             await self._stream(body, more)
         else:
-            self._held.append(body)
+            self._buffered.append(body)
             if not more:
-                await self._whole(b"".join(self._held))
+                await self._whole(b"".join(self._buffered))
 
     # ---- whole answers -------------------------------------------------------------------------------------
 
     async def _whole(self, body: bytes) -> None:
         status = self._start["status"]
-        instead = self._instead(status)
+        instead = self._replacement(status)
         try:
             if instead is not None:
                 raise instead
@@ -93,7 +97,7 @@ class Outgoing:
             return
         headers = [(name, value) for name, value in self._start["headers"] if name != b"content-length"]
         self._start["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
-        await self._out(body, more=False)
+        await self._send_body(body, more=False)
 
     def _with_field(self, body: bytes) -> bytes:
         if not (body.startswith(b"{") and body.endswith(b"}") and len(body) > 2):
@@ -110,27 +114,27 @@ class Outgoing:
         if not more and self._rest.strip():
             events, self._rest = [*events, self._rest], b""
         if not self._sent:
-            self._held += events
-            if more and not self._ticket.begun:
+            self._buffered += events
+            if more and not self._request_context.begun:
                 return  # nothing has been sent, so an error can still have its own status
-            events, self._held = self._held, []
+            events, self._buffered = self._buffered, []
             error = next((failure for event in events if (failure := _error_in(event)) is not None), None)
-            if (instead := self._instead(200, error)) is not None:
+            if (instead := self._replacement(200, error)) is not None:
                 await self._refuse(instead)
                 return
         out = []
         for event in events:
             out += self._with_summary(event)
         if out or not more:
-            await self._out(b"".join(part + b"\n\n" for part in out), more=more)
+            await self._send_body(b"".join(part + b"\n\n" for part in out), more=more)
         if not more:
             self._end_with("cut")  # if no end was among the events
 
     def _with_summary(self, event: bytes) -> list[bytes]:
         """What to send for an event: the event itself, with trimtab's summary if it ends the response."""
         if event.startswith(DONE):
-            if self._erred:
-                self._end_with("dose_too_high" if self._ticket.too_high else "server")
+            if self._failed:
+                self._end_with("dose_too_high" if self._request_context.too_high else "server")
                 return [event]
             last = {**self._head, "choices": [], "trimtab": self._field()}
             return [(self._end_with("done") or b"data: " + _dumped(last)), event]
@@ -144,8 +148,8 @@ class Outgoing:
             parsed = json.loads(event[6:])
             self._head = {name: parsed[name] for name in HEAD if name in parsed}
         wrong = _error_in(event) is not None
-        self._erred = self._erred or self._ticket.failed is not None or wrong
-        return [b"data: " + _dumped(self._too_high().body) if wrong and self._ticket.too_high else event]
+        self._failed = self._failed or self._request_context.failed is not None or wrong
+        return [b"data: " + _dumped(self._too_high().body) if wrong and self._request_context.too_high else event]
 
     def _end_with(self, outcome: str) -> bytes | None:
         """Write the log's last line; returns what to send instead of the end if that fails."""
@@ -157,25 +161,25 @@ class Outgoing:
 
     # ---- both ----------------------------------------------------------------------------------------------
 
-    def _instead(self, status: int, error: dict[str, Any] | None = None) -> Refusal | None:
+    def _replacement(self, status: int, error: dict[str, Any] | None = None) -> Refusal | None:
         """The response to send instead of vLLM's response with this status, of which nothing has been sent.
 
         `error` is the error in its first events.
         """
         if self.refusal is not None:
             return self.refusal
-        if self._ticket.too_high:
+        if self._request_context.too_high:
             return self._too_high()
         if error is not None:
             code = error.get("code")
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
             return Refusal(status, str(error.get("message", "")), param=error.get("param"))
-        if status < 400 and not self._ticket.begun:
+        if status < 400 and not self._request_context.begun:
             return Refusal(500, "vLLM answered, but its engine received no steering", code="unsteered")
         return None
 
     def _too_high(self) -> Refusal:
-        return Refusal(400, (self._ticket.failed or "").removeprefix(MARK), code="dose_too_high")
+        return Refusal(400, (self._request_context.failed or "").removeprefix(FAILURE_PREFIX), code="dose_too_high")
 
     async def _refuse(self, refusal: Refusal) -> None:
         self._over = True
@@ -186,27 +190,29 @@ class Outgoing:
             refusal = unwritten
         await refusal.response(*self._asgi)
 
-    async def _out(self, body: bytes, *, more: bool) -> None:
+    async def _send_body(self, body: bytes, *, more: bool) -> None:
         if not self._sent:
             self._sent = True
             await self._send(self._start)
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     def _field(self) -> dict[str, Any]:
-        ticket = self._ticket
-        answers = [_applied(i, ticket, answer) for i, answer in enumerate(ticket.tokens)]
-        return Told(steering=self._steerings, emphasized_tokens=ticket.emphasized, answers=answers).model_dump()
+        request_context = self._request_context
+        answers = [_applied(i, request_context, answer) for i, answer in enumerate(request_context.tokens)]
+        return SteeringReport(
+            steering=self._steerings, emphasized_tokens=request_context.emphasized, answers=answers
+        ).model_dump()
 
 
-def _applied(index: int, ticket: Ticket, answer: tuple[str, int]) -> AppliedTold:
+def _applied(index: int, request_context: RequestContext, answer: tuple[str, int]) -> AnswerReport:
     """What steered one answer of a request."""
-    applied = ticket.applied(answer)
-    return AppliedTold(
+    applied = request_context.applied(answer)
+    return AnswerReport(
         index=index,
-        edits=ticket.edits(answer[0]),
+        edits=request_context.edits(answer[0]),
         dose=None if applied is None else applied.dose,
         total_dose=None if applied is None else total_dose(applied),
-        doses=[] if applied is None else [DoseTold(**asdict(dose)) for dose in applied.doses],
+        doses=[] if applied is None else [DoseReport(**asdict(dose)) for dose in applied.doses],
     )
 
 

@@ -1,4 +1,6 @@
-"""The settings that the command passes to `Door`, which vLLM makes in another process: in an environment variable."""
+"""The settings that the command passes to `SteeringMiddleware`, which vLLM makes in another process: in an
+environment variable.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from pathlib import Path
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.serve.policy import Policy, policy_from
 
-DOOR = "TRIMTAB_DOOR"
+SETTINGS_VARIABLE = "TRIMTAB_DOOR"
 KEY = "TRIMTAB_API_KEY"
 
 
 @dataclass(frozen=True)
-class DoorSettings:
-    """The options of `trimtab serve` that concern the door.
+class MiddlewareSettings:
+    """The options of `trimtab serve` that concern the middleware.
 
     Args:
         policy: The policy's file.
@@ -40,7 +42,7 @@ class DoorSettings:
     held: int = 256 << 20
     local: bool = False
 
-    def rules(self, environment: Mapping[str, str]) -> Policy:
+    def load_policy(self, environment: Mapping[str, str]) -> Policy:
         """The policy, with the key from the environment. Raises `TrimtabError` for one that vLLM can't enforce."""
         rules = policy_from(None if self.policy is None else Path(self.policy), self.max_dose, environment.get(KEY))
         if rules.monitors:
@@ -51,7 +53,9 @@ class DoorSettings:
         return rules
 
     def closes(self, rules: Policy) -> bool:
-        """Whether generation is only possible through the door: if there are rules, or an audit log to be complete."""
+        """Whether generation is only possible through the middleware: if there are rules, or an audit log to be
+        complete.
+        """
         return rules != Policy() or self.audit is not None
 
     def to_text(self) -> str:
@@ -59,8 +63,10 @@ class DoorSettings:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> DoorSettings:
+    def from_environment(cls, environment: Mapping[str, str]) -> MiddlewareSettings:
         """The settings in the environment. Raises `TrimtabError` if there are none, so that no server is left open."""
-        if DOOR not in environment:
-            raise TrimtabError(f"{DOOR} isn't set; `trimtab serve --engine vllm` starts vLLM's server with it")
-        return cls(**json.loads(environment[DOOR]))
+        if SETTINGS_VARIABLE not in environment:
+            raise TrimtabError(
+                f"{SETTINGS_VARIABLE} isn't set; `trimtab serve --engine vllm` starts vLLM's server with it"
+            )
+        return cls(**json.loads(environment[SETTINGS_VARIABLE]))

@@ -1,0 +1,51 @@
+"""Checks before a search whether it can reach a verdict at all; nothing in the search can change that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trimtab.evaluate.decision import LEVEL, min_items_for_verdict
+from trimtab.tune.halving import Rung
+
+MIN_HELD_OUT = min_items_for_verdict()
+"""The fewest held-out prompts that can beat chance, if all are won (sign test): 1 / 2**5 < 0.05, 1 / 2**4 isn't."""
+
+
+def held_out_warning(held_out: int) -> str | None:
+    """Why too few held-out prompts make the final test pointless, or `None`.
+
+    Args:
+        held_out: The number of prompts kept for the final test.
+    """
+    if held_out >= MIN_HELD_OUT:
+        return None
+    prompts = f"{held_out} prompt" if held_out == 1 else f"{held_out} prompts"
+    return (
+        f"the final test has {prompts}, and even if all of them are won that can't be told from luck"
+        f" ({MIN_HELD_OUT} are needed at {LEVEL:.0%}), so the answer will be not to steer: give more prompts"
+    )
+
+
+def budget_warning(
+    candidates: int, rungs: Sequence[Rung], held_out: int, tokens_each: int, budget_tokens: int | None
+) -> str | None:
+    """Why a token budget can't distinguish the candidates, or `None`.
+
+    Args:
+        candidates: The number of candidates besides "don't steer".
+        rungs: The rounds of the search.
+        held_out: The number of prompts kept for the final test, which is paid for first.
+        tokens_each: The maximum cost of an answer in tokens.
+        budget_tokens: The maximum number of generated tokens in all; `None` for no limit.
+    """
+    if budget_tokens is None:
+        return None
+    pays = (budget_tokens // tokens_each - 2 * held_out) // (candidates + 1)
+    first = rungs[0].items
+    if not 0 < pays < first:
+        return None  # the search itself rejects a budget that pays for no prompt
+    needed = ((candidates + 1) * first + 2 * held_out) * tokens_each
+    return (
+        f"the budget of {budget_tokens} tokens may cover only {pays} of the {first} prompts of the first round, on"
+        f" which {candidates} candidates can hardly be told apart; give {needed}, or try fewer layers or strengths"
+    )
