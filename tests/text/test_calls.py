@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("llguidance", reason="grammars need trimtab[serve]")
 
 from serve.toolbox import SPECIAL, TEMPLATES, model
-from text.test_said import written
+from text.test_answer_parts import written
 
 from trimtab.decoding.grammar import check_schema, lark_grammar
 from trimtab.engines.transformers.grammar import GrammarCompiler

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serve.toolbox import model
-from text.test_said import said
+from text.test_answer_parts import said
 
 from trimtab.text.answer_parts import AnswerPart
 from trimtab.text.template_answer_parts import TemplateSplitter, has_response_template
