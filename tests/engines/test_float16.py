@@ -67,9 +67,9 @@ def test_vllm_refuses_the_request_and_its_bank_the_row() -> None:
         made.sent[digest] = content
         return made
 
-    assert link(torch.bfloat16).place(Wire((part,)), 4).slots
+    assert link(torch.bfloat16).wire_for_prompt(Wire((part,)), 4).slots
     with pytest.raises(TrimtabError, match=WHY):
-        link(torch.float16).place(Wire((part,)), 4)
+        link(torch.float16).wire_for_prompt(Wire((part,)), 4)
     (segment,) = compile_program(identified_edits(part, content), 4)
     bank = Bank(range(LAYERS), WIDTH, 4, 16, torch.float16, torch.device("cpu"))
     with pytest.raises(TrimtabError, match=WHY):

@@ -157,12 +157,12 @@ def test_no_token_has_a_copy_of_a_map() -> None:
     (stage,) = compile_plan(edits, [3] * 4, torch.float64).stages[Site(0)]
     states = torch.arange(2000) % 5
     picked = stage.gather(States.of(states, torch.device("cpu")))["map"]
-    assert [len(at) for _, at in picked.alone] == [400] * 4
-    assert picked.together is None
+    assert [len(at) for _, at in picked.separate] == [400] * 4
+    assert picked.batched is None
     few = stage.gather(States.of(states[:20], torch.device("cpu")))["map"]
-    assert not few.alone
-    assert few.together.stack.read.shape == (4, 64, 64)
-    (whole,) = {stage.gather(States.of(torch.full((n,), 2), torch.device("cpu")))["map"].whole for n in (1, 2000)}
+    assert not few.separate
+    assert few.batched.stack.read.shape == (4, 64, 64)
+    (whole,) = {stage.gather(States.of(torch.full((n,), 2), torch.device("cpu")))["map"].single for n in (1, 2000)}
     assert whole is edits[1][0].operation.map
     strengths = [(Edit(Site(0), edits[0][0].operation, ALL, s),) for s in (1.0, 0.5, 0.25)]
     (stage,) = compile_plan(strengths, [3] * 3, torch.float64).stages[Site(0)]

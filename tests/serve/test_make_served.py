@@ -203,7 +203,7 @@ class TestRequests:
         response = client_of(service).post(PATH, json={**ASKED, **changes})
         assert response.status_code == 400
         assert words in response.json()["error"]["message"]
-        assert service.making.acquire(blocking=False)
+        assert service.making_lock.acquire(blocking=False)
 
     def test_it_is_off_unless_learning_is_on(
         self, make_service: Callable[..., Any], client_of: Callable[..., Any]
@@ -219,7 +219,7 @@ class TestRequests:
     def test_one_at_a_time(self, serving: Callable[..., Any], client_of: Callable[..., Any]) -> None:
         service = serving()
         client = client_of(service)
-        with service.making:
+        with service.making_lock:
             response = client.post(PATH, json=ASKED)
         assert response.status_code == 429
         assert int(response.headers["Retry-After"]) > 0
@@ -272,7 +272,7 @@ class TestEnds:
             steps = await until(service, lambda step: step.stage == "learning")
             await steps.aclose()
             (line,) = audited(tmp_path)
-            while service.making.locked():
+            while service.making_lock.locked():
                 await asyncio.sleep(0.01)
             # what comes next has the model as it was
             later = [step async for step in make_steering(service, ANYBODY, WHO, MakeRequest(**ASKED))]
@@ -300,7 +300,7 @@ class TestEnds:
         assert audited(tmp_path)[0]["outcome"] == "shutdown"
         with pytest.raises(Refusal, match="shutting down"):
             asyncio.run(until(service, lambda _: False))
-        assert not service.making.locked()
+        assert not service.making_lock.locked()
 
     def test_what_fails_inside_is_the_servers_fault_and_it_goes_on(
         self,
@@ -414,7 +414,7 @@ class TestPage:
             ((page, trouble, _),) = create(sentence, name, **persona)
             assert page == ""
             assert words in trouble
-        with service.making:
+        with service.making_lock:
             ((_, trouble, _),) = create("shout", "x")
         assert "Another steering is being made" in trouble
         ((_, trouble, _),) = self.function(make_service())("shout", "x")

@@ -828,7 +828,7 @@ class TestFrontEnd:
             assert list(part.spans) == spans
             edits = identified_edits(part, link.sent[part.digest])
             assert [edit.edit for edit in edits] == list(by_keys(emphasized.emphasis_of_spans(spans, LAYERS)).edits)
-            placed = link.place(wire_of(params), len(text.split()))
+            placed = link.wire_for_prompt(wire_of(params), len(text.split()))
             keys.append([span.key for span in placed.spans if span.start == spans[0][0]])
             assert Wire.from_plain(placed.to_plain()) == placed
             with pytest.raises(UnsupportedError, match="TRIMTAB_SITES=keys"):
@@ -846,7 +846,7 @@ class TestFrontEnd:
             self.ask(engine, [{("name",): "shout"}], names)
         with pytest.raises(TrimtabError, match="strength"):
             self.ask(engine, [{"name": "shout", "strength": torch.tensor([1.0, 2.0])}], names)
-        assert not engine._trimtab_link.known
+        assert not engine._trimtab_link.part_cache
 
     def test_an_engine_without_the_plugin_is_an_error(self, names: Names) -> None:
         with pytest.raises(UnsupportedError, match="don't know trimtab: its plugin failed to load"):

@@ -23,11 +23,11 @@ from trimtab.engines.vllm.replicated import ReplicatedLM
 replicas.PORTION = 3
 folder = small_model(Path(sys.argv[0]).parent / "small")
 processes = []
-greeted = ReplicatedLM._greeted
+greeted = ReplicatedLM._check_engine
 def remember(lm, hello):
     processes.append(int(hello.process.split()[1]))
     greeted(lm, hello)
-ReplicatedLM._greeted = remember
+ReplicatedLM._check_engine = remember
 def alive():
     return [pid for pid in processes if Path(f"/proc/{pid}").exists()]
 WHOLE = TINY | {"max_num_batched_tokens": 2048}  # vLLM on a CPU can't sample by a seed where prompts are cut
