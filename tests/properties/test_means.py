@@ -50,7 +50,7 @@ def expected(lm: LM, pairs: list[tuple[Text, Text]], layer: int) -> PairMoments:
 
 def agree(moments: PairMoments, wanted: PairMoments) -> None:
     assert moments.count == wanted.count
-    for name in ("positive", "negative", "units", "norms"):
+    for name in ("positive_sum", "negative_sum", "unit_sum", "norm_sum"):
         assert torch.allclose(getattr(moments, name), getattr(wanted, name), atol=1e-9, rtol=1e-9), name
 
 
