@@ -162,11 +162,11 @@ def test_no_token_has_a_copy_of_a_map() -> None:
     few = stage.gather(States.of(states[:20], torch.device("cpu")))["map"]
     assert not few.separate
     assert few.batched.stack.read.shape == (4, 64, 64)
-    (whole,) = {stage.gather(States.of(torch.full((n,), 2), torch.device("cpu")))["map"].single for n in (1, 2000)}
-    assert whole is edits[1][0].operation.map
+    (single,) = {stage.gather(States.of(torch.full((n,), 2), torch.device("cpu")))["map"].single for n in (1, 2000)}
+    assert single is edits[1][0].operation.map
     strengths = [(Edit(Site(0), edits[0][0].operation, ALL, s),) for s in (1.0, 0.5, 0.25)]
     (stage,) = compile_plan(strengths, [3] * 3, torch.float64).stages[Site(0)]
-    assert stage.gather(States.of(torch.tensor([1, 2, 3]), torch.device("cpu")))["map"].whole is not None
+    assert stage.gather(States.of(torch.tensor([1, 2, 3]), torch.device("cpu")))["map"].single is not None
 
 
 def test_everything_is_where_the_activations_are() -> None:

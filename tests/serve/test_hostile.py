@@ -118,7 +118,7 @@ class TestStrangers:
             with server.connect() as raw:
                 raw.sendall(head(method, path, server.port, size))  # and not a byte of it
                 assert status(raw) == 401
-        assert server.guard.bodies.held == 0
+        assert server.guard.bodies.used == 0
 
     def test_with_a_key_a_body_has_its_routes_limit(self, live: Callable[..., Live]) -> None:
         server = live()
@@ -134,19 +134,19 @@ class TestStrangers:
             with server.connect() as raw:
                 raw.sendall(head(method, path, server.port, most + 1, **KEY))
                 assert status(raw) == 413, path
-        assert server.guard.bodies.held == 0
+        assert server.guard.bodies.used == 0
 
     def test_bodies_hold_so_much_together(self, live: Callable[..., Live]) -> None:
-        server = live(limits={"held": 300_000})
+        server = live(limits={"total_bytes": 300_000})
         with ExitStack() as stack:
             for _ in range(2):
                 raw = stack.enter_context(server.connect())
                 raw.sendall(head("POST", PATH, server.port, 200_000, **KEY) + b" " * 140_000)
-            until(lambda: server.guard.bodies.held == 280_000)
+            until(lambda: server.guard.bodies.used == 280_000)
             response = httpx.post(f"{server.url}{PATH}", content=b" " * 50_000, headers=KEY, timeout=PATIENCE)
             assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
             assert server.ask().status_code == 200
-        until(lambda: server.guard.bodies.held == 0)
+        until(lambda: server.guard.bodies.used == 0)
 
     def test_their_lines_in_the_log_are_few(self, live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("trimtab.serve.guard.ANONYMOUS_LINES_PER_SECOND", 0.3)
@@ -337,7 +337,7 @@ class TestNoise:
 
         check()
         assert httpx.post(f"{server.url}{PATH}", json=BODY, timeout=PATIENCE).status_code == 200
-        until(lambda: server.guard.bodies.held == 0)  # which it is a moment after the answer was sent
+        until(lambda: server.guard.bodies.used == 0)  # which it is a moment after the answer was sent
         until(lambda: server.service.scheduler.running == server.service.scheduler.queued == 0)
 
 
@@ -425,7 +425,7 @@ def test_shutting_down_waits_for_no_half_request(live: Callable[..., Live]) -> N
     with server.connect() as half, server.connect() as started:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: ")
         started.sendall(head("POST", PATH, server.port, 100, **KEY) + b"{")
-        until(lambda: server.guard.bodies.held == 1)
+        until(lambda: server.guard.bodies.used == 1)
         server.server.handle_exit(15, None)
         assert status(started) == 503
         server.thread.join(PATIENCE)

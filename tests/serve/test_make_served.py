@@ -355,7 +355,9 @@ class TestPage:
         plain = make_part.build_make_request
         small = {key: ASKED[key] for key in ("questions", "tokens", "distill")}
         monkeypatch.setattr(
-            make_part, "making_of", lambda *arguments, **more: plain(*arguments, **more).model_copy(update=small)
+            make_part,
+            "build_make_request",
+            lambda *arguments, **more: plain(*arguments, **more).model_copy(update=small),
         )
 
     def test_stages_then_the_verdict_answers_and_the_file(self, serving: Callable[..., Any], tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 ARENAS = """
 import ctypes, os, sys, tempfile, threading
-from trimtab.serve.memory import keep_little
-if sys.argv[1] == "few" and not keep_little():
+from trimtab.serve.memory import limit_malloc_arenas
+if sys.argv[1] == "few" and not limit_malloc_arenas():
     print(0), sys.exit()
 libc = ctypes.CDLL(None)
 if not hasattr(libc, "malloc_info"):

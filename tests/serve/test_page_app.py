@@ -47,7 +47,7 @@ def page(make_service: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
 def copying(names: dict[str, int], session: str = "abc", text: str = "Why?", secret: str = "") -> dict[str, Any]:
     """What the page asks for to show the request."""
-    return {"data": [secret, text, None, *PANEL], "fn_index": names["copied"], "session_hash": session}
+    return {"data": [secret, text, None, *PANEL], "fn_index": names["request_snippets"], "session_hash": session}
 
 
 def answers(client: Any, session: str) -> list[dict[str, Any]]:

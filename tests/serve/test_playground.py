@@ -273,10 +273,10 @@ class TestPolicy:
         talk = Conversation([Turn(TEXT)])
         inputs = {
             "speak": (TEXT, talk, "nothing", *panel),
-            "again": (1, talk, "nothing", True, *panel),
-            "copied": (None, TEXT, talk, *panel),
+            "regenerate": (1, talk, "nothing", True, *panel),
+            "request_snippets": (None, TEXT, talk, *panel),
             "tinted": (talk, "s0@0"),
-            "look": (TEXT, talk, *panel),
+            "find_phrases": (TEXT, talk, *panel),
             "run": ("s0", "0, 1", "", TEXT, Conversation(), *panel),
             "study": ("\n".join(map(json.dumps, PAIRS)), "mine", METHODS[0], ""),
             "create": ("talk like a pirate", "", "", "mine", True),
@@ -308,7 +308,7 @@ class TestMoves:
         pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
         from trimtab.serve.playground.page import make_blocks
 
-        again = next(function.fn for function in make_blocks(service).fns.values() if function.name == "again")
+        again = next(function.fn for function in make_blocks(service).fns.values() if function.name == "regenerate")
         assert again is not None
 
         def move(talk: Conversation, number: int, strength: float) -> Any:

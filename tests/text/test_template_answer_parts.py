@@ -88,7 +88,7 @@ def test_the_server_reads_by_it(tokenizer: Any, tmp_path: Path) -> None:
         return answer_shape(tokenizer, ChatRequest.model_validate(body), tokenizer.encode("x<|assistant|>"))
 
     for shape in (chat(), chat(tools=[BARE])):
-        reading = shape.reading()
+        reading = shape.new_parser()
         assert isinstance(reading, TemplateSplitter)
         assert shape.grammar is None
     with pytest.raises(Refusal, match="unknown format of tool calls"):

@@ -94,7 +94,7 @@ def test_what_two_learn_and_score_is_what_one_does(tmp_path: Path) -> None:
         + """
 from trimtab import Pair, learn_caa
 from trimtab.engines.request import Text
-from trimtab.evaluate.ab import ABItem, requests_of, score_ab
+from trimtab.evaluate.ab import ABItem, ab_requests, score_ab
 from trimtab.evaluate.answers import answer
 from trimtab.evaluate.fluency import perplexities
 from trimtab.evaluate.records import ArmPrompt
@@ -120,7 +120,7 @@ for count in (2, 1):
     else:
         answer(lm, asked, out=here / "resumed.jsonl", **options)
     answer(lm, asked, out=here / f"{count}.jsonl", **options)
-    letters = score_ab(lm, requests_of(lm, items, arms), items)
+    letters = score_ab(lm, ab_requests(lm, items, arms), items)
     nlls = perplexities(lm, [(lm.encode(p), lm.encode(PROMPTS[0], chat=False)) for p in PROMPTS[:6]])
     results.append((learned, read, letters, nlls))
     lm.close()

@@ -299,7 +299,7 @@ class TestReplicatedLM:
         with pytest.raises(UnsupportedError, match="reads the residual stream"):
             lm.read([[Text([5, 6], (0,))]], [Site(1, "heads")])
         lm.register("shout", steering((1, Add(direction(1)), Positions.all())))
-        assert lm._named("shout", 1)[0].edits
+        assert lm._steerings_for("shout", 1)[0].edits
         lm.unregister("shout")
 
 
