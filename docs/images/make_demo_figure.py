@@ -44,7 +44,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
     of = rows[0]["with"]["steered"]["of"]
-    figure.suptitle(f"{found['model']}: answers of {of} that hold the instruction", x=0.01, ha="left", color=INK)
+    figure.suptitle(f"{found['model']}: answers of {of} that follow the instruction", x=0.01, ha="left", color=INK)
     figure.savefig(path)
 
 
