@@ -160,9 +160,8 @@ def save_adapter(lm: LM, folder: str | Path, about: Mapping[str, Any]) -> None:
         lm.model.save_pretrained(str(folder), safe_serialization=True)
     except OSError as error:
         raise TrimtabError(f"can't write the LoRA to {folder}: {error.strerror}") from None
-    write_atomically(
-        folder / DESCRIPTION_FILE, json.dumps(about, indent=2).encode()
-    )  # last: a folder without it is incomplete
+    # last, since a folder without it is incomplete
+    write_atomically(folder / DESCRIPTION_FILE, json.dumps(about, indent=2).encode())
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:

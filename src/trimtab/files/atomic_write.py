@@ -30,9 +30,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises `TrimtabError` if the folder doesn't exist or can't be written.
     """
-    temporary = _temporary_path(
-        path
-    )  # its name is chosen before it exists, so that an interruption can't leave it behind
+    # its name is chosen before it exists, so that an interruption can't leave it behind
+    temporary = _temporary_path(path)
     try:
         try:
             stream = temporary.open("xb")

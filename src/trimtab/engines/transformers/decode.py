@@ -119,9 +119,7 @@ class GenerationBatch:
         pad = _pad_id(model, tokenizer)
         self._masks = masks
         self._watch = MonitorReader(layout)
-        self._model_computes_positions = (
-            single_row and not position_handling(layout).takes_positions
-        )  # whether the model computes positions itself
+        self._model_computes_positions = single_row and not position_handling(layout).takes_positions
         self._reader = PromptReader(
             model,
             layout,

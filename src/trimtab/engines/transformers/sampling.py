@@ -218,9 +218,8 @@ class BatchSampler:
                 [n if end in row_settings.ends else 0 for end in ends]
                 for row_settings, n in zip(every, missing, strict=True)
             ]
-            self._forbidden_steps = torch.tensor(
-                of, device=device
-            )  # [rows, ends]: tokens for which an end stays forbidden
+            # [rows, ends]: the number of tokens for which an end stays forbidden
+            self._forbidden_steps = torch.tensor(of, device=device)
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next tokens `[rows]` for logits `[rows, vocabulary]`, which aren't modified."""

@@ -329,9 +329,8 @@ class Session:
             return None
         absent = len(step.states[0]) - self._logit_columns
         if absent > 0 and activations.dim() == 3 and activations.shape[:2] == (len(step.states), self._logit_columns):
-            whole = torch.cat(
-                [activations[:, :1].expand(-1, absent, -1), activations], 1
-            )  # the layer only computes the last columns
+            # the layer only computes the last columns
+            whole = torch.cat([activations[:, :1].expand(-1, absent, -1), activations], 1)
             new = self.edit(site, whole)
             return (whole if new is None else new)[:, absent:]
         if activations.numel() != len(step.states) * len(step.states[0]) * activations.shape[-1]:

@@ -163,9 +163,8 @@ class Link:
     unmeasured: str = "this worker gives no reason"  # why doses can't be measured, or empty
     tokens_unknown: str = ""  # why workers don't know each token before the next pass, or empty
     identity: ModelId | None = None  # once it has been requested
-    part_cache: OrderedDict[tuple[int, str], Part] = field(
-        default_factory=OrderedDict
-    )  # by names' version and request text
+    # by names' version and request text
+    part_cache: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)
 
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""

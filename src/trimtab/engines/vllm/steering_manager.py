@@ -109,9 +109,8 @@ class SteeringManager:
     _open: bool = False
     _seen: dict[Site, int] = field(default_factory=dict)  # calls and tokens at each site, encoded as in `CALL`
     _expected: Set[str] = frozenset()  # the requests of vLLM's step that have a program
-    _sites_by_request: Mapping[str, frozenset[Site]] = field(
-        default_factory=dict
-    )  # the same for `begin`, with their sites
+    # the same for `begin`, with their sites
+    _sites_by_request: Mapping[str, frozenset[Site]] = field(default_factory=dict)
     _needed: dict[Site, int] = field(default_factory=dict)  # the number of rows on which each site acts or is read
     _pass: Chunks = NO_CHUNKS
     _next: dict[str, int] = field(default_factory=dict)  # each request's next position, not counting the last pass
