@@ -208,7 +208,18 @@ class TestRequests:
     def test_it_is_off_unless_learning_is_on(
         self, make_service: Callable[..., Any], client_of: Callable[..., Any]
     ) -> None:
-        assert client_of(make_service()).post(PATH, json=ASKED).status_code == 405
+        client = client_of(make_service())
+        response = client.post(PATH, json=ASKED)
+        assert response.status_code == 405
+        assert "without --learn" in response.json()["error"]["message"]
+        for method, path, option in (
+            ("PUT", "/v1/steerings/x", "without --upload"),
+            ("DELETE", "/v1/steerings/x", "without --learn or --upload"),
+            ("GET", "/v1/completions", "doesn't take GET"),
+        ):
+            response = client.request(method, path)
+            assert response.status_code == 405
+            assert option in response.json()["error"]["message"]
 
     def test_questions_are_halved_and_a_card_is_taken(self) -> None:
         wanted = learning_target(MakeRequest(name="x", idea="talk like a pirate", questions=21))

@@ -137,7 +137,7 @@ def _api(service: Any, lifespan: Any) -> FastAPI:
         redoc_url=None,
         dependencies=[Depends(HTTPBearer(auto_error=False))],
     )
-    _add_error_handlers(app)
+    _add_error_handlers(app, service)
     _add_health_routes(app, service)
     _add_completion_routes(app, service)
     _add_steering_routes(app, service)
@@ -173,7 +173,7 @@ def _add_docs_route(app: FastAPI) -> None:
         return HTMLResponse(shown(), headers=reference.HEADERS)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
         request.state.refused = refusal.without_frames()  # for the audit log
@@ -185,8 +185,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def failed(request: Request, error: HTTPException) -> Response:
-        nowhere = error.status_code == 404 and error.detail == "Not Found"
-        refusal = Refusal(error.status_code, NOWHERE if nowhere else str(error.detail))
+        message = str(error.detail)
+        if error.status_code == 404 and message == "Not Found":
+            message = NOWHERE
+        elif error.status_code == 405:
+            message = _not_allowed(service, request)
+        refusal = Refusal(error.status_code, message)
         request.state.refused = refusal
         response = refusal.response
         response.headers.update(error.headers or {})
@@ -200,6 +204,19 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def broken(_request: Request, _error: Exception) -> Response:
         """The traceback goes to the server's log; the client gets an error in the API's format."""
         return Refusal(500, "something went wrong inside the server; see its log").response
+
+
+def _not_allowed(service: Service, request: Request) -> str:
+    """Why a route doesn't take this method; for steerings, the option of the server that is missing."""
+    message = f"{request.url.path} doesn't take {request.method}"
+    options = {
+        "POST": (service.learn, "--learn"),
+        "PUT": (service.upload, "--upload"),
+        "DELETE": (service.learn or service.upload, "--learn or --upload"),
+    }
+    on, option = options.get(request.method, (True, ""))
+    on = on or not request.url.path.startswith("/v1/steerings")
+    return message if on else f"{message}: this server was started without {option}"
 
 
 def _add_health_routes(app: FastAPI, service: Service) -> None:
