@@ -89,8 +89,8 @@ def test_answers_stand_after_what_both_sides_have_in_common(lm: LM, kind: str) -
         assert lm.tokenizer.decode(mine.ids).startswith("w7 w8")
         assert tuple(lm.tokenizer(other.text, add_special_tokens=False)["input_ids"]) == other.ids
     assert made_from.prompted == (kind == "a system prompt each")
-    assert made_from.trained_candidate is not None
-    assert made_from.trained_candidate.name == ("distilled" if made_from.prompted else "by preference")
+    names = [candidate.name for candidate in made_from.trained_candidates]
+    assert names == (["in closed form", "distilled"] if made_from.prompted else ["by preference"])
 
 
 def test_a_bare_text_is_told_apart_after_its_first_token(lm: LM) -> None:
@@ -100,7 +100,7 @@ def test_a_bare_text_is_told_apart_after_its_first_token(lm: LM) -> None:
         assert [*example.own, *example.ids] == lm.encode(example.text, chat=False)
         assert len(example.own) == 1
         assert example.bare == example.own
-    assert made_from.trained_candidate is None
+    assert made_from.trained_candidates == ()
 
 
 def test_prompts_are_answered_by_the_model(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:

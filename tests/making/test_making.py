@@ -13,13 +13,21 @@ import torch
 from tiny import WIDTH, direction, prompt
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, load, make, save
-from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.controls import means_for, random_like
 from trimtab.evaluate.decision import decide
 from trimtab.making import contrasts as contrasts_module
-from trimtab.making.candidates import FROM_LAST, candidates, distillation_candidate, learn_distilled, mean_differences
+from trimtab.making.candidates import (
+    FROM_LAST,
+    candidates,
+    distillation_candidates,
+    learn_closed_form,
+    learn_distilled,
+    mean_differences,
+)
 from trimtab.making.contrasts import Contrasts, check_enough, contrasts, supports_system_prompt, with_system_prompt
 from trimtab.making.effect import Effect, effect, prompt_effect, share_of
 from trimtab.making.idea import Idea
+from trimtab.making.material import TrainedCandidate
 from trimtab.making.verdict import Verdict
 
 TEMPLATE = (
@@ -199,7 +207,7 @@ def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: 
         IDEA.name,
         learned,
         held_out,
-        trained=distillation_candidate(lm, IDEA.name),
+        trained=distillation_candidates(lm, IDEA.name),
         progress=lambda done, total: steps.append((done, total)),
     )
     assert steps[-1] == (len(ranked), len(ranked))
@@ -214,10 +222,62 @@ def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: 
         found_again = effect(lm, best.steering, held_out)
         assert best.likelihood == pytest.approx(sum(found_again.wanted.values()) / len(base))
         assert best.lead == pytest.approx(sum(found_again.leads.values()) / len(base))
-    assert not any(
-        candidate.name.startswith("distilled")
-        for candidate in candidates(lm, IDEA.name, learned, held_out, trained=None)
-    )
+    names = {candidate.name.split(",")[0] for candidate in ranked}
+    assert {"distilled", "in closed form"} <= names
+    assert {candidate.name.split(",")[0] for candidate in candidates(lm, IDEA.name, learned, held_out, trained=())} == {
+        name for name in names if name.startswith("mean difference")
+    }
+
+
+def test_of_those_that_reach_the_system_prompt_the_likeliest_comes_first(
+    lm: LM, both_sides: Contrasts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["trimtab.making.candidates"], "ENOUGH", 0.05)
+    ranked = candidates(lm, IDEA.name, both_sides, both_sides, trained=(), prompted=True)
+    base, by_prompt = effect(lm, None, both_sides), prompt_effect(lm, both_sides)
+    lead, least, goal = (sum(values.values()) / len(values) for values in (base.leads, base.wanted, by_prompt.leads))
+    reached = [c for c in ranked if c.lead >= lead + 0.05 * (goal - lead) and c.likelihood > least]
+    assert 2 <= len(reached) < len(ranked)
+    assert ranked[: len(reached)] == sorted(reached, key=lambda candidate: -candidate.likelihood)
+
+
+def test_training_ends_where_the_system_prompt_is_nearly_reached(
+    lm: LM, both_sides: Contrasts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a prompt to compare with, the next kind is trained only if none before has enough of its effect."""
+
+    def trained_with(enough: float, *, prompted: bool) -> list[str]:
+        learned: list[str] = []
+
+        def kind(name: str) -> TrainedCandidate:
+            def learn(*_: Any) -> Steering:
+                learned.append(name)
+                return mean_differences(lm, IDEA.name, both_sides)[0][1]
+
+            return TrainedCandidate(name, learn, (1.0,))
+
+        monkeypatch.setattr(module, "ENOUGH", enough)
+        candidates(lm, IDEA.name, both_sides, both_sides, trained=[kind("a"), kind("b")], prompted=prompted)
+        return learned
+
+    module = sys.modules["trimtab.making.candidates"]
+    assert trained_with(1e9, prompted=True) == ["a", "b"]
+    assert trained_with(-1e9, prompted=True) == []
+    assert trained_with(-1e9, prompted=False) == ["a", "b"]
+
+
+def test_the_closed_form_does_much_of_what_the_system_prompt_does(lm: LM, both_sides: Contrasts) -> None:
+    steering = learn_closed_form(lm, IDEA.name, both_sides, FROM_LAST, 0)
+    before, after = (effect(lm, acting, both_sides) for acting in (None, steering))
+    assert share_of(before, after, prompt_effect(lm, both_sides)).low > 0.1
+    assert learn_closed_form(lm, IDEA.name, both_sides, FROM_LAST, 0) == steering
+
+
+def test_what_is_not_an_addition_is_not_tried_at_all_tokens(lm: LM, both_sides: Contrasts) -> None:
+    kinds = [replace(kind, strengths=(1.0,)) for kind in distillation_candidates(lm, IDEA.name)]
+    kinds[1] = replace(kinds[1], learn=lambda *_: mean_differences(lm, IDEA.name, both_sides, Positions.all())[0][1])
+    ranked = candidates(lm, IDEA.name, both_sides, both_sides, trained=kinds, positions=Positions.all())
+    assert {type(edit.operation) for candidate in ranked for edit in candidate.steering.edits} == {Add}
 
 
 def test_distilling_makes_the_wanted_answers_likelier(lm: LM, both_sides: Contrasts) -> None:
@@ -263,8 +323,9 @@ def test_make(lm: LM, tmp_path: Any) -> None:
     base, by_prompt = effect(lm, None, test_answers), prompt_effect(lm, test_answers)
     share = share_of(base, effect(lm, made.steering, test_answers), by_prompt)
     assert made.verdict.share == pytest.approx(share.estimate)
+    means = means_for(lm, [made.steering], list(IDEA.test))  # a map's push depends on what it reads
     assert made.verdict.random[0] == pytest.approx(
-        share_of(base, effect(lm, random_like(made.steering, 0), test_answers), by_prompt).estimate
+        share_of(base, effect(lm, random_like(made.steering, 0, means), test_answers), by_prompt).estimate
     )
     signs = [sum("w5 " in f"{example.steered} " for example in made.examples) / len(made.examples)]
     assert made.verdict.signs[2] == pytest.approx(signs[0])

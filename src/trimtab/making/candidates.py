@@ -1,7 +1,8 @@
-"""Candidate steerings for an idea: mean differences at several depths and strengths, and trained vectors."""
+"""Candidate steerings for an idea: mean differences at several depths and strengths, and trained ones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from trimtab.engines.request import Text
 from trimtab.learn.contrast import contrast, versions
 from trimtab.learn.own_answers import Answers
 from trimtab.making.contrasts import Contrasts, Progress
-from trimtab.making.effect import Effect, effect
+from trimtab.making.effect import Effect, effect, prompt_effect
 from trimtab.making.material import Say, TrainedCandidate
 from trimtab.methods.distill import learn_from_answers
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
@@ -27,6 +28,9 @@ BAND = (0.3, 0.7)
 BAND_STRENGTHS = (0.25, 0.5)
 """A mean difference at one depth, or at every block of a band, where the differences of all blocks add up."""
 DISTILL_STRENGTHS = (1.0, 1.5)
+CLOSED_STRENGTHS = (0.75, 1.0, 1.5)
+ENOUGH = 0.7
+"""The share of the system prompt's effect that is enough: pushing harder, or training another kind, isn't worth it."""
 STEPS, RATE = 16, 0.01
 FROM_LAST = Positions.from_last_prompt_token()
 
@@ -56,13 +60,19 @@ def candidates(
     learned: Contrasts,
     held_out: Contrasts,
     *,
-    trained: TrainedCandidate | None,
+    trained: Sequence[TrainedCandidate],
+    prompted: bool = False,
     positions: Positions = FROM_LAST,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Candidate]:
     """All candidates, the best one first: ranked by the lead of the wanted answers over the unwanted ones.
+
+    Those that have `ENOUGH` of the system prompt's effect come first, ranked by how likely they make the wanted
+    answers: a stronger push would lead further, and break the text.
+
+    Training ends with the first kind that has `ENOUGH` of the system prompt's effect.
 
     Pushing too hard makes all answers unlikely. So candidates under which the wanted answers are no likelier than
     without any steering come last.
@@ -72,7 +82,8 @@ def candidates(
         name: What is wanted, for the card.
         learned: The answers to learn from.
         held_out: The answers to other questions, which the ranking uses.
-        trained: A candidate that is trained as well, which takes longest.
+        trained: Candidates that are trained as well, which takes longer.
+        prompted: Whether a system prompt produces the wanted answers.
         positions: Where they act: from the last prompt token on, or at all tokens (and then not at block 0, which
             programs that load control vectors can't steer).
         seed: The seed of the order of answers in training.
@@ -80,8 +91,14 @@ def candidates(
         say: Called with messages about the training.
     """
     trials = mean_differences(lm, name, learned, positions)
-    total = len(trials) + (len(trained.strengths) if trained is not None else 0)
+    usable = [kind for kind in trained if kind.only_additions or positions != Positions.all()]
+    total = len(trials) + sum(len(kind.strengths) for kind in usable)
     results: list[Candidate] = []
+    unsteered = Candidate("unsteered", Steering(()), effect(lm, None, held_out))
+    enough = math.inf
+    if prompted:
+        by_prompt = Candidate("prompted", Steering(()), prompt_effect(lm, held_out))
+        enough = unsteered.lead + ENOUGH * (by_prompt.lead - unsteered.lead)
 
     def add_candidate(name: str, steering: Steering) -> None:
         results.append(Candidate(name, steering, effect(lm, steering, held_out)))
@@ -90,13 +107,22 @@ def candidates(
 
     for name_, steering in trials:
         add_candidate(name_, steering)
-    if trained is not None:
+    for kind in usable:
+        if any(result.lead >= enough and result.likelihood > unsteered.likelihood for result in results):
+            break
         report_step = None if progress is None else lambda _done, _steps: progress(len(results), total)
-        vector = trained.learn(learned, positions, seed, say, report_step)
-        for strength in trained.strengths:
-            add_candidate(f"{trained.name}, strength {strength:g}", strength * vector)
-    least = _mean(effect(lm, None, held_out).wanted)
-    return sorted(results, key=lambda candidate: (candidate.likelihood <= least, -candidate.lead))
+        steering = kind.learn(learned, positions, seed, say, report_step)
+        for strength in kind.strengths:
+            add_candidate(f"{kind.name}, strength {strength:g}", strength * steering)
+    if progress is not None:
+        progress(total, total)
+
+    def rank(candidate: Candidate) -> tuple[bool, bool, float]:
+        reaches = candidate.lead >= enough
+        best = candidate.likelihood if reaches else candidate.lead
+        return candidate.likelihood <= unsteered.likelihood, not reaches, -best
+
+    return sorted(results, key=rank)
 
 
 def _mean(values: Mapping[str, float]) -> float:
@@ -172,9 +198,33 @@ def learn_distilled(
     return steering.at(positions)
 
 
-def distillation_candidate(lm: LM, name: str) -> TrainedCandidate:
-    """Distillation, as the trained candidate."""
-    return TrainedCandidate("distilled", partial(learn_distilled, lm, name), DISTILL_STRENGTHS)
+def learn_closed_form(
+    lm: LM,
+    name: str,
+    learned: Contrasts,
+    positions: Positions,
+    _seed: int,
+    say: Say | None = None,
+    progress: Progress | None = None,
+) -> Steering:
+    """A map at every second block that shifts activations as the system prompt does.
+
+    It is what `learn_distill` learns with `fit="closed"`.
+    """
+    lessons = tuple(learned.training_examples)
+    return learn_from_answers(
+        lm, Answers(lessons, lessons, ()), fit="closed", options={"idea": name}, progress=progress, say=say
+    ).at(positions)
+
+
+def distillation_candidates(lm: LM, name: str) -> tuple[TrainedCandidate, ...]:
+    """Distillation in closed form, which is quicker, and by gradient descent."""
+    return (
+        TrainedCandidate(
+            "in closed form", partial(learn_closed_form, lm, name), CLOSED_STRENGTHS, only_additions=False
+        ),
+        TrainedCandidate("distilled", partial(learn_distilled, lm, name), DISTILL_STRENGTHS),
+    )
 
 
 def _pairs(learned: Contrasts) -> list[tuple[Text, Text]]:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from trimtab.data import WordCheck
-from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.controls import means_for, random_like
 from trimtab.evaluate.decision import decide
 from trimtab.evaluate.fluency import perplexities
 from trimtab.making.contrasts import BATCH, Contrasts
@@ -75,12 +75,13 @@ def evaluate_steering(
     def worth(measured: Effect) -> Interval:
         return gain_of(base.leads, measured.leads) if by_prompt is None else share_of(base, measured, by_prompt)
 
+    means = means_for(lm, [steering], [prompt.bare for prompt in material.final_prompts])
     mine = effect(lm, steering, test_answers)
     interval = worth(mine)
     step()
     random, chances = [], [_chance(base, mine)]
     for n in range(RANDOM):
-        other = effect(lm, random_like(steering, seed + n), test_answers)
+        other = effect(lm, random_like(steering, seed + n, means), test_answers)
         random.append(worth(other).estimate)
         chances.append(_chance(other, mine))
         step()

@@ -16,7 +16,7 @@ from trimtab.data import queries
 from trimtab.engines.contract import check_length
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import error_prefix
-from trimtab.making.candidates import RATE, STEPS, distillation_candidate, first_layer
+from trimtab.making.candidates import RATE, STEPS, distillation_candidates, first_layer
 from trimtab.making.contrasts import Answer, Contrasts, Progress, PromptedQuestion, generate_contrasts
 from trimtab.making.material import FinalPrompt, Material, Say, TrainedCandidate
 from trimtab.methods.bipo import learn_bipo
@@ -89,7 +89,7 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
         held_out_questions=frozenset(held_out),
         writes=writes,
         prompted=prompted,
-        trained_candidate=_trained_candidate(lm, cases, name, prompted) if trains else None,
+        trained_candidates=_trained_candidates(lm, cases, name, prompted) if trains else (),
         final_prompts=_final_prompts(cases, spread_over(test, MAX_FINAL_PROMPTS), shape),
         options={"shape": shape},
         data=digest(pairs),
@@ -204,15 +204,14 @@ def _written(
 # ---- training and final questions --------------------------------------------------------------------------
 
 
-def _trained_candidate(lm: LM, cases: Sequence[Case], name: str, prompted: bool) -> TrainedCandidate | None:
+def _trained_candidates(lm: LM, cases: Sequence[Case], name: str, prompted: bool) -> tuple[TrainedCandidate, ...]:
     """Distillation, if a prompt produces the wanted answers; else training by preference, except for bare texts."""
     if prompted:
-        return distillation_candidate(lm, name)
+        return distillation_candidates(lm, name)
     if cases[0].pair.shape == "texts":
-        return None
-    return TrainedCandidate(
-        "by preference", partial(_learn_by_preference, lm, _by_question(cases)), PREFERRED_STRENGTHS
-    )
+        return ()
+    learn = partial(_learn_by_preference, lm, _by_question(cases))
+    return (TrainedCandidate("by preference", learn, PREFERRED_STRENGTHS),)
 
 
 def _learn_by_preference(

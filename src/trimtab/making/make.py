@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.inputs import check_lm, pairs_for
-from trimtab.making.candidates import FROM_LAST, Candidate, candidates, distillation_candidate
+from trimtab.making.candidates import FROM_LAST, Candidate, candidates, distillation_candidates
 from trimtab.making.contrasts import check_enough, contrasts, supports_system_prompt, with_system_prompt
 from trimtab.making.effect import SUPPORTED_POSITIONS, check_prompted, effect, prompt_effect
 from trimtab.making.evaluation import Example, evaluate_steering
@@ -159,7 +159,7 @@ def _material(lm: LM, idea: Idea, tokens: int, *, distill: bool) -> Material:
         held_out_questions=frozenset(idea.learn[HELD_OUT // 2 :: HELD_OUT]),
         writes=True,
         prompted=True,
-        trained_candidate=distillation_candidate(lm, idea.name) if distill else None,
+        trained_candidates=distillation_candidates(lm, idea.name) if distill else (),
         final_prompts=tuple(
             FinalPrompt(question, question, prompt) for question, prompt in zip(idea.test, prompts, strict=True)
         ),
@@ -215,7 +215,8 @@ def _make_from_material(
             material.name,
             learned,
             held_out,
-            trained=material.trained_candidate,
+            trained=material.trained_candidates,
+            prompted=material.prompted,
             positions=positions,
             seed=seed,
             progress=stage_progress(learning),

@@ -17,15 +17,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainedCandidate:
-    """A trained candidate, which takes longest: its name, how it is learned, and the strengths to try.
+    """A trained candidate, which takes longer: its name, how it is learned, and the strengths to try.
 
     `learn` is called with the answers, the positions, the seed of their order, a callback for messages, and one for
-    each step. An exception from the latter aborts the training.
+    each step. An exception from the latter aborts the training. Without `only_additions` it can't act at all tokens,
+    as the control vectors of llama.cpp do.
     """
 
     name: str
     learn: Callable[[Contrasts, Positions, int, Say | None, Progress | None], Steering]
     strengths: tuple[float, ...]
+    only_additions: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Material:
         held_out_questions: Questions among those to learn from that are used for choosing between candidates instead.
         writes: Whether the model writes the answers.
         prompted: Whether a prompt produces the wanted answers, so that a steering can be compared with it.
-        trained_candidate: The trained candidate, if any, besides mean differences.
+        trained_candidates: The trained candidates, if any, besides mean differences.
         final_prompts: The prompts that are answered at the end.
         signs: Words that reliably indicate the behaviour in an answer, if there are any.
         options: Further entries for the card.
@@ -64,7 +66,7 @@ class Material:
     held_out_questions: frozenset[str]
     writes: bool
     prompted: bool
-    trained_candidate: TrainedCandidate | None
+    trained_candidates: tuple[TrainedCandidate, ...]
     final_prompts: tuple[FinalPrompt, ...]
     signs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
