@@ -26,6 +26,7 @@ from trimtab.making.candidates import (
 )
 from trimtab.making.contrasts import Contrasts, check_enough, contrasts, supports_system_prompt, with_system_prompt
 from trimtab.making.effect import Effect, effect, prompt_effect, share_of
+from trimtab.making.evaluation import _chance_of_random
 from trimtab.making.idea import Idea
 from trimtab.making.material import TrainedCandidate
 from trimtab.making.verdict import Verdict
@@ -285,6 +286,21 @@ def test_distilling_makes_the_wanted_answers_likelier(lm: LM, both_sides: Contra
     before, after = (effect(lm, acting, both_sides).wanted for acting in (None, steering))
     assert sum(after.values()) > sum(before.values())
     assert learn_distilled(lm, IDEA.name, both_sides, FROM_LAST, 0) == steering
+
+
+def test_a_random_direction_that_breaks_the_text_is_compared_by_the_wanted_answers() -> None:
+    """Its leads are noise, so a few large ones say nothing; one that leaves the text whole is compared by its leads."""
+
+    def made(wanted: float, leads: list[float]) -> Effect:
+        questions = [str(n) for n in range(len(leads))]
+        return Effect(dict.fromkeys(questions, wanted), dict(zip(questions, leads, strict=True)))
+
+    noise = [6.0, -5.0, 4.0, -6.0, 5.0, -4.0, 0.5, 0.1]
+    base, mine = made(-1.2, [0.0] * 8), made(-1.1, [0.3] * 8)
+    assert _chance_of_random(base, made(-4.0, noise), mine) == 1 / 2**8
+    assert _chance_of_random(base, made(-1.1, noise), mine) > 0.3
+    assert _chance_of_random(base, made(-1.1, [0.3] * 8), mine) == 1.0
+    assert _chance_of_random(base, made(-4.0, [0.0] * 8), made(-5.0, [9.0] * 8)) == 1.0
 
 
 # ---- all of it -----------------------------------------------------------------------------------------------

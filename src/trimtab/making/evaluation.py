@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
@@ -79,11 +79,11 @@ def evaluate_steering(
     mine = effect(lm, steering, test_answers)
     interval = worth(mine)
     step()
-    random, chances = [], [_chance(base, mine)]
+    random, chances = [], [_chance(base.leads, mine.leads)]
     for n in range(RANDOM):
         other = effect(lm, random_like(steering, seed + n, means), test_answers)
         random.append(worth(other).estimate)
-        chances.append(_chance(other, mine))
+        chances.append(_chance_of_random(base, other, mine))
         step()
     arms = _answers(lm, material.final_prompts, steering, tokens)
     step()
@@ -127,10 +127,20 @@ def _answers(
     return arms
 
 
-def _chance(before: Effect, after: Effect) -> float:
-    """The p-value of the exact paired test that the leads grew, by question."""
-    questions = list(before.leads)
-    return decide([before.leads[q] for q in questions], [after.leads[q] for q in questions]).p
+def _chance(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """The p-value of the exact paired test that these values grew, by question."""
+    return decide(list(before.values()), [after[question] for question in before]).p
+
+
+def _chance_of_random(base: Effect, random: Effect, mine: Effect) -> float:
+    """How often chance alone does as well as the steering does beside a random direction.
+
+    A random direction that breaks the text makes the wanted answers less likely than no steering does. Its leads are
+    then noise between answers that are all impossible, so the likelihoods of the wanted answers are compared instead.
+    """
+    if sum(random.wanted.values()) < sum(base.wanted.values()):
+        return _chance(random.wanted, mine.wanted)
+    return _chance(random.leads, mine.leads)
 
 
 def _loops(answer: Generation) -> bool:
