@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from trimtab.evaluate.decision import decide
 from trimtab.making import contrasts as contrasts_module
 from trimtab.making.candidates import (
     FROM_LAST,
+    _enough,
     candidates,
     distillation_candidates,
     learn_closed_form,
@@ -240,6 +242,23 @@ def test_of_those_that_reach_the_system_prompt_the_likeliest_comes_first(
     reached = [c for c in ranked if c.lead >= lead + 0.05 * (goal - lead) and c.likelihood > least]
     assert 2 <= len(reached) < len(ranked)
     assert ranked[: len(reached)] == sorted(reached, key=lambda candidate: -candidate.likelihood)
+
+
+@pytest.mark.parametrize(
+    ("prompt_leads", "lead"),
+    [
+        ([1.0, 2.0, 3.0, 2.0], 1.4),  # each of four questions
+        ([1.0, 2.0, 3.0, -0.1], math.inf),
+        ([-1.0, -2.0, -3.0, -2.0], math.inf),  # the opposite: every candidate would have enough of it
+        ([0.0] * 4, math.inf),
+        ([2.0] * 9 + [-0.1], 0.7 * 1.79),  # beyond chance, though not on each
+    ],
+)
+def test_enough_of_an_effect_that_is_there(prompt_leads: list[float], lead: float) -> None:
+    questions = [str(n) for n in range(len(prompt_leads))]
+    plain = dict.fromkeys(questions, 0.0)
+    by_prompt = Effect(plain, dict(zip(questions, prompt_leads, strict=True)))
+    assert _enough(Effect(plain, plain), by_prompt) == pytest.approx(lead)
 
 
 def test_training_ends_where_the_system_prompt_is_nearly_reached(

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from trimtab.engines.request import Text
+from trimtab.evaluate.decision import decide
 from trimtab.learn.contrast import contrast, versions
 from trimtab.learn.own_answers import Answers
 from trimtab.making.contrasts import Contrasts, Progress
@@ -94,11 +95,9 @@ def candidates(
     usable = [kind for kind in trained if kind.only_additions or positions != Positions.all()]
     total = len(trials) + sum(len(kind.strengths) for kind in usable)
     results: list[Candidate] = []
-    unsteered = Candidate("unsteered", Steering(()), effect(lm, None, held_out))
-    enough = math.inf
-    if prompted:
-        by_prompt = Candidate("prompted", Steering(()), prompt_effect(lm, held_out))
-        enough = unsteered.lead + ENOUGH * (by_prompt.lead - unsteered.lead)
+    unsteered = effect(lm, None, held_out)
+    least = _mean(unsteered.wanted)
+    enough = _enough(unsteered, prompt_effect(lm, held_out)) if prompted else math.inf
 
     def add_candidate(name: str, steering: Steering) -> None:
         results.append(Candidate(name, steering, effect(lm, steering, held_out)))
@@ -108,7 +107,7 @@ def candidates(
     for name_, steering in trials:
         add_candidate(name_, steering)
     for kind in usable:
-        if any(result.lead >= enough and result.likelihood > unsteered.likelihood for result in results):
+        if any(result.lead >= enough and result.likelihood > least for result in results):
             break
         report_step = None if progress is None else lambda _done, _steps: progress(len(results), total)
         steering = kind.learn(learned, positions, seed, say, report_step)
@@ -120,9 +119,21 @@ def candidates(
     def rank(candidate: Candidate) -> tuple[bool, bool, float]:
         reaches = candidate.lead >= enough
         best = candidate.likelihood if reaches else candidate.lead
-        return candidate.likelihood <= unsteered.likelihood, not reaches, -best
+        return candidate.likelihood <= least, not reaches, -best
 
     return sorted(results, key=rank)
+
+
+def _enough(unsteered: Effect, by_prompt: Effect) -> float:
+    """The lead with `ENOUGH` of the system prompt's effect; infinite if that effect can't be told from chance.
+
+    A few held-out questions can show no effect, or the opposite one; then every candidate would have enough of it.
+    """
+    before, after = list(unsteered.leads.values()), [by_prompt.leads[question] for question in unsteered.leads]
+    decision = decide(before, after)
+    if not decision.better and decision.won < decision.items:  # of four questions, even all of them aren't enough for p
+        return math.inf
+    return _mean(unsteered.leads) + ENOUGH * (_mean(by_prompt.leads) - _mean(unsteered.leads))
 
 
 def _mean(values: Mapping[str, float]) -> float:
