@@ -220,8 +220,7 @@ def test_with_a_system_prompt_each_it_is_a_share_of_theirs(lm: LM) -> None:
 def test_pairs_of_one_question_stay_together(lm: LM) -> None:
     these_pairs = [Pair(f"w7 w{i + 10}", f"w8 w{i + 40}", words(i // 2), "answers") for i in range(2 * COUNT)]
     learned = material_from_pairs(lm, these_pairs, "mine", TOKENS, trains=False).learn(None)
-    vectors = dict(mean_differences(lm, "mine", learned))
-    steering = next(vector for name, vector in vectors.items() if "at layer 1, strength 1" in name)
+    _, steering = mean_differences(lm, "mine", learned).at([1])
     total = torch.zeros(WIDTH, dtype=torch.float64)
     for mine, other in zip(learned.positive, learned.negative, strict=True):
         means = []

@@ -140,6 +140,16 @@ def test_effects_are_the_models_own_log_probabilities(lm: LM, both_sides: Contra
         naive(lm, None, written.own, written.ids) for written in both_sides.positive if written.question == question
     ]
     assert by_prompt.wanted[question] == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
+    written_elsewhere = Contrasts(
+        *(
+            tuple(replace(answer, own_likelihood=None, other_likelihood=None) for answer in side)
+            for side in (both_sides.positive, both_sides.negative)
+        ),
+        both_sides.asked,
+    )
+    computed = prompt_effect(lm, written_elsewhere)
+    assert computed.wanted == pytest.approx(by_prompt.wanted, abs=1e-3)
+    assert computed.leads == pytest.approx(by_prompt.leads, abs=1e-3)
 
 
 def test_the_share_is_0_of_nothing_and_1_of_the_prompt_itself(lm: LM, both_sides: Contrasts) -> None:
@@ -175,10 +185,9 @@ def test_what_is_not_read_is_refused(lm: LM, both_sides: Contrasts) -> None:
 
 
 def test_mean_differences_are_those_of_the_answers_tokens(lm: LM, both_sides: Contrasts) -> None:
-    named = dict(mean_differences(lm, IDEA.name, both_sides))
-    steering = next(candidate for name, candidate in named.items() if "at layer 1" in name and "strength 2" in name)
+    _, steering = mean_differences(lm, IDEA.name, both_sides).at([1])
     (edit,) = steering.edits
-    assert edit.strength == 2
+    assert edit.strength == 1
     assert edit.positions == Positions.from_last_prompt_token()
     total, count = torch.zeros(WIDTH, dtype=torch.float64), 0
     for question in both_sides.questions:
@@ -272,7 +281,7 @@ def test_training_ends_where_the_system_prompt_is_nearly_reached(
         def kind(name: str) -> TrainedCandidate:
             def learn(*_: Any) -> Steering:
                 learned.append(name)
-                return mean_differences(lm, IDEA.name, both_sides)[0][1]
+                return mean_differences(lm, IDEA.name, both_sides).at([1])[1]
 
             return TrainedCandidate(name, learn, (1.0,))
 
@@ -286,6 +295,23 @@ def test_training_ends_where_the_system_prompt_is_nearly_reached(
     assert trained_with(-1e9, prompted=False) == ["a", "b"]
 
 
+def test_strengths_are_tried_at_the_best_depth(lm: LM, both_sides: Contrasts) -> None:
+    ranked = candidates(lm, IDEA.name, both_sides, both_sides, trained=())
+    by_name = {candidate.name: candidate for candidate in ranked}
+    assert len(by_name) == len(ranked)
+    difference = mean_differences(lm, IDEA.name, both_sides)
+    compared = [by_name[f"mean difference at layer {depth}, strength 2"] for depth in difference.depths]
+    best = min(compared, key=ranked.index)
+    others = {
+        candidate.name for candidate in ranked if ", strength 1" in candidate.name or ", strength 3" in candidate.name
+    }
+    assert others == {best.name.replace("strength 2", f"strength {strength}") for strength in (1, 3)}
+    for candidate in ranked:
+        measured = effect(lm, candidate.steering, both_sides)
+        assert candidate.effect.leads == pytest.approx(measured.leads, abs=1e-4)
+        assert len({edit.strength for edit in candidate.steering.edits}) == 1
+
+
 def test_the_closed_form_does_much_of_what_the_system_prompt_does(lm: LM, both_sides: Contrasts) -> None:
     steering = learn_closed_form(lm, IDEA.name, both_sides, FROM_LAST, 0)
     before, after = (effect(lm, acting, both_sides) for acting in (None, steering))
@@ -295,7 +321,8 @@ def test_the_closed_form_does_much_of_what_the_system_prompt_does(lm: LM, both_s
 
 def test_what_is_not_an_addition_is_not_tried_at_all_tokens(lm: LM, both_sides: Contrasts) -> None:
     kinds = [replace(kind, strengths=(1.0,)) for kind in distillation_candidates(lm, IDEA.name)]
-    kinds[1] = replace(kinds[1], learn=lambda *_: mean_differences(lm, IDEA.name, both_sides, Positions.all())[0][1])
+    _, everywhere = mean_differences(lm, IDEA.name, both_sides, Positions.all()).at([1])
+    kinds[1] = replace(kinds[1], learn=lambda *_: everywhere)
     ranked = candidates(lm, IDEA.name, both_sides, both_sides, trained=kinds, positions=Positions.all())
     assert {type(edit.operation) for candidate in ranked for edit in candidate.steering.edits} == {Add}
 

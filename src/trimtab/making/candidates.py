@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 DEPTHS = (0.3, 0.4, 0.5, 0.6, 0.7)
-STRENGTHS = (1.0, 2.0, 3.0)
+STRENGTH = 2.0
+"""The strength at which depths are compared."""
+OTHER_STRENGTHS = (1.0, 3.0)
+"""Further strengths at the best depth."""
 BAND = (0.3, 0.7)
 BAND_STRENGTHS = (0.25, 0.5)
 """A mean difference at one depth, or at every block of a band, where the differences of all blocks add up."""
@@ -91,36 +94,45 @@ def candidates(
         progress: Called with the number of candidates that were tried, and their total.
         say: Called with messages about the training.
     """
-    trials = mean_differences(lm, name, learned, positions)
+    mean_difference = mean_differences(lm, name, learned, positions)
     usable = [kind for kind in trained if kind.only_additions or positions != Positions.all()]
-    total = len(trials) + sum(len(kind.strengths) for kind in usable)
+    total = len(mean_difference.depths) + len(OTHER_STRENGTHS) + len(BAND_STRENGTHS)
+    total += sum(len(kind.strengths) for kind in usable)
     results: list[Candidate] = []
     unsteered = effect(lm, None, held_out)
     least = _mean(unsteered.wanted)
     enough = _enough(unsteered, prompt_effect(lm, held_out)) if prompted else math.inf
-
-    def add_candidate(name: str, steering: Steering) -> None:
-        results.append(Candidate(name, steering, effect(lm, steering, held_out)))
-        if progress is not None:
-            progress(len(results), total)
-
-    for name_, steering in trials:
-        add_candidate(name_, steering)
-    for kind in usable:
-        if any(result.lead >= enough and result.likelihood > least for result in results):
-            break
-        report_step = None if progress is None else lambda _done, _steps: progress(len(results), total)
-        steering = kind.learn(learned, positions, seed, say, report_step)
-        for strength in kind.strengths:
-            add_candidate(f"{kind.name}, strength {strength:g}", strength * steering)
-    if progress is not None:
-        progress(total, total)
 
     def rank(candidate: Candidate) -> tuple[bool, bool, float]:
         reaches = candidate.lead >= enough
         best = candidate.likelihood if reaches else candidate.lead
         return candidate.likelihood <= least, not reaches, -best
 
+    def add_candidate(name: str, steering: Steering, strength: float) -> Candidate:
+        stronger = strength * steering
+        results.append(Candidate(f"{name}, strength {strength:g}", stronger, effect(lm, stronger, held_out)))
+        if progress is not None:
+            progress(len(results), total)
+        return results[-1]
+
+    def add_mean_difference(layers: Sequence[int], strength: float) -> Candidate:
+        return add_candidate(*mean_difference.at(layers), strength)
+
+    by_depth = {depth: add_mean_difference([depth], STRENGTH) for depth in mean_difference.depths}
+    best_depth = min(by_depth, key=lambda depth: rank(by_depth[depth]))
+    for strength in OTHER_STRENGTHS:
+        add_mean_difference([best_depth], strength)
+    for strength in BAND_STRENGTHS:
+        add_mean_difference(mean_difference.band, strength)
+    for kind in usable:
+        if any(result.lead >= enough and result.likelihood > least for result in results):
+            break
+        report_step = None if progress is None else lambda _done, _steps: progress(len(results), total)
+        steering = kind.learn(learned, positions, seed, say, report_step)
+        for strength in kind.strengths:
+            add_candidate(kind.name, steering, strength)
+    if progress is not None:
+        progress(total, total)
     return sorted(results, key=rank)
 
 
@@ -140,35 +152,52 @@ def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def mean_differences(
-    lm: LM, name: str, learned: Contrasts, positions: Positions = FROM_LAST
-) -> list[tuple[str, Steering]]:
+@dataclass(frozen=True)
+class MeanDifferences:
+    """The mean difference of the activations at several blocks, and the pairs' agreement with it, by block.
+
+    `depths` are the blocks to steer alone, and `band` those to steer together.
+    """
+
+    vectors: Mapping[int, Add]
+    agreements: Mapping[int, float]
+    card: Card
+    positions: Positions
+    depths: tuple[int, ...]
+    band: tuple[int, ...]
+
+    def at(self, layers: Sequence[int]) -> tuple[str, Steering]:
+        """The steering at these blocks, at strength 1, and its name."""
+        edits = tuple(Edit(Site(layer), self.vectors[layer], self.positions) for layer in layers)
+        card = replace(
+            self.card,
+            options={**self.card.options, "layers": list(layers)},
+            measured={**self.card.measured, "agreement": round(self.agreements[layers[0]], 6)},
+        )
+        where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+        return f"mean difference at {where}", Steering(edits, card)
+
+
+def mean_differences(lm: LM, name: str, learned: Contrasts, positions: Positions = FROM_LAST) -> MeanDifferences:
     """Means over the answers' tokens, wanted minus unwanted, each side under its own system prompt.
 
     Chen et al., arXiv 2507.21509, section 2.2: one vector per block, averaged over the answer.
     """
     first, last = first_layer(positions), lm.layout.layers - 1
-    singles = sorted({max(first, min(round(depth * lm.layout.layers), last)) for depth in DEPTHS})
+    depths = sorted({max(first, min(round(depth * lm.layout.layers), last)) for depth in DEPTHS})
     low, high = (max(first, min(round(depth * lm.layout.layers), last)) for depth in BAND)
-    band = list(range(low, high + 1))
-    moments = contrast(lm, _pairs(learned), sorted({*singles, *band}))
-
-    def steering(layers: Sequence[int], strength: float) -> Steering:
-        edits = [Edit(Site(at), Add(moments[at].difference.float()), positions) for at in layers]
-        card = Card(
-            method="caa",
-            model=lm.identity,
-            options={"idea": name, "layers": list(layers), "read_at": "answer", "norm": "raw"},
-            measured={"pairs": moments[layers[0]].count, "agreement": round(moments[layers[0]].agreement, 6)},
-            versions=versions(),
-        )
-        return strength * Steering(tuple(edits), card)
-
-    alone = [(f"mean difference at layer {at}, strength {s:g}", steering([at], s)) for at in singles for s in STRENGTHS]
-    together = [
-        (f"mean difference at layers {low} to {high}, strength {s:g}", steering(band, s)) for s in BAND_STRENGTHS
-    ]
-    return alone + together
+    band = range(low, high + 1)
+    moments = contrast(lm, _pairs(learned), sorted({*depths, *band}))
+    card = Card(
+        method="caa",
+        model=lm.identity,
+        options={"idea": name, "read_at": "answer", "norm": "raw"},
+        measured={"pairs": moments[depths[0]].count},
+        versions=versions(),
+    )
+    vectors = {layer: Add(there.difference.float()) for layer, there in moments.items()}
+    agreements = {layer: there.agreement for layer, there in moments.items()}
+    return MeanDifferences(vectors, agreements, card, positions, tuple(depths), tuple(band))
 
 
 def first_layer(positions: Positions) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trimtab.engines.transformers.forced import PromptAnswer
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
     from trimtab.text.chat import Prompt
 
-BATCH = 64
+BATCH = 128
 LEAST = 8
 """The minimum number of answers to learn from, on each side."""
 
@@ -28,8 +28,8 @@ Progress = Callable[[int, int], None]
 class Answer:
     """An answer, and the prompts for it, as token ids.
 
-    `own` has the system prompt that it was written under, `other` that of the other side, `bare` none. `logprobs` are
-    the log-probabilities of its tokens under `own`, if the model wrote it.
+    `own` has the system prompt that it was written under, `other` that of the other side, `bare` none. If the model
+    wrote it, `own_likelihood` and `other_likelihood` are the mean log-probabilities of its tokens under these prompts.
     """
 
     question: str
@@ -38,7 +38,8 @@ class Answer:
     bare: tuple[int, ...]
     ids: tuple[int, ...]
     text: str
-    logprobs: tuple[float, ...] | None = None
+    own_likelihood: float | None = None
+    other_likelihood: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,10 @@ def generate_contrasts(
     for row, answer in zip(rows, answers, strict=True):
         if answer.text.strip() and repeated_share(answer.text) <= REPEATED_LIMIT:
             own, other, bare = (tuple(lm.encode(prompt)) for prompt in (row.own, row.other, row.bare))
-            made = Answer(row.question, own, other, bare, tuple(answer.token_ids), answer.text, answer.logprobs)
-            sides[row.wanted].append(made)
+            ids, values = tuple(answer.token_ids), answer.logprobs
+            assert values is not None  # they were asked for
+            likelihood = sum(values) / len(values)
+            sides[row.wanted].append(Answer(row.question, own, other, bare, ids, answer.text, likelihood))
     kept = {wanted: _distinguishable(lm, answers) for wanted, answers in sides.items()}
     return Contrasts(tuple(kept[True]), tuple(kept[False]), len(rows))
 
@@ -170,10 +173,9 @@ def with_system_prompt(system: str, question: str, supports_system: bool) -> Pro
 
 def _distinguishable(lm: LM, answers: Sequence[Answer]) -> list[Answer]:
     """The answers that are more likely under their own prompt than under the other one."""
-    other = logprobs(lm, [PromptAnswer(answer.other, answer.ids) for answer in answers])
-    kept = []
-    for answer, there in zip(answers, other, strict=True):
-        assert answer.logprobs is not None  # the model has just written it
-        if sum(answer.logprobs) > float(there.double().sum()):
-            kept.append(answer)
-    return kept
+    values = logprobs(lm, [PromptAnswer(answer.other, answer.ids) for answer in answers])
+    scored = [
+        replace(answer, other_likelihood=float(there.double().mean()))
+        for answer, there in zip(answers, values, strict=True)
+    ]
+    return [answer for answer in scored if answer.own_likelihood > answer.other_likelihood]  # type: ignore[operator]

@@ -52,11 +52,15 @@ def effect(lm: LM, steering: Steering | None, contrasts: Contrasts) -> Effect:
 def prompt_effect(lm: LM, contrasts: Contrasts) -> Effect:
     """The effect of the system prompts for the idea, under which the wanted answers were written.
 
-    The unwanted answers are scored under the prompt for the idea, too.
+    The unwanted answers are scored under the prompt for the idea, too. Answers that the model wrote have these scores
+    already.
     """
     texts = [PromptAnswer(answer.own, answer.ids) for answer in contrasts.positive]
     texts += [PromptAnswer(answer.other, answer.ids) for answer in contrasts.negative]
-    return _effect(contrasts, _likelihoods(lm, None, texts))
+    known = [answer.own_likelihood for answer in contrasts.positive]
+    known += [answer.other_likelihood for answer in contrasts.negative]
+    unknown = iter(_likelihoods(lm, None, [text for text, value in zip(texts, known, strict=True) if value is None]))
+    return _effect(contrasts, [next(unknown) if value is None else value for value in known])
 
 
 def check_prompted(unsteered: Effect, by_prompt: Effect) -> None:
