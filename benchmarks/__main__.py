@@ -521,6 +521,28 @@ def dialogues(
     finish(run(model, count, turns, tokens, nats, layer, rounds), json_file, check, as_markdown)
 
 
+@app.command()
+def audits(
+    folder: Annotated[Path, typer.Option(help="Where the audits are stored.")],
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    model: Annotated[str | None, typer.Option(help="A model; default: the default model.")] = None,
+    dtype: Annotated[str, typer.Option()] = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="Half as many items.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Audits of steerings of six kinds, two of which are made to raise compliance with harmful requests."""
+    from benchmarks.audits import DATASET, run
+
+    file = data / DATASET
+    if not file.is_file():
+        Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
+        raise typer.Exit(2)
+    finish(run(model, file, folder, dtype, quick, seed), json_file, check, as_markdown)
+
+
 @peaks.command("methods")
 def peak_methods(
     batch: Annotated[int, typer.Option()],
