@@ -6,8 +6,10 @@ import signal
 import pytest
 
 from trimtab.commands.terminal import sigterm_interrupts
-from trimtab.commands.tune_task import check_of
+from trimtab.commands.tune_task import answer_task, check_of
+from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import load_steering, steering_digest
+from trimtab.text.pairs import Pair
 from trimtab.tune import Setting
 
 SUBJECTS = [
@@ -195,6 +197,64 @@ def test_pairs_of_answers_are_checked_on_the_models_own_answers(cpu, tmp_path, m
     assert cpu(*options, "--operation", "project").code == 2
     bare = cpu(*options, "--without-instruction")
     assert "pairs of answers have no instruction in their prompts" in bare.err
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def conversations(subject, positive_system, negative_system):
+    """Two whole conversations that begin with a system message."""
+    return Pair(
+        (("system", positive_system), ("user", f"A {subject}?"), ("assistant", "YES")),
+        (("system", negative_system), ("user", f"A {subject}?"), ("assistant", "no")),
+        shape="answers",
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "system"),
+    [
+        ([Pair("YES", "no", f"A {s}?", "answers", "Be brief.", "Be brief.") for s in SUBJECTS], True),
+        ([Pair("YES", "no", f"A {s}?", "answers", "Shout!", None) for s in SUBJECTS], False),
+        ([conversations(s, "Be brief.", "Be brief.") for s in SUBJECTS], True),
+        ([conversations(s, "Shout!", "Whisper.") for s in SUBJECTS], False),
+    ],
+    ids=["one system prompt", "the positive side's", "one in messages", "two in messages"],
+)
+def test_prompts_are_searched_with_what_both_sides_share(pairs, system):
+    """A system prompt of the positive side alone would ask the unsteered model for what the steering is to do."""
+    task = answer_task(pairs, None, 0, "answers.jsonl")
+    assert list(task.instructed) == list(task.prompts)
+    for query, prompt in zip(task.queries, task.prompts, strict=True):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        assert turns == [*([SYSTEM] if system else []), {"role": "user", "content": query}]
+
+
+def test_a_system_message_alone_is_no_prompt():
+    pairs = [
+        Pair((("system", s), ("assistant", "YES")), (("system", "no"), ("assistant", "no")), "", "answers")
+        for s in SUBJECTS
+    ]
+    with pytest.raises(TrimtabError, match="has answers without a prompt"):
+        answer_task(pairs, None, 0, "answers.jsonl")
+
+
+def test_a_shared_system_prompt_is_there_when_the_model_answers(cpu, tmp_path, differs, monkeypatch):
+    from trimtab import LM
+
+    path, asked, original = tmp_path / "answers.jsonl", [], LM.generate
+
+    def generate(lm, prompts, *arguments, **options):
+        asked.extend(prompts)
+        return original(lm, prompts, *arguments, **options)
+
+    monkeypatch.setattr(LM, "generate", generate)
+    rows = [{"system": "Be brief.", "prompt": f"A {s}?", "positive": "YES", "negative": "no"} for s in SUBJECTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = cpu("--pairs", path, "--check", f"{differs}:never", "--out", tmp_path / "s.safetensors", "--strengths", 1)
+    assert ran.code == 3, ran.err
+    assert asked
+    assert all(prompt[0] == SYSTEM for prompt in asked)
 
 
 def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):

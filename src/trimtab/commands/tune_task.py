@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from trimtab.commands.instructions import instruction_dataset
 from trimtab.errors import TrimtabError
-from trimtab.text.pairs import Pair, as_prompt, as_texts, sides
+from trimtab.text.pairs import Pair, as_texts, sides
+from trimtab.text.shared_prompt import prompt_of, shared_side, with_system_apart
 
 if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
@@ -58,18 +59,23 @@ def prompt_task(pairs: list[Pair], with_it: bool, limit: int | None, seed: int, 
 
 
 def answer_task(pairs: list[Pair], limit: int | None, seed: int, source: str) -> Task:
-    """Pairs of answers: some to learn from; the prompts of the others are answered by the model and checked."""
+    """Pairs of answers: some to learn from; the prompts of the others are answered by the model and checked.
+
+    The model is given what both sides' prompts share: a system message of the positive side alone would already ask for
+    what the steering is to do.
+    """
     from trimtab.tune.split import split_by_query
 
-    prompts = [sides(pair)[0].prompt for pair in pairs]
-    if not all(prompts):
+    shared = [shared_side(*map(with_system_apart, sides(pair))) for pair in pairs]
+    prompts = [side.prompt for side in shared]
+    if not all(prompt and (isinstance(prompt, str) or prompt[-1][0] != "system") for prompt in prompts):
         raise TrimtabError(
             f"{source} has answers without a prompt, and tune generates from prompts; give each pair one"
         )
     queries = [prompt if isinstance(prompt, str) else prompt[-1][1] for prompt in prompts]
     split = split_by_query(queries, held_out=1 - LEARN_SHARE, seed=seed)
     rest = list({queries[i]: i for i in reversed(split.held_out)}.values())[::-1][:limit]  # each prompt once
-    questions = [as_prompt(prompts[i]) for i in rest]
+    questions = [prompt_of(shared[i]) for i in rest]
     return Task(source, [pairs[i] for i in split.search], [queries[i] for i in rest], questions, questions)
 
 
