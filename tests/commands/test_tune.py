@@ -134,7 +134,10 @@ def test_control_c_keeps_the_best_so_far(cpu, pairs, differs, tmp_path):
     )
     assert ran.code == 0, ran.err
     assert "interrupted: this is the best so far" in ran.out
-    assert load_steering(out).card.measured["tuning"]["cut_short"] is True
+    assert "\nnot confirmed: add at block " in ran.out
+    assert "\nsteer: " not in ran.out
+    tuning = load_steering(out).card.measured["tuning"]
+    assert (tuning["cut_short"], tuning["confirmed"]) == (True, False)
 
 
 def test_sigterm_keeps_the_best_so_far_too(cpu, pairs, differs, tmp_path):
@@ -264,9 +267,25 @@ def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):
     assert "the budget is spent: this is the best so far" in ran.out
     assert "warning: the budget of 84 tokens may cover only 2 of the 6 prompts of the first round" in ran.err
     assert "give 160, or try fewer layers or strengths" in ran.err
+    assert ran.err.index("warning: the budget") < ran.err.index("learned from")
     poor = cpu(*options, "--out", tmp_path / "s.safetensors", "--budget-tokens", 8)
     assert poor.code == 2
     assert "a budget of 8 tokens doesn't cover one prompt" in poor.err
+    assert "learned from" not in poor.err
+
+
+def test_too_few_prompts_are_said_before_the_model_is_loaded(trimtab, pairs, differs, tmp_path):
+    arguments = ("--pairs", pairs, "--check", f"{differs}:differs", "--limit", 6, "--model", tmp_path / "none")
+    ran = trimtab("tune", *arguments, "--out", tmp_path / "s.safetensors")
+    assert ran.code == 2
+    assert ran.err.index("warning: the final test has 2 prompts") < ran.err.index("error: ")
+
+
+def test_a_short_time_is_said(cpu, pairs, differs, tmp_path):
+    options = ("--pairs", pairs, "--check", f"{differs}:differs", "--operation", "add", *OFF, "--batch-size", 5)
+    ran = cpu(*options, "--out", tmp_path / "s.safetensors", "--budget-minutes", 0.0005, "--json")
+    (doubt,) = ran.json["warnings"]
+    assert "s per answer, the budget of 0.0005 minutes covers about " in doubt
 
 
 def test_letters_are_scored_without_generating(cpu, tmp_path):

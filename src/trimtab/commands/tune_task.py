@@ -15,6 +15,7 @@ from trimtab.text.shared_prompt import prompt_of, shared_side, with_system_apart
 
 if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
+    from trimtab.tune.split import Split
 
 LEARN_SHARE = 0.5
 REPEAT = "combination:repeat_prompt"  # each query has its own check
@@ -89,23 +90,32 @@ def check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
         raise TrimtabError(f"pairs of {shape} have no instruction in their prompts; leave --without-instruction out")
 
 
-def search_warnings(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
-    """Reasons why the search can't end in a verdict, whatever it finds."""
-    from trimtab.tune.feasibility import budget_warning, held_out_warning
+def held_out_warnings(task: Task, seed: int) -> list[str]:
+    """Why the data can't give a verdict, whatever the search finds: too few prompts for the final test."""
+    from trimtab.tune.feasibility import held_out_warning
+
+    warning = held_out_warning(len(_split(task, seed).held_out))
+    return [] if warning is None else [warning]
+
+
+def budget_warnings(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
+    """Why a token budget can hardly give a verdict. Raises `TrimtabError` for one that can't even begin."""
+    from trimtab.tune.feasibility import budget_warning, check_token_budget
     from trimtab.tune.halving import ladder
+
+    split = _split(task, seed)
+    check_token_budget(candidates, len(split.held_out), tokens_each, budget)
+    rungs = ladder(candidates, len(split.search))
+    warning = budget_warning(candidates, rungs, len(split.held_out), tokens_each, budget)
+    return [] if warning is None else [warning]
+
+
+def _split(task: Task, seed: int) -> Split:
+    """The split that the search will make."""
     from trimtab.tune.split import split_by_query
     from trimtab.tune.tune import HELD_OUT
 
-    split = split_by_query(task.queries, held_out=HELD_OUT, seed=seed)
-    held_out_count, rungs = len(split.held_out), ladder(candidates, len(split.search))
-    return [
-        why
-        for why in (
-            held_out_warning(held_out_count),
-            budget_warning(candidates, rungs, held_out_count, tokens_each, budget),
-        )
-        if why is not None
-    ]
+    return split_by_query(task.queries, held_out=HELD_OUT, seed=seed)
 
 
 def letter_task(pairs: list[Pair], limit: int | None, seed: int, source: str) -> Task:
