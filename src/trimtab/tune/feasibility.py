@@ -92,6 +92,6 @@ def time_warning(
     covered = budget_seconds / needed
     return (
         f"at {seconds_each:.2g} s per answer, the budget of {budget_seconds / 60:.2g} minutes covers about"
-        f" {covered:.0%} of the first round, {first} prompts, on which {candidates} candidates can hardly be told apart;"
-        f" give {needed / 60:.2g} minutes or more, or try fewer layers or strengths"
+        f" {covered:.0%} of the first round, {first} prompts, on which {candidates} candidates can hardly be told"
+        f" apart; give {needed / 60:.2g} minutes or more, or try fewer layers or strengths"
     )
