@@ -245,10 +245,10 @@ def test_a_system_message_alone_is_no_prompt():
 def test_a_shared_system_prompt_is_there_when_the_model_answers(cpu, tmp_path, differs, monkeypatch):
     from trimtab import LM
 
-    path, asked, original = tmp_path / "answers.jsonl", [], LM.generate
+    path, prompts_seen, original = tmp_path / "answers.jsonl", [], LM.generate
 
     def generate(lm, prompts, *arguments, **options):
-        asked.extend(prompts)
+        prompts_seen.extend(prompts)
         return original(lm, prompts, *arguments, **options)
 
     monkeypatch.setattr(LM, "generate", generate)
@@ -256,8 +256,8 @@ def test_a_shared_system_prompt_is_there_when_the_model_answers(cpu, tmp_path, d
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ran = cpu("--pairs", path, "--check", f"{differs}:never", "--out", tmp_path / "s.safetensors", "--strengths", 1)
     assert ran.code == 3, ran.err
-    assert asked
-    assert all(prompt[0] == SYSTEM for prompt in asked)
+    assert prompts_seen
+    assert all(prompt[0] == SYSTEM for prompt in prompts_seen)
 
 
 def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):

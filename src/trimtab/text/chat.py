@@ -114,12 +114,14 @@ def encode_conversation(tokenizer: Any, conversation: Prompt, template: Template
         return encode(tokenizer, conversation, chat=False, template=template)
     messages = list(conversation)
     answered = bool(messages) and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
-    given = dict(template or {})
-    if not answered or CONTINUE in given:
+    keywords = dict(template or {})
+    if not answered or CONTINUE in keywords:
         return encode(tokenizer, messages, template=template)
-    encode(tokenizer, messages, template={**given, CONTINUE: False})  # for its checks
+    encode(tokenizer, messages, template={**keywords, CONTINUE: False})  # for its checks
     options: dict[str, Any] = {"tokenize": True, "return_dict": True}
-    encoded = _render(tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False, **given}, **options)
+    encoded = _render(
+        tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False, **keywords}, **options
+    )
     return list(encoded["input_ids"])
 
 
