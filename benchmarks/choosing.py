@@ -22,8 +22,9 @@ from trimtab.text.repetition import repeated_share
 from trimtab.tune.candidates import Candidate, Setting
 from trimtab.tune.guard import STANDARD
 from trimtab.tune.halving import Rung
+from trimtab.tune.meter import Outcome
 from trimtab.tune.split import split_by_query
-from trimtab.tune.tune import Outcome, Tuned, search
+from trimtab.tune.tune import Tuned, search
 
 SEARCH_QUERIES = 12
 HELD_OUT_QUERIES = 8

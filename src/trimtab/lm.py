@@ -420,8 +420,8 @@ class LM(LanguageModel):
         Args:
             steering: Any steering, including gated ones, edits at certain positions, and edits of attention scores.
             prompts: The prompts.
-            options: `tokens` (the maximum number of tokens per unsteered answer, default 32), `system`, `chat` and
-                `transfer`.
+            options: `tokens` (the maximum number of tokens per unsteered answer, default 32), `system`, `chat`,
+                `template` and `transfer`.
 
         Returns:
             The `mean` and `p95` (95th percentile) in nats per token, and the `nats` of each token.

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from trimtab import Add, Positions, directional_ablation, load, save
-from trimtab.commands.for_program import IMPLIED
+from trimtab.commands.for_program import IMPLIED, SCALE
 from trimtab.methods.recipe import recipes
+from trimtab.report.suggested import suggested_strength
 
 
 def only_adds(path: Path) -> bool:
@@ -31,7 +32,8 @@ def test_both_kinds_of_file(
     ours = trimtab(*arguments, "--out", tmp_path / "v.safetensors")
     assert ours.code == 0, ours.err
     assert f"trimtab convert {tmp_path / 'v.safetensors'} {tmp_path / 'v.gguf'}\n" in ours.out
-    assert f"--control-vector-scaled {tmp_path / 'v.gguf'}:0.8" in ours.out
+    scale = suggested_strength(load(tmp_path / "v.safetensors")) or SCALE
+    assert f"--control-vector-scaled {tmp_path / 'v.gguf'}:{scale:g} " in ours.out
     assert only_adds(tmp_path / "v.safetensors")
     theirs = trimtab(*arguments, "--out", tmp_path / "w.gguf", "--json")
     assert theirs.code == 0, theirs.err
@@ -44,6 +46,34 @@ def test_both_kinds_of_file(
     if method != "instruct":  # which sets a projection unless it is told otherwise
         (a,), (b,) = (load(tmp_path / name).edits for name in ("x.safetensors", "w.gguf"))
         assert torch.allclose(a.strength * a.operation.direction, b.operation.direction)
+
+
+def scale_in(line: str) -> float:
+    """The strength in a llama-cli command."""
+    return float(line.partition("--control-vector-scaled ")[2].split(":")[1].split()[0])
+
+
+def test_the_strength_depends_on_the_layers(trimtab: Any, model: Path, answer_pairs: Path, tmp_path: Path) -> None:
+    """It is the one that `try:` has. Block 0, which isn't written, doesn't count."""
+    arguments = ["learn", "caa", "--pairs", answer_pairs, "--model", model, "--for", "llama.cpp"]
+    scales, suggested = {}, {}
+    for layers in ("2", "1,2,3", "all"):
+        out = tmp_path / f"{layers.replace(',', '')}.safetensors"
+        done = trimtab(*arguments, "--layers", layers, "--out", out)
+        assert done.code == 0, done.err
+        scales[layers] = scale_in(done.out)
+        suggested[layers] = suggested_strength(load(out))
+        assert f"{out}:{suggested[layers]:g}" in done.err
+    assert scales["2"] == suggested["2"] != SCALE
+    assert scales["all"] == scales["1,2,3"] == suggested["1,2,3"] < scales["2"]
+    assert suggested["all"] != suggested["1,2,3"]
+
+
+def test_a_strength_that_isnt_known(trimtab: Any, model: Path, tmp_path: Path) -> None:
+    arguments = ["learn", "random", "--model", model, "--for", "llama.cpp", "--layers", "1"]
+    done = trimtab(*arguments, "--out", tmp_path / "v.gguf", "--json")
+    assert done.code == 0, done.err
+    assert (scale_in(done.json["next"][0]), done.json["suggested_strength"]) == (SCALE, None)
 
 
 def test_a_word(trimtab: Any, model: Path, tmp_path: Path) -> None:

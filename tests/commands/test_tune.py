@@ -6,8 +6,10 @@ import signal
 import pytest
 
 from trimtab.commands.terminal import sigterm_interrupts
-from trimtab.commands.tune_task import check_of
+from trimtab.commands.tune_task import answer_task, check_of
+from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import load_steering, steering_digest
+from trimtab.text.pairs import Pair
 from trimtab.tune import Setting
 
 SUBJECTS = [
@@ -132,7 +134,10 @@ def test_control_c_keeps_the_best_so_far(cpu, pairs, differs, tmp_path):
     )
     assert ran.code == 0, ran.err
     assert "interrupted: this is the best so far" in ran.out
-    assert load_steering(out).card.measured["tuning"]["cut_short"] is True
+    assert "\nnot confirmed: add at block " in ran.out
+    assert "\nsteer: " not in ran.out
+    tuning = load_steering(out).card.measured["tuning"]
+    assert (tuning["cut_short"], tuning["confirmed"]) == (True, False)
 
 
 def test_sigterm_keeps_the_best_so_far_too(cpu, pairs, differs, tmp_path):
@@ -197,6 +202,64 @@ def test_pairs_of_answers_are_checked_on_the_models_own_answers(cpu, tmp_path, m
     assert "pairs of answers have no instruction in their prompts" in bare.err
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def conversations(subject, positive_system, negative_system):
+    """Two whole conversations that begin with a system message."""
+    return Pair(
+        (("system", positive_system), ("user", f"A {subject}?"), ("assistant", "YES")),
+        (("system", negative_system), ("user", f"A {subject}?"), ("assistant", "no")),
+        shape="answers",
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "system"),
+    [
+        ([Pair("YES", "no", f"A {s}?", "answers", "Be brief.", "Be brief.") for s in SUBJECTS], True),
+        ([Pair("YES", "no", f"A {s}?", "answers", "Shout!", None) for s in SUBJECTS], False),
+        ([conversations(s, "Be brief.", "Be brief.") for s in SUBJECTS], True),
+        ([conversations(s, "Shout!", "Whisper.") for s in SUBJECTS], False),
+    ],
+    ids=["one system prompt", "the positive side's", "one in messages", "two in messages"],
+)
+def test_prompts_are_searched_with_what_both_sides_share(pairs, system):
+    """A system prompt of the positive side alone would ask the unsteered model for what the steering is to do."""
+    task = answer_task(pairs, None, 0, "answers.jsonl")
+    assert list(task.instructed) == list(task.prompts)
+    for query, prompt in zip(task.queries, task.prompts, strict=True):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        assert turns == [*([SYSTEM] if system else []), {"role": "user", "content": query}]
+
+
+def test_a_system_message_alone_is_no_prompt():
+    pairs = [
+        Pair((("system", s), ("assistant", "YES")), (("system", "no"), ("assistant", "no")), "", "answers")
+        for s in SUBJECTS
+    ]
+    with pytest.raises(TrimtabError, match="has answers without a prompt"):
+        answer_task(pairs, None, 0, "answers.jsonl")
+
+
+def test_a_shared_system_prompt_is_there_when_the_model_answers(cpu, tmp_path, differs, monkeypatch):
+    from trimtab import LM
+
+    path, prompts_seen, original = tmp_path / "answers.jsonl", [], LM.generate
+
+    def generate(lm, prompts, *arguments, **options):
+        prompts_seen.extend(prompts)
+        return original(lm, prompts, *arguments, **options)
+
+    monkeypatch.setattr(LM, "generate", generate)
+    rows = [{"system": "Be brief.", "prompt": f"A {s}?", "positive": "YES", "negative": "no"} for s in SUBJECTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = cpu("--pairs", path, "--check", f"{differs}:never", "--out", tmp_path / "s.safetensors", "--strengths", 1)
+    assert ran.code == 3, ran.err
+    assert prompts_seen
+    assert all(prompt[0] == SYSTEM for prompt in prompts_seen)
+
+
 def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):
     options = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
     ran = cpu(*options, "--out", tmp_path / "s.safetensors", "--batch-size", 5, "--budget-tokens", 4 * (5 * 2 + 10 + 1))
@@ -204,9 +267,25 @@ def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):
     assert "the budget is spent: this is the best so far" in ran.out
     assert "warning: the budget of 84 tokens may cover only 2 of the 6 prompts of the first round" in ran.err
     assert "give 160, or try fewer layers or strengths" in ran.err
+    assert ran.err.index("warning: the budget") < ran.err.index("learned from")
     poor = cpu(*options, "--out", tmp_path / "s.safetensors", "--budget-tokens", 8)
     assert poor.code == 2
     assert "a budget of 8 tokens doesn't cover one prompt" in poor.err
+    assert "learned from" not in poor.err
+
+
+def test_too_few_prompts_are_said_before_the_model_is_loaded(trimtab, pairs, differs, tmp_path):
+    arguments = ("--pairs", pairs, "--check", f"{differs}:differs", "--limit", 6, "--model", tmp_path / "none")
+    ran = trimtab("tune", *arguments, "--out", tmp_path / "s.safetensors")
+    assert ran.code == 2
+    assert ran.err.index("warning: the final test has 2 prompts") < ran.err.index("error: ")
+
+
+def test_a_short_time_is_said(cpu, pairs, differs, tmp_path):
+    options = ("--pairs", pairs, "--check", f"{differs}:differs", "--operation", "add", *OFF, "--batch-size", 5)
+    ran = cpu(*options, "--out", tmp_path / "s.safetensors", "--budget-minutes", 0.0005, "--json")
+    (doubt,) = ran.json["warnings"]
+    assert "s per answer, the budget of 0.0005 minutes covers about " in doubt
 
 
 def test_letters_are_scored_without_generating(cpu, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from trimtab.commands.tune_advice import advice
+from trimtab.evaluate.decision import decide
 from trimtab.evaluate.intervals import Interval
 from trimtab.tune import Setting, Tuned
 from trimtab.tune.split import Split
@@ -23,6 +24,11 @@ def row(layer, strength, score, broken=()):
 def tuned(*rows, **more):
     none = Tuned(None, None, "why", rows, None, SPLIT, False, False, 9, 9)
     return replace(none, **more)
+
+
+def held_out(before, after):
+    decision = decide(before, after)
+    return HeldOut(len(before), decision.after, decision.before, decision.difference, (), decision)
 
 
 def advice_on(result, **options):
@@ -50,8 +56,23 @@ def advice_on(result, **options):
         (tuned(BASE, exhausted=True), "a larger --budget-tokens", "--strengths"),
         (
             tuned(BASE, row(1, 1, 0.5), held_out=HeldOut(3, 0.2, 0.2, Interval(0, -1, 1), ())),
-            "on 3 prompts only",
+            "on 3 held-out prompts the best may be luck",
             "cut short",
+        ),
+        (
+            tuned(BASE, row(1, 1, 0.5), held_out=held_out([0] * 10, [1, 1, 1] + [0] * 7)),
+            "on 10 held-out prompts the best may be luck, whatever the --margin: give more prompts",
+            "smaller --margin",
+        ),
+        (
+            tuned(BASE, row(1, 1, 0.5), held_out=held_out([1] * 10, [0] * 10)),
+            "on 10 held-out prompts the best was worse than not steering",
+            "smaller --margin",
+        ),
+        (
+            tuned(BASE, row(1, 1, 0.5), held_out=held_out([0] * 80, [1] * 6 + [0] * 74)),
+            "the best gains +0.07, which is more than chance but not above --margin: a smaller --margin accepts it",
+            "give more prompts",
         ),
     ],
 )

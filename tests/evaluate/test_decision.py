@@ -20,7 +20,8 @@ from trimtab.evaluate.decision import (
 from trimtab.evaluate.intervals import Interval, mcnemar
 from trimtab.steering import Add, Edit, Site, Steering
 from trimtab.tune.candidates import grid
-from trimtab.tune.tune import Outcome, search
+from trimtab.tune.meter import Outcome
+from trimtab.tune.tune import search
 
 
 def naive(differences):

@@ -21,6 +21,7 @@ from trimtab.text.chat import TemplateWarning, encode, render_messages, template
 from trimtab.text.pairs import Pair
 from trimtab.text.spans import Part, find_spans, render
 from trimtab.text.templates import keywords_of, parse_keywords, with_keywords
+from trimtab.tune import at_nats
 
 TEMPLATE = (
     "{{ bos_token }}{%- for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -198,6 +199,31 @@ def test_a_model_goes_on_where_the_text_does(models_: tuple[LM, LM]) -> None:
     thought = lm.generate("Hi", max_new_tokens=3, template={"enable_thinking": False})
     assert thought == off.generate("Hi", max_new_tokens=3) != lm.generate("Hi", max_new_tokens=3)
     assert lm.spans("Hi", "think", template={"enable_thinking": False}) == off.spans("Hi", "think")
+
+
+def test_what_is_measured_follows_the_prompt_as_it_was_rendered(models_: tuple[LM, LM]) -> None:
+    """Perplexities, divergences and projections with a template's keyword are those of a model that has it preset."""
+    lm, off = models_
+    steering = Steering((Edit(Site(1), Add(direction(0, 3.0)), Positions.from_last_prompt_token()),))
+    how: dict[str, Any] = {"template": {"enable_thinking": False}}
+    trying: dict[str, Any] = {"strengths": 0.1, "prompts": ["Hi", "Why?"], "max_new_tokens": 4, "guard": None}
+    swept, preset = lm.sweep(steering, **trying, **how), off.sweep(steering, **trying)
+    assert [row.perplexity for row in swept.rows] == [row.perplexity for row in preset.rows]
+    assert swept.unsteered.perplexity == preset.unsteered.perplexity
+    assert lm.divergence(steering, ["Hi"], tokens=3, **how) == off.divergence(steering, ["Hi"], tokens=3)
+    assert lm.divergence(steering, ["Hi"], tokens=3, **how) != lm.divergence(steering, ["Hi"], tokens=3)
+    dosed = at_nats(lm, steering, 0.1, ["Hi"], tokens=3, **how)
+    assert dosed.factor == at_nats(off, steering, 0.1, ["Hi"], tokens=3).factor
+    answered = [USER, {"role": "assistant", "content": "One."}]
+    for words in ([USER], answered):
+        assert lm.project(words, steering, **how).tokens == off.project(words, steering).tokens
+    assert lm.project([USER], steering, **how).tokens != lm.project([USER], steering).tokens
+    begun = lm.project(answered, steering, template={"continue_final_message": True})
+    assert len(begun.tokens) < len(lm.project(answered, steering).tokens)
+    with pytest.raises(TrimtabError, match="a keyword of the template needs a chat template"):
+        lm.project("Hi", steering, template={"tone": "?"})
+    with pytest.raises(TrimtabError, match="doesn't use 'enable_thoughts'"):
+        lm.project(answered, steering, template={"enable_thoughts": True})
 
 
 @pytest.mark.filterwarnings("ignore::trimtab.methods.caa.PairsWarning")

@@ -13,7 +13,7 @@ from trimtab.evaluate.divergence import Divergence, divergence, reference
 from trimtab.steering import Add, Card, Edit, Positions, Rotate, SetProjection, Site, Steering
 from trimtab.tune import at_nats
 from trimtab.tune import nats as module
-from trimtab.tune.nats import NotMonotoneWarning
+from trimtab.tune.nats import InexactWarning, NotMonotoneWarning
 
 PROMPTS = [prompt(seed, 4 + seed) for seed in range(3)]
 
@@ -62,6 +62,37 @@ def test_what_is_not_monotone_is_said_and_the_weakest_strength_taken(lm, base, m
         dosed = at_nats(lm, 4 * learned, 1.9, base)
     assert not dosed.monotone
     assert dosed.divergence.p95 == pytest.approx(1.9, rel=0.02)
+
+
+def step(monkeypatch, low, high):
+    """A divergence that is `low` nats below strength 0.7, and `high` from there on."""
+
+    def stepped(_lm, acting, _base, **_):
+        return Divergence(((low if acting.edits[0].strength < 0.7 else high,),))
+
+    monkeypatch.setattr(module, "divergence", stepped)
+
+
+@pytest.mark.parametrize("nats", [1.0, 2.0])
+def test_a_divergence_that_is_jumped_over_is_an_error(lm, base, monkeypatch, nats):
+    step(monkeypatch, 0.1, 5.0)
+    with pytest.raises(TrimtabError, match=rf"jumps over {nats:g} nats: the nearest is 0.1, at 0\.\d+ times") as seen:
+        at_nats(lm, steering(lm, Add(unit())), nats, base)
+    assert str(seen.value).endswith("ask for a divergence near that, or give a strength")
+
+
+@pytest.mark.parametrize(("low", "high", "nearest"), [(0.1, 1.1, 1.1), (0.8, 4.0, 0.8)])
+def test_a_divergence_that_is_nearly_reached_is_said(lm, base, monkeypatch, low, high, nearest):
+    step(monkeypatch, low, high)
+    with pytest.warns(InexactWarning, match=rf"jumps over 1 nats: the nearest is {nearest}, at "):
+        dosed = at_nats(lm, steering(lm, Add(unit())), 1.0, base)
+    assert dosed.divergence.p95 == nearest
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_divergence_that_is_reached_is_no_warning(lm, base, monkeypatch):
+    step(monkeypatch, 0.1, 1.015)
+    assert at_nats(lm, steering(lm, Add(unit())), 1.0, base).divergence.p95 == 1.015
 
 
 def test_a_divergence_that_cannot_be_had_says_how_far_it_goes(lm, base):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import load_steering, save_steering, steering_digest
 from trimtab.steering import Add, Card, Edit, Positions, SetProjection, Site, Steering
 from trimtab.text.pairs import Pair
-from trimtab.tune import Guard, Setting, default_layers, grid, split_by_query, tune
+from trimtab.tune import BudgetWarning, Guard, Setting, default_layers, grid, meter, split_by_query, tune
 from trimtab.tune.halving import Rung, count_answers, ladder
 from trimtab.tune.letters import tune_letters
-from trimtab.tune.tune import COLUMNS
+from trimtab.tune.tune import COLUMNS, search
 
 WANTED = 7
 PROMPTS = [prompt(seed, 3 + seed % 4) for seed in range(20)]
@@ -51,6 +52,7 @@ def test_it_finds_the_layer_that_works_at_the_smaller_strength():
     assert result.held_out.steered == 1
     assert result.held_out.difference.estimate == pytest.approx(1 - result.held_out.unsteered)
     assert (result.interrupted, result.exhausted) == (False, False)
+    assert result.confirmed is result.steering.card.measured["tuning"]["confirmed"] is True
     assert result.table[0].setting is None
     assert len(result.table) == 5
     best = next(row for row in result.table if row.setting == result.setting)
@@ -97,6 +99,7 @@ def test_the_check_sees_its_own_prompt():
 def test_what_changes_nothing_is_not_to_steer(check):
     result = tuned(lm_with(), check)
     assert (result.steering, result.setting, result.held_out) == (None, None, None)
+    assert not result.confirmed
     assert "no candidate scored above not steering" in result.reason
 
 
@@ -155,6 +158,7 @@ def test_an_interruption_keeps_the_best_so_far(after):
     else:
         assert result.setting.layer == 3
         assert "interrupted before it was confirmed" in result.reason
+        assert result.confirmed is result.steering.card.measured["tuning"]["confirmed"] is False
         assert result.steering.card.measured["tuning"]["cut_short"] is True
 
 
@@ -188,6 +192,46 @@ def test_budgets_are_kept():
     assert "the budget is spent" in late.reason
 
 
+class Clock:
+    """Seconds that pass with each answer, instead of time."""
+
+    def __init__(self, monkeypatch, seconds_each):
+        self.now, self.seconds_each = 0.0, seconds_each
+        monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def trial(self, steerings, items, progress):
+        self.now += self.seconds_each * len(items)
+        return [meter.Outcome(float(steering is not None), 0.1, 1) for steering in steerings]
+
+
+def timed(clock, budget_seconds, groups=range(40)):
+    return search(
+        grid({"add": towards(lm_with())}, (0.5, 1.0)),
+        list(groups),
+        clock.trial,
+        guard=None,
+        rows=5,
+        budget_seconds=budget_seconds,
+    )
+
+
+def test_a_time_budget_that_is_too_short_is_said_after_the_first_answers(monkeypatch):
+    """Four candidates and not to steer on six prompts, at 2 s per answer, take a minute."""
+    clock = Clock(monkeypatch, 2.0)
+    with pytest.warns(BudgetWarning, match=r"at 2 s per answer, the budget of 0.5 minutes covers about 50% ") as seen:
+        result = timed(clock, 30)
+    assert len(seen) == 1
+    assert "give 1 minutes or more, or try fewer layers or strengths" in str(seen[0].message)
+    assert result.warnings == (str(seen[0].message),)
+    assert result.exhausted
+
+
+@pytest.mark.parametrize("budget", [60, None])
+@pytest.mark.filterwarnings("error")
+def test_a_time_budget_that_covers_the_first_round_is_enough(monkeypatch, budget):
+    assert timed(Clock(monkeypatch, 2.0), budget).warnings == ()
+
+
 def test_the_card_tells_the_search_and_is_the_same_each_time(tmp_path):
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for file in files:
@@ -209,6 +253,17 @@ def test_contexts_are_what_answers_are_judged_after():
     lm = lm_with()
     rows = [tuned(lm, guard=Guard(), contexts=c).table[0].perplexity for c in (None, PROMPTS, PROMPTS[::-1])]
     assert rows[0] == rows[1] != rows[2]
+
+
+def test_perplexities_follow_the_prompts_as_they_were_rendered(monkeypatch):
+    """With the same system message and template as the answers."""
+    lm, rendered, original = lm_with(), [], tiny("llama").encode
+    monkeypatch.setattr(lm, "encode", lambda text, **how: rendered.append(how) or original(text))
+    monkeypatch.setattr(lm, "encode_with_images", lambda text, **how: (lm.encode(text, **how), None))
+    how = {"system": "w9", "chat": True, "template": {"enable_thinking": False}}
+    tuned(lm, guard=Guard(), **how)
+    assert rendered
+    assert all(seen == how for seen in rendered)
 
 
 def test_bad_input_is_named():

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.errors import TrimtabError
 from trimtab.evaluate.divergence import Divergence, Reference, divergence, reference
 from trimtab.steering import Steering
-from trimtab.tune.nats import find_factor, monotone
+from trimtab.tune.nats import check_reached, find_factor, monotone
 
 if TYPE_CHECKING:
     from trimtab.bench.tasks import Task
@@ -55,11 +54,7 @@ class Doses:
         """The strength that reaches a divergence. Raises `TrimtabError` if no strength comes close."""
         factor = find_factor(self.divergence_at, nats, CLOSE)
         reached = self._seen[factor]
-        if abs(reached.p95 - nats) > 0.25 * nats:
-            raise TrimtabError(
-                f"its divergence jumps over {nats:g} nats: the nearest is {reached.p95:.2g}, at {factor:.3g} times"
-                " its strength"
-            )
+        check_reached(nats, factor, reached.p95)
         return Dose(nats, factor, reached.p95, reached.mean)
 
     @property

@@ -27,7 +27,7 @@ IMPLIED: dict[str, dict[str, Any]] = {
 }
 """The methods that can learn additions to the residual stream, and the options that make them do so."""
 SCALE = 0.8
-"""A strength to try first: the same vector pushes more at every token than from the last prompt token on."""
+"""The strength to try first where none is suggested for a steering."""
 
 ForOption = Annotated[
     str | None,
@@ -124,7 +124,15 @@ def learning_hint(steering: Steering) -> str:
     return f"`trimtab learn {which} … --for {LLAMA}` learns steerings that can be written"
 
 
-def commands_for(program: str | None, path: Path, scale: float = SCALE) -> list[str]:
+def scale_for(steering: Steering) -> float:
+    """The strength of the printed commands: the one suggested for what is written, all but block 0, if it is known."""
+    from trimtab.report.suggested import suggested_strength
+
+    written = steering.only([layer for layer in steering.layers if layer != 0])
+    return suggested_strength(written) or SCALE
+
+
+def commands_for(program: str | None, path: Path, scale: float) -> list[str]:
     """The commands that run the file in this program at this strength."""
     if program is None:
         return []
@@ -133,7 +141,7 @@ def commands_for(program: str | None, path: Path, scale: float = SCALE) -> list[
     return [*convert, f'llama-cli -m MODEL.gguf --control-vector-scaled {quote(str(gguf))}:{scale:g} -p "…"']
 
 
-def next_steps(program: str | None, path: Path, scale: float = SCALE) -> list[str]:
+def next_steps(program: str | None, path: Path, scale: float) -> list[str]:
     """The same commands as lines of output."""
     lines = [f"  {line}" for line in commands_for(program, path, scale)]
     older = f"(older builds of llama.cpp take {path.with_suffix('.gguf').name} {scale:g}, without the colon)"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.commands.for_program import ForOption, commands_for, next_steps, options_for_program, save_for
+from trimtab.commands.for_program import ForOption, commands_for, next_steps, options_for_program, save_for, scale_for
 from trimtab.commands.learn_method import DIRECT_METHODS, PROBE, LayersOption, StrengthOption
 from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
@@ -401,11 +401,17 @@ def _save(
         document = _document(path, digest, method, model, count, strength, by_layer, steering)
         document["suggested_strength"] = suggested_strength(steering)
         document |= {} if prediction is None else {"forecast": prediction[1]}
-        documents.append(document | ({"next": commands_for(program, path)} if program else {}))
+        documents.append(document | ({"next": commands_for(program, path, scale_for(steering))} if program else {}))
         if not json and source != "--all":
             title = f"{method} on {model}{f', from {count} pairs' if count else ''}"
             forecast_lines = [] if prediction is None else [prediction[0]]
-            show(title, _table(by_layer), *forecast_lines, f"saved {path}", *next_steps(program, path))
+            show(
+                title,
+                _table(by_layer),
+                *forecast_lines,
+                f"saved {path}",
+                *next_steps(program, path, scale_for(steering)),
+            )
     if json:
         write_json({"folder": str(out), "files": documents} if source == "--all" else documents[0])
         return

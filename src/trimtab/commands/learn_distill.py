@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.commands.checkers import checker_for
-from trimtab.commands.for_program import ForOption, commands_for, next_steps, options_for_program, save_for
+from trimtab.commands.for_program import ForOption, commands_for, next_steps, options_for_program, save_for, scale_for
 from trimtab.commands.instructions import base_queries
 from trimtab.commands.model import JsonOption, ModelOptions
 from trimtab.commands.options import grouped, standalone_command
@@ -219,9 +219,9 @@ def learn_distill(
     learned, digest = save_for(program, learned, out)
     if json:
         document = document_of("distill", lm.name, learned, out, digest)
-        write_json(document | ({"next": commands_for(program, out)} if program else {}))
+        write_json(document | ({"next": commands_for(program, out, scale_for(learned))} if program else {}))
         return
-    show(*_lines(lm.name, learned, out), *next_steps(program, out))
+    show(*_lines(lm.name, learned, out), *next_steps(program, out, scale_for(learned)))
     note(f'try: trimtab generate {loader.model_argument}--steer {quote(str(out))} --prompt "…" --compare', quiet=False)
 
 

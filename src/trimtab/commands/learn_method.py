@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
-from trimtab.commands.for_program import ForOption, commands_for, next_steps, options_for_program, save_for
+from trimtab.commands.for_program import ForOption, commands_for, next_steps, options_for_program, save_for, scale_for
 from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import parameters_of, pop_group, standalone_command
 from trimtab.commands.pair_files import ColumnOptions, load_pairs
@@ -161,11 +161,11 @@ def _learn(recipe: Recipe, arguments: dict[str, Any]) -> None:
     if quiet:
         document = document_of(recipe.name, lm.name, learned, out, digest, strength=strength)
         document["suggested_strength"] = suggested_strength(learned)
-        write_json(document | ({"next": commands_for(program, out)} if program else {}))
+        write_json(document | ({"next": commands_for(program, out, scale_for(learned))} if program else {}))
         return
     count = len(data[0]) if data else 0
     title = f"{recipe.name} on {lm.name}" + (f", from {count} {recipe.takes}" if count else "")
-    show(title, _table(learned), *_gate_lines(learned), f"saved {out}", *next_steps(program, out))
+    show(title, _table(learned), *_gate_lines(learned), f"saved {out}", *next_steps(program, out, scale_for(learned)))
     shown = named_with_strength(out, learned)
     note(f'try: trimtab generate {loader.model_argument}--steer {shown} --prompt "…" --compare', quiet=False)
 

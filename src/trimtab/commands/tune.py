@@ -21,12 +21,13 @@ from trimtab.commands.tune_advice import advice
 from trimtab.commands.tune_report import document, print_search, verdict
 from trimtab.commands.tune_task import (
     answer_task,
+    budget_warnings,
     check_behaviour,
     check_of,
+    held_out_warnings,
     instruction_task,
     letter_task,
     prompt_task,
-    search_warnings,
     select_search_pairs,
 )
 from trimtab.errors import TrimtabError
@@ -105,7 +106,10 @@ def tune(
         ),
     ] = None,
     margin: Annotated[
-        float, typer.Option(help="Steer only if it is better by more than this.", rich_help_panel=SEARCH)
+        float,
+        typer.Option(
+            help="Steer only if it is better by more than this, as well as by more than chance.", rich_help_panel=SEARCH
+        ),
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="The random seed for splitting the queries.", rich_help_panel=SEARCH)] = 0,
     limit: Annotated[
@@ -139,8 +143,9 @@ def tune(
 
     All candidates run together on a few prompts, the better half of them on twice as
     many, and so on (successive halving). The best one is then tested on held-out
-    prompts. It is saved if it beats not steering there by more than --margin; otherwise
-    the answer is "don't steer" and nothing is written.
+    prompts. It is saved if it beats not steering there by more than chance (in an exact
+    paired test, which at most 5 % of steerings that do nothing pass) and by more than
+    --margin; otherwise the answer is "don't steer" and nothing is written.
 
     A setting that degrades the answers is never chosen, however many comply: too
     unlikely or too predictable (perplexity under the unsteered model), repetitive,
@@ -153,9 +158,10 @@ def tune(
     trimtab learn caa, and the check judges the model's own answers to the prompts of
     the other half.
 
-    Ctrl-C and SIGTERM end the search and keep the best so far. Without a terminal, each
-    round prints a line to stderr. The file's card records the complete search: trimtab
-    inspect --json shows it.
+    Ctrl-C and SIGTERM end the search and keep the best so far, as "not confirmed" if it
+    hasn't been tested on held-out prompts. Without a terminal, each round prints a line
+    to stderr. The file's card records the complete search: trimtab inspect --json shows
+    it.
 
     Exit code 3: nothing was better than not steering. Suggestions for what to try next
     are printed, and no file is written.
@@ -205,6 +211,9 @@ def tune(
         if instruction is not None and check is None and type_ is None and kwargs is None:
             check, type_, kwargs = check_of(instruction)
         checker = checker_for(check, type_, kwargs, task.queries)
+    warnings = held_out_warnings(task, seed)
+    for doubt in [] if json else warnings:
+        say(f"warning: {doubt}")
 
     from trimtab.files.steering_file import save_steering
     from trimtab.tune import default_layers, grid, learn_operations, tune_letters
@@ -213,6 +222,12 @@ def tune(
     lm = loader.load(quiet=json)
     layers_to_try = list(range(lm.layout.layers)) if requested_layers == "all" else requested_layers
     layers_to_try = default_layers(lm.layout.layers) if layers_to_try is None else layers_to_try
+    learned_count = 1 if behaviour else len(operations)
+    count = learned_count * len(set(layers_to_try)) * len(chosen_strengths) * (1 if rules is None else len(rules))
+    over_budget = budget_warnings(task, count, seed, 1 if letters else max_new_tokens, budget_tokens)
+    for doubt in [] if json else over_budget:
+        say(f"warning: {doubt}")
+    warnings += over_budget
     lines = not json and not sys.stderr.isatty()  # instead of progress bars
     if lines:
         common["on_round"] = lambda finished: say(str(finished))
@@ -227,9 +242,6 @@ def tune(
         if lines:
             say(f"learned from {len(task.pairs)} pairs at {len(layers_to_try)} blocks")
         candidates = grid(learned, chosen_strengths, rules)
-        warnings = search_warnings(task, len(candidates), seed, 1 if letters else max_new_tokens, budget_tokens)
-        for doubt in [] if json else warnings:
-            say(f"warning: {doubt}")
         with progress_bar(f"{len(candidates)} candidates", quiet=json) as progress:
             if letters:
                 search_pairs = select_search_pairs(pair_list, task)
@@ -262,7 +274,8 @@ def tune(
         instructed = with_instruction and not behaviour
         advised = advice(result, blocks=lm.layout.layers, instruction=instruction, instructed=instructed)
     if json:
-        write_json({**document(lm, task, result, out, digest, figure), "warnings": warnings, "advice": list(advised)})
+        doubts = [*warnings, *result.warnings]
+        write_json({**document(lm, task, result, out, digest, figure), "warnings": doubts, "advice": list(advised)})
     else:
         print_search(lm, task, result, loader.model_argument, out, figure)
         show(*(f"try next: {line}" for line in advised))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trimtab.tune import Tuned
+    from trimtab.tune.tune import HeldOut
 
 HIGH_BASELINE = 0.9
 """At or above this score, unsteered answers leave little to gain."""
@@ -37,8 +38,7 @@ def advice(result: Tuned, *, blocks: int, instruction: str | None, instructed: b
     elif used and not broken:
         lines.append(f"no setting broke the text: try larger --strengths, such as {_list(used[-1:], 1.5, 2, 3)}")
     if result.held_out is not None and not result.held_out.broken:
-        count = result.held_out.items
-        lines.append(f"the best was confirmed on {count} prompts only: give more of them, or a smaller --margin")
+        lines.append(_on_test(result.held_out))
     if rows and (layer_count := len({row.setting.layer for row in rows if row.setting})) < blocks:
         lines.append(f"{layer_count} of {blocks} blocks were tried: --layers all")
     if instruction is not None:
@@ -46,6 +46,23 @@ def advice(result: Tuned, *, blocks: int, instruction: str | None, instructed: b
     else:
         lines.append("learn it with another method: trimtab methods lists those that your pairs can be used for")
     return tuple(lines)
+
+
+def _on_test(held_out: HeldOut) -> str:
+    """What to change so that the final test ends otherwise: the margin if only that failed, else the prompts."""
+    from trimtab.evaluate.decision import WORSE
+
+    decision = held_out.decision
+    if decision is not None and decision.better:
+        return (
+            f"on {held_out.items} held-out prompts the best gains {decision.difference.estimate:+.2f}, which is more"
+            " than chance but not above --margin: a smaller --margin accepts it"
+        )
+    failed = "was worse than not steering" if decision is not None and decision.verdict == WORSE else "may be luck"
+    return (
+        f"on {held_out.items} held-out prompts the best {failed}, whatever the --margin: give more prompts, or a larger"
+        " --limit"
+    )
 
 
 def _list(strengths: list[float], *factors: float) -> str:

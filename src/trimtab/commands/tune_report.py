@@ -50,8 +50,10 @@ def print_search(lm: LM, task: Task, result: Tuned, model_argument: str, out: Pa
 
 
 def verdict(result: Tuned) -> str:
-    """Whether to steer, how, and why."""
-    return f"don't steer: {result.reason}" if result.setting is None else f"steer: {result.setting}: {result.reason}"
+    """Whether to steer, how, and why; "not confirmed" for a setting that wasn't tested any more."""
+    if result.setting is None:
+        return f"don't steer: {result.reason}"
+    return f"{'steer' if result.confirmed else 'not confirmed'}: {result.setting}: {result.reason}"
 
 
 def _table(result: Tuned) -> Table:
@@ -107,7 +109,7 @@ def document(lm: LM, task: Task, result: Tuned, out: Path, digest: str | None, f
         "model": lm.name,
         "task": task.title,
         "pairs": len(task.pairs),
-        "steer": result.setting is not None,
+        "steer": result.confirmed,
         "setting": None if result.setting is None else asdict(result.setting),
         "reason": result.reason,
         "file": None if digest is None else str(out),

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from trimtab.commands.instructions import instruction_dataset
 from trimtab.errors import TrimtabError
-from trimtab.text.pairs import Pair, as_prompt, as_texts, sides
+from trimtab.text.pairs import Pair, as_texts, sides
+from trimtab.text.shared_prompt import prompt_of, shared_side, with_system_apart
 
 if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
+    from trimtab.tune.split import Split
 
 LEARN_SHARE = 0.5
 REPEAT = "combination:repeat_prompt"  # each query has its own check
@@ -58,18 +60,23 @@ def prompt_task(pairs: list[Pair], with_it: bool, limit: int | None, seed: int, 
 
 
 def answer_task(pairs: list[Pair], limit: int | None, seed: int, source: str) -> Task:
-    """Pairs of answers: some to learn from; the prompts of the others are answered by the model and checked."""
+    """Pairs of answers: some to learn from; the prompts of the others are answered by the model and checked.
+
+    The model is given what both sides' prompts share: a system message of the positive side alone would already ask for
+    what the steering is to do.
+    """
     from trimtab.tune.split import split_by_query
 
-    prompts = [sides(pair)[0].prompt for pair in pairs]
-    if not all(prompts):
+    shared = [shared_side(*map(with_system_apart, sides(pair))) for pair in pairs]
+    prompts = [side.prompt for side in shared]
+    if not all(prompt and (isinstance(prompt, str) or prompt[-1][0] != "system") for prompt in prompts):
         raise TrimtabError(
             f"{source} has answers without a prompt, and tune generates from prompts; give each pair one"
         )
     queries = [prompt if isinstance(prompt, str) else prompt[-1][1] for prompt in prompts]
     split = split_by_query(queries, held_out=1 - LEARN_SHARE, seed=seed)
     rest = list({queries[i]: i for i in reversed(split.held_out)}.values())[::-1][:limit]  # each prompt once
-    questions = [as_prompt(prompts[i]) for i in rest]
+    questions = [prompt_of(shared[i]) for i in rest]
     return Task(source, [pairs[i] for i in split.search], [queries[i] for i in rest], questions, questions)
 
 
@@ -83,23 +90,32 @@ def check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
         raise TrimtabError(f"pairs of {shape} have no instruction in their prompts; leave --without-instruction out")
 
 
-def search_warnings(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
-    """Reasons why the search can't end in a verdict, whatever it finds."""
-    from trimtab.tune.feasibility import budget_warning, held_out_warning
+def held_out_warnings(task: Task, seed: int) -> list[str]:
+    """Why the data can't give a verdict, whatever the search finds: too few prompts for the final test."""
+    from trimtab.tune.feasibility import held_out_warning
+
+    warning = held_out_warning(len(_split(task, seed).held_out))
+    return [] if warning is None else [warning]
+
+
+def budget_warnings(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
+    """Why a token budget can hardly give a verdict. Raises `TrimtabError` for one that can't even begin."""
+    from trimtab.tune.feasibility import budget_warning, check_token_budget
     from trimtab.tune.halving import ladder
+
+    split = _split(task, seed)
+    check_token_budget(candidates, len(split.held_out), tokens_each, budget)
+    rungs = ladder(candidates, len(split.search))
+    warning = budget_warning(candidates, rungs, len(split.held_out), tokens_each, budget)
+    return [] if warning is None else [warning]
+
+
+def _split(task: Task, seed: int) -> Split:
+    """The split that the search will make."""
     from trimtab.tune.split import split_by_query
     from trimtab.tune.tune import HELD_OUT
 
-    split = split_by_query(task.queries, held_out=HELD_OUT, seed=seed)
-    held_out_count, rungs = len(split.held_out), ladder(candidates, len(split.search))
-    return [
-        why
-        for why in (
-            held_out_warning(held_out_count),
-            budget_warning(candidates, rungs, held_out_count, tokens_each, budget),
-        )
-        if why is not None
-    ]
+    return split_by_query(task.queries, held_out=HELD_OUT, seed=seed)
 
 
 def letter_task(pairs: list[Pair], limit: int | None, seed: int, source: str) -> Task:

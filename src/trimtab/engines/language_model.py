@@ -484,6 +484,7 @@ class LanguageModel(ABC):
         steering: Steering,
         layers: int | Iterable[int] | None = None,
         *,
+        template: Template | None = None,
         transfer: bool = False,
     ) -> Projections:
         """How each token's activation projects onto a steering's directions: what the steering would read in a text.
@@ -493,6 +494,7 @@ class LanguageModel(ABC):
                 after it.
             steering: The steering with the directions. A direction that is added with negative strength is reversed.
             layers: A selection of the steering's layers; by default all.
+            template: Keywords of the chat template, for messages.
             transfer: Allow a steering learned on another model of the same width.
 
         Returns:
@@ -503,7 +505,7 @@ class LanguageModel(ABC):
         """
         from trimtab.report.projections import project
 
-        return project(self, text, steering, layers, transfer=transfer)
+        return project(self, text, steering, layers, template=template, transfer=transfer)
 
     @check_arguments
     def sweep(
@@ -526,7 +528,7 @@ class LanguageModel(ABC):
             prompts: The prompts; by default eight of the package's queries.
             check: A function of an answer's text that returns whether it passes: a boolean or a number.
             max_new_tokens: Maximum tokens per answer.
-            options: `batch_size` (64), `system`, `chat`, `transfer`, `progress`, `guard` (the limits of
+            options: `batch_size` (64), `system`, `chat`, `template`, `transfer`, `progress`, `guard` (the limits of
                 `trimtab.tune.Guard`, or `None`), and the options of `generate`.
 
         Returns:

@@ -28,7 +28,7 @@ from trimtab.engines.transformers.weights import vocabulary_size
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.steering import Steering
-from trimtab.text.chat import Prompt
+from trimtab.text.chat import Prompt, Template
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -78,6 +78,7 @@ def reference(
     tokens: int = TOKENS,
     system: str | None = None,
     chat: bool | None = None,
+    template: Template | None = None,
 ) -> Reference:
     """The reference that divergences are measured against: greedy answers of the unsteered model.
 
@@ -89,6 +90,7 @@ def reference(
         tokens: The maximum number of tokens of each answer.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+        template: Keywords of the chat template.
 
     Raises:
         TrimtabError: There are no prompts, `tokens` is below 1, or the engine is another one.
@@ -96,12 +98,12 @@ def reference(
     if isinstance(prompts, Reference):
         return prompts
     lm.require("logits")
-    answers = lm.generate(prompts, max_new_tokens=tokens, system=system, chat=chat)
+    answers = lm.generate(prompts, max_new_tokens=tokens, system=system, chat=chat, template=template)
     listed = as_list(prompts)
     if not listed:
         raise TrimtabError("there are no prompts to measure a divergence on; give at least one")
     texts = tuple(
-        AnsweredPrompt(tuple(lm.encode(prompt, system=system, chat=chat)), tuple(answer.token_ids))
+        AnsweredPrompt(tuple(lm.encode(prompt, system=system, chat=chat, template=template)), tuple(answer.token_ids))
         for prompt, answer in zip(listed, answers, strict=True)
     )
     texts = tuple(text for text in texts if text.answer)
@@ -120,6 +122,7 @@ def divergence(
     tokens: int = TOKENS,
     system: str | None = None,
     chat: bool | None = None,
+    template: Template | None = None,
     transfer: bool = False,
 ) -> Divergence:
     """How far a steering moves the model's output on these prompts.
@@ -128,10 +131,12 @@ def divergence(
         lm: A model on the transformers engine.
         steering: Any steering, including gated ones, those at some positions only, and edits of attention scores. Or
             one per prompt, as with steerings that emphasize a phrase of their prompt.
-        prompts: The prompts, or a `reference` made from them, which then determines `tokens`, `system` and `chat`.
+        prompts: The prompts, or a `reference` made from them, which then determines `tokens`, `system`, `chat` and
+            `template`.
         tokens: The maximum number of tokens of each unsteered answer.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+        template: Keywords of the chat template.
         transfer: Allow a steering learned on another model of the same width.
 
     Returns:
@@ -145,7 +150,7 @@ def divergence(
     for each_steering in steerings:
         if each_steering is not None:
             lm.check(each_steering, transfer=transfer)
-    base = reference(lm, prompts, tokens=tokens, system=system, chat=chat)
+    base = reference(lm, prompts, tokens=tokens, system=system, chat=chat, template=template)
     steered = read_answer_logits(lm, base.texts, steering)
     return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
 

@@ -18,7 +18,7 @@ from trimtab.text.repetition import UNIT, repeated_share
 if TYPE_CHECKING:
     from trimtab.engines.answer import Generation
     from trimtab.engines.language_model import LanguageModel
-    from trimtab.text.chat import Prompt
+    from trimtab.text.chat import Prompt, Template
 
 Progress = Callable[[int, int], None]
 
@@ -47,11 +47,12 @@ def fluencies(
     *,
     system: str | None = None,
     chat: bool | None = None,
+    template: Template | None = None,
     progress: Progress | None = None,
 ) -> list[Fluency]:
     """The fluency of each answer; its perplexity is conditioned on the prompt at the same index of `contexts`.
 
-    Prompts are rendered as in `lm.generate` with the same `system` and `chat`.
+    Prompts are rendered as in `lm.generate` with the same `system`, `chat` and `template`.
 
     Raises `TrimtabError` as `perplexities` does, and `ValueError` for lists of different lengths.
     """
@@ -59,7 +60,7 @@ def fluencies(
     encoded: dict[int, list[int]] = {}  # many answers share a prompt: each is rendered once
     for context in contexts:
         if id(context) not in encoded:
-            encoded[id(context)] = lm.encode(context, system=system, chat=chat)
+            encoded[id(context)] = lm.encode(context, system=system, chat=chat, template=template)
     texts = [(encoded[id(context)], answer_ids) for context, answer_ids in zip(contexts, ids, strict=True)]
     return [
         Fluency(

@@ -23,11 +23,11 @@ from trimtab.methods.bipo import learn_bipo
 from trimtab.steering import Positions, Steering
 from trimtab.text.answers import encode_prompt, encode_sides, side_question
 from trimtab.text.letters import letter_of
-from trimtab.text.pairs import Content, Pair, Side, as_prompt, digest, sides
+from trimtab.text.pairs import Content, Pair, Side, digest, sides
+from trimtab.text.shared_prompt import prompt_of, shared_side, with_system_apart
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
-    from trimtab.text.chat import Prompt
 
 LEAST_PROMPTS = 16
 """The minimum number of distinct prompts for learning, choosing and testing."""
@@ -106,36 +106,20 @@ def spread_over(texts: Sequence[str], most: int) -> list[str]:
 
 
 def _case(pair: Pair, number: int) -> Case:
-    positive, negative = (_with_system_apart(side) for side in sides(pair))
+    positive, negative = (with_system_apart(side) for side in sides(pair))
     if pair.shape != "prompts" and positive.answer.strip() == negative.answer.strip():
         raise TrimtabError(
             f"pair {number}: both sides have the same answer, so the wanted one can't be recognized; give"
             " pairs of prompts (prompt, prompt_without_instruction), which the model answers itself"
         )
-    common = positive.system if positive.system == negative.system else None
-    bare = negative if positive.prompt != negative.prompt else replace(negative, system=common)
-    return Case(pair, _named(bare.prompt) or f"pair {number}", positive, negative, replace(bare, answer=""))
-
-
-def _with_system_apart(side: Side) -> Side:
-    """The side with the system message of its prompt, if any, moved to its system prompt."""
-    if isinstance(side.prompt, str) or len(side.prompt) < 2 or side.prompt[0][0] != "system":
-        return side
-    return replace(side, prompt=side.prompt[1:], system=side.prompt[0][1])
+    bare = shared_side(positive, negative)
+    return Case(pair, _named(bare.prompt) or f"pair {number}", positive, negative, bare)
 
 
 def _named(prompt: Content) -> str:
     if isinstance(prompt, str):
         return prompt.strip()
     return prompt[0][1] if len(prompt) == 1 else "\n".join(f"{role}: {content}" for role, content in prompt)
-
-
-def _prompt(side: Side) -> Prompt:
-    """The side's prompt under its system prompt, as `lm.generate` takes it."""
-    if side.system is None:
-        return as_prompt(side.prompt)
-    talk = (("user", side.prompt),) if isinstance(side.prompt, str) else side.prompt
-    return as_prompt((("system", side.system), *talk))
 
 
 # ---- given answers and generated answers ---------------------------------------------------------------------
@@ -193,7 +177,7 @@ def _written(
     rows = []
     for case in cases:
         if case.question in questions:
-            mine, other, bare = (_prompt(side) for side in (case.positive, case.negative, case.bare))
+            mine, other, bare = (prompt_of(side) for side in (case.positive, case.negative, case.bare))
             rows += [
                 PromptedQuestion(True, case.question, mine, other, bare),
                 PromptedQuestion(False, case.question, other, mine, bare),
@@ -244,8 +228,8 @@ def _final_prompts(cases: Sequence[Case], questions: Sequence[str], shape: str) 
     return tuple(
         FinalPrompt(
             question,
-            _prompt(first[question].bare),
-            _prompt(first[question].positive) if first[question].prompted else None,
+            prompt_of(first[question].bare),
+            prompt_of(first[question].positive) if first[question].prompted else None,
         )
         for question in questions
     )

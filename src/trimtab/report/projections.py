@@ -17,7 +17,7 @@ from trimtab.report.tokens import PER_LINE, TokenCosines, color_limit, coloured_
 from trimtab.steering import Steering
 from trimtab.steering.directions import directions
 from trimtab.steering.tensors import to_float64
-from trimtab.text.chat import Prompt, encode_conversation
+from trimtab.text.chat import Prompt, Template, encode_conversation
 from trimtab.text.pieces import pieces
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def project(
     steering: Steering,
     layers: int | Iterable[int] | None = None,
     *,
+    template: Template | None = None,
     transfer: bool = False,
 ) -> Projections:
     """The implementation of `lm.project`."""
@@ -91,7 +92,7 @@ def project(
         raise TrimtabError("this steering has no edits, and so no direction to project on")
     along = directions(chosen)
     lm.check(chosen, transfer=transfer)
-    ids = encode_conversation(lm.tokenizer, text)
+    ids = encode_conversation(lm.tokenizer, text, template)
     if not ids:
         raise TrimtabError("the text is empty; there is no token to read")
     check_length(lm.layout, len(ids), "the text")

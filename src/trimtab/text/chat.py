@@ -104,21 +104,24 @@ def checked_messages(messages: Sequence[Message], system: str | None = None) -> 
     return [*([] if system is None else [{"role": "system", "content": system}]), *messages]
 
 
-def encode_conversation(tokenizer: Any, conversation: Prompt) -> list[int]:
+def encode_conversation(tokenizer: Any, conversation: Prompt, template: Template | None = None) -> list[int]:
     """The token ids of a text as it is, or of messages rendered by the chat template.
 
-    If the last message is the assistant's, the conversation is complete, and no new answer begins after it. Raises
-    `TrimtabError` as `encode` does.
+    If the last message is the assistant's, the conversation is complete, and no new answer begins after it. `template`
+    holds keywords of the chat template. Raises `TrimtabError` as `encode` does.
     """
     if isinstance(conversation, str):
-        return encode(tokenizer, conversation, chat=False)
+        return encode(tokenizer, conversation, chat=False, template=template)
     messages = list(conversation)
     answered = bool(messages) and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
-    if not answered:
-        return encode(tokenizer, messages)
-    encode(tokenizer, messages, template={CONTINUE: False})  # for its checks
+    keywords = dict(template or {})
+    if not answered or CONTINUE in keywords:
+        return encode(tokenizer, messages, template=template)
+    encode(tokenizer, messages, template={**keywords, CONTINUE: False})  # for its checks
     options: dict[str, Any] = {"tokenize": True, "return_dict": True}
-    encoded = _render(tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False}, **options)
+    encoded = _render(
+        tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False, **keywords}, **options
+    )
     return list(encoded["input_ids"])
 
 

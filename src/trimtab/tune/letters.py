@@ -19,7 +19,8 @@ from trimtab.text.letters import letter_of
 from trimtab.text.pairs import Pair, Pairs, as_pairs, sides
 from trimtab.tune.candidates import Candidate
 from trimtab.tune.halving import Rung
-from trimtab.tune.tune import BATCH_SIZE, HELD_OUT, MARGIN, OnRound, Outcome, Progress, Tuned, search
+from trimtab.tune.meter import Outcome, Progress
+from trimtab.tune.tune import BATCH_SIZE, HELD_OUT, MARGIN, OnRound, Tuned, search
 
 if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM

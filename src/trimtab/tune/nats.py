@@ -12,7 +12,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluate.divergence import TOKENS, Divergence, Reference, divergence, reference
 from trimtab.keywords import caller_stacklevel, keywords
 from trimtab.steering import Steering
-from trimtab.text.chat import Prompt
+from trimtab.text.chat import Prompt, Template
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -24,6 +24,8 @@ MIN_FACTOR, MAX_FACTOR = 2.0**-16, 2.0**16
 """The smallest and the largest factor that are tried."""
 BELOW = 3
 """This many doublings of the strength below the chosen one are measured, to detect a divergence that falls."""
+FAR = 0.25
+"""A divergence that differs from the requested one by more than this share of it is a different one: an error."""
 FALLS = 0.9
 """A divergence below this share of the divergence at a weaker strength counts as a fall."""
 
@@ -32,9 +34,14 @@ class NotMonotoneWarning(UserWarning):
     """Among the strengths that were tried, a stronger steering changes the model less than a weaker one."""
 
 
+class InexactWarning(UserWarning):
+    """No strength was found at which a steering has just the requested divergence."""
+
+
 @dataclass(frozen=True)
 class AtNats:
-    """`steering` is `factor` times the steering passed in; `divergence.p95` is the divergence that was requested.
+    """`steering` is `factor` times the steering passed in; `divergence.p95` is the divergence that was requested,
+    within 2 % unless there was an `InexactWarning`.
 
     `tried` holds the factors that were measured with their 95th percentiles, weakest first. `monotone` says whether
     these grow with the factor; if they don't, another strength may have the same divergence.
@@ -61,6 +68,7 @@ def at_nats(
     tokens: int = TOKENS,
     system: str | None = None,
     chat: bool | None = None,
+    template: Template | None = None,
     transfer: bool = False,
 ) -> AtNats:
     """Scale a steering so that the 95th percentile of its divergence from the unsteered model is this many nats.
@@ -77,18 +85,20 @@ def at_nats(
         tokens: The maximum number of tokens of each unsteered answer.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+        template: Keywords of the chat template.
         transfer: Allow a steering learned on another model of the same width.
 
     Raises:
-        TrimtabError: `nats` isn't a positive number, or no strength reaches it on these prompts; the message says how
-            far the strongest went.
+        TrimtabError: `nats` isn't a positive number, or no strength reaches it on these prompts (the message says how
+            far the strongest went), or the divergence jumps over it and isn't within 25 % of it on either side.
 
     Warns:
+        InexactWarning: The divergence jumps over the requested one, and the nearest one is more than 2 % away.
         NotMonotoneWarning: The divergence falls somewhere as the strength grows.
     """
     if isinstance(nats, bool) or not isinstance(nats, (int, float)) or not (math.isfinite(nats) and nats > 0):
         raise TrimtabError(f"a divergence is a number of nats above 0, such as 1, got {nats!r}")
-    base = reference(lm, prompts, tokens=tokens, system=system, chat=chat)
+    base = reference(lm, prompts, tokens=tokens, system=system, chat=chat, template=template)
     divergence_by_factor: dict[float, Divergence] = {}
 
     def divergence_at(factor: float) -> float:
@@ -98,8 +108,16 @@ def at_nats(
 
     with lm._caching_prefixes():
         factor = find_factor(divergence_at, nats)
+    check_reached(nats, factor, divergence_at(factor))
     tried = tuple(sorted((at_factor, value.p95) for at_factor, value in divergence_by_factor.items()))
     result = AtNats(factor * steering, factor, divergence_by_factor[factor], tried)
+    if abs(result.divergence.p95 - nats) > CLOSE * nats:
+        warnings.warn(
+            f"the divergence jumps over {nats:g} nats: the nearest is {result.divergence.p95:.3g}, at {factor:.3g}"
+            " times the steering",
+            InexactWarning,
+            stacklevel=caller_stacklevel(),
+        )
     if not result.monotone:
         warnings.warn(
             "the divergence doesn't grow with the strength everywhere: "
@@ -136,6 +154,21 @@ def find_factor(divergence_at: Callable[[float], float], nats: float, tolerance:
             high = factor
         factor = _between((low, divergence_at(low)), (high, divergence_at(high)), nats)
     return min(distances, key=lambda candidate: abs(distances[candidate] - nats))
+
+
+def check_reached(nats: float, factor: float, reached: float) -> None:
+    """Raise `TrimtabError` if the nearest divergence that was found isn't near the requested one.
+
+    Args:
+        nats: The divergence that was requested.
+        factor: The factor from `find_factor`.
+        reached: The divergence there.
+    """
+    if abs(reached - nats) > FAR * nats:
+        raise TrimtabError(
+            f"the divergence jumps over {nats:g} nats: the nearest is {reached:.2g}, at {factor:.3g} times the"
+            " steering; ask for a divergence near that, or give a strength"
+        )
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], nats: float) -> float:

@@ -21,7 +21,7 @@ from trimtab.evaluate.fluency import Fluency, fluencies
 from trimtab.lm import DoseWarning
 from trimtab.steering import Steering
 from trimtab.steering.steering import check_strength
-from trimtab.text.chat import Prompt
+from trimtab.text.chat import Prompt, Template
 from trimtab.tune.candidates import STRENGTHS
 from trimtab.tune.guard import STANDARD, Guard, median_perplexity
 
@@ -133,6 +133,7 @@ def sweep(
     batch_size: int = 64,
     system: str | None = None,
     chat: bool | None = None,
+    template: Template | None = None,
     guard: Guard | None = STANDARD,
     transfer: bool = False,
     progress: Progress | None = None,
@@ -157,11 +158,12 @@ def sweep(
             batch_size=batch_size,
             system=system,
             chat=chat,
+            template=template,
             transfer=transfer,
             progress=progress,
             **options,
         )
-    fluency_list = fluencies(lm, prompt_list * len(steerings), answers, system=system, chat=chat)
+    fluency_list = fluencies(lm, prompt_list * len(steerings), answers, system=system, chat=chat, template=template)
     parts = [slice(n * len(prompt_list), (n + 1) * len(prompt_list)) for n in range(len(steerings))]
     unsteered_fluency = fluency_list[parts[0]]
     rows = []

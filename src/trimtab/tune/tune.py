@@ -7,7 +7,6 @@ candidates. Here the chosen setting must beat no steering once more, on base que
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.decision import Decision, decide, describe_decision
-from trimtab.evaluate.fluency import Fluency, fluencies
+from trimtab.evaluate.fluency import fluencies
 from trimtab.evaluate.intervals import Interval
+from trimtab.keywords import caller_stacklevel
 from trimtab.lm import DoseWarning
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 from trimtab.tune.candidates import Candidate, Setting
+from trimtab.tune.feasibility import BudgetWarning, check_token_budget, time_warning
 from trimtab.tune.guard import STANDARD, Guard, median_perplexity
 from trimtab.tune.halving import BASELINE, HalvingResult, Rung, Standing, count_answers, halve, ladder
+from trimtab.tune.meter import Meter, Outcome, Progress, Trial
 from trimtab.tune.split import Split, digest_of, split_by_query
 
 if TYPE_CHECKING:
@@ -39,21 +41,6 @@ BATCH_SIZE = 64
 COLUMNS = ("operation", "positions", "layer", "strength", "items", "score", "unsteered", "dose", "perplexity", "broken")
 
 Check = Callable[[int, str, bool], "bool | float"]
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One candidate on one prompt: its score, its dose, its cost in tokens, and the fluency of the answer."""
-
-    score: float
-    dose: float
-    tokens: int
-    fluency: Fluency | None = None
-
-
-Trial = Callable[[Sequence["Steering | None"], Sequence[int], Progress], list[Outcome]]
-"""`trial(steerings, prompts, progress)`: the outcome of each (steering, index of a prompt)."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +107,9 @@ class Tuned:
     `table` has a row for each candidate that was tried, "don't steer" first. `held_out` is `None` if there was nothing
     to confirm, or it couldn't be confirmed. `interrupted` and `exhausted` (the budget) say that the search was cut
     short; then the result is the best so far. `answers` and `tokens` are what the search cost.
+
+    `confirmed` says that `setting` passed the test. The best so far of a search that was interrupted before the test
+    isn't confirmed. `warnings` are the reasons why the search could hardly end in a verdict.
     """
 
     steering: Steering | None
@@ -132,6 +122,8 @@ class Tuned:
     exhausted: bool
     answers: int
     tokens: int
+    confirmed: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def tune(
@@ -168,20 +160,23 @@ def tune(
     steering, then to the smaller dose, then to the lower layer.
 
     Perplexities are conditioned on the prompts, or on `contexts[i]` instead. If the prompts leave an instruction out,
-    pass prompts with it as `contexts`, since an answer that follows it is unlikely without it.
+    pass prompts with it as `contexts`, since an answer that follows it is unlikely without it. Both are rendered with
+    the `system`, `chat` and `template` in `options`.
 
     `budget_tokens` limits the generated tokens, including the final test; `budget_seconds` limits the time before the
-    final test. A KeyboardInterrupt ends the search and isn't raised again: the best so far is returned. `progress`
-    counts answers, `on_round` is called with a `Round` after each. `options` are passed to `lm.generate`. The result's
-    card holds the table, the split and the setting.
+    final test. A KeyboardInterrupt ends the search and isn't raised again: the best so far is returned, and isn't
+    `confirmed` if the final test is missing. `progress` counts answers, `on_round` is called with a `Round` after each.
+    `options` are passed to `lm.generate`. The result's card holds the table, the split and the setting.
 
     Raises `TrimtabError` for no candidates or prompts, lists of different lengths, a budget that pays for nothing, and
-    anything that `lm.generate` rejects.
+    anything that `lm.generate` rejects. Warns with `BudgetWarning`, after the first answers, if `budget_seconds` is too
+    short for the first round.
     """
     prompts = list(prompts)
     context_list = prompts if contexts is None else list(contexts)
     if len(context_list) != len(prompts):
         raise TrimtabError(f"{len(context_list)} contexts for {len(prompts)} prompts; give one for each")
+    rendering = {name: options[name] for name in ("system", "chat", "template") if name in options}
 
     def trial(steerings: Sequence[Steering | None], items: Sequence[int], progress: Progress) -> list[Outcome]:
         with warnings.catch_warnings():
@@ -196,7 +191,8 @@ def tune(
                 transfer=transfer,
                 **options,
             )
-        fluency_list = fluencies(lm, [context_list[i] for i in items], answers) if guard else [None] * len(answers)
+        contexts = [context_list[i] for i in items]
+        fluency_list = fluencies(lm, contexts, answers, **rendering) if guard else [None] * len(answers)
         return [
             Outcome(
                 score=float(check(i, answer.text, answer.finish_reason == "length")),
@@ -256,7 +252,8 @@ def search(
         )
     steerings = [None, *(candidate.steering for candidate in candidates)]
     confirmation_rows = 2 * len(split.held_out)
-    meter = _Meter(
+    check_token_budget(len(candidates), len(split.held_out), tokens_each, budget_tokens)
+    meter = Meter(
         trial,
         tokens_each,
         budget_tokens,
@@ -265,17 +262,15 @@ def search(
         progress,
     )
     meter.reserve(confirmation_rows)
-    if not meter.afford_tokens(len(steerings)):
-        needed = (len(steerings) + confirmation_rows) * tokens_each
-        raise TrimtabError(
-            f"a budget of {budget_tokens} tokens doesn't cover one prompt with {len(candidates)} candidates and the"
-            f" {len(split.held_out)} held-out ones: {needed} are needed, at {tokens_each} per answer; give more, or try"
-            " fewer candidates"
-        )
+    doubts: list[str] = []
 
     def evaluate(chosen: list[int], items: list[int]) -> list[list[Outcome]]:
         pairs = [(c, split.search[i]) for c in chosen for i in items]
+        first = not meter.answers
         outcomes = meter.run([steerings[c] for c, _ in pairs], [item for _, item in pairs])
+        if first and (doubt := time_warning(len(candidates), steps, meter.seconds_each, budget_seconds)):
+            doubts.append(doubt)
+            warnings.warn(doubt, BudgetWarning, stacklevel=caller_stacklevel())
         return [outcomes[n * len(items) : (n + 1) * len(items)] for n in range(len(chosen))]
 
     all_outcomes: list[list[Outcome]] = [[] for _ in steerings]  # for the report of a round
@@ -310,6 +305,7 @@ def search(
         except KeyboardInterrupt:
             interrupted = True
     steer, reason = _verdict(halved, chosen, confirmed, interrupted, margin, [groups[i] for i in split.search])
+    tested = confirmed is not None or not interrupted
     table = _table(candidates, halved)
     if chosen is None or not steer:
         steering = setting = None
@@ -327,57 +323,25 @@ def search(
             },
             "guard": None if guard is None else asdict(guard),
             "margin": margin,
+            "confirmed": tested,
             "cut_short": interrupted or halved.exhausted,
         }
         card = chosen.steering.card
         steering = replace(chosen.steering, card=replace(card, measured={**card.measured, "tuning": note}))
     return Tuned(
-        steering, setting, reason, table, confirmed, split, interrupted, halved.exhausted, meter.answers, meter.tokens
+        steering,
+        setting,
+        reason,
+        table,
+        confirmed,
+        split,
+        interrupted,
+        halved.exhausted,
+        meter.answers,
+        meter.tokens,
+        confirmed=steering is not None and tested,
+        warnings=tuple(doubts),
     )
-
-
-class _Meter:
-    """Runs trials, counts their cost, and checks the remaining budget."""
-
-    def __init__(
-        self,
-        trial: Trial,
-        tokens_each: int,
-        budget_tokens: int | None,
-        budget_seconds: float | None,
-        total: int,
-        progress: Progress | None,
-    ) -> None:
-        self._trial, self._each, self._total, self._progress = trial, tokens_each, total, progress
-        self._budget_tokens, self._budget_seconds = budget_tokens, budget_seconds
-        self._started = time.perf_counter()
-        self._reserved = 0
-        self.answers = self.tokens = 0
-
-    def reserve(self, rows: int) -> None:
-        """Reserve the tokens of this many answers."""
-        self._reserved = rows * self._each
-
-    def afford_tokens(self, rows: int) -> bool:
-        return self._budget_tokens is None or self.tokens + rows * self._each + self._reserved <= self._budget_tokens
-
-    def afford(self, rows: int) -> bool:
-        """Whether the budgets allow this many answers, at the average time per answer so far."""
-        if self._budget_seconds is not None:
-            elapsed = time.perf_counter() - self._started
-            if elapsed + rows * elapsed / max(1, self.answers) * (self.answers > 0) >= self._budget_seconds:
-                return False
-        return self.afford_tokens(rows)
-
-    def run(self, steerings: Sequence[Steering | None], items: Sequence[int]) -> list[Outcome]:
-        outcomes = self._trial(steerings, items, lambda done, _: self._report(self.answers + done))
-        self.answers += len(outcomes)
-        self.tokens += sum(outcome.tokens for outcome in outcomes)
-        return outcomes
-
-    def _report(self, done: int) -> None:
-        if self._progress is not None:
-            self._progress(done, self._total)
 
 
 def _standing(guard: Guard | None, steered: Sequence[Outcome], unsteered: Sequence[Outcome]) -> Standing:
@@ -396,7 +360,7 @@ def _broken(guard: Guard | None, steered: Sequence[Outcome], unsteered: Sequence
 
 
 def _confirm(
-    meter: _Meter, steering: Steering, items: Sequence[int], groups: Sequence[Hashable], guard: Guard | None
+    meter: Meter, steering: Steering, items: Sequence[int], groups: Sequence[Hashable], guard: Guard | None
 ) -> HeldOut:
     outcomes = meter.run([None] * len(items) + [steering] * len(items), [*items, *items])
     unsteered, steered = outcomes[: len(items)], outcomes[len(items) :]
@@ -414,7 +378,7 @@ def _verdict(
     margin: float,
     groups: Sequence[Hashable],
 ) -> tuple[bool, str]:
-    """Whether to steer, and why (not)."""
+    """Whether there is a setting to keep, and why (not). One that couldn't be tested any more is kept."""
     base = halved.standings[BASELINE]
     if base is None:
         return (
