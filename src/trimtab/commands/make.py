@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.commands.for_program import ForOption, check_output, commands_for, next_steps, save_for
-from trimtab.commands.model import BareModelOptions, JsonOption
+from trimtab.commands.model import JsonOption, ModelOptions
 from trimtab.commands.options import grouped
 from trimtab.commands.pair_files import ColumnOptions, load_pairs
 from trimtab.commands.prompts import gather_prompts
@@ -122,7 +122,7 @@ def make(
     keep: Annotated[
         bool, typer.Option("--keep", help="Write the file even if the verdict is none.", rich_help_panel=HOW)
     ] = False,
-    loader: BareModelOptions,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Make a steering from one sentence, and give a verdict on it.
