@@ -11,6 +11,8 @@ import pytest
 
 from trimtab import load
 from trimtab.commands.make import EXIT_NOTHING_BETTER, stage_reporter
+from trimtab.data import read_trait
+from trimtab.making.idea import idea_from_trait
 
 QUESTIONS = [f"What is the number {i}?" for i in range(24)]
 
@@ -108,6 +110,21 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
     assert ran.code in (0, EXIT_NOTHING_BETTER), ran.err
     assert (ran.json["idea"], ran.json["source"]) == ("loud", "trait loud")
     assert load(out).card.options["source"] == "trait loud"
+
+
+def test_a_trait_file_of_persona_vectors_is_a_card_and_not_pairs(trimtab: Any, tmp_path: Path) -> None:
+    path, out = tmp_path / "sly.json", tmp_path / "sly.safetensors"
+    sides = [{"pos": f"Be sly {i}.", "neg": f"Be open {i}."} for i in range(5)]
+    path.write_text(json.dumps({"instruction": sides, "questions": QUESTIONS, "eval_prompt": "{question}"}))
+    ran = trimtab("learn", "caa", "--pairs", path, "--out", out, "--model", "nowhere")
+    assert ran.code == 2
+    assert f"`trimtab make --card {path}`" in " ".join(ran.err.split())
+    ran = trimtab("make", "--card", path, "--out", out, "--model", "nowhere")
+    assert "sly.json" not in ran.err
+    assert "nowhere" in ran.err  # the card was read: the model is what is missing
+    idea = idea_from_trait(read_trait(path))
+    assert (idea.positive[0], idea.learn[0]) == ("You are a sly assistant. Be sly 0.", QUESTIONS[0])
+    assert (len(idea.positive), len(idea.learn), len(idea.test)) == (5, 12, 12)
 
 
 @pytest.mark.parametrize(
