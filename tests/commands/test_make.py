@@ -168,10 +168,10 @@ def test_a_server_that_refuses_is_called_the_writer(trimtab: Any, tmp_path: Path
 def test_the_model_itself_writes(trimtab: Any, tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from trimtab.evaluate.judge import LocalJudge, Reply
 
-    asked: list[str] = []
+    requests: list[str] = []
 
     def ask(self: LocalJudge, prompts: Any, receive: Any) -> None:
-        asked.extend(prompt[0]["content"] for prompt in prompts)
+        requests.extend(prompt[0]["content"] for prompt in prompts)
         receive(0, Reply(f"```json\n{json.dumps(WRITTEN)}\n```"))
 
     monkeypatch.setattr(LocalJudge, "ask", ask)
@@ -179,7 +179,7 @@ def test_the_model_itself_writes(trimtab: Any, tmp_path: Path, apart: None, monk
     options = ("--model", model, "--device", "cpu", "--tokens", 8, "--no-distill", "--keep", "--out", out)
     ran = trimtab("make", "be salty", "--writer", "self", *options)
     assert ran.code in (0, EXIT_NOTHING_BETTER), ran.err
-    assert ["be salty" in request for request in asked] == [True]
+    assert ["be salty" in request for request in requests] == [True]
     assert "the model writes the system prompts and the questions …" in ran.err
     assert "salty: from what the writer wrote, 12 questions to learn from and 12 to test" in ran.err
     card = load(out).card

@@ -190,12 +190,12 @@ def test_every_command_that_loads_a_model_to_prompt_it_takes_keywords() -> None:
 
 
 def test_a_chat_is_rendered_with_the_keywords(trimtab: Any, thinker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = LM.load(thinker, device="cpu").generate(["Why?"], max_new_tokens=6, template={"thinking": False})
+    expected = LM.load(thinker, device="cpu").generate(["Why?"], max_new_tokens=6, template={"thinking": False})
     monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n"))
     options = ("--model", thinker, "--device", "cpu", "--max-tokens", 6, "--json")
     ran = trimtab("chat", *options, "--template", "thinking=false")
     assert ran.code == 0, ran.err
-    assert ran.json["answer"]["text"] == asked[0].text
+    assert ran.json["answer"]["text"] == expected[0].text
 
 
 def test_a_suggested_command_loads_the_model_with_the_same_keywords() -> None:

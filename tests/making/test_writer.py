@@ -82,22 +82,22 @@ def lm() -> LM:
 
 
 def test_a_loaded_model_writes_unsteered_as_far_as_its_context_allows(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, dict[str, Any]]] = []
+    requests: list[tuple[Any, dict[str, Any]]] = []
     replies = ["Sorry.", f"Here it is: {json.dumps(WRITTEN)} Enjoy!"]
 
     def generate(prompts: Any, *args: Any, **options: Any) -> list[Any]:
         assert not args
-        asked.extend((prompt, options) for prompt in prompts)
+        requests.extend((prompt, options) for prompt in prompts)
         return [SimpleNamespace(text=replies.pop(0))]
 
     monkeypatch.setattr(lm, "generate", generate)
     idea = idea_from_writer(lm, "be salty")
     assert (idea.name, list(idea.positive)) == ("salty", WRITTEN["positive"])
-    assert len(asked) == 2
-    for prompt, options in asked:
+    assert len(requests) == 2
+    for prompt, options in requests:
         assert "be salty" in prompt[0]["content"]
         assert options == {"max_new_tokens": 2000 - len(lm.encode(prompt))}
-    assert asked[1][0][0]["content"].endswith("couldn't be used: it isn't a JSON object.")
+    assert requests[1][0][0]["content"].endswith("couldn't be used: it isn't a JSON object.")
 
 
 def test_a_loaded_model_that_does_not_manage_it(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
