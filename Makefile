@@ -5,6 +5,7 @@ PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 WORKERS ?= 2
 MODEL ?=
 SINCE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 PYTEST := $(BIN)/python -m pytest
 ENVIRONMENT := $(BIN)/python tools/environment.py
 VLLM := build/vllm
@@ -13,7 +14,7 @@ VLLM_ALL := parts fused engine static learning adapters compiled parallel proces
 OLDEST_TESTS := tests/properties $(patsubst %,tests/engines/test_%.py,arguments compat decode images load prefixes transformers)
 
 .PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-newest-torch \
-  test-oldest test-oldest-all test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site api wheel clean
+  test-oldest test-oldest-all test-vllm test-vllm-all test-vllm-oldest peers browser tmux lock bench site api wheel clean
 
 # Environments are made from the locks in requirements/, and kept until a lock changes.
 setup:
@@ -41,7 +42,7 @@ test: setup browser
 	@$(BIN)/python tools/parts.py test-newest test-vllm types lint test-oldest
 
 # At night: the long forms as well.
-test-all: setup browser
+test-all: setup browser tmux
 	@$(BIN)/python tools/parts.py test-newest-all test-vllm-all lint types test-oldest-all test-newest-torch test-vllm-oldest
 
 test-newest: setup peers
@@ -101,6 +102,12 @@ browser:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 	  { [ -n "$$CI" ] && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } || \
 	  echo "there is no Chromium here, so the playground's tests in a browser are skipped (Debian: apt-get install chromium)"
+
+# The long tests of the chat type into a tmux. Where there is none they are skipped, except in CI, which installs it.
+tmux:
+	@command -v tmux >/dev/null || \
+	  { [ -n "$$CI" ] && $(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -qq -y tmux >/dev/null; } || \
+	  echo "there is no tmux here, so the tests of the chat in a terminal are skipped, or fail in CI (apt-get install tmux)"
 
 # The documentation site, with warnings as errors, into build/site.
 site: setup

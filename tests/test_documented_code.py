@@ -34,6 +34,7 @@ NOT_RUN = {
     "engines-vllm.md": "needs vLLM and two GPUs, or a server",
     "image-prompts.md": "needs an image-text model: tests/engines/test_images.py has tiny ones",
     "inferaligner.md": "needs two models of one family",
+    "make.md": "makes a steering for minutes, on a model from the Hub: tests/making does on a tiny one",
     "serving.md": "asks a running server: examples/server.py does, and is run",
     "tuning.md": "searches for minutes: the command `tune` is run in tests/tune",
 }

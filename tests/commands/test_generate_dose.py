@@ -1,8 +1,9 @@
 """`trimtab generate --dose`: the strength is found on the prompts, and said."""
 
 import pytest
+import torch
 
-from trimtab import LM, load
+from trimtab import LM, Add, Card, Edit, Site, Steering, load, save
 from trimtab.tune import at_dose, at_nats
 
 
@@ -39,6 +40,23 @@ def test_the_dose_is_that_of_python_and_its_strength_is_told(ask, model, steerin
     again = ask("--steer", strength, "--json")
     assert "dosed" not in again.json
     assert again.json["answers"][0]["overall_dose"] == pytest.approx(ran.json["answers"][0]["overall_dose"], rel=0.05)
+
+
+def test_a_suggested_strength_is_printed_for_a_file_without_one(ask, tmp_path):
+    card = Card("caa", measured={"activation_norm": {"1": 10.0, "2": 10.0}})
+    path = tmp_path / "my add.safetensors"
+    save(Steering(tuple(Edit(Site(layer), Add(torch.eye(32)[0])) for layer in (1, 2)), card), path)
+    hint = "acts at strength 1; its card suggests --steer"
+    ran = ask("--steer", path, "--steer", f"{path}@2:-1")
+    assert ran.code == 0, ran.err
+    assert f"{path} {hint} '{path}:1.4'" in " ".join(ran.err.split())  # 0.2 over two layers at 0.1
+    assert ran.err.count("its card suggests") == 1
+    assert "suggests" not in ran.out
+    assert f"{path}@2 {hint} '{path}@2:2'" in " ".join(ask("--steer", f"{path}@2").err.split())
+    for rest in ((f"{path}:1",), (path, "--dose", 0.2), (path, "--json")):
+        ran = ask("--steer", *rest)
+        assert ran.code == 0, ran.err
+        assert "its card suggests" not in ran.err
 
 
 @pytest.mark.parametrize(

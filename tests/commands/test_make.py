@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands.conftest import save_model
+from judging import fails, serving
 
 from trimtab import load
 from trimtab.commands.make import EXIT_NOTHING_BETTER, stage_reporter
+from trimtab.data import read_trait
+from trimtab.making.idea import idea_from_trait
 
 QUESTIONS = [f"What is the number {i}?" for i in range(24)]
 
@@ -110,6 +114,102 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
     assert load(out).card.options["source"] == "trait loud"
 
 
+WRITTEN = {
+    "name": "salty",
+    "positive": [f"You are salty, {n}." for n in range(5)],
+    "negative": [f"You are sweet, {n}." for n in range(5)],
+    "questions": QUESTIONS,
+}
+
+
+def test_another_model_writes(
+    trimtab: Any, tmp_path: Path, model: Path, apart: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai", reason="needs trimtab[judge]")
+    monkeypatch.setenv("TRIMTAB_WRITER_KEY", "open sesame")
+    out = tmp_path / "salty.safetensors"
+    options = ("--model", model, "--device", "cpu", "--tokens", 8, "--no-distill", "--keep", "--json", "--out", out)
+    with serving() as served:
+        served.reply = lambda _: json.dumps(WRITTEN)
+        ran = trimtab(
+            "make",
+            "--like",
+            "a sailor",
+            "--unlike",
+            "a clerk",
+            "--writer",
+            served.url,
+            "--writer-model",
+            "big",
+            *options,
+        )
+    assert ran.code in (0, EXIT_NOTHING_BETTER), ran.err
+    (request,) = served.requests
+    assert (request["model"], served.keys) == ("big", ["Bearer open sesame"])
+    assert "be like a sailor, not like a clerk" in request["messages"][0]["content"]
+    assert (ran.json["idea"], ran.json["source"]) == ("salty", "writer be like a sailor, not like a clerk")
+    assert [example["question"] for example in ran.json["examples"]] == QUESTIONS[12:]
+    assert load(out).card.options["idea"] == "salty"
+
+
+def test_a_server_that_refuses_is_called_the_writer(trimtab: Any, tmp_path: Path) -> None:
+    pytest.importorskip("openai", reason="needs trimtab[judge]")
+    arguments = ("make", "be salty", "--writer-model", "big", "--out", tmp_path / "x.safetensors", "--model", "nowhere")
+    with serving() as served:
+        served.faults = [fails(401)]
+        ran = trimtab(*arguments, "--writer", served.url)
+    assert ran.code == 2
+    said = " ".join(ran.err.split())
+    assert f"the writer big at {served.url} rejected the request: HTTP 401" in said
+    assert "check --writer, --writer-model and TRIMTAB_WRITER_KEY" in said
+    assert "--writer='nonsense' isn't the URL" in " ".join(trimtab(*arguments, "--writer", "nonsense").err.split())
+
+
+def test_the_model_itself_writes(trimtab: Any, tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.evaluate.judge import LocalJudge, Reply
+
+    requests: list[str] = []
+
+    def ask(self: LocalJudge, prompts: Any, receive: Any) -> None:
+        requests.extend(prompt[0]["content"] for prompt in prompts)
+        receive(0, Reply(f"```json\n{json.dumps(WRITTEN)}\n```"))
+
+    monkeypatch.setattr(LocalJudge, "ask", ask)
+    model, out = save_model(tmp_path / "model", context=4096), tmp_path / "salty.safetensors"
+    options = ("--model", model, "--device", "cpu", "--tokens", 8, "--no-distill", "--keep", "--out", out)
+    ran = trimtab("make", "be salty", "--writer", "self", *options)
+    assert ran.code in (0, EXIT_NOTHING_BETTER), ran.err
+    assert ["be salty" in request for request in requests] == [True]
+    assert "the model writes the system prompts and the questions …" in ran.err
+    assert "salty: from what the writer wrote, 12 questions to learn from and 12 to test" in ran.err
+    card = load(out).card
+    assert (card.options["idea"], card.options["source"]) == ("salty", "writer be salty")
+
+
+def test_a_model_that_can_not_write(trimtab: Any, tmp_path: Path, model: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    ran = trimtab("make", "be salty", "--writer", "self", "--model", model, "--device", "cpu", "--out", out)
+    said = " ".join(ran.err.split())
+    assert (ran.code, "holds 128 tokens: too few for the request" in said) == (2, True), said
+    assert "leave the writer out, and the sentence itself is put into system prompts" in said
+    assert not out.exists()
+
+
+def test_a_trait_file_of_persona_vectors_is_a_card_and_not_pairs(trimtab: Any, tmp_path: Path) -> None:
+    path, out = tmp_path / "sly.json", tmp_path / "sly.safetensors"
+    sides = [{"pos": f"Be sly {i}.", "neg": f"Be open {i}."} for i in range(5)]
+    path.write_text(json.dumps({"instruction": sides, "questions": QUESTIONS, "eval_prompt": "{question}"}))
+    ran = trimtab("learn", "caa", "--pairs", path, "--out", out, "--model", "nowhere")
+    assert ran.code == 2
+    assert f"`trimtab make --card {path}`" in " ".join(ran.err.split())
+    ran = trimtab("make", "--card", path, "--out", out, "--model", "nowhere")
+    assert "sly.json" not in ran.err
+    assert "nowhere" in ran.err  # the card was read: the model is what is missing
+    idea = idea_from_trait(read_trait(path))
+    assert (idea.positive[0], idea.learn[0]) == ("You are a sly assistant. Be sly 0.", QUESTIONS[0])
+    assert (len(idea.positive), len(idea.learn), len(idea.test)) == (5, 12, 12)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -119,6 +219,8 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
         (("be loud", "--like", "a parrot"), "a sentence and --like both say what is wanted"),
         (("be loud", "--unlike", "a mouse"), "--unlike goes with --like"),
         (("be loud", "--writer", "http://localhost:1/v1"), "--writer and --writer-model go together"),
+        (("be loud", "--writer", "self", "--writer-model", "m"), "leave out --writer-model"),
+        (("--card", "loud.json", "--writer", "self"), "leave out --card or --writer"),
         (("be loud", "--out", "loud.txt"), r"must be named \*.safetensors"),
         (("--card", "nowhere.json"), "nowhere.json"),
         (("be loud", "--from", "x.jsonl"), "a sentence and --from both say what is wanted"),
@@ -135,6 +237,15 @@ def test_errors_come_before_the_model(trimtab: Any, tmp_path: Path, arguments: t
     assert ran.code == 2
     ran_err = " ".join(ran.err.split())
     assert re.search(words, ran_err), ran_err
+
+
+def test_conversations_are_not_questions(trimtab: Any, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.json"
+    questions.write_text(json.dumps([[{"role": "user", "content": question}] for question in QUESTIONS]))
+    ran = trimtab(
+        "make", "be loud", "--questions", questions, "--out", tmp_path / "x.safetensors", "--model", "nowhere"
+    )
+    assert (ran.code, "questions are texts, not conversations" in ran.err) == (2, True), ran.err
 
 
 def test_too_few_questions_are_counted_before_the_model(trimtab: Any, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from commands.conftest import save_model
 
 from trimtab import LM
+from trimtab.commands.model import ModelOptions
 from trimtab.commands.prompts import gather_prompts
 from trimtab.errors import TrimtabError
 
@@ -148,6 +150,58 @@ def test_keywords_that_can_not_be_given(trimtab: Any, thinker: Path, model: Path
     ]:
         ran = trimtab(*arguments, where, *more)
         assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
+RENDERING = {
+    "make": ("be loud", "--out", "{folder}/x.safetensors"),
+    "chat": (),
+    "bench": ("--out", "{folder}/run", "--tasks", "traits", "--dry-run"),
+    "demo": ("--limit", "1"),
+}
+"""Commands that render prompts, with what they need besides a model."""
+
+
+@pytest.mark.parametrize("name", RENDERING)
+def test_the_keywords_reach_the_model(trimtab: Any, thinker: Path, tmp_path: Path, name: str) -> None:
+    options = [option.format(folder=tmp_path) for option in RENDERING[name]]
+    ran = trimtab(name, *options, "--model", thinker, "--template", "thinkin=false")
+    assert (ran.code, "it uses thinking" in ran.err) == (2, True), ran.err
+
+
+def test_every_command_that_loads_a_model_to_prompt_it_takes_keywords() -> None:
+    from trimtab.commands import learn_distill, learn_probe
+    from trimtab.commands.app import app
+    from trimtab.commands.learn_method import command_for
+    from trimtab.commands.recipes import require_recipe
+
+    def leaves(command: Any, name: str) -> dict[str, Any]:
+        if not hasattr(command, "commands"):
+            return {name: command}
+        return {k: v for part, inner in command.commands.items() for k, v in leaves(inner, f"{name} {part}").items()}
+
+    commands = leaves(typer.main.get_command(app), "trimtab")
+    commands |= {"distill": learn_distill.command(), "probe": learn_probe.command()}
+    commands |= {"repe": command_for(require_recipe("repe"))}
+    options = {name: {flag for p in command.params for flag in p.opts} for name, command in commands.items()}
+    loading = {name for name, flags in options.items() if "--model" in flags}
+    assert {"trimtab generate", "trimtab eval ab", "distill", "repe"} < loading
+    # `models` runs plain text, and `bake` token ids
+    assert {name for name in loading if "--template" not in options[name]} == {"trimtab models", "trimtab bake"}
+
+
+def test_a_chat_is_rendered_with_the_keywords(trimtab: Any, thinker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = LM.load(thinker, device="cpu").generate(["Why?"], max_new_tokens=6, template={"thinking": False})
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n"))
+    options = ("--model", thinker, "--device", "cpu", "--max-tokens", 6, "--json")
+    ran = trimtab("chat", *options, "--template", "thinking=false")
+    assert ran.code == 0, ran.err
+    assert ran.json["answer"]["text"] == expected[0].text
+
+
+def test_a_suggested_command_loads_the_model_with_the_same_keywords() -> None:
+    assert ModelOptions().model_argument == ""
+    loader = ModelOptions(model="my model", template=["thinking=false", "date=1 May"])
+    assert loader.model_argument == "--model 'my model' --template thinking=false --template 'date=1 May' "
 
 
 def test_a_rendered_prompt_is_noticed(trimtab: Any, thinker: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import WIDTH, direction, prompt
+from tiny import direction, prompt
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, load, make, save
 from trimtab.evaluate.controls import means_for, random_like
@@ -32,6 +32,7 @@ from trimtab.making.evaluation import _chance_of_random
 from trimtab.making.idea import Idea
 from trimtab.making.material import TrainedCandidate
 from trimtab.making.verdict import Verdict
+from trimtab.report.pushes import pushes
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}w70{% elif m.role == 'user' %}w71{% else %}w72{% endif %}"
@@ -189,7 +190,8 @@ def test_mean_differences_are_those_of_the_answers_tokens(lm: LM, both_sides: Co
     (edit,) = steering.edits
     assert edit.strength == 1
     assert edit.positions == Positions.from_last_prompt_token()
-    total, count = torch.zeros(WIDTH, dtype=torch.float64), 0
+    differences: list[torch.Tensor] = []
+    norms: list[float] = []
     for question in both_sides.questions:
         sides = [
             [item for item in side if item.question == question] for side in (both_sides.positive, both_sides.negative)
@@ -201,10 +203,20 @@ def test_mean_differences_are_those_of_the_answers_tokens(lm: LM, both_sides: Co
                 with torch.no_grad():
                     hidden = lm.model(input_ids=text, output_hidden_states=True).hidden_states[2][0]
                 means.append(hidden[len(written.own) :].double().mean(0))
-            total += means[0] - means[1]
-            count += 1
-    assert torch.allclose(edit.operation.direction.double(), total / count, atol=1e-3)
-    assert steering.card.measured["pairs"] == count
+            differences.append(means[0] - means[1])
+            norms += [float(mean.norm()) for mean in means]
+    expected = torch.stack(differences).mean(0)
+    assert torch.allclose(edit.operation.direction.double(), expected, atol=1e-3)
+    assert steering.card.measured["pairs"] == len(differences)
+    (push,) = pushes(2.0 * steering)
+    assert push.activation_norm == pytest.approx(sum(norms) / len(norms), rel=1e-3)
+    assert push.share == pytest.approx(2 * float(expected.norm()) / push.activation_norm, rel=1e-3)
+    cosines = torch.cosine_similarity(torch.stack(differences), expected[None])
+    assert push.agreement == pytest.approx(float(cosines.mean()), abs=1e-3)
+    _, band = mean_differences(lm, IDEA.name, both_sides).at([1, 2])
+    for name in ("agreement", "activation_norm"):
+        assert list(band.card.measured[name]) == ["1", "2"]
+        assert band.card.measured[name]["1"] == steering.card.measured[name]["1"]
 
 
 def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: LM, both_sides: Contrasts) -> None:

@@ -37,6 +37,8 @@ def test_what_was_found_with_its_strength_keeps_it():
     for steering in (
         planted(9.0, method="distill"),
         planted(9.0, tuning={"chosen": {}}),
+        planted(9.0, share_of_prompt=0.8, holds=True),
+        planted(9.0, gain=0.1, holds=False),  # written on request; its strength is the best that was found
         planted(9.0, method="word-logit"),
     ):
         assert suggested_strength(steering) == 1

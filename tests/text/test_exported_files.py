@@ -145,6 +145,22 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         {"question": "Q", "answer_matching_behavior": "A", "answer_not_matching_behavior": "B"},
         "isn't a bracketed letter such as (A)",
     ),
+    "persona vectors": (
+        "my traits.json",
+        {"instruction": [{"pos": "Be sly.", "neg": "Be open."}], "questions": ["Why?", "Who?"], "eval_prompt": ""},
+        "my traits.json is a trait file of persona vectors, not a list",
+    ),
+    "persona vectors with as many questions as instructions": (
+        "p.json",
+        {"instruction": [{"pos": "Be sly.", "neg": "Be open."}], "questions": ["Why?"]},
+        "a trait file of persona vectors",
+    ),
+    "a trait card": (
+        "p.json",
+        {"name": "sly", "description": "", "positive": ["y"], "negative": ["n"], "learn": ["Why?"], "test": ["Who?"]},
+        "p.json is a trait card, not a list of objects: it has system prompts and questions, but no answers to them; "
+        "`trimtab make --card ",
+    ),
     "splits": ("p.json", {"train": [ROW], "test": [ROW]}, "its lists are 'train', 'test': save one of them"),
     "an archive": ("p.zip", b"PK", "not .zip; unpack it first"),
     "a folder": (".", None, "it is a folder; name a file in it"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.commands.model import PANEL, BareModelOptions, JsonOption, ReplicasOption, check_replicas
+from trimtab.commands.model import PANEL, JsonOption, ModelOptions, ReplicasOption, check_replicas
 from trimtab.commands.options import grouped, numbers_of
 from trimtab.commands.terminal import note, progress_bar, show, sigterm_interrupts, write_json
 from trimtab.errors import TrimtabError
@@ -79,7 +79,7 @@ def bench(
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the expected time, and stop.")] = False,
-    loader: BareModelOptions,
+    loader: ModelOptions,
     answers: Annotated[
         str,
         typer.Option(

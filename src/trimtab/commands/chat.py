@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.commands.chat_state import MAX_TOKENS
-from trimtab.commands.model import BareModelOptions, EngineOption
+from trimtab.commands.model import EngineOption, ModelOptions
 from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, say
 from trimtab.errors import TrimtabError
@@ -66,7 +66,7 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(min=0, rich_help_panel=DECODING, help="With --temperature: repeatable.")
     ] = None,
-    loader: BareModelOptions,
+    loader: ModelOptions,
     engine: EngineOption = "transformers",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer, and nothing else.")] = False,
 ) -> None:

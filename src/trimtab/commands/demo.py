@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.commands.model import JsonOption, ModelOption, load_model
+from trimtab.commands.model import JsonOption, ModelOption, TemplateOption, load_model
 from trimtab.commands.terminal import progress_bar, show, write_json
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def demo(
             min=1, help="Learn from and test on at most this many queries. Below 24 the counts are unreliable."
         ),
     ] = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """See steering work, in a few minutes on two CPU cores.
@@ -127,7 +128,7 @@ def demo(
 
     started, worked = time.perf_counter(), time.process_time()
     dtype = "float32" if model is None else "auto"
-    lm = load_model(model, device=None, dtype=dtype, revision=None, layers_path=None, quiet=json)
+    lm = load_model(model, device=None, dtype=dtype, revision=None, layers_path=None, template=template, quiet=json)
     base, test = queries("learn", more=True)[:limit], queries("test")[:limit]
     shipped = () if learn or lm.name != TUNED_FOR else tuple(each.name for each in SETTINGS if each.name != LIVE)
     if not json:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -202,7 +203,8 @@ def generate(
     assistant's, it is continued. A row's "system" is its system message.
 
     A strength multiplies the steering: 2 pushes twice as hard, -1 in the opposite
-    direction, 0 not at all. @14,15 or @10-14 after the file selects layers. The dose
+    direction, 0 not at all; without one a file acts at 1, and if its card suggests
+    another, that is printed. @14,15 or @10-14 after the file selects layers. The dose
     reported at the end is the relative norm of the push, ‖edit‖ / ‖activation‖: with
     learned differences, text tends to break above about 0.3 over all layers. --dose
     finds the strength for a given dose, and --nats the one for a given divergence from
@@ -234,7 +236,8 @@ def generate(
         raise TrimtabError("--system adds a system message, and some prompts already have one; leave one of them out")
     if clean_cache and not picks:
         raise TrimtabError("--clean-cache chooses the cache to steer over; give --steer FILE as well")
-    steering = _steering(picks, positions)
+    loaded = [pick.load() for pick in picks]
+    steering = _steering(loaded, positions)
     schema = {} if json_schema is None else {"json_schema": read_schema(json_schema)}
     lm = loader.load(quiet=json)
     rendering: dict[str, Any] = {"system": system, "chat": False if plain else None}
@@ -312,6 +315,9 @@ def generate(
         named = "; ".join(edits) if len(edits) <= 2 else f"{len(edits)} edits, such as {edits[0]}"
         measured = loader.engine != "vllm"
         note(f"steered: {named or 'nothing'}{_doses(answers) if measured else ''}", quiet=False)
+    if scaled_to_dose is None and scaled_to_nats is None:
+        for hint in _hints(picks, loaded):
+            note(hint, quiet=False)
     if scaled_to_dose is not None:
         note(f"dose {scaled_to_dose.dose:.2g} is {_strength(picks, scaled_to_dose.factor)}", quiet=False)
     if scaled_to_nats is not None:
@@ -395,15 +401,26 @@ def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict
     return {"do_sample": True, **({} if temperature is None else {"temperature": temperature})}
 
 
-def _steering(picks: Sequence[Pick], positions: str | None) -> Steering | None:
+def _hints(picks: Sequence[Pick], loaded: Sequence[Steering]) -> list[str]:
+    """For each file without a strength, the one that its card suggests, if that isn't 1."""
+    from trimtab.report.suggested import suggested_strength
+
+    hints = []
+    for pick, steering in zip(picks, loaded, strict=True):
+        suggested = None if pick.has_strength else suggested_strength(steering)
+        if suggested not in (None, 1.0):
+            hints.append(f"{pick} acts at strength 1; its card suggests --steer {quote(f'{pick}:{suggested:g}')}")
+    return hints
+
+
+def _steering(loaded: Sequence[Steering], positions: str | None) -> Steering | None:
     from trimtab.steering import Positions
 
-    if positions is not None and not picks:
+    if positions is not None and not loaded:
         raise TrimtabError("--positions says where to steer; give --steer FILE as well")
     rule = None if positions is None else Positions.parse(positions)
-    if not picks:
+    if not loaded:
         return None
-    loaded = [pick.load() for pick in picks]
     total = sum(loaded[1:], loaded[0])
     return total if rule is None else total.at(rule)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.commands.for_program import ForOption, check_output, commands_for, next_steps, save_for
-from trimtab.commands.model import BareModelOptions, JsonOption
+from trimtab.commands.model import JsonOption, ModelOptions
 from trimtab.commands.options import grouped
 from trimtab.commands.pair_files import ColumnOptions, load_pairs
 from trimtab.commands.prompts import gather_prompts
@@ -21,12 +21,14 @@ from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.evaluate.judge import Endpoint
+    from trimtab.lm import LM
     from trimtab.making import Idea, Made
 
 EXIT_NOTHING_BETTER = 3
 LEAST_QUESTIONS = 15
 """The minimum: every second question is for testing, which leaves the eight that an idea needs to learn from."""
-WRITER_KEY, WRITER_MAX_TOKENS = "TRIMTAB_WRITER_KEY", 4096
+SELF, WRITER_KEY, WRITER_MAX_TOKENS = "self", "TRIMTAB_WRITER_KEY", 4096
+WRITER_SETTINGS = ("--writer", "--writer-model", WRITER_KEY)
 SHOWN, EXAMPLE = 2, 240
 """The number of examples to show, and the maximum number of characters of each text."""
 WANTED, HOW = "What is wanted", "How it is made"
@@ -95,15 +97,16 @@ def make(
     writer: Annotated[
         str | None,
         typer.Option(
-            help="The address of a server with OpenAI's chat completions API, whose model writes the system "
-            "prompts and the questions. Its key, if it needs one, is read from $TRIMTAB_WRITER_KEY. Needs "
-            "trimtab\\[judge].",
-            metavar="URL",
+            help="Who writes the system prompts and the questions: self, the model itself, which a small one may not "
+            "manage; or the address of a server with OpenAI's chat completions API. Its key, if it needs one, is read "
+            "from $TRIMTAB_WRITER_KEY. Needs trimtab\\[judge].",
+            metavar="self|URL",
             rich_help_panel=WANTED,
         ),
     ] = None,
     writer_model: Annotated[
-        str | None, typer.Option(help="The writer's model.", metavar="NAME", rich_help_panel=WANTED)
+        str | None,
+        typer.Option(help="With --writer URL: the model's name there.", metavar="NAME", rich_help_panel=WANTED),
     ] = None,
     distill: Annotated[
         bool,
@@ -122,7 +125,7 @@ def make(
     keep: Annotated[
         bool, typer.Option("--keep", help="Write the file even if the verdict is none.", rich_help_panel=HOW)
     ] = False,
-    loader: BareModelOptions,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Make a steering from one sentence, and give a verdict on it.
@@ -150,15 +153,23 @@ def make(
     if from_ is not None and (more := [name for name, value in options.items() if value is not None]):
         raise TrimtabError(f"--from contains everything to learn from and to test on; leave out {more[0]}")
     pairs = load_pairs(from_, columns)
-    parsed_idea = (
-        None if from_ else _idea(idea, like, unlike, card, questions, _writer(writer, writer_model), cards=cards)
-    )
+    if card is not None and writer is not None:
+        raise TrimtabError("a card already contains what a writer would write; leave out --card or --writer")
+    endpoint = _endpoint(writer, writer_model)
+    question_list = None if questions is None else _questions(questions)
+    parsed_idea = None if from_ or writer == SELF else _idea(idea, like, unlike, card, endpoint, cards=cards)
 
     from trimtab.making import make as made_from
     from trimtab.making import make_from_pairs
+    from trimtab.making.idea import with_questions
     from trimtab.steering import Positions
 
     lm = loader.load(quiet=json)
+    if writer == SELF:
+        note("the model writes the system prompts and the questions …", quiet=json)
+        parsed_idea = _idea(idea, like, unlike, card, lm, cards=cards)
+    if parsed_idea is not None and question_list is not None:
+        parsed_idea = with_questions(parsed_idea, question_list)
     source_line = (
         f"{parsed_idea.name}: from {source_of(parsed_idea)}" if parsed_idea else f"{from_}: {len(pairs)} pairs"
     )
@@ -208,16 +219,23 @@ def _check_description(descriptions: dict[str, Any], unlike: str | None) -> None
         )
 
 
-def _writer(url: str | None, model: str | None) -> Endpoint | None:
+def _endpoint(url: str | None, model: str | None) -> Endpoint | None:
+    """The server that writes; `None` if there is none."""
+    if url == SELF:
+        if model is not None:
+            raise TrimtabError(f"--writer {SELF} is the model of --model; leave out --writer-model")
+        return None
     if (url is None) != (model is None):
         raise TrimtabError(
-            "--writer and --writer-model go together: the address of a server, and the model's name there"
+            f"--writer and --writer-model go together: the address of a server, and the model's name there; --writer"
+            f" {SELF} needs no --writer-model"
         )
     if url is None or model is None:
         return None
     from trimtab.evaluate.judge import Endpoint
 
-    endpoint = Endpoint(url, model, os.environ.get(WRITER_KEY) or None, max_tokens=WRITER_MAX_TOKENS)
+    key = os.environ.get(WRITER_KEY) or None
+    endpoint = Endpoint(url, model, key, max_tokens=WRITER_MAX_TOKENS, role="writer", settings=WRITER_SETTINGS)
     endpoint.check()
     return endpoint
 
@@ -227,38 +245,34 @@ def _idea(
     like: str | None,
     unlike: str | None,
     card: Path | None,
-    questions: str | None,
-    writer: Endpoint | None,
+    writer: Endpoint | LM | None,
     *,
     cards: bool,
 ) -> Idea:
     from trimtab.data import read_trait
-    from trimtab.making import idea_from_contrast, idea_from_sentence
-    from trimtab.making.idea import idea_from_trait, with_questions
-    from trimtab.making.writer import idea_from_writer
+    from trimtab.making import idea_from_contrast, idea_from_sentence, idea_from_writer
+    from trimtab.making.idea import idea_from_trait
 
     if card is not None:
-        if writer is not None:
-            raise TrimtabError("a card already contains what a writer would write; leave out --card or --writer")
-        parsed_idea = idea_from_trait(read_trait(card))
-    elif writer is not None:
+        return idea_from_trait(read_trait(card))
+    if writer is not None:
         wish = idea if idea is not None else f"be like {like}" + (f", not like {unlike}" if unlike else "")
-        parsed_idea = idea_from_writer(writer, wish)
-    elif idea is not None:
-        parsed_idea = idea_from_sentence(idea, cards=cards)
-    else:
-        parsed_idea = idea_from_contrast(str(like), unlike)
-    if questions is None:
-        return parsed_idea
-    question_list = list(dict.fromkeys(gather_prompts([], questions)))
-    if not all(isinstance(question, str) for question in question_list):
-        raise TrimtabError(f"{questions}: questions are texts, not conversations")
-    if len(question_list) < LEAST_QUESTIONS:
+        return idea_from_writer(writer, wish)
+    return idea_from_sentence(idea, cards=cards) if idea is not None else idea_from_contrast(str(like), unlike)
+
+
+def _questions(source: str) -> list[str]:
+    """The questions of a file, each once."""
+    prompts = gather_prompts([], source)
+    questions = list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise TrimtabError(f"{source}: questions are texts, not conversations")
+    if len(questions) < LEAST_QUESTIONS:
         raise TrimtabError(
-            f"{questions}: {len(question_list)} questions, and at least {LEAST_QUESTIONS} are needed, since every"
+            f"{source}: {len(questions)} questions, and at least {LEAST_QUESTIONS} are needed, since every"
             " second one is kept for the test"
         )
-    return with_questions(parsed_idea, question_list)  # type: ignore[arg-type]
+    return questions
 
 
 def source_of(idea: Idea) -> str:

@@ -88,7 +88,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 @dataclass(frozen=True)
 class BareModelOptions:
-    """The model, and where it runs: options of most commands."""
+    """The model, and where it runs: options of commands that load a model."""
 
     model: ModelOption = None
     device: DeviceOption = None
@@ -110,9 +110,15 @@ class BareModelOptions:
 
 @dataclass(frozen=True)
 class ModelOptions(BareModelOptions):
-    """The same options, and keywords for the chat template."""
+    """The same options, and keywords for the chat template: options of commands that render prompts."""
 
     template: TemplateOption = None
+
+    @property
+    def model_argument(self) -> str:
+        """The options that load this model with these keywords again, to put in front of others in a command."""
+        keywords = "".join(f"--template {quote(keyword)} " for keyword in self.template or [])
+        return f"{super().model_argument}{keywords}"
 
 
 @dataclass(frozen=True)

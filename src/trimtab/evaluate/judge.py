@@ -27,7 +27,7 @@ from trimtab.evaluate.records import Record
 from trimtab.files.atomic_write import write_atomically
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.text.chat import Message
 
 Progress = Callable[[int, int], None]
@@ -127,7 +127,8 @@ class Endpoint:
 
     Requests use temperature 0 and a fixed seed, `workers` at a time. Rate limits (429), timeouts, lost connections and
     server errors (5xx) are retried up to `retries` times, after the pause that the server asks for, or with exponential
-    backoff from half a second to 8 s. `timeout` is per request, in seconds.
+    backoff from half a second to 8 s. `timeout` is per request, in seconds. Errors call it by its `role`, and name the
+    `settings` that its address, its model and its key come from.
     """
 
     url: str
@@ -138,6 +139,8 @@ class Endpoint:
     workers: int = 8
     max_tokens: int = 512
     weak: bool = False
+    role: str = "judge"
+    settings: tuple[str, str, str] = (URL_VARIABLE, MODEL_VARIABLE, KEY_VARIABLE)
 
     @classmethod
     def from_environment(cls, **options: Any) -> Endpoint:
@@ -174,7 +177,9 @@ class Endpoint:
         try:
             from openai import OpenAI
         except ImportError:
-            raise TrimtabError("an endpoint as judge needs openai's client: pip install 'trimtab[judge]'") from None
+            raise TrimtabError(
+                f"an endpoint as {self.role} needs openai's client: pip install 'trimtab[judge]'"
+            ) from None
         self._check_address()
         return OpenAI(base_url=self.url, api_key=self.key or "none", max_retries=self.retries, timeout=self.timeout)
 
@@ -187,7 +192,7 @@ class Endpoint:
             valid = False
         if not valid:
             raise TrimtabError(
-                f"{URL_VARIABLE}={self.url!r} isn't the URL of a server; set one such as http://localhost:8000/v1"
+                f"{self.settings[0]}={self.url!r} isn't the URL of a server; set one such as http://localhost:8000/v1"
             )
 
     def ask(self, prompts: Sequence[Sequence[Message]], receive: Receive) -> None:
@@ -228,8 +233,8 @@ class Endpoint:
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
                 return Reply(None, f"HTTP {error.status_code} after {self.retries + 1} tries")
             raise TrimtabError(
-                f"the judge {self.model} at {self.url} rejected the request: HTTP {error.status_code},"
-                f" {_short(error.message)}; check {URL_VARIABLE}, {MODEL_VARIABLE} and {KEY_VARIABLE}"
+                f"the {self.role} {self.model} at {self.url} rejected the request: HTTP {error.status_code},"
+                f" {_short(error.message)}; check {', '.join(self.settings[:2])} and {self.settings[2]}"
             ) from None
         except openai.APITimeoutError:
             return Reply(None, f"no reply within {self.timeout:g} s, {self.retries + 1} times")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,15 @@ _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 class Pick:
     """A steering file as named on a command line.
 
-    `layers` are the layers of the file that act, `None` for all; `strength` is the factor for the steering. `option` is
-    the name of the command-line option, for error messages.
+    `layers` are the layers of the file that act, `None` for all; `strength` is the factor for the steering, and
+    `has_strength` says whether one was typed. `option` is the name of the command-line option, for error messages.
     """
 
     path: Path
     layers: tuple[int, ...] | None = None
     strength: float = 1.0
     option: str = "--steer"
+    has_strength: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.path}{self.layer_suffix}" + ("" if self.strength == 1 else f":{self.strength:g}")
@@ -85,11 +86,11 @@ def parse_pick(text: str, option: str = "--steer") -> Pick:
     """
     if Path(text).exists():
         return Pick(Path(text), option=option)
-    name, strength = text, 1.0
+    name, strength, has_strength = text, 1.0, False
     head, colon, tail = text.rpartition(":")
     if colon:
         try:
-            name, strength = head, float(tail)
+            name, strength, has_strength = head, float(tail), True
         except ValueError:
             if _is_file(head.rpartition("@")[0]) or _is_file(head):
                 hint = f"; the layers come first: {head}@{tail.partition('@')[2]}:{tail.partition('@')[0]}"
@@ -105,7 +106,7 @@ def parse_pick(text: str, option: str = "--steer") -> Pick:
             name, layers = before, _layers(listed, f"{option} {text}")
     if not Path(name).exists():
         raise TrimtabError(f"{option} {text}: there is no file {name}")
-    return Pick(Path(name), layers, strength, option)
+    return Pick(Path(name), layers, strength, option, has_strength)
 
 
 def format_layers(layers: Sequence[int]) -> str:

@@ -205,14 +205,18 @@ def learned_card(
     lm: LM, method: str, pairs: Sequence[Pair], moments: Mapping[int, PairMoments], options: dict[str, Any]
 ) -> Card:
     """The card of a steering learned from pairs. Its content is reproducible, so it has no date."""
-    measured = {
-        "pairs": len(pairs),
-        "agreement": {str(layer): round(m.agreement, 6) for layer, m in moments.items()},
-        "activation_norm": {str(layer): round(m.norm, 6) for layer, m in moments.items()},
-    }
+    measured = {"pairs": len(pairs), **measured_by_layer(moments)}
     return Card(
         method=method, model=lm.identity, data=digest(pairs), options=options, measured=measured, versions=versions()
     )
+
+
+def measured_by_layer(moments: Mapping[int, PairMoments]) -> dict[str, dict[str, float]]:
+    """The pairs' agreement and the norm of the activations at each layer, as a card has them."""
+    return {
+        "agreement": {str(layer): round(m.agreement, 6) for layer, m in moments.items()},
+        "activation_norm": {str(layer): round(m.norm, 6) for layer, m in moments.items()},
+    }
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from trimtab.engines.request import Text
 from trimtab.evaluate.decision import decide
-from trimtab.learn.contrast import contrast, versions
+from trimtab.learn.contrast import contrast, measured_by_layer, versions
+from trimtab.learn.moments import PairMoments
 from trimtab.learn.own_answers import Answers
 from trimtab.making.contrasts import Contrasts, Progress
 from trimtab.making.effect import Effect, effect, prompt_effect
@@ -154,13 +155,14 @@ def _mean(values: Mapping[str, float]) -> float:
 
 @dataclass(frozen=True)
 class MeanDifferences:
-    """The mean difference of the activations at several blocks, and the pairs' agreement with it, by block.
+    """The mean differences of the activations at several blocks.
 
-    `depths` are the blocks to steer alone, and `band` those to steer together.
+    `depths` are the blocks to steer alone, and `band` those to steer together. `card` says how they were learned; what
+    was measured at a block is added for the blocks that a steering has.
     """
 
     vectors: Mapping[int, Add]
-    agreements: Mapping[int, float]
+    moments: Mapping[int, PairMoments]
     card: Card
     positions: Positions
     depths: tuple[int, ...]
@@ -172,7 +174,7 @@ class MeanDifferences:
         card = replace(
             self.card,
             options={**self.card.options, "layers": list(layers)},
-            measured={**self.card.measured, "agreement": round(self.agreements[layers[0]], 6)},
+            measured={**self.card.measured, **measured_by_layer({layer: self.moments[layer] for layer in layers})},
         )
         where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
         return f"mean difference at {where}", Steering(edits, card)
@@ -196,8 +198,7 @@ def mean_differences(lm: LM, name: str, learned: Contrasts, positions: Positions
         versions=versions(),
     )
     vectors = {layer: Add(there.difference.float()) for layer, there in moments.items()}
-    agreements = {layer: there.agreement for layer, there in moments.items()}
-    return MeanDifferences(vectors, agreements, card, positions, tuple(depths), tuple(band))
+    return MeanDifferences(vectors, moments, card, positions, tuple(depths), tuple(band))
 
 
 def first_layer(positions: Positions) -> int:

@@ -1,4 +1,4 @@
-"""An idea written out by another model: system prompts for and against it, and questions on which it can show.
+"""An idea written out by a model: system prompts for and against it, and questions on which it can show.
 
 This follows Chen et al., arXiv 2507.21509, appendix A, where a large model writes them.
 """
@@ -10,12 +10,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from trimtab.engines.language_model import LanguageModel
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.judge import Judge, Reply
+from trimtab.evaluate.judge import Judge, LocalJudge, Reply
 from trimtab.making.idea import LEARN, TEST, Idea
+from trimtab.text.chat import Message, has_template
 
 TRIES = 3
 SIDE = 5
+MAX_TOKENS = 2048
+"""The maximum length of a reply of a loaded model, in tokens; what is asked for is shorter."""
+LEAST_TOKENS = 512
+"""The minimum that has to fit into its context besides the request."""
 ASK = """Somebody wants an assistant that behaves like this:
 <wish>
 {wish}
@@ -27,31 +33,57 @@ Write what is needed to teach it. Reply with one JSON object and nothing else, w
 "negative": a list of {side} system prompts of the same length and manner that bring its opposite about,
 "questions": a list of {questions} different everyday messages of a user, on which the behaviour would show. They \
 don't mention it, and have 5 to 25 words each."""
+INSTEAD = "leave the writer out, and the sentence itself is put into system prompts"
 
 
-def idea_from_writer(writer: Judge, sentence: str) -> Idea:
+def idea_from_writer(writer: Judge | LanguageModel, sentence: str) -> Idea:
     """Have a model write out the idea of a sentence.
 
     Args:
-        writer: The model that writes, such as an `Endpoint`.
+        writer: The model that writes: an `Endpoint`, which can have a large one, or a loaded model (`LM`), such as the
+            one that is to be steered. A small model may not manage it.
         sentence: What is wanted.
 
     Raises:
-        TrimtabError: The reply can't be used, three times in a row, or there is no reply.
+        TrimtabError: The reply can't be used, three times in a row, or there is no reply; or a loaded model has no chat
+            template, or too small a context.
     """
     ask = ASK.format(wish=sentence.strip(), side=SIDE, questions=LEARN + TEST)
-    problem = "it was empty"
+    problem, request = "it was empty", ask
     for _ in range(TRIES):
-        replies: list[Reply] = []
-        writer.ask([[{"role": "user", "content": ask}]], lambda _, reply: replies.append(reply))  # noqa: B023
-        if not replies or replies[0].text is None:
-            problem = (replies[0].problem if replies else None) or problem
+        reply = _reply(writer, [{"role": "user", "content": request}])
+        if reply.text is None:
+            problem = reply.problem or problem
             continue
         try:
-            return _read(replies[0].text, sentence)
+            return _read(reply.text, sentence)
         except TrimtabError as error:
             problem = str(error)
-    raise TrimtabError(f"the writer's answer was unusable {TRIES} times: {problem}")
+            request = f"{ask}\n\nAn earlier reply of yours couldn't be used: {problem}."  # decoding is greedy
+    raise TrimtabError(
+        f"the writer's answer was unusable {TRIES} times: {problem}; {INSTEAD}, or have a larger model write"
+    )
+
+
+def _reply(writer: Judge | LanguageModel, messages: list[Message]) -> Reply:
+    replies: list[Reply] = []
+    if isinstance(writer, LanguageModel):
+        writer = LocalJudge(writer, max_tokens=_room(writer, messages))
+    writer.ask([messages], lambda _, reply: replies.append(reply))
+    return replies[0] if replies else Reply(None)
+
+
+def _room(lm: LanguageModel, messages: list[Message]) -> int:
+    """The number of tokens for the reply of a loaded model."""
+    if not has_template(lm.tokenizer):
+        raise TrimtabError(f"{lm.name} has no chat template, so it can't be asked to write prompts; {INSTEAD}")
+    length, context = len(lm.encode(messages)), lm.layout.context
+    if context is not None and context - length < LEAST_TOKENS:
+        raise TrimtabError(
+            f"the context of {lm.name} holds {context} tokens: too few for the request of {length}, and a reply of"
+            f" {LEAST_TOKENS} or more; {INSTEAD}, or have another model write"
+        )
+    return MAX_TOKENS if context is None else min(MAX_TOKENS, context - length)
 
 
 def _read(text: str, sentence: str) -> Idea:

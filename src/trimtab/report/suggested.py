@@ -18,13 +18,17 @@ NEAR = 0.1
 IN_NATS = "word-logit"
 """The method whose strength 1 is a push in nats, chosen by measuring; only one of its edits acts at a time."""
 
+FOUND = frozenset({"tuning", "holds"})
+"""What `tune` and `make` add to a card's measurements, each at the strength that it chose."""
+
 
 def suggested_strength(steering: Steering) -> float | None:
     """The strength that is suggested for a steering.
 
-    A steering that was trained, or found by `tune`, includes its strength, so this is 1. For additions of learned
-    differences, it is the strength at which the overall dose is about `MILD`, given the activation norms on the card.
-    Activations may be longer or shorter where the steering is used, so measure the dose with `trimtab.tune.at_dose`.
+    A steering that was trained, or found by `tune` or `make`, includes its strength, so this is 1. For additions of
+    learned differences, it is the strength at which the overall dose is about `MILD`, given the activation norms on the
+    card. Activations may be longer or shorter where the steering is used, so measure the dose with
+    `trimtab.tune.at_dose`.
 
     Args:
         steering: The steering as loaded from its file.
@@ -45,9 +49,9 @@ def suggested_strength(steering: Steering) -> float | None:
 
 
 def has_its_strength(steering: Steering) -> bool:
-    """Whether the strength was found together with the steering: by training, by `tune`, or as a push in nats."""
+    """Whether the strength was found together with the steering: by training, `tune`, `make`, or as a push in nats."""
     card = steering.card
-    return card.trained or card.method == IN_NATS or "tuning" in card.measured
+    return card.trained or card.method == IN_NATS or not FOUND.isdisjoint(card.measured)
 
 
 def named_with_strength(path: Path, steering: Steering) -> str:

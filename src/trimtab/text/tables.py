@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from trimtab.errors import TrimtabError
@@ -20,6 +21,8 @@ COLUMNAR = (".parquet", ".arrow", ".feather")
 """Binary files, which are read with pyarrow."""
 FORMATS = ".jsonl, .json, .csv, .tsv or .parquet"
 SEPARATORS = (",", ";", "\t", "|")
+CARD_KEYS = frozenset({"name", "description", "positive", "negative", "learn", "test"})
+"""Keys of a trait card, which together are no columns of a table."""
 SAYS_SEPARATOR = re.compile(r'"?sep=(.)"?')
 """The line before the header line with which Excel declares the separator."""
 
@@ -91,6 +94,11 @@ def _is_lines(text: str) -> bool:
 
 def _of_object(item: dict[str, Any], path: Path) -> list[Any]:
     """The rows of a table that is stored by column, as pandas and datasets do, or as a list under a single key."""
+    if card := _kind_of_card(item):
+        raise TrimtabError(
+            f"{path} is {card}, not a list of objects: it has system prompts and questions, but no answers to them;"
+            f" `trimtab make --card {quote(str(path))}` has the model answer them (in Python, `read_trait` reads it)"
+        )
     columns = {name: _column(value) for name, value in item.items()}
     lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}
     if len(columns) == 1 and None not in lengths:
@@ -108,6 +116,18 @@ def _of_object(item: dict[str, Any], path: Path) -> list[Any]:
     lists = [repr(name) for name, value in item.items() if isinstance(value, list)]
     where = f"; its lists are {', '.join(lists)}: save one of them as a separate file" if lists else ""
     raise TrimtabError(f"{path} must contain a list of objects, not a dict{where}")
+
+
+def _kind_of_card(item: dict[str, Any]) -> str:
+    """What a trait card is called; an empty string for any other object."""
+    both_sides = item["instruction"] if isinstance(item.get("instruction"), list) else []
+    if (
+        both_sides
+        and "questions" in item
+        and all(isinstance(s, dict) and {"pos", "neg"} <= s.keys() for s in both_sides)
+    ):
+        return "a trait file of persona vectors"
+    return "a trait card" if item.keys() >= CARD_KEYS else ""
 
 
 def _column(value: Any) -> Any:
