@@ -144,8 +144,8 @@ def api_page() -> str:
 
     public: dict[str, tuple[str, str]] = trimtab._PUBLIC
     parts = [
-        "# Python\n\nEverything that `from trimtab import …` gives, then the [results](#results) of calls, and the names"
-        " that these pages import from [modules](#trimtabtune) of the package.\n"
+        "# Python\n\nEverything that `from trimtab import …` gives, then the [results](#results) of calls, and the"
+        " names that these pages import from [modules](#trimtabtune) of the package.\n"
     ]
     placed: set[str] = set()
     for title, homes in GROUPS.items():
