@@ -95,6 +95,13 @@ def test_a_command_and_its_options_exist(program: Any, words: list[str]) -> None
             assert word.partition("=")[0] in known, f"{word} isn't an option of {command.name}"
 
 
+def test_the_example_data_that_commands_name_exist() -> None:
+    named = {word for page in PAGES for code in blocks(page, "sh") for words in commands(code) for word in words}
+    files = {word for word in named if word.startswith("examples/")}
+    assert len(files) >= 4
+    assert not {file for file in files if not (ROOT / file).is_file()}
+
+
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 

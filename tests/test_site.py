@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 from urllib.parse import unquote
 
 import pytest
@@ -32,6 +37,67 @@ def test_links_from_page_to_page_lead_to_what_is_there() -> None:
                 target = (ROOT / "docs" / page).parent / link.partition("#")[0]
                 name = os.path.relpath(target, ROOT / "docs")
                 assert target.exists() or name in MENU, f"{page} links to {link}"  # some are made of the code
+
+
+def _reference() -> set[str]:
+    """The dotted names that the Python reference has an entry for."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from site_pages import api_page
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+    return set(re.findall(r"^::: ([\w.]+)$", api_page(), re.MULTILINE))
+
+
+def _public_functions() -> Iterator[tuple[str, FunctionType]]:
+    """The public functions, and the public methods and properties of the public classes."""
+    for name in trimtab.__all__:
+        public = inspect.unwrap(getattr(trimtab, name))
+        if inspect.isfunction(public):
+            yield name, public
+        for member in [] if not inspect.isclass(public) else [each for each in dir(public) if each[0] != "_"]:
+            value = inspect.getattr_static(public, member)
+            value = getattr(value, "__func__", getattr(value, "fget", value))
+            if inspect.isfunction(value):
+                yield f"{name}.{member}", inspect.unwrap(value)
+
+
+def _annotated(function: FunctionType) -> Iterator[type]:
+    """The package's own classes in the annotation of what a function returns, which may be imported for types only."""
+    module = sys.modules[function.__module__]
+    deferred = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trimtab")
+        for alias in node.names
+    }
+    for name in re.findall(r"\w+", str(function.__annotations__.get("return", ""))):
+        value = getattr(module, name, None)
+        if value is None and name in deferred:
+            home, original = deferred[name]
+            value = getattr(importlib.import_module(str(home)), original)
+        if inspect.isclass(value) and value.__module__.startswith("trimtab"):
+            yield value
+
+
+def test_the_reference_has_every_class_that_a_public_call_returns() -> None:
+    entries = _reference()
+    returned = {(name, kind) for name, function in _public_functions() for kind in _annotated(function)}
+    assert {"Generation", "Sweep", "Divergence"} <= {kind.__name__ for _, kind in returned}
+    missing = {name: kind for name, kind in returned if f"{kind.__module__}.{kind.__name__}" not in entries}
+    assert not missing
+
+
+def test_the_reference_has_every_name_that_a_page_imports() -> None:
+    entries = _reference()
+    for page, text in PAGES.items():
+        for code in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trimtab."):
+                    for alias in node.names:
+                        value = getattr(importlib.import_module(str(node.module)), alias.name)
+                        home = getattr(value, "__module__", node.module)
+                        assert f"{home}.{alias.name}" in entries, f"{page} imports {alias.name} from {node.module}"
 
 
 @pytest.fixture(scope="module")

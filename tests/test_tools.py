@@ -162,6 +162,16 @@ def _tool(name: str) -> Any:
     return module
 
 
+def test_comments_in_code_are_prose_and_generated_parts_are_not() -> None:
+    prose = _tool("prose")
+    code = "so\n```python\nheed = 1  # what comes along\n```\n"
+    page = f"{code}<!-- x: begin, 1 -->\nheed\n<!-- x: end -->\n```sh\nheed # anew\n```\n"
+    text = prose.GENERATED.sub(prose.blank, page)
+    assert text.count("\n") == page.count("\n")
+    findings = [*prose.phrases(ROOT, 1, prose.without_code(text)), *prose.phrases(ROOT, 1, prose.code_comments(text))]
+    assert [(finding.line, finding.phrase) for finding in findings] == [(3, "comes along"), (9, "anew")]
+
+
 def test_prose_is_found_and_code_is_not() -> None:
     prose = _tool("prose")
     page = "Nothing\nfalls\napart.\n\n```sh\nfalls apart\n```\n`falls apart`\nIt falls apart-time, and falls apart."

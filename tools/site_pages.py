@@ -25,6 +25,49 @@ GROUPS = {
 }
 """The parts of the reference, by the modules that define the public names."""
 
+RESULTS = {
+    "trimtab.baking.bake": ("Baked",),
+    "trimtab.decoding.trace": ("Trace",),
+    "trimtab.engines.answer": ("Generation", "Applied", "Dose"),
+    "trimtab.engines.images": ("PromptImages",),
+    "trimtab.engines.request": ("Batch", "Decoding", "NextToken"),
+    "trimtab.engines.streaming": ("Stream",),
+    "trimtab.engines.transformers.grammar": ("Matcher",),
+    "trimtab.engines.transformers.session": ("Session",),
+    "trimtab.evaluate.audit.run": ("Audit",),
+    "trimtab.evaluate.divergence": ("Divergence",),
+    "trimtab.learn.moments": ("PairMoments",),
+    "trimtab.making.make": ("Made",),
+    "trimtab.methods.cast": ("Condition",),
+    "trimtab.report.projections": ("Projections",),
+    "trimtab.steering.card": ("ModelId",),
+    "trimtab.steering.gates": ("Reading",),
+    "trimtab.steering.meanings": ("Meaning",),
+    "trimtab.steering.monitors": ("Monitored",),
+    "trimtab.tune": ("AtNats", "Dosed", "Sweep", "Tuned"),
+}
+"""The classes that public functions and methods return, alone or inside each other, by their modules."""
+
+MODULES = {
+    "trimtab.bench": ("bench", "plan", "Settings"),
+    "trimtab.data": ("find_trait", "instruction_pairs", "instruction_type", "prompts", "queries", "trait"),
+    "trimtab.doctor": ("check_model", "tiny_lm"),
+    "trimtab.evaluate.constraints": ("is_json",),
+    "trimtab.evaluate.divergence": ("divergence", "reference"),
+    "trimtab.evaluate.inspect_registry": ("steered",),
+    "trimtab.learn.contrast": ("check_layers", "versions"),
+    "trimtab.learn.estimators": ("mean_difference", "median", "pca", "probe", "unit"),
+    "trimtab.methods.caa": ("activations", "equalised", "learn_behaviours", "moved"),
+    "trimtab.methods.recipe": ("Option", "Recipe"),
+    "trimtab.methods.reps": ("nulled",),
+    "trimtab.methods.seka": ("highlights",),
+    "trimtab.methods.tda": ("kept",),
+    "trimtab.steering": ("emphasis",),
+    "trimtab.text.pairs": ("as_pairs", "digest", "pairs_from_rows"),
+    "trimtab.tune": ("at_dose", "at_nats", "grid", "Guard", "learn_operations", "tune"),
+}
+"""The names that the pages import from modules of the package, by those modules."""
+
 LEADING = {"LM": ("load", "generate", "stream", "steered", "check", "read", "project", "sweep", "next_logprobs")}
 """Classes that inherit most of their methods from a class that isn't public, with the methods to list first."""
 
@@ -96,11 +139,14 @@ def notebook_page(path: Path) -> str:
 
 
 def api_page() -> str:
-    """Every public name of the package, from its docstring."""
+    """Every public name of the package, what public calls return, and what the pages import from modules."""
     import trimtab
 
     public: dict[str, tuple[str, str]] = trimtab._PUBLIC
-    parts = ["# Python\n\nEverything that `from trimtab import …` gives, in one page.\n"]
+    parts = [
+        "# Python\n\nEverything that `from trimtab import …` gives, then the [results](#results) of calls, and the"
+        " names that these pages import from [modules](#trimtabtune) of the package.\n"
+    ]
     placed: set[str] = set()
     for title, homes in GROUPS.items():
         names = [name for name, (home, _) in public.items() if home.startswith(homes)]
@@ -111,6 +157,12 @@ def api_page() -> str:
             parts.append(f"::: {_defined(*public[name])}\n{_members(*public[name]) if name in LEADING else ''}")
     if missing := sorted(set(public) - placed):
         raise LookupError(f"the site's reference has no part for {', '.join(missing)}")
+    parts.append("## Results\n\nWhat calls return, and what that contains. These classes aren't imported by name.\n")
+    results = {_defined(home, name): name.lower() for home, names in RESULTS.items() for name in names}
+    parts += [f"::: {dotted}\n" for dotted in sorted(results, key=lambda dotted: results[dotted])]
+    for home, names in MODULES.items():
+        parts.append(f"## {home}\n\n`from {home} import …`; see [stability](../stability.md) about these names.\n")
+        parts += [f"::: {_defined(home, name)}\n" for name in names]
     return "\n".join(parts)
 
 

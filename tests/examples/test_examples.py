@@ -70,9 +70,10 @@ def test_a_server_answers_steered() -> None:
 def test_the_data_are_twenty_each() -> None:
     import json
 
-    rows = [json.loads(line) for line in (EXAMPLES / "data" / "cheerful.jsonl").read_text().splitlines()]
-    assert len(rows) == 20
-    assert all(set(row) == {"prompt", "positive", "negative"} for row in rows)
-    for name in ("cooking", "other"):
+    for name in ("cheerful", "truthful"):
+        rows = [json.loads(line) for line in (EXAMPLES / "data" / f"{name}.jsonl").read_text().splitlines()]
+        assert len(rows) == 20
+        assert all(set(row) == {"prompt", "positive", "negative"} for row in rows)
+    for name in ("cooking", "other", "harmful", "harmless"):
         lines = (EXAMPLES / "data" / f"{name}.txt").read_text().splitlines()
         assert len(lines) == len(set(lines)) == 20

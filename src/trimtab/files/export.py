@@ -52,14 +52,24 @@ def target_of(path: Path, to: str | None) -> str:
 
 @keywords
 def export(steering: Steering, path: str | Path, to: str | None = None) -> str:
-    """Write a steering for another program, and return that program's name.
+    """Write a steering for another program. Nothing is dropped silently.
 
-    `to` is `llama.cpp`, `repeng`, `easysteer`, `lm-eval`, `torch`, `numpy` or `trimtab`; by default the suffix decides:
-    `.gguf` is for llama.cpp, `.pt` for lm-eval, `.npz` for numpy. llama.cpp refuses a whole GGUF file that steers block
-    0, so for llama.cpp the direction of block 0 is left out, with a warning; repeng and EasySteer get it.
+    llama.cpp refuses a whole GGUF file that steers block 0, so for llama.cpp the direction of block 0 is left out, with
+    a warning; repeng and EasySteer get it.
 
-    Raises `UnsupportedError` for a steering that the program's format can't represent, and names the reason; nothing is
-    dropped silently.
+    Args:
+        steering: The steering.
+        path: The file, with the suffix of the program's format.
+        to: `llama.cpp`, `repeng`, `easysteer`, `lm-eval`, `torch`, `numpy` or `trimtab`. By default the suffix decides:
+            `.gguf` is for llama.cpp, `.pt` for lm-eval, `.npz` for numpy, `.safetensors` for trimtab.
+
+    Returns:
+        The name of the program that the file was written for.
+
+    Raises:
+        UnsupportedError: The program's format can't represent the steering. The message says why.
+        TrimtabError: The program is unknown, the suffix doesn't fit, the steering has no edits, or the file can't be
+            written.
     """
     check_steering(steering)
     path = Path(path)

@@ -66,13 +66,23 @@ def push_to_hub(
     message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a steering to the Hub as `user/name`, and return the URL of the commit.
+    """Upload a steering to the Hugging Face Hub, with a page generated from its card.
 
-    The repository is created if it doesn't exist, and its page is generated from the card: `base_model` is a Hub id
-    (default: the name of the card's model, if that is one), and `license` the license of the data. `revision` names a
-    branch; `token` is the Hub's, by default from its usual places.
+    Args:
+        steering: The steering.
+        repo: The repository, `user/name`. It is created if it doesn't exist.
+        base_model: The Hub id of the model that it steers (default: the name of the card's model, if that is one).
+        license: The license of the data that it was learned from, such as `cc-by-4.0`.
+        private: Whether a repository that is created is private (default: the owner's setting on the Hub).
+        revision: The branch (default: the main one).
+        message: The message of the commit.
+        token: The Hub's token (default: the one that the Hub's client has stored).
 
-    Raises `TrimtabError` for an invalid name, for a steering that can't be saved, and if the Hub refuses it.
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        TrimtabError: The name is invalid, the steering can't be saved, or the Hub refuses it.
     """
     check_steering(steering)
     _check_name(repo)
@@ -97,10 +107,20 @@ def from_pretrained(
     token: str | None = None,
     **options: Any,
 ) -> Steering:
-    """Load a steering from the Hub (`user/name`), or from a folder that `save_folder` wrote.
+    """Load a steering from the Hugging Face Hub, or from a folder with the same content.
 
-    `revision` is a branch, a tag or a commit; `file` names another file of the repository, in any format that `load`
-    reads, and `options` are passed to `load`. Raises `TrimtabError` if it can't be downloaded, and as `load` does.
+    Args:
+        name: The repository, `user/name`, or the folder.
+        revision: A branch, a tag or a commit of the repository (default: the main branch).
+        file: The file in it, in any format that `load` reads.
+        token: The Hub's token (default: the one that the Hub's client has stored).
+        options: Keyword arguments of `load`, such as `layer_offset`.
+
+    Returns:
+        The steering.
+
+    Raises:
+        TrimtabError: It can't be downloaded, or a revision is given for a folder; and as `load` does.
     """
     if Path(name).is_dir():
         if revision is not None:

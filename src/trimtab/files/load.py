@@ -80,6 +80,9 @@ def load(
             `mean_diffs.pt`, whose layer N is the input of block N).
         positions: The tokens at which it acts.
 
+    Returns:
+        The steering. Its card says what the file says about it.
+
     Raises:
         TrimtabError: The file is damaged or of an unknown kind, or its contents or the place where they act can't be
             determined. No code is ever run from a file.

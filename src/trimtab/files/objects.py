@@ -21,9 +21,18 @@ KINDS = {"decoder_block": "residual", "self_attn": "attention", "mlp": "mlp"}
 
 @keywords
 def from_steering_vectors(vector: Any, *, positions: Positions | None = None) -> Steering:
-    """The steering of a `SteeringVector` of steering-vectors: its layer activations, added at every token.
+    """Convert a `SteeringVector` of steering-vectors: its layer activations, added at strength 1.
 
-    Raises `TrimtabError` for an object without `layer_activations`, and for a layer type that isn't a site in trimtab.
+    Args:
+        vector: The `SteeringVector`.
+        positions: The tokens at which it acts (default: all).
+
+    Returns:
+        The steering, with one edit per layer.
+
+    Raises:
+        TrimtabError: The object has no `layer_activations`, a value isn't a direction `[width]`, or its layer type
+            isn't a site in trimtab.
     """
     activations, kind = getattr(vector, "layer_activations", None), getattr(vector, "layer_type", "decoder_block")
     if not isinstance(activations, dict):
@@ -36,10 +45,17 @@ def from_steering_vectors(vector: Any, *, positions: Positions | None = None) ->
 
 @keywords
 def to_steering_vectors(steering: Steering) -> Any:
-    """A `SteeringVector` of steering-vectors that adds what the steering adds; strengths are folded in.
+    """Convert to a `SteeringVector` of steering-vectors that adds what the steering adds.
 
-    Raises `UnsupportedError` for anything but additions at every token to one kind of site, and `TrimtabError` if the
-    library isn't installed.
+    Args:
+        steering: Additions at every token, all to blocks, all to attention outputs or all to MLP outputs.
+
+    Returns:
+        The `SteeringVector`, with strengths folded in.
+
+    Raises:
+        UnsupportedError: The steering does anything else. The message names the edit.
+        TrimtabError: The steering has no edits, or steering-vectors isn't installed.
     """
     kinds = {edit.site.kind for edit in steering.edits}
     layer_type = next((name for name, kind in KINDS.items() if kinds == {kind}), "decoder_block")
@@ -53,9 +69,17 @@ def to_steering_vectors(steering: Steering) -> Any:
 
 @keywords
 def from_repeng(vector: Any, *, positions: Positions | None = None) -> Steering:
-    """The steering of a `ControlVector` of repeng (or dialz): one direction per block, added at every token.
+    """Convert a `ControlVector` of repeng (or dialz): one direction per block, added at strength 1.
 
-    Raises `TrimtabError` for an object without `directions`.
+    Args:
+        vector: The `ControlVector`.
+        positions: The tokens at which it acts (default: all).
+
+    Returns:
+        The steering, with one edit per block.
+
+    Raises:
+        TrimtabError: The object has no `directions`, or one isn't a vector `[width]` of finite numbers.
     """
     directions = getattr(vector, "directions", None)
     if not isinstance(directions, dict):
@@ -68,9 +92,17 @@ def from_repeng(vector: Any, *, positions: Positions | None = None) -> Steering:
 
 @keywords
 def to_repeng(steering: Steering) -> Any:
-    """A `ControlVector` of repeng that adds what the steering adds; strengths are folded in.
+    """Convert to a `ControlVector` of repeng that adds what the steering adds.
 
-    Raises as `to_steering_vectors` does.
+    Args:
+        steering: Additions at every token to the residual stream after blocks.
+
+    Returns:
+        The `ControlVector`, with strengths folded in.
+
+    Raises:
+        UnsupportedError: The steering does anything else. The message names the edit.
+        TrimtabError: The steering has no edits, or repeng isn't installed.
     """
     sums = sum_additions(steering, "repeng")
     try:

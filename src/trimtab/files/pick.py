@@ -83,6 +83,12 @@ def parse_pick(text: str, option: str = "--steer") -> Pick:
 
     Raises:
         TrimtabError: There is no such file, the strength isn't a finite number, or the layers aren't a list of layers.
+
+    Examples:
+        >>> Path("shout.safetensors").touch()
+        >>> pick = parse_pick("shout.safetensors@10-12:0.8")
+        >>> pick.layers, pick.strength
+        ((10, 11, 12), 0.8)
     """
     if Path(text).exists():
         return Pick(Path(text), option=option)

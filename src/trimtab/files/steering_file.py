@@ -42,10 +42,18 @@ LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 @keywords
 def save_steering(steering: Steering, path: str | Path) -> str:
-    """Write the file atomically, and return the digest of its content.
+    """Write a steering to a file, atomically: readers never see a partial file.
 
-    Raises `TrimtabError` for a steering without edits, a folder that doesn't exist, or a card, gate or number that JSON
-    can't represent.
+    Args:
+        steering: The steering.
+        path: The file, named `*.safetensors`. An existing one is replaced.
+
+    Returns:
+        The digest of the file's content, in hexadecimal. The same steering always has the same digest.
+
+    Raises:
+        TrimtabError: The steering has no edits, the file has another suffix, its folder doesn't exist or can't be
+            written, or a card, gate or number can't be represented in JSON.
     """
     check_steering(steering)
     path = Path(path)

@@ -137,6 +137,9 @@ def make_from_pairs(
         stage: Called with the current stage, as in `make`; stages that don't apply are skipped.
         say: Called with messages about the progress.
 
+    Returns:
+        The steering at strength 1, its card with the verdict. Look at `verdict.holds` before you use it.
+
     Raises:
         TrimtabError: Too few pairs with different prompts, pairs of different kinds, or whose sides have the same
             answer; and as `make` does.

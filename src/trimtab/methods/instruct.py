@@ -186,7 +186,22 @@ def steerings_from(
     one_sided: bool = False,
     cards: Mapping[str, Card] | None = None,
 ) -> dict[str, Steering]:
-    """Apply `steering_from` to each instruction in the result of `learn_many`, with the cards by name."""
+    """Make a steering from each instruction's moments, as `steering_from` does from one's.
+
+    Args:
+        moments: The moments by name and layer, from `learn_many`.
+        layers: The layers to steer after (default: all that have moments).
+        operation: As in `learn_instruct`.
+        positions: As in `learn_instruct`.
+        one_sided: As in `learn_instruct`.
+        cards: Cards of `instruct_card` by name. An instruction without one gets a card without data and model.
+
+    Returns:
+        The steerings by name.
+
+    Raises:
+        TrimtabError: As in `steering_from`.
+    """
     return {
         name: steering_from(
             by_layer,

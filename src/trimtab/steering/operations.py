@@ -188,6 +188,11 @@ class Add(Directed, name="add"):
     """`x' = x + strength * direction` (activation addition; CAA, ActAdd and most others).
 
     The direction is `[width]`, with any norm. At strength 1 it is added as it is.
+
+    Examples:
+        >>> kernel, rows = Add(torch.tensor([3.0, 4.0])).call(strength=2.0)
+        >>> kernel(torch.tensor([1.0, 1.0]), rows).tolist()
+        [7.0, 9.0]
     """
 
     kernel: ClassVar[Any] = staticmethod(add)
@@ -211,6 +216,16 @@ class SetProjection(Directed, name="set_projection"):
     Consecutive projections at one layer, including `Ablate`, are solved jointly (see `projections`): each reaches its
     target, whatever the angle between their directions. A one-sided one with nothing to raise keeps its projection
     constant.
+
+    Examples:
+        Along the first axis the activation goes from 1 to 4, or halfway, and nothing else changes:
+
+        >>> operation = SetProjection(torch.tensor([1.0, 0.0]), target=4.0)
+        >>> for strength in (1.0, 0.5):
+        ...     rows = solve_projections([operation.row(strength)], ["operation"])
+        ...     print(set_projections(torch.tensor([1.0, 7.0]), rows).tolist())
+        [4.0, 7.0]
+        [2.5, 7.0]
     """
 
     target: float

@@ -55,6 +55,18 @@ class Positions:
     """A union of half-open intervals of token positions, where a `None` stop means "to the end of the text".
 
     Instead of intervals it may have a `rule`: a meaning, or a combination of other positions.
+
+    Examples:
+        In a request whose prompt has 5 tokens, the first generated token is at position 5:
+
+        >>> Positions.from_last_prompt_token().resolve(prompt_length=5)
+        ((4, None),)
+        >>> (Positions.prompt() & ~Positions.tokens([0])).in_prompt(prompt_length=5)
+        [1, 2, 3, 4]
+        >>> Positions.first_generated(3)
+        Positions(window:0:3)
+        >>> Positions.parse("thinking | first:2").meanings
+        frozenset({Meaning(kind='thinking', texts=())})
     """
 
     intervals: tuple[tuple[Bound, Bound | None], ...] = ()

@@ -81,6 +81,20 @@ class Steering:
 
     Multiplication and negation act on every edit's strength. A sum has the edits of both steerings, in order. Two
     steerings are equal if their edits are equal; the cards aren't compared.
+
+    Examples:
+        >>> import torch
+        >>> from trimtab import Add
+        >>> kind = Steering((Edit(Site(12), Add(torch.ones(4))),))
+        >>> brief = Steering((Edit(Site(14), Add(torch.ones(4)), strength=0.5),))
+        >>> for edit in (2 * kind - brief).edits:
+        ...     print(edit)
+        2 * add @ residual[12] from-last-prompt-token
+        -0.5 * add @ residual[14] from-last-prompt-token
+        >>> (kind + brief).layers
+        (12, 14)
+        >>> -(-kind) == kind
+        True
     """
 
     edits: tuple[Edit, ...] = ()

@@ -242,6 +242,9 @@ def read_pairs(path: str | Path, *, keys: Mapping[str, str] | None = None, ignor
         keys: The columns of parts that have other names: `{"positive": "answer_a", "negative": "answer_b"}`.
         ignore: Columns to leave out.
 
+    Returns:
+        The pairs, in the order of the file; labelled statements are paired.
+
     Raises:
         TrimtabError: A missing file, a malformed row, a row in none of the shapes, a one-sided pair, rows of different
             shapes, a column that isn't read but may matter, or no rows. The message names the file and the line (or
@@ -292,6 +295,13 @@ def as_pairs(pairs: Pairs) -> list[Pair]:
     Raises:
         TrimtabError: The argument has another form, a pair lacks a side or has the same text on both, or tuples or
             dictionaries have different shapes.
+
+    Examples:
+        >>> (pair,) = as_pairs([("How are you?", "Splendid!", "Terrible.")])
+        >>> pair.prompt, pair.positive, pair.negative, pair.shape
+        ('How are you?', 'Splendid!', 'Terrible.', 'answers')
+        >>> [pair.shape for pair in as_pairs([("I love rain.", "I hate rain.")])]
+        ['texts']
     """
     if isinstance(pairs, (str, Path)):
         raise TrimtabError(

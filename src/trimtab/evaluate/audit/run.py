@@ -154,6 +154,9 @@ def audit(
         estimate: Called once with how long it will take.
         on_measure: Called with each measure as soon as it is there.
 
+    Returns:
+        The audit. Its `steering` has the result in its card, and `repaired` the audit of the repaired one.
+
     Raises:
         TrimtabError: A steering that doesn't fit, one without edits, a name that is no behaviour, or nothing left after
             the repair.
