@@ -109,21 +109,23 @@ def rows(name: str, stored: Mapping[str, Any]) -> list[Result]:
         results.append(Result(case, "divergence, 95th percentile", each["nats"]["p95"], "nats"))
         if arm == "repaired" and each["kept"] is not None:
             results.append(Result(case, "divergence kept", each["kept"], ""))
-        for one in each["comparisons"]:
-            label = f"{one['check']}: {one['name']}"
-            change, low, high = one["change"]
-            count = one["items"] if one["unit"] == "count" else 1
-            results.append(Result(case, f"{label}, change", change * count, one["unit"], low * count, high * count))
-            results.append(Result(case, f"{label}, p", one["p"], ""))
+        for comparison in each["comparisons"]:
+            label = f"{comparison['check']}: {comparison['name']}"
+            change, low, high = comparison["change"]
+            count = comparison["items"] if comparison["unit"] == "count" else 1
+            results.append(
+                Result(case, f"{label}, change", change * count, comparison["unit"], low * count, high * count)
+            )
+            results.append(Result(case, f"{label}, p", comparison["p"], ""))
     return results
 
 
 def _stored(path: Path, lm: LM, make: Make, repair: bool, quick: bool, seed: int) -> dict[str, Any]:
     if not path.is_file():
-        found = audit(lm, make(), size=QUICK if quick else FULL, repair=repair, seed=seed)
-        document = {**found.to_json(), "repaired": found.repaired.to_json() if found.repaired else None}
+        result = audit(lm, make(), size=QUICK if quick else FULL, repair=repair, seed=seed)
+        document = {**result.to_json(), "repaired": result.repaired.to_json() if result.repaired else None}
         path.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"{path.stem}: {_first(found.verdict)}", flush=True)
+        print(f"{path.stem}: {_first(result.verdict)}", flush=True)
     stored: dict[str, Any] = json.loads(path.read_text())
     return stored
 

@@ -26,12 +26,12 @@ def test_counts_are_given_as_counts_and_means_as_means() -> None:
         ],
     }
     repaired = {**steered, "nats": {"p95": 0.5}, "kept": 0.54}
-    found = {(row.case, row.metric): row for row in rows("complying", {**steered, "repaired": repaired})}
-    count = found["complying", "refusal: harmful requests, change"]
+    by_metric = {(row.case, row.metric): row for row in rows("complying", {**steered, "repaired": repaired})}
+    count = by_metric["complying", "refusal: harmful requests, change"]
     assert (count.value, count.low, count.high) == pytest.approx((10, 4, 16))
-    assert found["complying", "refusal: lead of refusing answers, change"].value == -0.5
-    assert found["complying, repaired", "divergence kept"].value == 0.54
-    assert found["complying, repaired", "divergence, 95th percentile"].value == 0.5
+    assert by_metric["complying", "refusal: lead of refusing answers, change"].value == -0.5
+    assert by_metric["complying, repaired", "divergence kept"].value == 0.54
+    assert by_metric["complying, repaired", "divergence, 95th percentile"].value == 0.5
     assert {case for case, _ in ((row.case, row.metric) for row in rows("alone", {**steered, "repaired": None}))} == {
         "alone"
     }
