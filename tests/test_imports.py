@@ -37,6 +37,7 @@ MAY_SEE = {
 SHORTCUTS = {
     "steering/steering.py": {"files", "report"},
     "steering/card.py": {"report"},
+    "steering/cosines.py": {"report"},
     "engines/answer.py": {"report"},
     "engines/streaming.py": {"report"},
     "engines/language_model.py": {"report", "tune"},
