@@ -18,20 +18,15 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.arguments import as_list
-from trimtab.engines.transformers.few_rows import few_rows
-from trimtab.engines.transformers.likelihood import MAX_LOGITS
-from trimtab.engines.transformers.prefix_cache import prefix_cache_of
-from trimtab.engines.transformers.scores import activation_edits, is_score_edit
-from trimtab.engines.transformers.session import Session
-from trimtab.engines.transformers.teacher_forced import AnsweredPrompt, check_answered_prompts, teacher_forced
-from trimtab.engines.transformers.weights import vocabulary_size
+from trimtab.engines.contract import check_answered_prompts
+from trimtab.engines.request import AnsweredPrompt
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 TOKENS = 32
 """The number of tokens of each unsteered answer that are used."""
@@ -84,14 +79,15 @@ def reference(
     It can be reused for many steerings. It holds the logits before every token: `tokens` × the vocabulary per prompt.
 
     Args:
-        lm: A model on the transformers engine.
+        lm: A model on an engine that returns all tokens' probabilities: transformers or llamacpp.
         prompts: The prompts; or a reference, which is returned as it is.
         tokens: The maximum number of tokens of each answer.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
 
     Raises:
-        TrimtabError: There are no prompts, `tokens` is below 1, or the engine is another one.
+        TrimtabError: There are no prompts, or `tokens` is below 1.
+        UnsupportedError: The engine doesn't return all tokens' probabilities.
     """
     if isinstance(prompts, Reference):
         return prompts
@@ -108,7 +104,7 @@ def reference(
     if not texts:
         raise TrimtabError("the unsteered model's answers to these prompts are all empty; give other prompts")
     check_answered_prompts(lm.layout, texts)
-    return Reference(texts, tuple(read_answer_logits(lm, texts, None)))
+    return Reference(texts, tuple(lm.answer_logits(texts)))
 
 
 @keywords
@@ -125,7 +121,7 @@ def divergence(
     """How far a steering moves the model's output on these prompts.
 
     Args:
-        lm: A model on the transformers engine.
+        lm: A model on an engine that returns all tokens' probabilities: transformers or llamacpp.
         steering: Any steering, including gated ones, those at some positions only, and edits of attention scores. Or
             one per prompt, as with steerings that emphasize a phrase of their prompt.
         prompts: The prompts, or a `reference` made from them, which then determines `tokens`, `system` and `chat`.
@@ -138,15 +134,16 @@ def divergence(
         The divergence before each token, in nats.
 
     Raises:
-        TrimtabError: A steering doesn't fit, there are no prompts, the numbers of steerings and prompts differ, or the
-            engine is another one.
+        TrimtabError: A steering doesn't fit, there are no prompts, or the numbers of steerings and prompts
+            differ.
+        UnsupportedError: The engine can't run a steering, or doesn't return all tokens' probabilities.
     """
     steerings = [steering] if steering is None or isinstance(steering, Steering) else list(steering)
     for each_steering in steerings:
         if each_steering is not None:
             lm.check(each_steering, transfer=transfer)
     base = reference(lm, prompts, tokens=tokens, system=system, chat=chat)
-    steered = read_answer_logits(lm, base.texts, steering)
+    steered = lm.answer_logits(base.texts, steering)
     return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
 
 
@@ -158,46 +155,3 @@ def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
     weight = p.exp()
     terms = torch.where(weight > 0, weight * (p - q), torch.zeros_like(p))
     return [math.inf if math.isnan(value) else max(0.0, value) for value in terms.sum(-1).tolist()]
-
-
-def read_answer_logits(
-    lm: LM, texts: Sequence[AnsweredPrompt], steering: Steering | Sequence[Steering | None] | None
-) -> list[Tensor]:
-    """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the order of the
-    texts.
-
-    Raises `TrimtabError` if there are several steerings, but not one for each text.
-    """
-    each = [steering] * len(texts) if steering is None or isinstance(steering, Steering) else list(steering)
-    if len(each) != len(texts):
-        raise TrimtabError(f"{len(each)} steerings for {len(texts)} texts; give one for each, or one for all")
-    vocabulary = vocabulary_size(lm.model)
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i].prompt), len(texts[i].answer), i))
-    same_length = any(
-        is_score_edit(edit) for each_steering in each if each_steering is not None for edit in each_steering.edits
-    )
-    by_text: dict[int, Tensor] = {}
-    with lm._exclusive(), few_rows(lm.model):
-        while order:
-            chosen = _batch(texts, order, MAX_LOGITS // vocabulary, same_length)
-            order = order[len(chosen) :]
-            batch_texts = [texts[i] for i in chosen]
-            edits = lm._resolve_edits([each[i] for i in chosen], [list(text.prompt) for text in batch_texts])
-            residual = [activation_edits(row_edits) for row_edits in edits]
-            session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided, tokenizer=lm.tokenizer)
-            batch_logits = teacher_forced(lm.model, lm.layout, batch_texts, session, edits, prefix_cache_of(lm.model))
-            for i, logits in zip(chosen, batch_logits, strict=True):
-                by_text[i] = logits.cpu()
-    return [by_text[i] for i in range(len(texts))]
-
-
-def _batch(texts: Sequence[AnsweredPrompt], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
-    """The leading part of `order` whose answers fit into `tokens` when padded to the longest; at least one."""
-    chosen = [order[0]]
-    for i in order[1:]:
-        longest = max(len(texts[n].answer) for n in [*chosen, i]) + 1
-        lengths = {(len(texts[n].prompt), len(texts[n].answer)) for n in [*chosen, i]}
-        if longest * (len(chosen) + 1) > tokens or (same_length and len(lengths) > 1):
-            break
-        chosen.append(i)
-    return chosen
