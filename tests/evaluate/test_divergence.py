@@ -10,7 +10,8 @@ from trimtab import LM, TrimtabError
 from trimtab.engines.request import AnsweredPrompt
 from trimtab.engines.vllm.lm import VllmLM
 from trimtab.errors import UnsupportedError
-from trimtab.evaluate.divergence import Divergence, Reference, divergence, reference
+from trimtab.evaluate.divergence import Divergence, Reference, divergence, reference, with_divergence
+from trimtab.files.steering_file import edits_digest
 from trimtab.steering import (
     Ablate,
     Add,
@@ -137,3 +138,27 @@ def test_each_prompt_may_have_a_steering_of_its_own(lm: LM) -> None:
         assert mixed[i] == pytest.approx(alone[i][i], abs=1e-9)
     with pytest.raises(TrimtabError, match="2 steerings for 3 texts"):
         divergence(lm, [first, second], base)
+
+
+def test_a_card_has_the_divergence_where_it_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny("llama")
+    acting = edits(lm)["add"]
+    measured = lm.divergence(acting, PROMPTS)
+    recorded = with_divergence(lm, acting, PROMPTS)
+    assert recorded == acting
+    assert recorded.card.divergence == {
+        "mean": round(measured.mean, 6),
+        "p95": round(measured.p95, 6),
+        "tokens": measured.tokens,
+        "edits": edits_digest(acting),
+    }
+    assert with_divergence(lm, acting, []).card.divergence is None
+    base = reference(lm, PROMPTS)
+    broken = [torch.full_like(logits, torch.nan) for logits in base.logits]
+    monkeypatch.setattr("trimtab.evaluate.divergence.reference", lambda *_, **__: base)
+    monkeypatch.setattr(LM, "answer_logits", lambda *_: broken)
+    nowhere = with_divergence(lm, acting, PROMPTS).card.divergence
+    assert nowhere is not None
+    assert (nowhere["mean"], nowhere["p95"]) == (None, None)
+    monkeypatch.setattr(LM, "cannot", {"logits": "it returns none"})
+    assert with_divergence(lm, acting, PROMPTS).card.divergence is None

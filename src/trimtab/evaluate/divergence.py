@@ -9,8 +9,8 @@ that methods which push in different ways can be compared at the same strength.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,8 @@ from trimtab.engines.arguments import as_list
 from trimtab.engines.contract import check_answered_prompts
 from trimtab.engines.request import AnsweredPrompt
 from trimtab.errors import TrimtabError
+from trimtab.evaluate.ab import evenly_spaced
+from trimtab.files.steering_file import edits_digest
 from trimtab.keywords import keywords
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 TOKENS = 32
 """The number of tokens of each unsteered answer that are used."""
+ARM_PROMPTS, ARM_TOKENS = 4, 16
+"""The number of prompts, and of tokens of each unsteered answer, on which an evaluation's arms are measured."""
+CARD_PROMPTS = 8
+"""The number of prompts on which the divergence in a card is measured."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,55 @@ def divergence(
     base = reference(lm, prompts, tokens=tokens, system=system, chat=chat)
     steered = lm.answer_logits(base.texts, steering)
     return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
+
+
+def measure_divergences(
+    lm: LM, steerings: Mapping[str, Steering], prompts: Sequence[Prompt], *, transfer: bool = False
+) -> dict[str, dict[str, float]]:
+    """The divergence of each of these steerings from the unsteered model, on a few of an evaluation's prompts.
+
+    Args:
+        lm: The model.
+        steerings: The steerings by the names of their arms.
+        prompts: The evaluation's prompts.
+        transfer: Allow steerings learned on another model of the same width.
+
+    Returns:
+        The `mean` and the `p95` in nats per token by name. Empty if the engine doesn't return all tokens'
+        probabilities, or if nothing can be measured on these prompts.
+    """
+    if not steerings or not prompts or lm.supports(None, "logits") is not None:
+        return {}
+    try:
+        base = reference(lm, evenly_spaced(prompts, ARM_PROMPTS), tokens=ARM_TOKENS)
+    except TrimtabError:  # prompts that fill the context, or that get empty answers
+        return {}
+    by_name = {name: divergence(lm, steering, base, transfer=transfer) for name, steering in steerings.items()}
+    return {name: {"mean": measured.mean, "p95": measured.p95} for name, measured in by_name.items()}
+
+
+def with_divergence(lm: LM, steering: Steering, prompts: Sequence[Prompt]) -> Steering:
+    """The steering with its divergence from the unsteered model on a few of these prompts in its card.
+
+    Args:
+        lm: The model that the steering was learned on.
+        steering: The steering.
+        prompts: Prompts, of which at most `CARD_PROMPTS`, evenly spaced, are used.
+
+    Returns:
+        The same edits with `card.divergence`; without it if the engine doesn't return all tokens' probabilities, or if
+        nothing can be measured on these prompts.
+    """
+    if lm.supports(None, "logits") is not None:
+        return steering
+    try:
+        base = reference(lm, evenly_spaced(prompts, CARD_PROMPTS))
+    except TrimtabError:  # prompts that fill the context, or whose answers are empty
+        return steering
+    measured = divergence(lm, steering, base)
+    figures = {name: round(value, 6) for name in ("mean", "p95") if math.isfinite(value := getattr(measured, name))}
+    recorded = {"mean": None, "p95": None, **figures, "tokens": measured.tokens, "edits": edits_digest(steering)}
+    return replace(steering, card=replace(steering.card, divergence=recorded))
 
 
 def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
