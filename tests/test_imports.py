@@ -37,10 +37,10 @@ MAY_SEE = {
 SHORTCUTS = {
     "steering/steering.py": {"files", "report"},
     "steering/card.py": {"report"},
+    "steering/cosines.py": {"report"},
     "engines/answer.py": {"report"},
     "engines/streaming.py": {"report"},
-    "engines/language_model.py": {"report", "tune"},
-    "lm.py": {"evaluate"},
+    "engines/language_model.py": {"evaluate", "report", "tune"},
     "tune/sweep.py": {"report"},
 }
 """Methods that save, draw or try what they belong to: each imports a function from above where it calls it, so that

@@ -103,6 +103,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def link(match: re.Match[str]) -> str:
         target, anchor = match[0][2:].rstrip(")").partition("#")[0], match[2] or ""
         path = (ROOT / folder / target).resolve().relative_to(ROOT)
+        if path.parts[0] == "docs" and path.relative_to("docs").as_posix() in files.src_uris:  # it may be generated
+            return str(match[0])
         if not (ROOT / path).exists():
             raise FileNotFoundError(f"{page.file.src_uri} links to {target}, and there is no {path}")
         if path == Path("benchmarks/RESULTS.md"):

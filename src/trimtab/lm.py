@@ -18,7 +18,7 @@ from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.images import PromptImages
 from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.meanings import check_meanings, meanings_of
-from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
+from trimtab.engines.request import AnsweredPrompt, Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.resolve import active_edits, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.adapters import active_adapters, check_adapters
@@ -58,6 +58,7 @@ from trimtab.engines.transformers.prefix_cache import PrefixCache, prefix_cache_
 from trimtab.engines.transformers.read import check_sites, read_groups, reader, reader_of_pass
 from trimtab.engines.transformers.sampling import seeded
 from trimtab.engines.transformers.scores import (
+    activation_edits,
     check_score_edits,
     is_score_edit,
     score_edits,
@@ -70,15 +71,17 @@ from trimtab.engines.transformers.steered_context import (
     parse_prompt_lengths,
     steerings_of,
 )
+from trimtab.engines.transformers.teacher_forced import in_batches as answer_batches
+from trimtab.engines.transformers.teacher_forced import teacher_forced
 from trimtab.engines.transformers.verify import check_rejection
-from trimtab.engines.transformers.weights import device_of, input_device
+from trimtab.engines.transformers.weights import device_of, input_device, vocabulary_size
 from trimtab.engines.transformers.wrapped_generate import wrapped_generate
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.keywords import keywords
 from trimtab.steering import Adapter, Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on
-from trimtab.text.chat import Message, Prompt, Template
+from trimtab.text.chat import Message, Template
 from trimtab.text.images import IMAGE_LIMITS, ImageLimits
 from trimtab.text.pieces import pieces
 from trimtab.text.templates import with_keywords
@@ -86,7 +89,6 @@ from trimtab.text.templates import with_keywords
 if TYPE_CHECKING:
     from trimtab.engines.llamacpp.model import LlamaCpp
     from trimtab.engines.vllm.lm import VllmLM
-    from trimtab.evaluate.divergence import Divergence
 
 
 class LM(LanguageModel):
@@ -414,25 +416,6 @@ class LM(LanguageModel):
             check_decodes_from_cache(self.model, self.layout, request.ids, images)
         return False
 
-    def divergence(self, steering: Steering | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> Divergence:
-        """Measure the divergence between the unsteered and the steered model at each token of the unsteered answers.
-
-        Args:
-            steering: Any steering, including gated ones, edits at certain positions, and edits of attention scores.
-            prompts: The prompts.
-            options: `tokens` (the maximum number of tokens per unsteered answer, default 32), `system`, `chat`,
-                `template` and `transfer`.
-
-        Returns:
-            The `mean` and `p95` (95th percentile) in nats per token, and the `nats` of each token.
-
-        Raises:
-            TrimtabError: The steering doesn't fit, or there are no prompts.
-        """
-        from trimtab.evaluate.divergence import divergence
-
-        return divergence(self, steering, prompts, **options)
-
     def _emphasis_layers(self) -> Iterable[int]:
         return score_layers(self.layout)
 
@@ -457,6 +440,18 @@ class LM(LanguageModel):
                 if progress is not None:
                     progress(len(results), len(choices))
         return [results[i] for i in range(len(choices))]
+
+    def _answer_logits(self, texts: Sequence[AnsweredPrompt], steerings: Sequence[Steering | None]) -> list[Tensor]:
+        logits: dict[int, Tensor] = {}
+        with self._exclusive(), few_rows(self.model):
+            for chosen in answer_batches(texts, steerings, vocabulary_size(self.model)):
+                batch = [texts[i] for i in chosen]
+                edits = self._resolve_edits([steerings[i] for i in chosen], [list(text.prompt) for text in batch])
+                residual = [activation_edits(row_edits) for row_edits in edits]
+                session = Session(self.model, self.layout, fixed_edits(residual), tokenizer=self.tokenizer)
+                rows = teacher_forced(self.model, self.layout, batch, session, edits, prefix_cache_of(self.model))
+                logits |= {i: row.cpu() for i, row in zip(chosen, rows, strict=True)}
+        return [logits[i] for i in range(len(texts))]
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """See `LanguageModel.answer_nlls`. Raises `TrimtabError` while the model is being steered."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from trimtab import load, save
 from trimtab.files.page import steering_page
+from trimtab.files.steering_file import edits_digest
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,6 @@ def roomy(model, tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """The quick size, smaller still."""
-    from dataclasses import replace
-
     from trimtab.evaluate import audit
 
     few = replace(
@@ -64,11 +64,28 @@ def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tm
     shown = trimtab("inspect", out).out
     assert all(" ".join(line.split()[:4]) in " ".join(shown.split()) for line in report["verdict"])
     assert "with other strengths" not in shown
-    assert "with other strengths" in trimtab("inspect", f"{out}:2").out
+    stale = " ".join(trimtab("inspect", f"{out}:2").out.split())
+    assert "the audit in its card was run with other strengths" in stale
+    assert "the divergence in its card was measured with other strengths" in stale
     page = steering_page(load(out), "user/x", file="x.safetensors")
     assert "## Side effects" in page
     assert "with other strengths" not in page
     assert "with other strengths" in steering_page(2 * load(out), "user/x", file="x.safetensors")
+
+
+def test_the_page_and_inspect_say_that_a_divergence_is_of_other_edits(trimtab, steering, tmp_path):
+    """Without an audit too."""
+    plain = load(steering)
+    measured = {"mean": 0.5, "p95": 1.25, "tokens": 64, "edits": edits_digest(plain)}
+    measured_steering = replace(plain, card=replace(plain.card, divergence=measured))
+    for factor, stale in ((1, False), (2, True)):
+        scaled = factor * measured_steering
+        page = steering_page(scaled, "user/x", file="x.safetensors")
+        assert "| divergence, p95 | 1.25 |" in page
+        assert ("This was measured with other strengths or layers than these." in page) is stale
+        save(scaled, tmp_path / "x.safetensors")
+        shown = " ".join(trimtab("inspect", tmp_path / "x.safetensors").out.split())
+        assert ("the divergence in its card was measured with other strengths" in shown) is stale
 
 
 def test_for_people(trimtab, roomy, steering, small):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from trimtab import LM, load
+
 pytest.importorskip("inspect_ai", reason="needs trimtab[inspect]")
 
 TASK = """
@@ -33,6 +35,20 @@ def test_a_task_runs_in_every_arm(trimtab, model, steering, tmp_path, monkeypatc
         assert right == ["a" in text.lower() for text in arm["answers"].values()]
     assert len({str(arm["answers"]) for arm in ran.json["arms"].values()}) == 3
     assert len(list((tmp_path / "logs").iterdir())) == 3
+    assert "nats" not in ran.json["arms"]["unsteered"]
+    lm = LM.load(model, device="cpu", dtype="float32")
+    for arm, strength in (("s x0.5", 0.5), ("s", 1.0)):
+        expected = lm.divergence(strength * load(steering), ["Who?", "Why?"], tokens=16)
+        assert ran.json["arms"][arm]["nats"] == pytest.approx({"mean": expected.mean, "p95": expected.p95})
+
+
+def test_the_table_has_the_nats_of_each_arm(trimtab, model, steering, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task.py").write_text(TASK)
+    options = ("--model", model, "--device", "cpu", "--dtype", "float32", "--limit", 1)
+    header = trimtab("eval", "inspect", "task.py", *options, "--steer", steering).out.splitlines()[1]
+    assert header.split()[-2:] == ["nats", "samples"]
+    assert "nats" not in trimtab("eval", "inspect", "task.py", *options).out
 
 
 def test_what_makes_no_sense_is_refused(trimtab, model, steering, tmp_path):

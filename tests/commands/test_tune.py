@@ -8,7 +8,7 @@ import pytest
 from trimtab.commands.terminal import sigterm_interrupts
 from trimtab.commands.tune_task import answer_task, check_of
 from trimtab.errors import TrimtabError
-from trimtab.files.steering_file import load_steering, steering_digest
+from trimtab.files.steering_file import edits_digest, load_steering, steering_digest
 from trimtab.text.pairs import Pair
 from trimtab.tune import Setting
 
@@ -70,6 +70,10 @@ def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, di
     assert tuning["held_out"]["steered"] == 1
     assert tuning["held_out"]["unsteered"] == 0
     assert len(tuning["table"]) == 1 + 4 * 2
+    divergence = steering.card.divergence
+    assert divergence["p95"] >= divergence["mean"] > 0
+    assert divergence["tokens"] > 0
+    assert divergence["edits"] == edits_digest(steering)
     seen = trimtab("inspect", out)
     words = "chosen among 8 candidates; on 5 held-out prompts 1.00 instead of 0.00, difference [+1.00, +1.00]"
     assert words in " ".join(seen.out.split())

@@ -34,7 +34,7 @@ from trimtab import (
     learn_iti,
 )
 from trimtab.engines.llamacpp.context import Context
-from trimtab.engines.request import Choice
+from trimtab.engines.request import AnsweredPrompt, Choice
 from trimtab.report.tokens import token_cosines
 
 if importlib.util.find_spec("xllamacpp") is None:
@@ -203,9 +203,57 @@ def test_next_tokens_are_as_likely(lm, llama):
         assert mine.applied.edits == other.applied.edits
 
 
+def answered(lm: LM) -> list[AnsweredPrompt]:
+    answers = lm.generate(PROMPTS, max_new_tokens=NEW)
+    return [AnsweredPrompt(tuple(lm.encode(p)), a.token_ids) for p, a in zip(PROMPTS, answers, strict=True)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_probabilities_of_all_tokens_in_given_answers_agree(lm, llama, rule):
+    """Each text under its own steering, including one that acts at the last block, and none."""
+    texts = answered(lm)
+    steering = adding(1, 3, positions=RULES[rule]) + adding(2, positions=Positions.generated(), strength=-0.8)
+    steerings = [steering, None, -1 * steering, steering]
+    ours, theirs = (model.answer_logits(texts, steerings) for model in (llama, lm))
+    for text, mine, other in zip(texts, ours, theirs, strict=True):
+        assert mine.shape == other.shape == (len(text.answer), len(lm.tokenizer))
+        torch.testing.assert_close(mine.double().log_softmax(-1), other.double().log_softmax(-1), atol=2e-4, rtol=0)
+
+
+def test_long_texts_are_read_in_parts(lm, llama, monkeypatch):
+    texts, steering = answered(lm), adding(1, 3, positions=Positions.generated())
+    whole = llama.answer_logits(texts, steering)
+    monkeypatch.setattr(llama._cached_context, "batch", 3)
+    for part, logits in zip(llama.answer_logits(texts, steering), whole, strict=True):
+        torch.testing.assert_close(part, logits, atol=1e-4, rtol=0)
+
+
+def test_divergences_and_perplexities_agree(lm, llama):
+    steering = adding(1, 3)
+    ours, theirs = (model.divergence(steering, PROMPTS, tokens=NEW) for model in (llama, lm))
+    assert ours.mean > 0.01
+    assert ours.nats == tuple(pytest.approx(row, rel=5e-3, abs=1e-5) for row in theirs.nats)
+    assert llama.divergence(None, PROMPTS, tokens=2).p95 == 0
+    texts = [(text.prompt, text.answer) for text in answered(lm)]
+    assert llama.answer_nlls(texts) == pytest.approx(lm.answer_nlls(texts), abs=2e-4)
+    swept = [model.sweep(steering, strengths=[1], prompts=PROMPTS, max_new_tokens=4) for model in (llama, lm)]
+    assert swept[0].rows[0].perplexity == pytest.approx(swept[1].rows[0].perplexity, rel=1e-3)
+
+
+def test_answers_that_cannot_be_read_say_why(llama):
+    for texts, steering, why in (
+        ([AnsweredPrompt((3,), ())], None, "text 1 has no answer to read"),
+        ([AnsweredPrompt((3,), (4,) * 128)], None, "text 1 has 129 tokens, the model's context is 128"),
+        ([AnsweredPrompt((3,), (4,))], [None, None], "2 steerings for 1 texts"),
+        ([AnsweredPrompt((3,), (4,))], adding(1, positions=Positions.span(5, 9)), "which has"),
+    ):
+        with pytest.raises(TrimtabError, match=why):
+            llama.answer_logits(texts, steering)
+
+
 def test_what_it_hasnt_is_said_before_anything_runs(llama):
-    with pytest.raises(UnsupportedError, match=r"support perplexities: .*; the transformers engine can"):
-        llama.sweep(adding(1))
+    with pytest.raises(UnsupportedError, match=r"support rejection .*; the transformers engine can"):
+        llama.generate("Why?", rejection=True)
     with pytest.raises(UnsupportedError, match=r"learning with gradients .* what is learned there runs on this"):
         learn_bipo(llama, [("Why?", "So.", "the sea")])
     with pytest.raises(UnsupportedError, match=r"outputs only, not .*heads.*; the transformers engine can"):

@@ -20,7 +20,7 @@ from trimtab.engines.transformers.forced import PromptAnswer, teacher_forcing
 from trimtab.engines.transformers.next_token import in_batches
 from trimtab.engines.transformers.prefix_cache import PrefixCache, prefix_cache_of, use_prefix_cache
 from trimtab.engines.transformers.read import can_share
-from trimtab.evaluate.divergence import divergence, read_answer_logits, reference
+from trimtab.evaluate.divergence import divergence, reference
 from trimtab.evaluate.fluency import perplexities
 from trimtab.steering.gates import ALWAYS, Gate
 from trimtab.tune import at_nats
@@ -71,11 +71,11 @@ class TestTheSame:
         gated = steering(Positions.from_last_prompt_token(), Threshold(Site(1), tiny.direction(7), 0.0))
         wanted: list[Any] = [steering(where) for where in WHERE.values()] + [gated, None]
         wanted.append([steering(WHERE["all"]), None, steering(WHERE["generated"])])
-        plain = [read_answer_logits(lm, base.texts, each) for each in wanted]
+        plain = [lm.answer_logits(base.texts, each) for each in wanted]
         with lm._caching_prefixes():
             for _ in range(2):
                 for each, expected in zip(wanted, plain, strict=True):
-                    read = read_answer_logits(lm, base.texts, each)
+                    read = lm.answer_logits(base.texts, each)
                     assert all(near(a, b, lm) for a, b in zip(read, expected, strict=True))
 
     def test_probabilities_of_candidates(self, family: str) -> None:
@@ -124,10 +124,10 @@ def test_prompts_are_read_once(family: str) -> None:
     base = reference(lm, PROMPTS, tokens=4)
     longest = max(len(text.answer) for text in base.texts)
     with lm._caching_prefixes():
-        read_answer_logits(lm, base.texts, steering(WHERE["generated"]))
+        lm.answer_logits(base.texts, steering(WHERE["generated"]))
         with counted(lm) as passes:
             for strength in (0.5, 2.0):
-                read_answer_logits(lm, base.texts, steering(WHERE["generated"], strength=strength))
+                lm.answer_logits(base.texts, steering(WHERE["generated"], strength=strength))
     expected = len(PROMPTS) * (longest + 1) if can_share(lm.layout) else len(PROMPTS) * (15 + longest)
     assert passes == [expected, expected]
 
@@ -143,18 +143,18 @@ def test_what_is_kept_goes_when_a_weight_changes() -> None:
     base = reference(lm, PROMPTS, tokens=4)
     steered = steering(WHERE["generated"])
     with lm._caching_prefixes():
-        before = read_answer_logits(lm, base.texts, steered)
+        before = lm.answer_logits(base.texts, steered)
         with torch.no_grad():
             lm.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-        after = read_answer_logits(lm, base.texts, steered)
+        after = lm.answer_logits(base.texts, steered)
     assert not near(before[0], after[0], lm)
-    assert all(near(a, b, lm) for a, b in zip(after, read_answer_logits(lm, base.texts, steered), strict=True))
+    assert all(near(a, b, lm) for a, b in zip(after, lm.answer_logits(base.texts, steered), strict=True))
     with lm._caching_prefixes():
         other = torch.nn.Parameter(2 * lm.model.model.layers[0].mlp.up_proj.weight.detach())
-        read_answer_logits(lm, base.texts, steered)
+        lm.answer_logits(base.texts, steered)
         lm.model.model.layers[0].mlp.up_proj.weight = other
-        replaced = read_answer_logits(lm, base.texts, steered)
-    assert near(replaced[0], read_answer_logits(lm, base.texts, steered)[0], lm)
+        replaced = lm.answer_logits(base.texts, steered)
+    assert near(replaced[0], lm.answer_logits(base.texts, steered)[0], lm)
     assert not near(replaced[0], after[0], lm)
 
 

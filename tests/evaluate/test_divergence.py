@@ -7,10 +7,11 @@ import torch
 from tiny import direction, naive_logits, prompt, tiny
 
 from trimtab import LM, TrimtabError
-from trimtab.engines.transformers.teacher_forced import AnsweredPrompt
+from trimtab.engines.request import AnsweredPrompt
 from trimtab.engines.vllm.lm import VllmLM
 from trimtab.errors import UnsupportedError
-from trimtab.evaluate.divergence import Divergence, Reference, divergence, read_answer_logits, reference
+from trimtab.evaluate.divergence import Divergence, Reference, divergence, reference, with_divergence
+from trimtab.files.steering_file import edits_digest
 from trimtab.steering import (
     Ablate,
     Add,
@@ -95,7 +96,7 @@ def test_a_steered_answer_is_as_likely_when_it_is_read_as_when_it_was_generated(
     acting = {**edits(lm), "open gate": opened, "emphasis": heeded}[name]
     answers = lm.generate(PROMPTS, acting, max_new_tokens=4, logprobs=True)
     texts = [AnsweredPrompt(tuple(lm.encode(p)), tuple(a.token_ids)) for p, a in zip(PROMPTS, answers, strict=True)]
-    for text, answer, logits in zip(texts, answers, read_answer_logits(lm, texts, acting), strict=True):
+    for text, answer, logits in zip(texts, answers, lm.answer_logits(texts, acting), strict=True):
         assert answer.logprobs is not None
         likelihoods = logits.double().log_softmax(-1)[range(4), list(text.answer)]
         assert likelihoods.tolist() == pytest.approx(list(answer.logprobs), rel=1e-4, abs=1e-5)
@@ -120,7 +121,7 @@ def test_logits_that_are_no_numbers_are_infinitely_far(monkeypatch: pytest.Monke
     lm = tiny("llama")
     base = reference(lm, PROMPTS, tokens=4)
     broken = [torch.full_like(logits, torch.nan) for logits in base.logits]
-    monkeypatch.setattr("trimtab.evaluate.divergence.read_answer_logits", lambda *_: broken)
+    monkeypatch.setattr(LM, "answer_logits", lambda *_: broken)
     result = divergence(lm, edits(lm)["add"], base)
     assert (result.mean, result.p95) == (float("inf"), float("inf"))
     assert Divergence(((0.0,) * 99, (float("inf"),))).p95 == 0.0
@@ -137,3 +138,27 @@ def test_each_prompt_may_have_a_steering_of_its_own(lm: LM) -> None:
         assert mixed[i] == pytest.approx(alone[i][i], abs=1e-9)
     with pytest.raises(TrimtabError, match="2 steerings for 3 texts"):
         divergence(lm, [first, second], base)
+
+
+def test_a_card_has_the_divergence_where_it_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny("llama")
+    acting = edits(lm)["add"]
+    measured = lm.divergence(acting, PROMPTS)
+    recorded = with_divergence(lm, acting, PROMPTS)
+    assert recorded == acting
+    assert recorded.card.divergence == {
+        "mean": round(measured.mean, 6),
+        "p95": round(measured.p95, 6),
+        "tokens": measured.tokens,
+        "edits": edits_digest(acting),
+    }
+    assert with_divergence(lm, acting, []).card.divergence is None
+    base = reference(lm, PROMPTS)
+    broken = [torch.full_like(logits, torch.nan) for logits in base.logits]
+    monkeypatch.setattr("trimtab.evaluate.divergence.reference", lambda *_, **__: base)
+    monkeypatch.setattr(LM, "answer_logits", lambda *_: broken)
+    nowhere = with_divergence(lm, acting, PROMPTS).card.divergence
+    assert nowhere is not None
+    assert (nowhere["mean"], nowhere["p95"]) == (None, None)
+    monkeypatch.setattr(LM, "cannot", {"logits": "it returns none"})
+    assert with_divergence(lm, acting, PROMPTS).card.divergence is None

@@ -14,8 +14,10 @@ import torch
 from tiny import direction, prompt
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, load, make, save
+from trimtab.evaluate.ab import evenly_spaced
 from trimtab.evaluate.controls import means_for, random_like
 from trimtab.evaluate.decision import decide
+from trimtab.files.steering_file import edits_digest
 from trimtab.making import contrasts as contrasts_module
 from trimtab.making.candidates import (
     FROM_LAST,
@@ -403,6 +405,14 @@ def test_make(lm: LM, tmp_path: Any) -> None:
     )
     signs = [sum("w5 " in f"{example.steered} " for example in made.examples) / len(made.examples)]
     assert made.verdict.signs[2] == pytest.approx(signs[0])
+
+    nats = lm.divergence(made.steering, evenly_spaced(IDEA.test, 8))
+    assert made.steering.card.divergence == {
+        "mean": pytest.approx(nats.mean, abs=1e-6),
+        "p95": pytest.approx(nats.p95, abs=1e-6),
+        "tokens": nats.tokens,
+        "edits": edits_digest(made.steering),
+    }
 
     save(made.steering, tmp_path / "odd.safetensors")
     assert load(tmp_path / "odd.safetensors") == made.steering

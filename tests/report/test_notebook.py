@@ -209,6 +209,43 @@ def test_the_plot_has_a_bar_for_each_edit() -> None:
     assert len(mine.patches) == 2 * LAYERS
 
 
+def test_cosines_have_a_table_a_frame_and_a_plot() -> None:
+    pandas = pytest.importorskip("pandas")
+    first = vectors()
+    second = Steering((Edit(Site(1), Add(-2 * direction(1))), Edit(Site(3), Add(direction(3)))))
+    cosines = first.cosine(second)
+    assert cosines == {1: pytest.approx(-1.0), 3: pytest.approx(1.0)}
+    page = cosines._repr_html_()
+    assert "1-1.000" in read(page)
+    assert "3+1.000" in read(page)
+    assert re.findall(r"width: 120px.*?background: rgba\((\d+),", page) == ["184", "51"]
+    table = cosines.to_pandas()
+    assert isinstance(table, pandas.DataFrame)
+    assert table.to_dict("list") == {"layer": [1, 3], "cosine": list(cosines.values())}
+    axes = matplotlib.figure.Figure().subplots()
+    assert cosines.plot(axes) is axes
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([-1.0, 1.0])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "cosine")
+
+
+def test_a_steering_is_a_data_frame_with_a_row_per_edit(lm: LM) -> None:
+    pytest.importorskip("pandas")
+    measured = {"activation_norm": {"0": 30.0}, "agreement": {"0": 0.5}}
+    steering = Steering((*vectors().only([0, 2]).edits, *_emphasis(lm)[1].edits), Card("caa", measured=measured))
+    table = steering.to_pandas()
+    assert list(table.columns) == [
+        *("layer", "site", "operation", "positions", "gate", "strength"),
+        *("norm", "share", "agreement"),
+    ]
+    assert table.layer.tolist() == [0, 2, 1]
+    assert table.operation.tolist() == ["add", "add", "scale_scores"]
+    assert table.norm[:2].tolist() == pytest.approx([3.0, 9.0])
+    assert table.share[0] == pytest.approx(0.1)
+    assert table.agreement[0] == 0.5
+    assert table[["share", "agreement"]].isna().values.tolist() == [[False, False], [True, True], [True, True]]
+    assert table.norm.isna().tolist() == [False, False, True]
+
+
 def test_what_cannot_be_drawn_says_why(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrimtabError, match="no edits"):
         Steering().plot()

@@ -11,11 +11,9 @@ import torch
 
 from trimtab.bench.tasks import BATCH, PLAIN, PROMPT, ArmResult, ItemSteerings, Measure
 from trimtab.engines.doses import DoseWarning
-from trimtab.engines.request import Choice
-from trimtab.engines.transformers.teacher_forced import AnsweredPrompt
+from trimtab.engines.request import AnsweredPrompt, Choice
 from trimtab.evaluate.ab import ABItem, matching_share
 from trimtab.evaluate.constraints import on_topic
-from trimtab.evaluate.divergence import read_answer_logits
 from trimtab.evaluate.fluency import fluencies
 from trimtab.text.letters import letter_question_from_prompt, question_prompt
 
@@ -135,7 +133,7 @@ def likelihoods(lm: LM, texts: Sequence[AnsweredPrompt], run: ItemSteerings) -> 
     values = []
     for start in range(0, len(texts), TOGETHER):
         part = slice(start, start + TOGETHER)
-        for text, logits in zip(texts[part], read_answer_logits(lm, texts[part], list(run[part])), strict=True):
+        for text, logits in zip(texts[part], lm.answer_logits(texts[part], list(run[part])), strict=True):
             ids = torch.tensor(text.answer)[:, None]
             value = float(logits.float().log_softmax(-1).gather(-1, ids).mean())
             values.append(value if math.isfinite(value) else -math.log(HIGHEST))

@@ -254,7 +254,7 @@ class Speed:
 
 def speed_of(lm: LM, answering: LanguageModel | None = None) -> Speed:
     """The speed, measured on a few queries in a few seconds; `answering` generates if it is given, else `lm`."""
-    from trimtab.evaluate.divergence import read_answer_logits, reference
+    from trimtab.evaluate.divergence import reference
 
     questions = list(queries("tune")[:16])
     generating = answering or lm
@@ -264,7 +264,7 @@ def speed_of(lm: LM, answering: LanguageModel | None = None) -> Speed:
     generated = sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - started)
     base = reference(lm, questions[:6], tokens=8)
     started = time.perf_counter()
-    read_answer_logits(lm, base.texts, None)
+    lm.answer_logits(base.texts)
     read = sum(len(text.prompt) + len(text.answer) for text in base.texts) / (time.perf_counter() - started)
     return Speed(generated, read)
 

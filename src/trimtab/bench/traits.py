@@ -11,7 +11,7 @@ from trimtab.bench.measures import by_leads
 from trimtab.bench.store import Store
 from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Outline, Task, TrainingData
 from trimtab.data import Trait, queries, traits
-from trimtab.engines.transformers.teacher_forced import AnsweredPrompt
+from trimtab.engines.request import AnsweredPrompt
 from trimtab.errors import TrimtabError
 from trimtab.making.contrasts import Answer, Contrasts, contrasts, supports_system_prompt, with_system_prompt
 from trimtab.making.idea import idea_from_trait

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from trimtab.commands.eval_common import table_of
-from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, progress_bar, say, show, write_json
 from trimtab.errors import TrimtabError
@@ -66,7 +66,7 @@ def audit(
     quick: Annotated[bool, typer.Option("--quick", help="Half as many requests, shorter answers.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The random seed of intervals and tests.")] = 0,
     transfer: Annotated[bool, typer.Option("--transfer", help="Allow another model of the same width.")] = False,
-    loader: ModelOptions,
+    loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Measure the side effects of a steering.

@@ -32,10 +32,6 @@ ReportOption = Annotated[Path | None, typer.Option(help="A .html page to write: 
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this many items, spread evenly over the file.")]
 
 
-NATS_PROMPTS, NATS_TOKENS = 4, 16
-"""The number of prompts on which divergences are measured, and the number of tokens of each unsteered answer."""
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """Options for the requests, and for where the records are written."""
@@ -77,10 +73,13 @@ class Run:
         Raises:
             TrimtabError: A steering can't be read, or doesn't fit the model.
         """
+        from trimtab.evaluate.divergence import measure_divergences
+
         arms = plan.arms()
         lm = loader.load(quiet=quiet)
         arms |= plan.controls(lm, arms, prompts, transfer=options.transfer)
-        divergences = measure_divergences(lm, arms, prompts, transfer=options.transfer)
+        steerings = {name: arm.steering for name, arm in arms.items() if arm.steering is not None}
+        divergences = measure_divergences(lm, steerings, prompts, transfer=options.transfer)
         arms |= {
             name: replace(arms[name], about={**arms[name].about, "nats": nats}) for name, nats in divergences.items()
         }
@@ -130,27 +129,6 @@ class Run:
             return make(
                 self.lm, requests, **arguments, **asdict(self.options), batch_size=self.batch_size, progress=progress
             )
-
-
-def measure_divergences(
-    lm: LM, arms: Mapping[str, Arm], prompts: Sequence[Prompt], *, transfer: bool
-) -> dict[str, dict[str, float]]:
-    """The divergence of each steered arm from the unsteered model, in nats per token, on a few of these prompts.
-
-    Empty if the engine doesn't give the probabilities of all tokens, or nothing can be measured on these prompts.
-    """
-    from trimtab.evaluate.ab import evenly_spaced
-    from trimtab.evaluate.divergence import divergence, reference
-
-    steered = {name: arm.steering for name, arm in arms.items() if arm.steering is not None}
-    if not steered or lm.supports(None, "logits") is not None:
-        return {}
-    try:
-        base = reference(lm, evenly_spaced(prompts, NATS_PROMPTS), tokens=NATS_TOKENS)
-    except TrimtabError:  # prompts that fill the context, or that get empty answers
-        return {}
-    divergences = {name: divergence(lm, steering, base, transfer=transfer) for name, steering in steered.items()}
-    return {name: {"mean": measured.mean, "p95": measured.p95} for name, measured in divergences.items()}
 
 
 def finish(document: dict[str, Any], *parts: RenderableType, out: Path | None, json: bool) -> None:

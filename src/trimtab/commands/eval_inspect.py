@@ -95,10 +95,12 @@ def inspect(
         write_json(document)
         return
     metrics = list(dict.fromkeys(metric for arm in document["arms"].values() for metric in arm["metrics"]))
-    table = table_of("arm", *metrics, "samples")
+    nats = any("nats" in arm for arm in document["arms"].values())
+    table = table_of("arm", *metrics, *(["nats"] * nats), "samples")
     for name, arm in document["arms"].items():
         shown = (f"{arm['metrics'][metric]:.3f}" if metric in arm["metrics"] else "" for metric in metrics)
-        table.add_row(name, *shown, str(arm["samples"]))
+        divergence = [f"{arm['nats']['p95']:.2g}" if "nats" in arm else ""] * nats
+        table.add_row(name, *shown, *divergence, str(arm["samples"]))
     show(f"{task} on {document['model']}", table)
     note(f"logs are in {log_dir}; inspect view --log-dir {log_dir} shows them", quiet=False)
 

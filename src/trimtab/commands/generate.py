@@ -354,7 +354,7 @@ def _check_strength(dose: float | None, nats: float | None, steers: bool, engine
             "--dose needs doses, and the vllm engine doesn't measure them; leave --engine out to find the"
             " strength, then give it as FILE:STRENGTH"
         )
-    if nats is not None and engine != "transformers":
+    if nats is not None and engine == "vllm":
         raise TrimtabError(
             f"--nats needs all tokens' probabilities, which the {engine} engine doesn't return; leave --engine out to"
             " find the strength, then give it as FILE:STRENGTH"

@@ -114,7 +114,7 @@ def inspect(
             show_plane(lm, pick, pairs, pair_list, layer, plot, transfer=transfer, json=json)
         return
 
-    from trimtab.files.steering_file import edits_digest, steering_digest
+    from trimtab.files.steering_file import describes, steering_digest
     from trimtab.report.pushes import pushes
     from trimtab.report.suggested import MILD, has_its_strength, suggested_strength
 
@@ -142,8 +142,15 @@ def inspect(
             f"divergence on {divergence['model']}: {divergence['mean']:.3g} nats per token, 95th percentile"
             f" {divergence['p95']:.3g}",
         )
-    if steering.card.audit is not None and steering.card.audit.get("edits") != edits_digest(steering):
+    audit, stored = steering.card.audit, steering.card.divergence
+    if audit is not None and not describes(audit, steering):
         show("", "the audit in its card was run with other strengths or layers than these; run trimtab audit again")
+    if stored is not None and not describes(stored, steering):
+        show(
+            "",
+            "the divergence in its card was measured with other strengths or layers than these; trimtab inspect"
+            " --nats measures it again",
+        )
     if plot is not None:
         show("", f"drew {plot}")
 

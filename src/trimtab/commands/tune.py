@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -261,6 +262,11 @@ def tune(
                     progress=progress,
                     **common,
                 )
+        if result.steering is not None and not result.interrupted:
+            from trimtab.evaluate.divergence import with_divergence
+
+            with suppress(KeyboardInterrupt):  # the file is then saved without it
+                result = replace(result, steering=with_divergence(lm, result.steering, task.prompts))
         digest = save_steering(result.steering, out) if result.steering is not None else None
         if len(result.table) < 2:
             figure = None  # interrupted before anything was tried, so there is nothing to draw

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from trimtab.engines.answer import Generation
-from trimtab.engines.request import Batch, Choice, Decoding, Request, Text
+from trimtab.engines.request import AnsweredPrompt, Batch, Choice, Decoding, Request, Text
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site, Steering
 
@@ -99,6 +101,11 @@ class Engine(Protocol):
     ) -> Iterator[Batch]:
         """The activations of every text of every group at every site, in batches whose order the engine chooses."""
 
+    def answer_logits(
+        self, texts: Sequence[AnsweredPrompt], steering: Steering | Sequence[Steering | None] | None = None
+    ) -> list[Tensor]:
+        """The logits, or the log-probabilities over the vocabulary, before each token of given answers."""
+
 
 def check_length(layout: Shape, length: int, what: str) -> None:
     """Raises `TrimtabError` for an empty text, or one that exceeds the model's context."""
@@ -130,6 +137,14 @@ def check_texts(layout: Shape, groups: Sequence[Sequence[Text]]) -> None:
                 raise TrimtabError(
                     f"text {g + 1}: positions {list(text.positions)} are empty or outside its {len(text.ids)} tokens"
                 )
+
+
+def check_answered_prompts(layout: Shape, texts: Sequence[AnsweredPrompt]) -> None:
+    """Raise `TrimtabError`, naming the text, if one has no prompt or answer or is too long."""
+    for i, text in enumerate(texts):
+        if not text.prompt or not text.answer:
+            raise TrimtabError(f"text {i + 1} has no {'answer' if text.prompt else 'prompt'} to read")
+        check_length(layout, len(text.prompt) + len(text.answer), f"text {i + 1}")
 
 
 def check_choices(layout: Shape, choices: Sequence[Choice]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -30,6 +31,7 @@ from trimtab.engines.contract import (
     FEATURES,
     TOKENS_PER_BATCH,
     Shape,
+    check_answered_prompts,
     check_answers,
     check_choices,
     check_length,
@@ -37,7 +39,7 @@ from trimtab.engines.contract import (
 )
 from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.images import PromptImages
-from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
+from trimtab.engines.request import AnsweredPrompt, Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.resolve import check_prompt
 from trimtab.engines.streaming import ReportTokens, Stream, TokenReporter, stream_prompt
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -52,6 +54,7 @@ from trimtab.text.spans import Emphasis, find_spans
 from trimtab.text.templates import check_no_keywords
 
 if TYPE_CHECKING:
+    from trimtab.evaluate.divergence import Divergence
     from trimtab.report.projections import Projections
     from trimtab.tune.sweep import Sweep
 
@@ -137,6 +140,10 @@ class LanguageModel(ABC):
         Raises:
             UnsupportedError: The engine can't compute perplexities.
         """
+
+    @abstractmethod
+    def _answer_logits(self, texts: Sequence[AnsweredPrompt], steerings: Sequence[Steering | None]) -> list[Tensor]:
+        """The implementation of `answer_logits`; its arguments are already checked."""
 
     if not TYPE_CHECKING:
 
@@ -476,6 +483,32 @@ class LanguageModel(ABC):
             check_prompt(each_steering, choice.prompt_length)
         return self._next_logprobs(choices, steerings, batch_size, progress)
 
+    def answer_logits(
+        self, texts: Sequence[AnsweredPrompt], steering: Steering | Sequence[Steering | None] | None = None
+    ) -> list[Tensor]:
+        """The logits before each token of given answers (teacher forcing), each text under its own steering.
+
+        Args:
+            texts: The prompts and their answers.
+            steering: One for all texts, or a list with one per text (`None`: unsteered). The caller has to `check` it.
+
+        Returns:
+            For each text a tensor `[answer tokens, vocabulary]` on the CPU. An engine may return log-probabilities
+            instead: `log_softmax` of either are the log-probabilities.
+
+        Raises:
+            TrimtabError: A text is empty or too long, or the numbers of steerings and texts differ.
+            UnsupportedError: The engine doesn't return all tokens' probabilities.
+        """
+        self.require("logits")
+        steerings = [steering] * len(texts) if steering is None or isinstance(steering, Steering) else list(steering)
+        if len(steerings) != len(texts):
+            raise TrimtabError(f"{len(steerings)} steerings for {len(texts)} texts; give one for each, or one for all")
+        check_answered_prompts(self.layout, texts)
+        for text, each_steering in zip(texts, steerings, strict=True):
+            check_prompt(each_steering, len(text.prompt))
+        return self._answer_logits(texts, steerings)
+
     # ---- looking at a steering --------------------------------------------------------------------------
 
     def project(
@@ -506,6 +539,30 @@ class LanguageModel(ABC):
         from trimtab.report.projections import project
 
         return project(self, text, steering, layers, template=template, transfer=transfer)
+
+    def divergence(
+        self, steering: Steering | Sequence[Steering | None] | None, prompts: Prompt | Sequence[Prompt], **options: Any
+    ) -> Divergence:
+        """Measure the divergence between the unsteered and the steered model at each token of the unsteered answers.
+
+        Args:
+            steering: Any steering, including gated ones, edits at certain positions, and edits of attention scores; or
+                one per prompt.
+            prompts: The prompts.
+            options: `tokens` (the maximum number of tokens per unsteered answer, default 32), `system`, `chat`,
+                `template` and `transfer`.
+
+        Returns:
+            The `mean` and `p95` (95th percentile) in nats per token, and the `nats` of each token.
+
+        Raises:
+            TrimtabError: The steering doesn't fit, or there are no prompts.
+            UnsupportedError: The engine can't run the steering, or doesn't return all tokens' probabilities.
+        """
+        self.require("logits")
+        from trimtab.evaluate.divergence import divergence
+
+        return divergence(self, steering, prompts, **options)
 
     @check_arguments
     def sweep(
@@ -644,6 +701,10 @@ class LanguageModel(ABC):
     def _check_can_stream(self) -> None:
         """Raises `TrimtabError` if a stream can't start now."""
         return
+
+    def _caching_prefixes(self) -> AbstractContextManager[None]:
+        """While open, an engine may cache unsteered prefixes of the texts whose probabilities are computed."""
+        return nullcontext()
 
     def _emphasis_layers(self) -> Iterable[int]:
         """The layers at which emphasis acts."""

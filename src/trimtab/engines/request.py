@@ -89,6 +89,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class AnsweredPrompt:
+    """A prompt and its answer, as token ids."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class NextToken:
     """The natural log-probability of each candidate, normalized over the whole vocabulary, and what steered it."""
 

@@ -9,8 +9,8 @@ that methods which push in different ways can be compared at the same strength.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,23 +18,24 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.arguments import as_list
-from trimtab.engines.transformers.few_rows import few_rows
-from trimtab.engines.transformers.likelihood import MAX_LOGITS
-from trimtab.engines.transformers.prefix_cache import prefix_cache_of
-from trimtab.engines.transformers.scores import activation_edits, is_score_edit
-from trimtab.engines.transformers.session import Session
-from trimtab.engines.transformers.teacher_forced import AnsweredPrompt, check_answered_prompts, teacher_forced
-from trimtab.engines.transformers.weights import vocabulary_size
+from trimtab.engines.contract import check_answered_prompts
+from trimtab.engines.request import AnsweredPrompt
 from trimtab.errors import TrimtabError
+from trimtab.evaluate.ab import evenly_spaced
+from trimtab.files.steering_file import edits_digest
 from trimtab.keywords import keywords
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt, Template
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 TOKENS = 32
 """The number of tokens of each unsteered answer that are used."""
+ARM_PROMPTS, ARM_TOKENS = 4, 16
+"""The number of prompts, and of tokens of each unsteered answer, on which an evaluation's arms are measured."""
+CARD_PROMPTS = 8
+"""The number of prompts on which the divergence in a card is measured."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def reference(
     It can be reused for many steerings. It holds the logits before every token: `tokens` × the vocabulary per prompt.
 
     Args:
-        lm: A model on the transformers engine.
+        lm: A model on an engine that returns all tokens' probabilities: transformers or llamacpp.
         prompts: The prompts; or a reference, which is returned as it is.
         tokens: The maximum number of tokens of each answer.
         system: A system message before each prompt.
@@ -93,7 +94,8 @@ def reference(
         template: Keywords of the chat template.
 
     Raises:
-        TrimtabError: There are no prompts, `tokens` is below 1, or the engine is another one.
+        TrimtabError: There are no prompts, or `tokens` is below 1.
+        UnsupportedError: The engine doesn't return all tokens' probabilities.
     """
     if isinstance(prompts, Reference):
         return prompts
@@ -110,7 +112,7 @@ def reference(
     if not texts:
         raise TrimtabError("the unsteered model's answers to these prompts are all empty; give other prompts")
     check_answered_prompts(lm.layout, texts)
-    return Reference(texts, tuple(read_answer_logits(lm, texts, None)))
+    return Reference(texts, tuple(lm.answer_logits(texts)))
 
 
 @keywords
@@ -128,7 +130,7 @@ def divergence(
     """How far a steering moves the model's output on these prompts.
 
     Args:
-        lm: A model on the transformers engine.
+        lm: A model on an engine that returns all tokens' probabilities: transformers or llamacpp.
         steering: Any steering, including gated ones, those at some positions only, and edits of attention scores. Or
             one per prompt, as with steerings that emphasize a phrase of their prompt.
         prompts: The prompts, or a `reference` made from them, which then determines `tokens`, `system`, `chat` and
@@ -143,16 +145,66 @@ def divergence(
         The divergence before each token, in nats.
 
     Raises:
-        TrimtabError: A steering doesn't fit, there are no prompts, the numbers of steerings and prompts differ, or the
-            engine is another one.
+        TrimtabError: A steering doesn't fit, there are no prompts, or the numbers of steerings and prompts
+            differ.
+        UnsupportedError: The engine can't run a steering, or doesn't return all tokens' probabilities.
     """
     steerings = [steering] if steering is None or isinstance(steering, Steering) else list(steering)
     for each_steering in steerings:
         if each_steering is not None:
             lm.check(each_steering, transfer=transfer)
     base = reference(lm, prompts, tokens=tokens, system=system, chat=chat, template=template)
-    steered = read_answer_logits(lm, base.texts, steering)
+    steered = lm.answer_logits(base.texts, steering)
     return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
+
+
+def measure_divergences(
+    lm: LM, steerings: Mapping[str, Steering], prompts: Sequence[Prompt], *, transfer: bool = False
+) -> dict[str, dict[str, float]]:
+    """The divergence of each of these steerings from the unsteered model, on a few of an evaluation's prompts.
+
+    Args:
+        lm: The model.
+        steerings: The steerings by the names of their arms.
+        prompts: The evaluation's prompts.
+        transfer: Allow steerings learned on another model of the same width.
+
+    Returns:
+        The `mean` and the `p95` in nats per token by name. Empty if the engine doesn't return all tokens'
+        probabilities, or if nothing can be measured on these prompts.
+    """
+    if not steerings or not prompts or lm.supports(None, "logits") is not None:
+        return {}
+    try:
+        base = reference(lm, evenly_spaced(prompts, ARM_PROMPTS), tokens=ARM_TOKENS)
+    except TrimtabError:  # prompts that fill the context, or that get empty answers
+        return {}
+    by_name = {name: divergence(lm, steering, base, transfer=transfer) for name, steering in steerings.items()}
+    return {name: {"mean": measured.mean, "p95": measured.p95} for name, measured in by_name.items()}
+
+
+def with_divergence(lm: LM, steering: Steering, prompts: Sequence[Prompt]) -> Steering:
+    """The steering with its divergence from the unsteered model on a few of these prompts in its card.
+
+    Args:
+        lm: The model that the steering was learned on.
+        steering: The steering.
+        prompts: Prompts, of which at most `CARD_PROMPTS`, evenly spaced, are used.
+
+    Returns:
+        The same edits with `card.divergence`; without it if the engine doesn't return all tokens' probabilities, or if
+        nothing can be measured on these prompts.
+    """
+    if lm.supports(None, "logits") is not None:
+        return steering
+    try:
+        base = reference(lm, evenly_spaced(prompts, CARD_PROMPTS))
+    except TrimtabError:  # prompts that fill the context, or whose answers are empty
+        return steering
+    measured = divergence(lm, steering, base)
+    figures = {name: round(value, 6) for name in ("mean", "p95") if math.isfinite(value := getattr(measured, name))}
+    recorded = {"mean": None, "p95": None, **figures, "tokens": measured.tokens, "edits": edits_digest(steering)}
+    return replace(steering, card=replace(steering.card, divergence=recorded))
 
 
 def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
@@ -163,46 +215,3 @@ def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
     weight = p.exp()
     terms = torch.where(weight > 0, weight * (p - q), torch.zeros_like(p))
     return [math.inf if math.isnan(value) else max(0.0, value) for value in terms.sum(-1).tolist()]
-
-
-def read_answer_logits(
-    lm: LM, texts: Sequence[AnsweredPrompt], steering: Steering | Sequence[Steering | None] | None
-) -> list[Tensor]:
-    """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the order of the
-    texts.
-
-    Raises `TrimtabError` if there are several steerings, but not one for each text.
-    """
-    each = [steering] * len(texts) if steering is None or isinstance(steering, Steering) else list(steering)
-    if len(each) != len(texts):
-        raise TrimtabError(f"{len(each)} steerings for {len(texts)} texts; give one for each, or one for all")
-    vocabulary = vocabulary_size(lm.model)
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i].prompt), len(texts[i].answer), i))
-    same_length = any(
-        is_score_edit(edit) for each_steering in each if each_steering is not None for edit in each_steering.edits
-    )
-    by_text: dict[int, Tensor] = {}
-    with lm._exclusive(), few_rows(lm.model):
-        while order:
-            chosen = _batch(texts, order, MAX_LOGITS // vocabulary, same_length)
-            order = order[len(chosen) :]
-            batch_texts = [texts[i] for i in chosen]
-            edits = lm._resolve_edits([each[i] for i in chosen], [list(text.prompt) for text in batch_texts])
-            residual = [activation_edits(row_edits) for row_edits in edits]
-            session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided, tokenizer=lm.tokenizer)
-            batch_logits = teacher_forced(lm.model, lm.layout, batch_texts, session, edits, prefix_cache_of(lm.model))
-            for i, logits in zip(chosen, batch_logits, strict=True):
-                by_text[i] = logits.cpu()
-    return [by_text[i] for i in range(len(texts))]
-
-
-def _batch(texts: Sequence[AnsweredPrompt], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
-    """The leading part of `order` whose answers fit into `tokens` when padded to the longest; at least one."""
-    chosen = [order[0]]
-    for i in order[1:]:
-        longest = max(len(texts[n].answer) for n in [*chosen, i]) + 1
-        lengths = {(len(texts[n].prompt), len(texts[n].answer)) for n in [*chosen, i]}
-        if longest * (len(chosen) + 1) > tokens or (same_length and len(lengths) > 1):
-            break
-        chosen.append(i)
-    return chosen

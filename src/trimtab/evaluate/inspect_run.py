@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
+from trimtab.evaluate.divergence import measure_divergences
+
+if TYPE_CHECKING:
+    from inspect_ai.log import EvalSample
+
+    from trimtab.evaluate.inspect_provider import SteeredModel
 
 
 def run_task(
@@ -38,7 +44,8 @@ def run_task(
 
     Returns:
         `metrics` by scorer and name, `samples` (their number), `log` (its file), and `answers` and `scores` by sample
-        id.
+        id. Under a steering also `nats`, if they can be measured: the `mean` and `p95` of the divergence from the
+        unsteered model, on prompts of the task.
 
     Raises:
         TrimtabError: Inspect isn't installed, there is no such task, or a sample failed; the message says why.
@@ -50,7 +57,7 @@ def run_task(
 
     kwargs = {"steer": steer, "transfer": transfer, "batch_size": batch_size, **options}
     # loaded here, so that an error in a steering or model is raised as it is, not written into a log
-    SteeredModel(model, **kwargs)
+    steered = SteeredModel(model, **kwargs)
     from inspect_ai import eval as run
     from inspect_ai.model import get_model
 
@@ -77,7 +84,9 @@ def run_task(
         for name, metric in score.metrics.items()
     }
     samples = log.samples or []
+    nats = _nats(steered, samples)
     return {
+        **({} if nats is None else {"nats": nats}),
         "metrics": metrics,
         "samples": len(samples),
         "log": str(log.location),
@@ -86,3 +95,27 @@ def run_task(
             str(sample.id): {name: score.value for name, score in (sample.scores or {}).items()} for sample in samples
         },
     }
+
+
+def _nats(steered: SteeredModel, samples: Sequence[EvalSample]) -> dict[str, float] | None:
+    """The divergence of a model from the unsteered one on the first messages of some samples.
+
+    `None` for the unsteered model, and if nothing can be measured on these prompts.
+    """
+    prompts = [prompt for sample in samples if (prompt := _prompt(sample))]
+    if steered.steering is None:
+        return None
+    measured = measure_divergences(steered.lm, {"steered": steered.steering}, prompts, transfer=steered.transfer)
+    return measured.get("steered")
+
+
+def _prompt(sample: EvalSample) -> list[dict[str, str]]:
+    """A sample's messages up to the first answer; empty if they aren't text only."""
+    prompt = []
+    for message in sample.messages:
+        if message.role == "assistant":
+            break
+        if not isinstance(message.content, str):
+            return []
+        prompt.append({"role": message.role, "content": message.content})
+    return prompt

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trimtab.files.steering_file import edits_digest, steering_digest
+from trimtab.files.steering_file import describes, steering_digest
 from trimtab.steering import Card, Operation, Steering
 from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
 from trimtab.steering.operations import NAMES
@@ -74,19 +74,17 @@ def baked_page(steering: Steering, name: str, model: str, notes: Sequence[str]) 
 
 
 def _measured_effects(steering: Steering) -> list[str]:
-    """The divergence and the audit, if the card has them; notes if the audit was of other edits."""
+    """The divergence and the audit, if the card has them; notes if they are of other edits."""
     card = steering.card
     sections = []
     if isinstance(card.divergence, Mapping):
         divergence_rows = [(f"divergence, {name}", _number(card.divergence.get(name))) for name in ("mean", "p95")]
         sections += ["## How much it changes the model\n", _table(("nats per token", ""), divergence_rows)]
+        if not describes(card.divergence, steering):
+            sections.append("This was measured with other strengths or layers than these.\n")
     audit = card.audit
     if isinstance(audit, Mapping) and isinstance(audit.get("verdict"), (list, tuple)):
-        stale = (
-            ""
-            if audit.get("edits") == edits_digest(steering)
-            else " It was run with other strengths or layers than these."
-        )
+        stale = "" if describes(audit, steering) else " It was run with other strengths or layers than these."
         about = (
             f"What `trimtab audit` found besides the intended effect ({_inline(str(audit.get('size')))} size).{stale}\n"
         )

@@ -87,6 +87,11 @@ def edits_digest(steering: Steering) -> str:
     return steering_digest(Steering(steering.edits))
 
 
+def describes(measured: Mapping[str, Any], steering: Steering) -> bool:
+    """Whether a card's `audit` or `divergence` was measured with exactly these edits."""
+    return measured.get("edits") == edits_digest(steering)
+
+
 def load_steering(path: str | Path) -> Steering:
     """Read a file that `save_steering` wrote.
 

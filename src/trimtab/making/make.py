@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
+from trimtab.evaluate.divergence import with_divergence
 from trimtab.keywords import keywords
 from trimtab.learn.inputs import check_lm, pairs_for
 from trimtab.making.candidates import FROM_LAST, Candidate, candidates, distillation_candidates
@@ -237,5 +238,6 @@ def _make_from_material(
         options={**card.options, **how_made},
         measured={**card.measured, **verdict.as_measured()},
     )
-    steering = Steering(chosen.steering.edits, card)
+    bare_prompts = [prompt.bare for prompt in material.final_prompts]
+    steering = with_divergence(lm, Steering(chosen.steering.edits, card), bare_prompts)
     return Made(material.name, material.source, steering, verdict, chosen.name, tuple(ranked), tuple(examples))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
@@ -57,6 +57,23 @@ def draw_steering(steering: Steering, ax: Any = None) -> Any:
     push_bars(axes, edit_pushes)
     axes.set_xlabel("layer")
     axes.set_title(origin(steering.card), loc="left", fontsize=11, parse_math=False)
+    tidy(axes)
+    return axes
+
+
+def draw_cosine_bars(cosines: Mapping[int, float], ax: Any = None) -> Any:
+    """Draw a bar for the cosine at each layer, from -1 to 1, in the colors of `token_cosines`."""
+    from trimtab.report.tokens import BLUE, RED
+
+    axes = axes_or_new(ax)
+    colors = [tuple(part / 255 for part in (BLUE if value > 0 else RED)) for value in cosines.values()]
+    axes.bar(list(cosines), list(cosines.values()), width=0.8 if len(cosines) > 3 else 0.2, color=colors)
+    axes.axhline(0, color="#888888", linewidth=1)
+    axes.set_xticks(list(cosines))
+    axes.set_xlim(min(cosines) - 1, max(cosines) + 1)
+    axes.set_ylim(-1.05, 1.05)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("cosine")
     tidy(axes)
     return axes
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from trimtab.report.pushes import Push
-    from trimtab.steering import Card, Gate, Operation, Steering
+    from trimtab.steering import Card, Edit, Gate, Operation, Steering
 
 
 def origin(card: Card) -> str:
@@ -126,6 +130,38 @@ def edit_columns(steering: Steering, edit_pushes: Sequence[Push]) -> tuple[str, 
     count = "1 edit" if len(edit_pushes) == 1 else f"{len(edit_pushes)} edits"
     line = f"{count}: {', '.join(f'{name} {value}' for name, value in common.items())}".rstrip(": ")
     return line, {name: cells for name, cells in columns.items() if any(cells)}
+
+
+def edit_rows(steering: Steering) -> list[dict[str, Any]]:
+    """The edits in order, one mapping per edit; numbers that aren't known are `nan`."""
+    return [{**_edit_facts(edit), **_push_facts(replace(steering, edits=(edit,)))} for edit in steering.edits]
+
+
+def _edit_facts(edit: Edit) -> dict[str, Any]:
+    from trimtab.steering.attention import SCORE_NAMES
+    from trimtab.steering.operations import NAMES
+
+    operation = getattr(edit.operation, "operation", edit.operation)  # unwrap a Conditional
+    return {
+        "layer": edit.site.layer,
+        "site": str(edit.site),
+        "operation": (NAMES | SCORE_NAMES)[type(operation)],
+        "positions": str(edit.positions),
+        "gate": describe_gate(edit.gate),
+        "strength": edit.strength,
+    }
+
+
+def _push_facts(steering: Steering) -> dict[str, float]:
+    """The push of a steering with one edit; `nan` if it steers attention, which has no direction."""
+    from trimtab.report.pushes import pushes
+
+    try:
+        (push,) = pushes(steering)
+    except UnsupportedError:
+        return dict.fromkeys(("norm", "share", "agreement"), math.nan)
+    facts = {"norm": push.norm, "share": push.share, "agreement": push.agreement}
+    return {name: math.nan if value is None else value for name, value in facts.items()}
 
 
 def _same(values: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""How notebooks show a steering, a card, an answer and a sweep: HTML to embed in a page.
+"""How notebooks show a steering, cosines, a card, an answer and a sweep: HTML to embed in a page.
 
 It is self-contained: no scripts, nothing is fetched, all text is escaped, and the colors suit light and dark pages.
 """
@@ -6,7 +6,7 @@ It is self-contained: no scripts, nothing is fetched, all text is escaped, and t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from trimtab.tune.sweep import Sweep, SweepRow
 
 BAR = "rgba(51,101,138,.75)"
+AGAINST = "rgba(184,62,48,.75)"
+"""The color of a bar below 0."""
 BAR_WIDTH = 120
 """The length of the longest bar, in pixels."""
 CELL = "text-align: {side}; padding: .1rem .8rem .1rem 0; vertical-align: top; white-space: {wraps}"
@@ -60,6 +62,16 @@ def steering_html(steering: Steering) -> str:
         **columns,
     }
     return f"{title}<p>{escape(line)}</p>{table(shown, words=('operation', 'at', 'when'), raw=(' ',))}"
+
+
+def cosines_html(cosines: Mapping[int, float]) -> str:
+    """A table with one row per layer, with a bar for the cosine: blue above 0 and red below."""
+    columns = {
+        "layer": [str(layer) for layer in cosines],
+        "cosine": [f"{cosine:+.3f}" for cosine in cosines.values()],
+        " ": [_bar(abs(cosine), 1.0, BAR if cosine > 0 else AGAINST) for cosine in cosines.values()],
+    }
+    return table(columns, raw=(" ",))
 
 
 def card_html(card: Card) -> str:
@@ -164,9 +176,9 @@ def _cell(side: str, *, wraps: bool = False) -> str:
     return CELL.format(side=side, wraps=f"normal; min-width: {LONG / 2:g}em" if wraps else "nowrap")
 
 
-def _bar(value: float, longest: float) -> str:
+def _bar(value: float, longest: float, color: str = BAR) -> str:
     width = round(BAR_WIDTH * value / longest) if longest > 0 else 0
-    return f'<div style="width: {width}px; height: .7em; margin-top: .25em; background: {BAR}"></div>'
+    return f'<div style="width: {width}px; height: .7em; margin-top: .25em; background: {color}"></div>'
 
 
 def _steered(answer: Generation) -> str:

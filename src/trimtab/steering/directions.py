@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
+from trimtab.steering.cosines import Cosines
 from trimtab.steering.operations import Add
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def directions(steering: Steering) -> dict[int, Tensor]:
     return by_layer
 
 
-def shared_cosines(first: Steering, other: Steering) -> dict[int, float]:
+def shared_cosines(first: Steering, other: Steering) -> Cosines:
     """The cosine between both directions at each layer at which both steerings act.
 
     Raises:
@@ -58,4 +59,4 @@ def shared_cosines(first: Steering, other: Steering) -> dict[int, float]:
                 f"at layer {layer} these steerings have different widths, {len(a[layer])} and {len(b[layer])}; they"
                 " were learned on different models"
             )
-    return {layer: float(a[layer] @ b[layer]) for layer in shared}
+    return Cosines((layer, float(a[layer] @ b[layer])) for layer in shared)

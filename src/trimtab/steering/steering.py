@@ -16,6 +16,7 @@ from trimtab.keywords import class_keywords
 from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
 from trimtab.steering.attributes import STEERING_HINTS, raise_missing_attribute
 from trimtab.steering.card import Card
+from trimtab.steering.cosines import Cosines
 from trimtab.steering.directions import directions, shared_cosines
 from trimtab.steering.gates import ALWAYS, Gate
 from trimtab.steering.integers import as_int
@@ -230,8 +231,14 @@ class Steering:
         """
         return directions(self[layer])[layer].float()
 
-    def cosine(self, other: Steering) -> dict[int, float]:
+    def cosine(self, other: Steering) -> Cosines:
         """The cosine between the directions of two steerings, for each layer at which both act.
+
+        Args:
+            other: The other steering, learned by any method on the same model.
+
+        Returns:
+            `{layer: cosine}`; a notebook displays it as a table, and it has `plot()` and `to_pandas()`.
 
         Raises:
             TrimtabError: `other` isn't a steering; they share no layer, or differ in site or width at one; or a layer
@@ -258,6 +265,21 @@ class Steering:
         from trimtab.report.axes import draw_steering
 
         return draw_steering(self, ax)
+
+    def to_pandas(self) -> Any:
+        """A data frame with one row per edit: where it acts, what it does, its strength and its norm.
+
+        Returns:
+            A data frame. `norm`, `share` (the relative norm) and `agreement` are missing where the edit has no
+            direction or the card has no measurement.
+
+        Raises:
+            TrimtabError: pandas is missing.
+        """
+        from trimtab.report.described import edit_rows
+        from trimtab.report.frames import frame
+
+        return frame(edit_rows(self))
 
     def _repr_html_(self) -> str:
         from trimtab.report.notebook import steering_html

@@ -15,7 +15,7 @@ from trimtab.steering import Steering
 from trimtab.text.chat import Prompt, Template
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 CLOSE = 0.02
 """Tolerance: a divergence this close to the requested one, as a share of it, is accepted."""
@@ -78,7 +78,7 @@ def at_nats(
     with a warning.
 
     Args:
-        lm: A model on the transformers engine.
+        lm: A model on an engine that returns all tokens' probabilities: transformers or llamacpp.
         steering: Its edits keep their relative strengths, and their signs.
         nats: 0.25 is hardly noticeable, 1 a clear change, 4 a strong one.
         prompts: The prompts to measure on, or a `reference` made from them.

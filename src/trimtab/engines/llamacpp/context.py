@@ -139,41 +139,61 @@ class Context:
         self._vectors = {block: np.array(vector, dtype=np.float32) for block, vector in (vectors or {}).items()}
         self._unchecked = bool(self._previous_vectors or self._vectors)
 
-    def run(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
-        """Continue the text with these tokens, and return the logits `[vocabulary]` after the last one.
+    def run(self, tokens: Sequence[int], every: bool = False, keep: int = 1) -> np.ndarray:
+        """Continue the text with these tokens, and return the logits `[keep, vocabulary]` after the last `keep` ones.
 
         Args:
             tokens: The token ids.
             every: Compute all tokens up to the end of the last block, so that its output can be read.
+            keep: The number of tokens whose logits are returned.
 
         Raises:
             TrimtabError: llama.cpp fails, or doesn't add exactly the vectors that are set.
         """
         self._added_tokens, self._faults = {}, []
         self._watched = self._next_watched_node()
+        first = len(tokens) - keep
+        rows: list[np.ndarray] = []
         for start in range(0, len(tokens), self.batch):
             part = tokens[start : start + self.batch]
             ids = (c.c_int32 * len(part))(*part)
             self._node = 0
-            flags = (c.c_int8 * len(part))(*([1] * len(part))) if every else None
+            wanted = range(max(0, first - start), len(part))
+            flags = None
+            if every or len(wanted) > 1:  # otherwise llama.cpp computes those after the last token
+                flags = (c.c_int8 * len(part))(*(every or i in wanted for i in range(len(part))))
             failed = self.library.llama_decode(self.pointer, Batch(len(part), ids, None, None, None, None, flags))
             if failed:
                 raise TrimtabError(f"llama.cpp stopped with code {failed}: {last_errors()}")
+            rows += [self._logits(i) for i in wanted]
         if self._unchecked or self._faults:
-            self._check(len(tokens), every)
+            self._check(len(tokens), len(tokens) if every else max(1, keep))
         elif self._vectors and not self._added_tokens:
             self._unchecked = True  # the graph has changed
         self.steered.update(dict.fromkeys(self._vectors, len(tokens)))
-        logits = self.library.llama_get_logits_ith(self.pointer, -1)
+        return np.stack(rows) if rows else np.empty((0, self._vocabulary_size), dtype=np.float32)
+
+    def _logits(self, index: int) -> np.ndarray:
+        """A copy of the logits `[vocabulary]` after the token at this index of the batch that was just run."""
+        logits = self.library.llama_get_logits_ith(self.pointer, index)
         if not logits:
             raise TrimtabError(f"llama.cpp returned no logits: {last_errors()}")
-        return np.ctypeslib.as_array(logits, (self.library.llama_vocab_n_tokens(self.weights.vocabulary),)).copy()
+        return np.ctypeslib.as_array(logits, (self._vocabulary_size,)).copy()
 
-    def _check(self, tokens: int, every: bool) -> None:
-        """Raises `TrimtabError` unless this run, the first with these vectors, added them at all of its tokens."""
+    @property
+    def _vocabulary_size(self) -> int:
+        return int(self.library.llama_vocab_n_tokens(self.weights.vocabulary))
+
+    def _check(self, tokens: int, outputs: int) -> None:
+        """Raises `TrimtabError` unless this run, the first with these vectors, added them at all of its tokens.
+
+        Args:
+            tokens: The number of its tokens.
+            outputs: The number of those whose logits were requested.
+        """
         last = self.weights.layers - 1  # the last block is only computed for tokens whose logits are requested
         for block in self._vectors:
-            steered, wanted = self._added_tokens.get(block, 0), 1 if block == last and not every else tokens
+            steered, wanted = self._added_tokens.get(block, 0), outputs if block == last else tokens
             if steered < wanted:
                 self._faults.append(
                     f"block {block} should have been steered at {wanted} tokens, and was steered at {steered}"

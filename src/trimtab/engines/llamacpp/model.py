@@ -21,7 +21,7 @@ from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
 from trimtab.engines.llamacpp.steer import NO_VECTORS, Schedule, check_additions, check_counts, doses
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
 from trimtab.engines.meanings import check_meanings
-from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
+from trimtab.engines.request import AnsweredPrompt, Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.transformers import default_model
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.gguf_container import read_container
@@ -53,8 +53,6 @@ class LlamaCpp(LanguageModel):
         "monitors": "llama.cpp doesn't expose activations while it decodes",
         "steered": "the model runs inside llama.cpp",
         "training": "llama.cpp has no gradients, and its weights are packed",
-        "perplexity": "a pass returns the logits of its last token only",
-        "logits": "they aren't read at every token",
         "grammar": "its tokens are chosen outside of llama.cpp's own samplers",
         "images": "its binding takes tokens only",
     }
@@ -196,7 +194,7 @@ class LlamaCpp(LanguageModel):
             measured_doses = doses(activations, schedule)
         else:
             context.clear()
-            logits = _prefill(context, ids, schedule)
+            logits = _prefill(context, ids, schedule)[-1]
         tokens: list[int] = []
         token_logprobs: list[float] = []
         text, stopped = "", False
@@ -217,7 +215,7 @@ class LlamaCpp(LanguageModel):
             if next_edits != current_edits:
                 context.steer(schedule.vectors(next_edits))
                 current_edits = next_edits
-            logits = context.run(tokens[-1:])
+            logits = context.run(tokens[-1:])[-1]
         listener.end()
         check_counts(context.steered, schedule, len(ids) + len(tokens) - 1)
         return Generation(
@@ -243,7 +241,7 @@ class LlamaCpp(LanguageModel):
             with self._lock:
                 context = self._context(len(choice.ids))
                 context.clear()
-                logits = _prefill(context, choice.ids, schedule)
+                logits = _prefill(context, choice.ids, schedule)[-1]
                 check_counts(context.steered, schedule, len(choice.ids))
             logprobs = _log_softmax(logits)[list(choice.candidates)]
             edits = tuple(str(edit) for edit in schedule.edits)
@@ -253,9 +251,31 @@ class LlamaCpp(LanguageModel):
         return results
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """Not supported: a pass returns the logits of its last token only."""
-        self.require("perplexity")
-        raise AssertionError
+        """As in `LanguageModel`, in float64."""
+        answered = [AnsweredPrompt(tuple(context), tuple(answer)) for context, answer in texts]
+        nlls = []
+        for text, logits in zip(answered, self._answer_logits(answered, [None] * len(texts)), strict=True):
+            logprobs = logits.double().log_softmax(-1)[range(len(text.answer)), list(text.answer)]
+            if logprobs.isnan().any():
+                raise TrimtabError(f"{self.name} produces NaN logits; convert it to another GGUF type")
+            nlls.append(-float(logprobs.mean()))
+        return nlls
+
+    def _answer_logits(
+        self, texts: Sequence[AnsweredPrompt], steerings: Sequence[Steering | None]
+    ) -> list[torch.Tensor]:
+        results = []
+        for text, steering in zip(texts, steerings, strict=True):
+            ids, count = [*text.prompt, *text.answer[:-1]], len(text.answer)
+            schedule = Schedule.of(steering, text.prompt, self.tokenizer)
+            schedule.advance(text.answer[:-1])
+            with self._lock:
+                context = self._context(len(ids))
+                context.clear()
+                logits = _prefill(context, ids, schedule, keep=count)
+                check_counts(context.steered, schedule, len(ids))
+            results.append(torch.from_numpy(logits))
+        return results
 
     def steered(self, *_: Any, **__: Any) -> Any:
         """Not supported: the model runs inside llama.cpp."""
@@ -290,12 +310,12 @@ class LlamaCpp(LanguageModel):
     def _pass(
         self, context: Context, ids: list[int], blocks: Sequence[int], schedule: Schedule
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """A prompt's last logits, and the outputs of these blocks at its tokens."""
+        """The logits `[vocabulary]` after a prompt, and the outputs of these blocks at its tokens."""
         context.clear()
         every = self.weights.layers - 1 in blocks  # the last block only runs for tokens whose logits are requested
         logits, values = context.read(blocks, lambda: _prefill(context, ids, schedule, every))
         check_counts(context.steered, schedule, len(ids))
-        return logits, values
+        return logits[-1], values
 
     def _context(self, size: int) -> Context:
         """The context; it is replaced if it is too small, or after a fault."""
@@ -323,19 +343,20 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def _prefill(context: Context, ids: Sequence[int], schedule: Schedule, every: bool = False) -> np.ndarray:
-    """Run a prompt, each range of tokens with the vectors that act there, and return the logits after its last token.
+def _prefill(
+    context: Context, ids: Sequence[int], schedule: Schedule, every: bool = False, keep: int = 1
+) -> np.ndarray:
+    """Run a text, each range of tokens with the vectors that act there, and return the logits after the last tokens.
 
-    The vectors of the generated tokens aren't set yet.
+    These are `[keep, vocabulary]`, after the last `keep` tokens. The vectors of the generated tokens aren't set yet.
     """
-    logits = np.empty(0)
+    logits: list[np.ndarray] = []
     for start, stop, numbers in schedule.edit_ranges(len(ids)):
         context.steer(schedule.vectors(numbers))
-        logits = context.run(ids[start:stop], every)
-    if not schedule.edits:
-        return logits
-    context.steer(NO_VECTORS)
-    return logits
+        logits.append(context.run(ids[start:stop], every, min(stop - start, max(0, stop - len(ids) + keep))))
+    if schedule.edits:
+        context.steer(NO_VECTORS)
+    return np.concatenate(logits)
 
 
 def _fingerprint(path: Path, family: str) -> str:

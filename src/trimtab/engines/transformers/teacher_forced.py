@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.engines.contract import check_length
+from trimtab.engines.request import AnsweredPrompt
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import steered_request_scores
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.likelihood import MAX_LOGITS
 from trimtab.engines.transformers.next_token import first_steered
 from trimtab.engines.transformers.prefix_cache import PrefixCache
 from trimtab.engines.transformers.read import inputs_of, padded
-from trimtab.engines.transformers.scores import activation_edits, score_edits
+from trimtab.engines.transformers.scores import activation_edits, is_score_edit, score_edits
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
-from trimtab.steering import Edit
+from trimtab.steering import Edit, Steering
 
 
-@dataclass(frozen=True)
-class AnsweredPrompt:
-    """A prompt and its answer, as token ids."""
+def in_batches(
+    texts: Sequence[AnsweredPrompt], steerings: Sequence[Steering | None], vocabulary: int
+) -> Iterator[list[int]]:
+    """Indices of texts to read together: as many of similar length as `MAX_LOGITS` allows, padded to the longest.
 
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    If a steering edits attention scores, the texts of a batch have the same lengths.
+    """
+    same_length = any(is_score_edit(edit) for steering in steerings if steering is not None for edit in steering.edits)
+    order = sorted(range(len(texts)), key=lambda i: (len(texts[i].prompt), len(texts[i].answer), i))
+    while order:
+        chosen = _batch(texts, order, MAX_LOGITS // vocabulary, same_length)
+        order = order[len(chosen) :]
+        yield chosen
 
 
-def check_answered_prompts(layout: Layout, texts: Sequence[AnsweredPrompt]) -> None:
-    """Raise `TrimtabError`, naming the text, if one has no prompt or answer or is too long."""
-    for i, text in enumerate(texts):
-        if not text.prompt or not text.answer:
-            raise TrimtabError(f"text {i + 1} has no {'answer' if text.prompt else 'prompt'} to read")
-        check_length(layout, len(text.prompt) + len(text.answer), f"text {i + 1}")
+def _batch(texts: Sequence[AnsweredPrompt], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
+    """The leading part of `order` whose answers fit into `tokens` when padded to the longest; at least one."""
+    chosen = [order[0]]
+    for i in order[1:]:
+        longest = max(len(texts[n].answer) for n in [*chosen, i]) + 1
+        lengths = {(len(texts[n].prompt), len(texts[n].answer)) for n in [*chosen, i]}
+        if longest * (len(chosen) + 1) > tokens or (same_length and len(lengths) > 1):
+            break
+        chosen.append(i)
+    return chosen
 
 
 @torch.no_grad()

@@ -12,12 +12,14 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.arguments import steerings_for
 from trimtab.engines.contract import Sizes
 from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.meanings import check_meanings
-from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
+from trimtab.engines.request import AnsweredPrompt, Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.resolve import PositionsByRequest, Resolved, resolve
 from trimtab.engines.transformers.default_model import NAME, default_folder
 from trimtab.engines.vllm.counting import FAILURE_PREFIX
@@ -237,6 +239,11 @@ class VllmLM(LanguageModel):
                 raise TrimtabError(f"{self.name} produces NaN logits; load it in float32 or bfloat16")
             nlls.append(total / len(answer))
         return nlls
+
+    def _answer_logits(self, texts: Sequence[AnsweredPrompt], steerings: Sequence[Steering | None]) -> list[Tensor]:
+        """Not supported: see `cannot`."""
+        self.require("logits")
+        raise AssertionError
 
     def _resolved(self, steerings: Sequence[Steering | None], prompts: Sequence[Sequence[int]]) -> Resolved:
         """What acts on each request; gates read the unsteered prompts."""

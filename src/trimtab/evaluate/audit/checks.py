@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trimtab.engines.transformers.teacher_forced import AnsweredPrompt
+from trimtab.engines.request import AnsweredPrompt
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import ABItem, ab_requests, score_ab
 from trimtab.evaluate.audit.items import Items, Size
-from trimtab.evaluate.divergence import read_answer_logits
 from trimtab.evaluate.fluency import perplexities
 from trimtab.evaluate.jailbreaks import TEMPLATES, apply_template
 from trimtab.evaluate.refusal import refuses
@@ -24,7 +23,7 @@ from trimtab.text.repetition import repeated_share
 
 if TYPE_CHECKING:
     from trimtab.engines.answer import Generation
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.text.chat import Prompt
 
 UNSTEERED = "unsteered"
@@ -327,7 +326,7 @@ def repeats(ids: Sequence[int], start: int, end: int) -> float:
 def answered_nlls(run: AuditRun, texts: Sequence[AnsweredPrompt], steering: Steering | None) -> list[list[float]]:
     """The negative log-probability of each token of each answer under a steering, in nats."""
     nlls = []
-    for example, logits in zip(texts, read_answer_logits(run.lm, texts, steering), strict=True):
+    for example, logits in zip(texts, run.lm.answer_logits(texts, steering), strict=True):
         chosen = logits.double().log_softmax(-1)[range(len(example.answer)), list(example.answer)]
         nlls.append([-value for value in chosen.tolist()])
     run.tick(sum(len(each.prompt) + len(each.answer) for each in texts) // 8)

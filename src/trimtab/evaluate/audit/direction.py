@@ -26,7 +26,7 @@ from trimtab.steering.tensors import to_float64
 from trimtab.text.letters import letter_question_from_prompt, question_prompt
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 REQUESTS, ANSWERS = "requests", "answers"
 """Which refusal direction: of harmful requests, or of refusing answers."""

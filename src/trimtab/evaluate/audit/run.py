@@ -27,14 +27,14 @@ from trimtab.evaluate.audit.direction import (
 from trimtab.evaluate.audit.findings import Comparison, compare, verdict
 from trimtab.evaluate.audit.items import FULL, Items, Size, check_protected, read_items
 from trimtab.evaluate.audit.repair import repair_steering
-from trimtab.evaluate.divergence import Reference, divergence, read_answer_logits, reference
+from trimtab.evaluate.divergence import Reference, divergence, reference
 from trimtab.files.steering_file import edits_digest
 from trimtab.keywords import keywords
 from trimtab.steering import ScoreOperation, Site, Steering
 from trimtab.steering.card import AUDIT_VERSION
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 STEERED, REPAIRED = "steered", "repaired"
 PROMPTS, TOKENS = 8, 32
@@ -141,7 +141,7 @@ def audit(
     the same audit.
 
     Args:
-        lm: A model on the transformers engine.
+        lm: A model on an engine that returns all tokens' probabilities: transformers or llamacpp.
         steering: Any but one of attention scores.
         items: The items; by default those included.
         size: The number of items: `FULL`, or `QUICK`.
@@ -160,7 +160,7 @@ def audit(
     Raises:
         TrimtabError: A steering that doesn't fit, one without edits, a name that is no behaviour, or nothing left after
             the repair.
-        UnsupportedError: Another engine, attention scores, or edits that can't be repaired.
+        UnsupportedError: An engine that can't measure this, attention scores, or edits that can't be repaired.
     """
     lm.require("logits", "perplexity")
     if not steering.edits or all(edit.strength == 0 for edit in steering.edits):
@@ -277,7 +277,7 @@ def _kept_share(lm: LM, steering: Steering, repaired_steering: Steering | None, 
     """The share of a steering's divergence that the repaired one has: 1 - that between both / that from nothing."""
     if repaired_steering is None:
         return None
-    steered = Reference(base.texts, tuple(read_answer_logits(lm, base.texts, steering)))
+    steered = Reference(base.texts, tuple(lm.answer_logits(base.texts, steering)))
     apart, whole = (
         divergence(lm, each_steering, steered, transfer=True).mean for each_steering in (repaired_steering, None)
     )
