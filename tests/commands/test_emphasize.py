@@ -46,6 +46,7 @@ class TestEmphasize:
         text = page.read_text(encoding="utf-8")
         assert 'class="steered' in text or 'class="weakened' in text or 'class="rejected' in text
         assert "src=" not in text
+        assert '<meta name="viewport" content="width=device-width">' in text
         assert "Write in capitals!" in text
 
     def test_a_picture(self, ask: Callable[..., Any], tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def test_the_page_has_the_text_escaped_and_nothing_from_elsewhere() -> None:
     assert html.unescape(re.sub(r"<[^>]*>", "", shown[1])) == 'a <b> "c"\nd'
     assert "<title> & more" not in page
     assert 'title="-0.200"' in page
+    assert '<meta name="viewport" content="width=device-width">' in page
     assert not re.search(r"https?://|<script|<link", page)
 
 
