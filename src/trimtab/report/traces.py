@@ -18,9 +18,11 @@ from trimtab.text.images import text_of
 
 STYLES = {"shut": "", "steered": "green", "weakened": "yellow", "rejected": "red"}
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Traces of rejection</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Traces of rejection</title><style>
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-.answer, .prompt { overflow-wrap: anywhere; } .answer { white-space: pre-wrap; } .prompt { color: #666; white-space: pre-wrap; border-left: 3px solid #ddd;
+.answer, .prompt { white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt { color: #666; border-left: 3px solid #ddd;
 padding-left: .8rem; } .steered { background: #d5ecd4; } .weakened { background: #f7eab5; }
 .rejected { background: #f6cfcb; } .changed { border-bottom: 2px solid #222; } small { color: #666; }
 @media (prefers-color-scheme: dark) { body { background: #1b1b1b; color: #ddd; } .changed { border-color: #ddd; }
