@@ -40,8 +40,8 @@ class Cell:
 def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str) -> bytes:
     """A PNG: the score by strength, one line per layer, and a map of layer × strength if there are several layers.
 
-    Every line passes through the unsteered score at strength 0. Bars are 95 % intervals. With many layers, only the lines
-    of those that change the score most are coloured, the others are gray, and there are no bars, which would hide each
+    Every line passes through the unsteered score at strength 0. Bars are 95 % intervals. With many layers, only
+    those that change the score most are coloured, the others are gray, and there are no bars, which would hide each
     other. The gray band spans the random directions of all layers, from the lowest to the highest score at each
     strength.
 
