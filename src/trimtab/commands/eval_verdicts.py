@@ -75,14 +75,16 @@ def verdict_lines(
             sizes.append(result[0].items)
     if sizes and max(sizes) < (needed := min_items_for_verdict(candidates)):
         lines.append(f"these are too few {items} for any other verdict: it takes at least {needed}")
-    found = [result[0].verdict for arm in random for part in parts if (result := compare(arm, part)) is not None]
-    if found:
-        counts = f"{found.count(BETTER)} {words[BETTER]}, {found.count(WORSE)} {words[WORSE]}"
+    random_verdicts = [
+        result[0].verdict for arm in random for part in parts if (result := compare(arm, part)) is not None
+    ]
+    if random_verdicts:
+        counts = f"{random_verdicts.count(BETTER)} {words[BETTER]}, {random_verdicts.count(WORSE)} {words[WORSE]}"
         lines.append(
-            f"for comparison, {len(found)} random directions by the same test: {counts}, {found.count(LUCK)} {LUCK}"
+            f"for comparison, {len(random_verdicts)} random directions by the same test: {counts}, {random_verdicts.count(LUCK)} {LUCK}"
             if part_of is None
-            else f"for comparison, random directions in {len(found)} comparisons by the same test: {counts},"
-            f" {found.count(LUCK)} {LUCK}"
+            else f"for comparison, random directions in {len(random_verdicts)} comparisons by the same test: {counts},"
+            f" {random_verdicts.count(LUCK)} {LUCK}"
         )
     return lines
 
