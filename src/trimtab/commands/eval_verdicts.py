@@ -75,17 +75,13 @@ def verdict_lines(
             sizes.append(result[0].items)
     if sizes and max(sizes) < (needed := min_items_for_verdict(candidates)):
         lines.append(f"these are too few {items} for any other verdict: it takes at least {needed}")
-    random_verdicts = [
-        result[0].verdict for arm in random for part in parts if (result := compare(arm, part)) is not None
-    ]
-    if random_verdicts:
-        counts = f"{random_verdicts.count(BETTER)} {words[BETTER]}, {random_verdicts.count(WORSE)} {words[WORSE]}"
-        lines.append(
-            f"for comparison, {len(random_verdicts)} random directions by the same test: {counts}, {random_verdicts.count(LUCK)} {LUCK}"
-            if part_of is None
-            else f"for comparison, random directions in {len(random_verdicts)} comparisons by the same test: {counts},"
-            f" {random_verdicts.count(LUCK)} {LUCK}"
+    controls = [result[0].verdict for arm in random for part in parts if (result := compare(arm, part)) is not None]
+    if controls:
+        counts = ", ".join(
+            f"{controls.count(verdict)} {words.get(verdict, verdict)}" for verdict in (BETTER, WORSE, LUCK)
         )
+        what = "random directions" if part_of is None else "comparisons with random directions"
+        lines.append(f"for comparison, {len(controls)} {what} by the same test: {counts}")
     return lines
 
 

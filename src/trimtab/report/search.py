@@ -93,7 +93,7 @@ def _legend(figure: Any, rows: Sequence[CandidateResult], cells: int, chosen: Se
         entries["frame: the chosen candidate"] = Patch(facecolor="none", edgecolor=CHOSEN, linewidth=2)
     if any(row.broken for row in rows):
         entries["hatched: its text broke a limit of the guard, so it can't be chosen"] = Patch(**BROKEN)
-        marker = {"marker": "o", "linestyle": "none", "color": "#555555", "markerfacecolor": "white"}
+        marker: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "#555555", "markerfacecolor": "white"}
         entries["open circle: the same in the plot of scores"] = Line2D([], [], **marker)
     if len(rows) < cells:
         entries["empty cell, no point: not tried"] = Patch(facecolor="white", edgecolor="#b0b0b0")
