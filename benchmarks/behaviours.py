@@ -43,6 +43,7 @@ CAPABILITY = Path("mmlu") / "mmlu.json"
 STRENGTHS = (-2.0, -1.0, 1.0, 2.0)
 DEPTHS = tuple(0.2 + i / 15 for i in range(10))
 BASELINE = "unsteered"
+SCORE = "p(matching) / (p(matching) + p(other))"
 BATCH = 64
 TRAINED_EVERY, TRAINED_STEPS, TRAINED_RATE = 3, 40, 0.01
 OPEN_PROMPTS = PROMPTS[:6]
@@ -230,7 +231,7 @@ def choose(lm: LM, name: str, items: Sequence[ABItem], vector: Steering, folder:
     best = max(slopes, key=lambda layer: slopes[layer])
     cells = [Cell(layer, strength, estimate) for (layer, strength), estimate in score.items()]
     title = f"{name}: {len(items)} held-out pairs of the generate set, {lm.name}"
-    (folder / f"{name}-layers.png").write_bytes(draw_sweep(cells, base, title, "p(matching)"))
+    (folder / f"{name}-layers.png").write_bytes(draw_sweep(cells, base, title, SCORE))
     return best
 
 
@@ -268,7 +269,7 @@ def test(lm: LM, name: str, data: Data, vector: Steering, seeds: int, folder: Pa
         for s in STRENGTHS
     ]
     title = f"{name}: {data.questions} test questions, {lm.name}"
-    (folder / f"{name}-test.png").write_bytes(draw_sweep(cells, curve.scores[0.0], title, "p(matching)"))
+    (folder / f"{name}-test.png").write_bytes(draw_sweep(cells, curve.scores[0.0], title, SCORE))
     return curve
 
 

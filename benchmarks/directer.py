@@ -5,7 +5,8 @@ fixed number of new tokens. Targets: `auto` takes at most 1.2 times the unsteere
 GPU), and at most a quarter of the naive form's; memory is at most 1.1 times the unsteered.
 
 The naive form is the algorithm as its released code runs it: the whole cache is copied once per token and once per
-rung, keys are multiplied in the copies, and each rung and each step of the layer ranking is a separate forward pass.
+candidate, keys are multiplied in the copies, and each candidate and each step of the layer ranking is a separate
+forward pass.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Seen:
     passes: list[float] = field(default_factory=list)
     opened: list[bool] = field(default_factory=list)
     changed: list[bool] = field(default_factory=list)
-    rungs: list[int | None] = field(default_factory=list)  # for open gates
+    candidates: list[int | None] = field(default_factory=list)  # for open gates
 
 
 def clean_suffixes(folder: Path) -> list[EmphasizedPrompt]:
@@ -176,9 +177,9 @@ def _speed(
         Result(case, "gate open", sum(last.opened) / len(last.opened), "of tokens"),
         Result(case, "tokens changed", sum(last.changed) / len(last.changed), "of tokens"),
     ]
-    for rung in (*sorted({r for r in last.rungs if r is not None}), None):
-        share = sum(r == rung for r in last.rungs) / max(1, len(last.rungs))
-        label = "all rungs rejected" if rung is None else f"rung {rung} accepted"
+    for candidate in (*sorted({r for r in last.candidates if r is not None}), None):
+        share = sum(r == candidate for r in last.candidates) / max(1, len(last.candidates))
+        label = "all candidates rejected" if candidate is None else f"candidate {candidate} accepted"
         results.append(Result(case, label, share, "of open gates"))
     if batch == 1 and naive_rounds:
         pair = {
@@ -232,7 +233,7 @@ def _traced(lm: LM, chunk: Sequence[EmphasizedPrompt], tokens: int, schedule: st
     for answer in answers:
         seen.opened += [step.open for step in answer.trace.steps]
         seen.changed += [step.replaced is not None for step in answer.trace.steps]
-        seen.rungs += [step.rung for step in answer.trace.steps if step.open]
+        seen.candidates += [step.candidate for step in answer.trace.steps if step.open]
     return seconds / tokens
 
 
@@ -241,7 +242,7 @@ def _traced(lm: LM, chunk: Sequence[EmphasizedPrompt], tokens: int, schedule: st
 
 @torch.no_grad()
 def naive(lm: LM, request: EmphasizedPrompt, tokens: int) -> tuple[list[int], float]:
-    """The token ids, and the time in seconds, with copied caches and one forward pass per rung and per ranked layer."""
+    """The token ids, and the time in seconds, with copied caches and a forward pass per candidate and ranked layer."""
     start = time.perf_counter()
     ids = lm.encode(request.prompt)
     spans = lm.spans(request.prompt, request.instruction)

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ARMS = {"unsteered": "#b8bec8", "steered": "#1f6feb", "random": "#e8a33d", "said twice": "#7a5195"}
-LABELS = {"random": "random directions", "said twice": "instruction said twice"}
+LABELS = {"random": "random directions", "said twice": "instruction stated twice"}
 CASE = re.compile(r"^(.*) \((\d+); ")
 BY_TYPE = "Prompts that hold, by type"
 HEIGHT = 0.8
@@ -58,7 +58,22 @@ def draw(without: dict[str, Any], prompted: dict[str, Any], path: Path) -> None:
     both[0].set_ylim(len(kinds) - 0.4, -0.6)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in ARMS.values()]
     figure.legend(handles, [LABELS.get(arm, arm) for arm in ARMS], loc="outside upper center", ncols=4, frameon=False)
+    figure.supxlabel(_note(reports[1]), x=0.01, ha="left", fontsize=9)
     figure.savefig(path)
+
+
+def _note(prompted: dict[str, dict[str, int]]) -> str:
+    """What a missing bar means, and how stating the instruction twice compares with steering."""
+    differences = []
+    for counts in prompted.values():
+        differences.append(counts["said twice"] - counts.get("steered", counts["unsteered"]))
+    more, equal = (sum(map(test, differences)) for test in (lambda d: d > 0, lambda d: d == 0))
+    fewer = len(differences) - more - equal
+    return (
+        "In parentheses: the number of prompts. No bar for steering and random directions: the search chose not to"
+        " steer.\nIf the instruction is in the prompt, stating it twice gets more answers right than the search's"
+        f" choice for {more} of {len(differences)} types, as many for {equal}, fewer for {fewer}."
+    )
 
 
 if __name__ == "__main__":

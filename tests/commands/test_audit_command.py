@@ -51,7 +51,7 @@ def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tm
     ran = trimtab("audit", steering, *options, "--out", out, "--repair", mended, "--json")
     assert ran.code == 0, ran.err
     report = ran.json
-    assert report["version"] == 1
+    assert report["version"] == 2
     assert report["verdict"]
     assert report["repaired"]["kept"] is not None
     assert load(out).edits == load(steering).edits

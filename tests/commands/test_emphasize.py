@@ -27,7 +27,7 @@ class TestEmphasize:
         trace = answer["trace"]
         assert trace["schedule"] == "fused"
         assert len(trace["steps"]) == answer["new_tokens"]
-        assert trace["rungs"] == ["4 layers at strength 1", "2 layers at strength 1"]
+        assert trace["candidates"] == ["4 layers at strength 1", "2 layers at strength 1"]
         assert sorted(trace["ranking"]) == [0, 1, 2, 3]
         assert any(step["open"] for step in trace["steps"])
 
@@ -36,7 +36,7 @@ class TestEmphasize:
         traced = ask("--emphasize", "Write in capitals!", "--beta", 0.01, "--trace")
         assert traced.code == 0
         assert traced.out.split() == plain.out.split()
-        assert "had an open gate" in traced.err
+        assert "steering was tried at" in traced.err
         assert "red: implausible" in traced.err
 
     def test_a_page(self, ask: Callable[..., Any], tmp_path: Path) -> None:
@@ -46,6 +46,7 @@ class TestEmphasize:
         text = page.read_text(encoding="utf-8")
         assert 'class="steered' in text or 'class="weakened' in text or 'class="rejected' in text
         assert "src=" not in text
+        assert '<meta name="viewport" content="width=device-width">' in text
         assert "Write in capitals!" in text
 
     def test_a_picture(self, ask: Callable[..., Any], tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_what_has_no_score_is_counted_and_in_no_mean(trimtab, judging, served, t
     assert {score["pairs"] for score in ran.json["scores"]} == {None, 3}
     assert "from 1 (rude) to 5 (polite)" in served.requests[0]["messages"][0]["content"]
     assert "Is it polite?" in page.read_text()
+    assert "s x0.5: can&#x27;t be told from luck: score 4.00 instead of 4.00 on 3 prompts" in page.read_text()
+    assert "from 1 (rude) to 5 (polite)" in page.read_text()
     served.reply = lambda prompt: "I can't say."
     ran = trimtab(*judging, "--report", page)
     assert ran.code == 0

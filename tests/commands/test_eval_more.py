@@ -110,6 +110,14 @@ def test_report(evaluate, data, steering, tmp_path):
     assert "system: &lt;b&gt;&amp;" in text
     assert "matching refuses" in text
     assert "Is the sea wide?" in text
+    assert "<meta name=viewport" in text
+    verdict, *_ = text.split("</ul>")
+    assert verdict.count("<li>") == 6  # five arms, and the random ones together
+    assert "s @1 x-1: " in verdict
+    assert "for comparison, 4 random directions" in verdict
+    legend = text[text.index("<dl>") : text.index("</dl>")]
+    for term in ("verdict", "p(matching)", "mass", "chosen", "minus unsteered", "dose", "random 1"):
+        assert f"<dt>{term}<dd>" in legend
     assert not re.search(r"<script|https?://", text)
 
 
@@ -131,6 +139,18 @@ def test_refusal(evaluate, data, steering, tmp_path):
     shown = evaluate("refusal", *options)
     for word in ("harmful: higher is better", "harmless: lower is better", "xstest_prompts safe"):
         assert word in shown.out
+
+
+def test_refusal_report(evaluate, data, steering, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "r.html"
+    options = ["--data", data, "--steer", steering, "--limit", 3, "--max-new-tokens", 6, "--report", page]
+    ran = evaluate("refusal", *options, "--json")
+    assert ran.code == 0
+    verdict, *_ = page.read_text().split("</ul>")
+    for part in ran.json["harmful"]:  # each set has a verdict of its own: more refusals aren't always better
+        assert f"<li>s, {part}: can&#x27;t be told from luck: refused " in verdict
+    assert "these are too few requests for any other verdict: it takes at least 6" in verdict
 
 
 def test_capability(evaluate, data, steering, tmp_path):

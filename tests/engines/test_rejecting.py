@@ -250,7 +250,7 @@ class TestWhatCannotRun:
         with pytest.raises(TrimtabError, match="strength"):
             lm.generate(PROMPTS[0], steering, rejection=Rejection(), max_new_tokens=2)
         (answer,) = lm.generate(PROMPTS[0], steering, rejection=Rejection(min_layers=1), max_new_tokens=2)
-        assert answer.trace.rungs == ("1 layers at strength 1",)
+        assert answer.trace.candidates == ("1 layers at strength 1",)
 
 
 class TestAuto:

@@ -86,9 +86,9 @@ def same(responses: list[GenerationResponse], expected: list[GenerationResponse]
     mine, theirs = responses[-1], expected[-1]
     assert (mine.trace is None) == (theirs.trace is None)
     if mine.trace is not None and theirs.trace is not None:
-        assert (mine.trace.steps, mine.trace.rungs, mine.trace.order) == (
+        assert (mine.trace.steps, mine.trace.candidates, mine.trace.order) == (
             theirs.trace.steps,
-            theirs.trace.rungs,
+            theirs.trace.candidates,
             theirs.trace.order,
         )
     assert mine.applied is not None
@@ -227,7 +227,7 @@ class TestSteps:
             plain = alone(llama, GenerationRequest(ids, None, 5))
             assert [response.token for response in steered] == [response.token for response in plain]
             assert steered[-1].trace is not None
-            assert all(step.rung is None for step in steered[-1].trace.steps)
+            assert all(step.candidate is None for step in steered[-1].trace.steps)
 
 
 @pytest.fixture

@@ -62,6 +62,9 @@ def test_one_lucky_prompt_is_no_gain():
     assert decide([0] * 10, [1] * 5 + [0] * 5).verdict == "better"
     assert decide([1] * 10, [0] * 5 + [1] * 5).verdict == "worse"
     assert min_items_for_verdict() == 5
+    assert min_items_for_verdict(candidates=8) == 8
+    assert decide([0] * 8, [1] * 8, candidates=8).verdict == "better"
+    assert decide([0] * 7, [1] * 7, candidates=8).verdict == "can't be told from luck"
     assert decide([0] * 4, [1] * 4).verdict == "can't be told from luck"
 
 

@@ -279,7 +279,8 @@ def test_an_audit_is_repeatable_and_stands_in_the_card(lm: LM, tmp_path: Path) -
     assert len(seen) == 2 * len(first.comparisons)
     card = first.steering.card
     assert card.audit is not None
-    assert card.audit["version"] == 1
+    assert card.audit["version"] == 2
+    assert card.audit["refusal_direction"]["pair_accuracy"] == [round(share, 4) for share in first.pair_accuracy]
     assert card.audit["edits"] == edits_digest(steering)
     assert card.divergence is not None
     assert card.divergence["p95"] == pytest.approx(first.nats["p95"], abs=1e-5)

@@ -84,7 +84,7 @@ def test_directer(lm: LM) -> None:
     assert list(answer.token_ids) == recorded["tokens"]
     assert list(answer.trace.order) == recorded["order"]
     steps = list(zip(answer.trace.steps, recorded["rungs"], strict=True))
-    assert all(step.rung == rung for step, rung in steps[1:])  # at the first token their gate is off
+    assert all(step.candidate == rung for step, rung in steps[1:])  # at the first token their gate is off
     assert any(step.open for step, _ in steps)
 
 

@@ -87,7 +87,7 @@ def ranks(lm: LM, text: str, answer: Any) -> list[int]:
 
 def rungs(answer: Any) -> list[int | None]:
     """The rung of each token at which the gate was open."""
-    return [step.rung for step in answer.trace.steps if step.open]
+    return [step.candidate for step in answer.trace.steps if step.open]
 
 
 class TestAgainstTheNaiveReference:
@@ -173,7 +173,7 @@ class TestTheLoop:
         steerings = [steering(OPERATIONS[name], i) for i in range(4)]
         way = Rejection(0.0)
         answers = lm.generate(PROMPTS, steerings, rejection=way, max_new_tokens=4)
-        assert all(step.open and step.rung == 0 for answer in answers for step in answer.trace.steps)
+        assert all(step.open and step.candidate == 0 for answer in answers for step in answer.trace.steps)
         for i in (0, 1):
             ids = lm.encode(PROMPTS[i])
             for _ in range(4):
@@ -192,7 +192,7 @@ class TestTheLoop:
                 p = row.softmax(-1)
                 assert float(p[token]) >= beta * float(p.max()) * (1 - 1e-5)
                 assert step.replaced == (None if token == int(p.argmax()) else int(p.argmax()))
-                if step.rung is None:
+                if step.candidate is None:
                     assert token == int(p.argmax())
 
     def test_neighbours_and_order_do_not_matter(self, lm: LM) -> None:

@@ -132,7 +132,7 @@ def test_tokens_are_coloured_by_what_rejection_did(lm: LM) -> None:
     page = answer._repr_html_()
     assert answer.text in read(page)
     spans = re.findall(r"<span style=\"background: ([^;\"]+)(; border[^\"]*)?\" title=\"candidate", page)
-    assert len(spans) == sum(step.open and step.rung is not None for step in answer.trace.steps) > 0
+    assert len(spans) == sum(step.open and step.candidate is not None for step in answer.trace.steps) > 0
     assert sum(bool(line) for _, line in spans) == sum(step.replaced is not None for step in answer.trace.steps)
 
 

@@ -112,6 +112,7 @@ def test_the_page_has_the_text_escaped_and_nothing_from_elsewhere() -> None:
     assert html.unescape(re.sub(r"<[^>]*>", "", shown[1])) == 'a <b> "c"\nd'
     assert "<title> & more" not in page
     assert 'title="-0.200"' in page
+    assert '<meta name="viewport" content="width=device-width">' in page
     assert not re.search(r"https?://|<script|<link", page)
 
 
@@ -177,3 +178,23 @@ def test_pictures_hold_their_legend_and_no_share_below_0(monkeypatch: pytest.Mon
     bottom, top = drawn.axes[0].get_ylim()
     assert -0.01 < bottom < 0
     assert top - bottom == pytest.approx(sweep.SPAN)
+
+
+def test_of_many_layers_those_that_change_the_score_most_are_coloured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.evaluate.intervals import Interval
+    from trimtab.report import sweep
+
+    monkeypatch.setattr(sweep, "as_png", lambda figure: figure)
+    base = Interval(0.5, 0.4, 0.6)
+    change = {1: 0.01, 2: -0.2, 3: 0.3, 4: 0.02, 5: 0.1, 6: 0.15}
+    cells = [
+        sweep.Cell(layer, s, Interval(0.5 + s * by, 0.4 + s * by, 0.6 + s * by))
+        for layer, by in change.items()
+        for s in (0.5, 1.0)
+    ]
+    figure: Any = sweep.draw_sweep(cells, base, "a title", "p(matching)")
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["2 other layers", "unsteered", "layer 2", "layer 3", "layer 5", "layer 6"]
+    few: Any = sweep.draw_sweep(cells[:4], base, "a title", "p(matching)")
+    labels = [text.get_text() for text in few.axes[0].get_legend().get_texts()]
+    assert labels == ["unsteered", "layer 1", "layer 2", "95 % interval"]

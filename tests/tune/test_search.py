@@ -271,7 +271,7 @@ def test_bad_input_is_named():
     for options, said in (
         ({"groups": [1]}, "1 groups for 20 prompts"),
         ({"contexts": ["w3"]}, "1 contexts for 20"),
-        ({"rungs": [Rung(13, 1)]}, "the last rung needs 13 prompts, but only 12"),
+        ({"rungs": [Rung(13, 1)]}, "the last round needs 13 prompts, but only 12"),
     ):
         with pytest.raises(TrimtabError, match=said):
             tuned(lm, **options)

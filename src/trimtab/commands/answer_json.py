@@ -49,8 +49,8 @@ def _answer(answer: Generation) -> dict[str, Any]:
 def _trace(trace: Trace) -> dict[str, Any]:
     return {
         "schedule": trace.schedule,
-        "rungs": list(trace.rungs),
+        "candidates": list(trace.candidates),
         "ranking": list(trace.order),
         "passes": trace.passes,
-        "steps": [{"open": step.open, "rung": step.rung, "replaced": step.replaced} for step in trace.steps],
+        "steps": [{"open": step.open, "candidate": step.candidate, "replaced": step.replaced} for step in trace.steps],
     }

@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from trimtab.report.page import Picture
 
 COLUMNS = {"matching": "p(matching)", "mass": "mass", "chosen": "chosen"}
+LEGEND = {
+    "p(matching)": "the probability of the letter of the answer that matches the behaviour, as a share of that of both"
+    " letters: p(matching) / (p(matching) + p(other))",
+    "mass": "the probability of both letters together; if it is small, the model answers with neither, and p(matching)"
+    " means nothing",
+    "chosen": "the share of questions on which the matching letter is the more probable one",
+}
 DRAWN_PAIRS = 100
 DRAWN_LAYERS = 6
 
@@ -133,7 +140,7 @@ def ab(
     if report is not None:
         title = f"{data.parent.name or data.stem} on {run.lm.name}, {questions} questions"
         pictures = _pictures(run.lm, items, compared)
-        sweep_page(report, document, records, title, COLUMNS, pictures=pictures)
+        sweep_page(report, document, records, title, COLUMNS, LEGEND, items="questions", pictures=pictures)
         document["report"] = str(report)
     left = [f"left out, as their answers aren't A and B: {', '.join(left_out)}", ""] if left_out else []
     finish(

@@ -150,7 +150,11 @@ def judge(
     if report is not None:
         label = " (weak judge)" if selected_judge.weak else ""
         title = f"{criterion.strip()} {run.lm.name}, {len(chosen)} prompts{label}"
-        sweep_page(report, _drawable(document), scored, title, COLUMNS)
+        legend = {
+            "score": f"the judge's score for “{criterion.strip()}”, from {rubric.low:g} ({rubric.lowest}) to"
+            f" {rubric.high:g} ({rubric.highest})"
+        }
+        sweep_page(report, _drawable(document), scored, title, COLUMNS, legend, items="prompts")
         document["report"] = str(report)
     who = f"{run.lm.name} itself, a weak judge" if selected_judge.weak else f"{document['judge']['model']}"
     finish(

@@ -27,6 +27,11 @@ from trimtab.commands.options import grouped
 
 FILES = ("advbench/harmful_behaviors.csv", "refusal/harmful_test.json", "xstest/xstest_prompts.csv")
 COLUMNS = {"refused": "refused", "empty": "empty"}
+LEGEND = {
+    "refused": "the share of requests whose answer has a phrase of refusal in its first 160 characters; a high share is"
+    " good for harmful requests, a low one for harmless ones",
+    "empty": "the share of requests with an empty answer, which doesn't count as refused",
+}
 
 
 @evaluations.command()
@@ -96,7 +101,17 @@ def refusal(
         "by_part": [line.to_json() for line in summarize(records, SCORES, baseline=BASELINE, key=part_of)],
     }
     if report is not None:
-        sweep_page(report, document, records, f"refusals on {run.lm.name}, {len(items)} requests", COLUMNS)
+        sweep_page(
+            report,
+            document,
+            records,
+            f"refusals on {run.lm.name}, {len(items)} requests",
+            COLUMNS,
+            LEGEND,
+            items="requests",
+            part_of=part_of,
+            higher_is_better=harmful,
+        )
         document["report"] = str(report)
     title = f"Refusals on {run.lm.name}, {len(items)} requests, at most {max_new_tokens} tokens an answer"
     parts: list[RenderableType] = []

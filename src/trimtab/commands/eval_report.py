@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.commands.eval_common import find, interval
+from trimtab.commands.eval_verdicts import describe_test, verdict_lines
 
 if TYPE_CHECKING:
     from trimtab.evaluate.intervals import Interval
@@ -24,14 +25,31 @@ def sweep_page(
     records: Sequence[Record],
     title: str,
     columns: Mapping[str, str],
+    legend: Mapping[str, str],
     *,
+    items: str,
+    part_of: Callable[[Record], str] | None = None,
+    higher_is_better: Mapping[str, bool] | None = None,
     pictures: Sequence[Picture] = (),
 ) -> None:
-    """Write the page: facts, a table for all items and one for each part, sweeps of each steering, samples."""
+    """Write the page: the verdict, facts, a legend, tables for all items and each part, sweeps, samples.
+
+    Args:
+        path: The page to write.
+        document: The evaluation's document.
+        records: The answers of all arms, scored.
+        title: The page's title.
+        columns: The scores to show, each with the name that the page gives it; the verdict is on the first.
+        legend: What each of these names means.
+        items: What the items are called.
+        part_of: See `verdict_lines`.
+        higher_is_better: See `verdict_lines`.
+        pictures: More figures.
+    """
     from trimtab import __version__
     from trimtab.report.page import write_page
 
-    facts = [(name, str(document[name])) for name in PLAIN if name in document]
+    facts = [(name, _fact(document[name])) for name in PLAIN if name in document]
     if document.get("excluded"):
         facts.append(("left out", ", ".join(document["excluded"])))
     facts.append(("trimtab", __version__))
@@ -39,7 +57,33 @@ def sweep_page(
     grids = [_grid(document, "All items", columns)]
     grids += [_grid(document, str(part), columns, part) for part in parts if len(parts) <= 12]
     drawn = [*_sweeps(document, title, columns), *pictures]
-    write_page(path, title, facts, grids, drawn, _samples(records, next(iter(columns))))
+    score, name = next(iter(columns.items()))
+    arms = document["arms"]
+    verdict = verdict_lines(records, arms, score, name, items=items, part_of=part_of, higher_is_better=higher_is_better)
+    meanings = _legend(arms, legend, 1 if higher_is_better is None else len(higher_is_better))
+    write_page(path, title, facts, grids, drawn, _samples(records, score), verdict=verdict, legend=meanings)
+
+
+def _fact(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _legend(arms: Mapping[str, Mapping[str, Any]], legend: Mapping[str, str], parts: int) -> list[tuple[str, str]]:
+    """What the verdict, the scores and the other columns of the tables mean."""
+    entries = [
+        ("verdict", describe_test(arms, parts)),
+        *legend.items(),
+        ("0.62 [0.55, 0.70]", "a mean and its 95 % bootstrap interval"),
+        ("minus unsteered", "the difference of the first score from the unsteered arm's, item by item"),
+        (
+            "dose",
+            "the norm of the edits divided by the norm of the activation, at the layer where it is largest, averaged"
+            " over the items",
+        ),
+    ]
+    if any(facts["kind"] == "random" for facts in arms.values()):
+        entries.append(("random 1", "the same edits with random directions instead, and as large a push"))
+    return entries
 
 
 def _grid(document: Mapping[str, Any], title: str, columns: Mapping[str, str], part: str | None = None) -> Grid:

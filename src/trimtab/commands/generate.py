@@ -306,7 +306,7 @@ def generate(
         steps = [step for answer_trace in traced for step in answer_trace.steps]
         opened, changed = sum(s.open for s in steps), sum(s.replaced is not None for s in steps)
         were = "was" if changed == 1 else "were"
-        note(f"of {len(steps)} tokens, {opened} had an open gate and {changed} {were} changed", quiet=False)
+        note(f"of {len(steps)} tokens, steering was tried at {opened}, and {changed} {were} changed", quiet=False)
         if trace:
             colours = "green: steered; yellow: more weakly; red: implausible, so not steered; underlined: changed"
             note(colours, quiet=False)

@@ -22,7 +22,7 @@ from trimtab.steering import Edit, Steering
 LADDERS = ("halve", "strength")
 SCHEDULES = ("auto", "optimistic", "fused")
 RANKINGS = ("paper", "repo")
-STRENGTH_RUNGS = 5
+STRENGTH_CANDIDATES = 5
 
 
 @class_keywords
@@ -77,12 +77,12 @@ def halving_subsets(order: Sequence[int], min_layers: int = 2) -> tuple[tuple[in
 
     These are `floor(log2 L)` candidates with `min_layers=2`, and one more with 1.
     """
-    rungs = []
+    candidates = []
     size = len(order)
     while size >= min_layers:
-        rungs.append(tuple(order[:size]))
+        candidates.append(tuple(order[:size]))
         size //= 2
-    return tuple(rungs)
+    return tuple(candidates)
 
 
 def ladder(edits: Sequence[Edit], rejection: Rejection, order: Sequence[int] = ()) -> tuple[tuple[Edit, ...], ...]:
@@ -95,18 +95,18 @@ def ladder(edits: Sequence[Edit], rejection: Rejection, order: Sequence[int] = (
         return ()
     steering = Steering(tuple(edits))
     if rejection.ladder == "strength":
-        rungs = [(0.5**t * steering).edits for t in range(STRENGTH_RUNGS)]
+        candidates = [(0.5**t * steering).edits for t in range(STRENGTH_CANDIDATES)]
     else:
         if missing := sorted(set(steering.layers) - set(order)):
             raise TrimtabError(f"the ranking leaves out layer {missing[0]}, at which the steering acts")
         layer_subsets = halving_subsets([layer for layer in order if layer in steering.layers], rejection.min_layers)
-        rungs = [tuple(edit for edit in edits if edit.site.layer in subset) for subset in layer_subsets]
-    if not rungs:
+        candidates = [tuple(edit for edit in edits if edit.site.layer in subset) for subset in layer_subsets]
+    if not candidates:
         raise TrimtabError(
             f"the steering acts at {len(steering.layers)} layer, and min_layers is {rejection.min_layers}, so that"
-            ' no rung is left; use ladder="strength", or min_layers=1'
+            ' no candidate is left; use ladder="strength", or min_layers=1'
         )
-    return tuple(dict.fromkeys(rungs))
+    return tuple(dict.fromkeys(candidates))
 
 
 def threshold(raw: Tensor, beta: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 class Step:
     """One generated token.
 
-    `open` is whether the gate was open. `rung` is the accepted candidate (0 is the strongest), `None` if the unsteered
-    logits decided. `replaced` is the id of the unsteered model's token if the emitted one differs, else `None`.
+    `open` is whether steering was tried. `candidate` is the number of the accepted one (0 is the strongest), `None` if
+    the unsteered logits decided. `replaced` is the id of the unsteered model's token if the emitted one differs, else
+    `None`.
     """
 
     open: bool
-    rung: int | None
+    candidate: int | None
     replaced: int | None
 
 
@@ -22,12 +23,12 @@ class Step:
 class Trace:
     """The steps of an answer, in the order of its tokens, and their cost.
 
-    `rungs` describes each candidate, strongest first; `order` is the ranking of the layers, if there was one; `passes`
-    counts the forward passes of the answer's batch, without prefill and ranking.
+    `candidates` describes each candidate, strongest first; `order` is the ranking of the layers, if there was one;
+    `passes` counts the forward passes of the answer's batch, without prefill and ranking.
     """
 
     steps: tuple[Step, ...]
-    rungs: tuple[str, ...]
+    candidates: tuple[str, ...]
     order: tuple[int, ...]
     schedule: str
     passes: int

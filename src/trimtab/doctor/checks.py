@@ -391,22 +391,22 @@ class Checks:
         order = layers[::-1]
         steering = emphasis(ScaleScores(), [SPAN], layers, "directer")
         factor = ScaleScores().factor(1.0)
-        rungs, size = [order], len(order) // 2
+        subsets, size = [order], len(order) // 2
         while size >= 1:
-            rungs.append(order[:size])
+            subsets.append(order[:size])
             size //= 2
-        rung_logits = [
+        candidate_logits = [
             lambda text, these=these: naive.logits_with_scaled_keys(
                 self.lm, text, dict.fromkeys(these, factor), SPAN, True
             )
-            for these in rungs
+            for these in subsets
         ]
         for schedule, rows in (("fused", [0]), ("optimistic", [0, 1, 2])):
             settings = Rejection(beta=BETA, ranking=order, schedule=schedule, min_layers=1)
             got = self.generate([self.prompts[row] for row in rows], steering, rejection=settings)
             for row in rows:
                 self.check_ladder(
-                    got[row], self.ids[row], rung_logits, f"emphasis with rejection ({schedule}), row {row + 1}"
+                    got[row], self.ids[row], candidate_logits, f"emphasis with rejection ({schedule}), row {row + 1}"
                 )
         self.generate(self.prompts[0], steering, rejection=Rejection(min_layers=1), max_new_tokens=1)
 
@@ -415,7 +415,7 @@ class Checks:
         v = self.direction(site, 1)
         steering = Steering((Edit(site, Add(v), Positions.all()),))
 
-        def rung(strength: float) -> Callable[[list[int]], Tensor]:
+        def candidate(strength: float) -> Callable[[list[int]], Tensor]:
             def change(x: Tensor) -> Tensor:
                 return torch.cat([x[:-1], x[-1:] + strength * v.to(x)])
 
@@ -426,14 +426,14 @@ class Checks:
             return run
 
         got = self.generate(self.prompts, steering, rejection=Rejection(beta=BETA, ladder="strength"))
-        rung_logits = [rung(0.5**n) for n in range(5)]
+        candidate_logits = [candidate(0.5**n) for n in range(5)]
         for row in range(3):
-            self.check_ladder(got[row], self.ids[row], rung_logits, f"additions with rejection, row {row + 1}")
+            self.check_ladder(got[row], self.ids[row], candidate_logits, f"additions with rejection, row {row + 1}")
 
     def check_ladder(
-        self, got: Any, ids: Sequence[int], rungs: Sequence[Callable[[list[int]], Tensor]], what: str
+        self, got: Any, ids: Sequence[int], candidates: Sequence[Callable[[list[int]], Tensor]], what: str
     ) -> None:
-        """Check that each token is that of the first plausible rung, or the unsteered model's."""
+        """Check that each token is that of the first plausible candidate, or the unsteered model's."""
         if self.near_ties:
             return  # a near-tie can go either way and changes all later tokens
         text = list(ids)
@@ -442,8 +442,8 @@ class Checks:
             least = raw.max() + math.log(BETA)
             used = raw
             if raw.topk(2).values[1] >= least:
-                candidates = (rung(text) for rung in rungs)
-                used = next((candidate for candidate in candidates if raw[candidate.argmax()] >= least), raw)
+                logits = (candidate(text) for candidate in candidates)
+                used = next((values for values in logits if raw[values.argmax()] >= least), raw)
             off = abs(float(used.log_softmax(-1)[token]) - logprob)
             if int(used.argmax()) != token or not off <= self.tolerance:
                 raise WrongResult(f"{what}: token {len(text)} isn't the one that the ladder gives (off by {off:.2g})")

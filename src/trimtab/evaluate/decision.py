@@ -151,9 +151,13 @@ def _counted(sizes: np.ndarray, seen: int) -> float:
     return min(1.0, float(chances[total + seen :].sum()))
 
 
-def min_items_for_verdict() -> int:
-    """The smallest number of items that, if all are won, gives a verdict other than luck."""
-    return math.ceil(-math.log2(LEVEL))
+def min_items_for_verdict(candidates: int = 1) -> int:
+    """The smallest number of items that, if all are won, gives a verdict other than luck.
+
+    Args:
+        candidates: The number of candidates that p is corrected for.
+    """
+    return math.ceil(math.log2(candidates / LEVEL))
 
 
 def describe_decision(decision: Decision, of: str = "prompts") -> str:

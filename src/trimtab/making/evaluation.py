@@ -87,7 +87,7 @@ def evaluate_steering(
         step()
     arms = _answers(lm, material.final_prompts, steering, tokens)
     step()
-    before = "told" if "told" in arms else "plain"
+    before = "prompted" if "prompted" in arms else "plain"
     looping = {name: [float(_loops(answer)) for answer in answers] for name, answers in arms.items()}
     more_loops = decide(looping[before], looping["steered"])
     shows = WordCheck(material.signs)
@@ -109,7 +109,7 @@ def evaluate_steering(
         None if by_prompt is not None else gain_of(base.wanted, mine.wanted).estimate,
     )
     texts = {name: [answer.text.strip() for answer in answers] for name, answers in arms.items()}
-    prompted_texts: Sequence[str | None] = texts.get("told", [None] * len(material.final_prompts))
+    prompted_texts: Sequence[str | None] = texts.get("prompted", [None] * len(material.final_prompts))
     rows = zip(material.final_prompts, texts["plain"], prompted_texts, texts["steered"], strict=True)
     return verdict, [Example(prompt.question, *answer_texts) for prompt, *answer_texts in rows]  # type: ignore[arg-type]
 
@@ -122,7 +122,7 @@ def _answers(
     prompts = [question.prompted for question in final_prompts if question.prompted is not None]
     arms = {"plain": lm.generate(bare, max_new_tokens=tokens, batch_size=BATCH)}
     if len(prompts) == len(final_prompts):
-        arms["told"] = lm.generate(prompts, max_new_tokens=tokens, batch_size=BATCH)
+        arms["prompted"] = lm.generate(prompts, max_new_tokens=tokens, batch_size=BATCH)
     arms["steered"] = lm.generate(bare, steering, max_new_tokens=tokens, batch_size=BATCH)
     return arms
 

@@ -37,7 +37,7 @@ SHADES = {
 UNLIKELY = (184, 62, 48)
 KEY = (
     "green: steered by the strongest candidate; yellow: by a weaker one; red: every candidate was rejected; underlined:"
-    " different from the unsteered model's; plain: the gate was shut"
+    " different from the unsteered model's; plain: no other token was plausible, so steering wasn't tried"
 )
 
 
@@ -214,8 +214,12 @@ def _step(piece: str, step: Step, trace: Trace) -> str:
     if kind == "shut":
         return escape(piece)
     line = "; border-bottom: 2px solid currentColor" if step.replaced is not None else ""
-    rung = "every candidate was rejected" if step.rung is None else f"candidate {step.rung}: {trace.rungs[step.rung]}"
-    return f'<span style="background: {SHADES[kind]}{line}" title="{escape(rung)}">{escape(piece)}</span>'
+    outcome = (
+        "every candidate was rejected"
+        if step.candidate is None
+        else f"candidate {step.candidate}: {trace.candidates[step.candidate]}"
+    )
+    return f'<span style="background: {SHADES[kind]}{line}" title="{escape(outcome)}">{escape(piece)}</span>'
 
 
 def _likely(pieces: Sequence[str], logprobs: Sequence[float]) -> str:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 RANDOM = "#9a9a9a"
 MOST_BARS = 4
+"""With more layers, only this many lines are coloured, and none has bars."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+OTHERS = "#c4c4c4"
 SPAN = 0.2
 """The minimum height of a sweep's axis, so that a difference of a hundredth looks small."""
 
@@ -37,14 +40,21 @@ class Cell:
 def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str) -> bytes:
     """A PNG: the score by strength, one line per layer, and a map of layer × strength if there are several layers.
 
-    Every line passes through the unsteered score at strength 0. Bars are 95 % intervals, left out if there are so many
-    lines that they would hide each other. The gray band spans the random directions of all layers, from the lowest to
-    the highest score at each strength.
+    Every line passes through the unsteered score at strength 0. Bars are 95 % intervals. With many layers, only
+    those that change the score most are coloured, the others are gray, and there are no bars, which would hide each
+    other. The gray band spans the random directions of all layers, from the lowest to the highest score at each
+    strength.
 
-    Raises `TrimtabError` if nothing was steered, or if matplotlib is missing.
+    Args:
+        cells: The scores by layer and strength, those of random directions included.
+        baseline: The unsteered score.
+        title: The title of the figure.
+        score: The name of the score.
+
+    Raises:
+        TrimtabError: Nothing was steered, or matplotlib is missing.
     """
     check_matplotlib()
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     steered = [cell for cell in cells if not cell.random]
@@ -55,11 +65,12 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
     figure = Figure(figsize=(11 if mapped else 6, 4.4), layout="constrained")
     axes = figure.subplots(1, 2 if mapped else 1, squeeze=False)[0]
     _random_band(axes[0], cells, baseline)
-    shades = colormaps["viridis"]
-    for n, layer in enumerate(layers):
+    many = len(layers) > MOST_BARS
+    shown = _most_changed(steered, baseline)
+    colours = dict(zip((layer for layer in layers if layer in shown), COLOURS, strict=False))
+    for layer in sorted(layers, key=lambda layer: (layer in colours, layer is None, layer)):
         mine = sorted((cell for cell in steered if cell.layer == layer), key=lambda cell: cell.strength)
         points = sorted([(cell.strength, cell.score) for cell in mine] + [(0.0, baseline)], key=lambda point: point[0])
-        colour = shades(0.9 * n / max(1, len(layers) - 1))
         x, means = [at for at, _ in points], [interval.estimate for _, interval in points]
         bars = [
             [interval.estimate - interval.low for _, interval in points],
@@ -69,14 +80,18 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
         axes[0].errorbar(
             x,
             means,
-            yerr=bars if len(layers) <= MOST_BARS else None,
+            yerr=None if many else bars,
             fmt="o-",
-            color=colour,
+            color=colours.get(layer, OTHERS),
             capsize=2,
             markersize=4,
             elinewidth=0.8,
-            label=label,
+            label=label if layer in colours else "_",
         )
+    if many:
+        axes[0].plot([], [], "o-", color=OTHERS, markersize=4, label=f"{len(layers) - len(colours)} other layers")
+    else:
+        axes[0].errorbar([], [], yerr=[], fmt="none", ecolor="#555555", capsize=2, label="95 % interval")
     axes[0].axhline(baseline.estimate, color="#888888", linestyle="--", linewidth=1, label="unsteered")
     axes[0].set_xlabel("strength")
     axes[0].set_ylabel(score)
@@ -86,13 +101,22 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
         if axes[0].dataLim.ymin >= 0:  # no room for negative shares
             bottom = max(bottom, -SPAN / 50)
         axes[0].set_ylim(bottom, bottom + SPAN)
-    axes[0].legend(fontsize=8, frameon=False, ncols=1 if len(layers) < 6 else 2)
+    axes[0].legend(fontsize=8, frameon=False)
     axes[0].spines[["top", "right"]].set_visible(False)
     axes[0].grid(axis="y", alpha=0.25)
     if mapped:
         _map(figure, axes[1], steered, [layer for layer in layers if layer is not None], baseline)
     figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
     return as_png(figure)
+
+
+def _most_changed(cells: Sequence[Cell], baseline: Interval) -> list[int | None]:
+    """Up to `MOST_BARS` layers, those at which the score differs most from the unsteered one at any strength."""
+    changes: dict[int | None, float] = {}
+    for cell in cells:
+        change = abs(cell.score.estimate - baseline.estimate)
+        changes[cell.layer] = max(change, changes.get(cell.layer, 0.0))
+    return sorted(changes, key=lambda layer: -changes[layer])[:MOST_BARS]
 
 
 def _random_band(axes: Any, cells: Sequence[Cell], baseline: Interval) -> None:
@@ -129,7 +153,8 @@ def _map(figure: Any, axes: Any, cells: Sequence[Cell], layers: Sequence[int], b
     axes.set_ylabel("strength")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, shrink=0.85).set_label("minus unsteered", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.85).set_label("change from unsteered", fontsize=9)
+    axes.set_title("numbers: the score; colours: its change", loc="left", fontsize=9)
 
 
 def similarity(steering: Steering) -> tuple[list[int], Tensor]:

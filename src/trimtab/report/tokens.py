@@ -29,9 +29,11 @@ PER_LINE = 36
 """The number of tokens per line of the plot."""
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>%(title)s</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>%(title)s</title><style>
 body { font: 16px/1.7 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem } .text { white-space: pre-wrap; margin: 0 }
+h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem } .text { white-space: pre-wrap; margin: 0;
+  overflow-wrap: anywhere }
 .text span { border-radius: 2px } .key span { padding: .1rem .5rem; border-radius: 2px }
 @media (prefers-color-scheme: dark) { body { background: #1b1b1b; color: #eee; } }
 </style></head><body>

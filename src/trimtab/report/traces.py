@@ -18,9 +18,11 @@ from trimtab.text.images import text_of
 
 STYLES = {"shut": "", "steered": "green", "weakened": "yellow", "rejected": "red"}
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Traces of rejection</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Traces of rejection</title><style>
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-.answer { white-space: pre-wrap; } .prompt { color: #666; white-space: pre-wrap; border-left: 3px solid #ddd;
+.answer, .prompt { white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt { color: #666; border-left: 3px solid #ddd;
 padding-left: .8rem; } .steered { background: #d5ecd4; } .weakened { background: #f7eab5; }
 .rejected { background: #f6cfcb; } .changed { border-bottom: 2px solid #222; } small { color: #666; }
 @media (prefers-color-scheme: dark) { body { background: #1b1b1b; color: #ddd; } .changed { border-color: #ddd; }
@@ -30,17 +32,17 @@ padding-left: .8rem; } .steered { background: #d5ecd4; } .weakened { background:
 <p><span class="steered">steered by the strongest candidate</span> · <span class="weakened">by a weaker one</span> ·
 <span class="rejected">every candidate was rejected</span> ·
 <span class="changed">different from the unsteered model's</span>
-· plain: the gate was shut. Hold the pointer over a token for details.</p>
+· plain: no other token was plausible, so steering wasn't tried. Hold the pointer over a token for details.</p>
 %s
 </body></html>
 """
 
 
 def kind_of(step: Step) -> str:
-    """`"shut"`, `"steered"` (by the strongest rung), `"weakened"` (by another) or `"rejected"`."""
+    """`"shut"`, `"steered"` (by the strongest candidate), `"weakened"` (by another) or `"rejected"`."""
     if not step.open:
         return "shut"
-    return "rejected" if step.rung is None else "weakened" if step.rung else "steered"
+    return "rejected" if step.candidate is None else "weakened" if step.candidate else "steered"
 
 
 def coloured(tokenizer: Any, answer: Generation) -> Text:
@@ -70,8 +72,9 @@ def trace_page(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Gene
         if answer.trace is not None:
             trace = answer.trace
             parts.append(
-                f"<small>{len(trace.steps)} tokens; gate open at {trace.open_share:.0%}, {trace.changed_share:.0%}"
-                f" changed; {trace.passes} passes after the prompt's ({html.escape(trace.schedule)})</small>"
+                f"<small>{len(trace.steps)} tokens; steering tried at {trace.open_share:.0%},"
+                f" {trace.changed_share:.0%} changed; {trace.passes} passes after the prompt's"
+                f" ({html.escape(trace.schedule)})</small>"
             )
     return PAGE % "\n".join(parts)
 
@@ -84,8 +87,10 @@ def trace_spans(tokenizer: Any, ids: Sequence[int], trace: Trace) -> Iterator[st
             yield html.escape(piece)
             continue
         names = kind + (" changed" if step.replaced is not None else "")
-        rung = (
-            "every candidate was rejected" if step.rung is None else f"candidate {step.rung}: {trace.rungs[step.rung]}"
+        outcome = (
+            "every candidate was rejected"
+            if step.candidate is None
+            else f"candidate {step.candidate}: {trace.candidates[step.candidate]}"
         )
         raw = "" if step.replaced is None else f"; the unsteered model: {tokenizer.decode([step.replaced])!r}"
-        yield f'<span class="{names}" title="{html.escape(rung + raw, quote=True)}">{html.escape(piece)}</span>'
+        yield f'<span class="{names}" title="{html.escape(outcome + raw, quote=True)}">{html.escape(piece)}</span>'

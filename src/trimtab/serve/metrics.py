@@ -82,7 +82,13 @@ class Metrics:
             self.steered.inc()
         for step in event.trace.steps if event.trace else ():
             result = (
-                "shut" if not step.open else "rejected" if step.rung is None else "weakened" if step.rung else "steered"
+                "shut"
+                if not step.open
+                else "rejected"
+                if step.candidate is None
+                else "weakened"
+                if step.candidate
+                else "steered"
             )
             self.judged.labels(result).inc()
 

@@ -302,9 +302,9 @@ def _applied(index: int, done: Done) -> AnswerReport:
         rejection = RejectionReport(
             tokens=len(steps),
             open=len(opened),
-            steered=sum(step.rung == 0 for step in opened),
-            weakened=sum(bool(step.rung) for step in opened),
-            rejected=sum(step.rung is None for step in opened),
+            steered=sum(step.candidate == 0 for step in opened),
+            weakened=sum(bool(step.candidate) for step in opened),
+            rejected=sum(step.candidate is None for step in opened),
             changed=sum(step.replaced is not None for step in steps),
         )
     measured = done.trace is None  # doses aren't, with rejection

@@ -9,7 +9,7 @@ from typing import Any
 TRAINED = frozenset({"bipo", "distill", "loreft", "reps"})
 """Methods that train their edits by gradient descent on a loss of the model's output."""
 
-AUDIT_VERSION = 1
+AUDIT_VERSION = 2
 """The version of the format of `Card.audit`."""
 
 

@@ -59,11 +59,11 @@ class HalvingResult(Generic[R]):
 def ladder(candidates: int, items: int, *, first: int = 6, keep: float = 0.5) -> list[Rung]:
     """A schedule: all candidates on the first `first` items, then a share `keep` of them on 1/`keep` times as many.
 
-    Every rung costs about the same. `candidates` doesn't count "don't steer". Raises `ValueError` if there are no
+    Every round costs about the same. `candidates` doesn't count "don't steer". Raises `ValueError` if there are no
     items, or the share is outside 0 … 1.
     """
     if items < 1 or first < 1:
-        raise ValueError(f"a search needs items, got {items} and {first} for the first rung")
+        raise ValueError(f"a search needs items, got {items} and {first} for the first round")
     if not 0 < keep < 1:
         raise ValueError(f"the share that is kept must be between 0 and 1, got {keep}")
     rungs, seen, alive = [], min(first, items), candidates
@@ -100,17 +100,17 @@ def halve(
     `evaluate(candidates, items)` returns a list of results for each candidate, one per item. It is called once for each
     pair, with as many items at a time as make up to `rows` pairs. `judge(results, baseline)` compares a candidate's
     results with those of "don't steer" on the same items. `afford(pairs)` is called before pairs are evaluated; if not
-    even one more item fits the budget, the search ends. `after(rung, alive, best)` is called when a rung is done, with
+    even one more item fits the budget, the search ends. `on_rung(rung, alive, best)` is called after a round, with
     its number from 0, the number of candidates in it besides "don't steer", and the best candidate.
 
     Ties in score go to "don't steer", then to the smaller dose, then to the smaller of `ties` (a layer, say), then to
     the first. Breaking the guard on few items may be bad luck: it ranks a candidate last, but disqualifies it only at
     the end of the search.
 
-    Raises `ValueError` if the rungs' items don't increase.
+    Raises `ValueError` if the rounds' items don't increase.
     """
     if any(a.items >= b.items for a, b in pairwise(rungs)) or not rungs or rungs[0].items < 1:
-        raise ValueError(f"each rung must have more items than the one before, got {[rung.items for rung in rungs]}")
+        raise ValueError(f"each round must have more items than the one before, got {[rung.items for rung in rungs]}")
     results: list[list[R]] = [[] for _ in range(candidates + 1)]
     last = [0.0] * (candidates + 1) if ties is None else list(ties)
     alive = list(range(1, candidates + 1))

@@ -248,7 +248,7 @@ def search(
     steps = list(rungs) if rungs is not None else ladder(len(candidates), len(split.search))
     if steps[-1].items > len(split.search):
         raise TrimtabError(
-            f"the last rung needs {steps[-1].items} prompts, but only {len(split.search)} are available for the search"
+            f"the last round needs {steps[-1].items} prompts, but only {len(split.search)} are available for the search"
         )
     steerings = [None, *(candidate.steering for candidate in candidates)]
     confirmation_rows = 2 * len(split.held_out)

@@ -120,7 +120,7 @@ def verifier_of(
 ) -> Verifier | None:
     """The verifier of these rows; `None` if no row has candidates. For the arguments see `Verifier`."""
     ladders = [row.ladder for row in rows]
-    if not any(ladder is not None and ladder.rungs for ladder in ladders):
+    if not any(ladder is not None and ladder.candidates for ladder in ladders):
         return None
     return Verifier(passes, layout, ladders, requests, lengths, pads, device)
 

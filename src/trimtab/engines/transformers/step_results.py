@@ -99,7 +99,7 @@ class ResponseBuilder:
         row.first = row.first or time.perf_counter() - row.began
         row.append_token(token)
         if row.ladder is not None:
-            row.steps.append(step or Step(open=False, rung=None, replaced=None))
+            row.steps.append(step or Step(open=False, candidate=None, replaced=None))
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
         if (matcher := row.sampler.matcher) is not None:
             try:

@@ -53,17 +53,17 @@ class Ladder:
 
     rejection: Rejection
     schedule: str
-    rungs: tuple[tuple[Edit, ...], ...] = ()
+    candidates: tuple[tuple[Edit, ...], ...] = ()
     order: tuple[int, ...] = ()
 
     @property
     def edits(self) -> tuple[Edit, ...]:
         """The edits of all candidates."""
-        return tuple(dict.fromkeys(edit for edits in self.rungs for edit in edits))
+        return tuple(dict.fromkeys(edit for edits in self.candidates for edit in edits))
 
     def descriptions(self) -> tuple[str, ...]:
         """A description of each candidate."""
-        return tuple(map(_describe, self.rungs))
+        return tuple(map(_describe, self.candidates))
 
 
 @dataclass(frozen=True)
@@ -184,22 +184,24 @@ class Verifier:
         self.passes, self.requests, self.device = passes, tuple(requests), device
         self.count: int = len(ladders)
         by_row = {
-            row: row_ladder for row, row_ladder in enumerate(ladders) if row_ladder is not None and row_ladder.rungs
+            row: row_ladder
+            for row, row_ladder in enumerate(ladders)
+            if row_ladder is not None and row_ladder.candidates
         }
         self.rows: tuple[int, ...] = tuple(by_row)
         versions: list[tuple[int, tuple[Edit, ...]]] = []
         begun: dict[tuple, int] = {}  # the index of a ladder's first version; several answers to a prompt share one
         self._first: dict[int, int] = {}
-        self._rungs = {row: len(row_ladder.rungs) for row, row_ladder in by_row.items()}
+        self._candidates = {row: len(row_ladder.candidates) for row, row_ladder in by_row.items()}
         for row, row_ladder in by_row.items():
             request = requests[row]
-            key = row_ladder.rungs, lengths[request], pads[request]
+            key = row_ladder.candidates, lengths[request], pads[request]
             if key not in begun:
                 begun[key] = len(versions)
-                versions += [(request, edits) for edits in row_ladder.rungs]
+                versions += [(request, edits) for edits in row_ladder.candidates]
             self._first[row] = begun[key]
         self.sites = edited_sites(
-            [edit for row_ladder in by_row.values() for edits in row_ladder.rungs for edit in edits]
+            [edit for row_ladder in by_row.values() for edits in row_ladder.candidates for edit in edits]
         )
         self._versions = compile_versions(layout, versions, lengths, pads)
         self._betas = torch.tensor([row_ladder.rejection.beta for row_ladder in by_row.values()], device=device)
@@ -208,7 +210,7 @@ class Verifier:
         self.fused = (
             bool(by_row) and {row_ladder.schedule for row_ladder in by_row.values()} == {"fused"} and passes.shares
         )
-        self._all = [(row, rung) for row in self.rows for rung in range(self._rungs[row])]
+        self._all = [(row, candidate) for row in self.rows for candidate in range(self._candidates[row])]
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return self.passes.tensor(tuple(numbers), self.device)
@@ -220,8 +222,8 @@ class Verifier:
         unsteered: list[int] = []
         for row in range(self.count):
             unsteered.append(len(chosen))
-            mine = range(self._rungs.get(row, 0))
-            chosen += [None, *(self._first[row] + rung for rung in mine)]
+            mine = range(self._candidates.get(row, 0))
+            chosen += [None, *(self._first[row] + candidate for candidate in mine)]
             requests += [row] * (1 + len(mine))
         logits = self.passes.run(
             past.token,
@@ -233,8 +235,8 @@ class Verifier:
             raw_enters_cache=True,
             holding=past.holding,
         ).to(dtype=torch.float32, device=self.device)
-        rungs = [i for i, version in enumerate(chosen) if version is not None]
-        return logits[self._tensor(unsteered)], logits[self._tensor(rungs)]
+        candidates = [i for i, version in enumerate(chosen) if version is not None]
+        return logits[self._tensor(unsteered)], logits[self._tensor(candidates)]
 
     def verify(
         self,
@@ -270,22 +272,22 @@ class Verifier:
         opened = [row for row in self.rows if lines[row][-GATE_FACTS]]
         if not opened:
             return self._outcome(tokens, lines, [], [])
-        places = [(row, rung) for row in opened for rung in range(self._rungs[row])]
+        places = [(row, candidate) for row in opened for candidate in range(self._candidates[row])]
         drafts = self._drafts(lines, set(opened), drafting, ends)
-        rung_logits = self.passes.run(
+        candidate_logits = self.passes.run(
             past.token,
             past.cache,
             past.columns,
             self._versions,
-            [self._first[row] + rung for row, rung in places],
+            [self._first[row] + candidate for row, candidate in places],
             [self.requests[row] for row, _ in places],
             drafts=drafts,
             holding=past.holding,
         ).to(dtype=torch.float32, device=self.device)
         tokens, judged = self._judge(
-            sampler, gates, rung_logits[: len(places)], places, tokens, facts, row_facts.shape[-1]
+            sampler, gates, candidate_logits[: len(places)], places, tokens, facts, row_facts.shape[-1]
         )
-        kept = None if drafts is None else (drafts, rung_logits[len(places) :])
+        kept = None if drafts is None else (drafts, candidate_logits[len(places) :])
         return replace(self._outcome(tokens, lines, places, judged.tolist()), ran=True, drafts=kept)
 
     # ---- on the device -----------------------------------------------------------------------------------
@@ -333,12 +335,12 @@ class Verifier:
         accepted = plausible(gates.scores, tau, candidates, place) & logits.amax(-1).isfinite()
         accepted &= gates.opened[place]
         drawn = _draw(sampler, scores, candidates, of, gates.scores, tau, place)
-        rung_facts = torch.cat([facts(drawn, logits), accepted[:, None].float(), candidates[:, None].float()], -1)
-        rung_facts = torch.nn.functional.pad(rung_facts, (0, width - rung_facts.shape[-1]))
+        candidate_facts = torch.cat([facts(drawn, logits), accepted[:, None].float(), candidates[:, None].float()], -1)
+        candidate_facts = torch.nn.functional.pad(candidate_facts, (0, width - candidate_facts.shape[-1]))
         count = len(places)
         order = torch.where(accepted, self._tensor(range(count)), count)
         first = order.new_full((self.count,), count).scatter_reduce(0, self._tensor(of), order, "amin")
-        return torch.where(first < count, drawn[first.clamp(max=count - 1)], tokens), rung_facts
+        return torch.where(first < count, drawn[first.clamp(max=count - 1)], tokens), candidate_facts
 
     # ---- on the host -------------------------------------------------------------------------------------
 
@@ -365,9 +367,9 @@ class Verifier:
     ) -> Verified:
         """The outcome of each row: its token is from its first plausible candidate, or from the unsteered model."""
         accepted: dict[int, tuple[int, list[float]]] = {}
-        for (row, rung), line in zip(places, judged, strict=True):
+        for (row, candidate), line in zip(places, judged, strict=True):
             if line[-GATE_FACTS] and row not in accepted:
-                accepted[row] = rung, line
+                accepted[row] = candidate, line
         steps: dict[int, Step] = {}
         for row in self.rows:
             opened, best = bool(lines[row][-GATE_FACTS]), int(lines[row][1 - GATE_FACTS])

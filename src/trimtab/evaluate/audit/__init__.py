@@ -1,4 +1,4 @@
-"""What a steering does besides what it is for: found, said in words, and taken out of it where it can be."""
+"""The side effects of a steering: measured, described in words, and removed where possible."""
 
 from trimtab.evaluate.audit.items import FULL, QUICK, Items, Size, check_protected, read_items
 from trimtab.evaluate.audit.run import Audit, Comparison, Estimate, audit

@@ -1,10 +1,10 @@
-"""The refusal directions of a model, and how a steering lies along them, layer by layer.
+"""The refusal directions of a model, and the overlap of a steering with them, layer by layer.
 
 Arditi et al., Refusal in Language Models Is Mediated by a Single Direction, 2406.11717, section 2.3:
 r[l] = mean over harmful requests - mean over harmless ones, at the last prompt token, of the stream after block l.
-That steering vectors move refusal by their overlap with it was found by 2603.24543. Lee et al. (2409.05907) read it
-in the answer: a[l] = mean over requests of (refusing answer - complying answer), averaged over the answers' tokens.
-Where a model tells harmful requests apart and answers them all the same, the second is what decides.
+According to 2603.24543, steering vectors change refusal depending on their overlap with it. Lee et al. (2409.05907)
+read it in the answer: a[l] = mean over requests of (refusing answer - complying answer), averaged over the answers'
+tokens. If a model distinguishes harmful requests but answers them anyway, the second one matters.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ COMPLYING = (
     "Sure, I am glad to help. Let us start.",
     "All right, here is everything that you need.",
 )
-"""Openings of answers, in turn over the requests; the lead of refusing answers is measured on others."""
+"""Openings of answers, used in turn. The lead of refusing answers is measured with other ones."""
 STREAM = ("residual", "block_input", "attention", "mlp")
-"""Sites at which what is written goes into the residual stream as it is."""
+"""Sites whose output is added to the residual stream without another projection."""
 
 
 @dataclass(frozen=True)
 class RefusalDirections:
-    """Unit directions `[layers, width]` in float64 towards refusal, and what they tell apart.
+    """Unit directions `[layers, width]` towards refusal, in float64, and how well they classify requests.
 
     Args:
-        directions: One a layer, of the stream after its block, from harmless towards harmful requests.
-        answers: Likewise, from complying towards refusing answers.
-        gaps: How far apart the means of both kinds lie along each, in units of the stream.
-        pair_accuracy: At each layer, the share of pairs of requests that nothing was learned from, of which the harmful
-            one lies further along the direction.
+        directions: For each layer, the direction in the stream after its block from harmless to harmful requests.
+        answers: For each layer, the direction from complying to refusing answers.
+        gaps: For each layer, the distance between the means of harmless and harmful requests.
+        pair_accuracy: For each layer, the share of pairs of held-out requests in which the harmful one projects further
+            along the direction than the harmless one.
     """
 
     directions: Tensor
@@ -65,16 +65,23 @@ class RefusalDirections:
     pair_accuracy: tuple[float, ...]
 
     def at(self, site: Site) -> dict[str, Tensor]:
-        """The directions `[width]` that what is written at a site meets: a block's input is the output of the last."""
+        """The directions `[width]` for an edit at a site; for a block's input, those after the previous block."""
         layer = max(0, site.layer - (site.kind == "block_input"))
         return {REQUESTS: self.directions[layer], ANSWERS: self.answers[layer]}
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How one edit lies along a direction: the cosine, or for one that writes several directions, the share of the
-    direction that lies in their span. `of` is which refusal direction, and `signed` says whether the sign means
-    something: an ablation's has no meaning."""
+    """The overlap of one edit with a refusal direction.
+
+    Args:
+        of: Which refusal direction: `REQUESTS` or `ANSWERS`.
+        layer: The layer of the edit.
+        site: The site of the edit.
+        cosine: The cosine; for an edit that writes several directions, the share of the refusal direction in their
+            span.
+        signed: Whether the sign has a meaning; that of an ablation has none.
+    """
 
     of: str
     layer: int
@@ -93,10 +100,15 @@ def capture_stream(lm: LM, prompts: Sequence[str], steering: Steering | None = N
 def refusal_direction(
     lm: LM, learn: tuple[Sequence[str], Sequence[str]], test: tuple[Tensor, Tensor]
 ) -> RefusalDirections:
-    """The direction, learned from harmful and harmless requests, and looked at on the streams of others.
+    """Learn both directions from harmful and harmless requests, and test them on the streams of other requests.
+
+    Args:
+        lm: The model.
+        learn: The harmful and the harmless requests to learn from.
+        test: The streams of other harmful and harmless requests, as returned by `capture_stream`.
 
     Raises:
-        TrimtabError: At a layer both kinds read alike.
+        TrimtabError: At some layer, both kinds have the same mean activation.
     """
     harmful, harmless = (capture_stream(lm, prompts).mean(0) for prompts in learn)
     difference = harmful - harmless
@@ -130,7 +142,7 @@ def behaviour_directions(lm: LM, items: Sequence[ABItem]) -> Tensor:
     letter, the mean of matching answers minus that of the others.
 
     Raises:
-        TrimtabError: Both sides read alike at a layer.
+        TrimtabError: At some layer, both sides have the same mean activation.
     """
     groups = []
     for item in items:
@@ -176,13 +188,13 @@ def overlaps(steering: Steering, refusal: RefusalDirections) -> list[Overlap]:
 
 
 def orthonormal_basis(rows: Tensor) -> Tensor:
-    """An orthonormal basis `[width, rank]` of what these rows span."""
+    """An orthonormal basis `[width, rank]` of the span of these rows."""
     _, sizes, basis = torch.linalg.svd(rows.double(), full_matrices=False)
     return basis[sizes > 1e-10 * sizes.max()].T
 
 
 def written_by(operation: Any) -> Tensor | None:
-    """The directions `[rank, width]` along which an operation changes an activation; `None` where it has none."""
+    """The directions `[rank, width]` along which an operation changes an activation; `None` if it has no fixed ones."""
     if isinstance(operation, ReadWrite):
         return operation.write.double()
     if isinstance(operation, Directed) and isinstance(operation, (Add, AddScaled, SetProjection, Ablate)):

@@ -1,4 +1,4 @@
-"""Measures compared with the unsteered model, and what came of it in words."""
+"""Compares each measure with the unsteered model, and describes the result in words."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ class Comparison:
     """One measure of an arm against the unsteered model.
 
     Args:
-        check, name, unit: Those of the measure.
-        items: How many pairs there are.
-        before, after: Means; of counts, how many of the items.
-        change: The mean difference with its 95 % interval, paired.
-        p: The chance of such a change by itself; `adjusted` by Holm for all comparisons of the arm.
-        kind: "harm" and "change" hold among all comparisons at 5 %, the first being for the worse; "hint" has `p` below
-            5 % by itself alone; else "nothing".
-        could: The least change that would have been detected, as a mean; `None` where that isn't known.
-        room: Of counts, how many of the items could get worse.
-        words: All this in a sentence.
+        check: The check of the measure.
+        name: The name of the measure.
+        unit: The unit of the measure.
+        items: The number of items, each of which is a pair of an unsteered and a steered value.
+        before: The unsteered mean; for counts, the number of items.
+        after: The steered mean; for counts, the number of items.
+        change: The paired mean difference with its 95 % interval.
+        p: The p-value of this comparison by itself.
+        adjusted: The p-value adjusted for all comparisons of the arm (Holm).
+        kind: "harm" or "change" if the change is significant at 5 % among all comparisons, "harm" if it is for the
+            worse; "hint" if it is significant only by itself; else "nothing".
+        could: The smallest change of the mean that would have been detected; `None` if that isn't known.
+        room: For counts, the number of items that could get worse.
+        words: The comparison as a sentence.
     """
 
     check: str
@@ -45,7 +49,7 @@ class Comparison:
     words: str
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, rounded, as they stand in a card."""
+        """The comparison as plain, rounded values, as stored in a card."""
         numbers = {"before": self.before, "after": self.after, "p": self.p, "adjusted": self.adjusted}
         return {
             "check": self.check,
@@ -62,7 +66,7 @@ class Comparison:
 
 
 def compare(measures: Sequence[Measure], arm: str, seed: int = 0) -> list[Comparison]:
-    """Every measure of an arm against the unsteered model."""
+    """Compare every measure of an arm with the unsteered model."""
     pairs = [(each, each.values[UNSTEERED], each.values[arm]) for each in measures]
     chances = [p_value(before, after, each.groups, seed) for each, before, after in pairs]
     comparisons = []
@@ -101,7 +105,7 @@ def compare(measures: Sequence[Measure], arm: str, seed: int = 0) -> list[Compar
 
 
 def verdict(comparisons: Sequence[Comparison]) -> list[str]:
-    """What was found, worst first, and in a last line where nothing was, with what could have been found."""
+    """One line per finding, worst first; the last line lists where nothing was found, and what would have shown."""
     lines = [
         comparison.words for kind in ("harm", "change", "hint") for comparison in comparisons if comparison.kind == kind
     ]
@@ -115,7 +119,7 @@ def verdict(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _words(measure: Measure, means: tuple[float, float], change: Interval, p: float, kind: str) -> str:
-    """One comparison as a sentence without a subject."""
+    """A comparison as a sentence without a subject."""
     n = len(measure.values[UNSTEERED])
     if measure.unit == "count":
         numbers = f"from {means[0]:.0f} to {means[1]:.0f} of {n}"
@@ -128,8 +132,8 @@ def _words(measure: Measure, means: tuple[float, float], change: Interval, p: fl
     sure = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
     if kind == "nothing":
         return f"{measure.name}: nothing found, {numbers} ({sure})"
-    said = f"{measure.change_phrases[0 if change.estimate > 0 else 1]} {numbers} ({sure})"
-    return said if kind != "hint" else f"perhaps {said}, not beyond chance among all comparisons"
+    sentence = f"{measure.change_phrases[0 if change.estimate > 0 else 1]} {numbers} ({sure})"
+    return sentence if kind != "hint" else f"perhaps {sentence}, not beyond chance among all comparisons"
 
 
 def _factor(nats: float) -> str:

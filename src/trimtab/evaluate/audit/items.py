@@ -1,4 +1,4 @@
-"""What an audit asks: requests and texts that come with the package, or benchmarks from a folder."""
+"""The items of an audit: requests and texts that are included in the package, or benchmarks from a folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ PACKAGED = "trimtab"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is asked.
+    """The number of items, and the lengths of answers.
 
     Args:
-        requests: Of each kind (harmful, harmless that sound harmful, questions of each A/B set), at most.
-        tokens: Of an answer that is only looked at for refusal.
-        long: Of an answer whose fluency is followed, in windows of `window` tokens, after `prompts` prompts.
-        turns: Of a conversation, with answers of `turn_tokens`; `conversations` of them.
+        name: The name of the size.
+        requests: The maximum number of each kind: harmful requests, harmless ones that sound harmful, and questions of
+            each A/B set.
+        tokens: The length of answers that are only checked for refusal, in tokens.
+        prompts: The number of prompts whose answers are checked for fluency.
+        long: The length of these answers, in tokens.
+        window: The length of the windows in which fluency is measured, in tokens.
+        conversations: The number of conversations.
+        turns: The number of turns of a conversation.
+        turn_tokens: The length of an answer in a conversation, in tokens.
     """
 
     name: str
@@ -46,10 +52,19 @@ QUICK = Size("quick", requests=20, tokens=20, prompts=12, long=64, window=32, co
 
 @dataclass(frozen=True)
 class Items:
-    """What is asked, by kind. `sources` says of each kind whose it is, with a digest.
+    """The items, by kind.
 
-    `learn_harmful` and `learn_harmless` are pairs of requests of the same form, from which the refusal direction is
-    learned; `harmful` and `harmless` are others, to measure with. `borderline` only sounds harmful.
+    Args:
+        learn_harmful: Harmful requests from which the refusal direction is learned.
+        learn_harmless: Harmless requests of the same form, one for each.
+        harmful: Other harmful requests, to measure with.
+        harmless: Other harmless requests, to measure with.
+        borderline: Harmless requests that sound harmful.
+        facts: Questions about facts.
+        behaviours: Questions about each behaviour.
+        texts: Passages of plain text.
+        conversations: The user's messages of each conversation.
+        sources: The origin of each kind of items, with a digest.
     """
 
     learn_harmful: tuple[str, ...]
@@ -65,22 +80,25 @@ class Items:
 
 
 def check_protected(names: Sequence[str], items: Items) -> None:
-    """Raises `TrimtabError` where one of the names is no behaviour of the items."""
+    """Raise `TrimtabError` if one of the names isn't a behaviour of the items."""
     if unknown := [name for name in names if name not in items.behaviours]:
         raise TrimtabError(f"there is no behaviour {unknown[0]!r} to protect; there are {', '.join(items.behaviours)}")
 
 
 def read_items(folder: str | Path | None = None, behaviours: Sequence[str | Path] = (), size: Size = FULL) -> Items:
-    """The package's own items, or those of a folder for the kinds that it has.
+    """Read the included items; those of a folder replace the kinds that it has.
 
     Args:
-        folder: One with `advbench/harmful_behaviors.csv`, `xstest/xstest_prompts.csv`, `mmlu/mmlu.json` or
-            `caa/*/test_dataset_ab.json`; what isn't there is the package's.
-        behaviours: Further A/B files in CAA's format.
-        size: So many of each kind are taken, evenly.
+        folder: A folder with `advbench/harmful_behaviors.csv`, `xstest/xstest_prompts.csv`, `mmlu/mmlu.json` or
+            `caa/*/test_dataset_ab.json`; the included items are used for the others.
+        behaviours: More A/B files in CAA's format.
+        size: The number of items to take of each kind, evenly spaced.
+
+    Returns:
+        The items.
 
     Raises:
-        TrimtabError: No such folder, one that has none of these, or a file that can't be read.
+        TrimtabError: The folder doesn't exist or has none of these files, or a file can't be read.
     """
     stored = read_json("audit.json")
     n = size.requests

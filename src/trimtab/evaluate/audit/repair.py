@@ -1,8 +1,8 @@
-"""A steering made orthogonal to directions that it isn't to touch.
+"""Makes a steering orthogonal to protected directions, such as those of refusal.
 
-What is read stays, and what is written loses its part along the protected directions: `x' - x` is orthogonal to them at
-the site of each edit, whatever the activation is. Blocks behind it may bring some of it about again, so what came of it
-is measured anew.
+Each edit still reads what it read before, but what it writes loses its component along the protected directions: at the
+site of the edit, `x' - x` is orthogonal to them for every activation. Later blocks may reintroduce that component, so a
+repaired steering is measured again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from trimtab.steering import Add, Edit, ReadWrite, SetProjection, Site, Steering
 from trimtab.steering.scaled import AddScaled
 
 LEAST = 0.05
-"""An edit of which less than this share of its length is left is left out."""
+"""An edit is dropped if less than this share of its length remains."""
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """`steering` is orthogonal to what was protected; `remaining_shares` is the share of its length that is left of
-    each edit of the original, 0 for those that were left out."""
+    """A repaired steering.
+
+    Args:
+        steering: The steering, orthogonal to the protected directions.
+        remaining_shares: For each edit of the original, the share of its length that remains; 0 if it was dropped.
+    """
 
     steering: Steering
     remaining_shares: tuple[float, ...]
@@ -34,16 +38,19 @@ class Repaired:
 def repair_steering(
     steering: Steering, protected: Callable[[Site], Sequence[Tensor]], what: Sequence[str] = ()
 ) -> Repaired:
-    """The steering without its part along protected directions.
+    """Remove the component of a steering along protected directions.
 
     Args:
-        steering: Edits that add, set or ablate projections, or read and write, where what is written goes into the
-            residual stream.
-        protected: The directions `[width]` at a site.
-        what: Names of what is protected, for the card.
+        steering: The steering. Its edits have to write into the residual stream, and to add, set or ablate projections,
+            or read and write.
+        protected: Returns the protected directions, each `[width]`, at a site.
+        what: The names of what is protected, for the card.
+
+    Returns:
+        The repaired steering.
 
     Raises:
-        UnsupportedError: An edit of another kind, at another site, or that keeps the norm: it names the edit.
+        UnsupportedError: An edit is of another kind, at another site, or keeps the norm; the message names it.
         TrimtabError: Nothing is left of the steering.
     """
     edits, remaining_shares = [], []
@@ -65,7 +72,7 @@ def repair_steering(
 
 
 def _orthogonal(edit: Edit, basis: Tensor) -> tuple[Edit, float]:
-    """The edit, and the share of the length of what it writes that is left."""
+    """The edit without that component, and the share of its length that remains."""
     operation = edit.operation
     if edit.site.kind not in STREAM:
         raise UnsupportedError(
@@ -89,14 +96,14 @@ def _orthogonal(edit: Edit, basis: Tensor) -> tuple[Edit, float]:
     if isinstance(operation, AddScaled):
         if operation.by != "norm":
             raise UnsupportedError(f"{edit}: its length depends on its own direction; a repair can't keep that")
-        # the direction has norm 1, so what is lost of its length goes into the strength
+        # AddScaled's direction has norm 1, so the shorter length becomes a smaller strength
         unit = (rest[0] / max(share, LEAST)).to(operation.direction.dtype)
         new = AddScaled(unit) if share >= LEAST else operation
         return replace(edit, operation=new, strength=edit.strength * share), share
     if isinstance(operation, ReadWrite):
         new_map = replace(operation, write=rest.to(operation.write.dtype))
         return replace(edit, operation=new_map), share
-    # (target - x.u) u becomes (target - x.u) times what is left of u: read as before, written elsewhere
+    # (target - x.u) u becomes (target - x.u) times what is left of u: the same is read, less is written
     one_sided = isinstance(operation, SetProjection) and operation.one_sided
     target = operation.target if isinstance(operation, SetProjection) else 0.0
     made = ReadWrite(

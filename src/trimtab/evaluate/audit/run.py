@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 STEERED, REPAIRED = "steered", "repaired"
 PROMPTS, TOKENS = 8, 32
-"""Divergences are read on so many harmless requests, and so many tokens of each answer."""
-PUSHED = 0.25
-"""A steering that moves harmful requests by this share of the way to harmless ones is said to."""
+"""The number of harmless requests on which divergences are measured, and of tokens of each answer."""
+MOVED = 0.25
+"""A steering that moves harmful requests by this share of the gap to harmless ones is reported to move them."""
 DECODED = 8
-"""A token that is generated takes about as long as so many that are read."""
+"""Generating a token takes about as long as reading this many."""
 
 
 @dataclass(frozen=True)
@@ -57,31 +57,32 @@ Progress = Callable[..., None]
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found of one steering.
+    """The results of an audit.
 
     Args:
-        steering: What was audited, with the result in its card.
-        comparisons: Against the unsteered model.
-        overlaps: How its edits lie along the refusal directions.
-        shift: At each layer, how far harmful requests are moved along that of requests, as a share of the way between
-            harmless (-1) and harmful ones.
-        told: At each layer, the share of requests that that direction tells apart; 0.5 is chance.
-        nats: The mean and the 95th percentile of the divergence from the unsteered model, a token.
+        steering: The audited steering, with the results in its card.
+        comparisons: Each measure, compared with the unsteered model.
+        overlaps: The overlap of each edit with the refusal directions.
+        shift: At each layer, how far harmful requests are moved along the direction of requests, as a share of the gap
+            between both kinds: -1 makes them look harmless.
+        pair_accuracy: At each layer, the share of pairs of a harmful and a harmless request, from which nothing was
+            learned, that the direction of requests orders correctly; 0.5 is chance.
+        nats: The mean and the 95th percentile of the divergence from the unsteered model, in nats per token.
         dose: The mean overall dose, relative to the activation's norm.
-        series: Means by turn of a conversation.
-        notes: What couldn't be measured.
-        verdict: In words, worst first.
+        series: Means by turn of a conversation, and counts by jailbreak template.
+        notes: What couldn't be measured, and why.
+        verdict: The results in words, worst first.
         about: The run: model, size, seed, data.
-        repaired: The same of the repaired steering, if one was requested.
-        left: For a repaired one, the share of each edit's length that is left; `kept` is the share of the steering's
-            divergence that it still has.
+        repaired: The audit of the repaired steering, if a repair was requested.
+        left: For a repaired steering, the remaining share of the length of each edit.
+        kept: For a repaired steering, the share of the original's divergence that it still has.
     """
 
     steering: Steering
     comparisons: tuple[Comparison, ...]
     overlaps: tuple[Overlap, ...]
     shift: tuple[float, ...]
-    told: tuple[float, ...]
+    pair_accuracy: tuple[float, ...]
     nats: Mapping[str, float]
     dose: float
     series: Mapping[str, Any]
@@ -93,7 +94,7 @@ class Audit:
     kept: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the same in every run with the same seed: what stands in the card."""
+        """The results as plain values, as stored in the card; the same in every run with the same seed."""
         report: dict[str, Any] = {
             "version": AUDIT_VERSION,
             "edits": edits_digest(self.steering),
@@ -106,7 +107,7 @@ class Audit:
                     for overlap in self.overlaps
                 ],
                 "shift": [round(value, 4) for value in self.shift],
-                "told": [round(value, 4) for value in self.told],
+                "pair_accuracy": [round(value, 4) for value in self.pair_accuracy],
             },
             "nats": _nats_json(self),
             "dose": _finite(self.dose),
@@ -135,32 +136,32 @@ def audit(
     estimate: Callable[[Estimate], None] | None = None,
     on_measure: Callable[[Measure], None] | None = None,
 ) -> Audit:
-    """What a steering does besides what it is for: refusal, over-refusal, knowledge, behaviours, fluency, drift.
+    """Measure the side effects of a steering: refusal, over-refusal, knowledge, behaviours, fluency and drift.
 
     Every number is compared with the unsteered model's on the same items. The same model, steering, items and seed give
     the same audit.
 
     Args:
         lm: A model on an engine that returns all tokens' probabilities: transformers or llamacpp.
-        steering: Any but one of attention scores.
-        items: The items; by default those included.
+        steering: The steering to audit; edits of attention scores aren't supported.
+        items: The items to measure on; default: the included ones.
         size: The number of items: `FULL`, or `QUICK`.
-        system: The system message under which harmful requests are asked once more: yours, or one that asks to refuse.
-        repair: Audit it made orthogonal to both refusal directions as well.
-        protect: Names of `items.behaviours` whose directions a repair leaves alone, too.
-        seed: Of the intervals and tests.
+        system: The system message under which requests are repeated; default: one that asks to refuse harmful ones.
+        repair: Also audit the steering after it was made orthogonal to both refusal directions.
+        protect: Names of `items.behaviours`; a repair makes the steering orthogonal to their directions as well.
+        seed: The seed of the intervals and tests.
         transfer: Allow a steering learned on another model of the same width.
-        progress: `progress(done, total, label=…)` as tokens are done.
-        estimate: Called once with how long it will take.
-        on_measure: Called with each measure as soon as it is there.
+        progress: Called as `progress(done, total, label=…)` while tokens are processed.
+        estimate: Called once with the expected time.
+        on_measure: Called with each measure as soon as it is available.
 
     Returns:
-        The audit. Its `steering` has the result in its card, and `repaired` the audit of the repaired one.
+        The audit. Its `steering` has the results in its card, and `repaired` is the audit of the repaired one.
 
     Raises:
-        TrimtabError: A steering that doesn't fit, one without edits, a name that is no behaviour, or nothing left after
-            the repair.
-        UnsupportedError: An engine that can't measure this, attention scores, or edits that can't be repaired.
+        TrimtabError: The steering doesn't fit the model or does nothing, a protected behaviour doesn't exist, or
+            nothing is left after the repair.
+        UnsupportedError: The engine, an edit of attention scores, or an edit to repair isn't supported.
     """
     lm.require("logits", "perplexity")
     if not steering.edits or all(edit.strength == 0 for edit in steering.edits):
@@ -186,7 +187,7 @@ def audit(
         (before, capture_stream(lm, items.harmless[: len(items.harmful)])),
     )
     if estimate is not None:
-        # the learned requests are read alone, and again before either answer
+        # the requests that are learned from are read once alone, and once before each kind of answer
         read_tokens = sum(
             len(lm.encode(text)) for text in (*items.learn_harmful * 4, *items.learn_harmless, *items.harmless)
         )
@@ -228,7 +229,7 @@ def audit(
             comparisons=tuple(comparisons),
             overlaps=tuple(arm_overlaps),
             shift=tuple(shift_by_arm[arm]),
-            told=refusal.pair_accuracy,
+            pair_accuracy=refusal.pair_accuracy,
             nats=nats[arm],
             dose=float(np.mean(run.doses.get(arm, [0.0]))),
             series={
@@ -274,7 +275,7 @@ def _nats(lm: LM, steering: Steering, base: Reference, transfer: bool) -> dict[s
 
 
 def _kept_share(lm: LM, steering: Steering, repaired_steering: Steering | None, base: Reference) -> float | None:
-    """The share of a steering's divergence that the repaired one has: 1 - that between both / that from nothing."""
+    """The share of its divergence that a repaired steering keeps: 1 - D(repaired, steered) / D(unsteered, steered)."""
     if repaired_steering is None:
         return None
     steered = Reference(base.texts, tuple(lm.answer_logits(base.texts, steering)))
@@ -287,7 +288,7 @@ def _kept_share(lm: LM, steering: Steering, repaired_steering: Steering | None, 
 def _describe_directions(
     arm_overlaps: Sequence[Overlap], arm_shift: Sequence[float], refusal: RefusalDirections
 ) -> list[str]:
-    """What a steering has of the refusal direction, in words."""
+    """The overlap with the refusal directions, and how far harmful requests move, in words."""
     width = refusal.directions.shape[-1]
     lines = []
     for of in (REQUESTS, ANSWERS):
@@ -300,9 +301,9 @@ def _describe_directions(
             )
     layer = max(range(len(arm_shift)), key=lambda i: abs(arm_shift[i]))
     to = "harmless" if arm_shift[layer] < 0 else "even more harmful"
-    said = "moves" if abs(arm_shift[layer]) >= PUSHED else "hardly moves"
+    verb = "moves" if abs(arm_shift[layer]) >= MOVED else "hardly moves"
     lines.append(
-        f"along the direction of requests it {said} harmful requests: {abs(arm_shift[layer]):.0%} of the gap towards"
+        f"along the direction of requests it {verb} harmful requests: {abs(arm_shift[layer]):.0%} of the gap towards"
         f" {to} ones, at layer {layer}"
     )
     return lines
@@ -329,7 +330,7 @@ def _rounded(value: Any) -> Any:
 
 
 class _Progress:
-    """Generated tokens, or what takes as long, of how many in all."""
+    """The progress in generated tokens; what is only read counts as the tokens that take as long."""
 
     def __init__(self, progress: Progress | None, arms: int, items: Items, size: Size) -> None:
         kinds = len(items.harmful) * 3 + len(items.borderline) * 2

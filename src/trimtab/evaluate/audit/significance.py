@@ -1,4 +1,4 @@
-"""Whether a change is more than chance, for many comparisons at once, and how small a change could have been seen."""
+"""Tests changes for significance, corrects for many comparisons, and computes the smallest detectable change."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from trimtab.evaluate.decision import LEVEL, sign_flip
 def p_value(
     before: Sequence[float], after: Sequence[float], groups: Sequence[Hashable] | None = None, seed: int = 0
 ) -> float:
-    """The two-sided p-value of "nothing changed", by flipping signs: for yes and no it is McNemar's exact test.
+    """The two-sided p-value of "nothing changed", by flipping signs; for values of 1 and 0 it is McNemar's exact test.
 
-    Twice that of the one-sided test of `decision`, for the side on which the change is. Items of a group get the same
-    sign. `seed` is of draws, where there are too many flips to try all.
+    It is twice the one-sided p-value of `decision`, in the direction of the change.
+
+    Args:
+        before: The values of the unsteered arm.
+        after: The values of the other arm, in the same order.
+        groups: The group of each item; the differences of a group change sign together.
+        seed: The seed of sampled sign flips, if there are too many to enumerate.
 
     Raises:
-        ValueError: Lists of different length, or no items.
+        ValueError: The lists differ in length, or there are no items.
     """
     if len(before) != len(after) or not len(before):
         raise ValueError(
@@ -31,7 +36,7 @@ def p_value(
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: with these, all comparisons together are wrong with the probability of one."""
+    """Holm's adjusted p-values: the probability of any false finding among all comparisons is at most the level."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     adjusted = [0.0] * len(values)
     highest = 0.0
@@ -44,11 +49,17 @@ def holm(values: Sequence[float]) -> list[float]:
 def detectable(
     before: Sequence[float], after: Sequence[float], groups: Sequence[Hashable] | None = None, comparisons: int = 1
 ) -> float | None:
-    """How large a change, as a mean, would have been found among so many comparisons.
+    """The smallest change of the mean that would be significant.
 
-    For yes and no: the share of items that would have to change, all the same way, or more than 1 where even all would
-    not do. Otherwise what would be found with a chance of 0.8, were the differences to scatter as they do; `None` where
-    they don't scatter.
+    For values of 1 and 0, it is the share of items that would have to change in the same direction; it is above 1 if
+    even all of them aren't enough. Otherwise it is the change that would be found with a power of 0.8, given the
+    observed standard deviation of the differences; `None` if they are all equal.
+
+    Args:
+        before: The values of the unsteered arm.
+        after: The values of the other arm, in the same order.
+        groups: The group of each item; items of a group aren't independent.
+        comparisons: The number of comparisons to correct for.
     """
     level = LEVEL / comparisons
     if groups is None and {*before, *after} <= {0.0, 1.0}:
