@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 WORKERS ?= 2
 MODEL ?=
-SINCE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
+SINCE ?=
 PYTEST := $(BIN)/python -m pytest
 ENVIRONMENT := $(BIN)/python tools/environment.py
 VLLM := build/vllm
@@ -106,7 +106,8 @@ browser:
 site: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
-# What changed in the public API since a commit, and whether the changelog says so: make api SINCE=v0.1.0
+# What changed in the public API since the last tag, and whether the changelog says so; or since a commit: make api
+# SINCE=v0.1.0. Without a tag it is since the commit that last changed the version.
 api: setup
 	$(BIN)/python tools/api.py $(SINCE)
 

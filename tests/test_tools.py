@@ -202,3 +202,64 @@ def test_changes_of_the_public_api_are_found() -> None:
     ]
     assert api.mentioned("learn_x", "- `learn_x(…)` is new")
     assert not api.mentioned("learn_x", "- learn_x and `learn_xy` are new")
+
+
+class TestTheChangesOfTheApi:
+    @pytest.fixture
+    def api(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+        """The script in a repository of one commit, with a package of one function."""
+        pytest.importorskip("griffe")
+        module = _tool("api")
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        for name in ("AUTHOR", "COMMITTER"):
+            monkeypatch.setenv(f"GIT_{name}_NAME", "Nobody")
+            monkeypatch.setenv(f"GIT_{name}_EMAIL", "nobody@example.org")
+        assert module.git("init", "-q") is not None
+        (tmp_path / "src/trimtab").mkdir(parents=True)
+        (tmp_path / "src/trimtab/__init__.py").write_text("from trimtab.a import f\n")
+        (tmp_path / "src/trimtab/a.py").write_text("")
+        self.commit(module, "pyproject.toml", 'name = "trimtab"\nversion = "0.1.0"\n')
+        self.commit(module, "src/trimtab/a.py", "def f(x, y): ...\n")
+        self.commit(module, "CHANGELOG.md", "# Changelog\n\n## [Unreleased]\n\n- `f`\n")
+        return module
+
+    @staticmethod
+    def commit(api: Any, name: str, text: str) -> str:
+        (api.ROOT / name).write_text(text)
+        assert api.git("add", "-A") is not None
+        assert api.git("commit", "-q", "-m", name) is not None
+        return str(api.git("rev-parse", "HEAD"))
+
+    def test_since_when_it_compares(self, api: Any) -> None:
+        assert api.default_ref() == api.git("rev-list", "--max-parents=0", "HEAD")
+        newer = self.commit(api, "pyproject.toml", 'version = "0.2.0"\n')
+        self.commit(api, "pyproject.toml", 'version = "0.2.0"\nlicense = "Apache-2.0"\n')
+        assert api.default_ref() == newer
+        api.git("tag", "v0.2.0")
+        assert api.default_ref() == newer  # not the tag of the commit itself, which has no changes
+        self.commit(api, "README.md", "more\n")
+        assert api.default_ref() == "v0.2.0"
+
+    def test_a_change_fails_until_the_changelog_names_it(
+        self, api: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["api.py"])
+        assert api.main() == 0  # since the first commit, which has no changelog
+        assert "f is new" in capsys.readouterr().out
+        self.commit(api, "CHANGELOG.md", "## [Unreleased]\n\n## [0.1.0] - 2026-01-01\n\n- `f` and its `y`\n")
+        api.git("tag", "v0.1.0")
+        self.commit(api, "src/trimtab/a.py", "def f(x): ...\n")
+        assert api.main() == 1
+        assert "NEW: f: f(y): Parameter was removed\n1 changes since v0.1.0" in capsys.readouterr().out
+        (api.ROOT / "CHANGELOG.md").write_text("## [Unreleased]\n\n- `f` has no `y`\n\n## [0.1.0]\n")
+        assert api.main() == 0
+        (api.ROOT / "CHANGELOG.md").write_text("## [Unreleased]\n\n## [0.2.0]\n\n- `f(y)`\n\n## [0.1.0]\n")
+        assert api.main() == 0
+
+    def test_a_commit_that_there_is_not(
+        self, api: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["api.py", "v9"])
+        with pytest.raises(SystemExit):
+            api.main()
+        assert "there is no commit v9" in capsys.readouterr().err
