@@ -12,7 +12,7 @@ VLLM_TESTS ?= parts fused engine static learning serve
 VLLM_ALL := parts fused engine static learning adapters compiled parallel processes serve ray emphasis_families second_runner
 OLDEST_TESTS := tests/properties $(patsubst %,tests/engines/test_%.py,arguments compat decode images load prefixes transformers)
 
-.PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-newest-torch \
+.PHONY: setup demo check lint types typed test test-all test-upgraded test-newest test-newest-all test-newest-torch \
   test-oldest test-oldest-all test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site api wheel clean
 
 # Environments are made from the locks in requirements/, and kept until a lock changes.
@@ -31,6 +31,12 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# How complete the types are that users' editors and type checkers see, as Pyright counts them.
+typed: setup
+	@$(PYTHON) -m venv build/pyright
+	@build/pyright/bin/python -m pip install -qq 'pyright[nodejs]==1.1.414'
+	$(BIN)/python tools/typed.py build/pyright/bin/pyright
 
 # While you work: no weights, no processes of their own, the properties on two families of models.
 check: lint types

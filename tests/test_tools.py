@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import signal
 import subprocess
@@ -263,3 +264,47 @@ class TestTheChangesOfTheApi:
         with pytest.raises(SystemExit):
             api.main()
         assert "there is no commit v9" in capsys.readouterr().err
+
+
+class TestTypes:
+    @pytest.fixture
+    def typed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """The script, and a Pyright that prints what `report.json` has."""
+        pyright = tmp_path / "pyright"
+        pyright.write_text(
+            f"#!{sys.executable}\nprint(open({str(tmp_path / 'report.json')!r}).read())\nraise SystemExit(1)"
+        )
+        pyright.chmod(0o755)
+        monkeypatch.setattr(sys, "argv", ["typed.py", str(pyright)])
+        return _tool("typed")
+
+    @pytest.mark.parametrize(("score", "code"), [(0.95, 0), (0.9499, 1)])
+    def test_a_share_below_the_floor_fails(
+        self, typed: Any, score: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "report.json").write_text(json.dumps({"typeCompleteness": REPORT | {"completenessScore": score}}))
+        assert typed.main() == code
+        assert capsys.readouterr().out == (
+            "trimtab.f: Return type is unknown\n"
+            f"{score:.1%} of 1,003 exported symbols have complete types; at least 95% must\n"
+        )
+
+    def test_pyright_itself_fails(self, typed: Any, tmp_path: Path) -> None:
+        (tmp_path / "report.json").write_text("No module named trimtab")
+        with pytest.raises(SystemExit, match="Pyright failed: No module named trimtab"):
+            typed.main()
+
+
+REPORT = {
+    "exportedSymbolCounts": {"withKnownType": 1001, "withAmbiguousType": 1, "withUnknownType": 1},
+    "symbols": [
+        {
+            "name": "trimtab.f",
+            "isExported": True,
+            "isTypeKnown": False,
+            "diagnostics": [{"message": "Return type is unknown\n  more"}],
+        },
+        {"name": "trimtab.g", "isExported": True, "isTypeKnown": True, "diagnostics": []},
+        {"name": "trimtab._h", "isExported": False, "isTypeKnown": False, "diagnostics": []},
+    ],
+}

@@ -10,6 +10,7 @@ import pytest
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[1]
+LOCKS = ROOT / "requirements"
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
 TARGETS = {
     name
@@ -45,6 +46,19 @@ def test_what_it_runs_exists(name: str) -> None:
         for path in re.findall(r"(?<![\w/.])((?:tests|tools|requirements)/[\w./-]+)", command):
             assert (ROOT / path).exists(), path
     assert named <= TARGETS
+
+
+def test_every_dependency_has_something_that_updates_it() -> None:
+    """The locks, the actions, and the images in `deploy/`: all but torch, whose version is chosen with the figures."""
+    assert any("make lock" in command for command in commands("locks"))
+    assert [step["with"]["add-paths"] for step in steps("locks") if "pull-request" in step.get("uses", "")] == [
+        LOCKS.name
+    ]
+    updates = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text())["updates"]
+    named = {(update["package-ecosystem"], update["directory"]) for update in updates}
+    assert named == {("github-actions", "/"), ("docker", "/deploy"), ("docker-compose", "/deploy")}
+    assert (ROOT / "deploy/Dockerfile").exists()
+    assert (ROOT / "deploy/compose.yaml").exists()
 
 
 def test_the_other_systems_are_tested() -> None:
