@@ -269,11 +269,9 @@ class TestTheChangesOfTheApi:
 class TestTypes:
     @pytest.fixture
     def typed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-        """The script, and a Pyright that prints what `report.json` has."""
+        """The script, and a Pyright that prints what `report.json` has, and notes its path."""
         pyright = tmp_path / "pyright"
-        pyright.write_text(
-            f"#!{sys.executable}\nprint(open({str(tmp_path / 'report.json')!r}).read())\nraise SystemExit(1)"
-        )
+        pyright.write_text(f'#!/bin/sh\ncd "{tmp_path}"; cat report.json; printf %s "$PATH" > path; exit 1\n')
         pyright.chmod(0o755)
         monkeypatch.setattr(sys, "argv", ["typed.py", str(pyright)])
         return _tool("typed")
@@ -284,6 +282,7 @@ class TestTypes:
     ) -> None:
         (tmp_path / "report.json").write_text(json.dumps({"typeCompleteness": REPORT | {"completenessScore": score}}))
         assert typed.main() == code
+        assert (tmp_path / "path").read_text().partition(":")[0] == str(Path(sys.executable).parent)
         assert capsys.readouterr().out == (
             "trimtab.f: Return type is unknown\n"
             f"{score:.1%} of 1,003 exported symbols have complete types; at least 95% must\n"

@@ -9,6 +9,7 @@ one, and exits with 1 if that is below `FLOOR`.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +32,10 @@ def message(symbol: dict[str, Any]) -> str:
 def main() -> int:
     """Print the share; return the exit status."""
     (pyright,) = sys.argv[1:]
-    python = Path(sys.executable)
-    options = ("--ignoreexternal", "--outputjson", "--pythonpath", str(python))
-    done = subprocess.run([pyright, "--verifytypes", "trimtab", *options], capture_output=True, text=True)
+    # Pyright asks the `python` on the path where packages are; with --verifytypes it ignores its own --pythonpath.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = [pyright, "--verifytypes", "trimtab", "--ignoreexternal", "--outputjson"]
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     try:
         report = json.loads(done.stdout)["typeCompleteness"]
     except (ValueError, KeyError):
