@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 WORKERS ?= 2
 MODEL ?=
-SINCE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
+SINCE ?=
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 PYTEST := $(BIN)/python -m pytest
 ENVIRONMENT := $(BIN)/python tools/environment.py
@@ -13,7 +13,7 @@ VLLM_TESTS ?= parts fused engine static learning serve
 VLLM_ALL := parts fused engine static learning adapters compiled parallel processes serve ray emphasis_families second_runner
 OLDEST_TESTS := tests/properties $(patsubst %,tests/engines/test_%.py,arguments compat decode images load prefixes transformers)
 
-.PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-newest-torch \
+.PHONY: setup demo check lint types typed test test-all test-upgraded test-newest test-newest-all test-newest-torch \
   test-oldest test-oldest-all test-vllm test-vllm-all test-vllm-oldest peers browser tmux lock bench site api wheel clean
 
 # Environments are made from the locks in requirements/, and kept until a lock changes.
@@ -32,6 +32,12 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# How complete the types are that users' editors and type checkers see, as Pyright counts them.
+typed: setup
+	@$(PYTHON) -m venv build/pyright
+	@build/pyright/bin/python -m pip install -qq 'pyright[nodejs]==1.1.414'
+	$(BIN)/python tools/typed.py build/pyright/bin/pyright
 
 # While you work: no weights, no processes of their own, the properties on two families of models.
 check: lint types
@@ -113,7 +119,8 @@ tmux:
 site: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
-# What changed in the public API since a commit, and whether the changelog says so: make api SINCE=v0.1.0
+# What changed in the public API since the last tag, and whether the changelog says so; or since a commit: make api
+# SINCE=v0.1.0. Without a tag it is since the commit that last changed the version.
 api: setup
 	$(BIN)/python tools/api.py $(SINCE)
 

@@ -21,7 +21,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 RUN_ELSEWHERE = {
-    *("README.md", "add-a-method.md", "bake.md", "estimators.md", "notebooks.md", "operations.md", "pairs.md"),
+    *(
+        "README.md",
+        "add-a-method.md",
+        "bake.md",
+        "estimators.md",
+        "file-format.md",
+        "notebooks.md",
+        "operations.md",
+        "pairs.md",
+    ),
     "agents.md",
     *("prompts.md", "traits.md", "your-vector.md", "bipo.md", "cap.md", "distill.md", "instaboost.md", "loreft.md"),
     *("pasta.md", "positions.md", "reps.md", "seka.md", "sttp.md"),

@@ -10,11 +10,12 @@ from pathlib import Path
 import trimtab
 
 ROOT = Path(trimtab.__file__).parent
-STEERING = {"keywords", "errors", "steering"}
+STEERING = {"keywords", "errors", "deprecation", "steering"}
 ENGINES = STEERING | {"plugins", "text", "files", "decoding", "engines"}
 LM = ENGINES | {"lm"}
 MAY_SEE = {
     "errors": set(),
+    "deprecation": set(),
     "keywords": {"errors"},
     "plugins": {"errors"},
     "steering": STEERING,

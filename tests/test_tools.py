@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import signal
 import subprocess
@@ -212,3 +213,107 @@ def test_changes_of_the_public_api_are_found() -> None:
     ]
     assert api.mentioned("learn_x", "- `learn_x(…)` is new")
     assert not api.mentioned("learn_x", "- learn_x and `learn_xy` are new")
+
+
+class TestTheChangesOfTheApi:
+    @pytest.fixture
+    def api(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+        """The script in a repository of one commit, with a package of one function."""
+        pytest.importorskip("griffe")
+        module = _tool("api")
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        for name in ("AUTHOR", "COMMITTER"):
+            monkeypatch.setenv(f"GIT_{name}_NAME", "Nobody")
+            monkeypatch.setenv(f"GIT_{name}_EMAIL", "nobody@example.org")
+        assert module.git("init", "-q") is not None
+        (tmp_path / "src/trimtab").mkdir(parents=True)
+        (tmp_path / "src/trimtab/__init__.py").write_text("from trimtab.a import f\n")
+        (tmp_path / "src/trimtab/a.py").write_text("")
+        self.commit(module, "pyproject.toml", 'name = "trimtab"\nversion = "0.1.0"\n')
+        self.commit(module, "src/trimtab/a.py", "def f(x, y): ...\n")
+        self.commit(module, "CHANGELOG.md", "# Changelog\n\n## [Unreleased]\n\n- `f`\n")
+        return module
+
+    @staticmethod
+    def commit(api: Any, name: str, text: str) -> str:
+        (api.ROOT / name).write_text(text)
+        assert api.git("add", "-A") is not None
+        assert api.git("commit", "-q", "-m", name) is not None
+        return str(api.git("rev-parse", "HEAD"))
+
+    def test_since_when_it_compares(self, api: Any) -> None:
+        assert api.default_ref() == api.git("rev-list", "--max-parents=0", "HEAD")
+        newer = self.commit(api, "pyproject.toml", 'version = "0.2.0"\n')
+        self.commit(api, "pyproject.toml", 'version = "0.2.0"\nlicense = "Apache-2.0"\n')
+        assert api.default_ref() == newer
+        api.git("tag", "v0.2.0")
+        assert api.default_ref() == newer  # not the tag of the commit itself, which has no changes
+        self.commit(api, "README.md", "more\n")
+        assert api.default_ref() == "v0.2.0"
+
+    def test_a_change_fails_until_the_changelog_names_it(
+        self, api: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["api.py"])
+        assert api.main() == 0  # since the first commit, which has no changelog
+        assert "f is new" in capsys.readouterr().out
+        self.commit(api, "CHANGELOG.md", "## [Unreleased]\n\n## [0.1.0] - 2026-01-01\n\n- `f` and its `y`\n")
+        api.git("tag", "v0.1.0")
+        self.commit(api, "src/trimtab/a.py", "def f(x): ...\n")
+        assert api.main() == 1
+        assert "NEW: f: f(y): Parameter was removed\n1 changes since v0.1.0" in capsys.readouterr().out
+        (api.ROOT / "CHANGELOG.md").write_text("## [Unreleased]\n\n- `f` has no `y`\n\n## [0.1.0]\n")
+        assert api.main() == 0
+        (api.ROOT / "CHANGELOG.md").write_text("## [Unreleased]\n\n## [0.2.0]\n\n- `f(y)`\n\n## [0.1.0]\n")
+        assert api.main() == 0
+
+    def test_a_commit_that_there_is_not(
+        self, api: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["api.py", "v9"])
+        with pytest.raises(SystemExit):
+            api.main()
+        assert "there is no commit v9" in capsys.readouterr().err
+
+
+class TestTypes:
+    @pytest.fixture
+    def typed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """The script, and a Pyright that prints what `report.json` has, and notes its path."""
+        pyright = tmp_path / "pyright"
+        pyright.write_text(f'#!/bin/sh\ncd "{tmp_path}"; cat report.json; printf %s "$PATH" > path; exit 1\n')
+        pyright.chmod(0o755)
+        monkeypatch.setattr(sys, "argv", ["typed.py", str(pyright)])
+        return _tool("typed")
+
+    @pytest.mark.parametrize(("score", "code"), [(0.95, 0), (0.9499, 1)])
+    def test_a_share_below_the_floor_fails(
+        self, typed: Any, score: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "report.json").write_text(json.dumps({"typeCompleteness": REPORT | {"completenessScore": score}}))
+        assert typed.main() == code
+        assert (tmp_path / "path").read_text().partition(":")[0] == str(Path(sys.executable).parent)
+        assert capsys.readouterr().out == (
+            "trimtab.f: Return type is unknown\n"
+            f"{score:.1%} of 1,003 exported symbols have complete types; at least 95% must\n"
+        )
+
+    def test_pyright_itself_fails(self, typed: Any, tmp_path: Path) -> None:
+        (tmp_path / "report.json").write_text("No module named trimtab")
+        with pytest.raises(SystemExit, match="Pyright failed: No module named trimtab"):
+            typed.main()
+
+
+REPORT = {
+    "exportedSymbolCounts": {"withKnownType": 1001, "withAmbiguousType": 1, "withUnknownType": 1},
+    "symbols": [
+        {
+            "name": "trimtab.f",
+            "isExported": True,
+            "isTypeKnown": False,
+            "diagnostics": [{"message": "Return type is unknown\n  more"}],
+        },
+        {"name": "trimtab.g", "isExported": True, "isTypeKnown": True, "diagnostics": []},
+        {"name": "trimtab._h", "isExported": False, "isTypeKnown": False, "diagnostics": []},
+    ],
+}

@@ -4,13 +4,16 @@
 
 It compares the names that `trimtab` exports, at that commit and in this tree, without importing either: names that were
 added and removed, and the breaking changes that griffe finds in their signatures and members. Each must be mentioned in
-the changelog under "Unreleased" by its last name, in backticks; it exits with 1 if one isn't.
+the changelog by its last name, in backticks, under "Unreleased" or a version that the commit's changelog doesn't have;
+it exits with 1 if one isn't. Without a commit it takes the last tag before the current commit, or if there is none the
+commit that last changed the version in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +60,29 @@ def changes(old: griffe.Module, new: griffe.Module) -> Iterator[tuple[str, str]]
                     yield (parameter[1] if parameter else broken.obj.name), f"{name}: {what}"
 
 
-def unreleased() -> str:
-    """The changelog's section of unreleased changes."""
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    return text.partition("## [Unreleased]")[2].partition("\n## [")[0]
+def git(*arguments: str) -> str | None:
+    """What git prints; `None` if it fails."""
+    done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, encoding="utf-8")
+    return None if done.returncode else done.stdout.strip()
+
+
+def default_ref() -> str | None:
+    """The last tag before the current commit, else the commit that last changed the project's version."""
+    tag = git("describe", "--tags", "--abbrev=0", "HEAD^")
+    return tag or git("log", "-1", "--format=%H", "-G^version = ", "--", "pyproject.toml") or None
+
+
+def sections(changelog: str) -> dict[str, str]:
+    """The sections of a changelog by version."""
+    heads = list(re.finditer(r"(?m)^## \[([^]]+)\].*$", changelog))
+    ends = [*(head.start() for head in heads), len(changelog)][1:]
+    return {head[1]: changelog[head.end() : end] for head, end in zip(heads, ends, strict=True)}
+
+
+def new_text(changelog: str, old: str) -> str:
+    """What a changelog says under Unreleased, and under the versions that an older one doesn't have."""
+    kept = sections(old).keys() - {"Unreleased"}
+    return "".join(text for version, text in sections(changelog).items() if version not in kept)
 
 
 def mentioned(name: str, text: str) -> bool:
@@ -71,17 +93,20 @@ def mentioned(name: str, text: str) -> bool:
 def main() -> int:
     """Print the changes, marking those that the changelog lacks; return the exit status."""
     parser = argparse.ArgumentParser(description="Compare the public API with that of a commit.")
-    parser.add_argument("ref", help="a tag or commit")
-    ref = parser.parse_args().ref
+    parser.add_argument("ref", nargs="?", help="a tag or commit; default: the last tag, or else the last new version")
+    ref = parser.parse_args().ref or default_ref()
+    if ref is None or git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") is None:
+        parser.error(f"there is no commit {ref}" if ref else "there is no tag or new version; name a commit")
     old = griffe.load_git("trimtab", ref=ref, repo=ROOT, search_paths=SOURCE, resolve_aliases=True)
     new = griffe.load("trimtab", search_paths=[ROOT / "src"], resolve_aliases=True)
-    text, missing = unreleased(), 0
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    text, missing = new_text(changelog, git("show", f"{ref}:CHANGELOG.md") or ""), 0
     for name, what in changes(old, new):  # type: ignore[arg-type]
         known = mentioned(name, text)
         missing += not known
         print(f"{'     ' if known else 'NEW: '}{what}")
     if missing:
-        print(f"{missing} changes since {ref} aren't in the changelog under Unreleased")
+        print(f"{missing} changes since {ref} aren't in the changelog: name them under Unreleased, in backticks")
     return 1 if missing else 0
 
 

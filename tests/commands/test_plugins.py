@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -279,3 +280,13 @@ def test_our_own_names_are_all_different() -> None:
     names = [recipe.name for recipe in OWN]
     assert names == sorted(set(names))
     assert all(isinstance(recipe, Recipe) and recipe.distribution == "trimtab" for recipe in OWN)
+
+
+def test_the_page_names_what_an_engine_implements() -> None:
+    """The table is the members that are abstract, and the attributes that have no value in the base class."""
+    from trimtab.engines.language_model import LanguageModel
+
+    page = (Path(__file__).parents[2] / "docs/add-a-method.md").read_text(encoding="utf-8")
+    section = page.partition("\n## An engine\n")[2].partition("\n## ")[0]
+    named = {name for row in re.findall(r"(?m)^\| (`.*?) \|", section) for name in re.findall(r"`(\w+)`", row)}
+    assert named == LanguageModel.__abstractmethods__ | set(LanguageModel.__annotations__)

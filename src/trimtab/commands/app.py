@@ -40,7 +40,7 @@ from trimtab.commands.make import make
 from trimtab.commands.methods import methods
 from trimtab.commands.models import models
 from trimtab.commands.serve import serve
-from trimtab.commands.terminal import say, warnings_as_lines
+from trimtab.commands.terminal import escape_unencodable, say, warnings_as_lines
 from trimtab.commands.tune import tune
 from trimtab.errors import TrimtabError
 from trimtab.methods.recipe import find_recipe
@@ -112,6 +112,7 @@ app.command()(methods)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `arguments` default to `sys.argv[1:]`."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    escape_unencodable()
     try:
         with warnings_as_lines():
             code = app(argv, prog_name="trimtab", standalone_mode=False) or 0

@@ -185,10 +185,13 @@ def _echo_off() -> Iterator[None]:
     """While open, keys aren't echoed into an answer; the next prompt receives them."""
     try:
         import termios
-
+    except ImportError:  # Windows, where nothing is echoed unless it is being read
+        yield
+        return
+    try:
         descriptor = sys.stdin.fileno()
         before = termios.tcgetattr(descriptor)
-    except (ImportError, OSError, ValueError, termios.error):  # not a terminal, or a system without termios
+    except (OSError, ValueError, termios.error):  # not a terminal
         yield
         return
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]

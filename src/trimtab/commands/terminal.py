@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -19,6 +20,15 @@ from rich.text import Text
 
 PROGRESS_INTERVAL = 30.0
 """Seconds between two progress lines if there is no terminal."""
+
+
+def escape_unencodable() -> None:
+    """Print characters that stdout's encoding lacks as escapes, as stderr does, instead of failing at them.
+
+    The output of a program on Windows that isn't shown on a terminal is in the system's code page.
+    """
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def say(message: str) -> None:

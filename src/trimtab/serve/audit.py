@@ -8,7 +8,6 @@ in `trouble` until a write succeeds. No request is answered meanwhile (see `guar
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import math
@@ -21,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.serve.file_lock import lock_file
 from trimtab.serve.refusals import Refusal
 
 RETRY_SECONDS = 1.0
 """Seconds between attempts to write to a log that is in trouble."""
 LARGEST_FRAGMENT = 1 << 20
+FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT
+# Unix: a pipe without a reader must not keep the server from starting. Windows: bytes are written as they are.
+FLAGS |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 log: logging.Logger = logging.getLogger("trimtab")
 
 
@@ -54,8 +57,7 @@ class Audit:
 
     def _open(self, path: Path) -> None:
         try:
-            # non-blocking: a pipe without a reader would keep the server from starting
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+            self._file = os.open(path, FLAGS, 0o600)
             mode = os.fstat(self._file).st_mode
         except OSError as error:
             raise TrimtabError(f"can't write the audit log {path}: {error.strerror}") from None
@@ -66,7 +68,7 @@ class Audit:
             )
         if self._regular:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(self._file)
             except OSError:
                 raise TrimtabError(
                     f"can't write the audit log {path}: another server is writing to it; give each server its own file"
@@ -78,7 +80,8 @@ class Audit:
         assert self._file is not None
         size = os.fstat(self._file).st_size
         start = max(0, size - LARGEST_FRAGMENT)
-        fragment = os.pread(self._file, size - start, start).rpartition(b"\n")[2]
+        os.lseek(self._file, start, os.SEEK_SET)
+        fragment = os.read(self._file, size - start).rpartition(b"\n")[2]
         if not fragment:
             return
         os.ftruncate(self._file, size - len(fragment))

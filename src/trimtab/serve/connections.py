@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +26,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.serve.rate_limit import RateLimitFilter
 from trimtab.serve.refusals import Refusal
+
+try:
+    import resource
+except ImportError:  # Windows, which doesn't limit the number of files that way
+    resource = None  # type: ignore[assignment]
 
 HEAD_SECONDS = 10.0
 READ_SECONDS = 60.0
@@ -137,7 +141,12 @@ def _close_longest_idle(held: Iterable[Any], now: float) -> bool:
 
 
 def raise_file_limit(wanted: int) -> int:
-    """How many of `wanted` connections the process may open files for, after raising its limit as far as possible."""
+    """How many of `wanted` connections the process may open files for, after raising its limit as far as possible.
+
+    All of them on Windows, which has no such limit.
+    """
+    if resource is None:
+        return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + SPARE
     if soft != resource.RLIM_INFINITY and soft < needed:
