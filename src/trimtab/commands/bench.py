@@ -308,8 +308,8 @@ def _tables(results: Results) -> list[Any]:
         table.add_row(standing.method, *cells, f"{standing.better}/{standing.tasks}", f"{standing.place:.2f}")
     return [
         table,
-        "gain over unsteered at the best divergence; ▲ better than unsteered and random, ▼ worse, ≈ as random, † text"
-        " broken, · can't act there",
+        "gain over unsteered at the best divergence; ▲ better than unsteered and its controls, △ no control, ▼ worse, ≈"
+        " as a control, † text broken, · can't act there",
     ]
 
 
