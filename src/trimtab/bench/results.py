@@ -112,7 +112,7 @@ class TaskResults:
 @dataclass(frozen=True)
 class Standing:
     """A method over all tasks: the number of tasks that it acts on, and on which it is better, better without a control
-    to compare it with, worse, or breaks the text; its place among the methods (1: always first, 0: always last); and the
+    to compare it with, worse, or breaks the text; its place among the methods (1: always first, 0: always last); the
     median share of the prompt's effect.
     """
 

@@ -49,8 +49,8 @@ def bench(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="instructions, behaviours, refusal, traits; names of tasks, or patterns. Default: all that the "
-            "data allow.",
+            help="instructions, behaviours, refusal, traits, more-instructions, more-traits; names of tasks, or patterns. "
+            "Default: the first four, as far as the data allow.",
             metavar="NAMES",
         ),
     ] = None,
