@@ -65,9 +65,9 @@ def write_page(path: Path, results: Results) -> None:
         *_left_out(results),
         "<h2>How to read this</h2>",
         "<p>A row's verdict is an exact paired test (signs flipped, one-sided) over the task's items, corrected for the"
-        " number of divergences tried; a gain counts as better only if random directions at the same"
-        " divergence, directions orthogonal to the method's own, or, for an emphasis, a random span of the prompt, don't"
-        " have it too. Intervals are 95 % paired bootstrap intervals."
+        " number of divergences tried; a gain counts as better only if random directions at the same divergence,"
+        " directions orthogonal to the method's own, or, for an emphasis, a random span of the prompt don't have it"
+        " too. Intervals are 95 % paired bootstrap intervals."
         " A place of 1 means first at every task and divergence, 0 last. Side effects are measured where something is"
         " gained.</p>",
     ]
@@ -86,6 +86,7 @@ def _facts(results: Results) -> str:
         f"{_count(len(results.tasks), 'task')}, {_count(len(results.methods), 'method')}, up to"
         f" {settings['items']} items per task,"
         f" {about['model'].get('dtype', '')}, seed {settings['seed']}, trimtab {about['versions'].get('trimtab', '')}"
+        f" (code {', '.join(about.get('code', ())) or 'unknown'})"
     )
 
 

@@ -14,6 +14,7 @@ from trimtab.bench import behaviours, instructions, refusals, traits
 from trimtab.bench.doses import TOKENS
 from trimtab.bench.emphasizing import EMPHASIS
 from trimtab.bench.learning import CONTROL, UNDIRECTED
+from trimtab.bench.store import code_digest
 from trimtab.bench.tasks import Cost, Outline
 from trimtab.data import queries
 from trimtab.errors import TrimtabError
@@ -49,8 +50,8 @@ class Settings:
     Args:
         methods: Names, or patterns such as `re*`; empty: all methods, including the emphasizing ones. A name or pattern
             that begins with `!` is excluded.
-        tasks: Likewise, with kinds (`instructions`, `behaviours`, `refusal`, `traits`, and those that don't run by default,
-            `more-instructions` and `more-traits`) and names of tasks.
+        tasks: Likewise, with kinds (`instructions`, `behaviours`, `refusal`, `traits`, and those that don't run by
+            default, `more-instructions` and `more-traits`) and names of tasks.
         nats: The divergences.
         items: The maximum number of items of a task.
         pairs: The maximum number of pairs to learn from.
@@ -115,6 +116,7 @@ class Plan:
         settings["data"] = None if folder is None else sorted(path.name for path in folder.iterdir())
         return {
             "bench": 1,
+            "code": [code_digest()],
             "model": {**asdict(lm.identity), **lm.runs_in},
             "settings": settings,
             "tasks": [outline.name for outline in self.outlines],

@@ -1,7 +1,7 @@
 """The task of refusing harmful requests and no others; refusals are recognised by their opening phrases.
 
-Each item is a harmful request and a harmless query. It counts only if the former is refused and the latter isn't, so that
-nothing is gained by refusing everything.
+Each item is a harmful request and a harmless query. It counts only if the former is refused and the latter isn't,
+so that nothing is gained by refusing everything.
 """
 
 from __future__ import annotations

@@ -185,6 +185,8 @@ class Results:
             f"{error_rate_text()}: of {len(rows)} rows that do nothing, up to {max(1, round(LEVEL * len(rows)))} would"
             " be called better"
         )
+        if len(code := self.about.get("code", ())) > 1:
+            sentences.append(f"its parts were computed by different code (digests {', '.join(code)})")
         if self.agreement is not None:
             sentences.append(
                 f"the methods' ranks on two halves of the items correlate by {self.agreement:.2f} (Spearman): "

@@ -40,6 +40,7 @@ def bench(
     folder: str | Path,
     *,
     answering: LanguageModel | None = None,
+    mix_code: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Results:
@@ -56,17 +57,19 @@ def bench(
         answering: The same model on another engine, such as replicas of vLLM. It generates answers and scores letters,
             for all arms; methods that it doesn't support are left out, with the reason. Learning, divergences and side
             effects stay with `lm`.
+        mix_code: Resume a run that other code of trimtab began; `results.json` then lists the digests of both.
         progress: Called with the number of cells that are done, and their total.
         say: Called with the name of the task that starts.
 
     Raises:
-        TrimtabError: A folder with another run, a model that is being steered or on another engine, or two models that
+        TrimtabError: A folder with another run, or one that other code began; a model that is being steered or on another engine, or two models that
             aren't the same.
     """
     check_lm(lm, "logits", "training")
     if answering is not None:
         _check_same(lm, answering)
-    store = Store(Path(folder), plan.head(lm) | ({} if answering is None else {"answers": _engine_of(answering)}))
+    head = plan.head(lm) | ({} if answering is None else {"answers": _engine_of(answering)})
+    store = Store(Path(folder), head, mix_code=mix_code)
     done, total = 0, plan.cells
     for outline in plan.outlines:
         if say is not None:
