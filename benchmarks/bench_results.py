@@ -1,7 +1,7 @@
 """The results of `trimtab bench` as a report, so that RESULTS.md shows them as it does those of the benchmarks here.
 
-`results.json` of a run says nothing about when, where and how it was run. A copy in `benchmarks/results/bench/` has that
-in addition, as `run`: the date, the commands and the machine.
+`results.json` of a run says nothing about when, where and how it was run. A copy in `benchmarks/results/bench/` has
+that in addition, as `run`: the date, the commands and the machine.
 """
 
 from __future__ import annotations

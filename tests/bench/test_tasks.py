@@ -37,8 +37,8 @@ def write(path: Path, rows) -> None:
 
 def question(n: int, start: int = 0) -> dict[str, str]:
     matching, other = ("(A)", "(B)") if n % 2 else ("(B)", "(A)")
-    asked = f"Is the sea {start + n} wide?\n (A) yes\n (B) no"
-    return {"question": asked, "answer_matching_behavior": matching, "answer_not_matching_behavior": other}
+    text = f"Is the sea {start + n} wide?\n (A) yes\n (B) no"
+    return {"question": text, "answer_matching_behavior": matching, "answer_not_matching_behavior": other}
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +197,9 @@ def test_parameters_are_drawn_for_each_item_or_if_nobody_is_told_for_all(name, l
     seeds = [values_for(kind, seed) for seed in range(8)]
     assert seeds[0] == values_for(kind, 0)
     assert any(each != seeds[0] for each in seeds)
-    told = {str(pair.positive).removeprefix(f"{pair.negative} ") for pair in unsaid.training_data.pairs["prompts"]}
-    assert told <= set(instruction_type(kind).phrasings("learn", values_for(kind, 0)))
+    prompt_pairs = unsaid.training_data.pairs["prompts"]
+    instructions_used = {str(pair.positive).removeprefix(f"{pair.negative} ") for pair in prompt_pairs}
+    assert instructions_used <= set(instruction_type(kind).phrasings("learn", values_for(kind, 0)))
 
 
 def test_every_type_is_checked_with_its_arguments():

@@ -96,16 +96,16 @@ def follows_instruction(kind: str, text: str, cut: bool, arguments: Mapping[str,
 
     An answer that the token limit cut off is judged by its beginning, and isn't below a maximum length.
     """
-    given = dict(arguments or {})
+    own_arguments = dict(arguments or {})
     if cut and kind == "startend:quotation":
         return text.strip().startswith('"')
     if cut and kind == "detectable_format:json_format":
         return is_json(text, cut=True)
     if cut and kind == "detectable_format:number_bullet_lists":
         return is_bullets(text, cut=True)
-    if cut and kind in LENGTHS and given.get("relation") == "less than":
+    if cut and kind in LENGTHS and own_arguments.get("relation") == "less than":
         return False
-    return follows(kind, given, text, loose=True)
+    return follows(kind, own_arguments, text, loose=True)
 
 
 def values_for(kind: str, seed: int, number: int | None = None) -> Values:
@@ -114,10 +114,10 @@ def values_for(kind: str, seed: int, number: int | None = None) -> Values:
     return {parameter.name: draw.choice(parameter.values) for parameter in _type(kind).parameters}
 
 
-def _phrasings(kind: str, split: str, asked: Sequence[str], varied: bool, seed: int) -> list[tuple[str, Values]]:
+def _phrasings(kind: str, split: str, base: Sequence[str], varied: bool, seed: int) -> list[tuple[str, Values]]:
     """A phrasing for each query, and the values in it; `varied`: each query has its own."""
     phrased = []
-    for n in range(len(asked)):
+    for n in range(len(base)):
         values = values_for(kind, seed, n if varied else None)
         phrasings = _type(kind).phrasings(split, values)
         phrased.append((phrasings[n % len(phrasings)], values))
@@ -127,8 +127,8 @@ def _phrasings(kind: str, split: str, asked: Sequence[str], varied: bool, seed: 
 def _items(kind: str, stored: Sequence[IFEvalItem], in_prompt: bool, seed: int) -> list[Item]:
     """IFEval's items, then the package's. Without the instruction in the prompt, all have the same arguments."""
     items = []
-    asked = queries("test", more=True)
-    phrased = _phrasings(kind, "test", asked, in_prompt, seed)
+    base = queries("test", more=True)
+    phrased = _phrasings(kind, "test", base, in_prompt, seed)
     for item in stored:
         if item.types == (kind,) and (phrase := _phrase(item)):
             assert item.prompt_without_instruction is not None
@@ -136,7 +136,7 @@ def _items(kind: str, stored: Sequence[IFEvalItem], in_prompt: bool, seed: int) 
             arguments = {name: value for name, value in item.kwargs[0].items() if value is not None}
             if in_prompt or arguments == _type(kind).arguments(values_for(kind, seed), query):
                 items.append(Item(f"IFEval {item.item}", query, phrase, item.prompt, arguments))
-    for n, (query, (phrase, values)) in enumerate(zip(asked, phrased, strict=True)):
+    for n, (query, (phrase, values)) in enumerate(zip(base, phrased, strict=True)):
         arguments = _type(kind).arguments(values, query)
         items.append(Item(f"query {n + 1}", query, phrase, f"{query} {phrase}", arguments))
     return items

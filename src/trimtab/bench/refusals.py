@@ -125,8 +125,8 @@ def _task(folder: Path, pairs: int, lm: LM, _store: Store, count: int) -> Task:
         reference_prompts=tuple(evenly_spaced(validation_requests, REFERENCE_PROMPTS)),
         measure=by_refusals(
             *(
-                {arm: [with_system(prompt, system) for prompt in asked] for arm, system in system_prompts.items()}
-                for asked in (prompts, harmless_prompts)
+                {arm: [with_system(prompt, system) for prompt in requests] for arm, system in system_prompts.items()}
+                for requests in (prompts, harmless_prompts)
             )
         ),
     )

@@ -62,8 +62,8 @@ def bench(
         say: Called with the name of the task that starts.
 
     Raises:
-        TrimtabError: A folder with another run, or one that other code began; a model that is being steered or on another engine, or two models that
-            aren't the same.
+        TrimtabError: A folder with another run, or one that other code began; a model that is being steered or on
+            another engine, or two models that aren't the same.
     """
     check_lm(lm, "logits", "training")
     if answering is not None:
