@@ -152,7 +152,10 @@ def following(
     skip: Annotated[list[str] | None, typer.Option(help="A type to neither search for nor steer; repeatable.")] = None,
     nats: Annotated[
         float | None,
-        typer.Option(help="No search: steer each type to this divergence (nats) from the unsteered model."),
+        typer.Option(
+            help="No search: steer each type to this divergence (nats) from the unsteered model, and compare with the"
+            " search that --folder has, if any."
+        ),
     ] = None,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,

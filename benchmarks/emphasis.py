@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from benchmarks.harness import BOOTSTRAP, Report, Result
 from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from trimtab.decoding.rejection import Rejection
+from trimtab.evaluate import controls
 from trimtab.evaluate.answers import run as run_batches
 from trimtab.evaluate.ifeval import IFEvalItem, by_instruction, read_ifeval, scorer
 from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
@@ -36,7 +36,7 @@ from trimtab.methods.pasta import pasta
 from trimtab.methods.seka import Highlight, learn_seka, seka
 from trimtab.methods.spotlight import spotlight
 from trimtab.steering import ScaleScores, Steering, emphasis
-from trimtab.text.spans import Part, Phrase
+from trimtab.text.spans import Phrase
 
 BATCH = 16
 UNSTEERED = "unsteered"
@@ -76,15 +76,9 @@ def _bare(word: str) -> str:
 
 
 def random_span(lm: LM, prompt: str, phrases: Phrases) -> Steering:
-    """A span of the same length as the phrases elsewhere in the prompt, overlapping them as little as possible."""
-    spans = lm.spans(prompt, phrases)
-    (first, last), *_ = lm.spans(prompt, Part("user"))
-    taken = {token for start, stop in spans for token in range(start, stop)}
-    length = min(len(taken), last - first)
-    overlap = {at: len(taken & set(range(at, at + length))) for at in range(first, last - length + 1)}
-    least = min(overlap.values())
-    at = random.Random(prompt).choice([at for at, shared in overlap.items() if shared == least])
-    return emphasis(ScaleScores(ALPHA), [(at, at + length)], range(lm.layout.layers), "random span")
+    """DIRECTER at a span of the same length elsewhere in the prompt."""
+    span = controls.random_span(lm, prompt, phrases)
+    return emphasis(ScaleScores(ALPHA), [span], range(lm.layout.layers), "random span")
 
 
 ARMS: Mapping[str, Arm] = {

@@ -9,7 +9,7 @@ can be resumed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from benchmarks.choosing import (
     by_nats,
     choose,
     keep,
+    kept,
     layers_of,
     say,
     steering_of,
@@ -36,9 +37,10 @@ from trimtab.data import instruction_pairs, instruction_type, queries
 from trimtab.data.types import LANGUAGES, Value
 from trimtab.evaluate.constraints import is_bullets
 from trimtab.evaluate.ifeval import IFEvalItem, follows, read_ifeval
+from trimtab.evaluate.records import Record
 from trimtab.lm import LM
 from trimtab.methods.instruct import learn_many
-from trimtab.steering import Positions
+from trimtab.steering import Positions, Steering
 
 DATASET = Path("ifeval") / "ifeval_single_instr_format.jsonl"
 GAINS = {"without": Target(0.15), "with": Target(0.08)}
@@ -48,6 +50,8 @@ EVERYWHERE = (("project", 1.0, None), ("add", 1.0, None), ("add", 2.0, None))
 OPENINGS = (("add", 2.0, OPENING), ("add", 4.0, OPENING))
 """Two searches for each type: steering throughout, and only at the beginning of the answer."""
 
+NEAR = 0.05
+"""A type's accuracy by nats is near that of tune's best if it is at most this much lower."""
 JSON = "detectable_format:json_format"
 JSON_TOKENS = 128
 """JSON passes only if it is complete, so cut answers fail; in the search, answers have at least this many tokens."""
@@ -78,7 +82,8 @@ def run(
 ) -> Report:
     """Tune and evaluate, with the instruction in the prompt or `without` it. Types in `skip` are not steered.
 
-    With `nats` there is no search: each type is steered at the strength that has this divergence.
+    With `nats` there is no search: each type is steered at the strength that has this divergence. If the folder has the
+    choices of an earlier search for every type, the report compares both, type by type.
     """
     lm = LM.load(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,20 +106,86 @@ def run(
         longest = max(tune_tokens, JSON_TOKENS) if kind == JSON else tune_tokens
         chosen[kind] = better(
             [
-                keep(folder / f"{mode}-{kind.replace(':', '-')}{name}.json", partial(choose, lm, task, grid, longest))
-                for name, grid in {"": EVERYWHERE, "-opening": OPENINGS}.items()
+                keep(file, partial(choose, lm, task, grid, longest))
+                for file, grid in zip(searches(folder, mode, kind), (EVERYWHERE, OPENINGS), strict=True)
             ]
         )
-    steerings = {
-        item.item: steering_of(moments[instances[item.item].name], chosen[instances[item.item].kind].setting)
-        for item in items
-    }
-    records = evaluate(lm, items, steerings, mode, folder / f"{mode}-answers.jsonl", tokens)
+
+    def steerings_by(choices: Mapping[str, Choice]) -> dict[str, Steering | None]:
+        return {
+            item.item: steering_of(moments[instances[item.item].name], choices[instances[item.item].kind].setting)
+            for item in items
+        }
+
+    steerings = steerings_by(chosen)
+    records = evaluate(lm, items, steerings, mode, answers_file(folder, mode, nats), tokens)
     settings = {kind: choice.setting for kind, choice in chosen.items()}
     measured = report(lm, "following", items, records, steerings, mode, settings, GAINS[mode])
     tokens_each = mean(choice.tokens for choice in chosen.values())
     spent = Result(f"{mode} instruction", "tokens read and generated to choose, a type", tokens_each, "tokens")
-    return replace(measured, results=(*measured.results, spent))
+    more = [spent]
+    searched = {kind: searches(folder, mode, kind) for kind in chosen if kind not in skip}
+    if nats is not None and all(file.is_file() for files in searched.values() for file in files):
+        tuned = {kind: [kept(file) for file in files] for kind, files in searched.items()}
+        choices = {kind: better(tuned[kind]) if kind in tuned else choice for kind, choice in chosen.items()}
+        best = evaluate(lm, items, steerings_by(choices), mode, answers_file(folder, mode, None), tokens)
+        more += compared(
+            mode,
+            scores_by_kind(items, records, searched),
+            scores_by_kind(items, best, searched),
+            {kind: chosen[kind].tokens for kind in searched},
+            {kind: sum(choice.tokens for choice in both) for kind, both in tuned.items()},
+        )
+    return replace(measured, results=(*measured.results, *more))
+
+
+def searches(folder: Path, mode: str, kind: str) -> tuple[Path, Path]:
+    """The files with the choices of a type's two searches."""
+    stem = f"{mode}-{kind.replace(':', '-')}"
+    return folder / f"{stem}.json", folder / f"{stem}-opening.json"
+
+
+def answers_file(folder: Path, mode: str, nats: float | None) -> Path:
+    """The file with the answers: of the choices by search, or by nats."""
+    return folder / (f"{mode}-answers.jsonl" if nats is None else f"{mode}-{nats:g}-nats-answers.jsonl")
+
+
+def scores_by_kind(
+    items: Sequence[IFEvalItem], records: Sequence[Record], kinds: Iterable[str]
+) -> dict[str, list[float]]:
+    """The loose scores of the steered answers to each type's items."""
+    steered = {record.item: record.scores["loose"] for record in records if record.arm == "steered"}
+    return {kind: [steered[item.item] for item in items if item.types[0] == kind] for kind in kinds}
+
+
+def compared(
+    mode: str,
+    scores: Mapping[str, Sequence[float]],
+    best: Mapping[str, Sequence[float]],
+    tokens: Mapping[str, int],
+    best_tokens: Mapping[str, int],
+) -> list[Result]:
+    """Choices by nats against those of the searches: for each type, and in short.
+
+    Args:
+        mode: With or without the instruction in the prompt.
+        scores: Each type's scores, of the choice by nats.
+        best: Each type's scores, of the searches' best choice, for the same items.
+        tokens: The tokens that each type's choice by nats cost.
+        best_tokens: The tokens that both searches cost.
+    """
+    results = []
+    for kind in scores:
+        case = f"{mode} instruction: {kind}, by nats against tune's best"
+        results.append(Result(case, "accuracy, by nats minus tune's best", mean(scores[kind]) - mean(best[kind]), ""))
+        results.append(Result(case, "tokens to choose, by nats / tune", tokens[kind] / best_tokens[kind], ""))
+    near = [mean(scores[kind]) >= mean(best[kind]) - NEAR - 1e-9 for kind in scores]
+    case = f"{mode} instruction, by nats against tune's best"
+    return [
+        *results,
+        Result(case, f"types at most {100 * NEAR:.0f} points below tune's best", mean(near), "share"),
+        Result(case, "tokens to choose, by nats / tune", sum(tokens.values()) / sum(best_tokens.values()), ""),
+    ]
 
 
 def instance_of(item: IFEvalItem) -> Instance:

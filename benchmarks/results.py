@@ -3,6 +3,8 @@
 A table is between `<!-- NAME: begin, text of DATE -->` and `<!-- NAME: end -->`, where NAME is the file's. DATE is the
 date of the run that the surrounding text was written for. If the table is from a later run, a note above it says so,
 until somebody has checked the text and changed the date.
+
+Results of `trimtab bench` are in `benchmarks/results/bench/`; their tables are called `bench-NAME`.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from benchmarks.bench_results import PREFIX, bench_report, is_bench
 from benchmarks.harness import Report
 from benchmarks.report import markdown, row, shortly
 
@@ -36,7 +39,12 @@ MISSES = 2
 
 def results(
     add: Annotated[
-        list[Path] | None, typer.Option("--add", help="Add this report, written by --json; repeatable.")
+        list[Path] | None,
+        typer.Option(
+            "--add",
+            help="Add this report, written by --json, or results.json of trimtab bench, if it ran on this machine;"
+            " repeatable.",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="With --add: its name; default: the name of its benchmark.")] = None,
     date: Annotated[str | None, typer.Option(help="With --add: the date of the run, if the report has none.")] = None,
@@ -57,11 +65,14 @@ def results(
     page = before
     try:
         for file in add or ():
+            if is_bench(document := parsed(file)):
+                page = with_bench(page, document, file, name, date, command or [], note)
+                continue
             report = dated(read(file), file, date, command or [], note)
             called = name or report.benchmark
             (REPORTS / f"{called}.json").write_text(written(report), encoding="utf-8")
             page = with_section(page, called, report)
-        page = rendered(page, {file.stem: read(file) for file in sorted(REPORTS.glob("*.json"))})
+        page = rendered(page, stored())
     except ValueError as wrong:
         print(f"error: {wrong}", file=sys.stderr)
         raise typer.Exit(1) from wrong
@@ -79,14 +90,57 @@ def results(
 
 def read(file: Path) -> Report:
     """A report from a file; any error is a `ValueError` that names the file."""
+    document = parsed(file)
     try:
-        return Report.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except OSError as wrong:
-        raise ValueError(f"{file} can't be read: {wrong.strerror}") from wrong
+        return bench_report(document) if is_bench(document) else Report.from_json(document)
     except KeyError as wrong:
         raise ValueError(f"{file} has no {wrong}; write it with --json of a benchmark") from wrong
     except (TypeError, AttributeError, ValueError) as wrong:
         raise ValueError(f"{file} isn't the report of a benchmark: {wrong}") from wrong
+
+
+def parsed(file: Path) -> Any:
+    """The JSON document in a file; any error is a `ValueError` that names the file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as wrong:
+        raise ValueError(f"{file} can't be read: {wrong.strerror}") from wrong
+    except ValueError as wrong:
+        raise ValueError(f"{file} isn't the report of a benchmark: {wrong}") from wrong
+
+
+def stored() -> dict[str, Report]:
+    """All reports by the names of their tables."""
+    reports = {file.stem: read(file) for file in sorted(REPORTS.glob("*.json"))}
+    return reports | {f"{PREFIX}{file.stem}": read(file) for file in sorted((REPORTS / "bench").glob("*.json"))}
+
+
+def with_bench(
+    page: str,
+    document: dict[str, Any],
+    file: Path,
+    name: str | None,
+    date: str | None,
+    commands: list[str],
+    note: str | None,
+) -> str:
+    """Store a run of `trimtab bench` with its date and commands, and make a place for its table.
+
+    Raises `ValueError` without a name, a date or commands.
+    """
+    if not (name and date and commands):
+        raise ValueError(
+            f"{file} is the result of trimtab bench and doesn't say when or how it was run: give --name default-model,"
+            " --date 2026-12-31 and --command '…'"
+        )
+    from benchmarks.machine import machine  # it imports torch, which the check of the page doesn't need
+
+    here = {**machine(), "note": note} if note else machine()
+    document = {**document, "run": {"date": date, "commands": commands, "machine": here}}
+    target = REPORTS / "bench" / f"{name}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return with_section(page, f"{PREFIX}{name}", bench_report(document))
 
 
 def written(report: Report) -> str:

@@ -162,9 +162,9 @@ def api_page() -> str:
     parts.append("## Results\n\nWhat calls return, and what that contains. These classes aren't imported by name.\n")
     results = {_defined(home, name): name.lower() for home, names in RESULTS.items() for name in names}
     parts += [f"::: {dotted}\n" for dotted in sorted(results, key=lambda dotted: results[dotted])]
-    for home, names in MODULES.items():
+    for home, module_names in MODULES.items():
         parts.append(f"## {home}\n\n`from {home} import …`; see [stability](../stability.md) about these names.\n")
-        parts += [f"::: {_defined(home, name)}\n" for name in names]
+        parts += [f"::: {_defined(home, name)}\n" for name in module_names]
     return "\n".join(parts)
 
 

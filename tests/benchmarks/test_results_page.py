@@ -126,6 +126,68 @@ def test_a_new_report_is_taken_and_one_without_a_date_is_not(tmp_path: Path, mon
         page.results(add=None, **{**take, "check": True})
 
 
+def decision(after: float, p: float, candidates: int = 1) -> dict[str, object]:
+    return {
+        "after": after,
+        "p": p,
+        "candidates": candidates,
+        "difference": {"estimate": after, "low": 0.0, "high": 1.0},
+    }
+
+
+def cell(nats: float | None, after: float, p: float, **controls: float) -> dict[str, object]:
+    return {"nats": nats, "decision": decision(after, p, 2), "random": None, "orthogonal": None, **controls}
+
+
+BENCH = {
+    "about": {"versions": {"trimtab": "1.0"}, "model": {"name": "tiny"}},
+    "verdict": [],
+    "methods": [],
+    "tasks": [
+        {
+            "task": "title",
+            "items": 8,
+            "unit": "share",
+            "unsteered": 0.0,
+            "told": {"prompt": decision(0.5, 0.25)},
+            "rows": [
+                {"method": "caa", "at_nats": 4.0, "cells": [cell(1.0, 0.75, 0.5), cell(4.0, 0.25, 0.01, random=0.125)]},
+                {"method": "directer", "at_nats": None, "cells": [cell(None, 0.75, 0.875, span=0.5)]},
+            ],
+        }
+    ],
+}
+
+
+def test_results_of_trimtab_bench_are_a_table_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "PAGE", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(page, "REPORTS", tmp_path / "results")
+    page.REPORTS.mkdir()
+    page.PAGE.write_text("<!-- summary: begin -->\n<!-- summary: end -->\n\n## Results\n")
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(BENCH))
+    take = {"name": None, "date": "2026-03-01", "command": ["trimtab bench"], "note": "quiet", "check": False}
+    with pytest.raises(typer.Exit):  # results.json has no name of its own
+        page.results(add=[file], **take)
+    with pytest.raises(ValueError, match="has no 'run'"):
+        page.read(file)
+    page.results(add=[file], **{**take, "name": "tiny"})
+    text = page.PAGE.read_text()
+    lines = [[part.strip() for part in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert "### `bench-tiny`" in text
+    assert "title (8 items, share):" in text
+    assert ["", "score", "minus unsteered", "p", "p, random span", "p, random", "nats"] in lines
+    assert ["unsteered", "0.00", "", "", "", "", ""] in lines
+    assert ["prompt", "0.50", "0.50 [0.00, 1.00]", "0.25", "", "", ""] in lines
+    assert ["caa", "0.25", "0.25 [0.00, 1.00]", "0.02", "", "0.125", "4"] in lines
+    assert lines.index(["directer", "0.75", "0.75 [0.00, 1.00]", "1.00", "0.5", "", ""]) < len(lines) - 1
+    page.results(add=None, **{**take, "check": True})
+    stored = page.REPORTS / "bench" / "tiny.json"
+    stored.write_text(stored.read_text().replace("0.125", "0.25"))
+    with pytest.raises(typer.Exit):
+        page.results(add=None, **{**take, "check": True})
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -15,6 +15,7 @@ from trimtab.engines.request import AnsweredPrompt, Choice
 from trimtab.evaluate.ab import ABItem, matching_share
 from trimtab.evaluate.constraints import on_topic
 from trimtab.evaluate.fluency import fluencies
+from trimtab.evaluate.lora import original_weights
 from trimtab.text.letters import letter_question_from_prompt, question_prompt
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def by_answers(
                 batch_size=BATCH,
                 **options,
             )
-        read = fluencies(lm, list(context) * len(runs), answers)
+        # a perplexity is always that of the original model
+        with original_weights(lm):
+            read = fluencies(lm, list(context) * len(runs), answers)
         results = []
         for n in range(len(runs)):
             part = slice(n * len(arm_prompts), (n + 1) * len(arm_prompts))

@@ -6,13 +6,13 @@ from html import escape
 from pathlib import Path
 
 from trimtab.bench.learning import CONTROL
-from trimtab.bench.results import NO_BETTER, Cell, Results, Row, TaskResults
+from trimtab.bench.results import NO_BETTER, UNCONTROLLED, Cell, Results, Row, TaskResults
 from trimtab.bench.tasks import PROMPT, TWICE
 from trimtab.evaluate.decision import BETTER, WORSE
 from trimtab.evaluate.intervals import Interval
 from trimtab.files.atomic_write import write_atomically
 
-MARKS = {BETTER: "▲", WORSE: "▼", NO_BETTER: "≈"}
+MARKS = {BETTER: "▲", WORSE: "▼", NO_BETTER: "≈", UNCONTROLLED: "△"}
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5b6570; --line: #dfe4e8; --paper: #fff; --well: #f4f6f8;
   --good: #0b6e4f; --bad: #a3341f; --goodback: #d9f0e6; --badback: #f8ded8; --flatback: #eceff2 }
@@ -54,8 +54,9 @@ def write_page(path: Path, results: Results) -> None:
         "<div class=verdict><ul>" + "".join(f"<li>{escape(line)}" for line in results.words()) + "</ul></div>",
         "<h2>Which is better where</h2>",
         "<p class=soft>The gain over the unsteered model, at each method's best divergence (in brackets, nats). ▲"
-        " better than unsteered and than random directions, ▼ worse, ≈ no better than a random direction; without a"
-        " mark it can't be told from luck. † the text is broken there. · it can't act on the task: see below.</p>",
+        " better than unsteered and than its controls, △ better than unsteered but there is no control, ▼ worse,"
+        " ≈ no better than a control; without a mark it can't be told from luck. † the text is broken there."
+        " · it can't act on the task: see below.</p>",
         _overview(results),
         "<h2>The methods over all tasks</h2>",
         _standings(results),
@@ -64,8 +65,9 @@ def write_page(path: Path, results: Results) -> None:
         *_left_out(results),
         "<h2>How to read this</h2>",
         "<p>A row's verdict is an exact paired test (signs flipped, one-sided) over the task's items, corrected for the"
-        " number of divergences tried; a gain counts as better only if random directions at the same divergence, and"
-        " directions orthogonal to the method's own, don't have it too. Intervals are 95 % paired bootstrap intervals."
+        " number of divergences tried; a gain counts as better only if random directions at the same divergence,"
+        " directions orthogonal to the method's own, or, for an emphasis, a random span of the prompt don't have it"
+        " too. Intervals are 95 % paired bootstrap intervals."
         " A place of 1 means first at every task and divergence, 0 last. Side effects are measured where something is"
         " gained.</p>",
     ]
@@ -84,6 +86,7 @@ def _facts(results: Results) -> str:
         f"{_count(len(results.tasks), 'task')}, {_count(len(results.methods), 'method')}, up to"
         f" {settings['items']} items per task,"
         f" {about['model'].get('dtype', '')}, seed {settings['seed']}, trimtab {about['versions'].get('trimtab', '')}"
+        f" (code {', '.join(about.get('code', ())) or 'unknown'})"
     )
 
 
@@ -119,7 +122,8 @@ def _overview_cell(task: TaskResults, method: str) -> str:
 def _standings(results: Results) -> str:
     titles = results.about["titles"]
     lines = [
-        "<tr><th>method<th>what it is<th class=n>tasks<th class=n>better<th class=n>worse<th class=n>text broken"
+        "<tr><th>method<th>what it is<th class=n>tasks<th class=n>better<th class=n>no control"
+        "<th class=n>worse<th class=n>text broken"
         "<th class=n>place<th class=n>share of the prompt's effect"
     ]
     for standing in results.methods:
@@ -127,7 +131,8 @@ def _standings(results: Results) -> str:
         kind = " class=control" if standing.method == CONTROL else ""
         lines.append(
             f"<tr{kind}><td>{escape(standing.method)}<td>{escape(titles.get(standing.method, ''))}<td"
-            f" class=n>{standing.tasks}<td class=n>{standing.better}<td class=n>{standing.worse}<td"
+            f" class=n>{standing.tasks}<td class=n>{standing.better}<td class=n>{standing.uncontrolled}<td"
+            f" class=n>{standing.worse}<td"
             f" class=n>{standing.broken}<td class=n>{standing.place:.2f}<td class=n>{share}"
         )
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
@@ -139,15 +144,15 @@ def _task(task: TaskResults) -> str:
     heads = "".join(f"<th class=n>{escape(name)}" for name in (*beside, *sides))
     lines = [
         "<tr><th>method<th class=n>nats<th class=n>score<th class=n>gain<th class=n>won : lost<th class=n>p<th class=n>"
-        f"p, random<th class=n>p, orthogonal{heads}<th>verdict"
+        f"p, random<th class=n>p, orthogonal<th class=n>p, random span{heads}<th>verdict"
     ]
-    rest = "<td>" * (len(beside) + len(sides) + 6)
+    rest = "<td>" * (len(beside) + len(sides) + 7)
     lines.append(f"<tr class=control><td>unsteered<td><td class=n>{task.unsteered:.2f}{rest}")
     for arm, decision in task.prompted.items():
         lines.append(
             f"<tr class=told><td>{escape(arm)}<td><td class=n>{decision.after:.2f}<td"
             f" class=n>{_interval(decision.difference)}<td class=n>{decision.won} : {decision.lost}<td"
-            f" class=n>{decision.p:.2g}<td><td>{'<td>' * len((*beside, *sides))}<td>{escape(decision.verdict)}"
+            f" class=n>{decision.p:.2g}<td><td><td>{'<td>' * len((*beside, *sides))}<td>{escape(decision.verdict)}"
         )
     for row in task.rows:
         lines += [_line(row, cell, n == row.best, beside, sides) for n, cell in enumerate(row.cells)]
@@ -174,7 +179,7 @@ def _line(row: Row, cell: Cell, best: bool, beside: list[str], sides: list[str])
         f"<tr{kind}><td>{name}<td class=n>{'' if cell.nats is None else f'{cell.nats:g}'}<td"
         f" class=n>{decision.after:.2f}<td class=n>{_interval(decision.difference)}<td class=n>{decision.won} :"
         f" {decision.lost}<td class=n>{decision.corrected_p:.2g}<td class=n>{_p(cell.random)}<td"
-        f" class=n>{_p(cell.orthogonal)}{more}"
+        f" class=n>{_p(cell.orthogonal)}<td class=n>{_p(cell.span)}{more}"
         f'<td class="v {tone}">{escape(words)}'
     )
 

@@ -14,6 +14,7 @@ from trimtab.bench import behaviours, instructions, refusals, traits
 from trimtab.bench.doses import TOKENS
 from trimtab.bench.emphasizing import EMPHASIS
 from trimtab.bench.learning import CONTROL, UNDIRECTED
+from trimtab.bench.store import code_digest
 from trimtab.bench.tasks import Cost, Outline
 from trimtab.data import queries
 from trimtab.errors import TrimtabError
@@ -49,7 +50,8 @@ class Settings:
     Args:
         methods: Names, or patterns such as `re*`; empty: all methods, including the emphasizing ones. A name or pattern
             that begins with `!` is excluded.
-        tasks: Likewise, with kinds (`instructions`, `behaviours`, `refusal`, `traits`) and names of tasks.
+        tasks: Likewise, with kinds (`instructions`, `behaviours`, `refusal`, `traits`, and those that don't run by
+            default, `more-instructions` and `more-traits`) and names of tasks.
         nats: The divergences.
         items: The maximum number of items of a task.
         pairs: The maximum number of pairs to learn from.
@@ -114,6 +116,7 @@ class Plan:
         settings["data"] = None if folder is None else sorted(path.name for path in folder.iterdir())
         return {
             "bench": 1,
+            "code": [code_digest()],
             "model": {**asdict(lm.identity), **lm.runs_in},
             "settings": settings,
             "tasks": [outline.name for outline in self.outlines],
@@ -181,10 +184,10 @@ def plan(settings: Settings) -> Plan:
     available, left_out = _available(settings)
     named = settings.tasks
     if all(pattern.startswith("!") for pattern in named):
-        named = (*named, f"!{traits.MORE}")
+        named = (*named, f"!{traits.MORE}", f"!{instructions.MORE}")
     tasks = _chosen("task", named, {outline.name: (outline.name, outline.kind) for outline in available}, left_out)
     outlines = tuple(outline for outline in available if outline.name in tasks)
-    left_out = [(kind, why) for kind, why in left_out if _is_requested(settings.tasks, kind)]
+    left_out = [(kind, why) for kind, why in left_out if _is_requested(named, kind)]
     return Plan(settings, outlines, {n: r for n, r in known.items() if n in rows}, tuple(rows), tuple(left_out))
 
 
@@ -193,9 +196,9 @@ def _available(settings: Settings) -> tuple[list[Outline], list[tuple[str, str]]
     outlines: list[Outline] = []
     left_out = []
     try:
-        outlines += instructions.outlines(settings.data, settings.pairs, settings.tokens)
+        outlines += instructions.outlines(settings.data, settings.pairs, settings.tokens, settings.seed)
     except TrimtabError as error:
-        left_out.append(("instructions", str(error)))
+        left_out += [(kind, str(error)) for kind in ("instructions", instructions.MORE)]
     for kind, made in (
         ("behaviours", behaviours.outlines(settings.data, settings.pairs, settings.seed)),
         ("refusal", refusals.outlines(settings.data, settings.pairs)),

@@ -25,7 +25,9 @@ LOOPS, EMPTY, UNLIKELY = 0.1, 0.05, 2.0
 answers by more than the second, or if its median perplexity is more than the third times theirs.
 """
 NO_BETTER = "no better than random"
-"""Called better by `trimtab.evaluate.decision`, but not better than random directions at the same divergence."""
+"""Called better by `trimtab.evaluate.decision`, but not better than its control at the same strength."""
+UNCONTROLLED = "better than unsteered; no control"
+"""Called better by `trimtab.evaluate.decision`, with nothing random to compare it with at the same strength."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Cell:
         decision: Against the unsteered arm, corrected for the number of strengths.
         random: The p-value of being better than random directions at the same nats; `None` if they weren't run.
         orthogonal: The same for directions orthogonal to its own.
+        span: The same for the method itself at a random span of each prompt instead of the phrase.
         beside: Other changes, steered minus unsteered, as means (for perplexities: the ratio of medians).
         sides: Side effects: the change, with its interval; empty if they weren't measured.
         broken: The limits that its text exceeds.
@@ -50,17 +53,29 @@ class Cell:
     decision: Decision
     random: float | None
     orthogonal: float | None
+    span: float | None
     beside: Mapping[str, float]
     sides: Mapping[str, Interval]
     broken: tuple[str, ...]
 
     @property
     def verdict(self) -> str:
-        """The verdict of `trimtab.evaluate.decision`, or `NO_BETTER` if random directions do as well."""
+        """The verdict of `trimtab.evaluate.decision`; instead of `BETTER`, `NO_BETTER` if a control does as well, and
+        `UNCONTROLLED` without one.
+        """
         if self.decision.verdict != BETTER:
             return self.decision.verdict
-        controls = [p for p in (self.random, self.orthogonal) if p is not None]
+        controls = [p for p in (self.random, self.orthogonal, self.span) if p is not None]
+        if not controls:
+            return UNCONTROLLED
         return BETTER if all(p <= LEVEL for p in controls) else NO_BETTER
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Of the strengths of a row, the best one has the largest: first the verdict counts, then the gain."""
+        verdicts = (UNCONTROLLED, BETTER)
+        placed = 0 if self.broken or self.verdict not in verdicts else 1 + verdicts.index(self.verdict)
+        return placed, self.decision.difference.estimate
 
 
 @dataclass(frozen=True)
@@ -96,13 +111,15 @@ class TaskResults:
 
 @dataclass(frozen=True)
 class Standing:
-    """A method over all tasks: the number of tasks that it acts on, and on which it is better, worse, or breaks the
-    text; its place among the methods (1: always first, 0: always last); and the median share of the prompt's effect.
+    """A method over all tasks: the number of tasks that it acts on, and on which it is better, better without a control
+    to compare it with, worse, or breaks the text; its place among the methods (1: always first, 0: always last); the
+    median share of the prompt's effect.
     """
 
     method: str
     tasks: int
     better: int
+    uncontrolled: int
     worse: int
     broken: int
     place: float
@@ -133,8 +150,11 @@ class Results:
         if not rows:
             return ["nothing was measured: no method could act on any of the tasks"]
         best = self.methods[0] if self.methods else None
-        if not better:
+        uncontrolled = [f"{row.method} on {task.name}" for task, row in rows if row.cell.verdict == UNCONTROLLED]
+        if not better and not uncontrolled:
             sentences.append(f"none of the {len(rows)} rows (a method on a task) can be told from luck")
+        elif not better:
+            sentences.append(f"none of the {len(rows)} rows (a method on a task) are better than a control")
         else:
             whole_text = sum(not row.cell.broken for row in with_answers)
             text = (
@@ -144,8 +164,11 @@ class Results:
             )
             sentences.append(
                 f"{len(better)} of {len(rows)} rows (a method on a task) are better than the unsteered model and than"
-                f" random directions at the same divergence; {text}"
+                " their controls (random directions at the same divergence, or a random span of the prompt);"
+                f" {text}"
             )
+        if uncontrolled:
+            sentences.append(f"better than the unsteered model, but there is no control: {', '.join(uncontrolled)}")
         if best is not None and best.better:
             ties = [standing.method for standing in self.methods if standing.better == best.better]
             sentences.append(f"better on most tasks ({best.better}): {', '.join(ties)}")
@@ -162,6 +185,8 @@ class Results:
             f"{error_rate_text()}: of {len(rows)} rows that do nothing, up to {max(1, round(LEVEL * len(rows)))} would"
             " be called better"
         )
+        if len(code := self.about.get("code", ())) > 1:
+            sentences.append(f"its parts were computed by different code (digests {', '.join(code)})")
         if self.agreement is not None:
             sentences.append(
                 f"the methods' ranks on two halves of the items correlate by {self.agreement:.2f} (Spearman): "
@@ -264,20 +289,15 @@ def _row(
 ) -> Row:
     runs = stored["runs"]
     cells = tuple(_cell(store, method, run, len(runs), plain, groups, random) for run in runs)
-    best = max(
-        range(len(cells)),
-        key=lambda n: (
-            cells[n].verdict == BETTER and not cells[n].broken,
-            cells[n].decision.difference.estimate,
-            -n,
-        ),
-    )
+    best = max(range(len(cells)), key=lambda n: (*cells[n].rank, -n))
     notes = [stored["note"]] if "note" in stored else []
     notes += [f"{entry['nats']:g} nats: {entry['reason']}" for entry in stored.get("lacking", ())]
     if stored.get("monotone") is False:
         notes.append("its divergence doesn't grow with the strength everywhere")
     if "no_orthogonal" in stored:
         notes.append(f"no orthogonal control: {stored['no_orthogonal']}")
+    if "no_span" in stored:
+        notes.append(f"no random span as a control: {stored['no_span']}")
     # if the prompt itself has little effect, a share of it is meaningless
     share = cells[best].decision.difference.estimate / gain if gain is not None and gain > 0.02 else None
     return Row(method, cells, best, share, tuple(notes), stored.get("predictors"))
@@ -294,7 +314,7 @@ def _cell(
 ) -> Cell:
     scores, nats = run["scores"], run["nats"]
     against = None if method == CONTROL else random.get(nats)
-    orthogonal = run.get("orthogonal", {}).get("scores")
+    orthogonal, span = (run.get(control, {}).get("scores") for control in ("orthogonal", "span"))
     sides = {}
     for side, values in run.get("sides", {}).items():
         sides[side] = paired_bootstrap(_read(store, "sides", side), values)
@@ -318,6 +338,7 @@ def _cell(
         decide(plain["scores"], scores, groups=groups, candidates=strengths),
         None if against is None else decide(against, scores, groups=groups).p,
         None if orthogonal is None else decide(orthogonal, scores, groups=groups).p,
+        None if span is None else decide(span, scores, groups=groups).p,
         beside,
         sides,
         tuple(broken),
@@ -424,6 +445,7 @@ def _standings(tasks: Sequence[TaskResults], places: Mapping[str, Sequence[float
                 method,
                 len(method_rows),
                 verdicts.count(BETTER),
+                verdicts.count(UNCONTROLLED),
                 verdicts.count(WORSE),
                 sum(bool(row.cell.broken) for row in method_rows),
                 round(mean(places[method]), 6) if method in places else 0.0,

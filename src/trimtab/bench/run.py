@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.bench.doses import Dose, Doses, Steerings, base_of, scaled
-from trimtab.bench.emphasizing import EMPHASIS, emphasis_steerings
+from trimtab.bench.emphasizing import EMPHASIS, emphasis_steerings, random_span_steerings
 from trimtab.bench.learning import CONTROL, Inputs, inputs_for, learn_steering, orthogonal
 from trimtab.bench.plan import Plan
 from trimtab.bench.results import Results, results_of
-from trimtab.bench.side_effects import SideEffect, side_effects
+from trimtab.bench.side_effects import side_effects
 from trimtab.bench.store import Store
 from trimtab.bench.tasks import PLAIN, ArmResult, Task
 from trimtab.engines.contract import FEATURES
@@ -40,6 +40,7 @@ def bench(
     folder: str | Path,
     *,
     answering: LanguageModel | None = None,
+    mix_code: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Results:
@@ -56,17 +57,19 @@ def bench(
         answering: The same model on another engine, such as replicas of vLLM. It generates answers and scores letters,
             for all arms; methods that it doesn't support are left out, with the reason. Learning, divergences and side
             effects stay with `lm`.
+        mix_code: Resume a run that other code of trimtab began; `results.json` then lists the digests of both.
         progress: Called with the number of cells that are done, and their total.
         say: Called with the name of the task that starts.
 
     Raises:
-        TrimtabError: A folder with another run, a model that is being steered or on another engine, or two models that
-            aren't the same.
+        TrimtabError: A folder with another run, or one that other code began; a model that is being steered or on
+            another engine, or two models that aren't the same.
     """
     check_lm(lm, "logits", "training")
     if answering is not None:
         _check_same(lm, answering)
-    store = Store(Path(folder), plan.head(lm) | ({} if answering is None else {"answers": _engine_of(answering)}))
+    head = plan.head(lm) | ({} if answering is None else {"answers": _engine_of(answering)})
+    store = Store(Path(folder), head, mix_code=mix_code)
     done, total = 0, plan.cells
     for outline in plan.outlines:
         if say is not None:
@@ -169,15 +172,21 @@ class _TaskRun:
         if not task.phrases:
             return {"left_out": "it emphasizes a phrase of the prompt, and here the prompts have no instruction"}
         try:
-            each = emphasis_steerings(self.lm, method, task.prompts, task.phrases)
-            emphases = emphasis_steerings(self.lm, method, task.reference_prompts, task.reference_phrases)
+            learned = None
+            if method.learn is not None:
+                learned = self.store.get_or_create_steering("every task", name, make=partial(method.learn, self.lm))
+            each = emphasis_steerings(self.lm, method, task.prompts, task.phrases, learned)
+            emphases = emphasis_steerings(self.lm, method, task.reference_prompts, task.reference_phrases, learned)
             self._check_fits(each, *(name for name in method.options if name in FEATURES))
         except TrimtabError as error:
             return {"left_out": str(error)}
         if method.fixed:
             run = asdict(self._measure(PLAIN, [each], method.options)[0])
-            return {"note": method.fixed, "runs": [{"nats": None, "factor": 1.0, **run}]}
-        return self._run_at_doses(emphases, each, method.options)
+            result: dict[str, Any] = {"note": method.fixed, "runs": [{"nats": None, "factor": 1.0, **run}]}
+        else:
+            result = self._run_at_doses(emphases, each, method.options)
+        self._add_random_spans(each, emphases, method.options, result)
+        return result
 
     def _lora(self, _name: str) -> dict[str, Any]:
         from trimtab.evaluate.lora import finetuned
@@ -190,9 +199,12 @@ class _TaskRun:
         shape = next((shape for shape in ("letters", "answers", "texts") if pairs.get(shape)), None)
         if shape is None:
             return {"left_out": "a LoRA is finetuned on answers, and this task has none"}
+        self._side_effect_baselines()  # before the weights change
         try:
             with finetuned(self.lm, pairs[shape], "positive") as tuned:
                 run = asdict(self.task.measure(tuned, PLAIN, [[None] * len(self.task.items)], {})[0])
+                if self.plan.settings.thorough or self._gains(run["scores"]):
+                    run["sides"] = self._measure_side_effects(tuned, None)
         except TrimtabError as error:
             return {"left_out": str(error)}
         note = "its weights are changed, so its strength isn't set by nats"
@@ -236,8 +248,7 @@ class _TaskRun:
 
     def _add_controls(self, steering: Steering, result: dict[str, Any]) -> None:
         """Measure orthogonal directions and side effects, for runs with a gain that they could explain or spoil."""
-        assert self._plain is not None
-        wanted = [run for run in result["runs"] if self.plan.settings.thorough or self._gains(run["scores"])]
+        wanted = self._worth_controls(result)
         if not wanted:
             return
         try:
@@ -255,11 +266,49 @@ class _TaskRun:
                 each = self._steerings_per_item(control, dose.factor)
                 run["orthogonal"] = {**asdict(dose), **asdict(self._measure(PLAIN, [each])[0])}
         for run in wanted:
-            run["sides"] = {
-                name: side.measure(self.lm, run["factor"] * steering)
-                for name, side in self._side_effects.items()
-                if name != self.task.name and self._side_effect_baseline(side)
-            }
+            run["sides"] = self._measure_side_effects(self.lm, run["factor"] * steering)
+
+    def _add_random_spans(
+        self,
+        each: Sequence[Steering],
+        emphases: Sequence[Steering],
+        options: Mapping[str, Any],
+        result: dict[str, Any],
+    ) -> None:
+        """Measure the same emphasis at a random span of each prompt, for runs with a gain that it could explain.
+
+        Side effects on other prompts aren't measured, since an emphasis acts on its own prompt only.
+        """
+        wanted = self._worth_controls(result)
+        if not wanted:
+            return
+        task = self.task
+        try:
+            control = random_span_steerings(self.lm, each, task.prompts, task.phrases)
+            references = random_span_steerings(self.lm, emphases, task.reference_prompts, task.reference_phrases)
+        except TrimtabError as error:
+            result["no_span"] = str(error)
+            return
+        doses = Doses(self.lm, self.base, references)
+        for run in wanted:
+            dose: dict[str, Any] = {"factor": run["factor"]}
+            if run["nats"] is not None:
+                try:
+                    dose = asdict(doses.at(run["nats"]))
+                except TrimtabError as error:
+                    run["span"] = {"left_out": str(error)}
+                    continue
+            steerings = self._steerings_per_item(control, dose["factor"])
+            run["span"] = {**dose, **asdict(self._measure(PLAIN, [steerings], options)[0])}
+
+    def _worth_controls(self, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The runs that controls and side effects are measured for."""
+        return [run for run in result["runs"] if self.plan.settings.thorough or self._gains(run["scores"])]
+
+    def _measure_side_effects(self, lm: LM, steering: Steering | None) -> dict[str, list[float]]:
+        """Each side effect's values under a steering, or in a model with other weights; none of the task itself."""
+        baselines = self._side_effect_baselines()
+        return {name: side.measure(lm, steering) for name, side in self._side_effects.items() if baselines.get(name)}
 
     def _steerings_per_item(self, steering: Steerings, factor: float) -> Sequence[Steering]:
         """A steering for each item; if it is one for all, the same object."""
@@ -270,12 +319,13 @@ class _TaskRun:
         assert self._plain is not None
         return decide(self._plain.scores, scores, groups=self.task.groups).p <= LEVEL
 
-    def _side_effect_baseline(self, side: SideEffect) -> list[float]:
-        """A side effect's values without a steering, measured once for all tasks."""
-        values: list[float] = self.store.get_or_create(
-            "cells", "sides", side.name, make=lambda: side.measure(self.lm, None)
-        )
-        return values
+    def _side_effect_baselines(self) -> dict[str, list[float]]:
+        """The side effects' values without a steering, measured once for all tasks."""
+        return {
+            name: self.store.get_or_create("cells", "sides", name, make=partial(side.measure, self.lm, None))
+            for name, side in self._side_effects.items()
+            if name != self.task.name
+        }
 
     def _predictors(self, recipe: Recipe, inputs: Inputs, steering: Steering) -> dict[str, Any] | None:
         assert recipe.takes == "pairs"

@@ -15,6 +15,7 @@ from trimtab.data import queries
 from trimtab.engines.doses import DoseWarning
 from trimtab.evaluate.ab import ABItem, read_ab
 from trimtab.evaluate.divergence import reference
+from trimtab.evaluate.lora import original_weights
 from trimtab.evaluate.refusal import read_refusal, refuses
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def side_effects(data: Path | None, count: int) -> Mapping[str, SideEffect]:
 
 def _text() -> Callable[[LM, Steering | None], list[float]]:
     def measure(lm: LM, steering: Steering | None) -> list[float]:
-        base = reference(lm, list(queries("test")[:TEXTS]), tokens=TOKENS)
+        with original_weights(lm):
+            base = reference(lm, list(queries("test")[:TEXTS]), tokens=TOKENS)
         return likelihoods(lm, base.texts, [steering] * len(base.texts))
 
     return measure

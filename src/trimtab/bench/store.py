@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 HEAD = "run.json"
+PACKAGE = Path(__file__).parents[1]
 
 
 LONGEST = 60
@@ -39,13 +41,29 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return words
 
 
-class Store:
-    """The folder of one run. `head` describes the run; a folder with another run is rejected.
+@cache
+def code_digest() -> str:
+    """A digest of the package's source and data files, since parts that different code computed can't be compared."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
 
-    Raises `TrimtabError` for such a folder, or one that can't be written.
+
+class Store:
+    """The folder of one run.
+
+    Args:
+        folder: The folder, created if it doesn't exist.
+        head: Describes the run. Its entry `code` lists digests of the code that computed its parts.
+        mix_code: Accept a run that other code began, and add the digest of this code to its head.
+
+    Raises:
+        TrimtabError: The folder has another run, or one that other code began, or can't be written.
     """
 
-    def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, head: Mapping[str, Any], *, mix_code: bool = False) -> None:
         self.folder = folder
         try:
             for name in ("cells", "learned", "texts"):
@@ -53,16 +71,26 @@ class Store:
         except OSError as error:
             raise TrimtabError(f"can't write into {folder}: {error.strerror}; name another folder") from None
         path, wanted = folder / HEAD, canonical(head)
-        if path.is_file():
-            if (stored := path.read_bytes()) != wanted:
-                there = json.loads(stored)
-                odd = ", ".join(differences(there, json.loads(wanted)))
-                raise TrimtabError(
-                    f"{folder} holds a run with other settings ({odd}): give the same settings to continue it, or"
-                    " another folder"
-                )
-        else:
+        if not path.is_file():
             write_atomically(path, wanted)
+            return
+        there, now = json.loads(path.read_bytes()), json.loads(wanted)
+        before, code = there.pop("code", []), now.pop("code", [])
+        if there != now:
+            odd = ", ".join(differences(there, now))
+            raise TrimtabError(
+                f"{folder} holds a run with other settings ({odd}): give the same settings to continue it, or"
+                " another folder"
+            )
+        if code in (before, before[-1:]):
+            return
+        if not mix_code:
+            raise TrimtabError(
+                f"{folder} holds a run that other code of trimtab began (digest {', '.join(before) or 'unknown'}, and"
+                f" {', '.join(code)} now): name another folder, or give --mix-code (mix_code=True) to continue it"
+                " nevertheless"
+            )
+        write_atomically(path, canonical({**there, "code": [*(before or ["unknown"]), *code]}))
 
     def done(self, kind: str, *names: str) -> bool:
         """Whether this part exists."""

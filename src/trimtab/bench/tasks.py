@@ -43,7 +43,7 @@ class ArmResult:
     """One arm: a score for each item, in the order of the items, and other measures of each (`repeated`, `perplexity`
     …).
 
-    `answers` are the generated texts, if any.
+    `answers` are the generated texts, if any; of items with two prompts, first those to all first ones.
     """
 
     scores: tuple[float, ...]
@@ -115,7 +115,7 @@ class Outline:
 
     Args:
         name: The task's name.
-        kind: `instructions`, `behaviours`, `refusal` or `traits`.
+        kind: `instructions`, `behaviours`, `refusal`, `traits`, `more-instructions` or `more-traits`.
         available: The maximum number of items.
         arm: The cost of one arm per item, excluding the reading of its prompts.
         writing_cost: The cost of writing a pair to learn from, if the model writes it.

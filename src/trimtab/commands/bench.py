@@ -49,8 +49,8 @@ def bench(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="instructions, behaviours, refusal, traits; names of tasks, or patterns. Default: all that the "
-            "data allow.",
+            help="instructions, behaviours, refusal, traits, more-instructions, more-traits; names of tasks, or "
+            "patterns. Default: the first four, as far as the data allow.",
             metavar="NAMES",
         ),
     ] = None,
@@ -76,6 +76,13 @@ def bench(
         typer.Option(
             "--thorough",
             help="Measure orthogonal controls and side effects at every strength, not only where there is a gain.",
+        ),
+    ] = False,
+    mix_code: Annotated[
+        bool,
+        typer.Option(
+            "--mix-code",
+            help="Resume a run that other code of trimtab began; the results then list both.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the expected time, and stop.")] = False,
@@ -145,7 +152,13 @@ def bench(
     with sigterm_interrupts(), progress_bar("benchmark", quiet=json) as progress:
         try:
             results = run(
-                lm, bench_plan, out, answering=answering_lm, progress=progress, say=lambda name: note(name, quiet=json)
+                lm,
+                bench_plan,
+                out,
+                answering=answering_lm,
+                mix_code=mix_code,
+                progress=progress,
+                say=lambda name: note(name, quiet=json),
             )
         except KeyboardInterrupt:
             note(f"finished parts are in {out}; the same command resumes the run", quiet=json)
@@ -308,8 +321,8 @@ def _tables(results: Results) -> list[Any]:
         table.add_row(standing.method, *cells, f"{standing.better}/{standing.tasks}", f"{standing.place:.2f}")
     return [
         table,
-        "gain over unsteered at the best divergence; ▲ better than unsteered and random, ▼ worse, ≈ as random, † text"
-        " broken, · can't act there",
+        "gain over unsteered at the best divergence; ▲ better than unsteered and its controls, △ no control, ▼ worse, ≈"
+        " as a control, † text broken, · can't act there",
     ]
 
 

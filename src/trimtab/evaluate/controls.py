@@ -1,7 +1,8 @@
-"""Control steerings: what any push of the same strength would do, whatever its direction."""
+"""Control steerings: what any push of the same strength would do, whatever its direction or the phrase it is at."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from trimtab.files.steering_file import steering_digest
-from trimtab.steering import Add, Card, ReadWrite, SetProjection, Site, Steering
+from trimtab.steering import Add, Card, Positions, ReadWrite, SetProjection, Site, Steering
 from trimtab.steering.operations import Directed
 from trimtab.steering.random_edits import random_edits
 from trimtab.steering.tensors import to_float64
+from trimtab.text.chat import has_template
+from trimtab.text.spans import Emphasis, Part
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -91,3 +94,41 @@ def orthogonal_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tens
         edits.append(replace(new, operation=replace(new.operation, **change)))  # type: ignore[arg-type]
     options = {**control.card.options, "orthogonal": True}
     return Steering(tuple(edits), replace(control.card, options=options))
+
+
+def at_random_span(lm: LM, steering: Steering, prompt: Prompt, phrases: Emphasis | Sequence[Emphasis]) -> Steering:
+    """The same edits at a random span of the prompt: a control that shows what the choice of the phrase is worth.
+
+    Args:
+        lm: The model.
+        steering: A steering that emphasizes these phrases of this prompt.
+        prompt: The prompt.
+        phrases: The phrases; the span is as long as all of them together, and is drawn by `random_span`.
+
+    Raises:
+        TrimtabError: A phrase isn't in the prompt.
+    """
+    return steering.at(Positions.span(*random_span(lm, prompt, phrases)))
+
+
+def random_span(lm: LM, prompt: Prompt, phrases: Emphasis | Sequence[Emphasis]) -> tuple[int, int]:
+    """A span `(start, stop)` of the user's message that is as long as the phrases and overlaps them as little as
+    possible; of several, one is drawn. The same prompt gives the same span.
+
+    Without a chat template, the span is anywhere in the prompt, except for a BOS token.
+
+    Raises:
+        TrimtabError: A phrase isn't in the prompt.
+    """
+    spans = lm.spans(prompt, phrases)
+    if not isinstance(prompt, str) or has_template(lm.tokenizer):
+        ((first, last), *_) = lm.spans(prompt, Part("user"))
+    else:
+        ids = lm.encode(prompt)
+        first, last = int(ids[0] == lm.bos_token_id), len(ids)
+    taken = {token for start, stop in spans for token in range(start, stop)}
+    length = min(len(taken), last - first)
+    overlap = {at: len(taken & set(range(at, at + length))) for at in range(first, last - length + 1)}
+    least = min(overlap.values())
+    at = random.Random(str(prompt)).choice([at for at, shared in overlap.items() if shared == least])
+    return at, at + length

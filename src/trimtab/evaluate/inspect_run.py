@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ def run_task(
     """
     if isinstance(task, str) and (file := task.partition("@")[0]).endswith(".py") and not Path(file).is_file():
         raise TrimtabError(f"there is no file {file}; name a task's file, or an installed task")
+    if isinstance(task, str) and task.endswith(".py") and Path(task).is_absolute():
+        task = os.path.relpath(task)  # Inspect takes a file for a pattern, which has to be relative
     from trimtab.evaluate import inspect_registry  # noqa: F401 (it registers the provider, and says what to install)
     from trimtab.evaluate.inspect_provider import SteeredModel
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from trimtab.engines.contract import check_length
+from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.transformers.read import padded
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
@@ -74,6 +75,18 @@ def description(lm: LM, pairs: Sequence[Pair], side: Side, lora: Lora = Lora()) 
     return {"pairs": digest(pairs), "count": len(pairs), "side": side, **asdict(lora), "model": model, "dtype": dtype}
 
 
+class FinetunedLM(LM):
+    """A model with an adapter that was inserted here."""
+
+
+def original_weights(lm: LanguageModel) -> AbstractContextManager[None]:
+    """A context manager in which a model that was finetuned here computes as before; nothing changes for others."""
+    if not isinstance(lm, FinetunedLM):
+        return nullcontext()
+    context: AbstractContextManager[None] = lm.model.disable_adapter()
+    return context
+
+
 @contextmanager
 def finetuned(
     lm: LM,
@@ -83,7 +96,7 @@ def finetuned(
     *,
     folder: str | Path | None = None,
     progress: Progress | None = None,
-) -> Iterator[LM]:
+) -> Iterator[FinetunedLM]:
     """A context manager that yields the model finetuned towards one side of the pairs. On exit, `lm` is restored.
 
     Don't use `lm` in the meantime: both share their weights, and the adapter's layers are inserted into them. With
@@ -128,7 +141,7 @@ def finetuned(
 
 
 @contextmanager
-def load_adapter(lm: LM, folder: str | Path, name: str | None = None) -> Iterator[LM]:
+def load_adapter(lm: LM, folder: str | Path, name: str | None = None) -> Iterator[FinetunedLM]:
     """A context manager that yields the model with the LoRA of a folder. On exit, `lm` is restored; don't use it
     meanwhile.
 
@@ -193,14 +206,14 @@ def target(lm: LM, pair: Pair, side: Side) -> Target:
 
 
 @contextmanager
-def _adapted(lm: LM, attach_adapter: Callable[[], Any], name: str) -> Iterator[LM]:
+def _adapted(lm: LM, attach_adapter: Callable[[], Any], name: str) -> Iterator[FinetunedLM]:
     """The model that `attach_adapter` returns; on exit, peft's layers are removed from `lm`, and `requires_grad` is
     restored.
     """
     required_grad = {parameter: parameter.requires_grad for parameter in lm.model.parameters()}
     adapted = attach_adapter()
     try:
-        yield LM(adapted.eval(), lm.tokenizer, layers=f"base_model.model.{lm.layout.path}", name=name)
+        yield FinetunedLM(adapted.eval(), lm.tokenizer, layers=f"base_model.model.{lm.layout.path}", name=name)
     finally:
         adapted.unload()
         for parameter, before in required_grad.items():

@@ -113,17 +113,15 @@ class Forecast:
 
     def __str__(self) -> str:
         p = self.predictors
+        measured = (
+            f"{p.agree:.0%} of held-out pairs point along the direction, their sides are {p.separation:.1f} standard"
+            f" deviations apart, and the steering changes the model {math.exp(p.reach):.1f} times as much as a random"
+            " direction does"
+        )
         made = f"{self.results} bench results, of which {self.worked} worked; AUC {self.auc:.2f} on held-out tasks"
-        sure = (
-            f"chance {self.chance:.0%}, by a fit to {made}"
-            if self.trusted
-            else f"the built-in fit is too small to be trusted: {made}; `trimtab forecast` fits your own"
-        )
-        return (
-            f"forecast: {self.verdict}. {p.agree:.0%} of held-out pairs point along the direction, their sides are"
-            f" {p.separation:.1f} standard deviations apart, and the steering changes the model"
-            f" {math.exp(p.reach):.1f} times as much as a random direction does ({sure})"
-        )
+        if self.trusted:
+            return f"forecast: {self.verdict}. {measured} (chance {self.chance:.0%}, by a fit to {made})"
+        return f"{measured} (no forecast, since the fit can't be trusted: {made}; `trimtab forecast` fits your own)"
 
 
 def forecast(measured: Predictors, fit: Mapping[str, Any] | None = None) -> Forecast:
