@@ -12,7 +12,7 @@ from typing import Protocol
 
 from trimtab.engines.answer import Generation
 from trimtab.engines.request import Batch, Choice, Decoding, Request, Text
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site, Steering
 
 TOKENS_PER_BATCH = 4096
@@ -28,6 +28,7 @@ FEATURES = {
     "streaming": "streaming of answers",
     "steered": "lm.steered(…)",
     "training": "learning with gradients or from the weights",
+    "modules": "learning that examines the model's modules",
     "perplexity": "perplexities",
     "logits": "probabilities of all tokens",
     "doses": "doses",
@@ -53,7 +54,9 @@ def count_fitting(lengths: Sequence[int], budget: int) -> int:
 
 
 class Shape(Protocol):
-    """The sizes of a model: its blocks, the width of its residual stream, and its context length (`None`: no limit)."""
+    """The sizes of a model: its blocks, the width of its residual stream, its context length (`None`: no limit), and
+    the number of query heads per layer (`None`: unknown, or not the same in all layers).
+    """
 
     @property
     def layers(self) -> int: ...
@@ -64,6 +67,9 @@ class Shape(Protocol):
     @property
     def context(self) -> int | None: ...
 
+    @property
+    def heads(self) -> int | None: ...
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -72,6 +78,7 @@ class Sizes:
     layers: int
     width: int
     context: int | None
+    heads: int | None = None
 
 
 class Engine(Protocol):
@@ -98,6 +105,20 @@ class Engine(Protocol):
         steering: Steering | None = None,
     ) -> Iterator[Batch]:
         """The activations of every text of every group at every site, in batches whose order the engine chooses."""
+
+
+def query_heads(layout: Shape) -> int:
+    """The number of query heads per layer.
+
+    Raises:
+        UnsupportedError: There is no single number for all layers.
+    """
+    if layout.heads is None:
+        raise UnsupportedError(
+            "the number of attention heads per layer isn't known, or isn't the same in all layers, so activations can't"
+            " be split into heads; steer the residual stream or neurons instead"
+        )
+    return layout.heads
 
 
 def check_length(layout: Shape, length: int, what: str) -> None:

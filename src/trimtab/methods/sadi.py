@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.places import query_heads
+from trimtab.engines.contract import query_heads
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, read_batches, versions
@@ -88,6 +88,7 @@ def learn_sadi(
     Raises:
         TrimtabError: There are no pairs, an unknown site, score, operation or mode, fewer heads or elements than `k`,
             or a frozen mode with `"add"` or other positions.
+        UnsupportedError: The site can't be read on this engine, or the number of heads isn't known.
     """
     pairs = pairs_for(lm, pairs)
     _check_mode(operation, mode, positions)
@@ -158,6 +159,8 @@ def differences_at(
 ) -> dict[Site, Tensor]:
     """Like `read_differences`, at any sites, also of different kinds, in one pass."""
     lm.check_sites(sites)
+    if any(where.kind == "heads" for where in sites):
+        query_heads(lm.layout)  # raises before anything is read
     moments: dict[Site, PairMoments] = {}
     groups = answer_texts(lm, pairs)
     for batch in read_batches(lm, groups, sites, progress):

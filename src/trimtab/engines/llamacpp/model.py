@@ -53,6 +53,7 @@ class LlamaCpp(LanguageModel):
         "monitors": "llama.cpp doesn't expose activations while it decodes",
         "steered": "the model runs inside llama.cpp",
         "training": "llama.cpp has no gradients, and its weights are packed",
+        "modules": "the model runs inside llama.cpp",
         "perplexity": "a pass returns the logits of its last token only",
         "logits": "they aren't read at every token",
         "grammar": "its tokens are chosen outside of llama.cpp's own samplers",
