@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from trimtab.lm import DoseWarning
 
 COUNT = 9
 PROMPTS = [prompt(seed, 3 + seed) for seed in range(len(STEERINGS))]
+SPELLED = ["".join(map(chr, range(97 + i, 101 + 2 * i))) for i in range(len(STEERINGS))]
 
 
 @pytest.fixture(params=STEPPED)
@@ -57,12 +59,10 @@ def test_answers_that_end_at_different_lengths_are_those_of_a_whole_batch(
 class TestStopStrings:
     """With a tokenizer of letters, pairs of letters and spaces, whose text transformers can search."""
 
-    TEXTS = ["".join(map(chr, range(97 + i, 101 + 2 * i))) for i in range(len(STEERINGS))]
-
     @pytest.fixture(scope="class")
     def lm(self) -> LM:
         alphabet = [*map(chr, range(97, 123)), "Ġ"]
-        merges = [("Ġ", letter) for letter in alphabet[:26]] + list(zip(alphabet[:25], alphabet[1:26], strict=True))
+        merges = [("Ġ", letter) for letter in alphabet[:26]] + list(pairwise(alphabet[:26]))
         words = ["<pad>", "<unk>", *alphabet, *map("".join, merges)]
         inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>"))
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,11 +75,11 @@ class TestStopStrings:
 
     def ended(self, lm: LM, stop: Any, **more: Any) -> list[Generation]:
         options = {"stop_strings": stop, "logprobs": True, "batch_size": 6, "chat": False} | more
-        return lm.generate(self.TEXTS, STEERINGS, max_new_tokens=COUNT, **options)
+        return lm.generate(SPELLED, STEERINGS, max_new_tokens=COUNT, **options)
 
     def test_they_end_the_answers_that_they_end_in_transformers(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         texts = [answer.text for answer in self.ended(lm, None)]
-        stops = [texts[1][3:5], texts[2][2:7], texts[7][:1], self.TEXTS[4][-2:] + texts[4][:2], texts[5]]
+        stops = [texts[1][3:5], texts[2][2:7], texts[7][:1], SPELLED[4][-2:] + texts[4][:2], texts[5]]
         lengths = set()
         for stop in (stops[:1], stops[0], *([stop] for stop in stops[1:]), stops):
             theirs = self.ended(lm, stop, **by_transformers(), batch_size=1)
