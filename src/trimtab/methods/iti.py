@@ -26,7 +26,7 @@ from trimtab.learn.inputs import pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.methods.caa import answer_texts
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
-from trimtab.steering.tensors import to_float64
+from trimtab.steering.tensors import check_finite, to_float64
 from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair, Pairs, digest, sides
 
@@ -184,8 +184,7 @@ def _read(
     for batch in read_batches(lm, groups, sites, progress):
         for site in sites:
             values = to_float64(torch.stack([torch.cat(members) for members in batch.values[site]]))
-            if not torch.isfinite(values).all():
-                raise TrimtabError(f"activations at {site} are not finite; load the model in float32 or bfloat16")
+            check_finite(values, site)
             if site.layer not in by_layer:
                 shape = (len(groups), values.shape[1], heads, values.shape[2] // heads)
                 by_layer[site.layer] = torch.zeros(shape, dtype=torch.float64)

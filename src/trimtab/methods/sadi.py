@@ -29,6 +29,7 @@ from trimtab.learn.inputs import pairs_for
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.caa import answer_texts
 from trimtab.steering import Add, Card, Edit, HoldElements, Operation, Positions, ScaleElements, Site, Steering
+from trimtab.steering.tensors import check_finite
 from trimtab.text.pairs import Pair, Pairs, digest
 
 if TYPE_CHECKING:
@@ -166,8 +167,7 @@ def differences_at(
     for batch in read_batches(lm, groups, sites, progress):
         for where in sites:
             values = torch.stack([torch.cat(members) for members in batch.values[where]])  # [pairs, 2, width]
-            if not torch.isfinite(values).all():
-                raise TrimtabError(f"activations at {where} are not finite; load the model in float32 or bfloat16")
+            check_finite(values, where)
             moments.setdefault(where, PairMoments(values.shape[-1])).add(values[:, 0], values[:, 1])
     return {where: moment.difference for where, moment in moments.items()}
 
