@@ -162,7 +162,9 @@ class LM(LanguageModel):
 
     @overload
     @classmethod
-    def load(cls, name: str | Path | None = None, *, layers: str | None = None, engine: str, **options: Any) -> Any: ...
+    def load(
+        cls, name: str | Path | None = None, *, layers: str | None = None, engine: str, **options: Any
+    ) -> LanguageModel: ...
 
     @classmethod
     def load(

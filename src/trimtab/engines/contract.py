@@ -1,19 +1,17 @@
-"""The engine contract: its methods, the sizes of its model, and how it declares what it can't do.
+"""What every engine declares: the sizes of its model, and what it can't do; and the checks that follow from these.
 
-Learning, tuning, evaluating and inspecting depend on nothing else of an engine, so they run on every engine that
-supports what they need. An engine declares what it doesn't support before anything runs.
+An engine is a subclass of `LanguageModel`. Learning, tuning, evaluating and inspecting depend on nothing else of it, so
+they run on every engine that supports what they need. An engine declares what it doesn't support before anything runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from trimtab.engines.answer import Generation
-from trimtab.engines.request import Batch, Choice, Decoding, Request, Text
+from trimtab.engines.request import Choice, Text
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Site, Steering
 
 TOKENS_PER_BATCH = 4096
 """The default number of tokens that are read together."""
@@ -79,32 +77,6 @@ class Sizes:
     width: int
     context: int | None
     heads: int | None = None
-
-
-class Engine(Protocol):
-    """Runs a model. `LanguageModel` implements it, and is what users hold; its subclasses are the available engines."""
-
-    engine: str
-    cannot: Mapping[str, str]
-    """The `FEATURES` that the engine doesn't support, and why."""
-
-    layout: Shape
-
-    def supports(self, steering: Steering | None = None, *features: str) -> str | None:
-        """Why this engine can't run a steering, or lacks one of these `FEATURES`; `None` if it can do all."""
-
-    def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
-        """Answer checked requests, in order, each with as many answers as the options say."""
-
-    def read(
-        self,
-        groups: Sequence[Sequence[Text]],
-        sites: Sequence[Site],
-        *,
-        tokens_per_batch: int = TOKENS_PER_BATCH,
-        steering: Steering | None = None,
-    ) -> Iterator[Batch]:
-        """The activations of every text of every group at every site, in batches whose order the engine chooses."""
 
 
 def query_heads(layout: Shape) -> int:
