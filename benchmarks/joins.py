@@ -20,15 +20,16 @@ from benchmarks.machine import machine, versions
 from trimtab.engines.transformers.batch_session import BatchSession
 from trimtab.engines.transformers.layout import Layout, find_layout
 from trimtab.engines.transformers.positions import ForwardPass
-from trimtab.steering import Add, Edit, Positions, SetProjection, Site
+from trimtab.steering import Add, Edit, Positions, ReadWrite, SetProjection, Site
 
 ROWS, LAYERS, WIDTH = 32, 32, 4096
+RANK = 4
 PROMPT = 6
 TARGET = Target(5.0, at_least=False)
 
 
 def run(rounds: int) -> Report:
-    """Requests with the same steering, and with one each; additions and projections; at every layer."""
+    """Requests with the same steering, and with one each; additions, projections and low-rank maps; at every layer."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(LAYERS, WIDTH, generator=generator) / 100
     units = torch.nn.functional.normalize(vectors)
@@ -49,6 +50,15 @@ def run(rounds: int) -> Report:
             ]
             case = f"{name}, {'a steering each' if apart else 'one steering'}"
             results += _measured(case, layout, steerings, rounds)
+    read = torch.nn.functional.normalize(torch.randn(RANK, WIDTH, generator=generator), dim=-1)
+    for apart in (False, True):
+        maps = [ReadWrite(read, read * (1 + number / 1000)) for number in range(ROWS + rounds + 1 if apart else 1)]
+        steerings = [
+            tuple(Edit(Site(layer), maps[number % len(maps)], Positions.all()) for layer in range(LAYERS))
+            for number in range(ROWS + rounds + 1)
+        ]
+        case = f"maps of rank {RANK}, {'a steering each' if apart else 'one steering'}"
+        results += _measured(case, layout, steerings, rounds)
     return Report("joins", machine(), versions(), tuple(results))
 
 

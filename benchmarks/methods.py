@@ -24,7 +24,7 @@ from benchmarks.machine import machine, versions
 from benchmarks.memory import forget_peak, own_peak, peak_of
 from benchmarks.static import MEMORY, PROMPTS
 from trimtab.data import instruction_pairs, queries
-from trimtab.engines.transformers.places import query_heads
+from trimtab.engines.contract import query_heads
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import load_steering, save_steering
 from trimtab.lm import LM

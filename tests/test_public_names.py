@@ -56,4 +56,4 @@ def test_an_editor_knows_what_is_loaded() -> None:
         engine, made = overload.__annotations__["engine"], overload.__annotations__["return"]
         known[engine] = made
     named = {f"Literal['{name}']": made.partition(":")[2] for name, made in ENGINES.items()}
-    assert known == {"Literal['transformers']": "LM", **named, "str": "Any"}
+    assert known == {"Literal['transformers']": "LM", **named, "str": "LanguageModel"}

@@ -164,7 +164,9 @@ class LM(LanguageModel):
 
     @overload
     @classmethod
-    def load(cls, name: str | Path | None = None, *, layers: str | None = None, engine: str, **options: Any) -> Any: ...
+    def load(
+        cls, name: str | Path | None = None, *, layers: str | None = None, engine: str, **options: Any
+    ) -> LanguageModel: ...
 
     @classmethod
     def load(
@@ -312,7 +314,7 @@ class LM(LanguageModel):
             check_grammar_options(options)
             options = {**options, "eos_token_id": sorted(self._grammars(options).ends)}
             self._matchers(requests, options)
-        check_batching(self.model, self.layout, requests, replace(decoding, options=options))
+        check_batching(self.model, self.tokenizer, self.layout, requests, replace(decoding, options=options))
         return replace(decoding, options=options)
 
     def require(self, *features: str) -> None:
@@ -379,7 +381,7 @@ class LM(LanguageModel):
             more: dict[str, Any] = {"clean_cache": decoding.clean_cache, "monitors": decoding.monitors, **kwargs}
             return generate_answers(*arguments, rows=rows, seed=decoding.seed, progress=report_progress, **more)
 
-        way = BatchingSettings.of(self.model, self.layout, dict(decoding.options))
+        way = BatchingSettings.of(self.model, self.tokenizer, self.layout, dict(decoding.options))
         with self._exclusive(), few_rows(self.model), seeded(decoding.seed, input_device(self.model)):
             not_batchable = {i for i in order if not self._fits_batch(requests[i], decoding)}
             batched = [

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import trimtab
-from trimtab import TrimtabError, load
+from trimtab import Ablate, Edit, Positions, Site, Steering, TrimtabError, UnsupportedError, load
 from trimtab.engines import engine
 from trimtab.methods.recipe import Recipe, find_recipe, recipes
 from trimtab.plugins import ENGINES, METHODS, PluginWarning
@@ -36,10 +37,22 @@ theirs = "trimtab_doubled:Theirs"
 include = ["trimtab_doubled.py"]
 """
 MODULE = '''
-"""A method that adds a multiple of the mean difference (nobody, 2026), and an engine: transformers by another name."""
+"""A method that adds a multiple of the mean difference (nobody, 2026), and an engine of two random blocks."""
 
-from trimtab import LM, learn_caa
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from trimtab import Add, UnsupportedError, learn_caa
+from trimtab.engines.answer import Applied, Generation
+from trimtab.engines.contract import FEATURES, Sizes
+from trimtab.engines.language_model import LanguageModel
+from trimtab.engines.request import Batch, NextToken
 from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import ModelId
+from trimtab.steering.gates import ALWAYS
+from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 
 RECIPE = Recipe(
     name="doubled",
@@ -62,8 +75,97 @@ def learn_doubled(lm, pairs, layers=None, *, times=2.0, norm="raw", positions=No
     return times * learn_caa(lm, pairs, layers, norm=norm, positions=positions, progress=progress)
 
 
-class Theirs(LM):
-    pass
+class Theirs(LanguageModel):
+    engine = "theirs"
+    cannot = dict.fromkeys(FEATURES, "it only adds after blocks")
+
+    def __init__(self, name, tokenizer):
+        self.name, self.tokenizer, self.layout = name, tokenizer, Sizes(layers=3, width=16, context=None)
+        random = torch.Generator().manual_seed(0)
+        self.embeddings = torch.randn(len(tokenizer), 16, generator=random)
+        self.blocks = torch.randn(3, 16, 16, generator=random)
+
+    @classmethod
+    def load(cls, name, *, layers=None, device=None, dtype="auto", revision=None):
+        return cls(Path(name).name, AutoTokenizer.from_pretrained(name))
+
+    @property
+    def identity(self):
+        rows = self.embeddings[sampled_rows(len(self.embeddings))]
+        return ModelId(self.name, None, "theirs", 16, 3, fingerprint("theirs", self.embeddings.shape, rows))
+
+    @property
+    def runs_in(self):
+        return {"dtype": "float32", "device": "cpu"}
+
+    def check(self, steering, *, transfer=False):
+        check_learned_on(steering, self.identity, transfer=transfer)
+        self.check_sites([edit.site for edit in steering.edits])
+        for edit in steering.edits:
+            if type(edit.operation) is not Add or edit.operation.keep_norm or edit.gate != ALWAYS:
+                raise UnsupportedError(f"the theirs engine only adds, and always: it can't run {edit}")
+
+    def check_sites(self, sites):
+        for site in sites:
+            if site.kind != "residual" or not 0 <= site.layer < 3:
+                raise UnsupportedError(f"the theirs engine has the residual stream after blocks 0 to 2, and not {site}")
+
+    def admit(self, requests, decoding):
+        if decoding.options:
+            raise UnsupportedError(f"the theirs engine is greedy and can't take {', '.join(decoding.options)}")
+        return decoding
+
+    def run(self, requests, decoding):
+        return [[self._answer(request, decoding)] for request in requests]
+
+    def answer_nlls(self, texts):
+        self.require("perplexity")
+
+    def _answer_logits(self, texts, steerings):
+        self.require("logits")
+
+    def _answer(self, request, decoding):
+        ids, logprobs = list(request.ids), []
+        for _ in range(decoding.max_new_tokens):
+            scores = self._logprobs(ids, len(request.ids), request.steering)
+            ids.append(int(scores.argmax()))
+            logprobs.append(float(scores.max()))
+        new = tuple(ids[len(request.ids) :])
+        return Generation(
+            self.tokenizer.decode(new, skip_special_tokens=True), new, "length", len(request.ids),
+            _applied(request.steering), tuple(logprobs) if decoding.logprobs else None,
+        )
+
+    def _read(self, groups, sites, tokens, steering):
+        for number, group in enumerate(groups):
+            after = [self._run(text.ids, len(text.ids), steering) for text in group]
+            values = {s: [[x[s.layer][list(t.positions)] for x, t in zip(after, group)]] for s in sites}
+            yield Batch([number], values)
+
+    def _next_logprobs(self, choices, steerings, batch_size, progress):
+        read = []
+        for choice, steering in zip(choices, steerings):
+            scores = self._logprobs(choice.ids, choice.prompt_length, steering)
+            read.append(NextToken(tuple(float(scores[token]) for token in choice.candidates), _applied(steering)))
+        return read
+
+    def _logprobs(self, ids, prompt_length, steering):
+        return (self._run(ids, prompt_length, steering)[-1][-1] @ self.embeddings.T).log_softmax(-1)
+
+    def _run(self, ids, prompt_length, steering):
+        """The residual stream `[tokens, width]` after each block; a token sees the mean of those up to itself."""
+        x, after = self.embeddings[list(ids)], []
+        for layer, block in enumerate(self.blocks):
+            x = x + torch.tanh(x.cumsum(0) / torch.arange(1, len(x) + 1)[:, None] @ block)
+            for edit in steering.edits if steering else ():
+                for start, stop in edit.positions.resolve(prompt_length) if edit.site.layer == layer else ():
+                    x[start:stop] += edit.strength * edit.operation.direction.to(x.dtype)
+            after.append(x)
+        return after
+
+
+def _applied(steering):
+    return Applied(tuple(str(edit) for edit in steering.edits) if steering else (), ())
 '''
 Write = Callable[..., None]
 
@@ -145,11 +247,32 @@ def test_bad_choices_and_data(tmp_path: Path, trimtab: Any, prompt_pairs: Path) 
 def test_an_engine_is_loaded_by_its_name(trimtab: Any, model: Path) -> None:
     lm = trimtab_lm(model, engine="theirs")
     assert type(lm).__name__ == "Theirs"
-    assert lm.generate("The sea", max_new_tokens=2) == trimtab_lm(model).generate("The sea", max_new_tokens=2)
-    common = ["generate", "--prompt", "The sea", "--model", model, "--max-new-tokens", "2", "--json"]
-    assert trimtab(*common, "--engine", "theirs").json["answers"] == trimtab(*common).json["answers"]
+    (answer,) = lm.generate("The sea", max_new_tokens=4)
+    assert len(answer.token_ids) == 4
+    common = ["generate", "--prompt", "The sea", "--model", model, "--max-new-tokens", "4", "--json"]
+    assert trimtab(*common, "--engine", "theirs").json["answers"][0]["text"] == answer.text
     with pytest.raises(TrimtabError, match=r"no engine 'ours'; engines: transformers, llamacpp, vllm, theirs$"):
         engine("ours")
+
+
+@pytest.mark.usefixtures("theirs")
+def test_an_engine_learns_steers_and_refuses(model: Path) -> None:
+    lm = trimtab_lm(model, engine="theirs")
+    pairs = [(f"the sea {i}", f"a stone {i}") for i in range(4)]
+    learned = trimtab.learn_caa(lm, pairs, [0, 1])
+    assert [edit.site.layer for edit in learned.edits] == [0, 1]
+    learned = learned.at(Positions.all())
+    (plain, steered) = lm.generate(["The sea", "The sea"], [None, 50 * learned], max_new_tokens=4)
+    assert steered.token_ids != plain.token_ids
+    assert steered.applied.edits == tuple(str(edit) for edit in (50 * learned).edits)
+    (before,), (after,) = (lm.capture("The sea", 0, Positions.all(), steering=each) for each in (None, learned))
+    pushed = learned.edits[0].strength * learned.edits[0].operation.direction
+    torch.testing.assert_close(after[Site(0)] - before[Site(0)], pushed.expand_as(before[Site(0)]))
+    ablation = Steering((Edit(Site(1), Ablate(torch.ones(16) / 4)),))
+    assert "the theirs engine only adds" in lm.supports(ablation)
+    for learn, data in ((trimtab.learn_seka, ()), (trimtab.learn_bipo, (pairs,))):
+        with pytest.raises(UnsupportedError, match="the theirs engine doesn't support learning"):
+            learn(lm, *data)
 
 
 def trimtab_lm(model: Path, **options: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from trimtab import Ablate, Add, Edit, Positions, SetProjection, Site, Steering, TrimtabError
 from trimtab.engines.folding import apply
 from trimtab.engines.transformers import bank as bank_of
+from trimtab.engines.transformers import map_bank
 from trimtab.engines.transformers.bank import Bank, compile_edits
 from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.plan import compile_plan
@@ -75,7 +76,8 @@ def alone(edits: tuple[Edit, ...], site: Site, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.filterwarnings("error")
-def test_each_row_gets_what_it_gets_alone(seed: int) -> None:
+def test_each_row_gets_what_it_gets_alone(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_bank, "FEW", (32, 1)[seed % 2])  # with 1, maps of several rows are applied separately
     chance = random.Random(seed)
     bank, rows = Bank(torch.float64, lambda _: CPU), list[tuple[Edit, ...]]()
     for _ in range(60):
@@ -179,6 +181,39 @@ class TestOnADevice:
         bank.remove(1)
         assert counts.totals[0] <= names + lanes
         assert counts.totals[1:] == (0, 0)
+
+    def test_a_row_with_a_low_rank_map_writes_that_map_alone(self, device: tuple[LM, Counts]) -> None:
+        """A map is copied to the device once, with all else of its row, and into its place in the stack; where the
+        rows of each map are, once for all layers.
+        """
+        _, counts = device
+        bank = Bank(torch.float32, lambda _: GPUS[0])
+        maps = [ReadWrite(numbers(2, WIDTH, seed=2 * i), numbers(2, WIDTH, seed=2 * i + 1), low=0.0) for i in range(5)]
+        edits = [tuple(Edit(Site(layer), each, Positions.all()) for layer in range(LAYERS)) for each in maps]
+        x = on_gpu(torch.ones(1, 1, WIDTH))
+
+        def launches() -> int:
+            for layer in range(LAYERS):
+                bank.prepared(Site(layer), x)
+            return counts.totals[0]
+
+        counts.clear()
+        bank.insert(edits[0])
+        bank.insert(edits[0])
+        launches()
+        assert counts.totals[1:] == (0, 1)  # all rows have one map: nothing to index
+        bank.insert(edits[1])
+        bank.insert(edits[2])
+        parameters = 1 + len(maps[0].map.tensors)  # the strength, and the matrices of the map
+        for i, copies in ((3, 2), (3, 1), (0, 1)):
+            counts.clear()
+            bank.insert(edits[i])
+            assert launches() <= LAYERS * (parameters + 1) + copies
+            assert counts.totals[1:] == (0, copies)
+        counts.clear()
+        bank.remove(2)  # the only row of its map, whose place in the stack another one takes
+        assert launches() <= LAYERS * (parameters + 1) + 1
+        assert counts.totals[1:] == (0, 1)
 
     def test_steps_copy_nothing_whatever_the_mix(self, device: tuple[LM, Counts]) -> None:
         lm, counts = device

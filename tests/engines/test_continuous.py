@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import tiny
+import torch
 from test_decode import STEERINGS, STEPPED
 from tiny import by_transformers, prompt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from trimtab import LM
 from trimtab.engines.transformers.decode import GenerationBatch
@@ -17,6 +21,7 @@ from trimtab.lm import DoseWarning
 
 COUNT = 9
 PROMPTS = [prompt(seed, 3 + seed) for seed in range(len(STEERINGS))]
+SPELLED = ["".join(map(chr, range(97 + i, 101 + 2 * i))) for i in range(len(STEERINGS))]
 
 
 @pytest.fixture(params=STEPPED)
@@ -49,6 +54,54 @@ def test_answers_that_end_at_different_lengths_are_those_of_a_whole_batch(
         assert [(dose.layer, dose.kind) for dose in doses] == [(dose.layer, dose.kind) for dose in others]
         # how large they are differs: which tokens are measured depends on when the batch changes
         assert all(dose.ratio > 0 for dose in doses)
+
+
+class TestStopStrings:
+    """With a tokenizer of letters, pairs of letters and spaces, whose text transformers can search."""
+
+    @pytest.fixture(scope="class")
+    def lm(self) -> LM:
+        alphabet = [*map(chr, range(97, 123)), "Ġ"]
+        merges = [("Ġ", letter) for letter in alphabet[:26]] + list(pairwise(alphabet[:26]))
+        words = ["<pad>", "<unk>", *alphabet, *map("".join, merges)]
+        inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>")
+        model = tiny.tiny("llama").model
+        with torch.no_grad():
+            model.get_output_embeddings().weight[0] = 0  # the pad, which transformers' answers are stripped of
+        return LM(model, tokenizer, name="tiny-spelled")
+
+    def ended(self, lm: LM, stop: Any, **more: Any) -> list[Generation]:
+        options = {"stop_strings": stop, "logprobs": True, "batch_size": 6, "chat": False} | more
+        return lm.generate(SPELLED, STEERINGS, max_new_tokens=COUNT, **options)
+
+    def test_they_end_the_answers_that_they_end_in_transformers(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+        texts = [answer.text for answer in self.ended(lm, None)]
+        stops = [texts[1][3:5], texts[2][2:7], texts[7][:1], SPELLED[4][-2:] + texts[4][:2], texts[5]]
+        lengths = set()
+        for stop in (stops[:1], stops[0], *([stop] for stop in stops[1:]), stops):
+            theirs = self.ended(lm, stop, **by_transformers(), batch_size=1)
+            with monkeypatch.context() as patched:
+                patched.setattr("trimtab.lm.answer_static_batch", lambda *_: pytest.fail("short answers wait here"))
+                ours = self.ended(lm, stop, tokenizer=lm.tokenizer)
+            for answer, other in zip(ours, theirs, strict=True):
+                assert (answer.token_ids, answer.text) == (other.token_ids, other.text)
+                assert answer.finish_reason == other.finish_reason
+                assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+                lengths.add(len(answer.token_ids))
+        assert len(lengths) > 2
+
+    def test_samples_are_those_without_them_up_to_their_end(self, lm: LM) -> None:
+        options: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "seed": 5, "num_return_sequences": 2}
+        free = self.ended(lm, None, **options)
+        ended = self.ended(lm, free[3].text[1:3], **options)
+        assert ended[3].finish_reason == "stop"
+        assert free[3].text[1:3] in ended[3].text
+        for answer, whole in zip(ended, free, strict=True):
+            assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
+            assert answer.finish_reason == ("stop" if len(answer.token_ids) < COUNT else "length")
 
 
 def test_the_batch_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from trimtab import (
     save,
 )
 from trimtab import load as load_file
-from trimtab.engines.transformers.places import head_size, output_weight, place, query_heads
+from trimtab.engines.transformers.places import output_weight, place
 from trimtab.steering import AddScaled, HoldElements, MaskNeurons, ScaleElements
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((4, 9, 6, 12))]
@@ -108,7 +108,7 @@ class TestReading:
     def test_query_heads_of_their_own_size(self, lm: LM) -> None:
         text: Any = lm.model.config.get_text_config()
         expected = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        assert (query_heads(lm.layout), head_size(lm.layout, 1)) == (4, expected)
+        assert (lm.layout.heads, place(lm.layout, Site(1, "heads")).size) == (4, 4 * expected)
 
     def test_mixtures_have_no_one_row_of_neurons(self, lm: LM) -> None:
         if family(lm) in MIXTURES:

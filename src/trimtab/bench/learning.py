@@ -75,7 +75,7 @@ def learn_steering(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
     """
     options = dict(inputs.options)
     if recipe.name == "iti":
-        from trimtab.engines.transformers.places import query_heads
+        from trimtab.engines.contract import query_heads
 
         options["heads"] = min(HEADS, lm.layout.layers * query_heads(lm.layout))
     # a method of somebody else's may change weights for a while

@@ -161,7 +161,8 @@ def load_model(
     load_options: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "layers": layers_path}
     load_options |= {} if adapter is None else {"adapter": adapter}
     load_options |= {} if replicas is None else {"replicas": replicas}
-    return LM.load(name, engine=engine, template=keywords or None, **load_options)
+    lm: Any = LM.load(name, engine=engine, template=keywords or None, **load_options)
+    return lm  # another engine's, too: commands require the features that not every engine has
 
 
 def check_replicas(replicas: int | None, engine: str) -> None:

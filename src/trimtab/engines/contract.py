@@ -1,21 +1,17 @@
-"""The engine contract: its methods, the sizes of its model, and how it declares what it can't do.
+"""What every engine declares: the sizes of its model, and what it can't do; and the checks that follow from these.
 
-Learning, tuning, evaluating and inspecting depend on nothing else of an engine, so they run on every engine that
-supports what they need. An engine declares what it doesn't support before anything runs.
+An engine is a subclass of `LanguageModel`. Learning, tuning, evaluating and inspecting depend on nothing else of it, so
+they run on every engine that supports what they need. An engine declares what it doesn't support before anything runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from trimtab.engines.answer import Generation
-from trimtab.engines.request import AnsweredPrompt, Batch, Choice, Decoding, Request, Text
-from trimtab.errors import TrimtabError
-from trimtab.steering import Site, Steering
+from trimtab.engines.request import AnsweredPrompt, Choice, Text
+from trimtab.errors import TrimtabError, UnsupportedError
 
 TOKENS_PER_BATCH = 4096
 """The default number of tokens that are read together."""
@@ -30,6 +26,7 @@ FEATURES = {
     "streaming": "streaming of answers",
     "steered": "lm.steered(…)",
     "training": "learning with gradients or from the weights",
+    "modules": "learning that examines the model's modules",
     "perplexity": "perplexities",
     "logits": "probabilities of all tokens",
     "doses": "doses",
@@ -55,7 +52,9 @@ def count_fitting(lengths: Sequence[int], budget: int) -> int:
 
 
 class Shape(Protocol):
-    """The sizes of a model: its blocks, the width of its residual stream, and its context length (`None`: no limit)."""
+    """The sizes of a model: its blocks, the width of its residual stream, its context length (`None`: no limit), and
+    the number of query heads per layer (`None`: unknown, or not the same in all layers).
+    """
 
     @property
     def layers(self) -> int: ...
@@ -66,6 +65,9 @@ class Shape(Protocol):
     @property
     def context(self) -> int | None: ...
 
+    @property
+    def heads(self) -> int | None: ...
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -74,37 +76,21 @@ class Sizes:
     layers: int
     width: int
     context: int | None
+    heads: int | None = None
 
 
-class Engine(Protocol):
-    """Runs a model. `LanguageModel` implements it, and is what users hold; its subclasses are the available engines."""
+def query_heads(layout: Shape) -> int:
+    """The number of query heads per layer.
 
-    engine: str
-    cannot: Mapping[str, str]
-    """The `FEATURES` that the engine doesn't support, and why."""
-
-    layout: Shape
-
-    def supports(self, steering: Steering | None = None, *features: str) -> str | None:
-        """Why this engine can't run a steering, or lacks one of these `FEATURES`; `None` if it can do all."""
-
-    def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
-        """Answer checked requests, in order, each with as many answers as the options say."""
-
-    def read(
-        self,
-        groups: Sequence[Sequence[Text]],
-        sites: Sequence[Site],
-        *,
-        tokens_per_batch: int = TOKENS_PER_BATCH,
-        steering: Steering | None = None,
-    ) -> Iterator[Batch]:
-        """The activations of every text of every group at every site, in batches whose order the engine chooses."""
-
-    def answer_logits(
-        self, texts: Sequence[AnsweredPrompt], steering: Steering | Sequence[Steering | None] | None = None
-    ) -> list[Tensor]:
-        """The logits, or the log-probabilities over the vocabulary, before each token of given answers."""
+    Raises:
+        UnsupportedError: There is no single number for all layers.
+    """
+    if layout.heads is None:
+        raise UnsupportedError(
+            "the number of attention heads per layer isn't known, or isn't the same in all layers, so activations can't"
+            " be split into heads; steer the residual stream or neurons instead"
+        )
+    return layout.heads
 
 
 def check_length(layout: Shape, length: int, what: str) -> None:

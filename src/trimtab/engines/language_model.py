@@ -71,7 +71,8 @@ class LanguageModel(ABC):
         cannot: The `contract.FEATURES` that the engine doesn't support, and why.
         name: The model's name.
         tokenizer: A tokenizer with the interface of transformers.
-        layout: The number of blocks, the width of the residual stream, and the context length in tokens.
+        layout: The number of blocks, the width of the residual stream, the context length in tokens, and the number of
+            query heads per layer.
     """
 
     engine: ClassVar[str]
@@ -197,7 +198,7 @@ class LanguageModel(ABC):
                 raise UnsupportedError(
                     f"the {self.engine} engine doesn't support {FEATURES[feature]}: {self.cannot[feature]}; the"
                     " transformers engine can (leave out engine=, or"
-                    f" --engine){LEARNED if feature == 'training' else ''}"
+                    f" --engine){LEARNED if feature in ('training', 'modules') else ''}"
                 )
 
     # ---- text --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, mean_over_positions, read_batches
 from trimtab.steering import Site
 from trimtab.steering.gates import Reading
-from trimtab.steering.tensors import to_float64
+from trimtab.steering.tensors import check_finite, to_float64
 from trimtab.text.answers import LAST, EncodedSide, ReadAt, encode_sides, read_positions
 from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair
@@ -57,10 +57,8 @@ def read_activations(
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
                 activations[site][g] = [to_float64(mean_over_positions(x) if pooled else x) for x in members]
-                if not all(bool(torch.isfinite(x).all()) for x in members):
-                    raise TrimtabError(
-                        f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16"
-                    )
+                for x in members:
+                    check_finite(x, site)
     return activations
 
 

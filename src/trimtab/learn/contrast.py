@@ -20,7 +20,7 @@ from trimtab.engines.request import Batch, Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.moments import PairMoments
 from trimtab.steering import Card, Site
-from trimtab.steering.tensors import to_float64
+from trimtab.steering.tensors import check_finite, to_float64
 from trimtab.text.pairs import Pair, digest
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ def _means(batch: Batch, site: Site) -> Tensor:
     """Each text's mean activation over its positions: `[groups, members, width]`, float64, on the CPU."""
     texts = [mean_over_positions(text) for group in batch.values[site] for text in group]
     values = torch.cat(texts)
-    if not torch.isfinite(values).all():
-        raise TrimtabError(f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16")
+    check_finite(values, site)
     return to_float64(values).view(len(batch.groups), -1, values.shape[-1])
 
 

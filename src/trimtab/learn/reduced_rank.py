@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.tensors import to_float64
+from trimtab.steering.tensors import check_finite, to_float64
 
 RIDGE = 0.02
 """The ridge penalty, relative to the mean diagonal of the activations' covariance."""
@@ -52,8 +52,8 @@ def reduced_rank(x: Tensor, delta: Tensor, rank: int, ridge: float = RIDGE) -> R
             f"activations and their shifts are [tokens, width], got {list(x.shape)}, {list(delta.shape)}"
         )
     x, delta = to_float64(x), to_float64(delta)
-    if not (torch.isfinite(x).all() and torch.isfinite(delta).all()):
-        raise TrimtabError("the activations are not finite; load the model in float32 or bfloat16")
+    for activations in (x, delta):
+        check_finite(activations)
     mean_x, mean_delta = x.mean(0), delta.mean(0)
     centred, shift = x - mean_x, delta - mean_delta
     width = x.shape[1]

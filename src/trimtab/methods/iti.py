@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.contract import query_heads
 from trimtab.engines.request import Text
-from trimtab.engines.transformers.places import head_size, query_heads
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, read_batches, versions
@@ -26,7 +26,7 @@ from trimtab.learn.inputs import pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.methods.caa import answer_texts
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
-from trimtab.steering.tensors import to_float64
+from trimtab.steering.tensors import check_finite, to_float64
 from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair, Pairs, digest, sides
 
@@ -80,6 +80,7 @@ def learn_iti(
 
     Raises:
         TrimtabError: There are fewer than two questions, fewer heads than requested, or unknown options.
+        UnsupportedError: The heads can't be read on this engine, or their number isn't known.
     """
     pairs = pairs_for(lm, pairs)
     ranked = rank_heads(
@@ -88,7 +89,7 @@ def learn_iti(
     if isinstance(heads, bool) or not isinstance(heads, int) or not 1 <= heads <= len(ranked):
         raise TrimtabError(f"heads is a whole number from 1 to {len(ranked)} (all heads), got {heads!r}")
     chosen_heads = ranked[:heads]
-    size = head_size(lm.layout, chosen_heads[0].layer)
+    size = len(chosen_heads[0].direction)
     edits = []
     for layer in sorted({head.layer for head in chosen_heads}):
         push = torch.zeros(query_heads(lm.layout), size, dtype=torch.float64)
@@ -128,6 +129,7 @@ def rank_heads(
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
     fit_indices, held_out = split(pairs, validation, seed)
     lm.check_sites([Site(layer, "heads") for layer in chosen])
+    count = query_heads(lm.layout)
     groups = answer_texts(lm, pairs)
     by_layer = _read(lm, groups, chosen, progress)  # {layer: [pairs, 2, heads, size]}
     bank_activations: dict[int, Tensor] = {}
@@ -147,7 +149,7 @@ def rank_heads(
         unit = torch.where(norms > 0, directions / norms.clamp_min(1e-300), 0)
         reference_activations = bank_activations.get(layer, members).flatten(0, 1)  # [texts, heads, size]
         sigma = (reference_activations * unit).sum(-1).std(0, correction=0)
-        heads += [Head(layer, h, float(accuracy[h]), unit[h], float(sigma[h])) for h in range(query_heads(lm.layout))]
+        heads += [Head(layer, h, float(accuracy[h]), unit[h], float(sigma[h])) for h in range(count)]
     return sorted(heads, key=lambda head: (-head.accuracy, head.layer, head.head))
 
 
@@ -182,8 +184,7 @@ def _read(
     for batch in read_batches(lm, groups, sites, progress):
         for site in sites:
             values = to_float64(torch.stack([torch.cat(members) for members in batch.values[site]]))
-            if not torch.isfinite(values).all():
-                raise TrimtabError(f"activations at {site} are not finite; load the model in float32 or bfloat16")
+            check_finite(values, site)
             if site.layer not in by_layer:
                 shape = (len(groups), values.shape[1], heads, values.shape[2] // heads)
                 by_layer[site.layer] = torch.zeros(shape, dtype=torch.float64)

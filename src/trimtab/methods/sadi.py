@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.places import query_heads
+from trimtab.engines.contract import query_heads
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, read_batches, versions
@@ -29,6 +29,7 @@ from trimtab.learn.inputs import pairs_for
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.caa import answer_texts
 from trimtab.steering import Add, Card, Edit, HoldElements, Operation, Positions, ScaleElements, Site, Steering
+from trimtab.steering.tensors import check_finite
 from trimtab.text.pairs import Pair, Pairs, digest
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def learn_sadi(
     Raises:
         TrimtabError: There are no pairs, an unknown site, score, operation or mode, fewer heads or elements than `k`,
             or a frozen mode with `"add"` or other positions.
+        UnsupportedError: The site can't be read on this engine, or the number of heads isn't known.
     """
     pairs = pairs_for(lm, pairs)
     _check_mode(operation, mode, positions)
@@ -158,13 +160,14 @@ def differences_at(
 ) -> dict[Site, Tensor]:
     """Like `read_differences`, at any sites, also of different kinds, in one pass."""
     lm.check_sites(sites)
+    if any(where.kind == "heads" for where in sites):
+        query_heads(lm.layout)  # raises before anything is read
     moments: dict[Site, PairMoments] = {}
     groups = answer_texts(lm, pairs)
     for batch in read_batches(lm, groups, sites, progress):
         for where in sites:
             values = torch.stack([torch.cat(members) for members in batch.values[where]])  # [pairs, 2, width]
-            if not torch.isfinite(values).all():
-                raise TrimtabError(f"activations at {where} are not finite; load the model in float32 or bfloat16")
+            check_finite(values, where)
             moments.setdefault(where, PairMoments(values.shape[-1])).add(values[:, 0], values[:, 1])
     return {where: moment.difference for where, moment in moments.items()}
 

@@ -34,6 +34,7 @@ from trimtab.engines.transformers.keys import keys_of
 from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords, keywords
 from trimtab.learn.contrast import Progress, check_layers, read_batches, versions
+from trimtab.learn.inputs import check_lm
 from trimtab.steering import Card, Edit, Positions, ReadWrite, Site, Steering
 from trimtab.text.spans import Emphasis
 
@@ -103,8 +104,9 @@ def learn_seka(
 
     Raises:
         TrimtabError: There are fewer than two examples, or a share is out of range.
-        UnsupportedError: The model's keys can't be steered.
+        UnsupportedError: The model's keys can't be steered, or the engine doesn't show which keys each head stores.
     """
+    check_lm(lm, "modules")
     example_list = highlights() if examples is None else list(examples)
     if len(example_list) < 2:
         raise TrimtabError(f"SEKA learns from two examples or more, got {len(example_list)}")

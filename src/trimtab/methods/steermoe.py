@@ -69,9 +69,10 @@ def learn_steermoe(
     Raises:
         TrimtabError: There are no pairs, other shapes, unknown layers, counts that are negative, not integers or both
             0, or sides that are routed alike.
-        UnsupportedError: The model has no routers, or its routers' selection can't be read.
+        UnsupportedError: The model has no routers, or its routers' selection can't be read, on this engine or at
+            all.
     """
-    pairs = pairs_for(lm, pairs)
+    pairs = pairs_for(lm, pairs, "modules")
     sites = _routers(lm, layers)
     expert_limits = _counts(promote, demote, len(sites))
     checked_read_at = as_read_at(read_at)

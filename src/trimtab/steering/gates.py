@@ -21,7 +21,7 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import class_keywords
 from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
-from trimtab.steering.tensors import as_direction, tensors_equal, to_float64
+from trimtab.steering.tensors import as_direction, check_finite, tensors_equal, to_float64
 
 MEASURES = ("dot", "cosine", "ratio", "cast", "probability")
 POOLS = ("mean", "unit-mean")
@@ -81,8 +81,7 @@ class Reading:
     def pooled(self, x: Tensor) -> Tensor:
         """The pooled activation of `[tokens, width]` activations at those positions: `[width]`, float64, on the CPU."""
         x = to_float64(x)
-        if not torch.isfinite(x).all():
-            raise TrimtabError(f"activations at {self.site} are not finite; load the model in float32 or bfloat16")
+        check_finite(x, self.site)
         if self.pool == "unit-mean":
             x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-300)
         return x[0] if len(x) == 1 else x.mean(0)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 FEW = 32
 """Maps with at most this many tokens in a pass share two batched products; each larger one has two separate ones."""
@@ -59,6 +60,20 @@ class LowRank:
             self._copies[to] = copy
         return copy
 
+    def held_on(self, device: torch.device) -> LowRank | None:
+        """The map on this device if it, or a cached copy, is there; otherwise `None`."""
+        return self if self.read.device == device else self._copies.get(device)
+
+    def hold(self, device: torch.device, tensors: Sequence[Tensor]) -> LowRank:
+        """The map made of copies of `tensors` on this device, which `to` returns from now on."""
+        if len(self._copies) >= COPIES:
+            self._copies.clear()
+        copies = iter(tensors)
+        each = (self.read, self.bias, self.write, self.low, self.high)
+        copy = LowRank(*(None if tensor is None else next(copies) for tensor in each))  # type: ignore[arg-type]
+        self._copies[device] = copy
+        return copy
+
     def edit(self, x: Tensor, strength: Tensor) -> Tensor:
         """The new activations `[..., width]`, for `x` `[..., width]` and `strength` `[..., 1]`."""
         if not self.rank:
@@ -80,7 +95,7 @@ class LowRankBank:
         self.map_index: Tensor = torch.full((count,), -1)
         for state, low_rank in by_state.items():
             self.map_index[state] = numbers.get(id(low_rank), -1)
-        self._stack: tuple[list[int], _Stack] | None = None
+        self._stack: tuple[list[int], MapStack] | None = None
         self._moved: dict[torch.device, LowRankBank] = {}
 
     def to(self, device: torch.device) -> LowRankBank:
@@ -111,15 +126,15 @@ class LowRankBank:
             separate=separate, batched=self._batch(few, [tokens[number] for number in few]) if few else None
         )
 
-    def _batch(self, numbers: list[int], tokens: Sequence[Tensor]) -> _BatchedMaps:
+    def _batch(self, numbers: list[int], tokens: Sequence[Tensor]) -> BatchedMaps:
         if self._stack is None or self._stack[0] != numbers:
-            self._stack = numbers, _Stack.of([self.maps[number] for number in numbers])
+            self._stack = numbers, MapStack.of([self.maps[number] for number in numbers])
         stack = self._stack[1]
         most = max(map(len, tokens))
         slots = torch.stack([torch.cat([at, at[:1].expand(most - len(at))]) for at in tokens])
         flat_indices = torch.cat([torch.arange(len(at)) + most * i for i, at in enumerate(tokens)])
         device = stack.read.device
-        return _BatchedMaps(stack, slots.to(device), flat_indices.to(device), torch.cat(list(tokens)).to(device))
+        return BatchedMaps(stack, slots.to(device), flat_indices.to(device), torch.cat(list(tokens)).to(device))
 
 
 @dataclass(frozen=True)
@@ -128,7 +143,7 @@ class SelectedMaps:
 
     single: LowRank | None = None
     separate: Sequence[tuple[LowRank, Tensor]] = ()
-    batched: _BatchedMaps | None = None
+    batched: BatchedMaps | None = None
 
     def edit(self, x: Tensor, strength: Tensor) -> Tensor:
         """The new activations `[..., width]`, for `x` `[..., width]` and `strength` `[..., 1]`."""
@@ -144,39 +159,95 @@ class SelectedMaps:
         return new.view(x.shape)
 
 
-@dataclass(frozen=True)
-class _Stack:
+@dataclass
+class MapStack:
     """Several maps stacked, `[maps, rank, width]`. Maps of a smaller rank are padded with zeros, which do nothing."""
 
     read: Tensor
     bias: Tensor  # [maps, 1, rank], as are the bounds
     write: Tensor
-    low: Tensor | None
-    high: Tensor | None
+    low: Tensor | None = None
+    high: Tensor | None = None
 
     @classmethod
-    def of(cls, maps: Sequence[LowRank]) -> _Stack:
-        rank, width = max(low_rank.rank for low_rank in maps), maps[0].read.shape[1]
-        new = maps[0].read.new_zeros
-        read, write, bias = new(len(maps), rank, width), new(len(maps), rank, width), new(len(maps), 1, rank)
+    def of(cls, maps: Sequence[LowRank]) -> MapStack:
+        """The stack of these maps."""
+        stack = cls.for_maps_like(maps[0], len(maps), max(low_rank.rank for low_rank in maps))
         for i, low_rank in enumerate(maps):
-            read[i, : low_rank.rank], write[i, : low_rank.rank], bias[i, 0, : low_rank.rank] = (
-                low_rank.read,
-                low_rank.write,
-                low_rank.bias,
-            )
-        low, high = [low_rank.low for low_rank in maps], [low_rank.high for low_rank in maps]
-        return cls(read, bias, write, _bounds(low, bias, -torch.inf), _bounds(high, bias, torch.inf))
+            stack.put(i, low_rank)
+        return stack
+
+    @classmethod
+    def for_maps_like(cls, low_rank: LowRank, count: int, rank: int) -> MapStack:
+        """Space for `count` maps of at most this rank, of the width, dtype and device of `low_rank`."""
+        new, width = low_rank.read.new_zeros, low_rank.read.shape[1]
+        return cls(new(count, rank, width), new(count, 1, rank), new(count, rank, width))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The number of maps that there is space for, and their largest rank."""
+        return self.read.shape[0], self.read.shape[1]
+
+    def put(self, i: int, low_rank: LowRank) -> None:
+        """Write a map, whose rank fits, as map `i`."""
+        rank = low_rank.rank
+        for name, nothing in _NEUTRAL.items():
+            stacked, value = getattr(self, name), getattr(low_rank, name)
+            if stacked is None and value is None:
+                continue
+            if stacked is None:
+                stacked = torch.full_like(self.bias, nothing)
+                setattr(self, name, stacked)
+            place = stacked[i] if name in ("read", "write") else stacked[i, 0]
+            if value is not None:
+                place[:rank] = value
+            if value is None or rank < self.size[1]:
+                place[0 if value is None else rank :] = nothing
+
+    def move(self, i: int, to: int) -> None:
+        """Copy map `i` over map `to`."""
+        for stacked in self._tensors():
+            stacked[to] = stacked[i]
+
+    def resized(self, count: int, rank: int) -> MapStack:
+        """A copy with space for at least as many maps, of at least this rank."""
+        maps, (_, own_rank) = count - self.size[0], self.size
+        more = max(0, rank - own_rank)
+        pads = {"read": (0, 0, 0, more, 0, maps), "write": (0, 0, 0, more, 0, maps)}
+        grown = {
+            name: None if tensor is None else pad(tensor, pads.get(name, (0, more, 0, 0, 0, maps)), value=nothing)
+            for name, nothing in _NEUTRAL.items()
+            for tensor in (getattr(self, name),)
+        }
+        return MapStack(**grown)  # type: ignore[arg-type]
+
+    def first(self, count: int) -> MapStack:
+        """The first maps, as views."""
+        return MapStack(*(None if each is None else each[:count] for each in self._each()))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> MapStack:
+        """The stack on this device."""
+        return MapStack(*(None if each is None else each.to(device) for each in self._each()))  # type: ignore[arg-type]
+
+    def _each(self) -> tuple[Tensor | None, ...]:
+        return self.read, self.bias, self.write, self.low, self.high
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self._each() if tensor is not None]
+
+
+_NEUTRAL = {"read": 0.0, "bias": 0.0, "write": 0.0, "low": -torch.inf, "high": torch.inf}
+"""The values with which a row of a stacked map does nothing, and a bound doesn't bind."""
 
 
 @dataclass(frozen=True)
-class _BatchedMaps:
+class BatchedMaps:
     """Maps with few tokens each: `slots[i]` are map i's tokens, `[maps, most]`, padded with its first token.
 
     `flat_indices` are the flat indices of the slots that aren't padding, and `tokens` the tokens in them.
     """
 
-    stack: _Stack
+    stack: MapStack
     slots: Tensor
     flat_indices: Tensor
     tokens: Tensor
@@ -187,17 +258,6 @@ class _BatchedMaps:
         z = torch.baddbmm(self.stack.bias, selected, self.stack.read.mT)
         z = _clamped(z, self.stack.low, self.stack.high) * strength[self.slots]
         return torch.baddbmm(selected, z, self.stack.write).flatten(0, 1)[self.flat_indices]
-
-
-def _bounds(bounds: Sequence[Tensor | None], like: Tensor, nothing: float) -> Tensor | None:
-    """The bounds of several maps stacked, `[maps, 1, rank]`; `None` if no map has any."""
-    if all(bound is None for bound in bounds):
-        return None
-    stacked = torch.full_like(like, nothing)
-    for i, bound in enumerate(bounds):
-        if bound is not None:
-            stacked[i, 0, : len(bound)] = bound
-    return stacked
 
 
 def _clamped(z: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:

@@ -18,6 +18,13 @@ def to_float64(x: Tensor) -> Tensor:
     return x.detach().cpu().double()
 
 
+def check_finite(x: Tensor, site: object = None) -> None:
+    """Raises `TrimtabError` if activations, read at `site` if it is known, contain NaN or infinity."""
+    if not torch.isfinite(x).all():
+        where = "" if site is None else f" at {site}"
+        raise TrimtabError(f"activations{where} are not finite; load the model in float32 or bfloat16")
+
+
 def as_tensor(value: Any) -> Any:
     """A floating-point array (such as numpy's or pandas') as a tensor; anything else unchanged."""
     if isinstance(value, Tensor) or not hasattr(value, "__array__"):

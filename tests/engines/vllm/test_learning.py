@@ -198,7 +198,7 @@ class TestLearning:
             "reps": "with gradients",
             "loreft": "with gradients",
             "distill": "with gradients",
-            "steermoe": "router",
+            "steermoe": "modules",
         }
         if name in lacks:
             with pytest.raises(UnsupportedError, match=f"vllm engine .*{lacks[name]}.* the transformers engine can"):

@@ -53,6 +53,7 @@ class LlamaCpp(LanguageModel):
         "monitors": "llama.cpp doesn't expose activations while it decodes",
         "steered": "the model runs inside llama.cpp",
         "training": "llama.cpp has no gradients, and its weights are packed",
+        "modules": "the model runs inside llama.cpp",
         "grammar": "its tokens are chosen outside of llama.cpp's own samplers",
         "images": "its binding takes tokens only",
     }

@@ -160,7 +160,7 @@ def _attention_in(layout: Layout, block: nn.Module) -> tuple[str, nn.Module | No
 
 def head_count(layout: Layout) -> int:
     """The number of query heads per layer; 1 if it isn't the same in all layers, so that heads can't be selected."""
-    return compat.query_heads(layout.decoder.config) or 1
+    return layout.heads or 1
 
 
 @contextmanager

@@ -4,7 +4,8 @@ Each site has lanes, one for each kernel of each step of its edits, like the sta
 row of parameters per slot. A row that joins writes its slot in each lane; when a row leaves, the last one moves into
 its slot; the other slots don't change. A decode step of one token per row reads the banks as they are, without a gather
 and without a copy from the host. Parameters of recently used edits are already on the device (`KEPT`); otherwise all
-parameters of a row are copied there at once.
+parameters of a row are copied there at once. Low-rank maps are too large to be held by each slot: a lane holds each map
+once (`map_bank`), and which rows have which map is copied to the device when that changes, once for all lanes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Active, Prepared, Stage, compiled, neutral_value, slots_at
+from trimtab.engines.transformers.map_bank import IndexOf, MapBank
+from trimtab.engines.transformers.rows import TensorCache
 from trimtab.steering import Edit, Site
-from trimtab.steering.low_rank import LowRank, LowRankBank
+from trimtab.steering.low_rank import LowRank
 from trimtab.steering.operations import Kernel, Rows, add
 
 StageKey = tuple[int, Kernel, float]
@@ -63,15 +66,16 @@ def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> CompiledEdits:
 
 
 class StageBank:
-    """One kernel's parameters at one site: for each name a bank `[slots, 1, size]`, or a list of low-rank maps."""
+    """One kernel's parameters at one site: for each name a bank `[slots, 1, size]`, or one of low-rank maps."""
 
-    def __init__(self, stage_key: StageKey, slots: int, device: torch.device) -> None:
+    def __init__(self, stage_key: StageKey, slots: int, device: torch.device, index_of: IndexOf) -> None:
         self.step, kernel, keep_norm = stage_key
         self.stage: Stage = Stage(kernel, keep_norm, {}, torch.zeros(0, dtype=torch.bool))
         self.banks: dict[str, Any] = {}
         self.active: Tensor = torch.zeros(slots, 1, dtype=torch.bool, device=device)
         self.names: list[frozenset[str]] = [frozenset()] * slots  # each slot's parameters by name; empty: not in use
         self.added = [0.0] * slots  # the norm of the vector that each slot adds, in a lane of additions
+        self._index_of = index_of
         self._blank = [True] * slots  # whether a slot holds neutral parameters
 
     @property
@@ -86,8 +90,8 @@ class StageBank:
                 self.banks[name] = self._new(name, value)
         for name, bank in self.banks.items():
             value = row.get(name)
-            if isinstance(bank, list):
-                bank[slot] = value
+            if isinstance(bank, MapBank):
+                bank.write(slot, value)
             elif value is not None:
                 bank[slot, 0] = value
             elif not self._blank[slot]:
@@ -100,8 +104,8 @@ class StageBank:
         if self._blank[slot]:
             return
         for name, bank in self.banks.items():
-            if isinstance(bank, list):
-                bank[slot] = None
+            if isinstance(bank, MapBank):
+                bank.write(slot, None)
             else:
                 bank[slot].fill_(neutral_value(name, self.stage.kernel))
         self._record_names(slot, frozenset())
@@ -112,8 +116,15 @@ class StageBank:
             self.clear(to)
         elif slot != to:
             for bank in self.banks.values():
-                bank[to] = bank[slot]
+                if isinstance(bank, MapBank):
+                    bank.move(slot, to)
+                else:
+                    bank[to] = bank[slot]
             self._record_names(to, self.names[slot])
+        else:
+            for bank in self.banks.values():
+                if isinstance(bank, MapBank):
+                    bank.write(slot, None)
         self.added[to] = self.added[slot]
         self.names[slot] = frozenset()
 
@@ -126,8 +137,8 @@ class StageBank:
         """Make room for `slots` rows."""
         more = slots - len(self.names)
         for name, bank in self.banks.items():
-            if isinstance(bank, list):
-                bank += [None] * more
+            if isinstance(bank, MapBank):
+                bank.grow(slots)
             else:
                 blank = bank.new_full((more, *bank.shape[1:]), neutral_value(name, self.stage.kernel))
                 self.banks[name] = torch.cat([bank, blank])
@@ -140,19 +151,16 @@ class StageBank:
         """Move to the device of the site's activations."""
         self.active = self.active.to(device)
         for name, bank in self.banks.items():
-            self.banks[name] = (
-                [low_rank and low_rank.to(device) for low_rank in bank] if isinstance(bank, list) else bank.to(device)
-            )
+            if isinstance(bank, MapBank):
+                bank.to(device)
+            else:
+                self.banks[name] = bank.to(device)
 
     def prepared(self, rows: int, dtype: torch.dtype) -> tuple[Stage, Rows, Active]:
         """The arguments of `apply` for the first `rows` slots and activations `[rows, 1, width]` of this dtype."""
         parameters: dict[str, Any] = {}
         for name, bank in self.banks.items():
-            if isinstance(bank, list):
-                maps = {slot: low_rank for slot, low_rank in enumerate(bank[:rows]) if low_rank is not None}
-                parameters[name] = LowRankBank(maps, rows).to(self.active.device).pick(torch.arange(rows)[:, None])
-            else:
-                parameters[name] = bank[:rows]
+            parameters[name] = bank.selected(rows) if isinstance(bank, MapBank) else bank[:rows]
         if self.stage.only_adds:
             return self.stage, {"vector": parameters["vector"].to(dtype)}, None
         if self.stage.in_place:
@@ -162,7 +170,7 @@ class StageBank:
     def _new(self, name: str, value: Tensor | LowRank) -> Any:
         slots = len(self.names)
         if isinstance(value, LowRank):
-            return [None] * slots
+            return MapBank(slots, self._index_of)
         return value.new_full((slots, 1, len(value)), neutral_value(name, self.stage.kernel))
 
     def _record_names(self, slot: int, names: frozenset[str]) -> None:
@@ -186,6 +194,7 @@ class Bank:
         self._device_of = device_of
         self._devices: dict[Site, torch.device] = {}
         self._slots = INITIAL_SLOTS
+        self._index_of = TensorCache()
         self._kept: OrderedDict[tuple[Edit, ...], CompiledEdits] = OrderedDict()
 
     @property
@@ -248,7 +257,7 @@ class Bank:
         for site, rows in state.rows.items():
             here = self.stage_banks.setdefault(site, {})
             for stage_key in rows.keys() - here.keys():
-                here[stage_key] = StageBank(stage_key, self._slots, self._device(site))
+                here[stage_key] = StageBank(stage_key, self._slots, self._device(site), self._index_of)
         for site, here in self.stage_banks.items():
             rows = state.rows.get(site, {})
             for stage_key, stage_bank in here.items():
@@ -280,19 +289,31 @@ class Bank:
     def _moved(self, state: CompiledEdits) -> CompiledEdits:
         """A copy on the devices of the sites, with one transfer per device and dtype."""
         moved: dict[Site, dict[StageKey, Any]] = {}
-        pending_transfers: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str]]] = {}
+        maps: dict[tuple[int, torch.device], LowRank] = {}  # to be moved
+        parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for site, rows in state.rows.items():
             device = self._device(site)
             moved[site] = {address: dict(row) for address, row in rows.items()}
             for row in moved[site].values():
-                for name, value in row.items():
+                for value in row.values():
                     if isinstance(value, LowRank):
-                        row[name] = value.to(device)
+                        if value.held_on(device) is None and (id(value), device) not in maps:
+                            maps[id(value), device] = value
+                            parts.setdefault((device, value.read.dtype), []).extend(value.tensors)
                     elif value.device != device:
-                        pending_transfers.setdefault((device, value.dtype), []).append((row, name))
-        for (device, _), places in pending_transfers.items():
-            values = [row[name] for row, name in places]
-            parts = torch.cat(values).to(device).split([len(value) for value in values])
-            for (row, name), part in zip(places, parts, strict=True):
-                row[name] = part
+                        parts.setdefault((device, value.dtype), []).append(value)
+        copies: dict[tuple[int, torch.device], Tensor] = {}
+        for (device, _), tensors in parts.items():
+            split = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([x.numel() for x in tensors])
+            for tensor, copy in zip(tensors, split, strict=True):
+                copies[id(tensor), device] = copy.view(tensor.shape)
+        for (_, device), low_rank in maps.items():
+            low_rank.hold(device, [copies[id(tensor), device] for tensor in low_rank.tensors])
+        for site, lanes in moved.items():
+            device = self._device(site)
+            for row in lanes.values():
+                for name, value in row.items():
+                    row[name] = (
+                        value.to(device) if isinstance(value, LowRank) else copies.get((id(value), device), value)
+                    )
         return CompiledEdits(moved, state.added)

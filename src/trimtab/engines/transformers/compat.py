@@ -547,11 +547,38 @@ def logits_processors(model: Any, options: Mapping[str, Any], prompt_length: int
     return model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device, **own)
 
 
-def stopping_criteria(options: Mapping[str, Any], tokenizer: Any) -> list[Any]:
-    """The stopping criteria for these options of `generate`, apart from end tokens and the maximum length."""
+class StopStrings:
+    """The stop strings of `generate`, tested for all rows of a batch at once.
+
+    Args:
+        tokenizer: The tokenizer of the answers.
+        stop_strings: A string or several.
+    """
+
+    _NO_TOKEN = torch.iinfo(torch.long).max  # ids outside the vocabulary match nothing
+
+    def __init__(self, tokenizer: Any, stop_strings: Any) -> None:
+        self._criterion = StopStringCriteria(tokenizer, stop_strings)
+        self._length: int = self._criterion.maximum_token_len
+
+    def ended(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[bool]:
+        """Whether each text, the ids of a prompt and of its answer, ends in a token that completes a stop string."""
+        if not texts:
+            return []
+        ids = torch.full((len(texts), self._length), self._NO_TOKEN)
+        for row, (prompt, answer) in enumerate(texts):
+            tail = list(answer[-self._length :])
+            tail = [*prompt[max(0, len(prompt) + len(tail) - self._length) :], *tail]
+            ids[row, self._length - len(tail) :] = torch.tensor(tail)
+        ended: list[bool] = self._criterion(ids, None).tolist()
+        return ended
+
+
+def stopping_criteria(options: Mapping[str, Any]) -> list[Any]:
+    """The stopping criteria for these options of `generate`, apart from end tokens, stop strings and the maximum
+    length.
+    """
     criteria = list(options.get("stopping_criteria") or ())
-    if options.get("stop_strings") is not None:
-        criteria.append(StopStringCriteria(tokenizer, options["stop_strings"]))
     if options.get("max_time") is not None:
         criteria.append(MaxTimeCriteria(options["max_time"]))
     return criteria

@@ -43,9 +43,9 @@ SETTINGS = (
     "eos_token_id",
 )
 """The options of `generate` for choosing tokens that continuous batching applies to all rows at once."""
-OTHERS = ("streamer", "num_return_sequences", "use_cache")
+OTHERS = ("streamer", "num_return_sequences", "use_cache", "stop_strings", "tokenizer")
 """Further options that it supports."""
-ROW_BY_ROW = (*compat.PROCESSING, "stopping_criteria", "stop_strings", "max_time", "tokenizer")
+ROW_BY_ROW = (*compat.PROCESSING, "stopping_criteria", "max_time")
 """Arguments of `generate` that are supported only with rejection, where they are applied row by row."""
 REFUSED = {
     "num_beams": "beam search keeps a cache per beam; decode greedily or sample",
@@ -67,7 +67,11 @@ REFILL = 4
 def check_rejection_options(model: Any, options: Mapping[str, Any]) -> None:
     """Raises `TrimtabError` for options of `generate` that can't be combined with rejection."""
     for name, value in options.items():
-        if value is None or name in (*OTHERS[:2], *ROW_BY_ROW) or (name == "use_cache" and value is True):
+        if (
+            value is None
+            or name in ({*OTHERS} - {"use_cache"} | {*ROW_BY_ROW})
+            or (name == "use_cache" and value is True)
+        ):
             continue
         if name in REFUSED and value != 1:
             raise TrimtabError(f"rejection can't run with {name}: {REFUSED[name]}")
@@ -90,21 +94,23 @@ class BatchingSettings:
     """The settings of a run with continuous batching, derived from options of `generate`.
 
     `answers_per_prompt` is the number of answers per prompt; `streamer` is a transformers streamer, or `None`.
-    `criteria` are stopping criteria, called after each token with the prompt and the answer's tokens; an answer that
-    they end has the finish reason `ended`. With `single_row`, rows run one at a time.
+    `stop_strings` end answers, with the finish reason `"stop"`. `criteria` are stopping criteria, called after each
+    token with the prompt and the answer's tokens; an answer that they end has the finish reason `criteria_finish`. With
+    `single_row`, rows run one at a time.
     """
 
     settings: Settings
     ends: frozenset[int]
     answers_per_prompt: int
     streamer: Any
+    stop_strings: compat.StopStrings | None = None
     criteria: tuple[Any, ...] = ()
     criteria_finish: str = "length"
     options: Mapping[str, Any] = field(default_factory=dict)
     single_row: bool = False
 
     @classmethod
-    def of(cls, model: Any, layout: Layout, options: Mapping[str, Any]) -> BatchingSettings | None:
+    def of(cls, model: Any, tokenizer: Any, layout: Layout, options: Mapping[str, Any]) -> BatchingSettings | None:
         """The settings for these options; `None` if an option, a setting or the cache of the model isn't supported."""
         set_options = {name: value for name, value in options.items() if value is not None}
         criteria: tuple[Any, ...] = ()
@@ -125,13 +131,19 @@ class BatchingSettings:
         settings = Settings.of(model, chosen, 1, input_device(model))
         if settings.fallback_processors:
             return None
-        return cls(settings, frozenset(_end_ids(model, set_options)), each, set_options.get("streamer"), criteria)
+        return cls(
+            settings,
+            frozenset(_end_ids(model, set_options)),
+            each,
+            set_options.get("streamer"),
+            _stop_strings(tokenizer, set_options),
+            criteria,
+        )
 
     @classmethod
     def for_rejection(cls, model: Any, tokenizer: Any, layout: Layout, options: Mapping[str, Any]) -> BatchingSettings:
         """The settings for requests with rejection, for any options that pass `check_rejection_options`."""
         set_options = {name: value for name, value in options.items() if value is not None}
-        asks = tuple(compat.stopping_criteria(set_options, tokenizer))
         without = {*OTHERS, *ROW_BY_ROW} - {*compat.PROCESSING}
         chosen = {name: value for name, value in options.items() if name not in without}
         return cls(
@@ -139,7 +151,8 @@ class BatchingSettings:
             frozenset(_end_ids(model, set_options)),
             set_options.get("num_return_sequences", 1),
             set_options.get("streamer"),
-            asks,
+            _stop_strings(tokenizer, set_options),
+            tuple(compat.stopping_criteria(set_options)),
             "stop" if "stop_strings" in set_options else "length",
             chosen,
             not _steps(model, layout),
@@ -160,6 +173,12 @@ class BatchingSettings:
         ids = torch.tensor([[*prompt, *tokens]])
         ended = [bool(torch.as_tensor(criterion(ids, ())).all()) for criterion in self.criteria]
         return any(ended)  # all are called, since they may be stateful
+
+
+def _stop_strings(tokenizer: Any, options: Mapping[str, Any]) -> compat.StopStrings | None:
+    if "stop_strings" not in options:
+        return None
+    return compat.StopStrings(options.get("tokenizer", tokenizer), options["stop_strings"])
 
 
 def _steps(model: Any, layout: Layout) -> bool:
@@ -262,7 +281,8 @@ def generate_answers(
                     answers[prompt].append(begun)
                     running[batch.insert(request)] = begun
         before = left.count(0)
-        for response in batch.step():
+        responses = batch.step()
+        for response in responses:
             if response.error is not None:
                 raise response.error
             current = running[response.key]
@@ -274,9 +294,14 @@ def generate_answers(
                 current.logprobs.append(response.logprob)
             if batching.streamer is not None and response.finish != FILTERED:
                 batching.streamer.put(torch.tensor([response.token]))
+        texts = [(prompts[current.prompt], current.tokens) for current in (running[each.key] for each in responses)]
+        stopped = [False] * len(texts) if batching.stop_strings is None else batching.stop_strings.ended(texts)
+        for response, text, stops in zip(responses, texts, stopped, strict=True):
+            current = running[response.key]
             finish, applied, trace = response.finish, response.applied, response.trace
-            if batching.ends_at(prompts[current.prompt], current.tokens) and finish is None:
-                finish, trace = batching.criteria_finish, batch.trace(response.key)
+            ended = batching.ends_at(*text)
+            if finish is None and (stops or ended):
+                finish, trace = "stop" if stops else batching.criteria_finish, batch.trace(response.key)
                 applied = batch.remove(response.key)
             if finish is not None:
                 current.finish, current.applied, current.trace = finish, applied, trace

@@ -12,6 +12,7 @@ from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.contract import check_answers
 from trimtab.engines.images import PromptImages
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.read import padded
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -101,12 +102,7 @@ def generate_batch(
     """
     width = max(len(ids) for ids in prompts)
     pad = _pad_id(model, tokenizer)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, width - len(prompt) :] = 1
-    device = input_device(model)
+    ids, mask = padded(prompts, left=True, device=input_device(model), pad=pad)
     if sites:
         options = {"disable_compile": True, **options}
     if options.get("stop_strings") is not None:
@@ -115,8 +111,8 @@ def generate_batch(
     session.expect([len(prompt) for prompt in prompts], width, sorted({*ends, pad}), prompts=prompts)
     with torch.no_grad(), session.hooked(sites):
         output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             return_dict_in_generate=True,

@@ -26,7 +26,7 @@ from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.monitoring import MonitorReader
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
-from trimtab.engines.transformers.read import reader
+from trimtab.engines.transformers.read import padded, reader
 from trimtab.engines.transformers.rows import NewestTokens
 from trimtab.engines.transformers.scores import (
     LayerScores,
@@ -85,11 +85,7 @@ class PromptReader:
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and position ids `[prompts, columns]` of left-padded prompts."""
-        width = max(map(len, prompts))
-        pads = [width - len(prompt) for prompt in prompts]
-        rows = [[self.pad] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
-        seen = [[0] * pad + [1] * (width - pad) for pad in pads]
-        ids, mask = torch.tensor(rows, device=self.device), torch.tensor(seen, device=self.device)
+        ids, mask = padded(prompts, left=True, device=self.device, pad=self.pad)
         return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
     def read(

@@ -31,6 +31,11 @@ class Layout:
     def layers(self) -> int:
         return len(self.blocks)
 
+    @property
+    def heads(self) -> int | None:
+        """The number of query heads per layer; `None` if the configuration doesn't give one for all layers."""
+        return compat.query_heads(self.decoder.config)
+
 
 def stream_dtype(layout: Layout) -> torch.dtype:
     """The dtype of the residual stream: that of the norms and embeddings, which aren't quantized.

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from trimtab.engines.contract import query_heads
 from trimtab.engines.transformers import compat, keys
 from trimtab.engines.transformers.anatomy import ROWS, TOKENS, Streams, block_of
 from trimtab.engines.transformers.layout import Layout
@@ -134,26 +135,6 @@ def _streams(layout: Layout, site: Site) -> Streams | None:
             " unique"
         )
     return block.streams
-
-
-def query_heads(layout: Layout) -> int:
-    """The number of query heads per layer.
-
-    Raises:
-        UnsupportedError: The configuration doesn't have a single number for all layers.
-    """
-    count = compat.query_heads(layout.decoder.config)
-    if count is None:
-        raise UnsupportedError(
-            f"{type(layout.decoder).__name__} has no single number of heads: its configuration doesn't give one for"
-            " all layers"
-        )
-    return count
-
-
-def head_size(layout: Layout, layer: int) -> int:
-    """The width of one head's output; not always the residual stream's width divided by the number of heads."""
-    return place(layout, Site(layer, "heads")).size // query_heads(layout)
 
 
 _shared: WeakKeyDictionary[nn.Module, frozenset[nn.Module]] = WeakKeyDictionary()

@@ -247,10 +247,10 @@ def _regroup(values: Tensor, groups: list[list[Text]]) -> list[list[Tensor]]:
     return [[next(each) for _ in group] for group in groups]
 
 
-def padded(sequences: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(sequences: Sequence[Sequence[int]], left: bool, device: torch.device, pad: int = 0) -> tuple[Tensor, Tensor]:
     """Ids and mask `[rows, columns]` of texts of different lengths, padded on the left or the right."""
     width = max(len(sequence) for sequence in sequences)
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    ids = torch.full((len(sequences), width), pad)
     mask = torch.zeros(len(sequences), width, dtype=torch.long)
     for row, sequence in enumerate(sequences):
         where = slice(width - len(sequence), width) if left else slice(0, len(sequence))

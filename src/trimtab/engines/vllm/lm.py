@@ -21,6 +21,7 @@ from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.meanings import check_meanings
 from trimtab.engines.request import AnsweredPrompt, Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.resolve import PositionsByRequest, Resolved, resolve
+from trimtab.engines.transformers.compat import query_heads
 from trimtab.engines.transformers.default_model import NAME, default_folder
 from trimtab.engines.vllm.counting import FAILURE_PREFIX
 from trimtab.engines.vllm.frontend import NAMES, Link, connect, drop_unused, send
@@ -59,6 +60,7 @@ class VllmLM(LanguageModel):
         "streaming": "it returns whole answers here; use lm.generate(…), or vllm serve, which streams",
         "steered": "the model runs in separate processes",
         "training": "the model's weights are in separate processes",
+        "modules": "the model's modules are in separate processes",
         "logits": "it returns those of a few tokens only",
         "doses": "it doesn't measure them",
         "grammar": "it has its own structured outputs; vllm serve takes response_format and tools",
@@ -72,7 +74,7 @@ class VllmLM(LanguageModel):
         self._engine = llm.llm_engine
         config = self._engine.vllm_config.model_config
         text = config.hf_text_config
-        self.layout: Sizes = Sizes(text.num_hidden_layers, text.hidden_size, config.max_model_len)
+        self.layout: Sizes = Sizes(text.num_hidden_layers, text.hidden_size, config.max_model_len, query_heads(text))
         self._link: Link = run(connect(self._engine), self._engine)
 
     @classmethod
