@@ -25,7 +25,7 @@ pytest.importorskip("mkdocs", reason="the site is built by mkdocs: pip install '
 
 
 def test_every_page_is_in_the_menu() -> None:
-    """Quick forms, of what is written; those of the site itself, which takes long to build, are below."""
+    """Quick forms, of what is written; those of the site itself, which takes half a minute to build, are below."""
     assert set(PAGES) <= MENU
 
 
@@ -121,7 +121,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_every_page_is_there_and_in_the_menu(site: Path) -> None:
     menu = (site / "index.html").read_text()
     for page in ROOT.glob("docs/**/*.md"):
@@ -133,7 +132,6 @@ def test_every_page_is_there_and_in_the_menu(site: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_links_within_the_site_lead_to_what_is_there(site: Path) -> None:
     pages = {page: page.read_text() for page in site.rglob("*.html") if page.name != "404.html"}
     anchors = {page: set(re.findall(r'id="([^"]+)"', text)) for page, text in pages.items()}
@@ -150,7 +148,6 @@ def test_links_within_the_site_lead_to_what_is_there(site: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_every_public_name_and_command_is_in_the_reference(site: Path) -> None:
     names = (site / "reference" / "api" / "index.html").read_text()
     for name in trimtab.__all__:
@@ -161,7 +158,6 @@ def test_every_public_name_and_command_is_in_the_reference(site: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     """A page that is read offline, or by somebody who wants no one to know, asks no other server for anything."""
     text = (site / "index.html").read_text()
