@@ -1,7 +1,7 @@
 """Incremental detokenization: whole characters only, and nothing that may be part of a stop text.
 
-`tokenizers.decoders.DecodeStream` doesn't replace this: it has only `step`, so that an incomplete character at the end of
-an answer never comes out; it skips all special tokens or none, while some of them are shown here; and it takes a
+`tokenizers.decoders.DecodeStream` doesn't replace this: it has only `step`, so that an incomplete character at the end
+of an answer never comes out; it skips all special tokens or none, while some of them are shown here; and it takes a
 tokenizer of `tokenizers`, which slow tokenizers and llama.cpp's don't have.
 """
 
