@@ -220,8 +220,8 @@ MIXED: dict[str, tuple[Steering, Steering | None, float, float]] = {
 def test_launches_a_layer_of_a_batch_that_mixes(
     devices: dict[torch.dtype, Device], name: str, dtype: torch.dtype
 ) -> None:
-    one, other, *ceilings = MIXED[name]
-    check_launches(devices[dtype], "steps", [one, other], ceilings[DTYPES.index(dtype)])
+    steering, other, *ceilings = MIXED[name]
+    check_launches(devices[dtype], "steps", [steering, other], ceilings[DTYPES.index(dtype)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
