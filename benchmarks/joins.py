@@ -67,12 +67,17 @@ def _measured(case: str, layout: Layout, steerings: list[tuple[Edit, ...]], roun
     x = torch.randn(ROWS, 1, WIDTH)
     for edits in steerings[:ROWS]:
         session.insert(edits, PROMPT)
+    with session.hooked([Site(layer) for layer in range(LAYERS)]):
+        return _changes(case, session, x, steerings[ROWS:], rounds)
+
+
+def _changes(case: str, session: BatchSession, x: Tensor, others: list[tuple[Edit, ...]], rounds: int) -> list[Result]:
     _step(session, x)
     times: dict[str, list[float]] = {"a request leaves": [], "a request joins": []}
     for number in range(rounds + 1):
         steady = _timed(partial(_step, session, x))
         left = _timed(partial(_step, session, x), partial(session.remove, number % ROWS))
-        joined = _timed(partial(_step, session, x), partial(session.insert, steerings[ROWS + number], PROMPT))
+        joined = _timed(partial(_step, session, x), partial(session.insert, others[number], PROMPT))
         if number:  # the first warms up
             times["a request leaves"].append(left - steady)
             times["a request joins"].append(joined - steady)

@@ -127,6 +127,7 @@ def test_every_page_is_there_and_in_the_menu(site: Path) -> None:
         name = page.relative_to(ROOT / "docs").with_suffix("")
         if str(name) == "index":
             continue
+        name = name.parent if name.name == "index" else name
         assert (site / name / "index.html").is_file()
         assert f'href="{name}/"' in menu
 

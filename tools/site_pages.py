@@ -41,6 +41,7 @@ RESULTS = {
     "trimtab.methods.cast": ("Condition",),
     "trimtab.report.projections": ("Projections",),
     "trimtab.steering.card": ("ModelId",),
+    "trimtab.steering.cosines": ("Cosines",),
     "trimtab.steering.gates": ("Reading",),
     "trimtab.steering.meanings": ("Meaning",),
     "trimtab.steering.monitors": ("Monitored",),
@@ -55,6 +56,7 @@ MODULES = {
     "trimtab.evaluate.constraints": ("is_json",),
     "trimtab.evaluate.divergence": ("divergence", "reference"),
     "trimtab.evaluate.inspect_registry": ("steered",),
+    "trimtab.making": ("idea_from_writer",),
     "trimtab.learn.contrast": ("check_layers", "versions"),
     "trimtab.learn.estimators": ("mean_difference", "median", "pca", "probe", "unit"),
     "trimtab.methods.caa": ("activations", "equalised", "learn_behaviours", "moved"),
@@ -103,9 +105,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def link(match: re.Match[str]) -> str:
         target, anchor = match[0][2:].rstrip(")").partition("#")[0], match[2] or ""
         path = (ROOT / folder / target).resolve().relative_to(ROOT)
-        if path.parts[0] == "docs" and path.relative_to("docs").as_posix() in files.src_uris:  # it may be generated
-            return str(match[0])
-        if not (ROOT / path).exists():
+        generated = path.parts[0] == "docs" and path.relative_to("docs").as_posix() in files.src_uris
+        if not generated and not (ROOT / path).exists():
             raise FileNotFoundError(f"{page.file.src_uri} links to {target}, and there is no {path}")
         if path == Path("benchmarks/RESULTS.md"):
             up = "../" * page.file.src_uri.count("/")

@@ -18,19 +18,25 @@ from tiny import SIZES, WIDTH, direction, prompt, tokenizer
 from torch import Tensor
 
 from trimtab import Edit, Positions, Rejection, Site, Steering, Threshold
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.lm import LM
 from trimtab.steering import (
     Ablate,
     Add,
+    AddScaled,
+    HoldElements,
     MaskNeurons,
     ReadWrite,
     Rotate,
     RotateInPlane,
     RotatePredicted,
+    RouteExperts,
     ScaleElements,
+    ScaleKeys,
     ScaleScores,
     SetProjection,
     emphasis,
+    operations,
 )
 from trimtab.steering.rotations import weight_count
 
@@ -38,8 +44,9 @@ LAYERS = 4
 TOKENS = 8
 """The last tokens of an answer, over which is counted: doses are measured at one in so many."""
 NEW = 10
-DOSES = 15
-"""Launches to sum doses up, once in `TOKENS`, at however many layers."""
+DOSES = {"generate": 15, "steps": 11}
+"""Launches to sum doses up, once in `TOKENS`, at however many layers, in transformers' own loop and in our own."""
+DTYPES = (torch.float32, torch.bfloat16)
 U, V = direction(1).float(), direction(2).float()
 PROMPTS = [prompt(0, 7), prompt(1, 5)]
 
@@ -62,10 +69,18 @@ class Device:
 
     lm: LM
     counts: Counts
-    unsteered: Cost
+    unsteered: dict[str, Cost]
 
-    def extra(self, steering: Any, **options: Any) -> Cost:
-        return cost(self.lm, self.counts, steering, **options) - self.unsteered
+    @classmethod
+    def of(cls, lm: LM, counts: Counts) -> Device:
+        move(lm.model)
+        steps = step_cost(lm, counts, [None, None])
+        return cls(lm, counts, {"generate": cost(lm, counts, None), "steps": steps})
+
+    def extra(self, loop: str, steerings: Sequence[Steering | None]) -> Cost:
+        """What rows with these steerings cost more than unsteered ones, in this loop."""
+        count = cost if loop == "generate" else step_cost
+        return count(self.lm, self.counts, steerings) - self.unsteered[loop]
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LM:
@@ -92,12 +107,28 @@ def cost(lm: LM, counts: Counts, steering: Any, prompts: Sequence[str] = PROMPTS
     return Cost(*marks[-1]) - Cost(*marks[-1 - each * TOKENS])
 
 
+def step_cost(lm: LM, counts: Counts, steerings: Sequence[Steering | None]) -> Cost:
+    """What the last `TOKENS` steps of a running batch cost, whose rows have these steerings."""
+    batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
+    for text, steering in zip(PROMPTS, steerings, strict=True):
+        batch.insert(GenerationRequest(tuple(lm.encode(text)), steering, 4 * NEW))
+    for _ in range(NEW - TOKENS):
+        batch.step()
+    before = counts.totals
+    for _ in range(TOKENS):
+        batch.step()
+    return Cost(*counts.totals) - Cost(*before)
+
+
 @pytest.fixture(scope="module")
 def device() -> Iterator[Device]:
-    lm = llama()
-    move(lm.model)
     with pretending() as counts:
-        yield Device(lm, counts, cost(lm, counts, None))
+        yield Device.of(llama(), counts)
+
+
+@pytest.fixture(scope="module")
+def devices(device: Device) -> dict[torch.dtype, Device]:
+    return {torch.float32: device, torch.bfloat16: Device.of(llama(torch.bfloat16), device.counts)}
 
 
 def at_all(operation: Any, kind: str = "residual", positions: Positions | None = None, **more: Any) -> Steering:
@@ -121,57 +152,82 @@ def each_token() -> Steering:
 
 
 GENERATED = Positions.generated()
-OPERATIONS: dict[str, tuple[Steering, float]] = {
-    "add": (at_all(Add(U)), 1.2),
-    "add, generated": (at_all(Add(U), positions=GENERATED), 1.2),
-    "add, gate open": (at_all(Add(U), gate=when(-1e9)), 1.2),
-    "add, gate shut": (at_all(Add(U), gate=when(1e9)), 0),
-    "add, gate at each token": (each_token(), 6.4),
-    "add, keep_norm": (at_all(Add(U, keep_norm=True)), 4.4),
-    "set_projection": (at_all(SetProjection(U, 1.0)), 2.4),
-    "set_projection, one-sided": (at_all(SetProjection(U, 1.0, one_sided=True)), 3.4),
-    "set_projection, keep_norm": (at_all(SetProjection(U, 1.0, keep_norm=True)), 5.4),
-    "ablate": (at_all(Ablate(U)), 2.4),
-    "rotate": (at_all(Rotate(U)), 3.4),
-    "rotate by an angle": (at_all(Rotate(U, 0.3)), 10.4),
-    "rotate_predicted": (at_all(RotatePredicted(U, random(weight_count(WIDTH)) - 0.5)), 20.4),
-    "rotate_in_plane": (at_all(RotateInPlane(U, V, 0.3)), 4.4),
-    "scale_elements": (at_all(ScaleElements(U), "heads"), 1.4),
-    "mask_neurons": (at_all(MaskNeurons(random(48)), "neurons", GENERATED), 1.4),
-    "read_write": (at_all(ReadWrite(random(2, WIDTH), random(2, WIDTH) - 0.5)), 4.4),
+OPERATIONS: dict[str, tuple[Steering, float, float]] = {
+    "add": (at_all(Add(U)), 1.2, 1.2),
+    "add, generated": (at_all(Add(U), positions=GENERATED), 1.2, 1.2),
+    "add, gate open": (at_all(Add(U), gate=when(-1e9)), 1.2, 1.2),
+    "add, gate shut": (at_all(Add(U), gate=when(1e9)), 0, 0),
+    "add, gate at each token": (each_token(), 6.4, 7.4),
+    "add, keep_norm": (at_all(Add(U, keep_norm=True)), 4.4, 6.4),
+    "set_projection": (at_all(SetProjection(U, 1.0)), 2.4, 4.4),
+    "set_projection, one-sided": (at_all(SetProjection(U, 1.0, one_sided=True)), 3.4, 5.4),
+    "set_projection, keep_norm": (at_all(SetProjection(U, 1.0, keep_norm=True)), 5.4, 7.4),
+    "ablate": (at_all(Ablate(U)), 2.4, 4.4),
+    "rotate": (at_all(Rotate(U)), 3.4, 5.4),
+    "rotate by an angle": (at_all(Rotate(U, 0.3)), 10.4, 12.4),
+    "rotate_predicted": (at_all(RotatePredicted(U, random(weight_count(WIDTH)) - 0.5)), 20.4, 22.4),
+    "rotate_in_plane": (at_all(RotateInPlane(U, V, 0.3)), 4.4, 6.4),
+    "scale_elements": (at_all(ScaleElements(U), "heads"), 1.4, 1.4),
+    "mask_neurons": (at_all(MaskNeurons(random(48)), "neurons", GENERATED), 1.4, 1.4),
+    "read_write": (at_all(ReadWrite(random(2, WIDTH), random(2, WIDTH) - 0.5)), 4.4, 5.4),
+    "add_scaled": (at_all(AddScaled(U, by="sign")), 5.4, 6.4),
+    "hold_elements": (at_all(HoldElements(random(48)), "neurons", GENERATED), 1.4, 2.4),
+    "scale_keys": (at_all(ScaleKeys(1.5), "keys"), 1.4, 1.4),
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_launches_a_layer(device: Device, name: str) -> None:
-    """A token's, doses included; there are no further waits and copies."""
-    steering, ceiling = OPERATIONS[name]
-    extra = device.extra(steering)
-    a_layer = max(0, extra.launches - DOSES) / LAYERS / TOKENS
+"""Each with its launches a layer and token in float32, and in bfloat16, where most is computed in float32 and converted
+there and back."""
+
+
+def check_launches(device: Device, loop: str, steerings: Sequence[Steering | None], ceiling: float) -> None:
+    """A token's launches a layer, doses included; there are no further waits and copies."""
+    extra = device.extra(loop, steerings)
+    a_layer = max(0, extra.launches - DOSES[loop]) / LAYERS / TOKENS
     assert a_layer <= ceiling, f"{extra.launches} launches"
     assert a_layer > ceiling - 0.25, "it has become cheaper: lower the ceiling"
     assert (extra.waits, extra.copies) == (0, 0)
 
 
-IN_BFLOAT16 = {"add": 1.2, "add, keep_norm": 6.4, "set_projection": 4.4, "rotate": 5.4, "mixed": 5.4}
-"""What is computed in float32 is converted there and back."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loop", DOSES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_launches_a_layer(devices: dict[torch.dtype, Device], name: str, loop: str, dtype: torch.dtype) -> None:
+    steering, *ceilings = OPERATIONS[name]
+    check_launches(devices[dtype], loop, [steering, steering], ceilings[DTYPES.index(dtype)])
 
 
-@pytest.fixture(scope="module")
-def half(device: Device) -> Device:
-    lm = llama(torch.bfloat16)
-    move(lm.model)
-    return Device(lm, device.counts, cost(lm, device.counts, None))
+def test_every_operation_has_a_ceiling() -> None:
+    edits = [edit for steering, *_ in OPERATIONS.values() for edit in steering.edits]
+    assert {type(edit.operation) for edit in edits} >= set(operations.OPERATIONS.values()) - {RouteExperts}
 
 
-@pytest.mark.parametrize("name", IN_BFLOAT16)
-def test_launches_a_layer_in_bfloat16(half: Device, name: str) -> None:
-    steering = at_all(SetProjection(U, 1.0)) if name == "mixed" else OPERATIONS[name][0]
-    steerings = [steering, None] if name == "mixed" else steering  # one row is steered, and one isn't
-    extra = half.extra(steerings)
-    a_layer = max(0, extra.launches - DOSES) / LAYERS / TOKENS
-    assert IN_BFLOAT16[name] - 0.25 < a_layer <= IN_BFLOAT16[name], f"{a_layer} launches"
-    assert (extra.waits, extra.copies) == (0, 0)
+def other_map() -> Steering:
+    return at_all(ReadWrite(random(2, WIDTH) - 0.5, random(2, WIDTH)))
+
+
+MIXED: dict[str, tuple[Steering, Steering | None, float, float]] = {
+    "add, ablate": (OPERATIONS["add"][0], OPERATIONS["ablate"][0], 4.4, 6.4),
+    "set_projection, unsteered": (OPERATIONS["set_projection"][0], None, 3.4, 5.4),
+    "read_write, unsteered": (OPERATIONS["read_write"][0], None, 8.4, 10.4),
+    "read_write, another map": (OPERATIONS["read_write"][0], other_map(), 9.4, 10.4),
+    "read_write, rotate": (OPERATIONS["read_write"][0], OPERATIONS["rotate"][0], 12.4, 16.4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_launches_a_layer_of_a_batch_that_mixes(
+    devices: dict[torch.dtype, Device], name: str, dtype: torch.dtype
+) -> None:
+    steering, other, *ceilings = MIXED[name]
+    check_launches(devices[dtype], "steps", [steering, other], ceilings[DTYPES.index(dtype)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_waits_once(devices: dict[torch.dtype, Device], dtype: torch.dtype) -> None:
+    unsteered = devices[dtype].unsteered["steps"]
+    assert (unsteered.waits, unsteered.copies) == (TOKENS, 0)
 
 
 SCHEDULES = ("optimistic", "fused")
