@@ -13,28 +13,28 @@ from benchmarks.audits import kinds, rows
 from trimtab.steering import Ablate
 
 
-def _comparison(name: str, unit: str, change: list[float], items: int) -> dict[str, Any]:
-    return {"check": "refusal", "name": name, "unit": unit, "items": items, "change": change, "p": 0.01}
+def _comparison(name: str, unit: str, before: float, after: float) -> dict[str, Any]:
+    return {"name": name, "unit": unit, "items": 40, "before": before, "after": after, "p": 0.01}
 
 
-def test_counts_are_given_as_counts_and_means_as_means() -> None:
+def test_rows_are_the_unsteered_model_each_steering_and_its_repaired_form() -> None:
     steered = {
         "nats": {"p95": 1.0},
         "comparisons": [
-            _comparison("harmful requests", "count", [0.25, 0.1, 0.4], 40),
-            _comparison("lead of refusing answers", "nats", [-0.5, -0.6, -0.4], 40),
+            _comparison("harmful requests in jailbreak templates", "count", 11, 38),
+            _comparison("lead of refusing answers", "nats", 1.5, 1.1),
         ],
     }
     repaired = {**steered, "nats": {"p95": 0.5}, "kept": 0.54}
-    by_metric = {(row.case, row.metric): row for row in rows("complying", {**steered, "repaired": repaired})}
-    count = by_metric["complying", "refusal: harmful requests, change"]
-    assert (count.value, count.low, count.high) == pytest.approx((10, 4, 16))
-    assert by_metric["complying", "refusal: lead of refusing answers, change"].value == -0.5
-    assert by_metric["complying, repaired", "divergence kept"].value == 0.54
-    assert by_metric["complying, repaired", "divergence, 95th percentile"].value == 0.5
-    assert {case for case, _ in ((row.case, row.metric) for row in rows("alone", {**steered, "repaired": None}))} == {
-        "alone"
-    }
+    audits = {"complying": {**steered, "repaired": repaired}, "alone": {**steered, "repaired": None}}
+    values = {(row.case, row.metric.partition(": ")[2]): row.value for row in rows(audits) if "Measured" in row.metric}
+    assert values["unsteered", "complied, templates, of 40"] == 11
+    assert values["complying", "complied, templates, of 40"] == 38
+    assert values["complying, repaired", "divergence kept"] == 0.54
+    assert values["complying, repaired", "divergence"] == 0.5
+    assert values["alone", "lead of refusing answers, nats"] == 1.1
+    assert {case for case, _ in values} == {"unsteered", "complying", "complying, repaired", "alone"}
+    assert {row.value for row in rows(audits) if "P-value" in row.metric} == {0.01}
 
 
 @pytest.mark.filterwarnings("ignore::trimtab.methods.caa.PairsWarning")
