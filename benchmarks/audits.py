@@ -17,6 +17,7 @@ from benchmarks.harness import BOOTSTRAP, Report, Result
 from benchmarks.machine import machine, versions
 from trimtab.data import queries
 from trimtab.data.distilled import path_of
+from trimtab.errors import TrimtabError
 from trimtab.evaluate.audit.items import FULL, QUICK
 from trimtab.evaluate.audit.run import audit
 from trimtab.evaluate.refusal import read_refusal
@@ -145,6 +146,14 @@ def _stored(path: Path, lm: LM, make: Make, repair: bool, quick: bool, seed: int
         path.write_text(json.dumps(document, indent=1) + "\n")
         print(f"{path.stem}: {_first(result.verdict)}", flush=True)
     stored: dict[str, Any] = json.loads(path.read_text())
+    size = QUICK if quick else FULL
+    if (stored["model"]["fingerprint"], stored["model"]["dtype"], stored["size"], stored["seed"]) != (
+        lm.identity.fingerprint,
+        lm.runs_in["dtype"],
+        size.name,
+        seed,
+    ):
+        raise TrimtabError(f"{path} is an audit of another model, dtype, size or seed; give another --folder")
     return stored
 
 

@@ -12,6 +12,13 @@ yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "requirements"
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
+EXTRAS = {
+    name
+    for table in re.findall(
+        r"(?ms)^\[project\.optional-dependencies\]$(.*?)(?=^\[|\Z)", (ROOT / "pyproject.toml").read_text()
+    )
+    for name in re.findall(r"(?m)^([\w-]+) = \[", table)
+}
 TARGETS = {
     name
     for names in re.findall(r"(?m)^([a-z][\w -]*):(?!=)", (ROOT / "Makefile").read_text())
@@ -45,6 +52,10 @@ def test_what_it_runs_exists(name: str) -> None:
             named |= set(line.split())
         for path in re.findall(r"(?<![\w/.])((?:tests|tools|requirements)/[\w./-]+)", command):
             assert (ROOT / path).exists(), path
+        for constraints in re.findall(r"-c ([\w./-]+\.txt)", command):
+            assert (ROOT / constraints).exists(), constraints
+        for extras in re.findall(r"\.\[([\w,-]+)\]", command):
+            assert set(extras.split(",")) <= EXTRAS, extras
     assert named <= TARGETS
 
 

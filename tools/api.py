@@ -69,7 +69,7 @@ def git(*arguments: str) -> str | None:
 def default_ref() -> str | None:
     """The last tag before the current commit, else the commit that last changed the project's version."""
     tag = git("describe", "--tags", "--abbrev=0", "HEAD^")
-    return tag or git("log", "-1", "--format=%H", "-G^version = ", "--", "pyproject.toml") or None
+    return tag or git("log", "-1", "--format=%H", "-G^version = ", "HEAD^", "--", "pyproject.toml") or None
 
 
 def sections(changelog: str) -> dict[str, str]:

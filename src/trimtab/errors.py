@@ -9,5 +9,9 @@ class UnsupportedError(TrimtabError):
     """The engine or the model doesn't support the request. Raised before anything runs."""
 
 
+class LengthError(TrimtabError):
+    """A prompt, a text or an answer is empty, or doesn't fit the model's context."""
+
+
 class UntestedVersionWarning(UserWarning):
     """An installed library is newer than the newest version that trimtab's test suite has passed on."""

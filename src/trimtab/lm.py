@@ -36,7 +36,7 @@ from trimtab.engines.transformers.exclusive import steered_here, steering_lock
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.following import check_rows_stay
 from trimtab.engines.transformers.gate_checks import check_gates
-from trimtab.engines.transformers.generate import Generation, _end_ids, check_options, check_request
+from trimtab.engines.transformers.generate import Generation, _end_ids, check_options, check_request, check_stop_strings
 from trimtab.engines.transformers.grammar import GrammarCompiler, Matcher, check_grammar_options, with_grammars
 from trimtab.engines.transformers.identity import identify
 from trimtab.engines.transformers.images import (
@@ -297,6 +297,8 @@ class LM(LanguageModel):
         options.pop("pad_token_id", None)  # callers pass it for models without one; answers never contain pads
         if isinstance(options.get("eos_token_id"), Tensor):
             options["eos_token_id"] = options["eos_token_id"].tolist()
+        if not check_stop_strings(options.get("stop_strings")):
+            options.pop("stop_strings", None)
         check_options(self.model, options)
         check_request(self.layout, [len(request.ids) for request in requests], decoding.max_new_tokens, options)
         if not options["do_sample"]:

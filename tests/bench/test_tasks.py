@@ -207,6 +207,9 @@ def test_every_type_is_checked_with_its_arguments():
     for kind in instruction_types():
         arguments = instruction_type(kind).arguments(values_for(kind, 0), query)
         assert not follows_instruction(kind, "", False, arguments)
+    bullets = "detectable_format:number_bullet_lists"
+    assert follows_instruction(bullets, "* one\n* two\n*", True, {"num_bullets": 3})
+    assert not follows_instruction(bullets, "* one\n* two\n* three", True, {"num_bullets": 2})
     assert follows_instruction("keywords:existence", "a river here", False, {"keywords": ["river"]})
     assert not follows_instruction("keywords:existence", "a garden here", False, {"keywords": ["river"]})
     below = {"relation": "less than", "num_words": 5}

@@ -246,6 +246,20 @@ class TestOnADevice:
             bank.prepared(Site(0), x)
             assert counts.totals[1:] == (0, 1)
 
+    def test_edits_of_before_are_on_the_device_of_now(self) -> None:
+        """The same edits again, after their site turned out to be elsewhere: their parameters are kept nowhere."""
+        mapped = (Edit(Site(0), ReadWrite(numbers(2, WIDTH), numbers(2, WIDTH, seed=4)), Positions.all()),)
+        bank = Bank(torch.float32, lambda _: CPU)
+        bank.insert(mapped)
+        with pretending():
+            x = on_gpu(torch.ones(1, 1, WIDTH))
+            bank.prepared(Site(0), x)
+            bank.remove(0)
+            bank.insert(mapped)
+            (prepared,) = bank.prepared(Site(0), x)
+            stage, parameters, active = prepared
+            assert apply(stage, parameters, active, x).device == GPUS[0]  # mixed devices are refused
+
 
 def test_parameters_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bank_of, "KEPT", 3)

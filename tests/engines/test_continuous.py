@@ -9,11 +9,11 @@ import pytest
 import tiny
 import torch
 from test_decode import STEERINGS, STEPPED
-from tiny import by_transformers, prompt
+from tiny import by_transformers, direction, prompt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trimtab import LM
+from trimtab import LM, Add, Edit, Positions, Rejection, Site, Steering, TrimtabError
 from trimtab.engines.transformers.decode import GenerationBatch
 from trimtab.engines.transformers.generate import Generation
 from trimtab.engines.transformers.read import can_share
@@ -92,6 +92,33 @@ class TestStopStrings:
                 assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-5)
                 lengths.add(len(answer.token_ids))
         assert len(lengths) > 2
+
+    def test_under_rejection_only_a_stop_string_is_a_stop(self, lm: LM) -> None:
+        """A criterion of one's own that ends an answer isn't, even if there are stop strings."""
+        steering = Steering((Edit(Site(1), Add(direction(1, 2.0)), Positions.generated()),))
+        length = len(lm.encode(SPELLED[0], chat=False)) + 3
+
+        def short(ids: torch.Tensor, _scores: Any) -> torch.Tensor:
+            return torch.full((len(ids),), ids.shape[1] >= length)
+
+        options: dict[str, Any] = {"rejection": Rejection(ladder="strength"), "max_new_tokens": COUNT, "chat": False}
+        (free,) = lm.generate(SPELLED[0], steering, **options)
+        (answer,) = lm.generate(
+            SPELLED[0], steering, stop_strings=[SPELLED[0][::-1] * 2], stopping_criteria=[short], **options
+        )
+        assert (len(answer.token_ids), answer.finish_reason) == (3, "length")
+        (stopped,) = lm.generate(SPELLED[0], steering, stop_strings=[free.text[1:3]], **options)
+        assert stopped.finish_reason == "stop"
+        assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+
+    @pytest.mark.parametrize("stop", ["", [""], 5, [5], ["a", ""]])
+    def test_what_is_no_stop_string_is_refused(self, lm: LM, stop: Any) -> None:
+        with pytest.raises(TrimtabError, match="stop_strings"):
+            lm.generate(SPELLED[0], stop_strings=stop, max_new_tokens=2, chat=False)
+
+    def test_no_stop_strings_are_none(self, lm: LM) -> None:
+        none, free = (lm.generate(SPELLED[0], stop_strings=stop, max_new_tokens=4, chat=False) for stop in ([], None))
+        assert none[0].token_ids == free[0].token_ids
 
     def test_samples_are_those_without_them_up_to_their_end(self, lm: LM) -> None:
         options: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "seed": 5, "num_return_sequences": 2}

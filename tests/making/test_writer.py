@@ -30,7 +30,9 @@ WRITTEN = {
 @openai
 def test_what_is_written_is_the_idea() -> None:
     with serving() as served:
-        served.reply = lambda _: f"Here it is:\n```json\n{json.dumps(WRITTEN)}\n```"
+        served.reply = lambda _: (
+            f"<think>They want {{something}}.</think>\nHere it is:\n```json\n{json.dumps(WRITTEN)}\n```"
+        )
         idea = idea_from_writer(Endpoint(served.url, "m", retries=0), " be salty ")
     assert "be salty" in served.requests[0]["messages"][0]["content"]
     assert (idea.name, idea.source) == ("salty", "writer be salty")

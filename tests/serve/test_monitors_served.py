@@ -89,7 +89,7 @@ class TestActions:
         whole = answer_of(client, monitors=["a"])
         values = whole["trimtab"]["answers"][0]["monitors"][0]["values"]
         at = max(range(1, 6), key=lambda i: values[i] - max(values[:i]))
-        line = (values[at] + max(values[:at])) / 2 if values[at] > max(values[:at]) else max(values) - 1e-6
+        line = (values[at] + max(values[:at])) / 2 if values[at] > max(values[:at]) else max(values) - 1e-3
         fires = next(i for i, value in enumerate(values) if value > line)
         choice = {"name": "a", "threshold": line, "action": "stop"}
         answer = answer_of(client, monitors=[choice])

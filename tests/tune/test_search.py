@@ -132,6 +132,7 @@ def test_nothing_held_out_is_said():
     assert result.held_out is None
     assert result.setting.layer == 3
     assert "nothing was held out" in result.reason
+    assert not result.confirmed
 
 
 def test_groups_stay_together():
@@ -204,13 +205,13 @@ class Clock:
         return [meter.Outcome(float(steering is not None), 0.1, 1) for steering in steerings]
 
 
-def timed(clock, budget_seconds, groups=range(40)):
+def timed(clock, budget_seconds, groups=range(40), rows=5):
     return search(
         grid({"add": towards(lm_with())}, (0.5, 1.0)),
         list(groups),
         clock.trial,
         guard=None,
-        rows=5,
+        rows=rows,
         budget_seconds=budget_seconds,
     )
 
@@ -224,6 +225,14 @@ def test_a_time_budget_that_is_too_short_is_said_after_the_first_answers(monkeyp
     assert "give 1 minutes or more, or try fewer layers or strengths" in str(seen[0].message)
     assert result.warnings == (str(seen[0].message),)
     assert result.exhausted
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_first_round_that_is_complete_was_not_too_long(monkeypatch):
+    """All of its answers are one batch, which isn't cut short."""
+    result = timed(Clock(monkeypatch, 2.0), 30, rows=64)
+    assert result.warnings == ()
+    assert result.table[0].items == 6
 
 
 @pytest.mark.parametrize("budget", [60, None])

@@ -22,7 +22,7 @@ from trimtab.bench.store import Store
 from trimtab.bench.tasks import BATCH, PLAIN, PROMPT, TWICE, Cost, Outline, Task, TrainingData
 from trimtab.data import instruction_pairs, instruction_type, prompts, queries
 from trimtab.data.types import Values, instruction_types
-from trimtab.evaluate.constraints import is_bullets, is_json
+from trimtab.evaluate.constraints import count_bullets, is_bullets, is_json
 from trimtab.evaluate.ifeval import IFEvalItem, checkers, follows, read_ifeval
 from trimtab.text.pairs import Pair
 
@@ -102,7 +102,8 @@ def follows_instruction(kind: str, text: str, cut: bool, arguments: Mapping[str,
     if cut and kind == "detectable_format:json_format":
         return is_json(text, cut=True)
     if cut and kind == "detectable_format:number_bullet_lists":
-        return is_bullets(text, cut=True)
+        most = own_arguments.get("num_bullets")
+        return is_bullets(text, cut=True) and (most is None or count_bullets(text) <= most)
     if cut and kind in LENGTHS and own_arguments.get("relation") == "less than":
         return False
     return follows(kind, own_arguments, text, loose=True)

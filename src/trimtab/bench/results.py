@@ -150,7 +150,11 @@ class Results:
         if not rows:
             return ["nothing was measured: no method could act on any of the tasks"]
         best = self.methods[0] if self.methods else None
-        uncontrolled = [f"{row.method} on {task.name}" for task, row in rows if row.cell.verdict == UNCONTROLLED]
+        uncontrolled = [
+            f"{row.method} on {task.name}" + (" (text broken)" if row.cell.broken else "")
+            for task, row in rows
+            if row.cell.verdict == UNCONTROLLED
+        ]
         if not better and not uncontrolled:
             sentences.append(f"none of the {len(rows)} rows (a method on a task) can be told from luck")
         elif not better:

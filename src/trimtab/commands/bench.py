@@ -327,8 +327,8 @@ def _tables(results: Results) -> list[Any]:
 
 
 def _cases(folder: Path) -> tuple[Sequence[Any], dict[str, Any]]:
-    """The benchmark's rows that have predictors, and their source."""
-    from trimtab.bench.results import results_of
+    """The benchmark's rows that have predictors and a control, and their source."""
+    from trimtab.bench.results import UNCONTROLLED, results_of
     from trimtab.evaluate.decision import BETTER
     from trimtab.tune.forecast import Case, Predictors
 
@@ -337,7 +337,7 @@ def _cases(folder: Path) -> tuple[Sequence[Any], dict[str, Any]]:
         Case(task.name, Predictors(**row.predictors).features, row.cell.verdict == BETTER and not row.cell.broken)
         for task in results.tasks
         for row in task.rows
-        if row.predictors is not None
+        if row.predictors is not None and row.cell.verdict != UNCONTROLLED
     ]
     model, settings = results.about["model"], results.about["settings"]
     source = {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.commands.eval_common import find, interval
-from trimtab.commands.eval_verdicts import describe_test, verdict_lines
 
 if TYPE_CHECKING:
     from trimtab.evaluate.intervals import Interval
@@ -47,6 +46,7 @@ def sweep_page(
         pictures: More figures.
     """
     from trimtab import __version__
+    from trimtab.commands.eval_verdicts import verdict_lines
     from trimtab.report.page import write_page
 
     facts = [(name, _fact(document[name])) for name in PLAIN if name in document]
@@ -70,6 +70,8 @@ def _fact(value: Any) -> str:
 
 def _legend(arms: Mapping[str, Mapping[str, Any]], legend: Mapping[str, str], parts: int) -> list[tuple[str, str]]:
     """What the verdict, the scores and the other columns of the tables mean."""
+    from trimtab.commands.eval_verdicts import describe_test
+
     entries = [
         ("verdict", describe_test(arms, parts)),
         *legend.items(),

@@ -146,11 +146,8 @@ def inspect(
     if audit is not None and not describes(audit, steering):
         show("", "the audit in its card was run with other strengths or layers than these; run trimtab audit again")
     if stored is not None and not describes(stored, steering):
-        show(
-            "",
-            "the divergence in its card was measured with other strengths or layers than these; trimtab inspect"
-            " --nats measures it again",
-        )
+        again = "" if divergence is not None else "; trimtab inspect --nats measures it again"
+        show("", f"the divergence in its card was measured with other strengths or layers than these{again}")
     if plot is not None:
         show("", f"drew {plot}")
 

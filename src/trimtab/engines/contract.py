@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trimtab.engines.request import AnsweredPrompt, Choice, Text
-from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.errors import LengthError, TrimtabError, UnsupportedError
 
 TOKENS_PER_BATCH = 4096
 """The default number of tokens that are read together."""
@@ -96,9 +96,9 @@ def query_heads(layout: Shape) -> int:
 def check_length(layout: Shape, length: int, what: str) -> None:
     """Raises `TrimtabError` for an empty text, or one that exceeds the model's context."""
     if length == 0:
-        raise TrimtabError(f"{what} is empty: it has no tokens")
+        raise LengthError(f"{what} is empty: it has no tokens")
     if layout.context is not None and length > layout.context:
-        raise TrimtabError(f"{what} has {length} tokens, the model's context is {layout.context}; shorten it")
+        raise LengthError(f"{what} has {length} tokens, the model's context is {layout.context}; shorten it")
 
 
 def check_answers(layout: Shape, lengths: Sequence[int], max_new_tokens: int) -> None:
@@ -108,7 +108,7 @@ def check_answers(layout: Shape, lengths: Sequence[int], max_new_tokens: int) ->
     for i, length in enumerate(lengths):
         check_length(layout, length, f"prompt {i + 1}")
         if layout.context is not None and length + max_new_tokens > layout.context:
-            raise TrimtabError(
+            raise LengthError(
                 f"prompt {i + 1} has {length} tokens and {max_new_tokens} new ones are asked for, the model's context"
                 f" holds {layout.context}; ask for at most {layout.context - length}"
             )

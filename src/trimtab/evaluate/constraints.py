@@ -100,6 +100,11 @@ def is_german(answer: str, *, cut: bool = False) -> bool:
     return german >= min(3, (len(words) + 1) / 2) and german >= GERMAN_SHARE * len(words) and german >= 3 * other
 
 
+def count_bullets(answer: str) -> int:
+    """The number of lines that begin with a bullet (`*`, `+`, `-`, `–`, `•` or `‣`)."""
+    return sum(bool(BULLET.match(line)) for line in answer.splitlines())
+
+
 def is_bullets(answer: str, *, cut: bool = False) -> bool:
     """The answer is a list of at least two bullet points and nothing else, and contains a word.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from trimtab.engines.arguments import as_list
 from trimtab.engines.contract import check_answered_prompts
 from trimtab.engines.request import AnsweredPrompt
-from trimtab.errors import TrimtabError
+from trimtab.errors import LengthError, TrimtabError
 from trimtab.evaluate.ab import evenly_spaced
 from trimtab.files.steering_file import edits_digest
 from trimtab.keywords import keywords
@@ -110,7 +110,7 @@ def reference(
     )
     texts = tuple(text for text in texts if text.answer)
     if not texts:
-        raise TrimtabError("the unsteered model's answers to these prompts are all empty; give other prompts")
+        raise LengthError("the unsteered model's answers to these prompts are all empty; give other prompts")
     check_answered_prompts(lm.layout, texts)
     return Reference(texts, tuple(lm.answer_logits(texts)))
 
@@ -177,7 +177,7 @@ def measure_divergences(
         return {}
     try:
         base = reference(lm, evenly_spaced(prompts, ARM_PROMPTS), tokens=ARM_TOKENS)
-    except TrimtabError:  # prompts that fill the context, or that get empty answers
+    except LengthError:  # prompts that fill the context, or that get empty answers
         return {}
     by_name = {name: divergence(lm, steering, base, transfer=transfer) for name, steering in steerings.items()}
     return {name: {"mean": measured.mean, "p95": measured.p95} for name, measured in by_name.items()}
@@ -195,11 +195,11 @@ def with_divergence(lm: LM, steering: Steering, prompts: Sequence[Prompt]) -> St
         The same edits with `card.divergence`; without it if the engine doesn't return all tokens' probabilities, or if
         nothing can be measured on these prompts.
     """
-    if lm.supports(None, "logits") is not None:
+    if not prompts or lm.supports(None, "logits") is not None:
         return steering
     try:
         base = reference(lm, evenly_spaced(prompts, CARD_PROMPTS))
-    except TrimtabError:  # prompts that fill the context, or whose answers are empty
+    except LengthError:  # prompts that fill the context, or whose answers are empty
         return steering
     measured = divergence(lm, steering, base)
     figures = {name: round(value, 6) for name in ("mean", "p95") if math.isfinite(value := getattr(measured, name))}

@@ -15,6 +15,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluate.judge import Judge, LocalJudge, Reply
 from trimtab.making.idea import LEARN, TEST, Idea
 from trimtab.text.chat import Message, has_template
+from trimtab.text.markers import THINKING_PAIRS
 
 TRIES = 3
 SIDE = 5
@@ -87,6 +88,8 @@ def _room(lm: LanguageModel, messages: list[Message]) -> int:
 
 
 def _read(text: str, sentence: str) -> Idea:
+    for _, end_of_thinking in THINKING_PAIRS:
+        text = text.rpartition(end_of_thinking)[2]
     match = re.search(r"\{.*\}", text, re.DOTALL)
     try:
         parsed: Any = json.loads(match[0] if match else text)

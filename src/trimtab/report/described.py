@@ -58,6 +58,8 @@ def measured_rows(card: Card) -> list[tuple[str, str]]:
         and isinstance(divergence.get("p95"), float)
     ):
         rows.append(("divergence", f"{divergence['mean']:.3g} nats per token, 95th percentile {divergence['p95']:.3g}"))
+    elif isinstance(divergence, Mapping) and divergence.get("tokens"):
+        rows.append(("divergence", "infinite: at some tokens the steered model's probabilities aren't finite"))
     if isinstance(audit, Mapping) and isinstance(audit.get("verdict"), (list, tuple)):
         size = audit.get("size")
         rows += [(f"audit ({size})" if n == 0 else "", str(line)) for n, line in enumerate(audit["verdict"])]

@@ -89,7 +89,9 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
             label=label if layer in colours else "_",
         )
     if many:
-        axes[0].plot([], [], "o-", color=OTHERS, markersize=4, label=f"{len(layers) - len(colours)} other layers")
+        others = len(layers) - len(colours)
+        label = f"{others} other layer{'s' * (others != 1)}"
+        axes[0].plot([], [], "o-", color=OTHERS, markersize=4, label=label)
     else:
         axes[0].errorbar([], [], yerr=[], fmt="none", ecolor="#555555", capsize=2, label="95 % interval")
     axes[0].axhline(baseline.estimate, color="#888888", linestyle="--", linewidth=1, label="unsteered")

@@ -268,7 +268,8 @@ def search(
         pairs = [(c, split.search[i]) for c in chosen for i in items]
         first = not meter.answers
         outcomes = meter.run([steerings[c] for c, _ in pairs], [item for _, item in pairs])
-        if first and (doubt := time_warning(len(candidates), steps, meter.seconds_each, budget_seconds)):
+        unfinished = first and len(items) < steps[0].items
+        if unfinished and (doubt := time_warning(len(candidates), steps, meter.seconds_each, budget_seconds)):
             doubts.append(doubt)
             warnings.warn(doubt, BudgetWarning, stacklevel=caller_stacklevel())
         return [outcomes[n * len(items) : (n + 1) * len(items)] for n in range(len(chosen))]
@@ -305,7 +306,7 @@ def search(
         except KeyboardInterrupt:
             interrupted = True
     steer, reason = _verdict(halved, chosen, confirmed, interrupted, margin, [groups[i] for i in split.search])
-    tested = confirmed is not None or not interrupted
+    tested = confirmed is not None
     table = _table(candidates, halved)
     if chosen is None or not steer:
         steering = setting = None

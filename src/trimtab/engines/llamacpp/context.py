@@ -153,7 +153,8 @@ class Context:
         self._added_tokens, self._faults = {}, []
         self._watched = self._next_watched_node()
         first = len(tokens) - keep
-        rows: list[np.ndarray] = []
+        logits = np.empty((keep, self._vocabulary_size), np.float32)
+        row = 0
         for start in range(0, len(tokens), self.batch):
             part = tokens[start : start + self.batch]
             ids = (c.c_int32 * len(part))(*part)
@@ -165,20 +166,22 @@ class Context:
             failed = self.library.llama_decode(self.pointer, Batch(len(part), ids, None, None, None, None, flags))
             if failed:
                 raise TrimtabError(f"llama.cpp stopped with code {failed}: {last_errors()}")
-            rows += [self._logits(i) for i in wanted]
+            for i in wanted:
+                logits[row] = self._logits(i)
+                row += 1
         if self._unchecked or self._faults:
             self._check(len(tokens), len(tokens) if every else max(1, keep))
         elif self._vectors and not self._added_tokens:
             self._unchecked = True  # the graph has changed
         self.steered.update(dict.fromkeys(self._vectors, len(tokens)))
-        return np.stack(rows) if rows else np.empty((0, self._vocabulary_size), dtype=np.float32)
+        return logits
 
     def _logits(self, index: int) -> np.ndarray:
-        """A copy of the logits `[vocabulary]` after the token at this index of the batch that was just run."""
+        """The logits `[vocabulary]` after the token at this index of the last batch, valid until the next one."""
         logits = self.library.llama_get_logits_ith(self.pointer, index)
         if not logits:
             raise TrimtabError(f"llama.cpp returned no logits: {last_errors()}")
-        return np.ctypeslib.as_array(logits, (self._vocabulary_size,)).copy()
+        return np.ctypeslib.as_array(logits, (self._vocabulary_size,))
 
     @property
     def _vocabulary_size(self) -> int:

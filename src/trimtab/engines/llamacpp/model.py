@@ -30,6 +30,8 @@ from trimtab.steering.identity import check_learned_on, fingerprint, sampled_row
 from trimtab.text.chat import Template, template_digest
 from trimtab.text.templates import with_keywords
 
+ROWS = 64
+"""The number of rows of logits whose probabilities are computed together."""
 LISTENER_OPTIONS = ("streamer", "stopping_criteria")
 """Options that receive tokens as they are generated, without affecting how they are chosen."""
 
@@ -255,8 +257,10 @@ class LlamaCpp(LanguageModel):
         """As in `LanguageModel`, in float64."""
         answered = [AnsweredPrompt(tuple(context), tuple(answer)) for context, answer in texts]
         nlls = []
-        for text, logits in zip(answered, self._answer_logits(answered, [None] * len(texts)), strict=True):
-            logprobs = logits.double().log_softmax(-1)[range(len(text.answer)), list(text.answer)]
+        for text in answered:  # one at a time, since its logits are its tokens times the vocabulary
+            (logits,) = self._answer_logits([text], [None])
+            parts = zip(logits.split(ROWS), torch.tensor(text.answer).split(ROWS), strict=True)
+            logprobs = torch.cat([x.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for x, ids in parts])
             if logprobs.isnan().any():
                 raise TrimtabError(f"{self.name} produces NaN logits; convert it to another GGUF type")
             nlls.append(-float(logprobs.mean()))
@@ -357,7 +361,7 @@ def _prefill(
         logits.append(context.run(ids[start:stop], every, min(stop - start, max(0, stop - len(ids) + keep))))
     if schedule.edits:
         context.steer(NO_VECTORS)
-    return np.concatenate(logits)
+    return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
 
 def _fingerprint(path: Path, family: str) -> str:

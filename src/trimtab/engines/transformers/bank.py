@@ -241,6 +241,7 @@ class Bank:
         stage_banks = sorted(self.stage_banks[site].values(), key=lambda stage_bank: stage_bank.step)
         if self._device(site) != x.device:
             self._devices[site] = x.device
+            self._kept.clear()  # their parameters are on the device of before
             for lane in stage_banks:
                 lane.to(x.device)
         return [lane.prepared(self.rows, x.dtype) for lane in stage_banks]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -558,18 +558,23 @@ class StopStrings:
     _NO_TOKEN = torch.iinfo(torch.long).max  # ids outside the vocabulary match nothing
 
     def __init__(self, tokenizer: Any, stop_strings: Any) -> None:
-        self._criterion = StopStringCriteria(tokenizer, stop_strings)
-        self._length: int = self._criterion.maximum_token_len
+        self._arguments = tokenizer, stop_strings
+
+    @cached_property
+    def _criterion(self) -> Any:
+        """Built when it is needed, since that goes through the whole vocabulary."""
+        return StopStringCriteria(*self._arguments)
 
     def ended(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[bool]:
         """Whether each text, the ids of a prompt and of its answer, ends in a token that completes a stop string."""
         if not texts:
             return []
-        ids = torch.full((len(texts), self._length), self._NO_TOKEN)
+        length = int(self._criterion.maximum_token_len)
+        ids = torch.full((len(texts), length), self._NO_TOKEN)
         for row, (prompt, answer) in enumerate(texts):
-            tail = list(answer[-self._length :])
-            tail = [*prompt[max(0, len(prompt) + len(tail) - self._length) :], *tail]
-            ids[row, self._length - len(tail) :] = torch.tensor(tail)
+            tail = list(answer[-length:])
+            tail = [*prompt[max(0, len(prompt) + len(tail) - length) :], *tail]
+            ids[row, length - len(tail) :] = torch.tensor(tail)
         ended: list[bool] = self._criterion(ids, None).tolist()
         return ended
 

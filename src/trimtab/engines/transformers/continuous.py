@@ -95,7 +95,7 @@ class BatchingSettings:
 
     `answers_per_prompt` is the number of answers per prompt; `streamer` is a transformers streamer, or `None`.
     `stop_strings` end answers, with the finish reason `"stop"`. `criteria` are stopping criteria, called after each
-    token with the prompt and the answer's tokens; an answer that they end has the finish reason `criteria_finish`. With
+    token with the prompt and the answer's tokens; an answer that they end has the finish reason `"length"`. With
     `single_row`, rows run one at a time.
     """
 
@@ -105,7 +105,6 @@ class BatchingSettings:
     streamer: Any
     stop_strings: compat.StopStrings | None = None
     criteria: tuple[Any, ...] = ()
-    criteria_finish: str = "length"
     options: Mapping[str, Any] = field(default_factory=dict)
     single_row: bool = False
 
@@ -153,9 +152,8 @@ class BatchingSettings:
             set_options.get("streamer"),
             _stop_strings(tokenizer, set_options),
             tuple(compat.stopping_criteria(set_options)),
-            "stop" if "stop_strings" in set_options else "length",
-            chosen,
-            not _steps(model, layout),
+            options=chosen,
+            single_row=not _steps(model, layout),
         )
 
     def settings_for(self, model: Any, prompt: Sequence[int]) -> Settings:
@@ -220,7 +218,9 @@ def generate_answers(
     monitors: tuple[Monitor, ...] = (),
     progress: Callable[[int], None],
 ) -> list[Generation]:
-    """Generate `way.each` answers to each rendered prompt, each with its own steering and grammar, in prompt order.
+    """Generate `batching.answers_per_prompt` answers to each rendered prompt, in prompt order.
+
+    Each prompt has its own steering and grammar.
 
     Args:
         model: The model.
@@ -301,7 +301,7 @@ def generate_answers(
             finish, applied, trace = response.finish, response.applied, response.trace
             ended = batching.ends_at(*text)
             if finish is None and (stops or ended):
-                finish, trace = "stop" if stops else batching.criteria_finish, batch.trace(response.key)
+                finish, trace = "stop" if stops else "length", batch.trace(response.key)
                 applied = batch.remove(response.key)
             if finish is not None:
                 current.finish, current.applied, current.trace = finish, applied, trace

@@ -65,6 +65,16 @@ STRAY = {
 NEITHER = "transformers' generate doesn't have it either"
 
 
+def check_stop_strings(stop_strings: Any) -> list[str]:
+    """The stop strings as a list, empty for `None`. Raises `TrimtabError` for anything but texts that aren't empty."""
+    listed = [stop_strings] if isinstance(stop_strings, str) else [] if stop_strings is None else stop_strings
+    if not (isinstance(listed, (list, tuple)) and all(isinstance(stop, str) for stop in listed)):
+        raise TrimtabError(f"stop_strings is a text or a list of texts, got {stop_strings!r}")
+    if "" in listed:
+        raise TrimtabError("stop_strings has an empty text, which every answer contains; leave it out")
+    return list(listed)
+
+
 def check_options(model: Any, options: dict[str, Any]) -> None:
     """Raises `TrimtabError` for an option that neither `lm.generate` nor transformers' `generate` has.
 

@@ -1,4 +1,7 @@
-"""The low-rank maps of a running batch's rows, each held once on the device, however many rows have it."""
+"""The low-rank maps of a running batch's rows, each held once in a lane's stack, however many rows have it.
+
+`LowRank` keeps another copy of each on its device, which serves batches that have only one.
+"""
 
 from __future__ import annotations
 
