@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import tiny
 import torch
 
-from benchmarks.audits import kinds, rows
+from benchmarks.audits import _stored, kinds, rows
+from trimtab import Steering, TrimtabError
 from trimtab.steering import Ablate
 
 
@@ -35,6 +37,24 @@ def test_rows_are_the_unsteered_model_each_steering_and_its_repaired_form() -> N
     assert values["alone", "lead of refusing answers, nats"] == 1.1
     assert {case for case, _ in values} == {"unsteered", "complying", "complying, repaired", "alone"}
     assert {row.value for row in rows(audits) if "P-value" in row.metric} == {0.01}
+
+
+def test_audits_of_another_run_are_not_taken_for_ones_own(tmp_path: Path) -> None:
+    lm = tiny.tiny("llama")
+    model = {"fingerprint": lm.identity.fingerprint, "dtype": lm.runs_in["dtype"]}
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"model": model, "size": "full", "seed": 0}))
+
+    def make() -> Steering:
+        raise AssertionError("it is in the folder")
+
+    assert _stored(path, lm, make, False, quick=False, seed=0)["seed"] == 0
+    for quick, seed in ((True, 0), (False, 1)):
+        with pytest.raises(TrimtabError, match="an audit of another model, dtype, size or seed"):
+            _stored(path, lm, make, False, quick=quick, seed=seed)
+    path.write_text(json.dumps({"model": model | {"fingerprint": "other"}, "size": "full", "seed": 0}))
+    with pytest.raises(TrimtabError, match="an audit of another model"):
+        _stored(path, lm, make, False, quick=False, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore::trimtab.methods.caa.PairsWarning")
