@@ -174,8 +174,10 @@ def with_system_prompt(system: str, question: str, supports_system: bool) -> Pro
 def _distinguishable(lm: LM, answers: Sequence[Answer]) -> list[Answer]:
     """The answers that are more likely under their own prompt than under the other one."""
     values = logprobs(lm, [PromptAnswer(answer.other, answer.ids) for answer in answers])
-    scored = [
-        replace(answer, other_likelihood=float(there.double().mean()))
-        for answer, there in zip(answers, values, strict=True)
-    ]
-    return [answer for answer in scored if answer.own_likelihood > answer.other_likelihood]  # type: ignore[operator]
+    kept = []
+    for answer, there in zip(answers, values, strict=True):
+        assert answer.own_likelihood is not None  # the model has just written it
+        under_other = float(there.double().mean())
+        if answer.own_likelihood > under_other:
+            kept.append(replace(answer, other_likelihood=under_other))
+    return kept
